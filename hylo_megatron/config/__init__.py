@@ -1,0 +1,16 @@
+"""What a model is: its base architecture, its layer plan and the geometry of its mixers. No torch in here."""
+
+from hylo_megatron.config.architecture import Architecture
+from hylo_megatron.config.geometry import GDNGeometry, Geometry, Mamba2Geometry, MLAGeometry, geometry_preset
+from hylo_megatron.config.plan import parse_plan, plan_name
+
+__all__ = [
+    "Architecture",
+    "GDNGeometry",
+    "Geometry",
+    "MLAGeometry",
+    "Mamba2Geometry",
+    "geometry_preset",
+    "parse_plan",
+    "plan_name",
+]

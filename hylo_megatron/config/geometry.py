@@ -1,0 +1,100 @@
+"""Geometry of the mixers: explicit numbers, and the presets that fill them in for a base model."""
+
+from dataclasses import asdict, dataclass
+
+from hylo_megatron.errors import HyLoError
+
+
+@dataclass(frozen=True)
+class MLAGeometry:
+    """Multi-head latent attention; one cached row holds ``kv_lora_rank + qk_rope_head_dim`` values."""
+
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    q_lora_rank: int | None = None
+
+
+@dataclass(frozen=True)
+class GDNGeometry:
+    """Gated DeltaNet; each key head serves ``num_value_heads / num_key_heads`` value heads. The state is K x V a value head."""
+
+    num_key_heads: int
+    num_value_heads: int
+    key_head_dim: int
+    value_head_dim: int
+    conv_kernel: int = 4
+
+
+@dataclass(frozen=True)
+class Mamba2Geometry:
+    """Mamba-2; B and C have ``num_groups`` groups of ``state_size``, x has ``num_heads`` heads of ``head_dim``."""
+
+    num_heads: int
+    head_dim: int
+    state_size: int
+    num_groups: int
+    conv_kernel: int = 4
+
+
+@dataclass(frozen=True)
+class Geometry:
+    mla: MLAGeometry
+    gdn: GDNGeometry
+    mamba2: Mamba2Geometry
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "Geometry":
+        return cls(
+            MLAGeometry(**values["mla"]), GDNGeometry(**values["gdn"]), Mamba2Geometry(**values["mamba2"])
+        )
+
+
+# (hidden size, attention heads, head dim) -> MLA dimensions of the method's paper (arXiv 2604.24715, appendix).
+_PUBLISHED_MLA = {
+    (2048, 32, 64): MLAGeometry(128, 32, 32, 64, q_lora_rank=1344),
+    (3072, 24, 128): MLAGeometry(128, 64, 64, 128, q_lora_rank=1536),
+    (2048, 16, 128): MLAGeometry(256, 64, 64, 128, q_lora_rank=1344),
+}
+# (hidden size, attention heads, head dim) -> GDN heads of 256.
+_PUBLISHED_GDN_HEADS = {(2048, 32, 64): 6, (3072, 24, 128): 9, (2048, 16, 128): 6}
+
+
+def _native(hidden: int, heads: int, head_dim: int) -> Geometry:
+    """What serving engines run without padding: latent 256+64, K = V, two value heads a key head."""
+    key_heads = max(1, hidden // head_dim)
+    gdn_heads = key_heads if head_dim == 64 else max(1, round(0.75 * hidden / head_dim))
+    rope = 64 if head_dim >= 64 else head_dim
+    return Geometry(
+        MLAGeometry(min(256, 2 * heads * head_dim), min(64, head_dim), rope, head_dim),
+        GDNGeometry(gdn_heads, 2 * gdn_heads, head_dim, head_dim),
+        Mamba2Geometry(heads, head_dim, head_dim, heads),
+    )
+
+
+def _published(hidden: int, heads: int, head_dim: int) -> Geometry:
+    key = (hidden, heads, head_dim)
+    if key not in _PUBLISHED_MLA:
+        known = ", ".join(f"d {d} with {h} heads of {k}" for d, h, k in _PUBLISHED_MLA)
+        raise HyLoError(
+            f"--geometry published: no published dimensions for d {hidden} with {heads} heads of {head_dim}"
+            f" (there are for {known}); use --geometry native"
+        )
+    gdn_heads = _PUBLISHED_GDN_HEADS[key]
+    return Geometry(
+        _PUBLISHED_MLA[key],
+        GDNGeometry(gdn_heads, gdn_heads, 256, 512),
+        Mamba2Geometry(hidden // head_dim, head_dim, head_dim, hidden // head_dim),
+    )
+
+
+def geometry_preset(name: str, hidden_size: int, num_attention_heads: int, head_dim: int) -> Geometry:
+    """``native`` (default) or ``published`` geometry for a base model's dimensions."""
+    presets = {"native": _native, "published": _published}
+    if name not in presets:
+        raise HyLoError(f"--geometry {name!r}: expected one of {', '.join(presets)}")
+    return presets[name](hidden_size, num_attention_heads, head_dim)

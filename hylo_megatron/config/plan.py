@@ -1,0 +1,96 @@
+"""Layer plans: which base layer becomes which mixer.
+
+A plan is a tuple with one of ``attention``, ``mla``, ``gdn``, ``mamba2`` per base layer. Megatron's ``HybridModel``
+takes a string instead, two symbols a layer (mixer, MLP) and ``|`` between pipeline stages; it is made here.
+"""
+
+import re
+
+from hylo_megatron.errors import HyLoError
+
+LINEAR_KINDS = ("gdn", "mamba2")
+SYMBOLS = {"attention": "*", "mla": "+", "gdn": "G", "mamba2": "M"}
+_LINEAR_NAMES = {"GDN": "gdn", "M2": "mamba2", "MAMBA2": "mamba2"}
+
+# Where the method's paper puts its MLA layers (hybrids named KMLA(L-K)X): by (number of layers, number of MLA layers).
+PUBLISHED_MLA_LAYERS = {
+    (16, 4): (1, 5, 10, 14),
+    (28, 6): (0, 5, 10, 16, 21, 26),
+    (28, 7): (1, 5, 9, 13, 17, 21, 25),
+    (30, 3): (4, 14, 24),
+}
+
+
+def uniform_layers(num_layers: int, count: int) -> tuple[int, ...]:
+    """``count`` layers spread evenly over ``num_layers``, each in the middle of its stretch."""
+    return tuple(int((i + 0.5) * num_layers / count) for i in range(count))
+
+
+def _mla_layers(text: str, num_layers: int) -> tuple[int, ...]:
+    if text in ("all", "none"):
+        return tuple(range(num_layers)) if text == "all" else ()
+    if match := re.fullmatch(r"uniform:(\d+)", text):
+        count = int(match[1])
+        if count > num_layers:
+            raise HyLoError(f"--mla-layers {text}: the model has only {num_layers} layers")
+        return uniform_layers(num_layers, count)
+    try:
+        layers = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise HyLoError(
+            f"--mla-layers {text!r}: expected layer numbers such as 1,5,10,14, or uniform:K, all, none"
+        ) from None
+    bad = [layer for layer in layers if not 0 <= layer < num_layers]
+    if bad or len(set(layers)) != len(layers):
+        raise HyLoError(f"--mla-layers {text}: numbers must differ and lie in 0..{num_layers - 1}; got {bad or layers}")
+    return layers
+
+
+def parse_plan(num_layers: int, mla_layers: str, linear: str = "gdn") -> tuple[str, ...]:
+    """Plan from ``1,5,10,14`` | ``uniform:K`` | ``all`` | ``none`` | a name such as ``4MLA12GDN``.
+
+    A name fixes the linear kind too; its MLA layers are the paper's where it lists that split, else uniform,
+    and every other layer from 0 when half of them are MLA (as published). Raises ``HyLoError`` when it does not fit.
+    """
+    if match := re.fullmatch(r"(\d+)MLA(\d+)([A-Za-z0-9]+)", mla_layers):
+        count, rest, kind = int(match[1]), int(match[2]), match[3].upper()
+        if kind not in _LINEAR_NAMES:
+            raise HyLoError(f"plan {mla_layers}: unknown linear kind {match[3]!r}, expected GDN or M2")
+        if count + rest != num_layers:
+            raise HyLoError(f"plan {mla_layers} has {count + rest} layers; the base model has {num_layers}")
+        linear = _LINEAR_NAMES[kind]
+        if 2 * count == num_layers:
+            layers = tuple(range(0, num_layers, 2))
+        else:
+            layers = PUBLISHED_MLA_LAYERS.get((num_layers, count)) or uniform_layers(num_layers, count)
+    else:
+        layers = _mla_layers(mla_layers, num_layers)
+    if linear not in LINEAR_KINDS:
+        raise HyLoError(f"--linear {linear!r}: expected one of {', '.join(LINEAR_KINDS)}")
+    return tuple("mla" if i in layers else linear for i in range(num_layers))
+
+
+def plan_name(plan: tuple[str, ...]) -> str:
+    """``4MLA12GDN`` for a hybrid, ``30ATT`` for a Transformer."""
+    names = {"attention": "ATT", "mla": "MLA", "gdn": "GDN", "mamba2": "M2"}
+    return "".join(f"{plan.count(kind)}{name}" for kind, name in names.items() if kind in plan)
+
+
+def megatron_pattern(plan: tuple[str, ...], pipeline_stages: int = 1) -> str:
+    """``HybridModel``'s pattern, its pipes made for the pipeline size at hand.
+
+    A pattern with pipes at pipeline size 1 would silently build only its first segment, so they are never stored.
+    Earlier stages get the odd layers, since the last one also has the head and the loss.
+    """
+    if pipeline_stages > len(plan):
+        raise HyLoError(
+            f"--pipeline-model-parallel-size {pipeline_stages}: the model has {len(plan)} layers; use at most that many"
+        )
+    symbols = [SYMBOLS[kind] + "-" for kind in plan]
+    base, extra = divmod(len(plan), pipeline_stages)
+    stages, start = [], 0
+    for stage in range(pipeline_stages):
+        size = base + (stage < extra)
+        stages.append("".join(symbols[start : start + size]))
+        start += size
+    return "|".join(stages)
