@@ -1,0 +1,47 @@
+# `make test` from a fresh clone is enough: it makes the environment first (once; later calls cost nothing).
+VENV   ?= .venv
+EXTRAS ?= train,eval,dev
+PYTEST_ARGS ?=
+
+# A full path, not a bare `python`: a pyenv or conda shim could win over the environment. No $(abspath): it splits at
+# spaces.
+BIN := $(if $(filter /%,$(VENV)),$(VENV),$(CURDIR)/$(VENV))/bin
+PY := $(BIN)/python
+
+.PHONY: help env test demo lint format doctor clean
+
+help:
+	@echo "make env                          the Python environment in $(VENV) (HYLO_PYTHON=... picks the interpreter)"
+	@echo "make test                         env, then the tests (PYTEST_ARGS=... for more)"
+	@echo "make demo PLAN= TP= PP= OUT=      env, then examples/upcycle_smollm2.sh; each variable is optional"
+	@echo "make lint | format                ruff"
+	@echo "make doctor                       what this machine has, and what each missing package would bring"
+	@echo "make clean                        removes $(VENV) and the caches; never a run"
+
+env:
+	@tools/make_env.sh "$(VENV)" "$(EXTRAS)"
+
+test: env
+	"$(PY)" -m pytest -q $(PYTEST_ARGS)
+
+# PLAN, TP, PP and OUT given on the command line reach the script as environment variables; the ones left out
+# keep the script's defaults.
+demo: env
+	PATH="$(BIN):$$PATH" PYTHON="$(PY)" bash examples/upcycle_smollm2.sh
+
+lint: env
+	"$(PY)" -m ruff check .
+	"$(PY)" -m ruff format --check .
+
+format: env
+	"$(PY)" -m ruff check --fix .
+	"$(PY)" -m ruff format .
+
+doctor: env
+	@"$(PY)" tools/doctor.py
+
+# Removes only an environment that make_env.sh made.
+clean:
+	@if [ -e "$(VENV)/pyvenv.cfg" ]; then rm -rf "$(VENV)"; fi
+	rm -rf .pytest_cache .ruff_cache build dist *.egg-info
+	find hylo_megatron tests tools examples -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""What the machine has, and what makes megatron-core run on it."""

