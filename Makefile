@@ -40,8 +40,8 @@ format: env
 doctor: env
 	@"$(PY)" tools/doctor.py
 
-# Removes only an environment that make_env.sh made.
+# Removes an environment only if make_env.sh installed into it (it leaves these two files there).
 clean:
-	@if [ -e "$(VENV)/pyvenv.cfg" ]; then rm -rf "$(VENV)"; fi
+	@if [ -e "$(VENV)/.hylo-stamp" ] || [ -e "$(VENV)/pip.log" ]; then rm -rf "$(VENV)"; fi
 	rm -rf .pytest_cache .ruff_cache build dist *.egg-info
 	find hylo_megatron tests tools examples -name __pycache__ -type d -prune -exec rm -rf {} +
