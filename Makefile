@@ -44,4 +44,4 @@ doctor: env
 clean:
 	@if [ -e "$(VENV)/.hylo-stamp" ] || [ -e "$(VENV)/pip.log" ]; then rm -rf "$(VENV)"; fi
 	rm -rf .pytest_cache .ruff_cache build dist *.egg-info
-	find hylo_megatron tests tools examples -name __pycache__ -type d -prune -exec rm -rf {} +
+	find $(wildcard hylo_megatron tests tools examples) -name __pycache__ -type d -prune -exec rm -rf {} +
