@@ -1,0 +1,1 @@
+"""HF checkpoint <-> Megatron distributed checkpoint: declarative tables, streamed tensor by tensor."""

@@ -1,0 +1,146 @@
+"""Megatron distributed checkpoints without a process group: written and read one tensor at a time.
+
+Layout of a checkpoint folder (what ``--load`` expects, and two additions of ours)::
+
+    CKPT/latest_checkpointed_iteration.txt    "release", or an iteration
+    CKPT/release | CKPT/iter_0000100          torch distributed checkpoint + metadata.json
+    CKPT/hylo.json                            the Architecture
+    CKPT/hf/                                  tokenizer files of the base model
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.planner import WriteItemType
+
+from hylo_megatron.config import Architecture
+from hylo_megatron.errors import HyLoError
+
+TRACKER = "latest_checkpointed_iteration.txt"
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """Shape and dtype now, numbers when they are written."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    load: Callable[[], Tensor]
+
+
+class _StreamingPlanner(DefaultSavePlanner):
+    """Resolves a tensor when the writer asks for it, so that one at a time is in memory."""
+
+    def __init__(self, tensors: dict[str, LazyTensor], progress: Callable[[int], None]):
+        super().__init__(flatten_state_dict=False)
+        self.tensors, self.progress = tensors, progress
+
+    def resolve_data(self, write_item):
+        if write_item.type == WriteItemType.BYTE_IO:
+            return super().resolve_data(write_item)
+        name = write_item.index.fqn
+        wanted, tensor = self.tensors[name], self.tensors[name].load()
+        if tuple(tensor.shape) != tuple(wanted.shape):
+            raise HyLoError(f"{name}: has shape {list(tensor.shape)}, expected {list(wanted.shape)}")
+        self.progress(tensor.numel() * tensor.element_size())
+        return tensor.to(wanted.dtype).detach().contiguous()
+
+
+def write_checkpoint(folder: str | os.PathLike, arch: Architecture, tensors: dict[str, LazyTensor],
+                     companions: Callable[[Path], None] | None = None,
+                     progress: Callable[[int], None] = lambda _: None) -> None:  # fmt: skip
+    """Writes ``folder`` as a release checkpoint; under its final name only when it is whole."""
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise HyLoError(f"{folder} exists and is not empty: choose another --out, or remove it")
+    scratch = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(scratch, ignore_errors=True)
+    release = scratch / "release"
+    release.mkdir(parents=True)
+    try:
+        state = {key: torch.empty(t.shape, dtype=t.dtype, device="meta") for key, t in tensors.items()}
+        # megatron-core keeps what is not a tensor under this one key.
+        state["common_state/shard_0_1"] = [{"checkpoint_version": 3.0, "iteration": 0}]
+        dcp.save(
+            state,
+            storage_writer=dcp.FileSystemWriter(release, thread_count=1, single_file_per_rank=True),
+            planner=_StreamingPlanner(tensors, progress),
+            no_dist=True,
+        )
+        (release / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}))
+        (scratch / TRACKER).write_text("release")
+        if companions:
+            companions(scratch / "hf")
+        arch.save(scratch)
+        if folder.exists():
+            folder.rmdir()
+        os.replace(scratch, folder)
+    except BaseException as error:
+        shutil.rmtree(scratch, ignore_errors=True)
+        # torch wraps what a planner raises; the message that says what to do is inside.
+        cause = _cause(error, (HyLoError, OSError))
+        raise (cause or error) from None
+    return None
+
+
+def _cause(error: BaseException, kinds: tuple) -> BaseException | None:
+    failures = getattr(error, "failures", None) or {}
+    for failure in failures.values():
+        inner = failure[0] if isinstance(failure, tuple) else failure
+        if isinstance(inner, kinds):
+            return inner
+    return None
+
+
+def latest(folder: str | os.PathLike) -> Path:
+    """The folder of the newest complete checkpoint in ``folder``. Raises ``HyLoError``."""
+    folder = Path(folder)
+    tracker = folder / TRACKER
+    if not tracker.is_file():
+        raise HyLoError(f"{tracker} not found: expected a Megatron checkpoint folder")
+    step = tracker.read_text().strip()
+    path = folder / (step if step == "release" else f"iter_{int(step):07d}")
+    if not (path / "metadata.json").is_file():
+        raise HyLoError(f"{path}: {TRACKER} names it, but it is incomplete; name an earlier iteration there")
+    return path
+
+
+class CheckpointReader:
+    """Model tensors of a checkpoint, whatever layout it was saved on, read one at a time."""
+
+    def __init__(self, folder: str | os.PathLike):
+        self.path = latest(folder)
+        metadata = dcp.FileSystemReader(self.path).read_metadata()
+        self.entries = {
+            key: entry
+            for key, entry in metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata) and not key.startswith(("optimizer.", "rng_state", "rerun"))
+        }
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.entries
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self.entries[key].size)
+
+    def dtype(self, key: str) -> torch.dtype:
+        return self.entries[key].properties.dtype
+
+    def __getitem__(self, key: str) -> Tensor:
+        if key not in self.entries:
+            raise HyLoError(f"{self.path}: tensor {key} is missing; the checkpoint does not fit its hylo.json")
+        out = {key: torch.empty(self.shape(key), dtype=self.dtype(key))}
+        dcp.load(
+            out, storage_reader=dcp.FileSystemReader(self.path), no_dist=True,
+            planner=DefaultLoadPlanner(flatten_state_dict=False),
+        )  # fmt: skip
+        return out[key]

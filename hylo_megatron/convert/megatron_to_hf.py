@@ -1,0 +1,127 @@
+"""Megatron distributed checkpoint, saved on any layout -> Hugging Face folder."""
+
+import argparse
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hylo_megatron.config import Architecture, plan_name
+from hylo_megatron.convert.checkpoint import CheckpointReader
+from hylo_megatron.convert.hf_folder import copy_companions
+from hylo_megatron.convert.progress import ByteProgress, peak_memory_gib
+from hylo_megatron.convert.shapes import FP32_SUFFIXES, hf_shapes
+from hylo_megatron.convert.tables import mappings
+from hylo_megatron.errors import HyLoError, command_line
+
+SHARD_BYTES = 4 * 2**30
+
+
+def _unpadded(name: str, tensor: Tensor, arch: Architecture) -> Tensor:
+    """Megatron pads the vocabulary to a multiple of the tensor-parallel size."""
+    vocab = name in ("embedding.word_embeddings.weight", "output_layer.weight")
+    return tensor[: arch.vocab_size] if vocab and tensor.shape[0] > arch.vocab_size else tensor
+
+
+def hf_tensors(arch: Architecture, reader: CheckpointReader, dtype: torch.dtype | None):
+    """Yields ``(Hugging Face key, tensor)`` in table order; decay parameters keep fp32 whatever ``dtype``."""
+    expected = hf_shapes(arch)
+    for mapping in mappings(arch):
+        megatron = [_unpadded(key, reader[key], arch) for key in mapping.megatron]
+        for key, tensor in zip(mapping.hf, mapping.to_hf(megatron), strict=True):
+            if tuple(tensor.shape) != expected[key]:
+                raise HyLoError(f"{reader.path}: {key} comes out as {list(tensor.shape)}, expected {list(expected[key])}")
+            yield key, tensor if dtype is None or key.endswith(FP32_SUFFIXES) else tensor.to(dtype)
+
+
+class _ShardWriter:
+    """safetensors files of at most ``SHARD_BYTES`` and their index."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.shards, self.pending, self.size = folder, [], {}, 0
+
+    def add(self, key: str, tensor: Tensor) -> None:
+        if self.pending and self.size + tensor.nbytes > SHARD_BYTES:
+            self.flush()
+        self.pending[key] = tensor.contiguous().clone()
+        self.size += tensor.nbytes
+
+    def flush(self) -> None:
+        path = self.folder / f"shard{len(self.shards)}"
+        save_file(self.pending, path, metadata={"format": "pt"})
+        self.shards.append((path, list(self.pending), self.size))
+        self.pending, self.size = {}, 0
+
+    def finish(self) -> None:
+        self.flush()
+        if len(self.shards) == 1:
+            os.replace(self.shards[0][0], self.folder / "model.safetensors")
+            return
+        weight_map = {}
+        for number, (path, keys, _) in enumerate(self.shards, 1):
+            name = f"model-{number:05d}-of-{len(self.shards):05d}.safetensors"
+            os.replace(path, self.folder / name)
+            weight_map |= dict.fromkeys(keys, name)
+        index = {"metadata": {"total_size": sum(size for *_, size in self.shards)}, "weight_map": weight_map}
+        (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+
+
+def _write_config(arch: Architecture, checkpoint: Path, folder: Path, dtype: torch.dtype) -> None:
+    if not arch.is_hybrid:
+        config = json.loads((checkpoint / "hf" / "config.json").read_text())
+        config["dtype"] = str(dtype).removeprefix("torch.")
+        (folder / "config.json").write_text(json.dumps(config, indent=2))
+        return
+    from hylo_megatron.hf import HyLoConfig
+
+    config = HyLoConfig.from_architecture(arch)
+    config.dtype = dtype
+    config.architectures = ["HyLoForCausalLM"]
+    config.save_pretrained(folder)
+
+
+def convert(checkpoint: str | Path, out: str | Path, dtype: torch.dtype | None = None) -> Architecture:
+    """Writes ``out``, under its final name only when it is whole. ``dtype=None`` keeps what the checkpoint has."""
+    checkpoint, out = Path(checkpoint), Path(out)
+    if out.exists() and any(out.iterdir()):
+        raise HyLoError(f"{out} exists and is not empty: choose another --out, or remove it")
+    arch, reader = Architecture.load(checkpoint), CheckpointReader(checkpoint)
+    scratch = out.with_name(out.name + ".partial")
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        copy_companions(checkpoint / "hf", scratch, with_config=False)
+        writer = _ShardWriter(scratch)
+        progress = ByteProgress(sum(reader.entries[k].size.numel() for m in mappings(arch) for k in m.megatron), "export")
+        for key, tensor in hf_tensors(arch, reader, dtype):
+            writer.add(key, tensor)
+            progress(tensor.numel())
+        writer.finish()
+        progress.close()
+        _write_config(arch, checkpoint, scratch, dtype or reader.dtype("embedding.word_embeddings.weight"))
+        if out.exists():
+            out.rmdir()
+        os.replace(scratch, out)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    return arch
+
+
+@command_line
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--ckpt", required=True, help="Megatron checkpoint folder (its latest iteration is taken)")
+    parser.add_argument("--out", required=True, help="Hugging Face folder to write")
+    parser.add_argument("--dtype", choices=("keep", "bfloat16", "float16", "float32"), default="keep")
+    options = parser.parse_args(argv)
+    start = time.time()
+    dtype = None if options.dtype == "keep" else getattr(torch, options.dtype)
+    arch = convert(options.ckpt, options.out, dtype)
+    print(
+        f"{plan_name(arch.plan)} -> {options.out}  {time.time() - start:.1f} s, peak memory {peak_memory_gib():.2f} GiB"
+    )

@@ -1,0 +1,85 @@
+"""Builds a model and loads a checkpoint into it, on whatever layout the process groups have."""
+
+import os
+from pathlib import Path
+
+import torch
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from hylo_megatron.config import Architecture
+from hylo_megatron.convert.checkpoint import latest
+from hylo_megatron.errors import HyLoError
+from hylo_megatron.layers.model import UNFUSED, build_model, check_layout, model_fields
+
+
+def start_process_groups(tp: int = 1, pp: int = 1, cp: int = 1, seed: int = 1234) -> None:
+    """Process groups for a script that is not ``megatron.training`` (tests, tools); one process needs no torchrun."""
+    if not torch.distributed.is_initialized():
+        for key, value in dict(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29611").items():
+            os.environ.setdefault(key, value)
+        torch.distributed.init_process_group("nccl" if torch.cuda.device_count() else "gloo")
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(tp, pp, context_parallel_size=cp)
+    model_parallel_cuda_manual_seed(seed)
+
+
+def layout_config(arch: Architecture, dtype=torch.float32, **overrides) -> TransformerConfig:
+    """A ``TransformerConfig`` for ``arch`` on the current process groups."""
+    fields = model_fields(arch) | UNFUSED | dict(
+        params_dtype=dtype, pipeline_dtype=dtype, bf16=dtype == torch.bfloat16,
+        tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
+        pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        context_parallel_size=parallel_state.get_context_parallel_world_size(),
+    ) | overrides  # fmt: skip
+    return TransformerConfig(**fields)
+
+
+def model_tensors(sharded: dict) -> dict:
+    """Drops the ``_extra_state`` objects that linear layers register; they hold fp8 scales, and nothing here."""
+    return {key: value for key, value in sharded.items() if not key.endswith("_extra_state")}
+
+
+def load_state(model, state: dict) -> None:
+    """``load_state_dict`` that is strict about everything but ``_extra_state``."""
+    result = model.load_state_dict(state, strict=False)
+    missing = [key for key in result.missing_keys if not key.endswith("_extra_state")]
+    if missing or result.unexpected_keys:
+        raise HyLoError(f"checkpoint and model differ: missing {missing[:3]}, unexpected {result.unexpected_keys[:3]}")
+
+
+def load_weights(model, checkpoint: str | Path) -> None:
+    """Loads this rank's shards. Raises ``HyLoError`` when names or shapes do not fit."""
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    metadata = {"dp_cp_group": group, "singleton_local_shards": False}
+    sharded = model_tensors(model.sharded_state_dict(metadata=metadata))
+    names = list(sharded)
+    try:
+        loaded = dist_checkpointing.load(sharded, str(latest(checkpoint)))
+    except Exception as error:
+        raise HyLoError(f"{checkpoint} does not fit the model that its hylo.json describes: {error}") from error
+    load_state(model, {name: loaded[name] for name in names})
+
+
+def load_model(checkpoint: str | Path, config: TransformerConfig | None = None, padded_vocab_size=None, **kwargs):
+    """``(HybridModel with weights, Architecture)``."""
+    arch = Architecture.load(checkpoint)
+    check_layout(
+        arch, parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_world_size(), parallel_state.get_context_parallel_world_size(),
+    )  # fmt: skip
+    config = config or layout_config(arch)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    if padded_vocab_size is None:
+        tp = config.tensor_model_parallel_size
+        padded_vocab_size = -(-arch.vocab_size // tp) * tp
+    model = build_model(
+        arch, config, pg_collection=groups, padded_vocab_size=padded_vocab_size,
+        pre_process=kwargs.pop("pre_process", parallel_state.is_pipeline_first_stage()),
+        post_process=kwargs.pop("post_process", parallel_state.is_pipeline_last_stage()), **kwargs,
+    )  # fmt: skip
+    load_weights(model, checkpoint)
+    return model, arch

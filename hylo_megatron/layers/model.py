@@ -1,0 +1,79 @@
+"""Builds megatron's ``HybridModel`` from an ``Architecture``."""
+
+import torch
+from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
+
+from hylo_megatron.config import Architecture
+from hylo_megatron.config.plan import megatron_pattern
+from hylo_megatron.errors import HyLoError
+from hylo_megatron.layers.rope import rope_frequencies
+from hylo_megatron.layers.specs import stack_spec
+
+
+def model_fields(arch: Architecture) -> dict:
+    """What an architecture says about a ``TransformerConfig``; parallel sizes and dtypes come from elsewhere."""
+    fields = dict(
+        num_layers=2 * arch.num_layers, hidden_size=arch.hidden_size, ffn_hidden_size=arch.intermediate_size,
+        num_attention_heads=arch.num_attention_heads, num_query_groups=arch.num_key_value_heads,
+        kv_channels=arch.head_dim, layernorm_epsilon=arch.rms_norm_eps, normalization="RMSNorm",
+        qk_layernorm=arch.qk_norm, add_qkv_bias=arch.attention_bias, add_bias_linear=False, gated_linear_unit=True,
+        activation_func=nn.functional.silu, hidden_dropout=0.0, attention_dropout=0.0, is_hybrid_model=True,
+        rotary_interleaved=False, multi_latent_attention=False,
+    )  # fmt: skip
+    if arch.geometry:
+        gdn, mamba2 = arch.geometry.gdn, arch.geometry.mamba2
+        fields |= dict(
+            linear_conv_kernel_dim=gdn.conv_kernel, linear_key_head_dim=gdn.key_head_dim,
+            linear_value_head_dim=gdn.value_head_dim, linear_num_key_heads=gdn.num_key_heads,
+            linear_num_value_heads=gdn.num_value_heads, mamba_num_heads=mamba2.num_heads,
+            mamba_head_dim=mamba2.head_dim, mamba_state_dim=mamba2.state_size, mamba_num_groups=mamba2.num_groups,
+        )  # fmt: skip
+    return fields
+
+
+# Fusions that need TransformerEngine, Apex or a CUDA build.
+UNFUSED = dict(
+    bias_dropout_fusion=False, bias_activation_fusion=False, gradient_accumulation_fusion=False,
+    persist_layer_norm=False, apply_rope_fusion=False, masked_softmax_fusion=False,
+)  # fmt: skip
+
+
+def check_layout(arch: Architecture, tp: int = 1, pp: int = 1, cp: int = 1) -> None:
+    """Raises ``HyLoError`` when a head count does not divide by the parallel sizes."""
+    counts = {"attention heads": (arch.num_attention_heads, tp)}
+    if "attention" in arch.plan:
+        counts["key-value heads"] = (arch.num_key_value_heads, tp)
+    if "gdn" in arch.plan:
+        counts["GDN key heads"] = (arch.geometry.gdn.num_key_heads, tp * cp)
+    if "mamba2" in arch.plan:
+        counts["Mamba-2 groups"] = (arch.geometry.mamba2.num_groups, tp * cp)
+    for name, (count, ranks) in counts.items():
+        if count % ranks:
+            fits = [size for size in range(1, count + 1) if count % size == 0]
+            raise HyLoError(f"parallel size {ranks}: {count} {name} do not divide by it; sizes that do: {fits}")
+    megatron_pattern(arch.plan, pp)
+
+
+def build_model(arch: Architecture, config: TransformerConfig, *, padded_vocab_size: int | None = None,
+                pre_process: bool = True, post_process: bool = True, pg_collection=None, vp_stage=None,
+                backend: str = "local") -> HybridModel:  # fmt: skip
+    """This rank's part of the model. ``config`` holds ``model_fields(arch)`` and the parallel layout."""
+    pp = config.pipeline_model_parallel_size
+    stages = pp * (config.virtual_pipeline_model_parallel_size or 1)
+    model = HybridModel(
+        config, stack_spec(arch, backend), vocab_size=padded_vocab_size or arch.vocab_size,
+        max_sequence_length=arch.max_position_embeddings, hybrid_layer_pattern=megatron_pattern(arch.plan, stages),
+        pre_process=pre_process, post_process=post_process, parallel_output=True,
+        share_embeddings_and_output_weights=arch.tie_word_embeddings,
+        position_embedding_type="rope" if "attention" in arch.plan else "none", vp_stage=vp_stage,
+        pg_collection=pg_collection or ProcessGroupCollection.use_mpu_process_groups(),
+    )  # fmt: skip
+    if "attention" in arch.plan:
+        frequencies, scaling = rope_frequencies(arch.rope_parameters, arch.head_dim, arch.max_position_embeddings)
+        if scaling != 1.0:
+            raise HyLoError(f"rope_type {arch.rope_parameters['rope_type']!r} of the teacher scales its attention")
+        model.rotary_pos_emb.inv_freq = frequencies.to(torch.cuda.current_device())
+    return model
