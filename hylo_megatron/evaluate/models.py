@@ -1,0 +1,127 @@
+"""Loading a Hugging Face folder for evaluation, and the facts about it that need no forward pass."""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from hylo_megatron.errors import HyLoError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    name: str
+    model: PreTrainedModel
+    tokenizer: Tokenizer
+
+
+def resolve_device(device: str) -> torch.device:
+    """``auto``: CUDA when there is one, else the CPU."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        found = torch.device(device)
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise HyLoError(f"device '{device}' cannot be used ({_first_line(error)}): use auto, cpu or cuda") from error
+    return found
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """``auto``: bfloat16 on CUDA, float32 on the CPU."""
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" else "float32"
+    if dtype not in DTYPES:
+        raise HyLoError(f"dtype '{dtype}' is not known: choose auto, {' or '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def check_folder(folder: str | Path) -> Path:
+    """The folder as a path; cheap, so that a typing error shows before anything is loaded."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise HyLoError(f"model folder {folder} not found: expected a Hugging Face folder (config.json, weights)")
+    if not (folder / "config.json").is_file():
+        raise HyLoError(f"{folder} has no config.json: expected a Hugging Face folder (export a checkpoint first)")
+    return folder
+
+
+def load(folder: str | Path, device: torch.device, dtype: torch.dtype) -> Loaded:
+    """Reads model and tokenizer from disk only; code in the folder is never run."""
+    folder = check_folder(folder)
+    options = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise HyLoError(
+            f"{folder}: its tokenizer cannot be read ({_first_line(error)}): put tokenizer.json there"
+        ) from error
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
+    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError) as error:
+        raise HyLoError(f"{folder}: its model cannot be loaded ({_first_line(error)})") from error
+    absent = sorted(map(str, info["missing_keys"])) + sorted(map(str, info["mismatched_keys"]))
+    if absent:
+        raise HyLoError(
+            f"{folder}: {len(absent)} weights are missing or not of the shape in config.json, e.g. {absent[0]}"
+        )
+    _check_vocabulary(folder, tokenizer, model)
+    # A clean configuration: a sampling temperature or repetition penalty of the folder would change greedy decoding.
+    model.generation_config = GenerationConfig(
+        eos_token_id=model.generation_config.eos_token_id, bos_token_id=model.generation_config.bos_token_id
+    )
+    return Loaded(folder.resolve().name, model.to(device).eval(), tokenizer)
+
+
+def _check_vocabulary(folder: Path, tokenizer: Tokenizer, model: PreTrainedModel) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    highest = max(tokenizer.get_vocab().values(), default=-1)
+    if highest < 0:
+        raise HyLoError(f"{folder}: its tokenizer is empty: put the base model's tokenizer.json there")
+    if highest >= rows:
+        raise HyLoError(
+            f"{folder}: the tokenizer has token ids up to {highest} but the model's vocabulary has {rows} rows: "
+            "the tokenizer belongs to another model; copy the one of the base model"
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+def layer_plan(config) -> list[str]:
+    """The token mixer of every layer: ``attention``, ``mla``, ``gdn`` or ``mamba2``."""
+    if config.model_type == "hylo":
+        return list(config.mixers)
+    return ["attention"] * config.num_hidden_layers
+
+
+def kv_bytes_per_token(config, bytes_per_value: int = 2) -> int:
+    """Bytes that one more token adds to the cache (bf16 by default; states of fixed size not counted)."""
+    plan = Counter(layer_plan(config))
+    values = 0
+    if plan["attention"]:
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        values += plan["attention"] * 2 * kv_heads * head_dim
+    if plan["mla"]:
+        values += plan["mla"] * (config.kv_lora_rank + config.qk_rope_head_dim)
+    return bytes_per_value * values
+
+
+def describe(loaded: Loaded) -> dict:
+    """Size, layer plan and cache of a model, for the report."""
+    model, config = loaded.model, loaded.model.config
+    return {
+        "name": loaded.name,
+        "model_type": config.model_type,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "vocabulary": len(loaded.tokenizer),
+        "plan": layer_plan(config),
+        "kv_cache_bytes_per_token": kv_bytes_per_token(config),
+    }

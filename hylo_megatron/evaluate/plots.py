@@ -1,0 +1,115 @@
+"""The two pictures of a report: needle heat maps side by side, and training loss curves."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from hylo_megatron.errors import HyLoError
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito: colour-blind-safe
+SMOOTH_FROM = 40  # points; longer curves get a running mean over a twentieth of them
+
+
+def new_figure(width: float, height: float):
+    """A figure that needs no display; sizes in inches."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise HyLoError("matplotlib is needed for the report's pictures: pip install matplotlib") from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _save(figure, path: Path) -> Path:
+    scratch = path.with_suffix(".partial.png")
+    figure.savefig(scratch, dpi=150)
+    os.replace(scratch, path)
+    return path
+
+
+def heat_map(cells_by_model: dict[str, list[dict]], path: str | Path) -> Path:
+    """Needle accuracy in percent, depth (down) by length (across), one panel per model."""
+    lengths = sorted({cell["length"] for cells in cells_by_model.values() for cell in cells})
+    depths = sorted({cell["depth"] for cells in cells_by_model.values() for cell in cells})
+    width, height = max(2.6, 0.7 * len(lengths) + 0.6), max(2.8, 0.5 * len(depths) + 1.3)
+    figure = new_figure(1.6 + len(cells_by_model) * width, height)
+    panels = figure.subplots(1, len(cells_by_model), sharey=True, squeeze=False)[0]
+    for panel, (name, cells) in zip(panels, cells_by_model.items(), strict=True):
+        grid = [[float("nan")] * len(lengths) for _ in depths]
+        for cell in cells:
+            row, column = depths.index(cell["depth"]), lengths.index(cell["length"])
+            grid[row][column] = percent = 100 * cell["accuracy"]
+            colour = "black" if percent > 55 else "white"
+            panel.text(column, row, f"{percent:.0f}", ha="center", va="center", color=colour, fontsize=9)
+        image = panel.imshow(grid, cmap="cividis", vmin=0, vmax=100, aspect="auto")
+        panel.set_title(name, fontsize=10)
+        panel.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], rotation=45 * (len(lengths) > 5))
+        panel.set_yticks(range(len(depths)), [f"{100 * depth:.0f} %" for depth in depths])
+        panel.set_xlabel("prompt length (tokens)")
+    panels[0].set_ylabel("depth of the fact in the text")
+    figure.colorbar(image, ax=list(panels), label="retrieved (%)")
+    return _save(figure, Path(path))
+
+
+def read_log(file: str | Path) -> dict[str, list[tuple[int, float]]]:
+    """(iteration, loss) points of every stage of a training log; a repeated iteration (a resumed run) counts once."""
+    file = Path(file)
+    if not file.is_file():
+        raise HyLoError(f"training log {file} not found: expected JSON lines with stage, iteration and loss")
+    stages: dict[str, dict[int, float]] = {}
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line) if line.strip() else None
+        except json.JSONDecodeError as error:
+            if number == len(lines):  # a run that was stopped while writing
+                break
+            raise HyLoError(f"{file}, line {number}: not JSON ({error.msg})") from error
+        if isinstance(record, dict) and "iteration" in record and isinstance(record.get("loss"), int | float):
+            stages.setdefault(str(record.get("stage", "")), {})[int(record["iteration"])] = float(record["loss"])
+    return {stage: sorted(points.items()) for stage, points in stages.items()}
+
+
+def running_mean(values: Sequence[float], window: int) -> list[float]:
+    """Mean over ``window`` values around each one; centred at the start, one-sided at the end."""
+    means = []
+    for index in range(len(values)):
+        reach = min(window // 2, index)
+        around = values[index - reach : index + reach + 1]
+        means.append(sum(around) / len(around))
+    return means
+
+
+def loss_curves(logs: Sequence[str | Path], path: str | Path) -> Path | None:
+    """One panel per stage (their losses are different quantities), one line per log; None if no log has a loss."""
+    curves = {Path(log).stem: read_log(log) for log in logs}
+    if len(curves) < len(logs):
+        curves = {str(log): read_log(log) for log in logs}
+    stages = list(dict.fromkeys(stage for stages in curves.values() for stage in stages))
+    if not stages:
+        return None
+    figure = new_figure(max(5.0, 3.6 * len(stages)), 3.4)
+    for panel, stage in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages, strict=True):
+        for colour, (name, points) in enumerate((name, by_stage.get(stage)) for name, by_stage in curves.items()):
+            if points:
+                _draw_curve(panel, points, COLOURS[colour % len(COLOURS)], name)
+        low, high = panel.dataLim.intervaly
+        if low > 0 and high / low > 8:
+            panel.set_yscale("log")
+            for axis_ticks in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
+                axis_ticks(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "125" else "")
+        panel.set_title(stage or "training", fontsize=10)
+        panel.set_xlabel("iteration")
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=8)
+    figure.axes[0].set_ylabel("loss")
+    return _save(figure, Path(path))
+
+
+def _draw_curve(panel, points: list[tuple[int, float]], colour: str, name: str) -> None:
+    iterations, losses = zip(*points, strict=True)
+    if len(points) < SMOOTH_FROM:
+        panel.plot(iterations, losses, color=colour, marker="o", markersize=2.5, linewidth=1.4, label=name)
+        return
+    panel.plot(iterations, losses, color=colour, alpha=0.25, linewidth=0.8)
+    panel.plot(iterations, running_mean(losses, len(losses) // 20), color=colour, linewidth=1.6, label=name)

@@ -1,0 +1,74 @@
+"""Text files of the evaluation: JSON lines with a ``text`` field; their sentences and words."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from hylo_megatron.errors import HyLoError
+
+ADJECTIVE_ENDINGS = ("able", "ible", "less", "ful", "ous", "ive", "ish", "ant", "ent", "ary", "ic", "al")
+NOUN_IN_TEXT = re.compile(r"\b(?:the|a|an) ([a-z]{4,9})(?=[.,;:)])")
+WORD = re.compile(r"(?<![\w'-])[a-z]{4,9}(?![\w'-])")
+MIN_WORDS = 8
+
+
+def check_file(file: str | Path) -> Path:
+    file = Path(file)
+    if not file.is_file():
+        raise HyLoError(f'text file {file} not found: expected JSON lines like {{"text": "..."}}')
+    return file
+
+
+def read_texts(file: str | Path) -> Iterator[str]:
+    """The documents of a file, in file order; blank lines and empty documents are left out."""
+    with check_file(file).open(encoding="utf-8") as lines:
+        try:
+            for number, line in enumerate(lines, 1):
+                if line.strip() and (text := _text_of(line, f"{file}, line {number}")).strip():
+                    yield text
+        except UnicodeDecodeError as error:
+            raise HyLoError(f"{file} is not UTF-8 text ({error.reason}): expected JSON lines") from error
+
+
+def _text_of(line: str, where: str) -> str:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise HyLoError(f"{where}: not JSON ({error.msg}); every line has to be an object with a 'text'") from error
+    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+        raise HyLoError(f"{where}: expected an object whose 'text' is a string")
+    return record["text"]
+
+
+def read_some(file: str | Path, max_chars: int) -> str:
+    """The first documents of a file, about ``max_chars`` characters, white space folded."""
+    parts, size = [], 0
+    for text in read_texts(file):
+        parts.append(re.sub(r"\s+", " ", text[: max_chars - size]).strip())
+        size += len(parts[-1])
+        if size >= max_chars:
+            break
+    return "\n".join(parts)
+
+
+def sentences_of(prose: str, min_chars: int = 20, max_chars: int = 400) -> list[str]:
+    """Sentences in reading order; fragments and run-on lines are left out."""
+    pieces = (piece.strip() for piece in re.split(r"(?<=[.!?])\s+", prose))
+    return [piece for piece in pieces if min_chars < len(piece) < max_chars]
+
+
+def key_words(prose: str) -> tuple[list[str], list[str]]:
+    """Adjectives and nouns of 4 to 9 lower-case letters, guessed from endings and from articles before the word.
+
+    A text too small for the guess gives all its words for both.
+    """
+    words = sorted(set(WORD.findall(prose)))
+    adjectives = [word for word in words if word.endswith(ADJECTIVE_ENDINGS)]
+    nouns = sorted(set(NOUN_IN_TEXT.findall(prose)) - set(adjectives))
+    if len(words) < 2:
+        raise HyLoError("the prose file has no words of 4 to 9 lower-case letters to make needle keys of: use prose")
+    return (
+        adjectives if len(adjectives) >= MIN_WORDS else words,
+        nouns if len(nouns) >= MIN_WORDS else words,
+    )

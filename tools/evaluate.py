@@ -1,0 +1,66 @@
+"""Measures a model in Hugging Face format, alone or beside its teacher: perplexity, loss by position, needles."""
+
+import argparse
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+# This folder has a file named like another package (evaluate): the repository's root goes in its place.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from hylo_megatron.errors import HyLoError, command_line  # noqa: E402
+
+
+def lengths(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"'{text}': expected token counts with commas, as in 1024,2048") from error
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--model", required=True, help="Hugging Face folder: a hybrid or any causal language model")
+    add("--teacher", help="Hugging Face folder to compare with")
+    add("--out", required=True, help="folder for evaluation.json, evaluation.md and the pictures")
+    add("--prose", help='JSON lines {"text": ...}: prose perplexity, and the haystack of the needles')
+    add("--code", help='JSON lines {"text": ...}: code perplexity')
+    add("--context", type=int, default=2048, help="tokens a document is cut to")
+    add("--ppl-tokens", type=int, default=20_000, help="tokens to score of each file")
+    add("--needle-lengths", type=lengths, default="1024,2048", help="prompt lengths in tokens, answer included")
+    add("--needle-samples", type=int, default=4, help="prompts for each length and depth")
+    add("--needle-depths", type=int, default=5, help="depths from first to last sentence")
+    add("--skip", nargs="+", default=(), choices=["perplexity", "needle"], help="a part to leave out")
+    add("--curves", nargs="+", default=[], help="training logs (JSON lines with stage, iteration, loss) to draw")
+    add("--batch-size", type=int, help="sequences at once; by default as many as suit the device")
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: float32 on the CPU")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
+    add("--seed", type=int, default=0, help="of the needles")
+    return parser.parse_args()
+
+
+@command_line
+def main() -> None:
+    args = parse()
+    if not (args.prose or args.code):
+        raise HyLoError("nothing to measure: give --prose, --code or both")
+
+    from hylo_megatron.evaluate import Settings, evaluate  # after parsing: transformers takes seconds to import
+
+    args.skip = tuple(args.skip)
+    settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
+    report = evaluate(
+        args.model,
+        teacher_dir=args.teacher,
+        out_dir=args.out,
+        prose=args.prose,
+        code=args.code,
+        curves=args.curves,
+        settings=settings,
+    )
+    print((Path(args.out) / report["files"]["markdown"]).read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()
