@@ -2,18 +2,19 @@
 
 Per head, with decay ``a_t = exp(g_t)``, the recurrence is
 
-    S_t = a_t S_(t-1) + k_t u_t^T        o_t = q_t S_t
+    S_t = a_t S_(t-1) + k_t u_t^T        o_t = scale q_t S_t
     u_t = beta_t (v_t - a_t k_t S_(t-1))          (delta rule: Gated DeltaNet)
     u_t = v_t                                     (no delta rule: Mamba-2's SSD)
 
 Within a chunk this is a masked product; the delta rule adds one triangular system per chunk (the WY form of
-"Gated Delta Networks", arXiv 2412.06464). Only the states are passed from chunk to chunk.
+"Gated Delta Networks", arXiv 2412.06464). One chunk is worked on at a time, so that its temporaries stay in the
+cache; for backward only the states, ``u`` and the inverse of the triangular system are kept.
 
-Shapes: N chunks, M batch x key heads, G value heads per key head, C positions in a chunk, K key dim, V value dim.
+Shapes: B batch, S sequence, M key heads, H value heads (H/M share a key head), K key dim, V value dim;
+inside a chunk: C positions, and batch x heads in one dimension, M or H.
 """
 
 import torch
-import torch.nn.functional as F
 
 
 def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
@@ -21,129 +22,148 @@ def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-def _unit_lower_inverse(strict_CC: torch.Tensor) -> torch.Tensor:
-    """Inverse of ``I + strict`` for strictly lower triangular ``strict``."""
-    eye = torch.eye(strict_CC.shape[-1], dtype=strict_CC.dtype, device=strict_CC.device)
-    return torch.linalg.solve_triangular(strict_CC, eye.expand_as(strict_CC), upper=False, unitriangular=True)
-
-
-def _decays(g_NMGC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Decay from j to i within a chunk [.., C, C] (0 above the diagonal), from its start to i, from i to its end.
+class _Decays:
+    """Decay from j to i within a chunk (``pair`` [H,C,C], 0 above the diagonal), from its start to i (``head``
+    [H,C,1]), from i to its end (``tail``), and through the whole of it (``end`` [H,1,1]).
 
     Masked before exp, so that every exponent is <= 0 and strong decay ends in 0, never in inf or nan; cumulated in
     fp64, so that after strong decay the small differences still have all their digits.
     """
-    cum_NMGC = g_NMGC.double().cumsum(-1)
-    size, dtype = cum_NMGC.shape[-1], g_NMGC.dtype
-    above = torch.ones(size, size, dtype=torch.bool, device=g_NMGC.device).triu_(1)
-    pair_NMGCC = (cum_NMGC.unsqueeze(-1) - cum_NMGC.unsqueeze(-2)).to(dtype).masked_fill_(above, -torch.inf).exp_()
-    return pair_NMGCC, cum_NMGC.to(dtype).exp(), (cum_NMGC[..., -1:] - cum_NMGC).to(dtype).exp_()
+
+    def __init__(self, g_HC: torch.Tensor):
+        cum_HC1 = g_HC.double().cumsum(-1).unsqueeze(-1)
+        size, dtype = g_HC.shape[-1], g_HC.dtype
+        above_CC = torch.full((size, size), -torch.inf, dtype=dtype, device=g_HC.device).triu_(1)
+        self.pair = (cum_HC1 - cum_HC1.mT).to(dtype).add_(above_CC).exp_()
+        self.head = cum_HC1.to(dtype).exp()
+        self.tail = (cum_HC1[:, -1:] - cum_HC1).to(dtype).exp_()
+        self.end = self.head[:, -1:]
+
+
+class _Chunk:
+    """One chunk of the inputs, heads first and in the compute dtype, with what forward and backward both need."""
+
+    def __init__(self, span, q_BSMK, k_BSMK, v_BSHV, g_BSH, beta_BSH, scale, dtype):
+        self.span, self.groups, self.batch = span, v_BSHV.shape[2] // q_BSMK.shape[2], len(v_BSHV)
+        self.dtype = dtype
+        self.q, self.k, self.v = self.take(q_BSMK) * scale, self.take(k_BSMK), self.take(v_BSHV)
+        self.decays = _Decays(self.take(g_BSH))
+        self.beta = None if beta_BSH is None else self.take(beta_BSH).unsqueeze(-1)
+        self.q_H, self.k_H = self.spread(self.q), self.spread(self.k)
+        self.scores = self.spread(self.q @ self.k.mT).mul_(self.decays.pair)
+        self.query_head, self.key_tail = self.q_H * self.decays.head, self.k_H * self.decays.tail
+        if beta_BSH is not None:
+            self.key_head = self.k_H * self.decays.head
+            self.system = self.spread(self.k @ self.k.mT).mul_(self.decays.pair).tril_(-1)
+
+    def take(self, x_BSH: torch.Tensor) -> torch.Tensor:
+        """[B,S,H,..] -> [B*H,C,..] of this chunk, a copy."""
+        return x_BSH[:, self.span].transpose(1, 2).to(self.dtype).flatten(0, 1)
+
+    def put(self, x_HC: torch.Tensor, into_BSH: torch.Tensor) -> None:
+        into_BSH[:, self.span] = x_HC.unflatten(0, (self.batch, -1)).transpose(1, 2)
+
+    def spread(self, x_MC: torch.Tensor) -> torch.Tensor:
+        """A key head's tensor for each of its value heads."""
+        return x_MC if self.groups == 1 else x_MC.repeat_interleave(self.groups, 0)
+
+    def gather(self, x_HC: torch.Tensor) -> torch.Tensor:
+        """Its gradient: the sum over the value heads of a key head."""
+        return x_HC if self.groups == 1 else x_HC.unflatten(0, (-1, self.groups)).sum(1)
+
+
+def _unit_lower_inverse(strict_HCC: torch.Tensor) -> torch.Tensor:
+    """Inverse of ``I + strict`` for strictly lower triangular ``strict``."""
+    eye_CC = torch.eye(strict_HCC.shape[-1], dtype=strict_HCC.dtype, device=strict_HCC.device)
+    return torch.linalg.solve_triangular(strict_HCC, eye_CC.expand_as(strict_HCC), upper=False, unitriangular=True)
+
+
+def _spans(length: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
 class _ChunkedScan(torch.autograd.Function):
-    """(q, k [N,M,1,C,K], v [N,M,G,C,V], g and beta|None [N,M,G,C], state [M,G,K,V]) -> (o like v, last state)."""
+    """(q, k [B,S,M,K], v [B,S,H,V], g, beta|None [B,S,H], state [B*H,K,V]) -> (o like v, last state)."""
 
     @staticmethod
-    def forward(ctx, q, k, v, g, beta, state):
-        pair, head, tail = _decays(g)
-        end = head[..., -1:, None]
-        scores = (q @ k.mT) * pair
-        key_head, key_tail = k * head.unsqueeze(-1), k * tail.unsqueeze(-1)
-        kk = inverse = None
-        if beta is None:
-            u, rest = v, None
-        else:
-            kk = ((k @ k.mT) * pair).tril_(-1)
-            inverse = _unit_lower_inverse(kk * beta.unsqueeze(-1))
-            u, rest = torch.empty_like(v), torch.empty_like(v)
-        states = torch.empty(len(q), *state.shape, dtype=v.dtype, device=v.device)
-        for c in range(len(q)):
-            states[c] = state
+    def forward(ctx, q, k, v, g, beta, state, scale, size):
+        out, kept = torch.empty_like(v, memory_format=torch.contiguous_format), []
+        for span in _spans(v.shape[1], size):
+            x = _Chunk(span, q, k, v, g, beta, scale, state.dtype)
+            inverse, u = None, x.v
             if beta is not None:
-                torch.sub(v[c], key_head[c] @ state, out=rest[c])
-                torch.matmul(inverse[c], rest[c] * beta[c].unsqueeze(-1), out=u[c])
-            state = torch.addcmul(key_tail[c].mT @ u[c], state, end[c])
-        out = (q * head.unsqueeze(-1)) @ states
-        out += scores @ u
-        ctx.save_for_backward(q, k, beta, pair, head, tail, scores, kk, inverse, rest, u, states)
+                inverse = _unit_lower_inverse(x.system * x.beta)
+                u = inverse @ torch.baddbmm(x.v, x.key_head, state, alpha=-1).mul_(x.beta)
+            kept += [state, u, inverse]
+            x.put(torch.baddbmm(x.scores @ u, x.query_head, state), out)
+            state = torch.baddbmm(state * x.decays.end, x.key_tail.mT, u)
+        ctx.scale, ctx.size = scale, size
+        ctx.save_for_backward(q, k, v, g, beta, *kept)
         ctx.set_materialize_grads(False)
         return out, state
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_out, d_state):
-        q, k, beta, pair, head, tail, scores, kk, inverse, rest, u, states = ctx.saved_tensors
-        d_out = torch.zeros_like(u) if d_out is None else d_out
-        head, tail = head.unsqueeze(-1), tail.unsqueeze(-1)
-        d_u = scores.mT @ d_out
-        d_solved = None if beta is None else torch.empty_like(u)  # gradient of beta * rest
-        d_states = _backward_states(q * head, k * head, k * tail, head, d_out, d_state, d_u, d_solved, beta, inverse)
-
-        # Inside the chunk: scores, and the triangular system of the delta rule.
-        d_qk = (d_out @ u.mT).mul_(pair)
-        d_cum = _row_minus_column(d_qk * (q @ k.mT))
-        d_q = _sum_heads(d_qk) @ k
-        d_k = _sum_heads(d_qk).mT @ q
-        d_v, d_beta = d_u, None
-        if beta is not None:
-            d_system = (d_solved @ u.mT).neg_()
-            per_pair = d_system * kk
-            d_beta = per_pair.sum(-1) + (d_solved * rest).sum(-1)
-            d_cum += _row_minus_column(per_pair.mul_(beta.unsqueeze(-1)))
-            d_kk = _sum_heads(d_system.mul_(pair).mul_(beta.unsqueeze(-1))).tril(-1)
-            d_k += (d_kk + d_kk.mT) @ k
-            d_v = d_solved * beta.unsqueeze(-1)
-            d_key_head = (d_v @ states.mT).mul_(head).neg_()
-            d_k += _sum_heads(d_key_head)
-            d_cum += (d_key_head * k).sum(-1)
-
-        # Between chunks: reading the state at the start, writing the state at the end.
-        d_query_head = (d_out @ states.mT).mul_(head)
-        d_q += _sum_heads(d_query_head)
-        d_cum += (d_query_head * q).sum(-1)
-        d_key_tail = (u @ d_states[1:].mT).mul_(tail)
-        d_k += _sum_heads(d_key_tail)
-        written = (d_key_tail * k).sum(-1)
-        d_cum -= written
-        d_cum[..., -1] += written.sum(-1) + (d_states[1:] * states).sum((-1, -2)) * head[..., -1, 0]
-        d_g = d_cum.flip(-1).cumsum(-1).flip(-1)
-        return d_q, d_k, d_v, d_g, d_beta, d_states[0]
+        *inputs, beta = ctx.saved_tensors[:5]
+        kept = ctx.saved_tensors[5:]
+        d_inputs = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs]
+        d_beta = None if beta is None else torch.empty_like(beta, memory_format=torch.contiguous_format)
+        d_out = torch.zeros_like(inputs[2]) if d_out is None else d_out
+        d_state = torch.zeros_like(kept[0]) if d_state is None else d_state
+        spans = _spans(d_out.shape[1], ctx.size)
+        for i in reversed(range(len(spans))):
+            x = _Chunk(spans[i], *inputs, beta, ctx.scale, d_state.dtype)
+            *d_chunk, d_chunk_beta, d_state = _chunk_backward(x, *kept[3 * i : 3 * i + 3], x.take(d_out), d_state)
+            d_chunk[0] *= ctx.scale
+            for d_part, d_whole in zip(d_chunk, d_inputs, strict=True):
+                x.put(d_part, d_whole)
+            if beta is not None:
+                x.put(d_chunk_beta, d_beta)
+        return *d_inputs, d_beta, d_state, None, None
 
 
-def _backward_states(q_head, key_head, key_tail, head, d_out, d_state, d_u, d_solved, beta, inverse):
-    """Gradients of the state before each chunk, and after the last; completes ``d_u``, fills ``d_solved``."""
-    from_out = q_head.mT @ d_out
-    d_states = from_out.new_zeros(len(from_out) + 1, *from_out.shape[1:])
-    if d_state is not None:
-        d_states[-1] = d_state
-    for c in reversed(range(len(from_out))):
-        d_u[c] += key_tail[c] @ d_states[c + 1]
-        d_before = torch.addcmul(from_out[c], d_states[c + 1], head[c, ..., -1:, :])
-        if beta is not None:
-            torch.matmul(inverse[c].mT, d_u[c], out=d_solved[c])
-            d_before -= key_head[c].mT @ (d_solved[c] * beta[c].unsqueeze(-1))
-        d_states[c] = d_before
-    return d_states
+def _chunk_backward(x: _Chunk, state, u, inverse, d_out, d_after):
+    """Gradients of (q, k, v, g, beta, state before the chunk), from those of its output and of the state after it."""
+    decays = x.decays
+    d_u = torch.baddbmm(x.key_tail @ d_after, x.scores.mT, d_out)
+    d_before = torch.baddbmm(d_after * decays.end, x.query_head.mT, d_out)
+
+    # Pairs within the chunk. The cumulated log decay enters pair (i, j) as cum_i - cum_j.
+    d_scores = d_out @ u.mT
+    d_cum = _row_minus_column(d_scores * x.scores)
+    d_scores = x.gather(d_scores.mul_(decays.pair))
+    d_q, d_k = d_scores @ x.k, d_scores.mT @ x.q
+    d_v, d_beta = d_u, None
+
+    # Reading the state before the chunk, and writing the state after it.
+    d_query_head = (d_out @ state.mT).mul_(decays.head)
+    d_key = (u @ d_after.mT).mul_(decays.tail)
+    written = (d_key * x.k_H).sum(-1)
+    d_cum += (d_query_head * x.q_H).sum(-1) - written
+    d_cum[:, -1] += written.sum(-1) + (d_after * state).sum((-1, -2)) * decays.end[:, 0, 0]
+
+    if inverse is not None:
+        d_solved = inverse.mT @ d_u
+        rest = torch.baddbmm(x.v, x.key_head, state, alpha=-1)
+        d_system = torch.bmm(d_solved, u.mT).neg_()
+        per_pair = d_system * x.system
+        d_beta = per_pair.sum(-1) + (d_solved * rest).sum(-1)
+        d_cum += _row_minus_column(per_pair.mul_(x.beta))
+        d_kk = x.gather(d_system.mul_(decays.pair).mul_(x.beta)).tril(-1)
+        d_k = torch.baddbmm(d_k, d_kk + d_kk.mT, x.k)
+        d_v = d_solved.mul_(x.beta)
+        d_key_head = (d_v @ state.mT).mul_(decays.head)
+        d_cum -= (d_key_head * x.k_H).sum(-1)
+        d_key -= d_key_head
+        d_before.baddbmm_(x.key_head.mT, d_v, alpha=-1)
+
+    d_g = d_cum.flip(-1).cumsum(-1).flip(-1)
+    return d_q.add_(x.gather(d_query_head)), d_k.add_(x.gather(d_key)), d_v, d_g, d_beta, d_before
 
 
-def _sum_heads(x_NMG: torch.Tensor) -> torch.Tensor:
-    """Gradient of a tensor that the G value heads of a key head share."""
-    return x_NMG if x_NMG.shape[2] == 1 else x_NMG.sum(2, keepdim=True)
-
-
-def _row_minus_column(x_CC: torch.Tensor) -> torch.Tensor:
-    """Gradient of the cumulated log decay, which enters each pair (i, j) as cum_i - cum_j."""
-    return x_CC.sum(-1) - x_CC.sum(-2)
-
-
-def _to_chunks(x_BSH: torch.Tensor, size: int, groups: int, dtype: torch.dtype) -> torch.Tensor:
-    """[B,S,M*G,..] -> contiguous [N,B*M,G,C,..], padded with zeros (which neither decay nor write)."""
-    batch, length, heads = x_BSH.shape[:3]
-    if pad := -length % size:
-        x_BSH = F.pad(x_BSH, (0, 0) * (x_BSH.dim() - 2) + (0, pad))
-    x = x_BSH.to(dtype).reshape(batch, (length + pad) // size, size, heads, -1).permute(1, 0, 3, 2, 4)
-    x = x.reshape(x.shape[0], batch * heads // groups, groups, size, -1)
-    return x.squeeze(-1) if x_BSH.dim() == 3 else x
+def _row_minus_column(x_HCC: torch.Tensor) -> torch.Tensor:
+    return x_HCC.sum(-1) - x_HCC.sum(-2)
 
 
 def chunked_scan(
@@ -152,20 +172,18 @@ def chunked_scan(
     v_BSHV: torch.Tensor,
     g_BSH: torch.Tensor,
     beta_BSH: torch.Tensor | None,
+    scale: float,
     initial_state: torch.Tensor | None,
     chunk_size: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The recurrence above; value heads h*G .. h*G+G-1 share query and key head h. Returns o [B,S,H,V] and
-    the last state [B,H,K,V], both in the compute dtype."""
-    batch, length, heads, width = v_BSHV.shape
-    groups = heads // q_BSMK.shape[2]
+    """The recurrence above; value heads h*H/M and on share query and key head h. Returns o [B,S,H,V] in v's dtype
+    and the last state [B,H,K,V] in the compute dtype."""
+    batch, _, heads, width = v_BSHV.shape
     dtype = compute_dtype(q_BSMK, k_BSMK, v_BSHV, g_BSH)
-    size = min(chunk_size, length)
-    q, k = (_to_chunks(x, size, 1, dtype) for x in (q_BSMK, k_BSMK))
-    v, g = (_to_chunks(x, size, groups, dtype) for x in (v_BSHV, g_BSH))
-    beta = None if beta_BSH is None else _to_chunks(beta_BSH, size, groups, dtype)
-    state_shape = (q.shape[1], groups, q.shape[-1], width)
-    state = v.new_zeros(state_shape) if initial_state is None else initial_state.to(dtype).reshape(state_shape)
-    out, state = _ChunkedScan.apply(q, k, v, g, beta, state)
-    out = out.reshape(len(q), batch, heads, size, width).permute(1, 0, 3, 2, 4).reshape(batch, -1, heads, width)
-    return out[:, :length], state.reshape(batch, heads, *state_shape[2:])
+    shape = (batch, heads, k_BSMK.shape[-1], width)
+    if initial_state is None:
+        state = torch.zeros(shape, dtype=dtype, device=v_BSHV.device)
+    else:
+        state = initial_state.to(dtype).expand(shape)
+    out, state = _ChunkedScan.apply(q_BSMK, k_BSMK, v_BSHV, g_BSH, beta_BSH, state.flatten(0, 1), scale, chunk_size)
+    return out, state.view(shape)

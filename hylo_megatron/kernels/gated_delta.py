@@ -29,10 +29,9 @@ def chunk_gated_delta_rule(
         raise NotImplementedError("packed sequences (cu_seqlens) need fla's kernel on a GPU; pass one sequence a row")
     if use_qk_l2norm_in_kernel:
         q, k = l2norm(q), l2norm(k)
-    dtype = compute_dtype(q, k, v, g)
-    q_scaled = q.to(dtype) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    out, state = chunked_scan(q_scaled, k, v, g, beta, initial_state, chunk_size)
-    return out.to(v.dtype), state if output_final_state else None
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    out, state = chunked_scan(q, k, v, g, beta, scale, initial_state, chunk_size)
+    return out, state if output_final_state else None
 
 
 def recurrent_gated_delta_rule(

@@ -34,7 +34,7 @@ def ssd_chunk_scan(
     dtype = compute_dtype(x, dt, A, B, C)
     dt = dt.to(dtype)
     state = None if initial_state is None else initial_state.mT
-    out, state = chunked_scan(C, B, x * dt.unsqueeze(-1), dt * A.to(dtype), None, state, chunk_size)
+    out, state = chunked_scan(C, B, x * dt.unsqueeze(-1), dt * A.to(dtype), None, 1.0, state, chunk_size)
     return _skip(out, x, D).to(x.dtype), state.mT if output_final_state else None
 
 
