@@ -1,0 +1,1 @@
+"""Text and weights from pinned packages, and token files for training."""

@@ -1,0 +1,74 @@
+"""One face for the two kinds of tokenizers that training text is encoded with."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from hylo_megatron.errors import HyLoError
+
+DOCUMENT_END = ("<|endoftext|>", "<|end_of_text|>")  # preferred to eos, which in chat models ends a turn
+
+
+@dataclass(frozen=True)
+class TextTokenizer:
+    """``encode``: texts to lists of ids, nothing added. ``render``: messages to text, None without a template."""
+
+    vocab_size: int
+    eod_id: int
+    encode: Callable[[list[str]], list[list[int]]]
+    render: Callable[[list], str] | None
+
+
+def load_tokenizer(path: Path, workers: int, eod_token: str | None = None) -> TextTokenizer:
+    """From a Hugging Face folder with tokenizer.json, or a sentencepiece ``.model`` file. ``workers``: threads."""
+    if path.is_file() and path.suffix == ".model":
+        return _sentencepiece(path, workers, eod_token)
+    if path.is_dir() and (path / "tokenizer.json").is_file():
+        return _hugging_face(path, workers, eod_token)
+    raise HyLoError(f"{path}: expected a folder with tokenizer.json, or a sentencepiece .model file")
+
+
+def _hugging_face(path: Path, workers: int, eod_token: str | None) -> TextTokenizer:
+    # the thread pool of `tokenizers` is made at its first use and reads these then
+    os.environ["RAYON_NUM_THREADS"] = str(workers)
+    os.environ["TOKENIZERS_PARALLELISM"] = "true" if workers > 1 else "false"
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise HyLoError(f"{path}: transformers cannot load this tokenizer ({str(error).splitlines()[0]})") from error
+    if not tokenizer.is_fast:
+        raise HyLoError(f"{path}: this tokenizer has no fast form, which streaming needs: save it with tokenizer.json")
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    wanted = [eod_token] if eod_token else [*DOCUMENT_END, tokenizer.eos_token]
+    eod_id = next((i for t in wanted if t and (i := backend.token_to_id(t)) is not None), None)
+    if eod_id is None:
+        raise HyLoError(f"{path}: no end-of-document token among {wanted}: name one with --eod-token")
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        return [item.ids for item in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def render(messages: list) -> str:
+        return tokenizer.apply_chat_template(messages, tokenize=False)
+
+    return TextTokenizer(len(tokenizer), eod_id, encode, render if tokenizer.chat_template else None)
+
+
+def _sentencepiece(path: Path, workers: int, eod_token: str | None) -> TextTokenizer:
+    try:
+        from sentencepiece import SentencePieceProcessor
+    except ImportError as error:
+        raise HyLoError(f"{path}: reading it needs the package sentencepiece: pip install sentencepiece") from error
+    try:
+        processor = SentencePieceProcessor(model_file=str(path))
+    except (OSError, RuntimeError) as error:
+        raise HyLoError(f"{path}: not a sentencepiece model ({error})") from error
+    eod_id = processor.piece_to_id(eod_token) if eod_token else processor.eos_id()
+    if eod_id < 0 or (eod_token and eod_id == processor.unk_id()):
+        raise HyLoError(f"{path}: no end-of-document token {eod_token or '(eos)'}: name one with --eod-token")
+    return TextTokenizer(processor.vocab_size(), eod_id,
+                         lambda texts: processor.encode(texts, out_type=int, num_threads=workers), None)
