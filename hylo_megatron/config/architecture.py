@@ -18,7 +18,7 @@ class Architecture:
 
     ``rope_parameters`` is transformers' dictionary (``rope_type``, ``rope_theta``, scaling fields).
     ``geometry`` is set when the plan has mixers other than ``attention``. ``qk_norm``: per-head RMSNorm on queries
-    and keys (Qwen3). ``extra`` is carried along untouched (token ids, the layer norms that ILD divides by).
+    and keys of attention (Qwen3); ``mla_qk_norm``: the same in MLA layers. ``extra`` is carried along untouched (token ids, the layer norms that ILD divides by).
     """
 
     model_type: str
@@ -35,6 +35,7 @@ class Architecture:
     plan: tuple[str, ...]
     attention_bias: bool = False
     qk_norm: bool = False
+    mla_qk_norm: bool = False
     geometry: Geometry | None = None
     extra: dict = field(default_factory=dict)
 

@@ -1,0 +1,89 @@
+"""Command line of training: Megatron's own flags, the ``--hylo-*`` ones, and what the checkpoint already says."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from hylo_megatron.config import Architecture
+from hylo_megatron.distill.kl import KLSettings
+from hylo_megatron.errors import HyLoError
+
+
+def add_hylo_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    add = parser.add_argument_group("hylo").add_argument
+    add("--hylo-stage", choices=("ild", "distill"), required=True, help="layer by layer, or end to end")
+    add("--hylo-student", required=True, help="student checkpoint to start from (upcycle.py or an earlier stage)")
+    add("--hylo-teacher", required=True, help="teacher checkpoint; for distill it may be wider or deeper than the base")
+    add("--hylo-train", choices=("all", "mixers"), default=None,
+        help="mixers: weights copied from the base stay frozen (default: mixers for ild, all for distill)")
+    add("--hylo-backend", choices=("local", "te"), default="local", help="torch layers, or TransformerEngine's")
+    add("--hylo-copied-lr-mult", type=float, default=0.2, help="learning rate of copied weights, as a factor")
+    add("--hylo-decay-lr-mult", type=float, default=5.0, help="learning rate of A_log and dt_bias, as a factor")
+    add("--hylo-kl-weight", type=float, default=1.0)
+    add("--hylo-ce-weight", type=float, default=0.0)
+    add("--hylo-temperature", type=float, default=1.0)
+    add("--hylo-reverse-kl", action="store_true", help="KL(student || teacher), the paper's formula")
+    add("--hylo-kl-chunk", type=int, default=1024, help="tokens whose logits are in memory at once")
+    add("--hylo-ild-raw-norms", action="store_true", help="do not divide layer losses by the teacher's norms")
+    add("--hylo-ild-attention-weight", type=float, default=1.0)
+    add("--hylo-ild-hidden-weight", type=float, default=1.0)
+    add("--hylo-log", help="JSON lines with the losses of every step (default: SAVE/train_log.jsonl)")
+    return parser  # fmt: skip
+
+
+def kl_settings(args) -> KLSettings:
+    return KLSettings(args.hylo_kl_weight, args.hylo_ce_weight, args.hylo_temperature, args.hylo_reverse_kl,
+                      args.hylo_kl_chunk)  # fmt: skip
+
+
+def engine_flags(arch: Architecture, tokenizer: Path, tp: int) -> list[str]:
+    """Megatron flags that follow from the student and the machine; what the user writes comes later and wins."""
+    flags = [
+        "--num-layers", 2 * arch.num_layers, "--hidden-size", arch.hidden_size,
+        "--ffn-hidden-size", arch.intermediate_size, "--num-attention-heads", arch.num_attention_heads,
+        "--group-query-attention", "--num-query-groups", arch.num_key_value_heads, "--kv-channels", arch.head_dim,
+        "--max-position-embeddings", arch.max_position_embeddings, "--norm-epsilon", arch.rms_norm_eps,
+        "--normalization", "RMSNorm", "--swiglu", "--disable-bias-linear", "--position-embedding-type", "none",
+        "--hidden-dropout", 0, "--attention-dropout", 0, "--tokenizer-type", "HuggingFaceTokenizer",
+        "--tokenizer-model", tokenizer, "--make-vocab-size-divisible-by", 1,
+        "--calculate-per-token-loss", "--transformer-impl", "local", "--use-cpu-initialization",
+        "--no-gradient-accumulation-fusion", "--no-persist-layer-norm", "--no-masked-softmax-fusion",
+        "--no-bias-dropout-fusion", "--no-bias-swiglu-fusion", "--no-rope-fusion",
+        "--ckpt-format", "torch_dist", "--dataloader-type", "single", "--num-workers", 0, "--seed", 1234,
+        "--adam-beta2", 0.95, "--clip-grad", 1.0, "--log-interval", 1, "--eval-iters", 0, "--eval-interval", 1000000,
+        "--split", "100,0,0",
+    ]  # fmt: skip
+    if not arch.tie_word_embeddings:
+        flags += ["--untie-embeddings-and-output-weights"]
+    if torch.cuda.device_count() == 0:
+        flags += ["--distributed-backend", "gloo"]
+    return [str(flag) for flag in flags]
+
+
+def prepare_command_line() -> Architecture:
+    """Puts the student's flags in front of the user's in ``sys.argv``. Raises ``HyLoError`` before anything starts."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        known = add_hylo_arguments(argparse.ArgumentParser(add_help=False))
+        print("python -m hylo_megatron.train: all of Megatron's flags, and\n" + known.format_help())
+        sys.exit(0)
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    parser.add_argument("--hylo-student")
+    parser.add_argument("--save")
+    parser.add_argument("--tensor-model-parallel-size", type=int, default=1)
+    known, _ = parser.parse_known_args()
+    if not known.hylo_student:
+        raise HyLoError("--hylo-student is missing: the student checkpoint made by upcycle.py")
+    arch = Architecture.load(known.hylo_student)
+    if not arch.is_hybrid:
+        raise HyLoError(f"--hylo-student {known.hylo_student} is a Transformer; run upcycle.py on it first")
+    tokenizer = Path(known.hylo_student) / "hf"
+    user = sys.argv[1:]
+    flags = engine_flags(arch, tokenizer, known.tensor_model_parallel_size)
+    # A run resumes from its own folder when that holds a checkpoint, else it starts from the student's weights.
+    flags += ["--pretrained-checkpoint", known.hylo_student]
+    if known.save and "--load" not in user:
+        flags += ["--load", known.save]
+    sys.argv[1:] = flags + user
+    return arch

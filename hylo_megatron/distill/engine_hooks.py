@@ -1,0 +1,102 @@
+"""The two places where training reaches into ``megatron.training``: parameter groups, and a log line after each step."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
+from megatron.training import training
+
+from hylo_megatron.distill.model import is_mixer_parameter
+
+
+def _is_decay(name: str) -> bool:
+    return name.endswith((".A_log", ".dt_bias"))
+
+
+def learning_rate_groups(args) -> dict:
+    """Copied weights learn slowly; the decay parameters, which start far from where they end, fast."""
+    groups = {}
+
+    def add(label, matches, factor):
+        if factor != 1.0:
+            key = ParamKey(with_name_predicate=ParamWithNamePredicate(label, lambda _, name: matches(name)))
+            groups[key] = {"max_lr": args.lr * factor, "min_lr": (args.min_lr or 0.0) * factor}
+
+    add("hylo_copied", lambda name: not is_mixer_parameter(name), args.hylo_copied_lr_mult)
+    add("hylo_decay", _is_decay, args.hylo_decay_lr_mult)
+    return groups
+
+
+class StepLog:
+    """Appends one JSON line a step: global means of the losses, per layer for ``ild``, on every layout."""
+
+    def __init__(self, args, model):
+        self.stage, self.model, self.tokens = args.hylo_stage, model, args.global_batch_size * args.seq_length
+        self.path = Path(args.hylo_log or Path(args.save or ".") / "train_log.jsonl")
+        self.writes, self.last = torch.distributed.get_rank() == 0, time.time()
+
+    def truncate(self, iteration: int) -> None:
+        """Drops lines of steps that an interrupted run took after its last checkpoint; they are taken again."""
+        if not self.writes or not self.path.is_file():
+            return
+        kept = [line for line in self.path.read_text().splitlines() if json.loads(line)["iteration"] <= iteration]
+        scratch = self.path.with_name(self.path.name + ".partial")
+        scratch.write_text("".join(line + "\n" for line in kept))
+        os.replace(scratch, self.path)
+
+    def layer_means(self) -> list[list[float]] | None:
+        sums = [m.take_layer_sums() for m in self.model]
+        if all(s is None for s in sums):
+            return None
+        local = torch.zeros(self.model[0].arch.num_layers, 2, device=torch.cuda.current_device())
+        for module, value in zip(self.model, sums, strict=True):
+            local[module.first_layer : module.first_layer + len(value)] += value
+        torch.distributed.all_reduce(local, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        torch.distributed.all_reduce(local, group=parallel_state.get_pipeline_model_parallel_group())
+        return (local / self.tokens).tolist()
+
+    def write(self, losses: dict, iteration: int, learning_rate, grad_norm) -> None:
+        layers = self.layer_means()
+        values = [{key: float(value) for key, value in losses.items()}]
+        last = parallel_state.get_pipeline_model_parallel_last_rank()
+        torch.distributed.broadcast_object_list(values, last, group=parallel_state.get_pipeline_model_parallel_group())
+        if not self.writes:
+            return
+        losses, now = values[0], time.time()
+        if layers:  # the loss function of the last stage saw its own layers only
+            totals = [sum(column) for column in zip(*layers, strict=True)]
+            losses = dict(zip(losses, totals, strict=True))
+        line = {"stage": self.stage, "iteration": iteration, "loss": sum(losses.values()) if layers else losses["kl"]}
+        line |= losses | {"lr": learning_rate, "grad_norm": grad_norm and float(grad_norm)}
+        line |= {"tokens": iteration * self.tokens, "seconds": round(now - self.last, 3)}
+        if layers:
+            line["layers"] = [[round(x, 5) for x in layer] for layer in layers]
+        self.last = now
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def install(models: list) -> None:
+    """Called once; ``models`` is filled by the model provider before the first step."""
+    configured, logged = training.get_megatron_optimizer_config, training.training_log
+    log: list[StepLog] = []
+
+    def with_groups(args):
+        config, overrides = configured(args)
+        return config, {**overrides, **learning_rate_groups(args)}
+
+    def with_step_log(loss_dict, total, learning_rate, iteration, scale, report, skipped, grad_norm, *rest, **kwargs):
+        if not kwargs.get("is_first_iteration"):
+            if not log:
+                log.append(StepLog(training.get_args(), models))
+                log[0].truncate(iteration - 1)
+            log[0].write(loss_dict, iteration, learning_rate, grad_norm)
+        return logged(loss_dict, total, learning_rate, iteration, scale, report, skipped, grad_norm, *rest, **kwargs)
+
+    training.get_megatron_optimizer_config = with_groups
+    training.training_log = with_step_log

@@ -1,0 +1,148 @@
+"""``DistillModel``: the student that megatron trains, with a frozen teacher that nobody but this class sees."""
+
+import copy
+from dataclasses import dataclass, field
+
+import torch
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from hylo_megatron.config import Architecture
+from hylo_megatron.distill.ild import AttachLoss, HiddenStates, layer_losses
+from hylo_megatron.distill.kl import KLSettings, hidden_state_kl
+from hylo_megatron.layers.load import load_state, model_tensors
+
+
+@dataclass(frozen=True)
+class DistillSettings:
+    stage: str  # "ild" | "distill"
+    train: str = "all"  # "all" | "mixers": what is not copied from the base model
+    normalize_ild: bool = True
+    attention_weight: float = 1.0
+    hidden_weight: float = 1.0
+    kl: KLSettings = field(default_factory=KLSettings)
+
+
+def is_mixer_parameter(name: str) -> bool:
+    """Whether a parameter belongs to a new mixer (everything else was copied from the base model)."""
+    return ".self_attention." in name or ".mixer." in name
+
+
+class DistillModel(MegatronModule):
+    """Returns ``[loss, *parts]`` on the last pipeline stage, what the next stage needs elsewhere.
+
+    Under pipeline parallelism student and teacher states travel as one tensor, ``[S, B, D + C]``. The engine sizes its
+    messages by ``config.hidden_size``, so this module's own config carries that sum.
+    """
+
+    def __init__(self, student, teacher, arch: Architecture, teacher_arch: Architecture, settings: DistillSettings):
+        config = copy.copy(student.config)
+        carries_student = settings.stage == "distill"
+        config.hidden_size = teacher_arch.hidden_size + (arch.hidden_size if carries_student else 0)
+        super().__init__(config)
+        self.student, self.settings, self.arch = student, settings, arch
+        # In a plain list: unseen by DDP, the optimizer and checkpoints.
+        self._frozen = [teacher.eval().requires_grad_(False)]
+        self._states = HiddenStates(teacher.decoder) if settings.stage == "ild" else None
+        for name in ("pre_process", "post_process", "share_embeddings_and_output_weights", "model_type", "vp_stage",
+                     "pg_collection"):  # fmt: skip
+            setattr(self, name, getattr(student, name, None))
+        self.tp_group, self.cp_group = student.pg_collection.tp, student.pg_collection.cp
+        self.layer_sums: Tensor | None = None  # [L, 2] of this rank, collected by the log
+        first = student.decoder.layers[0].layer_number // 2
+        norms = torch.tensor(arch.extra.get("ild_norms", [[1.0, 1.0]] * arch.num_layers), dtype=torch.float32)
+        norms = norms if settings.normalize_ild else torch.ones_like(norms)
+        self.first_layer, count = first, len(student.decoder.layers) // 2
+        self.norms_L2 = norms[first : first + count].clamp_min(1e-6).to(torch.cuda.current_device())
+        if settings.train == "mixers":
+            for name, parameter in student.named_parameters():
+                parameter.requires_grad_(is_mixer_parameter(name))
+
+    @property
+    def teacher(self):
+        return self._frozen[0]
+
+    def shared_embedding_or_output_weight(self):
+        return self.student.shared_embedding_or_output_weight()
+
+    def set_input_tensor(self, input_tensor):
+        x = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+        if x is None:
+            return
+        if self.settings.stage == "ild":
+            self.teacher.set_input_tensor(x.detach())
+            return
+        width = self.arch.hidden_size
+        self.student.set_input_tensor(x[..., :width].contiguous())
+        self.teacher.set_input_tensor(x[..., width:].detach().contiguous())
+
+    @staticmethod
+    def _hidden(model, tokens, positions) -> Tensor:
+        """The model's hidden states on this stage; after its final norm on the last."""
+        last, model.post_process = model.post_process, False
+        try:
+            return model(tokens, positions, None)
+        finally:
+            model.post_process = last
+
+    def forward(self, tokens: Tensor, position_ids: Tensor, labels: Tensor, loss_mask: Tensor) -> Tensor:
+        with torch.no_grad():
+            teacher_hidden = self._hidden(self.teacher, tokens, position_ids)
+        if self.settings.stage == "ild":
+            return self._forward_ild(teacher_hidden, loss_mask)
+        hidden = self._hidden(self.student, tokens, position_ids)
+        if not self.post_process:
+            return torch.cat([hidden, teacher_hidden], -1)
+        return self._head_loss(hidden, teacher_hidden, labels, loss_mask)
+
+    def _forward_ild(self, teacher_hidden: Tensor, loss_mask: Tensor) -> Tensor:
+        mask_SB = loss_mask.T.float()
+        if self.config.sequence_parallel:
+            mask_SB = mask_SB.chunk(self.tp_group.size())[self.tp_group.rank()]
+        losses_L2 = layer_losses(self.student.decoder.layers, self._states.take(), mask_SB, self.norms_L2)
+        self._collect(losses_L2)
+        weight = losses_L2.new_tensor([self.settings.attention_weight, self.settings.hidden_weight])
+        loss = (losses_L2 * weight).sum()
+        if not self.post_process:
+            return AttachLoss.apply(teacher_hidden, loss)
+        parts = losses_L2.detach().sum(0)
+        return torch.stack([loss, *parts])
+
+    def _collect(self, losses_L2: Tensor) -> None:
+        sums = losses_L2.detach().clone()
+        if self.config.sequence_parallel:
+            torch.distributed.all_reduce(sums, group=self.tp_group)
+        self.layer_sums = sums if self.layer_sums is None else self.layer_sums + sums
+
+    def take_layer_sums(self) -> Tensor | None:
+        sums, self.layer_sums = self.layer_sums, None
+        return sums
+
+    def _head_loss(self, hidden: Tensor, teacher_hidden: Tensor, labels: Tensor, loss_mask: Tensor) -> Tensor:
+        if self.config.sequence_parallel:
+            hidden, teacher_hidden = (
+                gather_from_sequence_parallel_region(x, group=self.tp_group) for x in (hidden, teacher_hidden)
+            )
+        loss, kl, ce = hidden_state_kl(
+            hidden.flatten(0, 1), self._head(self.student), teacher_hidden.flatten(0, 1), self._head(self.teacher),
+            labels.T.flatten(), loss_mask.T.flatten().float(), self.arch.vocab_size, self.tp_group,
+            reduce_input_grad=not self.config.sequence_parallel, settings=self.settings.kl,
+        )  # fmt: skip
+        return torch.stack([loss, kl, ce])
+
+    @staticmethod
+    def _head(model) -> Tensor:
+        if model.share_embeddings_and_output_weights:
+            return model.shared_embedding_or_output_weight()
+        return model.output_layer.weight
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """The student's, under its own names: checkpoints of every stage look like a converted model."""
+        return model_tensors(self.student.sharded_state_dict(prefix, sharded_offsets, metadata))
+
+    def state_dict_for_save_checkpoint(self, prefix: str = "", keep_vars: bool = False):
+        return self.student.state_dict(prefix=prefix, keep_vars=keep_vars)
+
+    def load_state_dict(self, state_dict, strict: bool = True):
+        load_state(self.student, state_dict)

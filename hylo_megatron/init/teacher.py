@@ -1,0 +1,99 @@
+"""The base model, one layer at a time: weights and activations of each attention layer on calibration text.
+
+Plain torch on whatever device is there; only one layer's weights are in memory, so an 8B model fits a small machine.
+Legend: B batch, S sequence, D model, H query heads, G key-value heads, K head dim.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hylo_megatron.config import Architecture
+from hylo_megatron.convert.checkpoint import CheckpointReader
+from hylo_megatron.convert.tables import mappings
+from hylo_megatron.kernels.norm import rms_norm
+from hylo_megatron.layers.rope import rope_frequencies
+
+
+@dataclass
+class AttentionLayer:
+    """One attention layer and what it saw. ``q/k/v`` weights are fp32, biases or None."""
+
+    index: int
+    weights: dict[str, Tensor]
+    inputs_BSD: Tensor  # after the input norm
+    heads_BSHK: Tensor  # before the output projection
+    output_BSD: Tensor
+    update_norm: float  # mean over tokens of |layer output - layer input|, attention and MLP together
+
+    def __getitem__(self, name: str) -> Tensor | None:
+        return self.weights.get(name)
+
+
+def rotate(x_BSHK: Tensor, frequencies: Tensor) -> Tensor:
+    angles = torch.arange(x_BSHK.shape[1], device=x_BSHK.device)[:, None] * frequencies.to(x_BSHK.device)
+    cos, sin = torch.cat([angles, angles], -1).cos()[:, None], torch.cat([angles, angles], -1).sin()[:, None]
+    first, second = x_BSHK.chunk(2, -1)
+    return x_BSHK * cos + torch.cat([-second, first], -1) * sin
+
+
+class BaseModel:
+    """Reads a converted checkpoint under Hugging Face names."""
+
+    def __init__(self, checkpoint, device: torch.device):
+        self.arch, self.reader, self.device = Architecture.load(checkpoint), CheckpointReader(checkpoint), device
+        self.by_key = {key: (mapping, i) for mapping in mappings(self.arch) for i, key in enumerate(mapping.hf)}
+        self.frequencies, _ = rope_frequencies(
+            self.arch.rope_parameters, self.arch.head_dim, self.arch.max_position_embeddings
+        )
+
+    def tensor(self, key: str) -> Tensor:
+        mapping, index = self.by_key[key]
+        return mapping.to_hf([self.reader[name] for name in mapping.megatron])[index].to(self.device, torch.float32)
+
+    def layer_weights(self, layer: int) -> dict[str, Tensor]:
+        prefix = f"model.layers.{layer}."
+        return {key.removeprefix(prefix): self.tensor(key) for key in self.by_key if key.startswith(prefix)}
+
+    def attention(self, x_BSD: Tensor, w: dict[str, Tensor]) -> Tensor:
+        a = self.arch
+
+        def project(name, heads):
+            out = F.linear(x_BSD, w[f"self_attn.{name}_proj.weight"], w.get(f"self_attn.{name}_proj.bias"))
+            return out.unflatten(-1, (heads, a.head_dim))
+
+        q = project("q", a.num_attention_heads)
+        k, v = project("k", a.num_key_value_heads), project("v", a.num_key_value_heads)
+        if a.qk_norm:
+            q = rms_norm(q, w["self_attn.q_norm.weight"], a.rms_norm_eps)
+            k = rms_norm(k, w["self_attn.k_norm.weight"], a.rms_norm_eps)
+        q, k = rotate(q, self.frequencies), rotate(k, self.frequencies)
+        out = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=True
+        )
+        return out.transpose(1, 2)
+
+    @torch.no_grad()
+    def layers(self, tokens_BS: Tensor | None) -> Iterator[AttentionLayer]:
+        """Runs the model on ``tokens_BS`` and stops at each attention layer; without tokens only weights are given."""
+        a, empty = self.arch, torch.empty(0)
+        if tokens_BS is not None:
+            x_BSD = F.embedding(tokens_BS.to(self.device), self.tensor("model.embed_tokens.weight"))
+        for layer in range(a.num_layers):
+            w = self.layer_weights(layer)
+            if tokens_BS is None:
+                yield AttentionLayer(layer, w, empty, empty, empty, 0.0)
+                continue
+            normed = rms_norm(x_BSD, w["input_layernorm.weight"], a.rms_norm_eps)
+            heads = torch.cat([self.attention(row[None], w) for row in normed])
+            output = F.linear(heads.flatten(2), w["self_attn.o_proj.weight"])
+            after = x_BSD + output
+            h = rms_norm(after, w["post_attention_layernorm.weight"], a.rms_norm_eps)
+            gate, up = F.linear(h, w["mlp.gate_proj.weight"]), F.linear(h, w["mlp.up_proj.weight"])
+            after = after + F.linear(F.silu(gate) * up, w["mlp.down_proj.weight"])
+            update = (after - x_BSD).norm(dim=-1).mean().item()
+            yield AttentionLayer(layer, w, normed, heads, output, update)
+            x_BSD = after

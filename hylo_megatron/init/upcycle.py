@@ -1,0 +1,206 @@
+"""Teacher checkpoint -> hybrid student checkpoint: new mixers initialised, everything else copied bit for bit."""
+
+import argparse
+import functools
+import json
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hylo_megatron.config import Architecture, geometry_preset, parse_plan, plan_name
+from hylo_megatron.convert.checkpoint import LazyTensor, write_checkpoint
+from hylo_megatron.convert.hf_folder import copy_companions
+from hylo_megatron.convert.hf_to_megatron import megatron_tensors
+from hylo_megatron.convert.progress import peak_memory_gib
+from hylo_megatron.convert.shapes import FP32_SUFFIXES, hf_shapes
+from hylo_megatron.convert.tables import mappings
+from hylo_megatron.errors import HyLoError, command_line
+from hylo_megatron.init import linear_blocks, mla
+from hylo_megatron.init.calibration import calibration_tokens
+from hylo_megatron.init.linear_algebra import relative_error, ridge_correction
+from hylo_megatron.init.mixer_forward import OUTPUT_PROJECTION, MixerRunner
+from hylo_megatron.init.teacher import BaseModel
+
+REPORT = "init_report.json"
+
+
+def initial_mixer(layer, arch: Architecture, how: str, frequencies, generator) -> dict[str, Tensor]:
+    """Weights of layer ``layer.index``'s new mixer under Hugging Face names (without the layer's prefix)."""
+    kind = arch.plan[layer.index]
+    if how == "data":
+        table = {
+            "mla": lambda: mla.data_init(layer, arch, frequencies),
+            "gdn": lambda: linear_blocks.gdn_data_init(layer, arch),
+            "mamba2": lambda: linear_blocks.mamba2_data_init(layer, arch),
+        }
+    else:
+        table = {
+            "mla": lambda: mla.svd_init(layer, arch),
+            "gdn": lambda: linear_blocks.gdn_copy_init(layer, arch, generator),
+            "mamba2": lambda: linear_blocks.mamba2_copy_init(layer, arch, generator),
+        }
+    weights = table[kind]()
+    if arch.mla_qk_norm and kind == "mla":
+        g, dim = arch.geometry.mla, arch.head_dim
+        rope = mla._pair_rows(mla.rope_pairs(arch), dim)
+        nope = mla._nope_rows(arch, mla.rope_pairs(arch))
+        rows = torch.cat([nope, rope])[: g.qk_nope_head_dim + g.qk_rope_head_dim]
+        weights |= {f"self_attn.{n}_norm.weight": layer[f"self_attn.{n}_norm.weight"].cpu()[rows] for n in "qk"}
+    return {key: tensor.float().cpu().contiguous() for key, tensor in weights.items()}
+
+
+def _fit_and_measure(layer, arch, weights, device, ridge: bool) -> tuple[dict[str, Tensor], dict]:
+    """Refits the output projection where that helps on held-out rows; relative errors before and after."""
+    kind, rows = arch.plan[layer.index], len(layer.inputs_BSD)
+    fit = max(1, rows * 3 // 4)
+    held = slice(fit, None) if rows > 1 else slice(None)
+    runner = MixerRunner(arch, layer.index, device)
+    runner.load(weights)
+    x, y = layer.inputs_BSD, layer.output_BSD
+    errors = {"error": relative_error(runner.output(x[held]), y[held])}
+    if ridge and rows > 1 and kind != "mla":
+        name = OUTPUT_PROJECTION[kind]
+        features = runner.features(x[:fit]).flatten(0, 1)
+        fitted = weights | {name: ridge_correction(features, y[:fit].flatten(0, 1), weights[name].to(device)).cpu()}
+        runner.load(fitted)
+        errors["error_ridge"] = relative_error(runner.output(x[held]), y[held])
+        if errors["error_ridge"] < errors["error"]:
+            weights, errors["error"] = fitted, errors["error_ridge"]
+    return weights, errors
+
+
+class _StudentWeights:
+    """New mixers from scratch files, the rest from the teacher; quacks like ``HFWeights``."""
+
+    def __init__(self, base: BaseModel, arch: Architecture, scratch: Path, mixer_keys: dict[str, int]):
+        self.base, self.expected, self.scratch, self.mixer_keys = base, hf_shapes(arch), scratch, mixer_keys
+
+    def dtype(self, key: str) -> torch.dtype:
+        if key.endswith(FP32_SUFFIXES):
+            return torch.float32
+        return self.base.reader.dtype("embedding.word_embeddings.weight")
+
+    def __getitem__(self, key: str) -> Tensor:
+        if key in self.mixer_keys:
+            with safe_open(self.scratch / f"{self.mixer_keys[key]}.safetensors", framework="pt") as file:
+                return file.get_tensor(key)
+        mapping, index = self.base.by_key[key]
+        return mapping.to_hf([self.base.reader[name] for name in mapping.megatron])[index]
+
+
+def student_architecture(teacher: Architecture, plan: tuple[str, ...], geometry: str, qk_norm: bool) -> Architecture:
+    preset = geometry_preset(geometry, teacher.hidden_size, teacher.num_attention_heads, teacher.head_dim)
+    return replace(teacher, plan=plan, geometry=preset, mla_qk_norm=qk_norm, extra=dict(teacher.extra))
+
+
+def _line(entry: dict) -> str:
+    ridge = f"  (ridge {entry['error_ridge']:.3f})" if "error_ridge" in entry else ""
+    error = f"{entry['error']:.3f}" if "error" in entry else "not measured"
+    return f"layer {entry['layer']:3d} {entry['kind']:7s} relative error {error}{ridge}"
+
+
+def upcycle(teacher: str | Path, out: str | Path, plan: tuple[str, ...], *, init: str = "data",
+            geometry: str = "native", qk_norm: bool = False, tokens_BS: Tensor | None = None, ridge: bool = True,
+            seed: int = 0, device: str | torch.device = "cpu", log=print) -> dict:  # fmt: skip
+    """Writes student checkpoint ``out`` and returns the report (also saved in it). Raises ``HyLoError``."""
+    out = Path(out)
+    base = BaseModel(teacher, torch.device(device))
+    if base.arch.is_hybrid:
+        raise HyLoError(f"{teacher} is already a hybrid ({plan_name(base.arch.plan)}); give the Transformer it came from")
+    arch = student_architecture(base.arch, plan, geometry, qk_norm)
+    if init == "data" and tokens_BS is None:
+        raise HyLoError("--init data needs --calibration TEXT: some text like what the model will read")
+    scratch = out.with_name(out.name + ".mixers")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    generator, report, mixer_keys = torch.Generator().manual_seed(seed), [], {}
+    try:
+        for layer in base.layers(tokens_BS):
+            weights = initial_mixer(layer, arch, init, base.frequencies, generator)
+            entry = {"layer": layer.index, "kind": plan[layer.index]}
+            if tokens_BS is not None:
+                weights, errors = _fit_and_measure(layer, arch, weights, base.device, ridge and init == "data")
+                output_norm = layer.output_BSD.norm(dim=-1).mean().item()
+                entry |= errors | {"output_norm": output_norm, "update_norm": layer.update_norm}
+            prefixed = {f"model.layers.{layer.index}.{key}": tensor for key, tensor in weights.items()}
+            save_file(prefixed, scratch / f"{layer.index}.safetensors")
+            mixer_keys |= dict.fromkeys(prefixed, layer.index)
+            report.append(entry)
+            log(_line(entry))
+        arch.extra["ild_norms"] = [[e.get("output_norm", 1.0), e.get("update_norm", 1.0)] for e in report]
+        result = {"plan": plan_name(plan), "init": init, "geometry": geometry, "seed": seed, "layers": report}
+        _write(base, arch, scratch, mixer_keys, out, Path(teacher), result)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return result
+
+
+def _write(base, arch, scratch, mixer_keys, out: Path, teacher: Path, report: dict) -> None:
+    tensors = megatron_tensors(arch, _StudentWeights(base, arch, scratch, mixer_keys))
+    for mapping in mappings(arch):  # what is not a mixer is copied under Megatron's own name, bit for bit
+        if not any(key in mixer_keys for key in mapping.hf):
+            for key in mapping.megatron:
+                source = key if key in base.reader else None
+                if source:
+                    tensors[key] = LazyTensor(
+                        base.reader.shape(key), base.reader.dtype(key), functools.partial(base.reader.__getitem__, key)
+                    )
+
+    def companions(folder: Path) -> None:
+        copy_companions(teacher / "hf", folder)
+        (folder.parent / REPORT).write_text(json.dumps(report, indent=1))
+
+    write_checkpoint(out, arch, tensors, companions)
+
+
+def summary(report: dict) -> str:
+    """Mean relative error per kind of mixer."""
+    kinds = {}
+    for entry in report["layers"]:
+        if "error" in entry:
+            kinds.setdefault(entry["kind"], []).append(entry["error"])
+    return ", ".join(f"{kind} {sum(v) / len(v):.3f} ({len(v)} layers)" for kind, v in kinds.items()) or "not measured"
+
+
+@command_line
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("--teacher", required=True, help="checkpoint of the base Transformer (convert_hf_to_megatron.py)")
+    add("--out", required=True, help="student checkpoint to write")
+    add("--mla-layers", required=True, help="1,5,10,14 | uniform:K | all | none | a name such as 4MLA12GDN")
+    add("--linear", default="gdn", choices=("gdn", "mamba2"), help="what the other layers become")
+    add("--init", default="data", choices=("data", "svd"), help="calibrated on text, or the paper's (default: data)")
+    add("--geometry", default="native", choices=("native", "published"))
+    add("--calibration", help="text or JSONL file; with --init svd it only measures the errors")
+    add("--calibration-tokens", type=int, default=16384)
+    add("--calibration-length", type=int, default=1024, help="tokens per row")
+    add("--no-ridge", action="store_true", help="keep the transferred output projections of linear blocks")
+    add("--mla-qk-norm", action="store_true", help="keep Qwen3's per-head norms in MLA layers (published form)")
+    add("--seed", type=int, default=0)
+    options = parser.parse_args(argv)
+    start = time.time()
+    arch = Architecture.load(options.teacher)
+    if options.mla_qk_norm and not (arch.qk_norm and options.init == "svd"):
+        raise HyLoError("--mla-qk-norm: needs a base model with per-head norms (Qwen3) and --init svd")
+    plan = parse_plan(arch.num_layers, options.mla_layers, options.linear)
+    tokens = None
+    if options.calibration:
+        tokens = calibration_tokens(
+            options.calibration, Path(options.teacher) / "hf", options.calibration_tokens, options.calibration_length
+        )
+    report = upcycle(
+        options.teacher, options.out, plan, init=options.init, geometry=options.geometry, qk_norm=options.mla_qk_norm,
+        tokens_BS=tokens, ridge=not options.no_ridge, seed=options.seed,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+    )  # fmt: skip
+    print(f"relative error of the new mixers, mean: {summary(report)}")
+    print(f"{plan_name(plan)} -> {options.out}  {time.time() - start:.1f} s, peak memory {peak_memory_gib():.2f} GiB")
+
+

@@ -1,0 +1,114 @@
+"""``torchrun ... -m hylo_megatron.train --hylo-stage ild|distill --hylo-student CKPT --hylo-teacher CKPT --save OUT ...``
+
+megatron.training's own loop, with all its flags; this file only says which model, data and loss it runs.
+"""
+
+import copy
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from hylo_megatron.config import Architecture
+from hylo_megatron.errors import HyLoError, command_line
+
+
+def check_pair(student: Architecture, teacher: Architecture, stage: str) -> None:
+    """Raises ``HyLoError`` when this teacher cannot teach this student in this stage."""
+    if teacher.is_hybrid:
+        raise HyLoError("--hylo-teacher: expected a Transformer checkpoint (convert_hf_to_megatron.py)")
+    if teacher.vocab_size != student.vocab_size:
+        raise HyLoError(
+            f"teacher and student vocabularies differ: {teacher.vocab_size} and {student.vocab_size} tokens;"
+            " distillation compares the same tokens, so take a teacher of the same family"
+        )
+    if stage == "ild" and (teacher.num_layers, teacher.hidden_size) != (student.num_layers, student.hidden_size):
+        raise HyLoError(
+            f"--hylo-stage ild compares layer by layer: the teacher must be the base model"
+            f" ({student.num_layers} layers of {student.hidden_size}); a wider or deeper teacher goes to --hylo-stage distill"
+        )
+
+
+def model_provider(models: list, pre_process=True, post_process=True, vp_stage=None, config=None, pg_collection=None):
+    from megatron.training import get_args
+    from megatron.training.arguments import core_transformer_config_from_args
+
+    from hylo_megatron.distill.arguments import kl_settings
+    from hylo_megatron.distill.model import DistillModel, DistillSettings
+    from hylo_megatron.layers.load import load_weights
+    from hylo_megatron.layers.model import UNFUSED, build_model, model_fields
+
+    args = get_args()
+    student_arch, teacher_arch = Architecture.load(args.hylo_student), Architecture.load(args.hylo_teacher)
+    base = config or core_transformer_config_from_args(args)
+    tp = args.tensor_model_parallel_size
+    padded = -(-student_arch.vocab_size // tp) * tp
+
+    def build(arch, **overrides):
+        own = copy.copy(base)
+        for name, value in (model_fields(arch) | UNFUSED | overrides).items():
+            setattr(own, name, value)
+        return build_model(
+            arch, own, padded_vocab_size=padded, pre_process=pre_process, post_process=post_process,
+            pg_collection=pg_collection, vp_stage=vp_stage, backend=args.hylo_backend,
+        )  # fmt: skip
+
+    student = build(student_arch)
+    teacher = build(teacher_arch, recompute_granularity=None)
+    load_weights(teacher, args.hylo_teacher)
+    settings = DistillSettings(
+        args.hylo_stage, args.hylo_train or ("mixers" if args.hylo_stage == "ild" else "all"),
+        not args.hylo_ild_raw_norms, args.hylo_ild_attention_weight, args.hylo_ild_hidden_weight, kl_settings(args),
+    )  # fmt: skip
+    model = DistillModel(student, teacher, student_arch, teacher_arch, settings)
+    models.append(model)
+    return model
+
+
+def write_companions(args) -> None:
+    """What makes the output folder a checkpoint like any other: the architecture and the tokenizer."""
+    source, target = Path(args.hylo_student), Path(args.save)
+    if source.resolve() == target.resolve():
+        raise HyLoError("--save and --hylo-student are the same folder; choose another --save")
+    target.mkdir(parents=True, exist_ok=True)
+    arch = Architecture.load(source)
+    if (target / "hylo.json").is_file() and Architecture.load(target).plan != arch.plan:
+        raise HyLoError(f"--save {target} holds a run of another student; choose another folder")
+    longest = max(arch.max_position_embeddings, args.seq_length)
+    replace(arch, max_position_embeddings=longest).save(target)
+    shutil.copytree(source / "hf", target / "hf", dirs_exist_ok=True)
+
+
+@command_line
+def main() -> None:
+    import hylo_megatron.distill  # noqa: F401  the engine, before megatron
+    from hylo_megatron.distill.arguments import add_hylo_arguments, prepare_command_line
+
+    arch = prepare_command_line()
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+    from megatron.training.arguments import parse_and_validate_args
+
+    from hylo_megatron.distill import engine_hooks
+    from hylo_megatron.distill.batches import datasets, forward_step
+    from hylo_megatron.layers.model import check_layout
+
+    args = parse_and_validate_args(extra_args_provider=add_hylo_arguments)
+    teacher = Architecture.load(args.hylo_teacher)
+    check_pair(arch, teacher, args.hylo_stage)
+    for model in (arch, teacher):
+        check_layout(
+            model, args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.context_parallel_size
+        )
+    if args.save and args.rank == 0:
+        write_companions(args)
+    models: list = []
+    engine_hooks.install(models)
+    config = pretrain_cfg_container_from_args(args)
+    pretrain(
+        config, datasets, ModelType.encoder_or_decoder, forward_step, lambda **kwargs: model_provider(models, **kwargs)
+    )
+
+
+if __name__ == "__main__":
+    main()
