@@ -216,6 +216,15 @@ def test_norms_use_fp32_statistics():
     assert torch.equal(kernels.l2norm(x), exact.float().bfloat16())
 
 
+def test_activation_recompute():
+    from torch.utils.checkpoint import checkpoint
+
+    inputs = gdn_inputs()
+    again = checkpoint(kernels.chunk_gated_delta_rule, *inputs, use_reentrant=False)[0]
+    plain = kernels.chunk_gated_delta_rule(*inputs)[0]
+    assert_same(gradients([again], inputs), gradients([plain], inputs), atol=0, rtol=0)
+
+
 def test_low_precision_inputs_are_computed_in_fp32():
     inputs = [x.detach().bfloat16() for x in gdn_inputs()]
     got, state = kernels.chunk_gated_delta_rule(*inputs, output_final_state=True)

@@ -105,8 +105,8 @@ class _ChunkedScan(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_out, d_state):
-        *inputs, beta = ctx.saved_tensors[:5]
-        kept = ctx.saved_tensors[5:]
+        *inputs, beta = (saved := ctx.saved_tensors)[:5]  # read once: under activation recompute it cannot be again
+        kept = saved[5:]
         d_inputs = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs]
         d_beta = None if beta is None else torch.empty_like(beta, memory_format=torch.contiguous_format)
         d_out = torch.zeros_like(inputs[2]) if d_out is None else d_out
