@@ -1,0 +1,43 @@
+"""The hybrid as a transformers model. Imports neither torch nor transformers until something here is used."""
+
+__all__ = ["HyLoConfig", "HyLoForCausalLM", "HyLoModel", "register", "register_config", "register_models"]
+
+_WHERE = {
+    "HyLoConfig": "configuration_hylo",
+    "HyLoModel": "modeling_hylo",
+    "HyLoForCausalLM": "modeling_hylo",
+}
+
+
+def __getattr__(name: str):
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
+
+
+def register_config() -> None:
+    """``AutoConfig`` knows ``model_type: hylo``."""
+    from transformers.models.auto.configuration_auto import AutoConfig
+
+    from hylo_megatron.hf.configuration_hylo import HyLoConfig
+
+    AutoConfig.register("hylo", HyLoConfig, exist_ok=True)
+
+
+def register_models() -> None:
+    """``AutoModel`` and ``AutoModelForCausalLM`` know ``HyLoConfig``."""
+    from transformers.models.auto.modeling_auto import AutoModel, AutoModelForCausalLM
+
+    from hylo_megatron.hf.configuration_hylo import HyLoConfig
+    from hylo_megatron.hf.modeling_hylo import HyLoForCausalLM, HyLoModel
+
+    AutoModel.register(HyLoConfig, HyLoModel, exist_ok=True)
+    AutoModelForCausalLM.register(HyLoConfig, HyLoForCausalLM, exist_ok=True)
+
+
+def register() -> None:
+    """Both. ``import hylo_megatron`` does the same as soon as transformers' auto classes are imported."""
+    register_config()
+    register_models()

@@ -1,0 +1,72 @@
+"""The cache of a hybrid: latents that grow in MLA layers, states of fixed size in the others."""
+
+import torch
+from transformers.cache_utils import Cache
+
+
+class HyLoCache(Cache):
+    """One dictionary of tensors per layer, batch first; the layers write them, this class reorders and counts.
+
+    MLA: ``latent`` [B,S,R+P] (latent and roped shared key; one value more with ``qk_norm``). Gated DeltaNet and
+    Mamba-2: ``conv`` [B,W-1,C] and ``state`` (fp32), whatever the length.
+    """
+
+    def __init__(self, num_layers: int):
+        super().__init__(layers=[{} for _ in range(num_layers)])
+        self.length = 0
+
+    def __getitem__(self, layer: int) -> dict[str, torch.Tensor]:
+        return self.layers[layer]
+
+    def append(self, layer: int, rows_BSR: torch.Tensor) -> torch.Tensor:
+        """Adds rows to an MLA layer and returns all of its rows."""
+        past = self.layers[layer].get("latent")
+        self.layers[layer]["latent"] = rows_BSR if past is None else torch.cat([past, rows_BSR], 1)
+        return self.layers[layer]["latent"]
+
+    def num_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for layer in self.layers for t in layer.values())
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.length
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return -1
+
+    def _each(self, change) -> None:
+        for layer in self.layers:
+            for name, tensor in layer.items():
+                layer[name] = change(tensor)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._each(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._each(lambda tensor: tensor[indices.to(tensor.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._each(lambda tensor: tensor.repeat_interleave(repeats, 0))
+
+    def reset(self) -> None:
+        self.length = 0
+        for layer in self.layers:
+            layer.clear()
+
+    def crop(self, *_) -> None:
+        raise NotImplementedError("the states of linear layers cannot be rolled back: start from a new cache")
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.length > 0
+
+    @property
+    def is_croppable(self) -> bool:
+        return False
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        return [False] * len(self.layers)

@@ -1,0 +1,74 @@
+"""Gated DeltaNet (arXiv 2412.06464) as megatron-core's ``GatedDeltaNet`` computes it.
+
+Legend: B batch, S sequence, D model, H value heads, C convolution channels.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hylo_megatron import kernels
+from hylo_megatron.hf.cache import HyLoCache
+from hylo_megatron.hf.configuration_hylo import HyLoConfig
+from hylo_megatron.hf.layers import HyLoRMSNorm, KeepsFp32, fp32_parameter
+
+
+def depthwise(channels: int, width: int, bias: bool) -> nn.Conv1d:
+    """Holds a depthwise convolution's weight [C,1,W]; ``kernels.causal_conv1d`` applies it."""
+    return nn.Conv1d(channels, channels, width, groups=channels, bias=bias)
+
+
+class HyLoGatedDeltaNet(KeepsFp32):
+    """``a_proj`` makes the decay, ``b_proj`` beta, ``g_proj`` the output gate."""
+
+    fp32_names = ("A_log", "dt_bias")
+
+    def __init__(self, config: HyLoConfig, layer: int):
+        super().__init__()
+        self.layer, hidden = layer, config.hidden_size
+        self.key_dim, self.value_dim = config.linear_key_head_dim, config.linear_value_head_dim
+        heads, width = config.linear_num_value_heads, config.linear_conv_kernel_dim
+        keys, values = config.linear_num_key_heads * self.key_dim, heads * self.value_dim
+        self.q_proj, self.k_proj = nn.Linear(hidden, keys, bias=False), nn.Linear(hidden, keys, bias=False)
+        self.v_proj, self.g_proj = nn.Linear(hidden, values, bias=False), nn.Linear(hidden, values, bias=False)
+        self.a_proj, self.b_proj = nn.Linear(hidden, heads, bias=False), nn.Linear(hidden, heads, bias=False)
+        self.q_conv1d, self.k_conv1d = depthwise(keys, width, False), depthwise(keys, width, False)
+        self.v_conv1d = depthwise(values, width, False)
+        self.A_log, self.dt_bias = fp32_parameter(heads), fp32_parameter(heads)
+        self.o_norm = HyLoRMSNorm(self.value_dim, config.rms_norm_eps)
+        self.o_proj = nn.Linear(values, hidden, bias=False)
+        self.conv_sizes = [keys, keys, values]
+
+    def forward(
+        self, x_BSD: torch.Tensor, real_BS1: torch.Tensor | None = None, cache: HyLoCache | None = None
+    ) -> torch.Tensor:
+        ops = kernels.ops(x_BSD.device)
+        if real_BS1 is not None:
+            x_BSD = x_BSD * real_BS1
+        past = {} if cache is None else cache[self.layer]
+        projected = torch.cat([self.q_proj(x_BSD), self.k_proj(x_BSD), self.v_proj(x_BSD)], -1)
+        weight = torch.cat([conv.weight.squeeze(1) for conv in (self.q_conv1d, self.k_conv1d, self.v_conv1d)])
+        qkv, conv_state = ops.causal_conv1d(
+            projected, weight, None, "silu", initial_state=past.get("conv"), output_final_state=cache is not None
+        )
+        q, k, v = qkv.split(self.conv_sizes, -1)
+        q, k = (kernels.l2norm(t.unflatten(-1, (-1, self.key_dim))) for t in (q, k))
+        g = -self.A_log.float().exp() * F.softplus(self.a_proj(x_BSD).float() + self.dt_bias.float())
+        if real_BS1 is not None:
+            g = g * real_BS1
+        decoding = "state" in past and x_BSD.shape[1] == 1
+        rule = ops.step_gated_delta_rule if decoding else ops.chunk_gated_delta_rule
+        out, state = rule(
+            q,
+            k,
+            v.unflatten(-1, (-1, self.value_dim)),
+            g=g,
+            beta=self.b_proj(x_BSD).sigmoid(),
+            initial_state=past.get("state"),
+            output_final_state=cache is not None,
+        )
+        if cache is not None:
+            past["conv"], past["state"] = conv_state, state
+        gate = self.g_proj(x_BSD).unflatten(-1, (-1, self.value_dim))
+        normed = kernels.gated_rms_norm(out, gate, self.o_norm.weight, self.o_norm.eps)
+        return self.o_proj(normed.flatten(-2))
