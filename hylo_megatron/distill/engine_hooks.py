@@ -91,11 +91,10 @@ def install(models: list) -> None:
         return config, {**overrides, **learning_rate_groups(args)}
 
     def with_step_log(loss_dict, total, learning_rate, iteration, scale, report, skipped, grad_norm, *rest, **kwargs):
-        if not kwargs.get("is_first_iteration"):
-            if not log:
-                log.append(StepLog(training.get_args(), models))
-                log[0].truncate(iteration - 1)
-            log[0].write(loss_dict, iteration, learning_rate, grad_norm)
+        if not log:
+            log.append(StepLog(training.get_args(), models))
+            log[0].truncate(iteration - 1)
+        log[0].write(loss_dict, iteration, learning_rate, grad_norm)
         return logged(loss_dict, total, learning_rate, iteration, scale, report, skipped, grad_norm, *rest, **kwargs)
 
     training.get_megatron_optimizer_config = with_groups

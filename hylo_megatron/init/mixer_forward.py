@@ -13,10 +13,13 @@ class MixerRunner:
 
     def __init__(self, arch: Architecture, layer: int, device: torch.device):
         from hylo_megatron.hf import HyLoConfig
-        from hylo_megatron.hf.modeling_hylo import build_mixer
+        from hylo_megatron.hf.layers import Rotation
+        from hylo_megatron.hf.modeling_hylo import HyLoDecoderLayer
 
-        self.config, self.kind, self.layer = HyLoConfig.from_architecture(arch), arch.plan[layer], layer
-        self.mixer: nn.Module = build_mixer(self.config, layer).to(device).float().eval()
+        config = HyLoConfig.from_architecture(arch)
+        self.kind, self.rotation = arch.plan[layer], Rotation(config)
+        block = HyLoDecoderLayer(config, layer)
+        self.mixer: nn.Module = (block.self_attn if self.kind == "mla" else block.mixer).to(device).float().eval()
 
     def load(self, weights: dict[str, Tensor]) -> None:
         state = {key.split(".", 1)[1]: tensor for key, tensor in weights.items()}
@@ -35,8 +38,10 @@ class MixerRunner:
         return torch.cat(captured)
 
     def _forward(self, x_BSD: Tensor) -> Tensor:
+        if self.kind != "mla":
+            return self.mixer(x_BSD)
         positions = torch.arange(x_BSD.shape[1], device=x_BSD.device)[None]
-        return self.mixer.run(x_BSD, positions)
+        return self.mixer(x_BSD, self.rotation(positions), None)
 
     @torch.no_grad()
     def output(self, x_BSD: Tensor) -> Tensor:

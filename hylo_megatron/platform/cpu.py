@@ -40,7 +40,10 @@ class _TypeName(str):
 
 
 class _Stream:
-    """What ``current_stream()`` returns: every method exists and does nothing."""
+    """Stands for a CUDA stream: every method exists and does nothing."""
+
+    def __init__(self, *args, **kwargs):
+        pass
 
     def __getattr__(self, name):
         return lambda *args, **kwargs: None
@@ -63,9 +66,9 @@ def _constant(value):
     return lambda *args, **kwargs: value
 
 
-def _is_available():
-    # Megatron asserts a CUDA device once, in initialize_megatron; everybody else hears the truth.
-    return sys._getframe(1).f_globals.get("__name__") == "megatron.training.initialize"
+def _asked_by_initialize_megatron() -> bool:
+    """``initialize_megatron`` asserts a CUDA device and counts them; everybody else hears the truth."""
+    return sys._getframe(2).f_globals.get("__name__") == "megatron.training.initialize"
 
 
 def _properties(*_):
@@ -81,8 +84,10 @@ def install() -> bool:
     cuda = torch.cuda
     cuda._hylo_cpu = True
     torch._dynamo.config.disable = True  # jit_fuser is torch.compile
-    cuda.is_available = _is_available
+    cuda.is_available = lambda: _asked_by_initialize_megatron()
+    cuda.device_count = lambda: int(_asked_by_initialize_megatron())
     cuda.current_device = _constant(_CPU)
+    cuda.Stream = _Stream
     cuda.current_stream = lambda *args, **kwargs: _Stream()
     cuda.stream = lambda *args, **kwargs: contextlib.nullcontext()
     cuda.get_device_properties = _properties

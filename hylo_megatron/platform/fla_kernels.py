@@ -15,7 +15,7 @@ def install() -> bool:
     from hylo_megatron.kernels.norm import l2norm
 
     def convolve(x, weight, bias=None, activation=None, initial_state=None, output_final_state=False, **_):
-        return causal_conv1d(x, weight, bias, activation), None
+        return causal_conv1d(x, weight, bias, activation)
 
     common.HAVE_FLA = True
     common.l2norm = l2norm
