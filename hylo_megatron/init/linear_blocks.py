@@ -21,7 +21,7 @@ from hylo_megatron.kernels import chunk_gated_delta_rule, ssd_chunk_scan
 
 DECAY_TIMES = (3.0, 12.0, 48.0, 192.0, 768.0, 3072.0)  # tokens until a head's state has decayed to 1/e
 OPEN_GATE = 2.0
-_CALIBRATION_TOKENS = 4096  # enough to rank decays, which is all that the scans here are for
+_CALIBRATION_TOKENS = 2048  # enough to rank decays, which is all that the scans here are for
 
 
 def _inverse_softplus(x: Tensor) -> Tensor:

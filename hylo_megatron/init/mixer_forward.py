@@ -9,7 +9,7 @@ OUTPUT_PROJECTION = {"mla": "self_attn.o_proj.weight", "gdn": "mixer.o_proj.weig
 
 
 class MixerRunner:
-    """``features`` are what the output projection sees, ``output`` what comes out of it; row by row of the batch."""
+    """``features [B, S, F]`` are what the mixer's output projection sees; computed row by row of the batch."""
 
     def __init__(self, arch: Architecture, layer: int, device: torch.device):
         from hylo_megatron.hf import HyLoConfig
@@ -42,7 +42,3 @@ class MixerRunner:
             return self.mixer(x_BSD)
         positions = torch.arange(x_BSD.shape[1], device=x_BSD.device)[None]
         return self.mixer(x_BSD, self.rotation(positions), None)
-
-    @torch.no_grad()
-    def output(self, x_BSD: Tensor) -> Tensor:
-        return torch.cat([self._forward(row[None]) for row in x_BSD])

@@ -60,18 +60,20 @@ def _fit_and_measure(layer, arch, weights, device, ridge: bool) -> tuple[dict[st
     kind, rows = arch.plan[layer.index], len(layer.inputs_BSD)
     fit = max(1, rows * 3 // 4)
     held = slice(fit, None) if rows > 1 else slice(None)
-    runner = MixerRunner(arch, layer.index, device)
+    runner, name = MixerRunner(arch, layer.index, device), OUTPUT_PROJECTION[kind]
     runner.load(weights)
-    x, y = layer.inputs_BSD, layer.output_BSD
-    errors = {"error": relative_error(runner.output(x[held]), y[held])}
+    features, target = runner.features(layer.inputs_BSD), layer.output_BSD
+
+    def error(projection: Tensor) -> float:
+        return relative_error(features[held] @ projection.T, target[held])
+
+    projection = weights[name].to(device)
+    errors = {"error": error(projection)}
     if ridge and rows > 1 and kind != "mla":
-        name = OUTPUT_PROJECTION[kind]
-        features = runner.features(x[:fit]).flatten(0, 1)
-        fitted = weights | {name: ridge_correction(features, y[:fit].flatten(0, 1), weights[name].to(device)).cpu()}
-        runner.load(fitted)
-        errors["error_ridge"] = relative_error(runner.output(x[held]), y[held])
+        fitted = ridge_correction(features[:fit].flatten(0, 1), target[:fit].flatten(0, 1), projection)
+        errors |= {"error_transferred": errors["error"], "error_ridge": error(fitted)}
         if errors["error_ridge"] < errors["error"]:
-            weights, errors["error"] = fitted, errors["error_ridge"]
+            weights, errors["error"] = weights | {name: fitted.cpu()}, errors["error_ridge"]
     return weights, errors
 
 
@@ -100,7 +102,7 @@ def student_architecture(teacher: Architecture, plan: tuple[str, ...], geometry:
 
 
 def _line(entry: dict) -> str:
-    ridge = f"  (ridge {entry['error_ridge']:.3f})" if "error_ridge" in entry else ""
+    ridge = f"  (before ridge {entry['error_transferred']:.3f})" if "error_ridge" in entry else ""
     error = f"{entry['error']:.3f}" if "error" in entry else "not measured"
     return f"layer {entry['layer']:3d} {entry['kind']:7s} relative error {error}{ridge}"
 
