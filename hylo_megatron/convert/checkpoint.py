@@ -76,7 +76,9 @@ def write_checkpoint(folder: str | os.PathLike, arch: Architecture, tensors: dic
             planner=_StreamingPlanner(tensors, progress),
             no_dist=True,
         )
-        (release / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}))
+        (release / "metadata.json").write_text(
+            json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1})
+        )
         (scratch / TRACKER).write_text("release")
         if companions:
             companions(scratch / "hf")
@@ -93,11 +95,14 @@ def write_checkpoint(folder: str | os.PathLike, arch: Architecture, tensors: dic
 
 
 def _cause(error: BaseException, kinds: tuple) -> BaseException | None:
+    """The first of ``kinds`` in the failures that torch collected, or behind one: its zip writer hides a full disk."""
     failures = getattr(error, "failures", None) or {}
     for failure in failures.values():
         inner = failure[0] if isinstance(failure, tuple) else failure
-        if isinstance(inner, kinds):
-            return inner
+        while inner is not None:
+            if isinstance(inner, kinds):
+                return inner
+            inner = inner.__cause__ or inner.__context__
     return None
 
 
@@ -129,18 +134,26 @@ class CheckpointReader:
     def __contains__(self, key: str) -> bool:
         return key in self.entries
 
-    def shape(self, key: str) -> tuple[int, ...]:
-        return tuple(self.entries[key].size)
-
-    def dtype(self, key: str) -> torch.dtype:
-        return self.entries[key].properties.dtype
-
-    def __getitem__(self, key: str) -> Tensor:
+    def _entry(self, key: str) -> TensorStorageMetadata:
         if key not in self.entries:
             raise HyLoError(f"{self.path}: tensor {key} is missing; the checkpoint does not fit its hylo.json")
+        return self.entries[key]
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self._entry(key).size)
+
+    def dtype(self, key: str) -> torch.dtype:
+        return self._entry(key).properties.dtype
+
+    def __getitem__(self, key: str) -> Tensor:
         out = {key: torch.empty(self.shape(key), dtype=self.dtype(key))}
-        dcp.load(
-            out, storage_reader=dcp.FileSystemReader(self.path), no_dist=True,
-            planner=DefaultLoadPlanner(flatten_state_dict=False),
-        )  # fmt: skip
+        try:
+            dcp.load(
+                out, storage_reader=dcp.FileSystemReader(self.path), no_dist=True,
+                planner=DefaultLoadPlanner(flatten_state_dict=False),
+            )  # fmt: skip
+        except dcp.api.CheckpointException:
+            raise HyLoError(
+                f"{self.path}: tensor {key} cannot be read, a data file is truncated or damaged; copy it again"
+            ) from None
         return out[key]

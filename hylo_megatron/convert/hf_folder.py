@@ -47,6 +47,8 @@ def _refuse_what_is_not_computed(config: dict, path: Path) -> None:
     for key, what in unsupported.items():
         if config.get(key):
             raise HyLoError(f"{path}: {key} is set, and {what} are not supported")
+    if config.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise HyLoError(f"{path}: hidden_act {config['hidden_act']!r} is not supported; expected silu")
     window = config.get("sliding_window")
     if window and config.get("use_sliding_window", True) and window < config["max_position_embeddings"]:
         raise HyLoError(
@@ -65,7 +67,9 @@ def read_architecture(folder: str | os.PathLike) -> Architecture:
 
         return HyLoConfig.from_dict(config).to_architecture()
     if kind not in MODEL_TYPES:
-        raise HyLoError(f"{path}: model_type {kind!r} is not supported; expected one of {', '.join(MODEL_TYPES)}, hylo")
+        raise HyLoError(
+            f"{path}: model_type {kind!r} is not supported; expected one of {', '.join(MODEL_TYPES)}, hylo"
+        )
     try:
         heads = config["num_attention_heads"]
         arch = Architecture(
@@ -106,7 +110,10 @@ class HFWeights:
     def _index(self) -> dict[str, str]:
         index = self.folder / "model.safetensors.index.json"
         if index.is_file():
-            return dict(read_json(index)["weight_map"])
+            where = read_json(index).get("weight_map")
+            if not isinstance(where, dict):
+                raise HyLoError(f"{index}: weight_map is missing; download it again")
+            return dict(where)
         if (self.folder / "model.safetensors").is_file():
             return {key: "model.safetensors" for key in self._open("model.safetensors").keys()}  # noqa: SIM118
         pickles = sorted(p.name for p in self.folder.glob("*.bin"))
@@ -141,6 +148,7 @@ class HFWeights:
                     f"{self.folder / self.where[key]}: tensor {key} has shape {list(found)}, config.json asks for"
                     f" {list(shape)}; weights and config do not belong together"
                 )
+            self.dtype(key)
         if unused := sorted(set(self.where) - set(self.expected)):
             raise HyLoError(f"{self.folder}: unexpected tensor {unused[0]} ({len(unused)} in all) has no mapping")
 
@@ -150,11 +158,27 @@ class HFWeights:
 
         name = self._open(self.where[key]).get_slice(key).get_dtype()
         if name not in names:
-            raise HyLoError(f"{self.folder}: tensor {key} has dtype {name}; expected one of {', '.join(names)}")
+            raise HyLoError(
+                f"{self.folder / self.where[key]}: tensor {key} has dtype {name}; expected one of {', '.join(names)}"
+            )
         return getattr(torch, names[name])
 
     def __getitem__(self, key: str) -> Tensor:
         return self._open(self.where[key]).get_tensor(key)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Writes a safetensors file. Raises ``HyLoError``, for a full disk too."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    path.touch()
+    mode = path.stat().st_mode  # save_file makes a file that only its owner can read
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+        path.chmod(mode)
+    except SafetensorError as error:
+        raise HyLoError(f"cannot write {path} ({error}): free space, or choose another folder") from None
 
 
 def check_tokenizer(folder: str | os.PathLike, vocab_size: int) -> None:

@@ -30,14 +30,14 @@ def megatron_tensors(arch: Architecture, weights) -> dict[str, LazyTensor]:
     tensors = {}
     for mapping in mappings(arch):
         meta = [torch.empty(weights.expected[key], device="meta") for key in mapping.hf]
+        dtype = functools.reduce(torch.promote_types, map(weights.dtype, mapping.hf))
         for index, (key, shape) in enumerate(zip(mapping.megatron, mapping.to_megatron(meta), strict=True)):
-            dtype = weights.dtype(mapping.hf[min(index, len(mapping.hf) - 1)])
             tensors[key] = _lazy(mapping, index, weights, tuple(shape.shape), dtype)
     return tensors
 
 
 def convert(hf: str | Path, out: str | Path) -> Architecture:
-    """Converts folder ``hf`` into checkpoint ``out``. Raises ``HyLoError`` before anything is written if it does not fit."""
+    """Converts folder ``hf`` into checkpoint ``out``. Raises ``HyLoError``, before writing anything if it does not fit."""
     arch = read_architecture(hf)
     check_tokenizer(hf, arch.vocab_size)
     weights = HFWeights(hf, arch)

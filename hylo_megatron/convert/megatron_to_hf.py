@@ -2,18 +2,18 @@
 
 import argparse
 import json
+import math
 import os
 import shutil
 import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from hylo_megatron.config import Architecture, plan_name
 from hylo_megatron.convert.checkpoint import CheckpointReader
-from hylo_megatron.convert.hf_folder import copy_companions
+from hylo_megatron.convert.hf_folder import copy_companions, save_tensors
 from hylo_megatron.convert.progress import ByteProgress, peak_memory_gib
 from hylo_megatron.convert.shapes import FP32_SUFFIXES, hf_shapes
 from hylo_megatron.convert.tables import mappings
@@ -35,7 +35,9 @@ def hf_tensors(arch: Architecture, reader: CheckpointReader, dtype: torch.dtype 
         megatron = [_unpadded(key, reader[key], arch) for key in mapping.megatron]
         for key, tensor in zip(mapping.hf, mapping.to_hf(megatron), strict=True):
             if tuple(tensor.shape) != expected[key]:
-                raise HyLoError(f"{reader.path}: {key} comes out as {list(tensor.shape)}, expected {list(expected[key])}")
+                raise HyLoError(
+                    f"{reader.path}: {key} comes out as {list(tensor.shape)}, expected {list(expected[key])}"
+                )
             yield key, tensor if dtype is None or key.endswith(FP32_SUFFIXES) else tensor.to(dtype)
 
 
@@ -53,7 +55,7 @@ class _ShardWriter:
 
     def flush(self) -> None:
         path = self.folder / f"shard{len(self.shards)}"
-        save_file(self.pending, path, metadata={"format": "pt"})
+        save_tensors(self.pending, path)
         self.shards.append((path, list(self.pending), self.size))
         self.pending, self.size = {}, 0
 
@@ -96,10 +98,11 @@ def convert(checkpoint: str | Path, out: str | Path, dtype: torch.dtype | None =
     try:
         copy_companions(checkpoint / "hf", scratch, with_config=False)
         writer = _ShardWriter(scratch)
-        progress = ByteProgress(sum(reader.entries[k].size.numel() for m in mappings(arch) for k in m.megatron), "export")
+        total = sum(math.prod(reader.shape(k)) * reader.dtype(k).itemsize for m in mappings(arch) for k in m.megatron)
+        progress = ByteProgress(total, "export")
         for key, tensor in hf_tensors(arch, reader, dtype):
             writer.add(key, tensor)
-            progress(tensor.numel())
+            progress(tensor.nbytes)
         writer.finish()
         progress.close()
         _write_config(arch, checkpoint, scratch, dtype or reader.dtype("embedding.word_embeddings.weight"))
@@ -122,6 +125,5 @@ def main(argv: list[str] | None = None) -> None:
     start = time.time()
     dtype = None if options.dtype == "keep" else getattr(torch, options.dtype)
     arch = convert(options.ckpt, options.out, dtype)
-    print(
-        f"{plan_name(arch.plan)} -> {options.out}  {time.time() - start:.1f} s, peak memory {peak_memory_gib():.2f} GiB"
-    )
+    seconds, memory = time.time() - start, peak_memory_gib()
+    print(f"{plan_name(arch.plan)} -> {options.out}  {seconds:.1f} s, peak memory {memory:.2f} GiB")

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from hylo_megatron.config import Architecture, geometry_preset, parse_plan, plan_name
 from hylo_megatron.convert.checkpoint import LazyTensor, write_checkpoint
-from hylo_megatron.convert.hf_folder import copy_companions
+from hylo_megatron.convert.hf_folder import copy_companions, save_tensors
 from hylo_megatron.convert.hf_to_megatron import megatron_tensors
 from hylo_megatron.convert.progress import peak_memory_gib
 from hylo_megatron.convert.shapes import FP32_SUFFIXES, hf_shapes
@@ -114,7 +113,9 @@ def upcycle(teacher: str | Path, out: str | Path, plan: tuple[str, ...], *, init
     out = Path(out)
     base = BaseModel(teacher, torch.device(device))
     if base.arch.is_hybrid:
-        raise HyLoError(f"{teacher} is already a hybrid ({plan_name(base.arch.plan)}); give the Transformer it came from")
+        raise HyLoError(
+            f"{teacher} is already a hybrid ({plan_name(base.arch.plan)}); give the Transformer it came from"
+        )
     arch = student_architecture(base.arch, plan, geometry, qk_norm)
     if init == "data" and tokens_BS is None:
         raise HyLoError("--init data needs --calibration TEXT: some text like what the model will read")
@@ -131,7 +132,7 @@ def upcycle(teacher: str | Path, out: str | Path, plan: tuple[str, ...], *, init
                 output_norm = layer.output_BSD.norm(dim=-1).mean().item()
                 entry |= errors | {"output_norm": output_norm, "update_norm": layer.update_norm}
             prefixed = {f"model.layers.{layer.index}.{key}": tensor for key, tensor in weights.items()}
-            save_file(prefixed, scratch / f"{layer.index}.safetensors")
+            save_tensors(prefixed, scratch / f"{layer.index}.safetensors")
             mixer_keys |= dict.fromkeys(prefixed, layer.index)
             report.append(entry)
             log(_line(entry))
@@ -204,5 +205,3 @@ def main(argv: list[str] | None = None) -> None:
     )  # fmt: skip
     print(f"relative error of the new mixers, mean: {summary(report)}")
     print(f"{plan_name(plan)} -> {options.out}  {time.time() - start:.1f} s, peak memory {peak_memory_gib():.2f} GiB")
-
-

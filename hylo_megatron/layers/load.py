@@ -8,6 +8,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.distributed.checkpoint.api import CheckpointException
 
 from hylo_megatron.config import Architecture
 from hylo_megatron.convert.checkpoint import latest
@@ -59,8 +60,9 @@ def load_weights(model, checkpoint: str | Path) -> None:
     names = list(sharded)
     try:
         loaded = dist_checkpointing.load(sharded, str(latest(checkpoint)))
-    except Exception as error:
-        raise HyLoError(f"{checkpoint} does not fit the model that its hylo.json describes: {error}") from error
+    except (Exception, CheckpointException) as error:  # torch's is no Exception, and holds a whole traceback
+        reason = [repr(error), *str(error).strip().splitlines()][-1]
+        raise HyLoError(f"{checkpoint} does not fit the model that its hylo.json describes: {reason}") from error
     load_state(model, {name: loaded[name] for name in names})
 
 

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# SmolLM2-135M-Instruct -> hybrid, end to end: fetch, convert, upcycle, distil, export, evaluate, generate.
+# Variables: PLAN (3MLA27GDN), LINEAR (gdn|mamba2), TP, PP, OUT. The same command goes on after an interruption.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+args=()
+for name in PLAN LINEAR TP PP OUT; do
+  value=${!name:-}
+  [ -z "$value" ] || args+=("--$(tr '[:upper:]' '[:lower:]' <<<"$name")" "$value")
+done
+exec "${PYTHON:-python3}" -W ignore -m hylo_megatron.recipes.smollm2 ${args[@]+"${args[@]}"}

@@ -1,0 +1,53 @@
+"""All-MLA student + all-linear student -> the hybrid that takes each layer from the student of its kind."""
+
+import argparse
+import functools
+from dataclasses import replace
+from pathlib import Path
+
+from hylo_megatron.config import Architecture, parse_plan, plan_name
+from hylo_megatron.convert.checkpoint import CheckpointReader, LazyTensor, write_checkpoint
+from hylo_megatron.convert.hf_folder import copy_companions
+from hylo_megatron.convert.tables import mappings
+from hylo_megatron.errors import HyLoError, command_line
+
+
+def assemble(mla: str | Path, linear: str | Path, plan: tuple[str, ...], out: str | Path) -> Architecture:
+    """Writes hybrid checkpoint ``out``; what is not a mixer comes from the MLA student. Raises ``HyLoError``."""
+    first, second = Architecture.load(mla), Architecture.load(linear)
+    for name in ("hidden_size", "vocab_size", "intermediate_size", "geometry", "mla_qk_norm"):
+        if getattr(first, name) != getattr(second, name):
+            raise HyLoError(f"{mla} and {linear} differ in {name}: they must come from the same base and geometry")
+    for layer, kind in enumerate(plan):
+        source, folder = (first, mla) if kind == "mla" else (second, linear)
+        if source.plan[layer] != kind:
+            raise HyLoError(f"layer {layer} shall be {kind}, but {folder} has {source.plan[layer]} there")
+    norms = {"mla": first.extra.get("ild_norms"), "linear": second.extra.get("ild_norms")}
+    extra = dict(first.extra)
+    if all(norms.values()):
+        extra["ild_norms"] = [norms["mla" if kind == "mla" else "linear"][i] for i, kind in enumerate(plan)]
+    arch = replace(first, plan=plan, extra=extra)
+    readers = {"mla": CheckpointReader(mla), "linear": CheckpointReader(linear)}
+    mixer_of = {2 * layer: "mla" if kind == "mla" else "linear" for layer, kind in enumerate(plan)}
+    tensors = {}
+    for mapping in mappings(arch):
+        for key in mapping.megatron:
+            layer = int(key.split(".")[2]) if key.startswith("decoder.layers.") else -1
+            reader = readers[mixer_of.get(layer, "mla")]
+            tensors[key] = LazyTensor(reader.shape(key), reader.dtype(key), functools.partial(reader.__getitem__, key))
+    write_checkpoint(out, arch, tensors, functools.partial(copy_companions, Path(mla) / "hf"))
+    return arch
+
+
+@command_line
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--mla", required=True, help="checkpoint of the all-MLA student (--mla-layers all)")
+    parser.add_argument("--linear-student", required=True, help="checkpoint of the all-linear student (--mla-layers none)")
+    parser.add_argument("--mla-layers", required=True, help="1,5,10,14 | uniform:K | a name such as 4MLA12GDN")
+    parser.add_argument("--linear", default="gdn", choices=("gdn", "mamba2"))
+    parser.add_argument("--out", required=True)
+    options = parser.parse_args(argv)
+    plan = parse_plan(Architecture.load(options.mla).num_layers, options.mla_layers, options.linear)
+    arch = assemble(options.mla, options.linear_student, plan, options.out)
+    print(f"{plan_name(arch.plan)} -> {options.out}")

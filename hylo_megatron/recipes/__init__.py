@@ -1,0 +1,1 @@
+"""Recipes: whole runs, their stages declared in one place each."""
