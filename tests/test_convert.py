@@ -1,4 +1,4 @@
-"""Hugging Face <-> Megatron: bit for bit for every shape, one tensor at a time, and no output when the input is bad."""
+"""Hugging Face <-> Megatron: bit for bit for every shape, one tensor at a time, no output when the input is bad."""
 
 import errno
 import gc
@@ -42,6 +42,8 @@ def test_round_trip_keeps_every_bit(tmp_path, shape, shards, dtype):
     megatron_to_hf.convert(tmp_path / "ckpt", tmp_path / "back")
     tiny.same_bits(tiny.weights(tmp_path / "back"), tiny.weights(source))
     assert Architecture.load(tmp_path / "ckpt") == arch == read_architecture(tmp_path / "back")
+    modes = {path.stat().st_mode for path in (tmp_path / "back").iterdir()}
+    assert len(modes) == 1, "weights are as readable as the other files"
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "back" / name).read_bytes() == (source / name).read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["back", "ckpt", "hf"]
@@ -402,7 +404,7 @@ def test_plans_from_numbers_and_words():
 def test_uniform_layers_are_apart_by_about_the_same(count):
     layers = uniform_layers(28, count)
     gaps = [b - a for a, b in zip(layers, layers[1:], strict=False)]
-    assert len(set(layers)) == count and 0 <= layers[0] and layers[-1] < 28
+    assert len(set(layers)) == count and layers[0] >= 0 and layers[-1] < 28
     assert not gaps or max(gaps) - min(gaps) <= 1
 
 

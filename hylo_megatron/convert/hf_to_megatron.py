@@ -37,7 +37,7 @@ def megatron_tensors(arch: Architecture, weights) -> dict[str, LazyTensor]:
 
 
 def convert(hf: str | Path, out: str | Path) -> Architecture:
-    """Converts folder ``hf`` into checkpoint ``out``. Raises ``HyLoError``, before writing anything if it does not fit."""
+    """Converts folder ``hf`` into checkpoint ``out``. Raises ``HyLoError`` when they do not fit, before writing."""
     arch = read_architecture(hf)
     check_tokenizer(hf, arch.vocab_size)
     weights = HFWeights(hf, arch)
