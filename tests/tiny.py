@@ -41,6 +41,13 @@ def free_port() -> str:
         return str(sock.getsockname()[1])
 
 
+def runs(rows: int = 8, length: int = 128, seed: int = 0) -> torch.Tensor:
+    """Stretches of about 16 tokens from a few that go together: something for a decaying state to hold."""
+    generator = torch.Generator().manual_seed(seed)
+    topic = torch.randint(VOCAB // 6, (rows, length // 16), generator=generator).repeat_interleave(16, 1)
+    return 6 * topic + torch.randint(6, (rows, length), generator=generator)
+
+
 def tokens(rows: int = 2, length: int = 32, seed: int = 0) -> torch.Tensor:
     return torch.randint(VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
 
@@ -55,8 +62,11 @@ def scatter(name: str, shape: tuple[int, ...], generator: torch.Generator) -> to
     return noise * (0.4 if "conv1d" in name else 0.2 if name.endswith("bias") else 0.1)
 
 
-def teacher_model(shape: str = "llama", dtype=torch.float32, seed: int = 0, **changes):
-    """A transformers model with every parameter random, norms and biases included."""
+def teacher_model(shape: str = "llama", dtype=torch.float32, seed: int = 0, common: float = 0.0, **changes):
+    """A transformers model with every parameter random, norms and biases included.
+
+    ``common`` is added to all embeddings: real hidden states have such a direction too.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     values = _SIZES | SHAPES[shape] | changes
@@ -64,6 +74,7 @@ def teacher_model(shape: str = "llama", dtype=torch.float32, seed: int = 0, **ch
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         parameter.data = scatter(name, tuple(parameter.shape), generator)
+    model.model.embed_tokens.weight.data += common
     return model.to(dtype).eval()
 
 
@@ -83,11 +94,12 @@ def write_weights(folder: Path, state: dict[str, torch.Tensor], shards: int = 1)
 def write_tokenizer(folder: Path, size: int = VOCAB) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(size)}, unk_token="w0"))
+    words = [f"w{i}" if i != 2 else "</s>" for i in range(size)]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "w2"})
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"})
     )
 
 

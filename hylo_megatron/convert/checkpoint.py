@@ -55,13 +55,17 @@ class _StreamingPlanner(DefaultSavePlanner):
         return tensor.to(wanted.dtype).detach().contiguous()
 
 
+def check_empty(folder: Path) -> None:
+    if folder.exists() and any(folder.iterdir()):
+        raise HyLoError(f"{folder} exists and is not empty: choose another --out, or remove it")
+
+
 def write_checkpoint(folder: str | os.PathLike, arch: Architecture, tensors: dict[str, LazyTensor],
                      companions: Callable[[Path], None] | None = None,
                      progress: Callable[[int], None] = lambda _: None) -> None:  # fmt: skip
     """Writes ``folder`` as a release checkpoint; under its final name only when it is whole."""
     folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise HyLoError(f"{folder} exists and is not empty: choose another --out, or remove it")
+    check_empty(folder)
     scratch = folder.with_name(folder.name + ".partial")
     shutil.rmtree(scratch, ignore_errors=True)
     release = scratch / "release"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hylo_megatron.config import Architecture, plan_name
-from hylo_megatron.convert.checkpoint import CheckpointReader
+from hylo_megatron.convert.checkpoint import CheckpointReader, check_empty
 from hylo_megatron.convert.hf_folder import copy_companions, save_tensors
 from hylo_megatron.convert.progress import ByteProgress, peak_memory_gib
 from hylo_megatron.convert.shapes import FP32_SUFFIXES, hf_shapes
@@ -90,8 +90,7 @@ def _write_config(arch: Architecture, checkpoint: Path, folder: Path, dtype: tor
 def convert(checkpoint: str | Path, out: str | Path, dtype: torch.dtype | None = None) -> Architecture:
     """Writes ``out``, under its final name only when it is whole. ``dtype=None`` keeps what the checkpoint has."""
     checkpoint, out = Path(checkpoint), Path(out)
-    if out.exists() and any(out.iterdir()):
-        raise HyLoError(f"{out} exists and is not empty: choose another --out, or remove it")
+    check_empty(out)
     arch, reader = Architecture.load(checkpoint), CheckpointReader(checkpoint)
     scratch = out.with_name(out.name + ".partial")
     shutil.rmtree(scratch, ignore_errors=True)

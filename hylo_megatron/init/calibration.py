@@ -9,7 +9,7 @@ from torch import Tensor
 from hylo_megatron.errors import HyLoError
 
 
-def _texts(path: Path):
+def _texts(path: Path, length: int):
     with path.open(encoding="utf-8") as file:
         if path.suffix == ".jsonl":
             for number, line in enumerate(file, 1):
@@ -18,7 +18,8 @@ def _texts(path: Path):
                 except (ValueError, KeyError, TypeError):
                     raise HyLoError(f'{path}:{number}: expected {{"text": ...}}') from None
         else:
-            yield file.read()
+            while text := file.read(8 * length):
+                yield text
 
 
 def calibration_tokens(path: str | Path, tokenizer_folder: str | Path, count: int, length: int) -> Tensor:
@@ -30,7 +31,7 @@ def calibration_tokens(path: str | Path, tokenizer_folder: str | Path, count: in
         raise HyLoError(f"{path} not found: --calibration wants a text or JSONL file")
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     ids: list[int] = []
-    for text in _texts(path):
+    for text in _texts(path, length):
         # A stretch of each document, so that a few long ones do not fill everything.
         ids += tokenizer(text[: 8 * length], add_special_tokens=False)["input_ids"][:length]
         ids.append(tokenizer.eos_token_id or 0)

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from hylo_megatron.config import Architecture, geometry_preset, parse_plan, plan_name
-from hylo_megatron.convert.checkpoint import LazyTensor, write_checkpoint
+from hylo_megatron.convert.checkpoint import LazyTensor, check_empty, write_checkpoint
 from hylo_megatron.convert.hf_folder import copy_companions, save_tensors
 from hylo_megatron.convert.hf_to_megatron import megatron_tensors
 from hylo_megatron.convert.progress import peak_memory_gib
@@ -40,7 +40,8 @@ def initial_mixer(layer, arch: Architecture, how: str, frequencies, generator) -
         }
     else:
         table = {
-            "mla": lambda: mla.svd_init(layer, arch),
+            # norms that MLA keeps are not in its weights too
+            "mla": lambda: mla.svd_init(layer, replace(arch, qk_norm=arch.qk_norm and not arch.mla_qk_norm)),
             "gdn": lambda: linear_blocks.gdn_copy_init(layer, arch, generator),
             "mamba2": lambda: linear_blocks.mamba2_copy_init(layer, arch, generator),
         }
@@ -111,6 +112,7 @@ def upcycle(teacher: str | Path, out: str | Path, plan: tuple[str, ...], *, init
             seed: int = 0, device: str | torch.device = "cpu", log=print) -> dict:  # fmt: skip
     """Writes student checkpoint ``out`` and returns the report (also saved in it). Raises ``HyLoError``."""
     out = Path(out)
+    check_empty(out)
     base = BaseModel(teacher, torch.device(device))
     if base.arch.is_hybrid:
         raise HyLoError(
