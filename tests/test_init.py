@@ -1,4 +1,4 @@
-"""Initialisation from the base model: what is exact is exact, what is calibrated beats what is not, the rest is copied."""
+"""Initialisation from the base model: exact where it says so, calibrated beats copied, the rest untouched."""
 
 import errno
 import json
@@ -263,9 +263,7 @@ def test_ridge_correction_closed_form():
     got = ridge_correction(features, features @ true.T, old, ridge=0.5)
     torch.testing.assert_close(got, old + (true - old) / 1.5, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(ridge_correction(features, features @ old.T, old), old)
-    assert relative_error(torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, 0.0], [0.0, 4.0]])[1:]) == pytest.approx(
-        0.75
-    )
+    assert relative_error(torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, 4.0]])) == pytest.approx(0.75)
 
 
 # ---- linear blocks ----
@@ -368,11 +366,9 @@ def test_ridge_is_kept_only_where_it_helps(bases, tmp_path):
         if entry["kind"] == "gdn":
             assert entry["error_transferred"] == pytest.approx(before["error"])
             assert entry["error"] == min(entry["error_transferred"], entry["error_ridge"])
+            assert entry["error"] < before["error"]
         else:
             assert entry["error"] == before["error"]
-    assert any(
-        entry["error"] < before["error"] for entry, before in zip(fitted["layers"], plain["layers"], strict=True)
-    )
 
 
 def test_the_same_seed_gives_the_same_student(bases, tmp_path):
