@@ -62,3 +62,16 @@ class AttachLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         return None, grad.new_ones((), dtype=torch.float32)
+
+
+class AttachInput(torch.autograd.Function):
+    """Identity on ``loss`` with a gradient of zeros for ``x``: the stage that sent ``x`` waits for one."""
+
+    @staticmethod
+    def forward(ctx, loss: Tensor, x: Tensor) -> Tensor:
+        ctx.x = torch.empty_like(x, device="meta")
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad, torch.zeros_like(ctx.x, device=grad.device)

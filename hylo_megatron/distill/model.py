@@ -9,7 +9,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from hylo_megatron.config import Architecture
-from hylo_megatron.distill.ild import AttachLoss, HiddenStates, layer_losses
+from hylo_megatron.distill.ild import AttachInput, AttachLoss, HiddenStates, layer_losses
 from hylo_megatron.distill.kl import KLSettings, hidden_state_kl
 from hylo_megatron.layers.load import load_state, model_tensors
 
@@ -49,6 +49,7 @@ class DistillModel(MegatronModule):
                      "pg_collection"):  # fmt: skip
             setattr(self, name, getattr(student, name, None))
         self.tp_group, self.cp_group = student.pg_collection.tp, student.pg_collection.cp
+        self._received: Tensor | None = None  # what the previous pipeline stage sent (ild)
         self.layer_sums: Tensor | None = None  # [L, 2] of this rank, collected by the log
         first = student.decoder.layers[0].layer_number // 2
         norms = torch.tensor(arch.extra.get("ild_norms", [[1.0, 1.0]] * arch.num_layers), dtype=torch.float32)
@@ -71,6 +72,7 @@ class DistillModel(MegatronModule):
         if x is None:
             return
         if self.settings.stage == "ild":
+            self._received = x
             self.teacher.set_input_tensor(x.detach())
             return
         width = self.arch.hidden_size
@@ -104,6 +106,8 @@ class DistillModel(MegatronModule):
         self._collect(losses_L2)
         weight = losses_L2.new_tensor([self.settings.attention_weight, self.settings.hidden_weight])
         loss = (losses_L2 * weight).sum()
+        if self._received is not None:
+            loss, self._received = AttachInput.apply(loss, self._received), None
         if not self.post_process:
             return AttachLoss.apply(teacher_hidden, loss)
         parts = losses_L2.detach().sum(0)
