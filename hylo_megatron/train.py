@@ -29,6 +29,7 @@ def check_pair(student: Architecture, teacher: Architecture, stage: str) -> None
 
 
 def model_provider(models: list, pre_process=True, post_process=True, vp_stage=None, config=None, pg_collection=None):
+    import torch
     from megatron.training import get_args
     from megatron.training.arguments import core_transformer_config_from_args
 
@@ -54,7 +55,7 @@ def model_provider(models: list, pre_process=True, post_process=True, vp_stage=N
 
     student = build(student_arch)
     teacher = build(teacher_arch, recompute_granularity=None)
-    load_weights(teacher, args.hylo_teacher)
+    load_weights(teacher.to(torch.cuda.current_device()), args.hylo_teacher)
     settings = DistillSettings(
         args.hylo_stage, args.hylo_train or ("mixers" if args.hylo_stage == "ild" else "all"),
         not args.hylo_ild_raw_norms, args.hylo_ild_attention_weight, args.hylo_ild_hidden_weight, kl_settings(args),

@@ -48,7 +48,7 @@ def engine_flags(arch: Architecture, tokenizer: Path, tp: int) -> list[str]:
         "--normalization", "RMSNorm", "--swiglu", "--disable-bias-linear", "--position-embedding-type", "none",
         "--hidden-dropout", 0, "--attention-dropout", 0, "--tokenizer-type", "HuggingFaceTokenizer",
         "--tokenizer-model", tokenizer, "--make-vocab-size-divisible-by", 1,
-        "--calculate-per-token-loss", "--transformer-impl", "local", "--use-cpu-initialization",
+        "--calculate-per-token-loss", "--transformer-impl", "local",
         "--no-gradient-accumulation-fusion", "--no-persist-layer-norm", "--no-masked-softmax-fusion",
         "--no-bias-dropout-fusion", "--no-bias-swiglu-fusion", "--no-rope-fusion",
         "--ckpt-format", "torch_dist", "--dataloader-type", "single", "--num-workers", 0, "--seed", 1234,
@@ -59,7 +59,7 @@ def engine_flags(arch: Architecture, tokenizer: Path, tp: int) -> list[str]:
     if not arch.tie_word_embeddings:
         flags += ["--untie-embeddings-and-output-weights"]
     if torch.cuda.device_count() == 0:
-        flags += ["--distributed-backend", "gloo"]
+        flags += ["--distributed-backend", "gloo", "--use-cpu-initialization"]
     return [str(flag) for flag in flags]
 
 

@@ -2,7 +2,7 @@
 
 Megatron names ``torch.cuda`` and ``device="cuda"`` throughout. Where no CUDA device exists, ``install()`` maps those
 calls to their CPU meaning inside this process; with a device it does nothing. It must run before megatron is imported.
-``install_after_import()`` covers the two spots where megatron holds its own reference to the CUDA generator.
+``install_after_import()`` covers the two spots where megatron reaches for the CUDA generator by another way.
 """
 
 import contextlib
@@ -121,11 +121,9 @@ def install() -> bool:
 
 
 def install_after_import() -> None:
-    """Points megatron's RNG tracker at the CPU generator and skips compiling helpers that the wheel brings built."""
-    import megatron.core.datasets.utils as dataset_utils
+    """Points megatron's RNG tracker at the CPU generator."""
     import megatron.core.tensor_parallel.random as rng
 
     rng._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     rng._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
     logging.getLogger(rng.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
-    dataset_utils.compile_helpers = lambda: None

@@ -1,5 +1,7 @@
 """Makes megatron importable and right on this machine. Packages that use megatron import this first, in ``__init__``."""
 
+import importlib.util
+import logging
 import warnings
 
 from hylo_megatron.errors import HyLoError
@@ -7,6 +9,8 @@ from hylo_megatron.platform import cpu, distributed_optimizer, fla_kernels, mamb
 
 warnings.filterwarnings("ignore", module=r"megatron\..*")
 warnings.filterwarnings("ignore", message=r".*(transformer.engine|Apex|apex|barrier\(\)|nvidia_resiliency_ext).*")
+
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime is found" at each import
 
 cpu.install()
 try:
@@ -21,3 +25,14 @@ if cpu.needed():
 distributed_optimizer.install()
 fla_kernels.install()
 mamba.install()
+
+
+def skip_compiling_helpers() -> None:
+    """The wheel brings the dataset helpers compiled, and no Makefile: compiling them at start-up would fail."""
+    import megatron.core.datasets.utils as dataset_utils
+
+    if importlib.util.find_spec("megatron.core.datasets.helpers_cpp"):
+        dataset_utils.compile_helpers = lambda: None
+
+
+skip_compiling_helpers()

@@ -1,0 +1,221 @@
+"""``python -m hylo_megatron.train`` as a user runs it, and one step on every layout against one process."""
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+
+import pytest
+import torch
+
+pytest.importorskip("megatron.core")
+import parallel_parity as parity  # noqa: E402
+import tiny  # noqa: E402
+import train_helpers as helpers  # noqa: E402
+from train_helpers import read_log, train, train_flags  # noqa: E402
+
+LOSSES = ("loss", "kl", "ce", "grad_norm", "lr")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return helpers.make_world(tmp_path_factory.mktemp("world"))
+
+
+def succeeded(done: subprocess.CompletedProcess) -> None:
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+def losses(folder) -> list[tuple]:
+    lines = read_log(folder / "train_log.jsonl")
+    assert [line["iteration"] for line in lines] == list(range(1, len(lines) + 1))
+    return [tuple(line[key] for key in LOSSES) for line in lines]
+
+
+# ---- both stages, then the exported model ----
+
+
+def test_layer_by_layer_on_a_pipeline_then_end_to_end_then_export(world, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import hylo_megatron.hf  # noqa: F401
+    from hylo_megatron.convert import megatron_to_hf
+
+    ild, out = tmp_path / "ild", tmp_path / "distill"
+    succeeded(train(*train_flags(world, "ild", ild, pipeline_model_parallel_size=2), processes=2))
+    lines = read_log(ild / "train_log.jsonl")
+    assert [line["iteration"] for line in lines] == [1, 2, 3, 4]
+    for line in lines:
+        assert torch.tensor(line["layers"]).shape == (4, 2)
+        assert all(value > 0 for layer in line["layers"] for value in layer)
+        assert sum(map(sum, line["layers"])) == pytest.approx(line["loss"], abs=1e-4)
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    before, after = helpers.trained_weights(world["student"]), helpers.trained_weights(ild)
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if ".self_attention." in name}
+
+    # the teacher of the second stage is wider and deeper than the base
+    succeeded(train(*train_flags(world, "distill", out, student=ild, teacher="big")))
+    assert len(losses(out)) == 4
+    unchanged = {n for n, tensor in helpers.trained_weights(out).items() if torch.equal(tensor, after[n])}
+    assert not unchanged
+    megatron_to_hf.convert(out, tmp_path / "hf")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    prompt = AutoTokenizer.from_pretrained(tmp_path / "hf")("w5 w6 w7", return_tensors="pt")
+    prompt.pop("token_type_ids", None)
+    text = model.generate(**prompt, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    assert text.shape == (1, 8)
+    embedding = helpers.trained_weights(out)["embedding.word_embeddings.weight"]
+    assert torch.equal(model.get_input_embeddings().weight, embedding)
+
+
+# ---- stop and go ----
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(world, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    succeeded(train(*train_flags(world, "distill", folder, train_iters=20)))
+    assert len(losses(folder)) == 20
+    return folder
+
+
+def test_a_stopped_run_continues_bit_for_bit(world, uninterrupted, tmp_path):
+    run = tmp_path / "run"
+    flags = train_flags(world, "distill", run, train_iters=20, exit_interval=10)
+    succeeded(train(*flags))
+    assert losses(run) == losses(uninterrupted)[:10]
+    succeeded(train(*flags))
+    assert losses(run) == losses(uninterrupted)
+    tiny.same_bits(helpers.trained_weights(run), helpers.trained_weights(uninterrupted))
+
+
+def test_a_killed_run_continues_bit_for_bit(world, uninterrupted, tmp_path):
+    run = tmp_path / "run"
+    log, flags = run / "train_log.jsonl", train_flags(world, "distill", run, train_iters=20, save_interval=5)
+    with (tmp_path / "output").open("w") as output:
+        process = subprocess.Popen(helpers.train_command(*flags), env=helpers.single(), stdout=output, stderr=output)
+        try:
+            deadline = time.monotonic() + 120
+            while not log.is_file() or log.read_bytes().count(b"\n") < 8:
+                assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "output").read_text()[-4000:]
+                time.sleep(0.005)
+        finally:
+            process.kill()
+            process.wait()
+    reached = len(read_log(log))
+    assert 8 <= reached < 20
+    done = train(*flags)
+    succeeded(done)
+    assert "at iteration 0" not in done.stdout  # it loaded step 5 or 10, or the losses below prove nothing
+    assert losses(run) == losses(uninterrupted)
+    tiny.same_bits(helpers.trained_weights(run), helpers.trained_weights(uninterrupted))
+
+
+def test_bf16_runs_saves_and_resumes(world, tmp_path):
+    run = tmp_path / "run"
+    flags = train_flags(world, "distill", run, train_iters=4, exit_interval=2, bf16=True)
+    for steps in (2, 4):
+        succeeded(train(*flags))
+        assert len(losses(run)) == steps
+    assert all(0 < loss < 100 for loss, *_ in losses(run))
+    for name, tensor in helpers.trained_weights(run).items():
+        assert tensor.dtype == (torch.float32 if name.endswith(("A_log", "dt_bias")) else torch.bfloat16), name
+
+
+# ---- what cannot work ends at once, in one line ----
+
+BAD = {
+    "no student": (dict(hylo_student=None), ("--hylo-student is missing", "upcycle.py")),
+    "another vocabulary": (dict(teacher="foreign"), ("vocabularies differ", "320", "300")),
+    "ild from a deeper teacher": (dict(stage="ild", teacher="deep"), ("--hylo-stage ild", "4 layers")),
+    "ranks that do not divide": (dict(tensor_model_parallel_size=2), ("GDN key heads", "parallel size 2")),
+    "a Transformer as student": (dict(student="teacher"), ("is a Transformer", "upcycle.py")),
+    "a checkpoint that is not there": (dict(teacher="data"), ("hylo.json not found",)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_ends_in_one_line(case, world, tmp_path, monkeypatch, capsys):
+    from hylo_megatron.train import main
+
+    changes, words = BAD[case]
+    argv = train_flags(world, changes.get("stage", "distill"), tmp_path / "run", **{
+        key: value for key, value in changes.items() if key not in ("stage", "hylo_student")
+    })  # fmt: skip
+    if "hylo_student" in changes:
+        place = argv.index("--hylo-student")
+        del argv[place : place + 2]
+    monkeypatch.setattr(sys, "argv", ["train", *argv])
+    for name, value in dict(RANK="0", WORLD_SIZE=str(changes.get("tensor_model_parallel_size", 1))).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert ended.value.code == 2
+    assert len(errors) == 1
+    assert all(word in errors[0] for word in words), errors[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_input_as_a_command(world, tmp_path):
+    done = train(*train_flags(world, "ild", tmp_path / "run", teacher="deep"))
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: --hylo-stage ild compares layer by layer")
+    assert "Traceback" not in done.stderr
+
+
+# ---- one step on two processes, every layout, against one process ----
+
+LAYOUTS = {"tp2": dict(tp=2), "tp2sp": dict(tp=2, sp=True), "pp2": dict(pp=2), "cp2": dict(cp=2), "dp2": {}}
+QWEN3 = dict(tie_word_embeddings=False, model_type="qwen3", qk_norm=True, mla_qk_norm=True,
+             geometry=tiny.GEOMETRY_Q_LORA)  # fmt: skip
+STEPS = {  # name: student, teacher, stage, what trains
+    "gdn-ild": ("gdn", "gdn", "ild", "all"),
+    "gdn-distill": ("gdn", "gdn", "distill", "all"),
+    "mamba2-ild": ("mamba2", "mamba2", "ild", "mixers"),
+    "mamba2-distill": ("mamba2", "big", "distill", "all"),
+}
+
+
+@pytest.fixture(scope="module")
+def steps(tmp_path_factory):
+    """Folder with NAME.pt and NAME.jsonl for each step in one process, and NAME-LAYOUT for each in two."""
+    work = tmp_path_factory.mktemp("parity")
+    pairs = {"gdn": helpers.write_pair(work / "gdn", "gdn"), "mamba2": helpers.write_pair(work / "m2", "mamba2", **QWEN3)}
+    big = helpers.big_teacher(work / "big")
+    cells = []
+    for name, (student, teacher, stage, trained) in STEPS.items():
+        folders = (str(pairs[student][0]), str(big if teacher == "big" else pairs[teacher][1]))
+        alone = parity.Cell(name, *folders, stage, trained)
+        torch.save(parity.run_cell(alone, work / f"{name}.jsonl"), work / f"{name}.pt")
+        cells += [parity.Cell(f"{name}-{layout}", *folders, stage, trained, **sizes) for layout, sizes in LAYOUTS.items()]
+    (work / "cells.json").write_text(json.dumps([asdict(cell) for cell in cells]))
+    succeeded(helpers.torchrun(parity.__file__, work, timeout=300))
+    return work
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", STEPS)
+def test_two_processes_compute_what_one_does(name, layout, steps):
+    got, want = (torch.load(steps / f"{stem}.pt") for stem in (f"{name}-{layout}", name))
+    line, expected = (read_log(steps / f"{stem}.jsonl")[0] for stem in (f"{name}-{layout}", name))
+    losses = {key for key in expected if key == "loss" or key in parity.batches.PARTS[expected["stage"]]}
+    assert len(losses) == 3
+    loss_gap = max(abs(line[key] - expected[key]) / expected[key] for key in losses)
+    assert loss_gap <= 1e-6
+    if want["layers"]:
+        torch.testing.assert_close(torch.tensor(got["layers"]), torch.tensor(want["layers"]), rtol=1e-6, atol=0)
+    assert got["gradients"].keys() == want["gradients"].keys()
+    assert any(gradient.any() for gradient in want["gradients"].values())
+    gaps = {}
+    for key, gradient in want["gradients"].items():
+        here, padding = got["gradients"][key].split([len(gradient), len(got["gradients"][key]) - len(gradient)])
+        assert not padding.any(), key
+        gaps[key] = ((here - gradient).abs().max() / gradient.abs().max().clamp_min(1e-30)).item()
+    worst = max(gaps, key=gaps.get)
+    print(f"PARITY {name} {layout}: loss {loss_gap:.1e}, gradient {gaps[worst]:.1e} ({worst})")
+    assert gaps[worst] <= 1e-5, (worst, gaps[worst])
+    assert got["spread"] <= 1e-6  # copies of one parameter have one gradient
