@@ -53,7 +53,7 @@ def loss_function(stage: str, loss_mask: torch.Tensor, sequence_parallel: bool, 
     if stage == "ild" and sequence_parallel:
         torch.distributed.all_reduce(parts, group=parallel_state.get_tensor_model_parallel_group())
     logged = {name: torch.stack([part, count.float()]) for name, part in zip(PARTS[stage], parts, strict=True)}
-    return output[0], count, logged
+    return output[0].clone(), count, logged  # the pipeline frees what it gets here, and cannot free a view
 
 
 def forward_step(iterator, model):

@@ -1,8 +1,9 @@
-"""Megatron's distributed optimizer over torch's AdamW, which is what runs without TransformerEngine and Apex (CPU or GPU).
+"""Megatron's distributed optimizer over torch's AdamW, which is what runs without TransformerEngine and Apex.
 
 torch's AdamW keeps a tensor ``step`` in each parameter's state. megatron-core 0.19.2 does not expect it:
-``distrib_optimizer.py:839`` asserts on a fresh optimizer, ``:1223`` raises ``KeyError: step``, and ``:1028`` gives all
-parameters ONE shared step tensor, so that Adam's step count jumps by the number of parameters at each iteration.
+``distrib_optimizer.py:839`` asserts on a fresh optimizer; ``:1223`` raises ``KeyError: step``, an autograd error for
+fp32 parameters, and sets the step to zero; and ``:1028`` gives all parameters ONE shared step tensor, so that Adam's
+step count jumps by the number of parameters at each iteration.
 """
 
 import torch
@@ -22,8 +23,10 @@ def install() -> bool:
         optimizer.load_state_dict,
     )
 
+    @torch.no_grad()  # the main copy of an fp32 parameter is a view of it, which autograd lets nobody write to
     def set_with_step(self, param, tensors):
-        return set_states(self, param, {"step": None, **tensors})
+        # None is skipped: load_state_dict has set the step, and what "dp_reshardable" checkpoints bring here is zero.
+        return set_states(self, param, {**tensors, "step": None})
 
     def sharded_with_fresh_states(self, model_sharded_state_dict, is_loading=False, **kwargs):
         if is_loading:
