@@ -10,22 +10,20 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-import train_helpers as helpers
-
-import hylo_megatron.distill  # noqa: F401
-from hylo_megatron.config import Architecture  # isort: skip
-from hylo_megatron.distill import batches
-from hylo_megatron.distill.engine_hooks import StepLog
-from hylo_megatron.distill.kl import KLSettings
-from hylo_megatron.distill.model import DistillModel, DistillSettings
-from hylo_megatron.layers.load import layout_config, load_model, start_process_groups
-
-import torch.distributed as dist  # isort: skip
+import torch.distributed as dist
+import train_helpers as helpers  # before megatron: it starts the engine
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.training.global_vars import set_args, unset_global_variables
+
+from hylo_megatron.config import Architecture
+from hylo_megatron.distill import batches
+from hylo_megatron.distill.engine_hooks import StepLog
+from hylo_megatron.distill.kl import KLSettings
+from hylo_megatron.distill.model import DistillModel, DistillSettings
+from hylo_megatron.layers.load import layout_config, load_model, start_process_groups
 
 ROWS, MICRO = 4, 2
 # kl and ce together, tempered, in chunks that do not divide the tokens
@@ -65,10 +63,7 @@ def sample_rows(rank: int, size: int):
 
 def whole_gradients(model: DistillModel) -> tuple[dict, float]:
     """Gradients put together from all ranks under checkpoint names, and by how much replicas differ at most."""
-    trained = set()
-    for name, parameter in model.student.named_parameters():
-        if parameter.requires_grad:
-            trained.add(parameter)
+    for parameter in model.student.parameters():
         parameter.data = parameter.main_grad if parameter.requires_grad else torch.full_like(parameter, torch.nan)
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     sharded = model.sharded_state_dict(metadata=metadata)
@@ -103,7 +98,7 @@ def run_cell(cell: Cell, log_path: Path) -> dict:
     set_args(SimpleNamespace(hylo_stage=cell.stage))
     model = distill_model(
         cell.student, cell.teacher, cell.stage, cell.train, kl=KL,
-        config=dict(sequence_parallel=cell.sp, calculate_per_token_loss=True,
+        config=dict(sequence_parallel=cell.sp, calculate_per_token_loss=True, deallocate_pipeline_outputs=True,
                     finalize_model_grads_func=finalize_model_grads),
     )  # fmt: skip
     settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=False)

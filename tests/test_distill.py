@@ -8,7 +8,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-pytest.importorskip("megatron.core")
+from hylo_megatron.platform.capabilities import has
+
+if not has("megatron-core"):
+    pytest.skip("megatron-core is not installed", allow_module_level=True)
 import parallel_parity as parity  # noqa: E402
 import tiny  # noqa: E402
 import train_helpers as helpers  # noqa: E402
@@ -171,9 +174,7 @@ def test_distill_equals_the_two_models_logits(pair, wide, tmp_path):
     torch.testing.assert_close(torch.stack([loss, kl, ce]), torch.stack([want, want_kl, want_ce]), rtol=1e-5, atol=0)
     parameters = dict(model.named_parameters())
     got = torch.autograd.grad(loss, parameters.values(), retain_graph=True)
-    for name, gradient, expected in zip(
-        parameters, got, torch.autograd.grad(want, parameters.values()), strict=True
-    ):
+    for name, gradient, expected in zip(parameters, got, torch.autograd.grad(want, parameters.values()), strict=True):
         assert (gradient - expected).abs().max() <= 2e-5 * expected.abs().max(), name
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import tiny
 import torch
 
+import hylo_megatron.distill  # noqa: F401  the engine, before megatron
 from hylo_megatron.convert.checkpoint import write_checkpoint as write
 from hylo_megatron.convert.hf_to_megatron import megatron_tensors
 
