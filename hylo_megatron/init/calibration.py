@@ -1,12 +1,16 @@
 """Calibration text as token rows."""
 
+import itertools
 import json
+import random
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from hylo_megatron.errors import HyLoError
+
+MOST_DOCUMENTS = 50_000  # of a long file its beginning is enough
 
 
 def _texts(path: Path, length: int):
@@ -23,7 +27,7 @@ def _texts(path: Path, length: int):
 
 
 def calibration_tokens(path: str | Path, tokenizer_folder: str | Path, count: int, length: int) -> Tensor:
-    """``[count / length, length]`` token ids, documents one after another. Raises ``HyLoError`` when text runs out."""
+    """``[count / length, length]`` token ids, documents in a fixed random order. Raises ``HyLoError`` when text runs out."""
     from transformers import AutoTokenizer
 
     path, rows = Path(path), max(2, count // length)
@@ -31,7 +35,10 @@ def calibration_tokens(path: str | Path, tokenizer_folder: str | Path, count: in
         raise HyLoError(f"{path} not found: --calibration wants a text or JSONL file")
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     ids: list[int] = []
-    for text in _texts(path, length):
+    # Files are often sorted by source: take documents from everywhere, the same ones each time.
+    texts = list(itertools.islice(_texts(path, length), MOST_DOCUMENTS))
+    random.Random(0).shuffle(texts)
+    for text in texts:
         # A stretch of each document, so that a few long ones do not fill everything.
         ids += tokenizer(text[: 8 * length], add_special_tokens=False)["input_ids"][:length]
         ids.append(tokenizer.eos_token_id or 0)
