@@ -1,9 +1,10 @@
-"""``torchrun ... -m hylo_megatron.train --hylo-stage ild|distill --hylo-student CKPT --hylo-teacher CKPT --save OUT ...``
+"""``torchrun ... -m hylo_megatron.train --hylo-stage ild|distill --hylo-student CKPT --hylo-teacher CKPT --save OUT``
 
 megatron.training's own loop, with all its flags; this file only says which model, data and loss it runs.
 """
 
 import copy
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ def check_pair(student: Architecture, teacher: Architecture, stage: str) -> None
     if stage == "ild" and (teacher.num_layers, teacher.hidden_size) != (student.num_layers, student.hidden_size):
         raise HyLoError(
             f"--hylo-stage ild compares layer by layer: the teacher must be the base model"
-            f" ({student.num_layers} layers of {student.hidden_size}); a wider or deeper teacher goes to --hylo-stage distill"
+            f" ({student.num_layers} layers of {student.hidden_size}); another one can teach in --hylo-stage distill"
         )
 
 
@@ -81,6 +82,7 @@ def write_companions(args) -> None:
 
 @command_line
 def main() -> None:
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # megatron asserts it for TP and CP
     import hylo_megatron.distill  # noqa: F401  the engine, before megatron
     from hylo_megatron.distill.arguments import add_hylo_arguments, prepare_command_line
 

@@ -10,9 +10,11 @@ from hylo_megatron.data.tokenizers import load_tokenizer
 from hylo_megatron.errors import HyLoError
 
 TEXTS = ["The first document.\n\nIt has two paragraphs.", "Second: ünïcode — 你好 🙂", "third " * 40]
-TEMPLATE = ("{% for m in messages %}{% if m['role'] not in ('user', 'assistant') %}"
-            "{{ raise_exception('unknown role ' + m['role']) }}{% endif %}"
-            "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}")
+TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] not in ('user', 'assistant') %}"
+    "{{ raise_exception('unknown role ' + m['role']) }}{% endif %}"
+    "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -24,20 +26,34 @@ def tokenizer_folder(tmp_path_factory):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     blank = ["x\n\n\n    y\n\n\tz"] * 50  # so that line ends join into longer tokens
-    tokenizer.train_from_iterator([*TEXTS, *blank], trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer.train_from_iterator(
+        [*TEXTS, *blank],
+        trainers.BpeTrainer(
+            vocab_size=300,
+            special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
     tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({
-        "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "chat_template": TEMPLATE}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(
+            {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "chat_template": TEMPLATE}
+        )
+    )
     return folder
 
 
 @pytest.fixture
 def jsonl(tmp_path):
     path = tmp_path / "in.jsonl"
-    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in TEXTS[:2]) + "\n"
-                    + '{"text": ""}\n' + json.dumps({"text": TEXTS[2]}), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps({"text": t}) + "\n" for t in TEXTS[:2])
+        + "\n"
+        + '{"text": ""}\n'
+        + json.dumps({"text": TEXTS[2]}),
+        encoding="utf-8",
+    )
     return path
 
 
@@ -83,7 +99,7 @@ def test_packing_joins_and_cuts_exactly(tokenizer_folder, jsonl, tmp_path, monke
     summary = prepare.prepare([jsonl, jsonl], tokenizer_folder, tmp_path / "packed", pack_length=16, append_eod=False)
     rows = read_back(tmp_path / "packed")
     assert {len(row) for row in rows} == {16}
-    assert [token for row in rows for token in row] == stream[:len(rows) * 16]
+    assert [token for row in rows for token in row] == stream[: len(rows) * 16]
     assert summary["dropped_tokens"] == len(stream) - len(rows) * 16 < 16
     assert summary["sequences"] == len(rows) and summary["documents"] == 6
 
@@ -112,7 +128,8 @@ def test_chat_is_rendered_by_the_template(tokenizer_folder, tmp_path):
     prepare.prepare([path], tokenizer_folder, tmp_path / "out")
     (row,) = read_back(tmp_path / "out")
     assert decode(tokenizer_folder, row) == (
-        "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nyo<|im_end|>\n<|endoftext|>")
+        "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nyo<|im_end|>\n<|endoftext|>"
+    )
     assert row[0] == 1 and row.count(2) == 2  # markers are single tokens
 
 
@@ -121,35 +138,40 @@ def test_sentencepiece_model(tmp_path):
 
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("\n".join(["the quick brown fox jumps over the lazy dog", "seven tall ships sail past"] * 20))
-    sentencepiece.SentencePieceTrainer.train(input=str(corpus), model_prefix=str(tmp_path / "spm"), vocab_size=60,
-                                             hard_vocab_limit=False, minloglevel=2)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(corpus), model_prefix=str(tmp_path / "spm"), vocab_size=60, hard_vocab_limit=False, minloglevel=2
+    )
     path = tmp_path / "in.jsonl"
     path.write_text('{"text": "seven lazy ships"}\n{"text": "the dog"}\n')
     model = tmp_path / "spm.model"
     summary = prepare.prepare([path], model, tmp_path / "out", workers=2)
     processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
-    assert read_back(tmp_path / "out") == [[*processor.encode(text), processor.eos_id()]
-                                           for text in ("seven lazy ships", "the dog")]
+    assert read_back(tmp_path / "out") == [
+        [*processor.encode(text), processor.eos_id()] for text in ("seven lazy ships", "the dog")
+    ]
     assert summary["vocab_size"] == processor.vocab_size()
     with pytest.raises(HyLoError, match="<nope>.*--eod-token"):
         load_tokenizer(model, 1, "<nope>")
 
 
-@pytest.mark.parametrize("content, options, message", [
-    ('{"text": "a"}\n{"text": \n', {}, r"in.jsonl:2: not valid JSON"),
-    ('{"text": "a"}\n\n[1]\n', {}, r"in.jsonl:3: a JSON list, expected an object"),
-    ('{"body": "a"}\n', {}, r"in.jsonl:1: expected a string under 'text', the keys are 'body'.*--text-key"),
-    ('{"text": 5}\n', {}, r"in.jsonl:1: expected a string"),
-    ("\nplain\n", {}, r"in.jsonl:2: not a JSON object"),
-    (b'{"text": "a"}\n{"text": "\xff"}\n', {}, r"in.jsonl:2: byte 11 of the line is not UTF-8"),
-    ('{"messages": [{"role": "user"}]}\n', {}, r"in.jsonl:1: expected .*messages"),
-    ('{"messages": [{"role": "tool", "content": "x"}]}\n', {}, r"in.jsonl:1: .*refused.*unknown role tool"),
-    ('{"text": "a"}\n', {"pack_length": 100}, "2 tokens, too few for one sequence of --pack-length 100"),
-    ('{"text": "a"}\n', {"pack_length": 1}, "expected at least 2"),
-    ('{"text": "a"}\n', {"eod_token": "<nope>"}, "<nope>.*--eod-token"),
-    ('{"text": ""}\n', {}, "no text found"),
-    ("", {}, "the file is empty"),
-])
+@pytest.mark.parametrize(
+    "content, options, message",
+    [
+        ('{"text": "a"}\n{"text": \n', {}, r"in.jsonl:2: not valid JSON"),
+        ('{"text": "a"}\n\n[1]\n', {}, r"in.jsonl:3: a JSON list, expected an object"),
+        ('{"body": "a"}\n', {}, r"in.jsonl:1: expected a string under 'text', the keys are 'body'.*--text-key"),
+        ('{"text": 5}\n', {}, r"in.jsonl:1: expected a string"),
+        ("\nplain\n", {}, r"in.jsonl:2: not a JSON object"),
+        (b'{"text": "a"}\n{"text": "\xff"}\n', {}, r"in.jsonl:2: byte 11 of the line is not UTF-8"),
+        ('{"messages": [{"role": "user"}]}\n', {}, r"in.jsonl:1: expected .*messages"),
+        ('{"messages": [{"role": "tool", "content": "x"}]}\n', {}, r"in.jsonl:1: .*refused.*unknown role tool"),
+        ('{"text": "a"}\n', {"pack_length": 100}, "2 tokens, too few for one sequence of --pack-length 100"),
+        ('{"text": "a"}\n', {"pack_length": 1}, "expected at least 2"),
+        ('{"text": "a"}\n', {"eod_token": "<nope>"}, "<nope>.*--eod-token"),
+        ('{"text": ""}\n', {}, "no text found"),
+        ("", {}, "the file is empty"),
+    ],
+)
 def test_bad_input_is_named_and_nothing_is_left(tokenizer_folder, tmp_path, content, options, message):
     path = tmp_path / "in.jsonl"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -169,8 +191,12 @@ def test_a_failed_run_keeps_the_earlier_result(tokenizer_folder, jsonl, tmp_path
 
 
 def test_format_is_seen_from_the_file(tmp_path):
-    for name, content, expected in (("a.jsonl", '\n{"text": "x"}', "jsonl"), ("b.dat", '{"messages": []}', "chat"),
-                                    ("c.txt", '{"text": "x"}', "text"), ("d", "words", "text")):
+    for name, content, expected in (
+        ("a.jsonl", '\n{"text": "x"}', "jsonl"),
+        ("b.dat", '{"messages": []}', "chat"),
+        ("c.txt", '{"text": "x"}', "text"),
+        ("d", "words", "text"),
+    ):
         (tmp_path / name).write_text(content)
         assert documents.detect_format(tmp_path / name) == expected
 
@@ -182,14 +208,27 @@ def test_missing_pieces_are_named_on_the_command_line(tokenizer_folder, jsonl, t
     chat = tmp_path / "chat.jsonl"
     chat.write_text('{"messages": []}\n')
     for arguments, message in (
-            (["--input", "gone.txt", "--tokenizer", str(tokenizer_folder)], "gone.txt: no such file"),
-            (["--input", str(jsonl), "--tokenizer", str(tmp_path)], "expected a folder with tokenizer.json"),
-            (["--input", str(jsonl), "--tokenizer", str(tokenizer_folder), "--workers", "0"], "expected 1 or more"),
-            (["--input", str(chat), "--tokenizer", str(plain), "--eod-token", "<|im_end|>"], "has no chat template")):
+        (["--input", "gone.txt", "--tokenizer", str(tokenizer_folder)], "gone.txt: no such file"),
+        (["--input", str(jsonl), "--tokenizer", str(tmp_path)], "expected a folder with tokenizer.json"),
+        (["--input", str(jsonl), "--tokenizer", str(tokenizer_folder), "--workers", "0"], "expected 1 or more"),
+        (["--input", str(chat), "--tokenizer", str(plain), "--eod-token", "<|im_end|>"], "has no chat template"),
+    ):
         with pytest.raises(SystemExit) as caught:
             prepare.main([*arguments, "--out", str(tmp_path / "out")])
         assert caught.value.code == 2
         assert message in capsys.readouterr().err
-    prepare.main(["--input", str(jsonl), "--tokenizer", str(tokenizer_folder), "--out", str(tmp_path / "new" / "out"),
-                  "--pack-length", "16", "--workers", "1"])
+    prepare.main(
+        [
+            "--input",
+            str(jsonl),
+            "--tokenizer",
+            str(tokenizer_folder),
+            "--out",
+            str(tmp_path / "new" / "out"),
+            "--pack-length",
+            "16",
+            "--workers",
+            "1",
+        ]
+    )
     assert "sequences of 16" in capsys.readouterr().out

@@ -40,6 +40,7 @@ def cached_wheel(cache, name: str, members: dict[str, str | bytes]) -> Wheel:
 
 # ---- downloads
 
+
 def fake_pip(monkeypatch, content: bytes | None, stderr: str = "") -> list:
     calls = []
 
@@ -66,12 +67,15 @@ def test_wheel_is_downloaded_once_and_a_damaged_copy_again(tmp_path, monkeypatch
     assert [path.name for path in tmp_path.iterdir()] == ["x.whl"]
 
 
-@pytest.mark.parametrize("content, stderr, message", [
-    (b"evil", "", "expected " + hashlib.sha256(b"good").hexdigest()),
-    (None, "ERROR: Could not install: [Errno 28] No space left on device", "no space left in .*--cache"),
-    (None, "ERROR: No matching distribution found for x==1.0", "No matching distribution.*check the network"),
-    (None, "python: No module named pip", "ensurepip"),
-])
+@pytest.mark.parametrize(
+    "content, stderr, message",
+    [
+        (b"evil", "", "expected " + hashlib.sha256(b"good").hexdigest()),
+        (None, "ERROR: Could not install: [Errno 28] No space left on device", "no space left in .*--cache"),
+        (None, "ERROR: No matching distribution found for x==1.0", "No matching distribution.*check the network"),
+        (None, "python: No module named pip", "ensurepip"),
+    ],
+)
 def test_failed_download_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, content, stderr, message):
     fake_pip(monkeypatch, content, stderr)
     with pytest.raises(HyLoError, match=message) as caught:
@@ -80,6 +84,7 @@ def test_failed_download_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, c
 
 
 # ---- SmolLM2
+
 
 def interleaved_rope(x_SHK: np.ndarray, theta: float) -> np.ndarray:
     """RoPE as llama.cpp does it: neighbouring numbers make a pair."""
@@ -100,17 +105,24 @@ def test_unpermute_turns_interleaved_rope_into_transformers_rope():
     q, k = (interleaved_rope((x @ stored[n].T).reshape(6, HEADS, -1), 100.0) for n in "qk")
     expected = np.einsum("shk,thk->hst", q, k)
 
-    config = LlamaConfig(hidden_size=WIDTH, num_attention_heads=HEADS, head_dim=WIDTH // HEADS,
-                         rope_parameters={"rope_type": "default", "rope_theta": 100.0})
+    config = LlamaConfig(
+        hidden_size=WIDTH,
+        num_attention_heads=HEADS,
+        head_dim=WIDTH // HEADS,
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0},
+    )
     cos, sin = LlamaRotaryEmbedding(config)(torch.zeros(1, 6, 1, dtype=torch.float64), torch.arange(6)[None])
-    heads = [torch.from_numpy(x @ smollm2.unpermute_rotary(stored[n], HEADS).T).view(1, 6, HEADS, -1).transpose(1, 2)
-             for n in "qk"]
+    heads = [
+        torch.from_numpy(x @ smollm2.unpermute_rotary(stored[n], HEADS).T).view(1, 6, HEADS, -1).transpose(1, 2)
+        for n in "qk"
+    ]
     q, k = apply_rotary_pos_emb(*heads, cos.double(), sin.double())
     np.testing.assert_allclose((q @ k.transpose(2, 3))[0].numpy(), expected, atol=1e-4)
 
 
 def vocabulary() -> list[str]:
     from tokenizers.pre_tokenizers import ByteLevel
+
     return ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(ByteLevel.alphabet()), "12", "th"]
 
 
@@ -123,15 +135,31 @@ def tiny(tmp_path_factory):
 
     tokens = vocabulary()
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokens), hidden_size=WIDTH, intermediate_size=MLP, num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, max_position_embeddings=64, tie_word_embeddings=True,
-        rope_parameters={"rope_type": "default", "rope_theta": 5000.0}, rms_norm_eps=1e-5)).eval()
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokens),
+            hidden_size=WIDTH,
+            intermediate_size=MLP,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=HEADS,
+            num_key_value_heads=KV_HEADS,
+            max_position_embeddings=64,
+            tie_word_embeddings=True,
+            rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
+            rms_norm_eps=1e-5,
+        )
+    ).eval()
     path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
     writer = GGUFWriter(path, "llama")
-    for name, value in {"block_count": LAYERS, "context_length": 64, "embedding_length": WIDTH,
-                        "feed_forward_length": MLP, "attention.head_count": HEADS, "vocab_size": len(tokens),
-                        "attention.head_count_kv": KV_HEADS}.items():
+    for name, value in {
+        "block_count": LAYERS,
+        "context_length": 64,
+        "embedding_length": WIDTH,
+        "feed_forward_length": MLP,
+        "attention.head_count": HEADS,
+        "vocab_size": len(tokens),
+        "attention.head_count_kv": KV_HEADS,
+    }.items():
         writer.add_uint32(f"llama.{name}", value)
     writer.add_float32("llama.rope.freq_base", 5000.0)
     writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
@@ -140,12 +168,15 @@ def tiny(tmp_path_factory):
     writer.add_token_merges(["1 2", "t h"])
     for name, value in {"bos": 1, "eos": 2, "padding": 2, "unknown": 0}.items():
         writer.add_uint32(f"tokenizer.ggml.{name}_token_id", value)
-    writer.add_chat_template("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
-                             "{% endfor %}")
+    writer.add_chat_template(
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    )
     state = {name: weight.numpy() for name, weight in model.state_dict().items()}
     names = {v: k for k, v in smollm2.TOP.items()} | {
         f"model.layers.{i}.{long}.weight": f"blk.{i}.{short}.weight"
-        for i in range(LAYERS) for short, long in smollm2.BLOCK.items()}
+        for i in range(LAYERS)
+        for short, long in smollm2.BLOCK.items()
+    }
     for name, weight in state.items():
         if name == "lm_head.weight":
             continue
@@ -226,6 +257,7 @@ def test_fetch_smollm2_leaves_a_foreign_folder_alone(tmp_path, capsys):
 
 # ---- demo text
 
+
 def prose(seed: int, words: int) -> str:
     return " ".join(np.random.default_rng(seed).choice(WORDS.split(), words))
 
@@ -235,11 +267,22 @@ def small_sources(tmp_path):
     lines = [json.dumps({"0": prose(i, 80), "1": "shuffled"}) for i in range(8)]
     evaluation = cached_wheel(tmp_path, "evaluation", {"data.jsonl": "\n".join([*lines, lines[0]])})
     copied = prose(100, 25) + "\n" + prose(3, 80)[40:300].title() + "\n" + prose(101, 25)  # inside other words
-    training = cached_wheel(tmp_path, "training", {
-        **{f"pkg/{i}.py": prose(50 + i, 120) for i in range(6)}, "pkg/same.py": prose(50, 120) + "\n",
-        "pkg/copied.py": copied, "pkg/whole.py": prose(5, 80), "pkg/tests/t.py": prose(70, 120), "pkg/short.py": "x"})
-    return (Source("code", training, "MIT", "train", "files", "pkg/*.py", 10_000),
-            Source("wiki", evaluation, "CC0", "eval_prose", "first_of_variants", "data.jsonl", 6))
+    training = cached_wheel(
+        tmp_path,
+        "training",
+        {
+            **{f"pkg/{i}.py": prose(50 + i, 120) for i in range(6)},
+            "pkg/same.py": prose(50, 120) + "\n",
+            "pkg/copied.py": copied,
+            "pkg/whole.py": prose(5, 80),
+            "pkg/tests/t.py": prose(70, 120),
+            "pkg/short.py": "x",
+        },
+    )
+    return (
+        Source("code", training, "MIT", "train", "files", "pkg/*.py", 10_000),
+        Source("wiki", evaluation, "CC0", "eval_prose", "first_of_variants", "data.jsonl", 6),
+    )
 
 
 def test_train_and_eval_share_no_document_and_no_long_run_of_words(small_sources, tmp_path):
@@ -254,7 +297,7 @@ def test_train_and_eval_share_no_document_and_no_long_run_of_words(small_sources
 
     def runs(documents):
         words = [document.text.lower().split() for document in documents]
-        return {tuple(w[i:i + length]) for w in words for i in range(len(w) - length + 1)}
+        return {tuple(w[i : i + length]) for w in words for i in range(len(w) - length + 1)}
 
     assert runs(evaluation) and not runs(evaluation) & runs(train)
     assert len({document.text.strip() for document in train}) == len(train)
@@ -275,7 +318,10 @@ def test_text_files_are_the_same_every_time(small_sources, tmp_path, monkeypatch
     for name in ("train.jsonl", "eval_prose.jsonl", "eval_code.jsonl", "SOURCES.md"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     assert set(json.loads((tmp_path / "a" / "train.jsonl").read_text().splitlines()[0])) == {
-        "text", "source", "licence"}
+        "text",
+        "source",
+        "licence",
+    }
     assert small_sources[0].wheel.sha256 in (tmp_path / "a" / "SOURCES.md").read_text()
 
 
@@ -303,9 +349,11 @@ def test_wrong_member_is_named(small_sources, tmp_path):
 
 
 def test_wikitext_becomes_plain_text():
-    source = ("{{Infobox|a={{b|c}}|d}}'''Anarchism''' is a [[political philosophy|philosophy]]<ref name=x>note</ref>"
-              " of [[state]]lessness.<ref name=x />\n[[File:A.jpg|thumb|A [[map]] here]]\n== History ==\n* one &amp; "
-              "two\n{| class=x\n| cell\n|}\n== References ==\n{{reflist}}\nlast")
+    source = (
+        "{{Infobox|a={{b|c}}|d}}'''Anarchism''' is a [[political philosophy|philosophy]]<ref name=x>note</ref>"
+        " of [[state]]lessness.<ref name=x />\n[[File:A.jpg|thumb|A [[map]] here]]\n== History ==\n* one &amp; "
+        "two\n{| class=x\n| cell\n|}\n== References ==\n{{reflist}}\nlast"
+    )
     expected = "Anarchism is a philosophy of statelessness.\n\nHistory\n\none & two"
     assert readers.plain_wikitext(source) == expected
 

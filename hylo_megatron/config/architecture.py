@@ -1,4 +1,4 @@
-"""``Architecture``: everything that defines a model, teacher or hybrid; stored as ``hylo.json`` beside a checkpoint."""
+"""``Architecture``: everything that defines a model, teacher or hybrid; ``hylo.json`` beside each checkpoint."""
 
 import json
 import os
@@ -18,7 +18,8 @@ class Architecture:
 
     ``rope_parameters`` is transformers' dictionary (``rope_type``, ``rope_theta``, scaling fields).
     ``geometry`` is set when the plan has mixers other than ``attention``. ``qk_norm``: per-head RMSNorm on queries
-    and keys of attention (Qwen3); ``mla_qk_norm``: the same in MLA layers. ``extra`` is carried along untouched (token ids, the layer norms that ILD divides by).
+    and keys of attention (Qwen3); ``mla_qk_norm``: the same in MLA layers. ``extra`` is carried along untouched (token
+    ids, the layer norms that ILD divides by).
     """
 
     model_type: str

@@ -18,7 +18,7 @@ class MLAGeometry:
 
 @dataclass(frozen=True)
 class GDNGeometry:
-    """Gated DeltaNet; each key head serves ``num_value_heads / num_key_heads`` value heads. The state is K x V a value head."""
+    """Gated DeltaNet; each key head serves ``num_value_heads / num_key_heads`` value heads; state K x V each."""
 
     num_key_heads: int
     num_value_heads: int
@@ -49,9 +49,7 @@ class Geometry:
 
     @classmethod
     def from_dict(cls, values: dict) -> "Geometry":
-        return cls(
-            MLAGeometry(**values["mla"]), GDNGeometry(**values["gdn"]), Mamba2Geometry(**values["mamba2"])
-        )
+        return cls(MLAGeometry(**values["mla"]), GDNGeometry(**values["gdn"]), Mamba2Geometry(**values["mamba2"]))
 
 
 # (hidden size, attention heads, head dim) -> MLA dimensions of the method's paper (arXiv 2604.24715, appendix).

@@ -42,7 +42,9 @@ def _mla_layers(text: str, num_layers: int) -> tuple[int, ...]:
         ) from None
     bad = [layer for layer in layers if not 0 <= layer < num_layers]
     if bad or len(set(layers)) != len(layers):
-        raise HyLoError(f"--mla-layers {text}: numbers must differ and lie in 0..{num_layers - 1}; got {bad or layers}")
+        raise HyLoError(
+            f"--mla-layers {text}: numbers must differ and lie in 0..{num_layers - 1}; got {bad or layers}"
+        )
     return layers
 
 
@@ -84,7 +86,7 @@ def megatron_pattern(plan: tuple[str, ...], pipeline_stages: int = 1) -> str:
     """
     if pipeline_stages > len(plan):
         raise HyLoError(
-            f"--pipeline-model-parallel-size {pipeline_stages}: the model has {len(plan)} layers; use at most that many"
+            f"--pipeline-model-parallel-size {pipeline_stages}: the model has {len(plan)} layers; at most that many"
         )
     symbols = [SYMBOLS[kind] + "-" for kind in plan]
     base, extra = divmod(len(plan), pipeline_stages)

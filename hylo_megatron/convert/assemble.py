@@ -43,7 +43,9 @@ def assemble(mla: str | Path, linear: str | Path, plan: tuple[str, ...], out: st
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--mla", required=True, help="checkpoint of the all-MLA student (--mla-layers all)")
-    parser.add_argument("--linear-student", required=True, help="checkpoint of the all-linear student (--mla-layers none)")
+    parser.add_argument(
+        "--linear-student", required=True, help="checkpoint of the all-linear student (--mla-layers none)"
+    )
     parser.add_argument("--mla-layers", required=True, help="1,5,10,14 | uniform:K | a name such as 4MLA12GDN")
     parser.add_argument("--linear", default="gdn", choices=("gdn", "mamba2"))
     parser.add_argument("--out", required=True)

@@ -8,7 +8,11 @@ Shapes = dict[str, tuple[int, ...]]
 def _attention(arch: Architecture) -> Shapes:
     d, hd = arch.hidden_size, arch.head_dim
     q, kv = arch.num_attention_heads * hd, arch.num_key_value_heads * hd
-    shapes = {"self_attn.q_proj.weight": (q, d), "self_attn.k_proj.weight": (kv, d), "self_attn.v_proj.weight": (kv, d)}
+    shapes = {
+        "self_attn.q_proj.weight": (q, d),
+        "self_attn.k_proj.weight": (kv, d),
+        "self_attn.v_proj.weight": (kv, d),
+    }
     if arch.attention_bias:
         shapes |= {f"self_attn.{n}_proj.bias": (size,) for n, size in (("q", q), ("k", kv), ("v", kv))}
     if arch.qk_norm:

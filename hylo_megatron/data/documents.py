@@ -54,7 +54,7 @@ def read_documents(path: Path, form: str, text_key: str, render: Callable[[list]
         except ValueError as error:
             raise HyLoError(f"{where}: not valid JSON ({error}): expected one object on each line") from error
         if not isinstance(value, dict):
-            raise HyLoError(f"{where}: a JSON {type(value).__name__}, expected an object with \"{text_key}\"")
+            raise HyLoError(f'{where}: a JSON {type(value).__name__}, expected an object with "{text_key}"')
         text = _chat_text(value, where, render) if form == "chat" else _plain_text(value, where, text_key)
         yield Piece(text, True, len(line.encode("utf-8")))
 
@@ -65,8 +65,9 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             try:
                 yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
-                raise HyLoError(f"{path}:{number}: byte {error.start + 1} of the line is not UTF-8: "
-                                "convert the file to UTF-8") from error
+                raise HyLoError(
+                    f"{path}:{number}: byte {error.start + 1} of the line is not UTF-8: convert the file to UTF-8"
+                ) from error
 
 
 def _text_blocks(path: Path) -> Iterator[Piece]:
@@ -87,16 +88,22 @@ def _plain_text(value: dict, where: str, text_key: str) -> str:
     text = value.get(text_key)
     if not isinstance(text, str):
         keys = ", ".join(map(repr, value)) or "none"
-        raise HyLoError(f"{where}: expected a string under '{text_key}', the keys are {keys}: "
-                        "name the right one with --text-key")
+        raise HyLoError(
+            f"{where}: expected a string under '{text_key}', the keys are {keys}: name the right one with --text-key"
+        )
     return text
 
 
 def _chat_text(value: dict, where: str, render: Callable[[list], str]) -> str:
     messages = value.get("messages")
-    fits = isinstance(messages, list) and messages and all(
-        isinstance(item, dict) and isinstance(item.get("role"), str) and isinstance(item.get("content"), str)
-        for item in messages)
+    fits = (
+        isinstance(messages, list)
+        and messages
+        and all(
+            isinstance(item, dict) and isinstance(item.get("role"), str) and isinstance(item.get("content"), str)
+            for item in messages
+        )
+    )
     if not fits:
         raise HyLoError(f'{where}: expected {{"messages": [{{"role": "user", "content": "..."}}, ...]}} with strings')
     try:

@@ -56,12 +56,16 @@ def fetch_wheel(wheel: Wheel, cache: Path) -> Path:
         fresh = Path(folder) / wheel.file_name
         if not fresh.is_file():
             found = ", ".join(sorted(os.listdir(folder))) or "nothing"
-            raise HyLoError(f"{wheel.package}=={wheel.version}: expected {wheel.file_name}, the index gave {found}: "
-                            "use an index or mirror that has this file")
+            raise HyLoError(
+                f"{wheel.package}=={wheel.version}: expected {wheel.file_name}, the index gave {found}: "
+                "use an index or mirror that has this file"
+            )
         digest = sha256_of(fresh)
         if digest != wheel.sha256:
-            raise HyLoError(f"{wheel.file_name}: sha256 is {digest}, expected {wheel.sha256}: the index or a proxy "
-                            "serves another file; try again, or use another mirror")
+            raise HyLoError(
+                f"{wheel.file_name}: sha256 is {digest}, expected {wheel.sha256}: the index or a proxy "
+                "serves another file; try again, or use another mirror"
+            )
         size = fresh.stat().st_size / 1e6
         os.replace(fresh, path)
     print(f"  {size:.1f} MB in {time.monotonic() - began:.1f} s", flush=True)
@@ -69,9 +73,27 @@ def fetch_wheel(wheel: Wheel, cache: Path) -> Path:
 
 
 def _pip_download(wheel: Wheel, folder: str) -> None:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check",
-               "--no-cache-dir", "--no-deps", "--only-binary", ":all:", "--retries", "5", "--timeout", "60",
-               *wheel.target, "--dest", folder, f"{wheel.package}=={wheel.version}"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-input",
+        "--disable-pip-version-check",
+        "--no-cache-dir",
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+        "--retries",
+        "5",
+        "--timeout",
+        "60",
+        *wheel.target,
+        "--dest",
+        folder,
+        f"{wheel.package}=={wheel.version}",
+    ]
     # pip unpacks into TMPDIR first: keep that on the cache's disk, /tmp is often small
     environment = {**os.environ, "TMPDIR": folder}
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -80,12 +102,16 @@ def _pip_download(wheel: Wheel, folder: str) -> None:
     if "No module named pip" in result.stderr:
         raise HyLoError(f"{sys.executable} has no pip: run '{sys.executable} -m ensurepip', then this again")
     if "No space left on device" in result.stderr:
-        raise HyLoError(f"no space left in {Path(folder).parent}: free some, or choose another folder with --cache "
-                        f"or ${CACHE_VARIABLE}")
+        raise HyLoError(
+            f"no space left in {Path(folder).parent}: free some, or choose another folder with --cache "
+            f"or ${CACHE_VARIABLE}"
+        )
     reasons = re.findall(r"^ERROR: (.+)$", result.stderr, re.MULTILINE)
     reason = reasons[-1] if reasons else f"exit code {result.returncode}"
-    raise HyLoError(f"pip could not download {wheel.package}=={wheel.version} ({reason[:200]}): check the network and "
-                    f"pip's index settings, or put {wheel.file_name} into {Path(folder).parent} yourself")
+    raise HyLoError(
+        f"pip could not download {wheel.package}=={wheel.version} ({reason[:200]}): check the network and "
+        f"pip's index settings, or put {wheel.file_name} into {Path(folder).parent} yourself"
+    )
 
 
 def replace_folder(partial: Path, out: Path) -> None:

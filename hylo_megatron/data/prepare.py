@@ -74,7 +74,7 @@ class TokenWriter:
     def _cut(self) -> None:
         whole = len(self.pending) - len(self.pending) % self.pack_length
         for start in range(0, whole, self.pack_length):
-            self._write(self.pending[start:start + self.pack_length], self.pack_length)
+            self._write(self.pending[start : start + self.pack_length], self.pack_length)
         del self.pending[:whole]
 
     def _write(self, ids: list[int], length: int) -> None:
@@ -88,9 +88,17 @@ class TokenWriter:
         return numpy.array(ids, dtype=self.dtype)
 
 
-def prepare(inputs: list[Path], tokenizer_path: Path, out: Path, form: str | None = None, text_key: str = "text",
-            pack_length: int | None = None, workers: int = 1, append_eod: bool = True,
-            eod_token: str | None = None) -> dict:
+def prepare(
+    inputs: list[Path],
+    tokenizer_path: Path,
+    out: Path,
+    form: str | None = None,
+    text_key: str = "text",
+    pack_length: int | None = None,
+    workers: int = 1,
+    append_eod: bool = True,
+    eod_token: str | None = None,
+) -> dict:
     """Writes ``out``.bin, .idx and .json and returns what the .json says. HyLoError names the bad file and line."""
     if pack_length is not None and pack_length < 2:
         raise HyLoError(f"--pack-length {pack_length}: expected at least 2 tokens")
@@ -100,14 +108,17 @@ def prepare(inputs: list[Path], tokenizer_path: Path, out: Path, form: str | Non
     forms = [form or detect_format(path) for path in inputs]
     tokenizer = load_tokenizer(tokenizer_path, workers, eod_token)
     if "chat" in forms and tokenizer.render is None:
-        raise HyLoError(f"{tokenizer_path}: has no chat template, which {inputs[forms.index('chat')]} needs: "
-                        "use an instruct model's tokenizer")
+        raise HyLoError(
+            f"{tokenizer_path}: has no chat template, which {inputs[forms.index('chat')]} needs: "
+            "use an instruct model's tokenizer"
+        )
     builder_class, dtype = _indexed_dataset(tokenizer.vocab_size)
     partial = {suffix: Path(f"{out}.partial{suffix}") for suffix in SUFFIXES}
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        writer = TokenWriter(builder_class(str(partial[".bin"]), dtype=dtype), dtype, tokenizer.eod_id, append_eod,
-                             pack_length)
+        writer = TokenWriter(
+            builder_class(str(partial[".bin"]), dtype=dtype), dtype, tokenizer.eod_id, append_eod, pack_length
+        )
         try:
             _encode_all(inputs, forms, text_key, tokenizer, writer)
         except BaseException:
@@ -119,10 +130,18 @@ def prepare(inputs: list[Path], tokenizer_path: Path, out: Path, form: str | Non
         writer.builder.finalize(str(partial[".idx"]))
         counts = writer.counts
         summary = {
-            "tokens": counts.tokens, "documents": counts.documents, "sequences": counts.sequences,
-            "pack_length": pack_length, "dropped_tokens": counts.dropped_tokens, "empty_documents": counts.empty,
-            "tokenizer": str(tokenizer_path), "vocab_size": tokenizer.vocab_size, "eod_id": tokenizer.eod_id,
-            "append_eod": bool(append_eod or pack_length), "dtype": dtype.__name__, "inputs": [str(p) for p in inputs],
+            "tokens": counts.tokens,
+            "documents": counts.documents,
+            "sequences": counts.sequences,
+            "pack_length": pack_length,
+            "dropped_tokens": counts.dropped_tokens,
+            "empty_documents": counts.empty,
+            "tokenizer": str(tokenizer_path),
+            "vocab_size": tokenizer.vocab_size,
+            "eod_id": tokenizer.eod_id,
+            "append_eod": bool(append_eod or pack_length),
+            "dtype": dtype.__name__,
+            "inputs": [str(p) for p in inputs],
         }
         partial[".json"].write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         for suffix in SUFFIXES:
@@ -145,8 +164,9 @@ def _indexed_dataset(vocab_size: int):
     return IndexedDatasetBuilder, DType.optimal_dtype(vocab_size)
 
 
-def _encode_all(inputs: list[Path], forms: list[str], text_key: str, tokenizer: TextTokenizer,
-                writer: TokenWriter) -> None:
+def _encode_all(
+    inputs: list[Path], forms: list[str], text_key: str, tokenizer: TextTokenizer, writer: TokenWriter
+) -> None:
     with _progress(sum(path.stat().st_size for path in inputs)) as advance:
         for path, form in zip(inputs, forms, strict=True):
             for batch in _batches(read_documents(path, form, text_key, tokenizer.render)):
@@ -184,6 +204,7 @@ def _progress(total_bytes: int):
     if sys.stderr.isatty():
         try:
             from tqdm import tqdm
+
             bar = tqdm(total=total_bytes, unit="B", unit_scale=True, desc="tokenizing")
         except ImportError:
             pass
@@ -213,24 +234,44 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--input", required=True, nargs="+", type=Path, metavar="FILE")
     parser.add_argument("--tokenizer", required=True, type=Path, help="Hugging Face folder or sentencepiece .model")
     parser.add_argument("--out", required=True, type=Path, metavar="PREFIX", help="writes PREFIX.bin, .idx and .json")
-    parser.add_argument("--format", choices=FORMATS, help="text: a file is a document; jsonl: a line is one; chat: "
-                        "lines of {\"messages\": [...]} through the chat template (default: seen from the file)")
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        help="text: a file is a document; jsonl: a line is one; chat: "
+        'lines of {"messages": [...]} through the chat template (default: seen from the file)',
+    )
     parser.add_argument("--text-key", default="text", help="key of the text in jsonl (default %(default)s)")
     parser.add_argument("--pack-length", type=int, metavar="N", help="join documents, cut sequences of N tokens")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N",
-                        help="tokenizer threads (default %(default)s)")
-    parser.add_argument("--append-eod", action=argparse.BooleanOptionalAction, default=True,
-                        help="end each document with the end-of-document token (default on; packing always does)")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count(), metavar="N", help="tokenizer threads (default %(default)s)"
+    )
+    parser.add_argument(
+        "--append-eod",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="end each document with the end-of-document token (default on; packing always does)",
+    )
     parser.add_argument("--eod-token", help="default <|endoftext|> or <|end_of_text|> if there is one, else eos")
     arguments = parser.parse_args(argv)
     if arguments.workers < 1:
         raise HyLoError(f"--workers {arguments.workers}: expected 1 or more")
     began = time.monotonic()
-    summary = prepare(arguments.input, arguments.tokenizer, arguments.out, arguments.format, arguments.text_key,
-                      arguments.pack_length, arguments.workers, arguments.append_eod, arguments.eod_token)
+    summary = prepare(
+        arguments.input,
+        arguments.tokenizer,
+        arguments.out,
+        arguments.format,
+        arguments.text_key,
+        arguments.pack_length,
+        arguments.workers,
+        arguments.append_eod,
+        arguments.eod_token,
+    )
     seconds = time.monotonic() - began
     what = f"{summary['documents']} documents, {summary['tokens'] / 1e6:.2f}M tokens"
     if summary["pack_length"]:
-        what += (f" in {summary['sequences']} sequences of {summary['pack_length']}, the last "
-                 f"{summary['dropped_tokens']} tokens dropped")
+        what += (
+            f" in {summary['sequences']} sequences of {summary['pack_length']}, the last "
+            f"{summary['dropped_tokens']} tokens dropped"
+        )
     print(f"{arguments.out}.bin: {what}, {os.path.getsize(f'{arguments.out}.bin') / 1e6:.1f} MB, {seconds:.1f} s")

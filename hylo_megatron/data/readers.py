@@ -62,8 +62,10 @@ def read_source(reader: str, archive: zipfile.ZipFile, member: str) -> Iterator[
         for text in READERS[reader](archive, member):
             yield text.replace("\r\n", "\n").replace("\x00", "").strip()
     except (KeyError, ValueError, csv.Error, zipfile.BadZipFile) as error:
-        raise HyLoError(f"{archive.filename}: cannot read {member} as {reader} ({error}): the table in sources.py "
-                        "does not fit this file") from error
+        raise HyLoError(
+            f"{archive.filename}: cannot read {member} as {reader} ({error}): the table in sources.py "
+            "does not fit this file"
+        ) from error
 
 
 def _mend_quotes(text: str) -> str:
@@ -74,12 +76,18 @@ def _mend_quotes(text: str) -> str:
 
 
 _INNERMOST = re.compile(r"\{\{[^{}]*\}\}|\{\|(?:(?!\{\||\|\}).)*\|\}", re.DOTALL)
-_MEDIA = re.compile(r"\[\[(?:File|Image|Category|[a-z]{2,3}(?:-[a-z]+)*):[^\[\]]*(?:\[\[[^\[\]]*\]\][^\[\]]*)*\]\]",
-                    re.IGNORECASE)
-_DROPPED = re.compile(r"<!--.*?-->|<(ref|gallery|math|timeline|table|div|imagemap|score)\b[^<>]*?(?:/>|>.*?</\1\s*>)",
-                      re.DOTALL | re.IGNORECASE)
-_BACK_MATTER = re.compile(r"^==+\s*(?:references|notes|footnotes|citations|sources|external links|further reading|"
-                          r"bibliography|see also|works cited)\s*==+\s*$.*", re.DOTALL | re.MULTILINE | re.IGNORECASE)
+_MEDIA = re.compile(
+    r"\[\[(?:File|Image|Category|[a-z]{2,3}(?:-[a-z]+)*):[^\[\]]*(?:\[\[[^\[\]]*\]\][^\[\]]*)*\]\]", re.IGNORECASE
+)
+_DROPPED = re.compile(
+    r"<!--.*?-->|<(ref|gallery|math|timeline|table|div|imagemap|score)\b[^<>]*?(?:/>|>.*?</\1\s*>)",
+    re.DOTALL | re.IGNORECASE,
+)
+_BACK_MATTER = re.compile(
+    r"^==+\s*(?:references|notes|footnotes|citations|sources|external links|further reading|"
+    r"bibliography|see also|works cited)\s*==+\s*$.*",
+    re.DOTALL | re.MULTILINE | re.IGNORECASE,
+)
 
 
 def plain_wikitext(text: str) -> str:

@@ -43,18 +43,19 @@ def shingles(text: str, stride: int = 1) -> set[bytes]:
     """Digests of the runs of SHINGLE words that begin at every ``stride``-th word; of all words if there are fewer."""
     words = _words(text)
     starts = range(0, max(1, len(words) - SHINGLE + 1), stride)
-    return {_digest(" ".join(words[start:start + SHINGLE])) for start in starts}
+    return {_digest(" ".join(words[start : start + SHINGLE])) for start in starts}
 
 
 def cut_at_line(text: str, longest: int) -> str:
     """``text`` up to the last line end within ``longest`` characters."""
     if len(text) <= longest:
         return text
-    return text[:text.rfind("\n", 0, longest) + 1 or longest].rstrip()
+    return text[: text.rfind("\n", 0, longest) + 1 or longest].rstrip()
 
 
-def select(source: Source, texts: Iterable[str], seen: set[bytes],
-           forbidden: set[bytes]) -> tuple[list[Document], int]:
+def select(
+    source: Source, texts: Iterable[str], seen: set[bytes], forbidden: set[bytes]
+) -> tuple[list[Document], int]:
     """The documents to keep of one source, and how many were dropped as duplicates or for touching evaluation.
 
     The order, and so the choice under the limit, is that of the texts' digests: stable and spread over the source.
@@ -93,8 +94,11 @@ def collect(cache: Path, sources: tuple[Source, ...] = SOURCES) -> tuple[dict[st
         by_role[source.role] += kept
         characters = sum(len(document.text) for document in kept)
         rows.append({"source": source, "documents": len(kept), "characters": characters, "dropped": dropped})
-        print(f"{source.name} ({source.role}): {len(kept)} documents, {characters / 1e6:.2f}M characters"
-              + (f", {dropped} dropped as copies" if dropped else ""), flush=True)
+        print(
+            f"{source.name} ({source.role}): {len(kept)} documents, {characters / 1e6:.2f}M characters"
+            + (f", {dropped} dropped as copies" if dropped else ""),
+            flush=True,
+        )
     for documents in by_role.values():  # sources well mixed, the same way every time
         documents.sort(key=lambda document: _digest(document.text))
     return by_role, rows
@@ -102,15 +106,21 @@ def collect(cache: Path, sources: tuple[Source, ...] = SOURCES) -> tuple[dict[st
 
 def sources_page(rows: list[dict]) -> str:
     """SOURCES.md: where each document came from and what its licence is."""
-    lines = ["# Where this text comes from", "",
-             "`eval_*` documents are for evaluation: never train on them. No training document shares a run of "
-             f"{SHINGLE + STRIDE} words with them.", "",
-             "| file | source | package | licence of the text | documents | characters | sha256 of the package |",
-             "|---|---|---|---|---:|---:|---|"]
+    lines = [
+        "# Where this text comes from",
+        "",
+        "`eval_*` documents are for evaluation: never train on them. No training document shares a run of "
+        f"{SHINGLE + STRIDE} words with them.",
+        "",
+        "| file | source | package | licence of the text | documents | characters | sha256 of the package |",
+        "|---|---|---|---|---:|---:|---|",
+    ]
     for row in rows:
         source = row["source"]
-        lines.append(f"| {source.role}.jsonl | {source.name} | {source.wheel.package} {source.wheel.version} | "
-                     f"{source.licence} | {row['documents']} | {row['characters']} | `{source.wheel.sha256}` |")
+        lines.append(
+            f"| {source.role}.jsonl | {source.name} | {source.wheel.package} {source.wheel.version} | "
+            f"{source.licence} | {row['documents']} | {row['characters']} | `{source.wheel.sha256}` |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -140,6 +150,8 @@ def main(argv: list[str] | None = None) -> None:
     contents["SOURCES.md"] = (sources_page(rows),)
     for name, lines in contents.items():
         _write(arguments.out / name, lines)
-    counts = [f"{role} {len(kept)} documents {sum(len(document.text) for document in kept) / 1e6:.1f}M characters"
-              for role, kept in by_role.items()]
+    counts = [
+        f"{role} {len(kept)} documents {sum(len(document.text) for document in kept) / 1e6:.1f}M characters"
+        for role, kept in by_role.items()
+    ]
     print(f"{arguments.out}: {', '.join(counts)}, in {time.monotonic() - began:.1f} s")

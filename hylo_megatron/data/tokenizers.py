@@ -70,5 +70,6 @@ def _sentencepiece(path: Path, workers: int, eod_token: str | None) -> TextToken
     eod_id = processor.piece_to_id(eod_token) if eod_token else processor.eos_id()
     if eod_id < 0 or (eod_token and eod_id == processor.unk_id()):
         raise HyLoError(f"{path}: no end-of-document token {eod_token or '(eos)'}: name one with --eod-token")
-    return TextTokenizer(processor.vocab_size(), eod_id,
-                         lambda texts: processor.encode(texts, out_type=int, num_threads=workers), None)
+    return TextTokenizer(
+        processor.vocab_size(), eod_id, lambda texts: processor.encode(texts, out_type=int, num_threads=workers), None
+    )

@@ -15,9 +15,15 @@ def add_hylo_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     add = parser.add_argument_group("hylo").add_argument
     add("--hylo-stage", choices=("ild", "distill"), required=True, help="layer by layer, or end to end")
     add("--hylo-student", required=True, help="student checkpoint to start from (upcycle.py or an earlier stage)")
-    add("--hylo-teacher", required=True, help="teacher checkpoint; for distill it may be wider or deeper than the base")
-    add("--hylo-train", choices=("all", "mixers"), default=None,
-        help="mixers: weights copied from the base stay frozen (default: mixers for ild, all for distill)")
+    add(
+        "--hylo-teacher", required=True, help="teacher checkpoint; for distill it may be wider or deeper than the base"
+    )
+    add(
+        "--hylo-train",
+        choices=("all", "mixers"),
+        default=None,
+        help="mixers: weights copied from the base stay frozen (default: mixers for ild, all for distill)",
+    )
     add("--hylo-backend", choices=("local", "te"), default="local", help="torch layers, or TransformerEngine's")
     add("--hylo-copied-lr-mult", type=float, default=0.2, help="learning rate of copied weights, as a factor")
     add("--hylo-decay-lr-mult", type=float, default=5.0, help="learning rate of A_log and dt_bias, as a factor")

@@ -1,4 +1,4 @@
-"""The two places where training reaches into ``megatron.training``: parameter groups, and a log line after each step."""
+"""The two places where training reaches into ``megatron.training``: parameter groups, and a log line each step."""
 
 import json
 import os
@@ -36,6 +36,8 @@ class StepLog:
 
     def __init__(self, args, model):
         self.stage, self.model, self.tokens = args.hylo_stage, model, args.global_batch_size * args.seq_length
+        ild = (args.hylo_ild_attention_weight, args.hylo_ild_hidden_weight)
+        self.weights = ild if args.hylo_stage == "ild" else (args.hylo_kl_weight, args.hylo_ce_weight)
         self.path = Path(args.hylo_log or Path(args.save or ".") / "train_log.jsonl")
         self.writes, self.last = torch.distributed.get_rank() == 0, time.time()
 
@@ -70,7 +72,8 @@ class StepLog:
         if layers:  # the loss function of the last stage saw its own layers only
             totals = [sum(column) for column in zip(*layers, strict=True)]
             losses = dict(zip(losses, totals, strict=True))
-        line = {"stage": self.stage, "iteration": iteration, "loss": sum(losses.values()) if layers else losses["kl"]}
+        loss = sum(weight * value for weight, value in zip(self.weights, losses.values(), strict=True))
+        line = {"stage": self.stage, "iteration": iteration, "loss": loss}
         line |= losses | {"lr": learning_rate, "grad_norm": grad_norm and float(grad_norm)}
         line |= {"tokens": iteration * self.tokens, "seconds": round(now - self.last, 3)}
         if layers:

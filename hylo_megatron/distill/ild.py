@@ -36,7 +36,7 @@ class HiddenStates:
 
 
 def layer_losses(student_layers, teacher_states: list[Tensor], mask_SB: Tensor, norms_L2: Tensor) -> Tensor:
-    """``[L, 2]``: per base layer the sums over tokens of ``‖a_s - a_t‖₂`` and ``‖h_s - h_t‖₂``, divided by ``norms_L2``.
+    """``[L, 2]``: per base layer the token sums of ``‖a_s - a_t‖₂`` and ``‖h_s - h_t‖₂``, divided by ``norms_L2``.
 
     a: the mixer's output, h: the hidden state after the layer. ``teacher_states[j]`` is what enters stack layer j
     (two stack layers, mixer and MLP, make one base layer).

@@ -129,8 +129,8 @@ class _HiddenStateKL(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, *_):
         grad_h, grad_head = ctx.saved_tensors
-        scale = (lambda x: None if x is None else x * grad.to(x.dtype))
-        return scale(grad_h), scale(grad_head), *([None] * 8)
+        scaled = (None if g is None else g * grad.to(g.dtype) for g in (grad_h, grad_head))
+        return *scaled, *([None] * 8)
 
 
 def hidden_state_kl(h_TD: Tensor, head_ND: Tensor, t_TC: Tensor, teacher_head_NC: Tensor, labels_T: Tensor,

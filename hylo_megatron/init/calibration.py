@@ -27,7 +27,7 @@ def _texts(path: Path, length: int):
 
 
 def calibration_tokens(path: str | Path, tokenizer_folder: str | Path, count: int, length: int) -> Tensor:
-    """``[count / length, length]`` token ids, documents in a fixed random order. Raises ``HyLoError`` when text runs out."""
+    """``[count / length, length]`` token ids, documents in a fixed order. Raises ``HyLoError`` when text runs out."""
     from transformers import AutoTokenizer
 
     path, rows = Path(path), max(2, count // length)

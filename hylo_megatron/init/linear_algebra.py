@@ -18,7 +18,7 @@ def constant_direction(x_ND: Tensor, ridge: float = 1e-3) -> Tensor:
 
 
 def ridge_correction(features_NF: Tensor, target_ND: Tensor, weight_DF: Tensor, ridge: float = 0.02) -> Tensor:
-    """``W + ΔW`` with ΔW the ridge regression of what ``W`` leaves over: the fit is pulled towards ``W``, not to zero."""
+    """``W + ΔW``, ΔW the ridge regression of what ``W`` leaves over: the fit is pulled towards ``W``, not to zero."""
     f = features_NF.double()
     rest = target_ND.double() - f @ weight_DF.double().T
     gram = f.T @ f

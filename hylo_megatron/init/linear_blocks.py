@@ -1,6 +1,6 @@
 """Attention -> Gated DeltaNet or Mamba-2: the paper's row copy, and a start calibrated on activations.
 
-Legend: B batch, S sequence, H query heads, G key-value heads, M key heads of the block, E value heads, K head dim, D model.
+Legend: B batch, S sequence, H query heads, G key-value heads, K head dim, D model.
 The calibrated start makes the block a linear attention whose heads are the teacher's:
 - convolutions are identities; SiLU is undone on values by ± pairs (``silu(z) - silu(-z) = z``) in GDN, and by inputs
   small enough for it to be linear in Mamba-2 (the gated norm behind it takes the scale out);

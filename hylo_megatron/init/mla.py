@@ -169,8 +169,8 @@ def _latent(keys_GnD, values_GvD, q_HnD, cov, rank: int):
 def data_init(layer, arch: Architecture, frequencies: Tensor) -> dict[str, Tensor]:
     """Calibrated MLA with plain rope frequencies. ``frequencies``: the base model's ``[K / 2]``.
 
-    Exact when the latent holds everything, rope dims equal the head dim and there is one key-value head; otherwise what
-    is lost is the part of the groups' fast keys that one shared key cannot hold, and what the latent truncates.
+    Exact when the latent holds everything, rope dims equal the head dim and there is one key-value head; else what is
+    lost is the part of the groups' fast keys that one shared key cannot hold, and what the latent truncates.
     """
     g = arch.geometry.mla
     q, k, v = (w.double() for w in linearised_qkv(layer, arch))

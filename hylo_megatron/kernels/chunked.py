@@ -186,5 +186,7 @@ def chunked_scan(
     else:
         state = initial_state.to(dtype).expand(shape)
     with torch.autocast(v_BSHV.device.type, enabled=False):  # it would turn the scan's fp32 products into bf16
-        out, state = _ChunkedScan.apply(q_BSMK, k_BSMK, v_BSHV, g_BSH, beta_BSH, state.flatten(0, 1), scale, chunk_size)
+        out, state = _ChunkedScan.apply(
+            q_BSMK, k_BSMK, v_BSHV, g_BSH, beta_BSH, state.flatten(0, 1), scale, chunk_size
+        )
     return out, state.view(shape)

@@ -25,7 +25,7 @@ def _causal_mask(local_length: int, cp_size: int, cp_rank: int) -> Tensor:
 
 
 class CoreAttention(MegatronModule):
-    """Spec-compatible core attention; ``q_SBHK, k_SBGK, v_SBGV -> [S, B, H*V]`` with G key heads shared by H / G each."""
+    """Spec-compatible core attention; ``q_SBHK, k_SBGK, v_SBGV -> [S, B, H*V]`` key heads shared by H / G."""
 
     def __init__(self, config, layer_number, attn_mask_type=None, attention_type="self", softmax_scale=None,
                  pg_collection=None, **_):  # fmt: skip

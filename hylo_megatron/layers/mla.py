@@ -1,8 +1,8 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1) without norms on the latents.
 
-Legend: S sequence, B batch, D model, H heads of this rank, R latent rank, P rope dims, K nope + rope dims, V value dim.
-Tensor parallelism: down-projections are replicated (a few hundred columns need not divide by the ranks), up-projections
-split by heads. Under sequence parallelism the latents are gathered, not the hidden states.
+Legend: S sequence, B batch, D model, H heads of this rank, R latent rank, P rope, K nope + rope, V value dims.
+Tensor parallelism: down-projections are replicated (a few hundred columns need not divide by the ranks),
+up-projections split by heads. Under sequence parallelism the latents are gathered, not the hidden states.
 """
 
 import torch
@@ -42,7 +42,7 @@ class MLASelfAttention(MegatronModule):
     """
 
     def __init__(self, config, layer_number, geometry: MLAGeometry, rope_parameters: dict, max_positions: int,
-                 column_linear, row_linear, core_attention, qk_norm: bool = False, pg_collection=None, **_):  # fmt: skip
+                 column_linear, row_linear, core_attention, qk_norm=False, pg_collection=None, **_):  # fmt: skip
         super().__init__(config)
         self.geometry, self.layer_number, self.tp_group = geometry, layer_number, pg_collection.tp
         heads, self.key_dim = config.num_attention_heads, geometry.qk_nope_head_dim + geometry.qk_rope_head_dim
@@ -61,7 +61,9 @@ class MLASelfAttention(MegatronModule):
             self.linear_q_proj = column(config.hidden_size, heads * self.key_dim)
         latent = geometry.kv_lora_rank + geometry.qk_rope_head_dim
         self.linear_kv_down_proj = ReplicatedLinear(config.hidden_size, latent, config)
-        self.linear_kv_up_proj = column(geometry.kv_lora_rank, heads * (geometry.qk_nope_head_dim + geometry.v_head_dim))
+        self.linear_kv_up_proj = column(
+            geometry.kv_lora_rank, heads * (geometry.qk_nope_head_dim + geometry.v_head_dim)
+        )
         self.linear_proj = build_module(
             row_linear, heads * geometry.v_head_dim, config.hidden_size, config=config,
             init_method=config.output_layer_init_method, bias=False, input_is_parallel=True, skip_bias_add=True,

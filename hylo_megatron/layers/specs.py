@@ -50,9 +50,7 @@ class HyLoStack(HybridStack):
         super().__init__(config, submodules, *args, post_layer_norm=False, **kwargs)
         self.post_layer_norm = post_layer_norm
         if self.post_process and post_layer_norm:
-            self.final_norm = final_norm(
-                config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
-            )
+            self.final_norm = final_norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
 
 
 def _mixer_layer(b: Backend, mixer: ModuleSpec) -> ModuleSpec:
@@ -126,6 +124,4 @@ def stack_spec(arch: Architecture, backend_name: str = "local") -> ModuleSpec:
             "gdn_layer": _mixer_layer(b, _gdn(b)),
             "mamba_layer": _mamba2(b),
         }
-    return ModuleSpec(
-        module=HyLoStack, params={"final_norm": b.norm}, submodules=HybridStackSubmodules(**layers)
-    )
+    return ModuleSpec(module=HyLoStack, params={"final_norm": b.norm}, submodules=HybridStackSubmodules(**layers))

@@ -25,7 +25,7 @@ _really_available = torch.cuda.is_available
 
 
 class _TypeName(str):
-    """``torch.FloatTensor`` and ``torch.cuda.FloatTensor`` compare equal: the optimizer sorts parameters by that name."""
+    """``torch.FloatTensor`` and ``torch.cuda.FloatTensor`` compare equal: the optimizer sorts by that name."""
 
     def _bare(self, other):
         return str(other).replace("cuda.", "")

@@ -1,4 +1,4 @@
-"""Makes megatron importable and right on this machine. Packages that use megatron import this first, in ``__init__``."""
+"""Makes megatron importable and right on this machine. Packages that use megatron import it first, in ``__init__``."""
 
 import importlib.util
 import logging

@@ -52,7 +52,11 @@ class Run:
             return
         print(label, flush=True)
         started = time.time()
-        with (self.logs / "steps.log").open("a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        with (
+            (self.logs / "steps.log").open("a") as log,
+            contextlib.redirect_stdout(log),
+            contextlib.redirect_stderr(log),
+        ):
             action()
         print(f"      {time.time() - started:.0f} s", flush=True)
 
@@ -149,7 +153,9 @@ class Run:
             tokenizer = transformers.AutoTokenizer.from_pretrained(path)
             model = transformers.AutoModelForCausalLM.from_pretrained(path)
             chat = [{"role": "user", "content": PROMPT}]
-            inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+            inputs = tokenizer.apply_chat_template(
+                chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
             ids = model.generate(**inputs, max_new_tokens=24, do_sample=False)
             answers[name] = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         (self.out / "sample.json").write_text(json.dumps(answers, indent=1))

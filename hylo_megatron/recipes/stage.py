@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 
-
 @dataclass(frozen=True)
 class Stage:
     """One training run. Tokens: ``steps * global_batch * seq_length``; ``lr`` is the peak of a cosine."""

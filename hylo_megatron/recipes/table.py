@@ -10,14 +10,19 @@ def _row(name: str, tokens: int, figures: dict, teacher: dict) -> str:
     cells = []
     for kind in ("prose", "code"):
         mine, theirs = figures["perplexity"][kind], teacher["perplexity"][kind]
-        cells.append(f"{mine['perplexity']:8.2f} ({mine['perplexity'] / theirs['perplexity']:5.2f}x) {mine['loss']:6.3f}")
+        cells.append(
+            f"{mine['perplexity']:8.2f} ({mine['perplexity'] / theirs['perplexity']:5.2f}x) {mine['loss']:6.3f}"
+        )
     return f"| {name:<22} | {tokens:>9,} | {cells[0]} | {cells[1]} |"
 
 
 def closing_table(out: Path, recipe: Recipe, seconds: float) -> str:
     """Perplexity and loss of teacher and student after each stage, the cache's size, a sample, where things lie."""
     last = recipe.stages[-1].name
-    reports = {name: json.loads((out / f"eval-{name}.json").read_text()) for name in ("init", *(s.name for s in recipe.stages))}
+    reports = {
+        name: json.loads((out / f"eval-{name}.json").read_text())
+        for name in ("init", *(s.name for s in recipe.stages))
+    }
     final, sample = reports[last], json.loads((out / "sample.json").read_text())
     teacher, lines, tokens = final["teacher"], [], 0
     head = f"| {'':<22} | {'tokens':>9} | {'prose: perplexity, loss':>25} | {'code: perplexity, loss':>25} |"
@@ -29,7 +34,7 @@ def closing_table(out: Path, recipe: Recipe, seconds: float) -> str:
     cache = [final[role]["kv_cache_bytes_per_token"] for role in ("teacher", "model")]
     lines += [
         "",
-        f"KV cache per token, bf16: teacher {cache[0]:,} bytes, student {cache[1]:,} bytes ({cache[1] / cache[0]:.1%})",
+        f"KV cache per token, bf16: teacher {cache[0]:,} bytes, student {cache[1]:,} ({cache[1] / cache[0]:.1%})",
     ]
     if "needle" in final["model"]:
         found = [final[role]["needle"]["accuracy"] for role in ("teacher", "model")]

@@ -32,7 +32,9 @@ def _show(stage: Stage, line: dict | None, started: float, terminal: bool) -> No
         text = f"      {stage.name}: starting, {time.time() - started:.0f} s"
     else:
         rate = stage.global_batch * stage.seq_length / max(line["seconds"], 1e-3)
-        text = f"      {stage.name}: step {line['iteration']}/{stage.steps}, loss {line['loss']:.3f}, {rate:.0f} tokens/s"
+        text = (
+            f"      {stage.name}: step {line['iteration']}/{stage.steps}, loss {line['loss']:.3f}, {rate:.0f} tokens/s"
+        )
     print(f"\r{text:<78}" if terminal else text, end="" if terminal else "\n", flush=True)
 
 
@@ -67,4 +69,6 @@ def train(stage: Stage, student: Path, teacher: Path, save: Path, data: Path, tp
         print("\r" + " " * 78 + "\r", end="", flush=True)
     if process.returncode:
         errors = [line for line in log.read_text(errors="replace").splitlines() if "error: " in line.lower()]
-        raise HyLoError(f"{stage.name} stopped with exit code {process.returncode}: {(errors or ['?'])[-1]}; see {log}")
+        raise HyLoError(
+            f"{stage.name} stopped with exit code {process.returncode}: {(errors or ['?'])[-1]}; see {log}"
+        )
