@@ -39,7 +39,7 @@ class StepLog:
         ild = (args.hylo_ild_attention_weight, args.hylo_ild_hidden_weight)
         self.weights = ild if args.hylo_stage == "ild" else (args.hylo_kl_weight, args.hylo_ce_weight)
         self.path = Path(args.hylo_log or Path(args.save or ".") / "train_log.jsonl")
-        self.writes, self.last = torch.distributed.get_rank() == 0, time.time()
+        self.writes, self.last = torch.distributed.get_rank() == 0, None
 
     def truncate(self, iteration: int) -> None:
         """Drops lines of steps that an interrupted run took after its last checkpoint; they are taken again."""
@@ -75,7 +75,7 @@ class StepLog:
         loss = sum(weight * value for weight, value in zip(self.weights, losses.values(), strict=True))
         line = {"stage": self.stage, "iteration": iteration, "loss": loss}
         line |= losses | {"lr": learning_rate, "grad_norm": grad_norm and float(grad_norm)}
-        line |= {"tokens": iteration * self.tokens, "seconds": round(now - self.last, 3)}
+        line |= {"tokens": iteration * self.tokens, "seconds": self.last and round(now - self.last, 3)}
         if layers:
             line["layers"] = [[round(x, 5) for x in layer] for layer in layers]
         self.last = now

@@ -1,6 +1,7 @@
 """Starts a training run under torchrun and shows how far it is."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -31,7 +32,7 @@ def _show(stage: Stage, line: dict | None, started: float, terminal: bool) -> No
     if line is None:
         text = f"      {stage.name}: starting, {time.time() - started:.0f} s"
     else:
-        rate = stage.global_batch * stage.seq_length / max(line["seconds"], 1e-3)
+        rate = stage.global_batch * stage.seq_length / (line["seconds"] or math.inf)
         text = (
             f"      {stage.name}: step {line['iteration']}/{stage.steps}, loss {line['loss']:.3f}, {rate:.0f} tokens/s"
         )
