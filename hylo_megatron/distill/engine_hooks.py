@@ -18,16 +18,21 @@ def _is_decay(name: str) -> bool:
 
 
 def learning_rate_groups(args) -> dict:
-    """Copied weights learn slowly; the decay parameters, which start far from where they end, fast."""
+    """Copied weights learn slowly; the decay parameters, which start far from where they end, fast.
+
+    The fp32 parameters (decay, and Mamba-2's D) get a group of their own whatever the factor: in a group with bf16 ones
+    the distributed optimizer mixes up their order, and the checkpoint cannot be saved (``distrib_optimizer.py:1353``).
+    """
     groups = {}
 
     def add(label, matches, factor):
-        if factor != 1.0:
-            key = ParamKey(with_name_predicate=ParamWithNamePredicate(label, lambda _, name: matches(name)))
-            groups[key] = {"max_lr": args.lr * factor, "min_lr": (args.min_lr or 0.0) * factor}
+        key = ParamKey(with_name_predicate=ParamWithNamePredicate(label, lambda _, name: matches(name)))
+        groups[key] = {"max_lr": args.lr * factor, "min_lr": (args.min_lr or 0.0) * factor}
 
-    add("hylo_copied", lambda name: not is_mixer_parameter(name), args.hylo_copied_lr_mult)
+    if args.hylo_copied_lr_mult != 1.0:
+        add("hylo_copied", lambda name: not is_mixer_parameter(name), args.hylo_copied_lr_mult)
     add("hylo_decay", _is_decay, args.hylo_decay_lr_mult)
+    add("hylo_skip", lambda name: name.endswith(".mixer.D"), 1.0)
     return groups
 
 
