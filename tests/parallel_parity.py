@@ -116,7 +116,8 @@ def run_cell(cell: Cell, log_path: Path) -> dict:
         losses[name] = total[0] / total[1]
     sums = model.layer_sums
     log = StepLog(SimpleNamespace(hylo_stage=cell.stage, global_batch_size=ROWS, seq_length=helpers.SEQ,
-                                  hylo_log=str(log_path), save=None), [model])  # fmt: skip
+                                  hylo_log=str(log_path), save=None, hylo_ild_attention_weight=1.0,
+                                  hylo_ild_hidden_weight=1.0, hylo_kl_weight=1.0, hylo_ce_weight=0.0), [model])  # fmt: skip
     layers = log.layer_means()
     model.layer_sums = sums
     log.write(losses, 1, 0.1, None)

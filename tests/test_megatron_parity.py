@@ -142,7 +142,7 @@ def test_a_checkpoint_of_other_sizes_is_refused(folder, tmp_path):
             "4 attention heads do not divide by it; sizes that do: [1, 2, 4]",
         ),
         (tiny.hybrid().as_teacher(), dict(tp=4), "2 key-value heads"),
-        (tiny.hybrid("gdn"), dict(pp=5), "4 layers; use at most that many"),
+        (tiny.hybrid("gdn"), dict(pp=5), "4 layers; at most that many"),
     ],
 )
 def test_layouts_that_do_not_divide(arch, sizes, words):
