@@ -115,9 +115,9 @@ def run_cell(cell: Cell, log_path: Path) -> dict:
         dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
         losses[name] = total[0] / total[1]
     sums = model.layer_sums
-    log = StepLog(SimpleNamespace(hylo_stage=cell.stage, global_batch_size=ROWS, seq_length=helpers.SEQ,
-                                  hylo_log=str(log_path), save=None, hylo_ild_attention_weight=1.0,
-                                  hylo_ild_hidden_weight=1.0, hylo_kl_weight=1.0, hylo_ce_weight=0.0), [model])  # fmt: skip
+    arguments = dict(hylo_stage=cell.stage, global_batch_size=ROWS, seq_length=helpers.SEQ, hylo_log=str(log_path))
+    weights = dict(hylo_ild_attention_weight=1.0, hylo_ild_hidden_weight=1.0, hylo_kl_weight=1.0, hylo_ce_weight=0.0)
+    log = StepLog(SimpleNamespace(save=None, **arguments, **weights), [model])
     layers = log.layer_means()
     model.layer_sums = sums
     log.write(losses, 1, 0.1, None)
