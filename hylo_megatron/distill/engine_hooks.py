@@ -20,7 +20,7 @@ def _is_decay(name: str) -> bool:
 def learning_rate_groups(args) -> dict:
     """Copied weights learn slowly; the decay parameters, which start far from where they end, fast.
 
-    The fp32 parameters (decay, and Mamba-2's D) get groups of their own whatever the factor: in one with bf16 parameters
+    The fp32 parameters (decay, and Mamba-2's D) get groups of their own always: in one with bf16 parameters
     the distributed optimizer mixes up their order, and the checkpoint cannot be saved (``distrib_optimizer.py:1353``).
     """
     groups = {}
