@@ -14,7 +14,7 @@ def smollm2_cpu(plan: str = "3MLA27GDN", linear: str = "gdn") -> Recipe:
     """Two CPU cores, under twenty minutes: every stage short, each long enough to be seen to work."""
     # Batches of 512 tokens are noisy: a small step that anneals to nothing, or Adam undoes a good initialisation.
     ild = Stage("ild", "ild", seq_length=512, global_batch=1, steps=60, lr=2e-4, warmup=0.1, train="mixers")
-    distill = replace(ild, name="distill", kind="distill", steps=16, lr=2e-5)
+    distill = replace(ild, name="distill", kind="distill", steps=50, lr=3e-5)
     return Recipe(
         "smollm2-cpu", plan, linear, (ild, distill), calibration_tokens=8192, calibration_length=1024,
         eval_context=512, eval_tokens=4000, needle_lengths=(512,), needle_samples=1, needle_depths=4,
