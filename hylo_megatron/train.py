@@ -6,7 +6,6 @@ megatron.training's own loop, with all its flags; this file only says which mode
 import copy
 import os
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 from hylo_megatron.config import Architecture
@@ -34,13 +33,14 @@ def model_provider(models: list, pre_process=True, post_process=True, vp_stage=N
     from megatron.training import get_args
     from megatron.training.arguments import core_transformer_config_from_args
 
-    from hylo_megatron.distill.arguments import kl_settings
+    from hylo_megatron.distill.arguments import kl_settings, student_architecture
     from hylo_megatron.distill.model import DistillModel, DistillSettings
     from hylo_megatron.layers.load import load_weights
     from hylo_megatron.layers.model import UNFUSED, build_model, model_fields
 
     args = get_args()
-    student_arch, teacher_arch = Architecture.load(args.hylo_student), Architecture.load(args.hylo_teacher)
+    student_arch = student_architecture(args.hylo_student, args.hylo_rope, args.seq_length)
+    teacher_arch = Architecture.load(args.hylo_teacher)
     base = config or core_transformer_config_from_args(args)
     tp = args.tensor_model_parallel_size
     padded = -(-student_arch.vocab_size // tp) * tp
@@ -68,15 +68,16 @@ def model_provider(models: list, pre_process=True, post_process=True, vp_stage=N
 
 def write_companions(args) -> None:
     """What makes the output folder a checkpoint like any other: the architecture and the tokenizer."""
+    from hylo_megatron.distill.arguments import student_architecture
+
     source, target = Path(args.hylo_student), Path(args.save)
     if source.resolve() == target.resolve():
         raise HyLoError("--save and --hylo-student are the same folder; choose another --save")
     target.mkdir(parents=True, exist_ok=True)
-    arch = Architecture.load(source)
+    arch = student_architecture(args.hylo_student, args.hylo_rope, args.seq_length)
     if (target / "hylo.json").is_file() and Architecture.load(target).plan != arch.plan:
         raise HyLoError(f"--save {target} holds a run of another student; choose another folder")
-    longest = max(arch.max_position_embeddings, args.seq_length)
-    replace(arch, max_position_embeddings=longest).save(target)
+    arch.save(target)
     shutil.copytree(source / "hf", target / "hf", dirs_exist_ok=True)
 
 
@@ -87,6 +88,7 @@ def main() -> None:
     from hylo_megatron.distill.arguments import add_hylo_arguments, prepare_command_line
 
     arch = prepare_command_line()
+    import torch
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
@@ -94,6 +96,7 @@ def main() -> None:
 
     from hylo_megatron.distill import engine_hooks
     from hylo_megatron.distill.batches import datasets, forward_step
+    from hylo_megatron.kernels.self_test import self_test
     from hylo_megatron.layers.model import check_layout
 
     args = parse_and_validate_args(extra_args_provider=add_hylo_arguments)
@@ -105,6 +108,11 @@ def main() -> None:
         )
     if args.save and args.rank == 0:
         write_companions(args)
+    if torch.cuda.device_count() and args.bf16 and not args.no_self_test:
+        torch.cuda.set_device(args.local_rank)
+        verdict = self_test(arch, args.tensor_model_parallel_size, torch.device("cuda", args.local_rank))
+        if args.rank == 0:
+            print(verdict, flush=True)
     models: list = []
     engine_hooks.install(models)
     config = pretrain_cfg_container_from_args(args)

@@ -26,8 +26,8 @@ from hylo_megatron.distill.model import DistillModel, DistillSettings
 from hylo_megatron.layers.load import layout_config, load_model, start_process_groups
 
 ROWS, MICRO = 4, 2
-# kl and ce together, tempered, in chunks that do not divide the tokens
-KL = KLSettings(kl_weight=0.7, ce_weight=0.3, temperature=2.0, chunk=50)
+# kl and ce together, tempered, in chunks that do not divide the tokens, with a teacher for the first two thirds
+KL = KLSettings(kl_weight=0.7, ce_weight=0.3, temperature=2.0, chunk=50, teacher_length=40, ce_beyond=0.5)
 
 
 @dataclass
@@ -95,7 +95,7 @@ def run_cell(cell: Cell, log_path: Path) -> dict:
     """One step as ``megatron.training`` takes it: schedule, loss function, gradient reduction, log line."""
     start_process_groups(cell.tp, cell.pp, cell.cp)
     unset_global_variables()
-    set_args(SimpleNamespace(hylo_stage=cell.stage))
+    set_args(SimpleNamespace(hylo_stage=cell.stage, hylo_teacher_length=KL.teacher_length))
     model = distill_model(
         cell.student, cell.teacher, cell.stage, cell.train, kl=KL,
         config=dict(sequence_parallel=cell.sp, calculate_per_token_loss=True, deallocate_pipeline_outputs=True,
@@ -116,7 +116,7 @@ def run_cell(cell: Cell, log_path: Path) -> dict:
         losses[name] = total[0] / total[1]
     sums = model.layer_sums
     arguments = dict(hylo_stage=cell.stage, global_batch_size=ROWS, seq_length=helpers.SEQ, hylo_log=str(log_path))
-    weights = dict(hylo_ild_attention_weight=1.0, hylo_ild_hidden_weight=1.0, hylo_kl_weight=1.0, hylo_ce_weight=0.0)
+    weights = dict(hylo_ild_attention_weight=1.0, hylo_ild_hidden_weight=1.0)
     log = StepLog(SimpleNamespace(save=None, **arguments, **weights), [model])
     layers = log.layer_means()
     model.layer_sums = sums

@@ -1,6 +1,8 @@
 """Distillation in process: the chunked loss against whole logits, layer losses, the model that megatron trains."""
 
 import re
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -17,31 +19,38 @@ import tiny  # noqa: E402
 import train_helpers as helpers  # noqa: E402
 
 from hylo_megatron.distill.ild import AttachInput, AttachLoss, layer_losses  # noqa: E402
-from hylo_megatron.distill.kl import KLSettings, hidden_state_kl, reference_loss  # noqa: E402
+from hylo_megatron.distill.kl import KLSettings, hidden_state_kl, reference_loss, token_weights  # noqa: E402
 from hylo_megatron.errors import HyLoError  # noqa: E402
 from hylo_megatron.layers.load import load_model, start_process_groups  # noqa: E402
 from hylo_megatron.layers.model import check_layout  # noqa: E402
 
 ROWS, VOCAB = 40, 33  # of the heads: the last seven rows are padding
+PLAIN = KLSettings()
 
 
-def kl_inputs(length: int, rows: int = ROWS, vocab: int = VOCAB, width: int = 12, teacher_width: int = 20) -> dict:
+def kl_inputs(length: int, settings: KLSettings = PLAIN, rows: int = ROWS, vocab: int = VOCAB, width: int = 12,
+              teacher_width: int = 20) -> dict:  # fmt: skip
     def random(*shape):
         return torch.randn(*shape, generator=generator)
 
     generator = torch.Generator().manual_seed(0)
+    mask_T = (torch.rand(length, generator=generator) > 0.4).float()
+    answers_T = 5.0 * (torch.rand(length, generator=generator) > 0.8) if settings.teacher_length else None
+    kl_weight_T, ce_weight_T = token_weights(settings, torch.arange(length), mask_T, answers_T)
     return dict(
         h_TD=random(length, width).requires_grad_(), head_ND=random(rows, width).requires_grad_(),
-        t_TC=random(length, teacher_width), teacher_head_NC=random(rows, teacher_width) * 0.7,
+        t_TC=random(min(length, settings.teacher_length or length), teacher_width), teacher_head_NC=random(rows, teacher_width) * 0.7,
         labels_T=torch.randint(vocab, (length,), generator=generator),
-        mask_T=(torch.rand(length, generator=generator) > 0.4).float(), vocab_size=vocab,
+        mask_T=mask_T, kl_weight_T=kl_weight_T, ce_weight_T=ce_weight_T, vocab_size=vocab,
     )  # fmt: skip
 
 
 def whole_logits(x: dict, settings: KLSettings):
-    student, teacher = x["h_TD"] @ x["head_ND"].T, x["t_TC"] @ x["teacher_head_NC"].T
-    vocab = x["vocab_size"]
-    return reference_loss(student[:, :vocab], teacher[:, :vocab], x["labels_T"], x["mask_T"], settings)
+    student, vocab = x["h_TD"] @ x["head_ND"].T, x["vocab_size"]
+    teacher = torch.zeros_like(student)
+    teacher[: len(x["t_TC"])] = x["t_TC"] @ x["teacher_head_NC"].T
+    per_token = (x[name] for name in ("labels_T", "mask_T", "kl_weight_T", "ce_weight_T"))
+    return reference_loss(student[:, :vocab], teacher[:, :vocab], *per_token, settings)
 
 
 def gradients(loss, *tensors):
@@ -52,8 +61,10 @@ def gradients(loss, *tensors):
 @pytest.mark.parametrize("weights", [(0.7, 0.3), (1.0, 0.0), (0.0, 1.0)], ids=["kl+ce", "kl", "ce"])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
-def test_chunked_loss_equals_whole_logits(reverse, temperature, weights, chunk):
-    x, settings = kl_inputs(32), KLSettings(*weights, temperature, reverse, chunk)
+@pytest.mark.parametrize("teacher_length", [None, 21], ids=["taught", "partly"])
+def test_chunked_loss_equals_whole_logits(teacher_length, reverse, temperature, weights, chunk):
+    settings = KLSettings(*weights, temperature, reverse, chunk, teacher_length, ce_beyond=0.6)
+    x = kl_inputs(32, settings)
     assert 0 < x["mask_T"].sum() < 32
     loss, kl, ce = hidden_state_kl(**x, settings=settings)
     want, want_kl, want_ce = whole_logits(x, settings)
@@ -75,6 +86,46 @@ def test_loss_without_a_gradient_for_the_head():
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
+def test_weights_follow_the_teachers_reach_and_the_answers():
+    settings = KLSettings(0.9, 0.1, teacher_length=2, ce_beyond=0.5)
+    kl, ce = token_weights(
+        settings, torch.arange(4), torch.tensor([1.0, 1.0, 1.0, 0.0]), torch.tensor([0.0, 3.0, 3.0, 3.0])
+    )
+    assert kl.tolist() == pytest.approx([0.9, 0.9, 0.0, 0.0])
+    assert ce.tolist() == pytest.approx([0.1, 3.1, 3.5, 0.0])
+
+
+INTERPRETED = """
+import sys
+import torch
+import triton
+from triton.runtime import interpreter
+sys.path[:0] = sys.argv[1:]
+import test_distill as here
+from hylo_megatron.distill import kl, kl_fused
+
+kl_fused.BLOCK = 16  # several blocks a row
+settings, results = kl.KLSettings(0.8, 0.2, chunk=7, teacher_length=9), []  # rows with and without a teacher
+for fits in (False, True):
+    kl_fused.fits = lambda *_, fits=fits: fits
+    x = here.kl_inputs(16, settings)
+    loss = kl.hidden_state_kl(**x, settings=settings)
+    results.append([*loss, *here.gradients(loss[0], x["h_TD"], x["head_ND"])])
+for fused, plain in zip(*results, strict=True):
+    torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-5)
+print("equal")
+"""
+
+
+def test_fused_chunk_equals_the_torch_one(tmp_path):
+    pytest.importorskip("triton")
+    (tmp_path / "run.py").write_text(INTERPRETED)
+    environment = helpers.environment(TRITON_INTERPRET="1")
+    command = [sys.executable, str(tmp_path / "run.py"), str(helpers.ROOT), str(helpers.ROOT / "tests")]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert result.stdout.strip().endswith("equal"), result.stderr[-2000:]
+
+
 class LargestTensor(TorchDispatchMode):
     """Elements of the largest tensor that any operation returns."""
 
@@ -87,8 +138,8 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
-def largest(loss, length: int) -> int:
-    x = kl_inputs(length, rows=500, vocab=490, width=4, teacher_width=6)
+def largest(loss, settings: KLSettings, length: int) -> int:
+    x = kl_inputs(length, settings, rows=500, vocab=490, width=4, teacher_width=6)
     with LargestTensor() as seen:
         gradients(loss(x), x["h_TD"], x["head_ND"])
     return seen.elements
@@ -98,8 +149,8 @@ def largest(loss, length: int) -> int:
 def test_no_tensor_grows_with_tokens_times_vocabulary(weights):
     settings = KLSettings(*weights, temperature=2.0, chunk=16)
     for length in (64, 1024):
-        assert largest(lambda x: hidden_state_kl(**x, settings=settings)[0], length) == 16 * 500
-        assert largest(lambda x: whole_logits(x, settings)[0], length) >= length * 490
+        assert largest(lambda x: hidden_state_kl(**x, settings=settings)[0], settings, length) == 16 * 500
+        assert largest(lambda x: whole_logits(x, settings)[0], settings, length) >= length * 490
 
 
 # ---- layer by layer ----
@@ -164,12 +215,13 @@ def pair(request, tmp_path_factory):
 @pytest.mark.parametrize("wide", [False, True], ids=["same teacher", "wider teacher"])
 def test_distill_equals_the_two_models_logits(pair, wide, tmp_path):
     teacher = helpers.big_teacher(tmp_path / "big") if wide else pair[1]
-    settings = KLSettings(0.7, 0.3, 2.0, chunk=50)
+    settings = KLSettings(0.7, 0.3, 2.0, chunk=50, teacher_length=11, ce_beyond=0.5)
     model = parity.distill_model(pair[0], teacher, "distill", "all", kl=settings)
     x = helpers.token_batch(3, 16)
-    loss, kl, ce = model(x["tokens"], x["position_ids"], x["labels"], x["loss_mask"])
+    loss, kl, ce = model(*x.values())
     logits = [m(x["tokens"], x["position_ids"], None).float() for m in (model.student, model.teacher)]
-    flat = (value.flatten(0, 1) for value in (*logits, x["labels"], x["loss_mask"]))
+    weights = token_weights(settings, x["position_ids"], x["loss_mask"], x["answer_weight"])
+    flat = (value.flatten(0, 1) for value in (*logits, x["labels"], x["loss_mask"], *weights))
     want, want_kl, want_ce = reference_loss(*flat, settings)
     torch.testing.assert_close(torch.stack([loss, kl, ce]), torch.stack([want, want_kl, want_ce]), rtol=1e-5, atol=0)
     parameters = dict(model.named_parameters())
@@ -206,7 +258,7 @@ def test_mixers_only_freezes_exactly_what_was_copied(pair, stage):
     copied_keys = {name for name, _ in model.teacher.named_parameters() if ".self_attention." not in name}
     assert {re.sub(r"(layers\.\d+)\.norm\.", r"\1.input_layernorm.", name) for name in frozen} == copied_keys
     x = helpers.token_batch(2, 16)
-    model(x["tokens"], x["position_ids"], x["labels"], x["loss_mask"])[0].backward()
+    model(*x.values())[0].backward()
     for name, parameter in model.student.named_parameters():
         assert (parameter.grad is not None and parameter.grad.any()) == (name not in frozen), name
     assert all(parameter.grad is None for parameter in model.teacher.parameters())

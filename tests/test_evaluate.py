@@ -13,13 +13,25 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.evaluate import Settings, evaluate, needles_of, perplexity_of
+from hylo_megatron.evaluate import Settings, evaluate, long_documents_of, needles_of, perplexity_of
 from hylo_megatron.evaluate import models as hf_models
-from hylo_megatron.evaluate.needle import FACT, Haystack, answer_batch, encode_prompt, first_number, make_needle
+from hylo_megatron.evaluate.greedy import greedy
+from hylo_megatron.evaluate.haystack import (
+    FACT,
+    Haystack,
+    Needle,
+    encode_start,
+    make_needle,
+    make_needles,
+    prompt_text,
+)
+from hylo_megatron.evaluate.needle import answer_batch, batches, first_number, wilson
 from hylo_megatron.evaluate.plots import read_log, running_mean
+from hylo_megatron.hf.configuration_hylo import HyLoConfig
+from hylo_megatron.hf.modeling_hylo import HyLoForCausalLM
 
 CHAT = (
     "{% for m in messages %}<|user|>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -133,18 +145,24 @@ def test_perplexity_stops_at_the_token_budget(tokenizer, prose):
     assert found["loss"] == pytest.approx(expected.mean().item(), rel=1e-4)
 
 
-def stub(tokenizer, answer_of):
-    """A model whose ``generate`` appends what ``answer_of`` makes of the prompt's text; padding is on the left."""
+class Stub:
+    """A model that goes on with what ``answer_of`` makes of a prompt's text, one token a call."""
 
-    def generate(input_ids, attention_mask, max_new_tokens, pad_token_id, **_):
-        rows = []
-        for ids, mask in zip(input_ids, attention_mask, strict=True):
-            assert mask.tolist() == sorted(mask.tolist()), "padding is not on the left"
-            answer = tokenizer(answer_of(tokenizer.decode(ids[mask.bool()]))).input_ids[:max_new_tokens]
-            rows.append(torch.tensor(answer + [pad_token_id] * (max_new_tokens - len(answer))))
-        return torch.cat([input_ids, torch.stack(rows)], dim=1)
+    def __init__(self, tokenizer, answer_of):
+        self.tokenizer, self.answer_of, self.calls = tokenizer, answer_of, []
+        self.device, self.generation_config = torch.device("cpu"), GenerationConfig(eos_token_id=0)
 
-    return SimpleNamespace(generate=generate, device=torch.device("cpu"))
+    def __call__(self, input_ids, past_key_values, use_cache, logits_to_keep):
+        assert use_cache and logits_to_keep == 1
+        self.calls.append(tuple(input_ids.shape))
+        if past_key_values is None:
+            texts = self.tokenizer.batch_decode(input_ids)
+            past_key_values = [[*self.tokenizer(self.answer_of(text)).input_ids, 0] for text in texts]
+        else:
+            assert input_ids[:, 0].tolist() == [row[0] for row in past_key_values]
+            past_key_values = [row[1:] or [0] for row in past_key_values]
+        logits = F.one_hot(torch.tensor([row[0] for row in past_key_values]), len(self.tokenizer))
+        return SimpleNamespace(logits=logits[:, None].bfloat16(), past_key_values=past_key_values)
 
 
 def copy_number(text: str) -> str:
@@ -155,13 +173,13 @@ def copy_number(text: str) -> str:
 
 def test_needles_are_found_by_a_model_that_copies(tokenizer, prose):
     grid = {"lengths": (500, 700), "depths": 3, "samples": 2, "batch_size": 4}
-    found = needles_of(stub(tokenizer, copy_number), tokenizer, prose, **grid)
+    found = needles_of(Stub(tokenizer, copy_number), tokenizer, prose, **grid)
     assert found["accuracy"] == 1.0 and len(found["samples"]) == 12
     grid_cells = [(length, depth) for length in (500, 700) for depth in (0.0, 0.5, 1.0)]
     assert [(cell["length"], cell["depth"]) for cell in found["cells"]] == grid_cells
     assert len({sample["value"] for sample in found["samples"]}) == 12
     for seed, same in ((0, True), (1, False)):
-        again = needles_of(stub(tokenizer, copy_number), tokenizer, prose, **grid, seed=seed)
+        again = needles_of(Stub(tokenizer, copy_number), tokenizer, prose, **grid, seed=seed)
         assert (again["samples"] == found["samples"]) is same
 
 
@@ -174,7 +192,7 @@ def test_needles_are_found_by_a_model_that_copies(tokenizer, prose):
     ],
 )
 def test_wrong_answers_are_misses(tokenizer, prose, answer_of):
-    found = needles_of(stub(tokenizer, answer_of), tokenizer, prose, lengths=(500,), depths=2, samples=2)
+    found = needles_of(Stub(tokenizer, answer_of), tokenizer, prose, lengths=(500,), depths=2, samples=2)
     assert found["accuracy"] == 0.0 and all(cell["hits"] == 0 for cell in found["cells"])
 
 
@@ -185,35 +203,140 @@ def test_first_number():
     assert first_number("none") == ""
 
 
+def test_wilson_interval():
+    for hits, samples, low, high in ((93, 100, 0.8625, 0.9657), (0, 100, 0.0, 0.0370), (4, 4, 0.5101, 1.0)):
+        assert wilson(hits, samples) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_lengths_are_summed_over_depths(tokenizer, prose):
+    """A model that finds what lies in the second half."""
+
+    def answer_of(text):
+        return copy_number(text) if text.index("One of the special magic numbers for") > len(text) / 2 else " 7."
+
+    grid = {"lengths": (500, 700), "depths": 4, "samples": 3}
+    found = needles_of(Stub(tokenizer, answer_of), tokenizer, prose, **grid)
+    low, high = wilson(6, 12)
+    rows = [{"hits": 6, "samples": 12, "accuracy": 0.5, "low": low, "high": high, "length": n} for n in (500, 700)]
+    assert found["by_length"] == rows and found["accuracy"] == 0.5
+    assert [cell["hits"] for cell in found["cells"]] == [0, 0, 3, 3] * 2
+
+
 @pytest.mark.parametrize("length", [450, 1000, 1900])
 @pytest.mark.parametrize("depth", [0.0, 0.25, 0.5, 1.0])
-def test_length_and_depth_in_tokens(tokenizer, prose, length, depth):
+@pytest.mark.parametrize("joins", [True, False])
+def test_length_and_depth_in_tokens(tokenizer, prose, length, depth, joins):
     haystack = Haystack(prose, tokenizer)
+    assert haystack.joins
+    haystack.joins = joins
     needle = make_needle(haystack, length, depth, random.Random(length))
-    assert length - 12 - 10 <= len(needle.ids) <= length - 12  # full but for a word, and room for the answer
+    assert len(needle.ids) == length - 12  # room for the answer, and no more
     text = tokenizer.decode(list(needle.ids))
     fact = FACT.format(key=needle.key, value=needle.value)
     begin, end = text.index("afterwards.\n") + len("afterwards.\n"), text.index("\nWhat is the special")
-    before, after = (len(tokenizer(part).input_ids) for part in text[begin:end].split(fact))
-    sentence = max(haystack.lengths)
+    body = text[begin:end]
+    assert list(needle.ids) == encode_start(tokenizer, prompt_text(tokenizer, body, needle.key))
+    before, after = (len(tokenizer(part).input_ids) for part in body.split(fact))
+    sentence = max(len(piece.ids) for piece in haystack.pieces)
     assert abs(before / (before + after) - depth) * (before + after) <= sentence / 2 + 3
     assert abs(needle.placed_depth - before / (before + after)) < 0.02
-    with pytest.raises(HyLoError, match="too short"):
+    with pytest.raises(HyLoError, match="too short for the question itself: use"):
         make_needle(haystack, 60, depth, random.Random(0))
 
 
-def test_left_padding_does_not_change_answers(tokenizer, prose):
-    haystack, model = Haystack(prose, tokenizer), make_model(tokenizer, initializer_range=0.4)
-    needles = [make_needle(haystack, length, 0.5, random.Random(length)) for length in (450, 500, 600)]
-    alone = [answer_batch(model, tokenizer, [needle])[0] for needle in needles]
-    assert answer_batch(model, tokenizer, needles) == alone and len(set(alone)) > 1
+def test_tokenizer_that_merges_across_words(tokenizer, prose):
+    """Such a one has whole prompts tokenised: joined ids would not be what the model was trained on."""
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(False, use_regex=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    raw.train_from_iterator([make_prose()], trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet))
+    crossing = PreTrainedTokenizerFast(tokenizer_object=raw)
+    haystack = Haystack(prose, crossing)
+    assert not haystack.joins
+    needle = make_needle(haystack, 500, 0.5, random.Random(1))
+    assert 470 <= len(needle.ids) <= 488
+    assert crossing(crossing.decode(list(needle.ids))).input_ids == list(needle.ids)
+
+
+def test_batches_hold_one_length(tokenizer):
+    lengths = [5, 7, 5, 5, 7, 5, 5]
+    needles = [Needle(10, 0.5, 0.5, "key", "1", tuple(range(n))) for n in lengths]
+    model = Stub(tokenizer, None)
+    assert list(batches(needles, model, 3)) == [[0, 2, 3], [5, 6], [1, 4]]
+    assert [len(batch) for batch in batches([needles[0]] * 100, model, 15)] == [15] * 6 + [10]
+    assert [len(batch) for batch in batches(needles * 200, model, None)] == [500, 500, 400]
+    with pytest.raises(ValueError, match="expected one length"):
+        greedy(model, [(1, 2), (1, 2, 3)], 4, bool)
+
+
+def test_decoding_stops_when_every_number_is_over(tokenizer, prose):
+    needles = make_needles(Haystack(prose, tokenizer), (500,), 2, 2, seed=0)
+    answers = {needle.key: f" {needle.value}. And so on" for needle in needles}
+    answers[needles[1].key] = ""  # ends at once
+    answers[needles[2].key] = " 12,345 and more"
+    model = Stub(tokenizer, lambda text: answers[re.search(r"magic number for (\S+) mentioned", text).group(1)])
+    found = answer_batch(model, tokenizer, needles)
+    assert found[0] == f" {needles[0].value}." and found[1] == "" and found[3] == f" {needles[3].value}."
+    assert first_number(found[2]) == "12345" and not found[2].endswith("more")
+    longest = max(len(tokenizer(text).input_ids) for text in found)
+    assert model.calls == [(4, 488), *[(4, 1)] * (longest - 1)]
+    slow = Stub(tokenizer, lambda text: " no number at all, and no end of it, and no end of it, and no end of it")
+    answer_batch(slow, tokenizer, needles)
+    assert len(slow.calls) == 12
+
+
+def random_hybrid(tokenizer, linear: str) -> HyLoForCausalLM:
+    torch.manual_seed(2)
+    config = HyLoConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_attention_heads=4, head_dim=8,
+        mixers=[linear, "mla", linear], kv_lora_rank=20, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8,
+        linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8,
+        mamba_num_heads=4, mamba_head_dim=8, mamba_state_size=8, mamba_num_groups=2, max_position_embeddings=2048,
+        eos_token_id=tokenizer.eos_token_id, initializer_range=0.4,
+    )  # fmt: skip
+    return HyLoForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gdn", "mamba2"])
+def test_greedy_equals_generate(tokenizer, prose, kind, monkeypatch):
+    model = make_model(tokenizer, initializer_range=0.4) if kind == "llama" else random_hybrid(tokenizer, kind)
+    model.generation_config.eos_token_id = None  # twelve tokens, whatever they are
+    prompts = [needle.ids for needle in make_needles(Haystack(prose, tokenizer), (450,), 2, 2, seed=3)]
+    masks, attend = [], F.scaled_dot_product_attention
+
+    def record(query, key, value, attn_mask=None, **kwargs):
+        masks.append(attn_mask)
+        return attend(query, key, value, attn_mask, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", record)
+    found = greedy(model, prompts, 12, lambda ids: False)
+    assert masks and all(mask is None for mask in masks)
+    monkeypatch.undo()
+    for prompt, answer in zip(prompts, found, strict=True):
+        whole = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)
+        assert whole[0, len(prompt) :].tolist() == answer
+    assert len({tuple(answer) for answer in found}) > 1, "the prompts make no difference"
+
+
+def test_long_documents(tokenizer, tmp_path):
+    texts = [make_prose(seed, sentences) for seed, sentences in ((0, 60), (1, 3), (2, 50), (3, 2), (4, 70))]
+    file = write_lines(tmp_path / "long.jsonl", [{"text": text} for text in texts])
+    model = make_model(tokenizer)
+    found = long_documents_of(model, tokenizer, file, context=600, count=2, chunk=64)
+    losses = [naive_losses(model, tokenizer, file, 600)[i] for i in (0, 2)]
+    assert found["documents"] == 2 and found["tokens"] == 2 * 599
+    assert found["loss"] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-4)
+    assert [row["from"] for row in found["by_position"]] == [0, 128, 256, 512]
+    assert long_documents_of(model, tokenizer, file, context=600, count=9)["documents"] == 3
+    with pytest.raises(HyLoError, match="no document of 100,000 tokens"):
+        long_documents_of(model, tokenizer, file, context=100_000)
 
 
 def test_prompt_uses_the_chat_template(tokenizer):
-    chat = tokenizer.decode(encode_prompt(tokenizer, "Text.", "old-key"))
+    chat = prompt_text(tokenizer, "Text.", "old-key")
     assert chat.startswith("<|user|>Some special") and "provided text?<|assistant|>The special" in chat
     plain = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
-    assert plain.decode(encode_prompt(plain, "Text.", "old-key")).startswith("Some special")
+    assert prompt_text(plain, "Text.", "old-key").startswith("Some special")
 
 
 def test_report_files(tmp_path, folder, prose):
@@ -222,18 +345,33 @@ def test_report_files(tmp_path, folder, prose):
     write_lines(log, [{"event": "start"}, *lines])
     with log.open("a") as file:
         file.write('{"stage": "kl", "itera')  # stopped while writing
-    settings = Settings(context=128, ppl_tokens=300, needle_lengths=(450,), needle_samples=1, needle_depths=2)
+    settings = Settings(
+        context=128, ppl_tokens=300, long_context=300, long_documents=2, needle_lengths=(450, 500), needle_samples=1,
+        needle_depths=2, teacher_needle_limit=460,
+    )  # fmt: skip
     out = tmp_path / "out"
-    files = {"out_dir": out, "prose": prose, "code": prose, "curves": [log]}
+    files = {"out_dir": out, "prose": prose, "code": prose, "c": prose, "long": prose, "curves": [log]}
     report = evaluate(folder, teacher_dir=folder, settings=settings, **files)
     assert json.loads((out / "evaluation.json").read_text()) == json.loads(json.dumps(report))
     assert report["model"]["name"] == "tiny" and report["model"]["kv_cache_bytes_per_token"] == 2 * (2 * 2 * 8 * 2)
-    assert report["ratios"] == {"kv_cache": 1.0, "perplexity_prose": 1.0, "perplexity_code": 1.0}
+    assert report["ratios"] == {
+        "kv_cache": 1.0, "perplexity_prose": 1.0, "perplexity_code": 1.0, "perplexity_c": 1.0, "perplexity_long": 1.0
+    }  # fmt: skip
     assert report["model"]["perplexity"]["prose"]["tokens"] == 300
-    for name in ("needle.png", "loss_curves.png"):
+    assert report["model"]["long"]["documents"] == 2 and report["model"]["long"]["tokens"] == 2 * 299
+    assert [row["length"] for row in report["teacher"]["needle"]["by_length"]] == [450]
+    assert report["teacher"]["needle"]["not_run"] == [500] and report["model"]["needle"]["not_run"] == []
+    again = evaluate(
+        folder, teacher_figures=report["teacher"], out_dir=tmp_path / "again", prose=prose, settings=settings
+    )
+    assert again["teacher"] == report["teacher"] and again["ratios"] == {"kv_cache": 1.0, "perplexity_prose": 1.0}
+    for name in ("needle.png", "loss_by_position.png", "loss_curves.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
     text = (out / "evaluation.md").read_text()
-    assert "|  | teacher | model | ratio |" in text and "| needle, 450 tokens |" in text
+    assert "|  | teacher | model | ratio |" in text and "| perplexity, C |" in text
+    assert "| needle, 450 tokens | 0 % (0/2; 0–66) | 0 % (0/2; 0–66) |" in text
+    assert "| needle, 500 tokens | not run | 0 % (0/2; 0–66) |" in text
+    assert "## Loss by position, long documents\n\nNats a token, 598 tokens of 2 documents." in text
     assert f"{report['model']['perplexity']['prose']['perplexity']:.3f}" in text
     assert not list(out.glob("*.partial*")) and str(tmp_path) not in text + (out / "evaluation.json").read_text()
 
@@ -241,7 +379,9 @@ def test_report_files(tmp_path, folder, prose):
 def test_model_alone_without_needles(tmp_path, folder, prose):
     report = evaluate(folder, out_dir=tmp_path, prose=prose, settings=Settings(ppl_tokens=60, skip=("needle",)))
     assert "teacher" not in report and "needle" not in report["model"] and report["ratios"] == {}
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["evaluation.json", "evaluation.md"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "evaluation.json", "evaluation.md", "loss_by_position.png"
+    ]  # fmt: skip
 
 
 def test_cache_of_a_hybrid_counts_mla_rows():
@@ -273,7 +413,10 @@ def test_bad_paths_and_settings(tmp_path, folder, prose):
     ):
         with pytest.raises(HyLoError, match=message):
             evaluate(model, **options)
-    for wrong in ({"context": 0}, {"needle_lengths": ()}, {"skip": ("all",)}, {"batch_size": 0}):
+    for wrong in (
+        {"context": 0}, {"long_documents": 0}, {"needle_lengths": ()}, {"skip": ("all",)}, {"batch_size": 0},
+        {"teacher_needle_limit": 512},
+    ):  # fmt: skip
         with pytest.raises(HyLoError):
             Settings(**wrong)
 

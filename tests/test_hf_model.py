@@ -18,10 +18,11 @@ from hylo_megatron.errors import HyLoError  # noqa: E402
 from hylo_megatron.hf.cache import HyLoCache  # noqa: E402
 from hylo_megatron.hf.configuration_hylo import HyLoConfig  # noqa: E402
 from hylo_megatron.hf.gdn import HyLoGatedDeltaNet  # noqa: E402
-from hylo_megatron.hf.layers import Rotation, rope_frequencies  # noqa: E402
+from hylo_megatron.hf.layers import Rotation  # noqa: E402
 from hylo_megatron.hf.mamba2 import HyLoMamba2  # noqa: E402
 from hylo_megatron.hf.mla import HyLoMLA  # noqa: E402
 from hylo_megatron.hf.modeling_hylo import HyLoForCausalLM  # noqa: E402
+from hylo_megatron.kernels.rope import rope_frequencies  # noqa: E402
 
 YARN = {
     "rope_type": "yarn",
@@ -160,10 +161,22 @@ def test_rope_scaling_uses_the_rope_dims(rope):
         hidden_size=32, num_attention_heads=4, head_dim=8, max_position_embeddings=64, rope_parameters=dict(rope)
     )
     expected, factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](of_rope_dims, "cpu")
-    got = rope_frequencies(tiny(rope_parameters=rope, head_dim=16, qk_rope_head_dim=8))
-    assert torch.equal(got[0], expected) and got[1] == factor
-    with pytest.raises(HyLoError, match="rope_type"):
-        rope_frequencies(tiny(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}))
+    got = Rotation(tiny(rope_parameters=rope, head_dim=16, qk_rope_head_dim=8))
+    positions = torch.arange(5).unsqueeze(0)
+    angles = (positions[..., None] * expected).repeat(1, 1, 2)
+    assert torch.equal(got(positions)[0], angles.cos() * factor) and torch.equal(
+        got(positions)[1], angles.sin() * factor
+    )
+    with pytest.raises(HyLoError, match="rope_type 'dynamic'"):
+        Rotation(tiny(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}))(positions)
+
+
+def test_rope_frequencies_are_made_on_the_cpu():
+    """Models are built on the meta device, and what is cached then must still have values."""
+    parameters = {"rope_type": "default", "rope_theta": 12345.0}
+    with torch.device("meta"):
+        frequencies, factor = rope_frequencies(parameters, 8, 64)
+    assert torch.equal(frequencies, 1.0 / 12345.0 ** (torch.arange(0, 8, 2).float() / 8)) and factor == 1.0
 
 
 def test_qk_norm_is_per_head_over_all_dims_before_the_rotation():
@@ -207,6 +220,44 @@ def test_cache_size():
     for length in (16, 17):
         sizes.append(model(torch.ones(1, length, dtype=torch.long), use_cache=True).past_key_values.num_bytes())
     assert sizes[1] - sizes[0] == 4 * (20 + 8)
+
+
+@pytest.mark.parametrize("linear", ["gdn", "mamba2"])
+@torch.no_grad()
+def test_cached_states_keep_no_sequence_in_memory(linear):
+    model = model_of((linear, linear))
+    cache = model(torch.ones(1, 50, dtype=torch.long), use_cache=True).past_key_values
+    for state in cache[0].values():
+        assert state.untyped_storage().nbytes() == state.numel() * state.element_size()
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+@torch.no_grad()
+def test_whole_prompts_and_single_tokens_need_no_mask(qk_norm, monkeypatch):
+    """A mask turns flash attention off; only several tokens after cached ones need one."""
+    calls, attend = [], nn.functional.scaled_dot_product_attention
+
+    def record(query, key, value, mask=None, is_causal=False, scale=None):
+        calls.append((mask is not None, is_causal))
+        if query.dim() == 4:  # flash kernels want one width
+            assert query.shape[-1] == key.shape[-1] == value.shape[-1] == 14
+        return attend(query, key, value, mask, is_causal=is_causal, scale=scale)
+
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", record)
+    model, ids, cache = model_of(("mla",), qk_norm=qk_norm), torch.randint(2, 97, (2, 12)), HyLoCache(1)
+    for span in (slice(0, 7), slice(7, 8), slice(8, 12)):
+        model(ids[:, span], past_key_values=cache, use_cache=True)
+    model(ids, use_cache=False)
+    assert calls == [(False, True), (False, False), (True, False), (False, True)]
+
+
+@torch.no_grad()
+def test_hidden_states_are_kept_only_when_asked_for():
+    model, ids = model_of(("mla", "gdn")), torch.randint(2, 97, (1, 6))
+    out = model(ids, output_hidden_states=True)
+    assert len(out.hidden_states) == 3 and torch.equal(out.hidden_states[0], model.model.embed_tokens(ids))
+    assert torch.equal(model.lm_head(out.hidden_states[-1]), out.logits)
+    assert model(ids).hidden_states is None
 
 
 @each_hybrid

@@ -1,10 +1,16 @@
 """The torch kernels against fla's naive code, transformers' Mamba-2, their own recurrences, and finite differences."""
 
+from dataclasses import replace
+
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
 
 from hylo_megatron import kernels
+from hylo_megatron.errors import HyLoError
+from hylo_megatron.kernels.choose import TORCH
+from hylo_megatron.kernels.self_test import self_test
 
 TOLERANCE = dict(atol=2e-6, rtol=2e-5)
 
@@ -236,3 +242,23 @@ def test_low_precision_inputs_are_computed_in_fp32():
 def test_packed_sequences_are_refused():
     with pytest.raises(NotImplementedError, match="one sequence a row"):
         kernels.chunk_gated_delta_rule(*gdn_inputs(), cu_seqlens=torch.tensor([0, 5]))
+
+
+# ---- start-up check ----
+
+
+@pytest.mark.parametrize("linear", ["gdn", "mamba2"])
+def test_self_test_passes_right_kernels_and_refuses_wrong_gradients(linear):
+    arch = tiny.hybrid(linear)
+    assert "agree" in self_test(arch, device="cpu", kernels=TORCH)
+
+    def wrong_gradient(scan):
+        def call(q, *args, **kwargs):  # the value is right, one gradient is twice what it should be
+            return scan(2 * q - q.detach(), *args, **kwargs)
+
+        return call
+
+    name = "chunk_gated_delta_rule" if linear == "gdn" else "chunk_ssd"
+    broken = replace(TORCH, name="broken", **{name: wrong_gradient(getattr(TORCH, name))})
+    with pytest.raises(HyLoError, match="broken's .* disagrees with the reference"):
+        self_test(arch, device="cpu", kernels=broken)

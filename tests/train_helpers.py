@@ -20,13 +20,15 @@ ODD_VOCAB = 301  # does not divide by two: tensor parallelism pads it
 
 
 def token_batch(rows: int, length: int, vocab: int = ODD_VOCAB, seed: int = 3) -> dict[str, torch.Tensor]:
-    """``tokens, labels, loss_mask, position_ids`` ``[rows, length]``; the mask has zeros, more in later rows."""
+    """A batch, ``[rows, length]`` each; the mask has zeros, more in later rows."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(vocab, (rows, length + 1), generator=generator)
     keep = torch.rand(rows, length, generator=generator) > torch.linspace(0.1, 0.5, rows)[:, None]
     return {
-        "tokens": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous(), "loss_mask": keep.float(),
+        "tokens": tokens[:, :-1].contiguous(),
         "position_ids": torch.arange(length).expand(rows, length).contiguous(),
+        "labels": tokens[:, 1:].contiguous(), "loss_mask": keep.float(),
+        "answer_weight": 1.0 * (torch.rand(rows, length, generator=generator) > 0.8),
     }  # fmt: skip
 
 

@@ -26,12 +26,17 @@ def parse() -> argparse.Namespace:
     add("--out", required=True, help="folder for evaluation.json, evaluation.md and the pictures")
     add("--prose", help='JSON lines {"text": ...}: prose perplexity, and the haystack of the needles')
     add("--code", help='JSON lines {"text": ...}: code perplexity')
+    add("--c", help='JSON lines {"text": ...}: perplexity of a third kind of text, C')
+    add("--long", help='JSON lines {"text": ...}: loss by position in long documents')
     add("--context", type=int, default=2048, help="tokens a document is cut to")
     add("--ppl-tokens", type=int, default=20_000, help="tokens to score of each file")
+    add("--long-context", type=int, default=32_768, help="tokens of a long document; shorter ones are left out")
+    add("--long-documents", type=int, default=4, help="long documents to score")
     add("--needle-lengths", type=lengths, default="1024,2048", help="prompt lengths in tokens, answer included")
     add("--needle-samples", type=int, default=4, help="prompts for each length and depth")
     add("--needle-depths", type=int, default=5, help="depths from first to last sentence")
-    add("--skip", nargs="+", default=(), choices=["perplexity", "needle"], help="a part to leave out")
+    add("--teacher-needle-limit", type=int, help="prompts longer than this are not run on the teacher; no limit")
+    add("--skip", nargs="+", default=(), choices=["perplexity", "long", "needle"], help="a part to leave out")
     add("--curves", nargs="+", default=[], help="training logs (JSON lines with stage, iteration, loss) to draw")
     add("--batch-size", type=int, help="sequences at once; by default as many as suit the device")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: float32 on the CPU")
@@ -43,8 +48,8 @@ def parse() -> argparse.Namespace:
 @command_line
 def main() -> None:
     args = parse()
-    if not (args.prose or args.code):
-        raise HyLoError("nothing to measure: give --prose, --code or both")
+    if not (args.prose or args.code or args.c or args.long):
+        raise HyLoError("nothing to measure: give --prose, --code, --c or --long")
 
     from hylo_megatron.evaluate import Settings, evaluate  # after parsing: transformers takes seconds to import
 
@@ -56,6 +61,8 @@ def main() -> None:
         out_dir=args.out,
         prose=args.prose,
         code=args.code,
+        c=args.c,
+        long=args.long,
         curves=args.curves,
         settings=settings,
     )

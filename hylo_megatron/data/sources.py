@@ -1,28 +1,32 @@
-"""The demo text: which pinned package holds it, under which licence, and what it may be used for. Read as a table.
+"""The small mix: which pinned package holds a text, under which licence, and what it may be used for. Read as a table.
 
 Train and eval never meet: ``text.py`` drops every training document that shares a long run of words with evaluation.
 """
 
 from dataclasses import dataclass
 
+from hylo_megatron.data.debian import Deb
 from hylo_megatron.data.download import Wheel
 
 
 @dataclass(frozen=True)
 class Source:
-    """Documents in one wheel. ``role``: the output file. ``reader``: a function of ``readers.py``, given ``member``.
+    """Documents in one package. ``role``: the output file. ``reader``: a function of ``readers.py``, given ``member``.
 
-    ``limit`` is in characters for training and in documents for evaluation; ``shortest`` in characters.
+    ``limit`` is in characters for training and in documents for evaluation; ``shortest``, ``longest`` in characters.
+    ``quotes``: its documents quote one another, so what training ones share with evaluation is cut out of them.
     """
 
     name: str
-    wheel: Wheel
+    package: Wheel | Deb
     licence: str
     role: str
     reader: str
     member: str
     limit: int
     shortest: int = 200
+    longest: int = 10**9
+    quotes: bool = False
 
 
 # gensim's wheels are per platform; the text in them is the same everywhere, so any machine takes this one
@@ -95,7 +99,7 @@ _NETWORKX = Wheel(
 
 _WIKIPEDIA = "CC BY-SA 3.0 and GFDL (Wikipedia)"
 
-SOURCES = (
+SMALL_MIX = (
     # training, prose
     Source(
         "openwebtext",

@@ -1,7 +1,9 @@
 """Command line of training: Megatron's own flags, the ``--hylo-*`` ones, and what the checkpoint already says."""
 
 import argparse
+import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -31,6 +33,14 @@ def add_hylo_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     add("--hylo-ce-weight", type=float, default=0.0)
     add("--hylo-temperature", type=float, default=1.0)
     add("--hylo-reverse-kl", action="store_true", help="KL(student || teacher), the paper's formula")
+    add("--hylo-teacher-length", type=int, help="positions below it learn from the teacher, the others from the text")
+    add("--hylo-ce-beyond-teacher", type=float, default=1.0, help="weight of cross-entropy beyond --hylo-teacher-length")
+    add(
+        "--hylo-answer-weight", type=float, default=0.0,
+        help="cross-entropy of the answers in packed data (make_retrieval.py), as a share of a sample's tokens",
+    )
+    add("--hylo-rope", type=json.loads, help='change the student\'s rotary embedding, e.g. {"rope_theta": 4e5}')
+    add("--no-self-test", action="store_true", help="do not compare the GPU kernels with their references at start-up")
     add("--hylo-kl-chunk", type=int, default=1024, help="tokens whose logits are in memory at once")
     add("--hylo-ild-raw-norms", action="store_true", help="do not divide layer losses by the teacher's norms")
     add("--hylo-ild-attention-weight", type=float, default=1.0)
@@ -40,11 +50,22 @@ def add_hylo_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
 
 
 def kl_settings(args) -> KLSettings:
-    return KLSettings(args.hylo_kl_weight, args.hylo_ce_weight, args.hylo_temperature, args.hylo_reverse_kl,
-                      args.hylo_kl_chunk)  # fmt: skip
+    return KLSettings(
+        args.hylo_kl_weight, args.hylo_ce_weight, args.hylo_temperature, args.hylo_reverse_kl, args.hylo_kl_chunk,
+        args.hylo_teacher_length, args.hylo_ce_beyond_teacher,
+    )  # fmt: skip
 
 
-def engine_flags(arch: Architecture, tokenizer: Path, tp: int) -> list[str]:
+def student_architecture(path: str, rope: dict | None = None, seq_length: int = 0) -> Architecture:
+    """The student as this run trains it: with the rotary embedding asked for, and room for its sequences."""
+    arch = Architecture.load(path)
+    return replace(
+        arch, rope_parameters=arch.rope_parameters | (rope or {}),
+        max_position_embeddings=max(arch.max_position_embeddings, seq_length),
+    )  # fmt: skip
+
+
+def engine_flags(arch: Architecture, tokenizer: Path) -> list[str]:
     """Megatron flags that follow from the student and the machine; what the user writes comes later and wins."""
     flags = [
         "--num-layers", 2 * arch.num_layers, "--hidden-size", arch.hidden_size,
@@ -78,16 +99,16 @@ def prepare_command_line() -> Architecture:
     parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
     parser.add_argument("--hylo-student")
     parser.add_argument("--save")
-    parser.add_argument("--tensor-model-parallel-size", type=int, default=1)
+    parser.add_argument("--seq-length", type=int, default=0)
     known, _ = parser.parse_known_args()
     if not known.hylo_student:
         raise HyLoError("--hylo-student is missing: the student checkpoint made by upcycle.py")
-    arch = Architecture.load(known.hylo_student)
+    arch = student_architecture(known.hylo_student, seq_length=known.seq_length)
     if not arch.is_hybrid:
         raise HyLoError(f"--hylo-student {known.hylo_student} is a Transformer; run upcycle.py on it first")
     tokenizer = Path(known.hylo_student) / "hf"
     user = sys.argv[1:]
-    flags = engine_flags(arch, tokenizer, known.tensor_model_parallel_size)
+    flags = engine_flags(arch, tokenizer)
     # A run resumes from its own folder when that holds a checkpoint, else it starts from the student's weights.
     flags += ["--pretrained-checkpoint", known.hylo_student]
     if known.save and "--load" not in user:

@@ -5,31 +5,48 @@ from functools import partial
 import torch
 from megatron.core import parallel_state
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.blended_megatron_dataset_config import BlendedMegatronDatasetConfig
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.datasets.utils import get_blend_from_list
 from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank
 from megatron.training import get_args, get_tokenizer
 
-PARTS = {"ild": ("ild attention", "ild hidden"), "distill": ("kl", "ce")}
+from hylo_megatron.distill.packed_data import PackedConfig, PackedDataset, check_packed
+
+PARTS = {"ild": ("ild attention", "ild hidden"), "distill": ("loss", "kl", "ce")}
+KEYS = ("tokens", "labels", "loss_mask", "position_ids", "answer_weight")
 
 
-def dataset_config(args) -> GPTDatasetConfig:
-    return GPTDatasetConfig(
+def prefixes(args) -> list[str]:
+    """The dataset files that ``--data-path`` and its kin name, without blend weights."""
+    blends = [get_blend_from_list(p) for p in (args.data_path, args.train_data_path, args.valid_data_path) if p]
+    return [prefix for names, _ in blends for prefix in names]
+
+
+def dataset_config(args, packed: bool) -> BlendedMegatronDatasetConfig:
+    blend_per_split = [
+        get_blend_from_list(paths) for paths in (args.train_data_path, args.valid_data_path, args.test_data_path)
+    ]
+    common = dict(
         random_seed=args.seed, sequence_length=args.seq_length, blend=get_blend_from_list(args.data_path),
-        blend_per_split=[
-            get_blend_from_list(paths) for paths in (args.train_data_path, args.valid_data_path, args.test_data_path)
-        ] if args.train_data_path else None,
+        blend_per_split=blend_per_split if args.train_data_path else None,
         split=None if args.train_data_path else args.split, path_to_cache=args.data_cache_path,
-        tokenizer=get_tokenizer(), reset_position_ids=False, reset_attention_mask=False,
-        eod_mask_loss=args.eod_mask_loss, create_attention_mask=False,
+        tokenizer=get_tokenizer(),
+    )  # fmt: skip
+    if packed:
+        return PackedConfig(**common, answer_weight=args.hylo_answer_weight)
+    return GPTDatasetConfig(
+        **common, reset_position_ids=False, reset_attention_mask=False, eod_mask_loss=args.eod_mask_loss,
+        create_attention_mask=False,
     )  # fmt: skip
 
 
 def datasets(num_samples, vp_stage=None):
     """Every rank builds the same datasets: all pipeline stages and tensor-parallel ranks read the same samples."""
     args = get_args()
-    config = dataset_config(args)
-    kind = MockGPTDataset if config.mock else GPTDataset
+    packed = check_packed(prefixes(args), args.seq_length)
+    config = dataset_config(args, packed)
+    kind = PackedDataset if packed else MockGPTDataset if config.mock else GPTDataset
     return BlendedMegatronDatasetBuilder(kind, num_samples, lambda: True, config).build()
 
 
@@ -37,28 +54,33 @@ datasets.is_distributed = True
 
 
 def next_batch(iterator) -> dict[str, torch.Tensor]:
-    """``tokens, labels, loss_mask, position_ids`` ``[B, S / cp]`` of this context-parallel rank."""
+    """``KEYS``, each ``[B, S / cp]``, of this context-parallel rank."""
     device = torch.cuda.current_device()
-    keys = ("tokens", "labels", "loss_mask", "position_ids")
     sample = next(iterator)
-    batch = {key: sample[key].to(device, non_blocking=True) for key in keys}
+    batch = {key: sample[key].to(device, non_blocking=True) for key in KEYS if key in sample}
     group = parallel_state.get_context_parallel_group()
     return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=group) if group.size() > 1 else batch
 
 
-def loss_function(stage: str, loss_mask: torch.Tensor, sequence_parallel: bool, output: torch.Tensor):
+def loss_function(args, sequence_parallel: bool, batch: dict, output: torch.Tensor):
     """Sums over this rank's tokens, their number, and what is logged: the engine divides by the global number."""
-    count = loss_mask.sum().to(torch.int)
-    parts = output.detach()[1:].clone()
+    stage, mask = args.hylo_stage, batch["loss_mask"]
+    count = mask.sum().to(torch.int)
+    parts = dict(zip(PARTS[stage], output.detach()[-len(PARTS[stage]) :].clone(), strict=True))
     if stage == "ild" and sequence_parallel:
-        torch.distributed.all_reduce(parts, group=parallel_state.get_tensor_model_parallel_group())
-    logged = {name: torch.stack([part, count.float()]) for name, part in zip(PARTS[stage], parts, strict=True)}
+        for part in parts.values():
+            torch.distributed.all_reduce(part, group=parallel_state.get_tensor_model_parallel_group())
+    counts = dict.fromkeys(parts, count.float())
+    if args.hylo_teacher_length and "kl" in parts:  # a mean over the tokens that have a teacher
+        counts["kl"] = (mask * (batch["position_ids"] < args.hylo_teacher_length)).sum()
+    logged = {name: torch.stack([part, counts[name]]) for name, part in parts.items()}
     return output[0].clone(), count, logged  # the pipeline frees what it gets here, and cannot free a view
 
 
 def forward_step(iterator, model):
-    args = get_args()
-    batch = next_batch(iterator)
-    output = model(batch["tokens"], batch["position_ids"], batch["labels"], batch["loss_mask"])
+    args, batch = get_args(), next_batch(iterator)
+    output = model(
+        batch["tokens"], batch["position_ids"], batch["labels"], batch["loss_mask"], batch.get("answer_weight")
+    )
     sequence_parallel = get_attr_wrapped_model(model, "config").sequence_parallel
-    return output, partial(loss_function, args.hylo_stage, batch["loss_mask"], sequence_parallel)
+    return output, partial(loss_function, args, sequence_parallel, batch)

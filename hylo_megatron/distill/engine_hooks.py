@@ -41,8 +41,7 @@ class StepLog:
 
     def __init__(self, args, model):
         self.stage, self.model, self.tokens = args.hylo_stage, model, args.global_batch_size * args.seq_length
-        ild = (args.hylo_ild_attention_weight, args.hylo_ild_hidden_weight)
-        self.weights = ild if args.hylo_stage == "ild" else (args.hylo_kl_weight, args.hylo_ce_weight)
+        self.ild_weights = (args.hylo_ild_attention_weight, args.hylo_ild_hidden_weight)
         self.path = Path(args.hylo_log or Path(args.save or ".") / "train_log.jsonl")
         self.writes, self.last = torch.distributed.get_rank() == 0, None
 
@@ -77,10 +76,12 @@ class StepLog:
         if layers:  # the loss function of the last stage saw its own layers only
             totals = [sum(column) for column in zip(*layers, strict=True)]
             losses = dict(zip(losses, totals, strict=True))
-        loss = sum(weight * value for weight, value in zip(self.weights, losses.values(), strict=True))
-        line = {"stage": self.stage, "iteration": iteration, "loss": loss}
+            loss = sum(weight * value for weight, value in zip(self.ild_weights, totals, strict=True))
+            losses = {"loss": loss} | losses
+        line = {"stage": self.stage, "iteration": iteration}
         line |= losses | {"lr": learning_rate, "grad_norm": grad_norm and float(grad_norm)}
-        line |= {"tokens": iteration * self.tokens, "seconds": self.last and round(now - self.last, 3)}
+        line |= {"tokens": iteration * self.tokens, "seconds": self.last and round(now - self.last, 4)}
+        line["memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         if layers:
             line["layers"] = [[round(x, 5) for x in layer] for layer in layers]
         self.last = now

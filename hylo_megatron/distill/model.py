@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hylo_megatron.config import Architecture
 from hylo_megatron.distill.ild import AttachInput, AttachLoss, HiddenStates, layer_losses
-from hylo_megatron.distill.kl import KLSettings, hidden_state_kl
+from hylo_megatron.distill.kl import KLSettings, hidden_state_kl, token_weights
 from hylo_megatron.layers.load import load_state, model_tensors
 
 
@@ -88,15 +88,25 @@ class DistillModel(MegatronModule):
         finally:
             model.post_process = last
 
-    def forward(self, tokens: Tensor, position_ids: Tensor, labels: Tensor, loss_mask: Tensor) -> Tensor:
+    def _taught(self, length: int) -> int:
+        """How many of the first tokens the teacher has to read. All of them where ranks or stages share sequences."""
+        limit = self.settings.kl.teacher_length
+        alone = self.cp_group.size() == 1 and self.config.pipeline_model_parallel_size == 1
+        return min(length, limit) if limit and alone and self.settings.stage == "distill" else length
+
+    def forward(self, tokens: Tensor, position_ids: Tensor, labels: Tensor, loss_mask: Tensor,
+                answer_weight: Tensor | None = None) -> Tensor:  # fmt: skip
+        """All arguments ``[B, S]``."""
+        taught = self._taught(tokens.shape[1])
         with torch.no_grad():
-            teacher_hidden = self._hidden(self.teacher, tokens, position_ids)
+            teacher_hidden = self._hidden(self.teacher, tokens[:, :taught], position_ids[:, :taught])
         if self.settings.stage == "ild":
             return self._forward_ild(teacher_hidden, loss_mask)
         hidden = self._hidden(self.student, tokens, position_ids)
         if not self.post_process:
             return torch.cat([hidden, teacher_hidden], -1)
-        return self._head_loss(hidden, teacher_hidden, labels, loss_mask)
+        weights = token_weights(self.settings.kl, position_ids, loss_mask.float(), answer_weight)
+        return self._head_loss(hidden, teacher_hidden, labels, loss_mask, *weights)
 
     def _forward_ild(self, teacher_hidden: Tensor, loss_mask: Tensor) -> Tensor:
         mask_SB = loss_mask.T.float()
@@ -123,14 +133,16 @@ class DistillModel(MegatronModule):
         sums, self.layer_sums = self.layer_sums, None
         return sums
 
-    def _head_loss(self, hidden: Tensor, teacher_hidden: Tensor, labels: Tensor, loss_mask: Tensor) -> Tensor:
+    def _head_loss(self, hidden: Tensor, teacher_hidden: Tensor, *per_token: Tensor) -> Tensor:
+        """``[loss, kl, ce]``; ``per_token``: labels, mask, kl weight and ce weight, each ``[B, S]``."""
         if self.config.sequence_parallel:
             hidden, teacher_hidden = (
                 gather_from_sequence_parallel_region(x, group=self.tp_group) for x in (hidden, teacher_hidden)
             )
+        labels_T, mask_T, kl_weight_T, ce_weight_T = (x.T.flatten() for x in per_token)
         loss, kl, ce = hidden_state_kl(
             hidden.flatten(0, 1), self._head(self.student), teacher_hidden.flatten(0, 1), self._head(self.teacher),
-            labels.T.flatten(), loss_mask.T.flatten().float(), self.arch.vocab_size, self.tp_group,
+            labels_T, mask_T.float(), kl_weight_T, ce_weight_T, self.arch.vocab_size, self.tp_group,
             reduce_input_grad=not self.config.sequence_parallel, settings=self.settings.kl,
         )  # fmt: skip
         return torch.stack([loss, kl, ce])

@@ -1,7 +1,7 @@
 """Perplexity, loss by position and needle retrieval of any Hugging Face checkpoint, teacher beside student."""
 
 from hylo_megatron.evaluate.needle import needles_of
-from hylo_megatron.evaluate.perplexity import perplexity_of
+from hylo_megatron.evaluate.perplexity import long_documents_of, perplexity_of
 from hylo_megatron.evaluate.runner import Settings, evaluate
 
-__all__ = ["Settings", "evaluate", "needles_of", "perplexity_of"]
+__all__ = ["Settings", "evaluate", "long_documents_of", "needles_of", "perplexity_of"]

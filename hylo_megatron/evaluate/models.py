@@ -11,6 +11,10 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from hylo_megatron.errors import HyLoError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+CPU_BATCH_TOKENS = 4096
+# Of a GPU's memory for every hidden value of a token: about ten times what cache and activations take in bf16, so that
+# training may go on beside. Large batches pay: the steps of one token take as long for one row as for many.
+CUDA_BATCH_BYTES = 1024
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,15 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if dtype not in DTYPES:
         raise HyLoError(f"dtype '{dtype}' is not known: choose auto, {' or '.join(DTYPES)}")
     return DTYPES[dtype]
+
+
+def rows_per_batch(model: PreTrainedModel, length: int, batch_size: int | None) -> int:
+    """Sequences of ``length`` tokens to run at once: what was asked for, else what suits the device."""
+    tokens = CPU_BATCH_TOKENS
+    if model.device.type == "cuda":
+        memory = torch.cuda.get_device_properties(model.device).total_memory
+        tokens = memory // (CUDA_BATCH_BYTES * model.config.hidden_size)
+    return batch_size or max(1, tokens // length)
 
 
 def check_folder(folder: str | Path) -> Path:

@@ -13,17 +13,12 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hylo_megatron.errors import HyLoError
+from hylo_megatron.evaluate.models import rows_per_batch
 from hylo_megatron.evaluate.texts import read_texts
 
 IGNORED = -100
 FIRST_BUCKET = 128  # tokens; buckets double from there
-BATCH_TOKENS = {"cuda": 65536, "cpu": 4096}
 OTHER_HEADS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
-
-
-def rows_per_batch(length: int, device: torch.device, batch_size: int | None) -> int:
-    """Sequences of ``length`` tokens to run at once: what was asked for, else what suits the device."""
-    return batch_size or max(1, BATCH_TOKENS.get(device.type, 4096) // length)
 
 
 def encode_documents(tokenizer: PreTrainedTokenizerBase, file: str | Path, context: int, max_tokens: int) -> list:
@@ -44,6 +39,23 @@ def encode_documents(tokenizer: PreTrainedTokenizerBase, file: str | Path, conte
     return documents
 
 
+def encode_long_documents(tokenizer: PreTrainedTokenizerBase, file: str | Path, context: int, count: int) -> list:
+    """The first ``context`` ids of the first ``count`` documents, in file order, that have as many; fewer if the file
+    has fewer, but not none."""
+    documents = []
+    for text in read_texts(file):
+        if 4 * len(text) < context:  # a token has at least one byte of UTF-8: no need to tokenise
+            continue
+        ids = _encode_start(tokenizer, text, context)
+        if len(ids) == context:
+            documents.append(ids)
+        if len(documents) == count:
+            break
+    if not documents:
+        raise HyLoError(f"{file} holds no document of {context:,} tokens: give longer ones, or a shorter long context")
+    return documents
+
+
 def _encode_start(tokenizer: PreTrainedTokenizerBase, text: str, count: int) -> list[int]:
     """The first ``count`` ids of a text that may be far longer."""
     chars = 8 * count
@@ -54,11 +66,11 @@ def _encode_start(tokenizer: PreTrainedTokenizerBase, text: str, count: int) -> 
         chars *= 4
 
 
-def batches(documents: list[list[int]], batch_size: int | None, device: torch.device) -> Iterator[list[list[int]]]:
+def batches(documents: list[list[int]], model: PreTrainedModel, batch_size: int | None) -> Iterator[list[list[int]]]:
     """Longest first, so that neighbours have nearly one length and memory peaks at once."""
     ordered = sorted(documents, key=len, reverse=True)
     while ordered:
-        rows = rows_per_batch(len(ordered[0]), device, batch_size)
+        rows = rows_per_batch(model, len(ordered[0]), batch_size)
         yield ordered[:rows]
         ordered = ordered[rows:]
 
@@ -98,7 +110,6 @@ def _by_position(loss_S: torch.Tensor, count_S: torch.Tensor) -> list[dict]:
     return rows
 
 
-@torch.inference_mode()
 def perplexity_of(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -109,20 +120,49 @@ def perplexity_of(
     chunk: int = 1024,
     label: str = "",
 ) -> dict:
-    """Perplexity per token of a JSON-lines file. ``chunk``: positions whose logits exist at a time.
+    """Perplexity per token of a JSON-lines file, its documents cut to ``context``. Returns what ``score`` does."""
+    if context < 2 or max_tokens < 1:
+        raise HyLoError(f"context {context} and {max_tokens} tokens to score: expected at least 2 and 1")
+    documents = encode_documents(tokenizer, file, context, max_tokens)
+    return score(model, documents, file, batch_size, chunk, label)
+
+
+def long_documents_of(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    file: str | Path,
+    context: int = 32_768,
+    count: int = 4,
+    batch_size: int | None = None,
+    chunk: int = 1024,
+    label: str = "",
+) -> dict:
+    """The same of the first ``context`` tokens of ``count`` documents that are at least that long."""
+    if context < 2 or count < 1:
+        raise HyLoError(f"long context {context} and {count} long documents: expected at least 2 and 1")
+    documents = encode_long_documents(tokenizer, file, context, count)
+    return score(model, documents, file, batch_size, chunk, label)
+
+
+@torch.inference_mode()
+def score(
+    model: PreTrainedModel,
+    documents: list[list[int]],
+    file: str | Path,
+    batch_size: int | None = None,
+    chunk: int = 1024,
+    label: str = "",
+) -> dict:
+    """Losses of ``documents``, the token ids of ``file``. ``chunk``: positions whose logits exist at a time.
 
     Returns perplexity, loss (nats a token), tokens and documents scored, by_position, seconds.
     """
-    if context < 2 or max_tokens < 1:
-        raise HyLoError(f"context {context} and {max_tokens} tokens to score: expected at least 2 and 1")
     if any(getattr(model.config, name, None) not in (None, 1.0) for name in OTHER_HEADS):
         raise HyLoError(f"{model.config.model_type} scales or caps its logits, which this evaluation does not cover")
-    began = time.perf_counter()
-    documents = encode_documents(tokenizer, file, context, max_tokens)
+    began = shown = time.perf_counter()
     longest, total = max(map(len, documents)), sum(len(ids) - 1 for ids in documents)
     loss_S, count_S = (torch.zeros(longest, dtype=torch.float64) for _ in range(2))
-    shown = began
-    for batch in batches(documents, batch_size, model.device):
+    for batch in batches(documents, model, batch_size):
         ids_BS = torch.full((len(batch), len(batch[0])), IGNORED)
         for row, ids in enumerate(batch):
             ids_BS[row, : len(ids)] = torch.tensor(ids)

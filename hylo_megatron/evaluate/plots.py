@@ -1,8 +1,9 @@
-"""The two pictures of a report: needle heat maps side by side, and training loss curves."""
+"""The pictures of a report: needle heat maps side by side, loss by position, training loss curves."""
 
 import json
 import os
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 from hylo_megatron.errors import HyLoError
@@ -28,19 +29,20 @@ def _save(figure, path: Path) -> Path:
 
 
 def heat_map(cells_by_model: dict[str, list[dict]], path: str | Path) -> Path:
-    """Needle accuracy in percent, depth (down) by length (across), one panel per model."""
+    """Needle accuracy in percent, depth (down) by length (across), one panel per model; a dash where none was run."""
     lengths = sorted({cell["length"] for cells in cells_by_model.values() for cell in cells})
     depths = sorted({cell["depth"] for cells in cells_by_model.values() for cell in cells})
     width, height = max(2.6, 0.7 * len(lengths) + 0.6), max(2.8, 0.5 * len(depths) + 1.3)
     figure = new_figure(1.6 + len(cells_by_model) * width, height)
     panels = figure.subplots(1, len(cells_by_model), sharey=True, squeeze=False)[0]
     for panel, (name, cells) in zip(panels, cells_by_model.items(), strict=True):
-        grid = [[float("nan")] * len(lengths) for _ in depths]
-        for cell in cells:
-            row, column = depths.index(cell["depth"]), lengths.index(cell["length"])
-            grid[row][column] = percent = 100 * cell["accuracy"]
-            colour = "black" if percent > 55 else "white"
-            panel.text(column, row, f"{percent:.0f}", ha="center", va="center", color=colour, fontsize=9)
+        found = {(cell["depth"], cell["length"]): 100 * cell["accuracy"] for cell in cells}
+        grid = [[found.get((depth, length), float("nan")) for length in lengths] for depth in depths]
+        for (row, depth), (column, length) in product(enumerate(depths), enumerate(lengths)):
+            percent = found.get((depth, length))
+            text = "–" if percent is None else f"{percent:.0f}"
+            colour = "white" if percent is not None and percent <= 55 else "black"
+            panel.text(column, row, text, ha="center", va="center", color=colour, fontsize=9)
         image = panel.imshow(grid, cmap="cividis", vmin=0, vmax=100, aspect="auto")
         panel.set_title(name, fontsize=10)
         panel.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], rotation=45 * (len(lengths) > 5))
@@ -48,6 +50,26 @@ def heat_map(cells_by_model: dict[str, list[dict]], path: str | Path) -> Path:
         panel.set_xlabel("prompt length (tokens)")
     panels[0].set_ylabel("depth of the fact in the text")
     figure.colorbar(image, ax=list(panels), label="retrieved (%)")
+    return _save(figure, Path(path))
+
+
+def position_curves(results_by_text: dict[str, dict[str, dict]], path: str | Path) -> Path:
+    """Loss by position in the document (log scale), one panel per text, one line per model."""
+    figure = new_figure(max(5.0, 3.6 * len(results_by_text)), 3.4)
+    panels = figure.subplots(1, len(results_by_text), squeeze=False)[0]
+    for panel, (title, results) in zip(panels, results_by_text.items(), strict=True):
+        for colour, (name, result) in zip(COLOURS, results.items(), strict=False):
+            rows = result["by_position"]
+            middles = [(row["from"] + row["to"]) / 2 for row in rows]
+            panel.plot(middles, [row["loss"] for row in rows], color=colour, marker="o", markersize=3, label=name)
+        panel.set_xscale("log", base=2)
+        panel.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        panel.tick_params(axis="x", labelsize=8)
+        panel.set_title(title, fontsize=10)
+        panel.set_xlabel("position (tokens)")
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=8)
+    panels[0].set_ylabel("loss (nats a token)")
     return _save(figure, Path(path))
 
 

@@ -5,10 +5,17 @@ import os
 from collections import Counter
 from pathlib import Path
 
-from hylo_megatron.evaluate.plots import heat_map, loss_curves
+from hylo_megatron.evaluate.plots import heat_map, loss_curves, position_curves
 
 ROLES = ("teacher", "model")
-TEXTS = ("prose", "code")
+TEXTS = ("prose", "code", "c")  # kinds of text with a perplexity
+PICTURES = {"heat_map": "Needle retrieval", "loss_by_position": "Loss by position", "loss_curves": "Training loss"}
+TITLES = {"prose": "prose", "code": "code", "c": "C", "long": "long documents"}
+
+
+def losses_of(figures: dict) -> dict[str, dict]:
+    """All results of one model that have a loss a token: of its texts, and of long documents."""
+    return figures.get("perplexity", {}) | ({"long": figures["long"]} if "long" in figures else {})
 
 
 def ratios_of(teacher: dict, model: dict) -> dict:
@@ -16,20 +23,21 @@ def ratios_of(teacher: dict, model: dict) -> dict:
     ratios = {}
     if teacher["kv_cache_bytes_per_token"]:
         ratios["kv_cache"] = model["kv_cache_bytes_per_token"] / teacher["kv_cache_bytes_per_token"]
-    for text in TEXTS:
-        pair = [entry.get("perplexity", {}).get(text) for entry in (teacher, model)]
-        if all(pair) and pair[0]["tokens"] == pair[1]["tokens"] and teacher["vocabulary"] == model["vocabulary"]:
-            ratios[f"perplexity_{text}"] = pair[1]["perplexity"] / pair[0]["perplexity"]
+    if teacher["vocabulary"] == model["vocabulary"]:
+        before = losses_of(teacher)
+        for text, after in losses_of(model).items():
+            if text in before and before[text]["tokens"] == after["tokens"]:
+                ratios[f"perplexity_{text}"] = after["perplexity"] / before[text]["perplexity"]
     return ratios
 
 
-def accuracy_by_length(needle: dict) -> dict[int, tuple[int, int]]:
-    """(hits, samples) of every prompt length."""
-    totals: dict[int, tuple[int, int]] = {}
-    for cell in needle["cells"]:
-        hits, samples = totals.get(cell["length"], (0, 0))
-        totals[cell["length"]] = (hits + cell["hits"], samples + cell["samples"])
-    return totals
+def needle_cell(figures: dict, length: int) -> str:
+    """Accuracy at one prompt length with its 95 % interval, in percent."""
+    if length in figures["needle"].get("not_run", ()):
+        return "not run"
+    row = {row["length"]: row for row in figures["needle"]["by_length"]}[length]
+    accuracy, low, high = (f"{100 * row[name]:.0f}" for name in ("accuracy", "low", "high"))
+    return f"{accuracy} % ({row['hits']}/{row['samples']}; {low}–{high})"
 
 
 def _row(label: str, entries: list[dict], show, ratio: str = "") -> list[str]:
@@ -49,7 +57,7 @@ def comparison_rows(report: dict) -> list[list[str]]:
     ratios = report.get("ratios", {})
     shown = {name: f"{100 * value:.1f} %" if name == "kv_cache" else f"{value:.3f}" for name, value in ratios.items()}
     rows = [
-        ["", *("teacher" if role == "teacher" else "model" for role in ROLES if report.get(role)), "ratio"],
+        ["", *(role for role in ROLES if report.get(role)), "ratio"],
         _row("name", entries, lambda entry: entry["name"]),
         _row("layers", entries, lambda entry: _plan_text(entry["plan"])),
         _row("parameters", entries, lambda entry: f"{entry['parameters'] / 1e6:,.1f} M"),
@@ -60,37 +68,36 @@ def comparison_rows(report: dict) -> list[list[str]]:
             shown.get("kv_cache", ""),
         ),
     ]
-    for text in TEXTS:
-        if any(text in entry.get("perplexity", {}) for entry in entries):
-            show = lambda entry, text=text: f"{entry['perplexity'][text]['perplexity']:.3f}"  # noqa: E731
-            rows.append(_row(f"perplexity, {text}", entries, show, shown.get(f"perplexity_{text}", "")))
-    for length in sorted({n for entry in entries if "needle" in entry for n in accuracy_by_length(entry["needle"])}):
-
-        def show_hits(entry: dict, length: int = length) -> str:
-            hits, samples = accuracy_by_length(entry["needle"])[length]
-            return f"{100 * hits / samples:.0f} % ({hits}/{samples})"
-
-        rows.append(_row(f"needle, {length:,} tokens", entries, show_hits))
+    for text, title in TITLES.items():
+        if any(text in losses_of(entry) for entry in entries):
+            show = lambda entry, text=text: f"{losses_of(entry)[text]['perplexity']:.3f}"  # noqa: E731
+            rows.append(_row(f"perplexity, {title}", entries, show, shown.get(f"perplexity_{text}", "")))
+    for length in sorted({row["length"] for entry in entries for row in entry.get("needle", {}).get("by_length", ())}):
+        show = lambda entry, length=length: needle_cell(entry, length)  # noqa: E731
+        rows.append(_row(f"needle, {length:,} tokens", entries, show))
     return rows if ratios else [row[:-1] for row in rows]
 
 
-def position_rows(report: dict, text: str) -> list[list[str]]:
-    """Loss (nats a token) by position in the document, one column per model; empty if nothing was measured."""
-    measured = {
-        role: report[role]["perplexity"][text]["by_position"]
-        for role in ROLES
-        if text in (report.get(role) or {}).get("perplexity", {})
+def by_position(report: dict) -> dict[str, dict[str, dict]]:
+    """Of each text, by title, the result of each model, by role."""
+    measured = {role: losses_of(report[role]) for role in ROLES if report.get(role)}
+    return {
+        title: {role: results[text] for role, results in measured.items() if text in results}
+        for text, title in TITLES.items()
+        if any(text in results for results in measured.values())
     }
-    if not measured:
-        return []
-    buckets = sorted({(row["from"], row["to"]) for rows in measured.values() for row in rows})
-    table = [["position", *measured]]
-    for start, end in buckets:
-        by_model = [
-            next((f"{row['loss']:.3f}" for row in rows if (row["from"], row["to"]) == (start, end)), "–")
-            for rows in measured.values()
-        ]
-        table.append([f"{start:,}–{end - 1:,}", *by_model])
+
+
+def position_rows(by_role: dict[str, dict]) -> list[list[str]]:
+    """Header and rows of a table of losses, one column per model; a bucket that a model lacks is a dash."""
+    losses = {
+        role: {(row["from"], row["to"]): row["loss"] for row in result["by_position"]}
+        for role, result in by_role.items()
+    }
+    table = [["position", *losses]]
+    for start, end in sorted(set().union(*losses.values())):
+        found = (rows.get((start, end)) for rows in losses.values())
+        table.append([f"{start:,}–{end - 1:,}", *("–" if loss is None else f"{loss:.3f}" for loss in found)])
     return table
 
 
@@ -105,23 +112,19 @@ def _table(rows: list[list[str]]) -> str:
 
 def markdown(report: dict) -> str:
     """The report as Markdown; pictures are linked by file name."""
-    settings, parts = report["settings"], ["# Evaluation", _table(comparison_rows(report))]
-    parts.append(
-        f"Documents cut to {settings['context']:,} tokens, first token not scored; seed {settings['seed']}; "
-        f"{report['dtype']} on {report['device']}; torch {report['versions']['torch']}, "
-        f"transformers {report['versions']['transformers']}."
-    )
-    for text in TEXTS:
-        if rows := position_rows(report, text):
-            tokens = next(
-                report[role]["perplexity"][text]["tokens"]
-                for role in reversed(ROLES)
-                if text in (report.get(role) or {}).get("perplexity", {})
-            )
-            parts += [f"## Loss by position, {text}", f"Nats a token, {tokens:,} tokens.", _table(rows)]
-    for title, name in (("Needle retrieval", "heat_map"), ("Training loss", "loss_curves")):
-        if name in report.get("files", {}):
-            parts += [f"## {title}", f"![{title}]({report['files'][name]})"]
+    settings, files, versions = report["settings"], report.get("files", {}), report["versions"]
+    parts = [
+        "# Evaluation",
+        _table(comparison_rows(report)),
+        f"Documents cut to {settings['context']:,} tokens, first token not scored. Needles: accuracy in percent "
+        f"(found/prompts; 95 % interval). Seed {settings['seed']}; {report['dtype']} on {report['device']}; "
+        f"torch {versions['torch']}, transformers {versions['transformers']}.",
+        *(f"## {title}\n\n![{title}]({files[name]})" for name, title in PICTURES.items() if name in files),
+    ]
+    for title, by_role in by_position(report).items():
+        last = list(by_role.values())[-1]
+        counted = f"Nats a token, {last['tokens']:,} tokens of {last['documents']:,} documents."
+        parts += [f"## Loss by position, {title}", counted, _table(position_rows(by_role))]
     return "\n\n".join(parts) + "\n"
 
 
@@ -143,6 +146,8 @@ def write_report(report: dict, out: Path, curves=()) -> dict:
     }
     if cells:
         files["heat_map"] = heat_map(cells, out / "needle.png").name
+    if positions := by_position(report):
+        files["loss_by_position"] = position_curves(positions, out / "loss_by_position.png").name
     if curves and (picture := loss_curves(curves, out / "loss_curves.png")):
         files["loss_curves"] = picture.name
     files["markdown"] = "evaluation.md"

@@ -12,23 +12,29 @@ import transformers
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.evaluate import models
 from hylo_megatron.evaluate.needle import needles_of
-from hylo_megatron.evaluate.perplexity import perplexity_of
+from hylo_megatron.evaluate.perplexity import long_documents_of, perplexity_of
 from hylo_megatron.evaluate.plots import new_figure, read_log
-from hylo_megatron.evaluate.report import ratios_of, write_report
+from hylo_megatron.evaluate.report import TEXTS, ratios_of, write_report
 from hylo_megatron.evaluate.texts import check_file
 
-PARTS = ("perplexity", "needle")
+PARTS = ("perplexity", "long", "needle")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to measure. Lengths in tokens; ``batch_size`` None suits the device; ``needle_samples`` is per cell."""
+    """How to measure. Lengths in tokens; ``batch_size`` None suits the device; ``needle_samples`` is per cell.
+
+    ``teacher_needle_limit``: longer prompts are not given to the teacher, e.g. far beyond what it was trained on.
+    """
 
     context: int = 2048
     ppl_tokens: int = 20_000
+    long_context: int = 32_768
+    long_documents: int = 4
     needle_lengths: tuple[int, ...] = (1024, 2048)
     needle_samples: int = 4
     needle_depths: int = 5
+    teacher_needle_limit: int | None = None
     skip: tuple[str, ...] = ()
     batch_size: int | None = None
     dtype: str = "auto"
@@ -39,6 +45,8 @@ class Settings:
         counts = {
             "context": self.context,
             "ppl_tokens": self.ppl_tokens,
+            "long_context": self.long_context,
+            "long_documents": self.long_documents,
             "needle_samples": self.needle_samples,
             "needle_depths": self.needle_depths,
             "batch_size": self.batch_size,
@@ -49,41 +57,57 @@ class Settings:
                 raise HyLoError(f"evaluation setting {name} has to be 1 or more, not {value}")
         if unknown := set(self.skip) - set(PARTS):
             raise HyLoError(f"cannot skip {', '.join(sorted(unknown))}: the parts are {', '.join(PARTS)}")
+        if not self.needle_lengths_of("teacher"):
+            raise HyLoError(
+                f"teacher_needle_limit {self.teacher_needle_limit} leaves the teacher no needle length: raise it to "
+                f"{min(self.needle_lengths)} or more"
+            )
+
+    def needle_lengths_of(self, role: str) -> tuple[int, ...]:
+        limit = self.teacher_needle_limit if role == "teacher" else None
+        return tuple(length for length in self.needle_lengths if limit is None or length <= limit)
 
 
-def measure(folder: str | Path, role: str, prose: Path | None, code: Path | None, settings: Settings) -> dict:
-    """All figures of one model; the model is freed afterwards."""
+def measure(folder: str | Path, role: str, files: dict[str, Path], settings: Settings) -> dict:
+    """All figures of one model, which is freed afterwards. ``files``: text files by kind, those that there are."""
     device = models.resolve_device(settings.device)
     print(f"{role}: loading {Path(folder).name}", flush=True)
     loaded = models.load(folder, device, models.resolve_dtype(settings.dtype, device))
     figures = models.describe(loaded)
+    common = {"model": loaded.model, "tokenizer": loaded.tokenizer, "batch_size": settings.batch_size}
+    if "long" not in settings.skip and "long" in files:
+        figures["long"] = long_documents_of(
+            **common,
+            file=files["long"],
+            context=settings.long_context,
+            count=settings.long_documents,
+            label=f"{role}: long documents",
+        )
     if "perplexity" not in settings.skip:
         figures["perplexity"] = {
             name: perplexity_of(
-                loaded.model,
-                loaded.tokenizer,
-                file,
+                **common,
+                file=files[name],
                 context=settings.context,
                 max_tokens=settings.ppl_tokens,
-                batch_size=settings.batch_size,
                 label=f"{role}: {name}",
             )
-            for name, file in (("prose", prose), ("code", code))
-            if file
+            for name in TEXTS
+            if name in files
         }
-    if "needle" not in settings.skip and prose:
+    if "needle" not in settings.skip and "prose" in files:
+        lengths = settings.needle_lengths_of(role)
         figures["needle"] = needles_of(
-            loaded.model,
-            loaded.tokenizer,
-            prose,
-            lengths=settings.needle_lengths,
+            **common,
+            file=files["prose"],
+            lengths=lengths,
             depths=settings.needle_depths,
             samples=settings.needle_samples,
             seed=settings.seed,
-            batch_size=settings.batch_size,
             label=f"{role}: needle",
         )
-    del loaded
+        figures["needle"]["not_run"] = [length for length in settings.needle_lengths if length not in lengths]
+    del loaded, common
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -94,21 +118,27 @@ def evaluate(
     model_dir: str | Path,
     *,
     teacher_dir: str | Path | None = None,
+    teacher_figures: dict | None = None,
     out_dir: str | Path | None = None,
     prose: str | Path | None = None,
     code: str | Path | None = None,
+    c: str | Path | None = None,
+    long: str | Path | None = None,
     curves: Sequence[str | Path] = (),
     settings: Settings | None = None,
 ) -> dict:
     """Measures a Hugging Face folder, and a teacher beside it; with ``out_dir`` writes JSON, Markdown and PNG files.
 
-    ``prose`` and ``code``: JSON lines with ``text``; what has no file is left out (needles need ``prose``).
-    ``curves``: training logs, JSON lines with stage, iteration, loss.
+    ``prose``, ``code``, ``c`` and ``long`` (loss by position in long documents): JSON lines with ``text``; what has
+    no file is left out (needles need ``prose``). ``teacher_figures``: what an earlier call returned for the teacher
+    alone, under "model", with the same files and settings; it is not measured again then. ``curves``: training logs,
+    JSON lines with stage, iteration, loss.
     """
     settings = settings or Settings()
     folders = {"teacher": teacher_dir, "model": model_dir}
     folders = {role: models.check_folder(folder) for role, folder in folders.items() if folder is not None}
-    prose, code = (check_file(file) if file else None for file in (prose, code))
+    files = {"prose": prose, "code": code, "c": c, "long": long}
+    files = {name: check_file(file) for name, file in files.items() if file}
     device = models.resolve_device(settings.device)
     dtype = models.resolve_dtype(settings.dtype, device)
     if out_dir is not None:  # found out now, not after minutes of measuring
@@ -117,7 +147,8 @@ def evaluate(
             read_log(log)
         out_dir = Path(out_dir)
         out_dir.mkdir(parents=True, exist_ok=True)
-    figures = {role: measure(folder, role, prose, code, settings) for role, folder in folders.items()}
+    figures = {"teacher": teacher_figures} if teacher_figures else {}
+    figures |= {role: measure(folder, role, files, settings) for role, folder in folders.items()}
     report = {
         **figures,
         "ratios": ratios_of(figures["teacher"], figures["model"]) if "teacher" in figures else {},

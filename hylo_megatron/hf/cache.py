@@ -24,6 +24,10 @@ class HyLoCache(Cache):
         self.layers[layer]["latent"] = rows_BSR if past is None else torch.cat([past, rows_BSR], 1)
         return self.layers[layer]["latent"]
 
+    def keep(self, layer: int, conv: torch.Tensor, state: torch.Tensor) -> None:
+        """The states of a linear layer. ``conv`` is copied: as a view it would keep its whole sequence in memory."""
+        self.layers[layer].update(conv=conv.clone(), state=state)
+
     def num_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for layer in self.layers for t in layer.values())
 

@@ -42,7 +42,7 @@ class HyLoGatedDeltaNet(KeepsFp32):
     def forward(
         self, x_BSD: torch.Tensor, real_BS1: torch.Tensor | None = None, cache: HyLoCache | None = None
     ) -> torch.Tensor:
-        ops = kernels.ops(x_BSD.device)
+        ops = kernels.ops_for(x_BSD)
         if real_BS1 is not None:
             x_BSD = x_BSD * real_BS1
         past = {} if cache is None else cache[self.layer]
@@ -52,6 +52,7 @@ class HyLoGatedDeltaNet(KeepsFp32):
             projected, weight, None, "silu", initial_state=past.get("conv"), output_final_state=cache is not None
         )
         q, k, v = qkv.split(self.conv_sizes, -1)
+        # Not in the kernel: fla compiles its own norm anew for every size of batch, and prompts come in all sizes.
         q, k = (kernels.l2norm(t.unflatten(-1, (-1, self.key_dim))) for t in (q, k))
         g = -self.A_log.float().exp() * F.softplus(self.a_proj(x_BSD).float() + self.dt_bias.float())
         if real_BS1 is not None:
@@ -68,7 +69,7 @@ class HyLoGatedDeltaNet(KeepsFp32):
             output_final_state=cache is not None,
         )
         if cache is not None:
-            past["conv"], past["state"] = conv_state, state
+            cache.keep(self.layer, conv_state, state)
         gate = self.g_proj(x_BSD).unflatten(-1, (-1, self.value_dim))
-        normed = kernels.gated_rms_norm(out, gate, self.o_norm.weight, self.o_norm.eps)
+        normed = ops.gated_rms_norm(out, gate, self.o_norm.weight, self.o_norm.eps)
         return self.o_proj(normed.flatten(-2))

@@ -1,14 +1,11 @@
 """What all mixers share: the norm, the rotation, parameters that stay in fp32, and the padding mask."""
 
-import copy
-
 import torch
 from torch import nn
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from hylo_megatron import kernels
-from hylo_megatron.errors import HyLoError
 from hylo_megatron.hf.configuration_hylo import HyLoConfig
+from hylo_megatron.kernels.rope import rope_frequencies
 
 
 class HyLoRMSNorm(nn.Module):
@@ -41,30 +38,19 @@ def fp32_parameter(size: int) -> nn.Parameter:
     return nn.Parameter(torch.zeros(size, dtype=torch.float32))
 
 
-def rope_frequencies(config: HyLoConfig, device=None) -> tuple[torch.Tensor, float]:
-    """Frequencies [P/2] and the factor on cos and sin, by transformers' functions for ``rope_type``."""
-    kind = config.rope_parameters.get("rope_type", "default")
-    dim = config.qk_rope_head_dim
-    if kind == "default":
-        exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
-        return 1.0 / config.rope_parameters["rope_theta"] ** exponents, 1.0
-    if kind not in ("linear", "llama3", "yarn"):
-        raise HyLoError(f"config.json: rope_type {kind!r} is not supported, expected default, linear, llama3 or yarn")
-    of_rope_dims = copy.deepcopy(config)
-    of_rope_dims.head_dim = dim
-    return ROPE_INIT_FUNCTIONS[kind](of_rope_dims, device)
-
-
 class Rotation:
-    """cos and sin [B,S,P] of positions [B,S]. Frequencies are made on first use, in fp32, and never saved."""
+    """cos and sin [B,S,P] of positions [B,S]. Frequencies are made on first use and never saved."""
 
     def __init__(self, config: HyLoConfig):
         self.config, self.by_device = config, {}
 
     def __call__(self, positions_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        device = positions_BS.device
+        device, config = positions_BS.device, self.config
         if device not in self.by_device:
-            self.by_device[device] = rope_frequencies(self.config, device)
+            frequencies, factor = rope_frequencies(
+                config.rope_parameters, config.qk_rope_head_dim, config.max_position_embeddings
+            )
+            self.by_device[device] = frequencies.to(device), factor
         frequencies, factor = self.by_device[device]
         angles_BSP = (positions_BS[..., None].float() * frequencies).repeat(1, 1, 2)
         return angles_BSP.cos() * factor, angles_BSP.sin() * factor

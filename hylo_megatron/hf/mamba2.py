@@ -36,7 +36,7 @@ class HyLoMamba2(KeepsFp32):
     def forward(
         self, x_BSD: torch.Tensor, real_BS1: torch.Tensor | None = None, cache: HyLoCache | None = None
     ) -> torch.Tensor:
-        ops = kernels.ops(x_BSD.device)
+        ops = kernels.ops_for(x_BSD)
         if real_BS1 is not None:
             x_BSD = x_BSD * real_BS1
         past = {} if cache is None else cache[self.layer]
@@ -65,5 +65,5 @@ class HyLoMamba2(KeepsFp32):
             output_final_state=cache is not None,
         )
         if cache is not None:
-            past["conv"], past["state"] = conv_state, state
+            cache.keep(self.layer, conv_state, state)
         return self.out_proj(self.norm(y.flatten(-2), z))

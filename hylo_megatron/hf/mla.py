@@ -42,7 +42,7 @@ class HyLoMLA(nn.Module):
         allowed: torch.Tensor | None,
         cache: HyLoCache | None = None,
     ) -> torch.Tensor:
-        """``allowed`` [B,1,S,T] bool: which positions a query sees; None: all before it, none of them cached."""
+        """``allowed`` [B,1,S,T] bool: which positions a query sees. None: all before it, and that S is T or 1."""
         query = self.q_b_proj(self.q_a_proj(x_BSD)) if hasattr(self, "q_a_proj") else self.q_proj(x_BSD)
         query_BSHK = query.unflatten(-1, (self.heads, -1))
         if self.qk_norm:
@@ -78,12 +78,14 @@ class HyLoMLA(nn.Module):
             inverse = torch.rsqrt(squares / (self.nope + self.rope) + self.k_norm.eps)
             k_nope = k_nope.float() * inverse * self.k_norm.weight[: self.nope].float()
             k_rope = k_rope * inverse
-        query = torch.cat([q_nope, q_rope], -1).transpose(1, 2)
-        key = torch.cat([k_nope.to(dtype), k_rope.to(dtype)], -1).transpose(1, 2)
-        out = F.scaled_dot_product_attention(
-            query, key, value.transpose(1, 2), allowed, is_causal=allowed is None, scale=self.scale
-        )
-        return out.transpose(1, 2)
+        query = torch.cat([q_nope, q_rope], -1)
+        key = torch.cat([k_nope.to(dtype), k_rope.to(dtype)], -1)
+        if self.value < key.shape[-1]:  # flash kernels want one width; others make [S,T] scores
+            value = F.pad(value, (0, key.shape[-1] - self.value))
+        query, key, value = (t.transpose(1, 2) for t in (query, key, value))
+        causal = allowed is None and query.shape[2] > 1  # a single last token sees everything
+        out = F.scaled_dot_product_attention(query, key, value, allowed, is_causal=causal, scale=self.scale)
+        return out[..., : self.value].transpose(1, 2)
 
     def _absorbed(self, q_nope, q_rope, rows_BTR, allowed) -> torch.Tensor:
         """The same for one token, in latent space: kv_b_proj is applied to the query and to the result instead."""

@@ -6,7 +6,6 @@ Start here; the mixers are in mla.py, gdn.py and mamba2.py. Legend: B batch, S n
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 from transformers.generation import GenerationMixin
@@ -14,6 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
+from hylo_megatron import kernels
 from hylo_megatron.hf.cache import HyLoCache
 from hylo_megatron.hf.configuration_hylo import HyLoConfig
 from hylo_megatron.hf.gdn import HyLoGatedDeltaNet
@@ -30,7 +30,7 @@ class HyLoMLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(kernels.ops_for(x).swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class HyLoDecoderLayer(GradientCheckpointingLayer):
@@ -115,17 +115,18 @@ class HyLoModel(HyLoPreTrainedModel):
         rotation = self.rotation(position_ids)
         allowed = _allowed(attention_mask, past, length, x_BSD.device)
         real_BS1 = real_tokens(attention_mask, length)
-        states = [x_BSD]
+        states = []
         for layer in self.layers:
+            if output_hidden_states:
+                states.append(x_BSD)
             x_BSD = layer(x_BSD, rotation, allowed, real_BS1, cache)
-            states.append(x_BSD)
         if cache is not None:
             cache.length += length
-        x_BSD = states[-1] = self.norm(x_BSD)
+        x_BSD = self.norm(x_BSD)
         return BaseModelOutputWithPast(
             last_hidden_state=x_BSD,
             past_key_values=cache,
-            hidden_states=tuple(states) if output_hidden_states else None,
+            hidden_states=(*states, x_BSD) if output_hidden_states else None,
         )
 
 
@@ -145,8 +146,11 @@ def _positions(mask: torch.Tensor | None, past: int, length: int, device: torch.
 
 
 def _allowed(mask: torch.Tensor | None, past: int, length: int, device: torch.device) -> torch.Tensor | None:
-    """[B or 1,1,S,T] bool, or None for plain causal attention. Padding sees itself, so that no row is empty."""
-    if mask is None and past == 0:
+    """[B or 1,1,S,T] bool, or None where nothing but order limits what is seen: a whole sequence, or its last token.
+
+    Padding sees itself, so that no row is empty.
+    """
+    if mask is None and (past == 0 or length == 1):
         return None
     rows = torch.arange(past, past + length, device=device).unsqueeze(1)
     columns = torch.arange(past + length, device=device)

@@ -1,15 +1,11 @@
-"""Sequence kernels in torch, and the one place that decides between them and fla's on a GPU."""
+"""Sequence kernels: torch references, fla's Triton kernels on a GPU, and ``ops``, which chooses between them."""
 
-import functools
-from collections.abc import Callable
-from dataclasses import dataclass
-
-import torch
-
+from hylo_megatron.kernels.choose import Ops, ops, ops_for
 from hylo_megatron.kernels.conv import causal_conv1d
 from hylo_megatron.kernels.gated_delta import chunk_gated_delta_rule, recurrent_gated_delta_rule
-from hylo_megatron.kernels.norm import RMSNormGated, gated_rms_norm, l2norm, rms_norm
-from hylo_megatron.kernels.ssd import mamba_split_conv1d_scan_combined, recurrent_ssd, ssd_chunk_scan
+from hylo_megatron.kernels.mamba_ssm import RMSNormGated, mamba_split_conv1d_scan_combined
+from hylo_megatron.kernels.norm import gated_rms_norm, l2norm, rms_norm, swiglu
+from hylo_megatron.kernels.ssd import recurrent_ssd, ssd_chunk_scan
 
 __all__ = [
     "Ops",
@@ -20,37 +16,10 @@ __all__ = [
     "l2norm",
     "mamba_split_conv1d_scan_combined",
     "ops",
+    "ops_for",
     "recurrent_gated_delta_rule",
     "recurrent_ssd",
     "rms_norm",
     "ssd_chunk_scan",
+    "swiglu",
 ]
-
-
-@dataclass(frozen=True)
-class Ops:
-    """The kernels a mixer runs: ``chunk`` for whole sequences, ``step`` for one token with a state."""
-
-    name: str
-    chunk_gated_delta_rule: Callable = chunk_gated_delta_rule
-    step_gated_delta_rule: Callable = recurrent_gated_delta_rule
-    chunk_ssd: Callable = ssd_chunk_scan
-    step_ssd: Callable = recurrent_ssd
-    causal_conv1d: Callable = causal_conv1d
-
-
-@functools.lru_cache
-def _ops(device_type: str) -> Ops:
-    if device_type == "cuda":
-        try:
-            from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
-        except ImportError:
-            pass
-        else:
-            return Ops("fla", chunk_gated_delta_rule, fused_recurrent_gated_delta_rule)
-    return Ops("torch")
-
-
-def ops(device: torch.device | str) -> Ops:
-    """fla's gated delta rule on a GPU where fla is installed, torch otherwise. SSD and convolution are torch's."""
-    return _ops(torch.device(device).type)

@@ -2,7 +2,6 @@
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
@@ -11,6 +10,8 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
     """``x / rms(x) * weight`` over the last dimension, computed in fp32, returned in ``x.dtype``."""
+    if x.is_cuda and (weight is None or weight.dtype == x.dtype):  # one kernel, fp32 inside; saves x as it is
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
     wide = _wide(x)
     return F.rms_norm(wide, x.shape[-1:], None if weight is None else weight.to(wide.dtype), eps).to(x.dtype)
 
@@ -42,17 +43,6 @@ def gated_rms_norm(
     return wide.to(x.dtype)
 
 
-class RMSNormGated(nn.Module):
-    """Drop-in for ``mamba_ssm.ops.triton.layernorm_gated.RMSNorm``."""
-
-    def __init__(self, hidden_size, eps=1e-5, group_size=None, norm_before_gate=True, device=None, dtype=None):
-        super().__init__()
-        self.eps, self.group_size, self.norm_before_gate = eps, group_size, norm_before_gate
-        self.weight = nn.Parameter(torch.ones(hidden_size, device=device, dtype=dtype))
-        self.register_parameter("bias", None)
-
-    def reset_parameters(self) -> None:
-        nn.init.ones_(self.weight)
-
-    def forward(self, x: torch.Tensor, z: torch.Tensor | None = None) -> torch.Tensor:
-        return gated_rms_norm(x, z, self.weight, self.eps, self.group_size, self.norm_before_gate)
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """``silu(gate) * up``."""
+    return F.silu(gate) * up

@@ -1,7 +1,11 @@
-"""megatron's Gated DeltaNet and Mamba-2 mixers, their decay parameters kept in fp32."""
+"""megatron's Gated DeltaNet and Mamba-2 mixers: decay parameters in fp32, kernels through ``kernels.ops``."""
 
+import torch.nn.functional as F
 from megatron.core.ssm.gated_delta_net import GatedDeltaNet
 from megatron.core.ssm.mamba_mixer import MambaMixer
+from torch import Tensor
+
+from hylo_megatron.kernels import ops_for
 
 
 class _FP32Decay:
@@ -28,12 +32,36 @@ class _FP32Decay:
 
 
 class GDNMixer(_FP32Decay, GatedDeltaNet):
-    """Gated DeltaNet (arXiv 2412.06464), ``hidden_SBD -> (out_SBD, None)``."""
+    """Gated DeltaNet (arXiv 2412.06464), ``hidden_SBD -> (out_SBD, None)``.
+
+    The engine's own helpers around the delta rule write out repeated key heads and fp32 copies, and are compiled anew
+    in every process; these give the same values straight to the kernels. Legend: M key heads, H value heads.
+    """
 
     fp32_names = ("A_log", "dt_bias")
 
     def __init__(self, config, *args, pp_layer_offset=None, **kwargs):
         super().__init__(config, *args, **kwargs)
+        self.gated_delta_rule = _normed_delta_rule
+
+    def _prepare_input_for_gated_delta_rule(self, qkv, gate, batch, seq_len, *gate_feats):
+        qk, v = self.qk_dim_local_tp // self.cp_size, self.v_dim_local_tp // self.cp_size
+        q, k, v = qkv.split([qk, qk, v], -1)
+        q_BSMK, k_BSMK = (x.unflatten(-1, (-1, self.key_head_dim)) for x in (q, k))
+        return q_BSMK, k_BSMK, v.unflatten(-1, (-1, self.value_head_dim)), gate, *gate_feats
+
+    def _compute_g_and_beta(self, A_log_H: Tensor, dt_bias_H: Tensor, alpha_BSH: Tensor, beta_BSH: Tensor):
+        return -A_log_H.exp() * F.softplus(alpha_BSH.float() + dt_bias_H), beta_BSH.sigmoid()
+
+    def _apply_gated_norm(self, x_BSHV: Tensor, gate_BSHV: Tensor) -> Tensor:
+        weight = self.out_norm.shared_weight()
+        return ops_for(x_BSHV).gated_rms_norm(x_BSHV, gate_BSHV, weight, self.out_norm.eps)
+
+
+def _normed_delta_rule(q_BSMK: Tensor, k_BSMK: Tensor, v_BSHV: Tensor, use_qk_l2norm_in_kernel=False, **kwargs):
+    """Normalises queries and keys inside the kernel, which then need not be kept in both forms."""
+    rule = ops_for(v_BSHV).chunk_gated_delta_rule
+    return rule(q_BSMK, k_BSMK, v_BSHV, use_qk_l2norm_in_kernel=True, **kwargs)
 
 
 class Mamba2Mixer(_FP32Decay, MambaMixer):

@@ -37,5 +37,9 @@ class HeadRMSNorm(RMSNorm):
         super().__init__(config, hidden_size, eps)
         self.weight.sequence_parallel = False
 
+    def shared_weight(self) -> Tensor:
+        """The weight, whose gradient is the sum over tensor-parallel ranks."""
+        return copy_to_tensor_model_parallel_region(self.weight)
+
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, copy_to_tensor_model_parallel_region(self.weight), self.eps)
+        return rms_norm(x, self.shared_weight(), self.eps)

@@ -16,7 +16,10 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from torch import Tensor, nn
+
 from hylo_megatron.config import Architecture
+from hylo_megatron.kernels import ops_for
 from hylo_megatron.layers.core_attention import CoreAttention
 from hylo_megatron.layers.linear_blocks import GDNMixer, Mamba2Mixer
 from hylo_megatron.layers.mla import MLASelfAttention
@@ -102,8 +105,18 @@ def _mamba2(b: Backend) -> ModuleSpec:
     )
 
 
+class SwiGLU(nn.Module):
+    """``[.., gate | up] -> silu(gate) * up``, one kernel on a GPU."""
+
+    def __init__(self, config):
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops_for(x).swiglu(*x.chunk(2, -1))
+
+
 def _mlp(b: Backend) -> ModuleSpec:
-    mlp = MLPSubmodules(linear_fc1=b.column_linear, linear_fc2=b.row_linear)
+    mlp = MLPSubmodules(linear_fc1=b.column_linear, linear_fc2=b.row_linear, activation_func=SwiGLU)
     return ModuleSpec(
         module=MLPLayer,
         submodules=TransformerLayerSubmodules(

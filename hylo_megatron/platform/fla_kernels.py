@@ -1,4 +1,4 @@
-"""megatron's Gated DeltaNet without a GPU: the fla kernels it names become the torch references."""
+"""megatron's Gated DeltaNet asks for fla when it is imported; where no GPU can run it, torch takes its place."""
 
 import torch
 
@@ -10,15 +10,12 @@ def install() -> bool:
 
     if torch.cuda.device_count() > 0:
         return False
-    from hylo_megatron.kernels.conv import causal_conv1d
-    from hylo_megatron.kernels.gated_delta import chunk_gated_delta_rule
-    from hylo_megatron.kernels.norm import l2norm
+    from hylo_megatron.kernels import causal_conv1d, chunk_gated_delta_rule
 
     def convolve(x, weight, bias=None, activation=None, initial_state=None, output_final_state=False, **_):
         return causal_conv1d(x, weight, bias, activation)
 
     common.HAVE_FLA = True
-    common.l2norm = l2norm
     gdn.causal_conv1d = convolve
-    gdn.chunk_gated_delta_rule = chunk_gated_delta_rule
+    gdn.chunk_gated_delta_rule = chunk_gated_delta_rule  # named at construction; layers/linear_blocks.py replaces it
     return True

@@ -7,8 +7,7 @@ def install() -> bool:
 
     if mamba_mixer.HAVE_MAMBA_SSM:
         return False
-    from hylo_megatron.kernels.norm import RMSNormGated
-    from hylo_megatron.kernels.ssd import mamba_split_conv1d_scan_combined
+    from hylo_megatron.kernels import RMSNormGated, mamba_split_conv1d_scan_combined
 
     class ShardedRMSNormGated(RMSNormGated):
         """Adds megatron's sharded checkpoint: one weight, split over tensor-parallel ranks."""

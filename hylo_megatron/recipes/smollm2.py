@@ -5,20 +5,55 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from hylo_megatron.errors import command_line
 from hylo_megatron.recipes.runner import Run
-from hylo_megatron.recipes.stage import Recipe, Stage
+from hylo_megatron.recipes.stage import Evaluation, Recipe, Stage
+
+TEACHER_LENGTH = 6144  # of the teacher's 8,192: near its end it is already worse
+ROPE_THETA = 100_000 * 4 ** (64 / 62)  # the base model's, with the slowest of 32 frequencies four times slower (NTK)
 
 
-def smollm2_cpu(plan: str = "3MLA27GDN", linear: str = "gdn") -> Recipe:
+def smollm2_cpu(plan: str = "3MLA27GDN", linear: str = "gdn", seed: int = 1234) -> Recipe:
     """Two CPU cores, under twenty minutes: every stage short, each long enough to be seen to work."""
     # Batches of 512 tokens are noisy: a small step that anneals to nothing, or Adam undoes a good initialisation.
     ild = Stage("ild", "ild", seq_length=512, global_batch=1, steps=60, lr=2e-4, warmup=0.1, train="mixers")
     distill = replace(ild, name="distill", kind="distill", steps=50, lr=3e-5)
-    return Recipe(
-        "smollm2-cpu", plan, linear, (ild, distill), calibration_tokens=8192, calibration_length=1024,
-        eval_context=512, eval_tokens=4000, needle_lengths=(512,), needle_samples=1, needle_depths=4,
+    evaluation = Evaluation(context=512, tokens=4000, needle_lengths=(512,), needle_samples=1, needle_depths=4)
+    return Recipe("smollm2-cpu", plan, linear, (ild, distill), 8192, 1024, evaluation, seed=seed)
+
+
+def smollm2_gpu(plan: str = "3MLA27GDN", linear: str = "gdn", seed: int = 1234) -> Recipe:
+    """One GPU of 80 GB or more, ten minutes, 30M tokens: to 32K, four times the teacher's context."""
+    ild = Stage(
+        "ild", "ild", seq_length=2048, global_batch=16, micro_batch=16, steps=160, lr=1.5e-3, min_lr=1.5e-4,
+        train="mixers", mix=(("text", 0.78), ("chat", 0.10), ("retrieval", 0.12)),
     )  # fmt: skip
+    distill = replace(
+        ild, name="distill-2k", kind="distill", steps=520, lr=6e-4, min_lr=6e-5, train="all", answer_weight=0.1
+    )
+    longer = replace(
+        distill, name="distill-8k", seq_length=8192, global_batch=4, micro_batch=4, steps=150, lr=2.5e-4, min_lr=7e-5,
+        mix=(("long", 0.45), ("chat", 0.05), ("retrieval", 0.50)), rope={"rope_theta": ROPE_THETA},
+        teacher_length=TEACHER_LENGTH, ce_weight=0.1,
+    )  # fmt: skip
+    longest = replace(
+        longer, name="distill-32k", seq_length=32768, global_batch=1, micro_batch=1, steps=85, lr=1.7e-4, min_lr=0.0
+    )
+    evaluation = Evaluation(
+        context=2048, tokens=150_000, needle_lengths=(1024, 2048, 4096, 6144, 8192, 16384, 32768), needle_samples=10,
+        needle_depths=10, long_context=32768,
+    )  # fmt: skip
+    return Recipe(
+        "smollm2-gpu", plan, linear, (ild, distill, longer, longest), 32768, 2048, evaluation, text="large",
+        save_every=500, seed=seed,
+    )  # fmt: skip
+
+
+def found_recipe(*choices) -> Recipe:
+    """The recipe for the device at hand."""
+    return (smollm2_gpu if torch.cuda.is_available() else smollm2_cpu)(*choices)
 
 
 @command_line
@@ -28,10 +63,11 @@ def main(argv: list[str] | None = None) -> None:
     add("--plan", default="3MLA27GDN", help="a name such as 3MLA27GDN, or layer numbers with --linear")
     add("--linear", default="gdn", choices=("gdn", "mamba2"))
     add("--tp", type=int, default=1, help="tensor-parallel ranks (SmolLM2 has 9 heads: 1 or 3)")
-    add("--pp", type=int, default=1, help="pipeline stages")
+    add("--pp", type=int, default=1, help="pipeline stages; the GPUs that are left work data-parallel")
+    add("--seed", type=int, default=1234)
     add("--out", help="folder of the run (default: runs/smollm2-PLAN)")
     options = parser.parse_args(argv)
-    recipe = smollm2_cpu(options.plan, options.linear)
+    recipe = found_recipe(options.plan, options.linear, options.seed)
     out = Path(options.out or os.path.join("runs", f"smollm2-{options.plan.replace(',', '_').replace(':', '')}"))
     Run(recipe, out, options.tp, options.pp).execute()
 

@@ -1,11 +1,18 @@
 """A recipe is a list of stages; each is a visible ``replace(...)`` of the one before."""
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
+from math import ceil
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One training run. Tokens: ``steps * global_batch * seq_length``; ``lr`` is the peak of a cosine."""
+    """One training run. Tokens: ``steps * global_batch * seq_length``; ``lr`` is the peak of a cosine.
+
+    ``mix``: shares of the packed datasets named in ``recipes/datasets.py``; empty: the training text as it is.
+    ``rope``: what changes in the student's rotary embedding. ``teacher_length``: the teacher's own context, beyond
+    which the text itself teaches (``ce_beyond``). ``recompute``: layers whose activations are computed twice.
+    """
 
     name: str
     kind: str  # "ild" | "distill"
@@ -22,10 +29,20 @@ class Stage:
     kl_weight: float = 1.0
     ce_weight: float = 0.0
     weight_decay: float = 0.05
+    mix: tuple[tuple[str, float], ...] = ()
+    rope: dict | None = None
+    teacher_length: int | None = None
+    ce_beyond: float = 1.0
+    answer_weight: float = 0.0
+    recompute: int = 0
 
     @property
     def tokens(self) -> int:
         return self.steps * self.global_batch * self.seq_length
+
+    def samples(self, share: float) -> int:
+        """Sequences of this stage that a dataset with ``share`` of the mix brings, and a few more."""
+        return ceil(1.02 * share * self.steps * self.global_batch) + 8
 
     def flags(self) -> list[str]:
         """Flags of ``python -m hylo_megatron.train`` that this stage stands for."""
@@ -36,8 +53,29 @@ class Stage:
             "--lr-warmup-fraction": self.warmup, "--weight-decay": self.weight_decay,
             "--hylo-copied-lr-mult": self.copied_lr_mult, "--hylo-decay-lr-mult": self.decay_lr_mult,
             "--hylo-kl-weight": self.kl_weight, "--hylo-ce-weight": self.ce_weight,
+            "--hylo-ce-beyond-teacher": self.ce_beyond, "--hylo-answer-weight": self.answer_weight,
         }  # fmt: skip
+        if self.teacher_length:
+            values["--hylo-teacher-length"] = self.teacher_length
+        if self.rope:
+            values["--hylo-rope"] = json.dumps(self.rope)
+        if self.recompute:
+            values |= {"--recompute-granularity": "full", "--recompute-method": "block",
+                       "--recompute-num-layers": self.recompute}  # fmt: skip
         return [str(part) for pair in values.items() for part in pair]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is measured at the end; after earlier stages perplexity only. Lengths in tokens."""
+
+    context: int
+    tokens: int
+    needle_lengths: tuple[int, ...]
+    needle_samples: int
+    needle_depths: int
+    long_context: int = 0  # 0: no loss by position
+    long_documents: int = 4
 
 
 @dataclass(frozen=True)
@@ -50,9 +88,12 @@ class Recipe:
     stages: tuple[Stage, ...]
     calibration_tokens: int
     calibration_length: int
-    eval_context: int
-    eval_tokens: int
-    needle_lengths: tuple[int, ...]
-    needle_samples: int
-    needle_depths: int
+    evaluation: Evaluation
+    layers: int = 30
+    text: str = "small"  # the mix of tools/fetch_text.py
     save_every: int = 20
+    seed: int = 1234
+
+    def to_dict(self) -> dict:
+        """As JSON has it (lists for tuples)."""
+        return json.loads(json.dumps(asdict(self)))

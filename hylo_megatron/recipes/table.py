@@ -2,55 +2,86 @@
 
 import json
 import math
+import statistics
 from pathlib import Path
 
-from hylo_megatron.recipes.stage import Recipe
+import torch
 
-KINDS = ("prose", "code")
+from hylo_megatron.recipes.stage import Recipe, Stage
+
+JUDGED = ("prose", "code")  # what the mean loss is of
 
 
 def both(figures: dict) -> float:
     """Mean loss of prose and code together, nats a token."""
-    parts = [figures["perplexity"][kind] for kind in KINDS]
+    parts = [figures["perplexity"][kind] for kind in JUDGED]
     return sum(part["loss"] * part["tokens"] for part in parts) / sum(part["tokens"] for part in parts)
 
 
-def _row(name: str, tokens: int, figures: dict, teacher: dict) -> str:
-    prose, code = (figures["perplexity"][kind]["perplexity"] for kind in KINDS)
-    loss, ratio = both(figures), math.exp(both(figures) - both(teacher))
-    cells = f"{prose:>8.2f} | {code:>8.2f} | {math.exp(loss):>8.2f} | {loss:>6.3f} | {ratio:>7.2f}x"
-    return f"| {name:<21} | {tokens:>7,} | {cells} |"
+def speed(log: Path, stage: Stage) -> tuple[float, float]:
+    """``(tokens a second, peak GiB)`` of a stage: the median step's, and the largest of all steps (0 on a CPU)."""
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    seconds = [line["seconds"] for line in lines if line["seconds"]]
+    tokens = stage.global_batch * stage.seq_length
+    return tokens / statistics.median(seconds) if seconds else 0.0, max(line["memory_gib"] for line in lines)
 
 
-def _header() -> list[str]:
-    names = ("", "tokens", "prose", "code", "both", "loss", "/teacher")
-    widths = (21, 7, 8, 8, 8, 6, 8)
-    cells = [f" {name:>{width}} " for name, width in zip(names, widths, strict=True)]
-    return ["held-out perplexity", "|" + "|".join(cells) + "|", "|" + "|".join("-" * len(c) for c in cells) + "|"]
+def _aligned(rows: list[list[str]]) -> list[str]:
+    """Markdown lines; the first row is the head, the first column left-aligned."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        lines.append("| " + " | ".join(cells) + " |")
+    rule = ["-" * (width + 2) if i == 0 else "-" * (width + 1) + ":" for i, width in enumerate(widths)]
+    return [lines[0], "|" + "|".join(rule) + "|", *lines[1:]]
 
 
-def closing_table(out: Path, recipe: Recipe, seconds: float) -> str:
-    """Perplexity and loss of teacher and student after each stage, the cache's size, a sample, where things lie."""
-    last, names = recipe.stages[-1].name, ["init", *(stage.name for stage in recipe.stages)]
-    reports = {name: json.loads((out / f"eval-{name}.json").read_text()) for name in names}
-    final, sample = reports[last], json.loads((out / "sample.json").read_text())
-    teacher, start, tokens = final["teacher"], reports["init"]["model"], 0
-    lines = ["", *_header(), _row("teacher", 0, teacher, teacher), _row("student, initialised", 0, start, teacher)]
+def _perplexities(name: str, tokens: int, figures: dict, teacher: dict) -> list[str]:
+    cells = []
+    for kind, part in figures["perplexity"].items():
+        ratio = part["perplexity"] / teacher["perplexity"][kind]["perplexity"]
+        cells.append(f"{part['perplexity']:.2f}" + ("" if figures is teacher else f" ({ratio:.2f}x)"))
+    return [name, f"{tokens:,}", *cells, f"{both(figures):.3f}"]
+
+
+def _stages_table(out: Path, recipe: Recipe, reports: dict, teacher: dict) -> list[str]:
+    head = ["held-out perplexity", "tokens", *teacher["perplexity"], "loss", "tokens/s", "peak GiB"]
+    rows, tokens = [head, [*_perplexities("teacher", 0, teacher, teacher), "", ""]], 0
+    rows.append([*_perplexities("student, initialised", 0, reports["init"]["model"], teacher), "", ""])
     for stage in recipe.stages:
         tokens += stage.tokens
-        lines.append(_row(f"student after {stage.name}", tokens, reports[stage.name]["model"], teacher))
+        rate, memory = speed(out / stage.name / "train_log.jsonl", stage)
+        cells = _perplexities(f"after {stage.name}", tokens, reports[stage.name]["model"], teacher)
+        rows.append([*cells, f"{rate:,.0f}", f"{memory:.1f}" if memory else ""])
+    return _aligned(rows)
+
+
+def _needle_table(final: dict) -> list[str]:
+    found = {role: {row["length"]: row for row in final[role]["needle"]["by_length"]} for role in ("teacher", "model")}
+    lengths = sorted(found["model"])
+    rows = [["needles found", *(f"{length:,}" for length in lengths)]]
+    for name, role in (("teacher", "teacher"), ("student", "model")):
+        cells = [found[role].get(length) for length in lengths]
+        rows.append([name, *(f"{cell['hits']}/{cell['samples']}" if cell else "not run" for cell in cells)])
+    return _aligned(rows)
+
+
+def closing_table(out: Path, recipe: Recipe, layout, seconds: float) -> str:
+    """Perplexity and loss of teacher and student after each stage, needles, the cache's size, a sample."""
+    names = ["init", *(stage.name for stage in recipe.stages)]
+    reports = {name: json.loads((out / f"eval-{name}.json").read_text()) for name in names}
+    final, sample = reports[names[-1]], json.loads((out / "sample.json").read_text())
+    teacher, start = final["teacher"], reports["init"]["model"]
     left = math.exp(both(final["model"]) - both(start))
     cache = [final[role]["kv_cache_bytes_per_token"] for role in ("teacher", "model")]
-    lines += [
-        "",
+    versions = ", ".join(f"{name} {version}" for name, version in final["versions"].items())
+    device = f"{torch.cuda.device_count()} x {final['device']}" if torch.cuda.is_available() else "CPU"
+    return "\n".join([
+        "", *_stages_table(out, recipe, reports, teacher), "", *_needle_table(final), "",
         f"perplexity left of what there was after initialisation: {left:.0%}",
         f"KV cache per token, bf16: teacher {cache[0]:,} bytes, student {cache[1]:,} ({cache[1] / cache[0]:.1%})",
-    ]
-    if "needle" in final["model"]:
-        found = [final[role]["needle"]["accuracy"] for role in ("teacher", "model")]
-        lines.append(f"needles at {recipe.needle_lengths[-1]} tokens: teacher {found[0]:.0%}, student {found[1]:.0%}")
-    lines += [
         f"{sample['prompt']}  teacher: {sample['teacher']!r}  student: {sample['student']!r}",
-        f"report: {out / 'report' / 'evaluation.md'}   model: {out / f'hf-{last}'}   {seconds / 60:.1f} minutes",
-    ]
-    return "\n".join(lines)
+        f"{recipe.name} {recipe.plan}, seed {recipe.seed}, {layout}, {device}, {versions}",
+        f"report: {out / 'report' / 'evaluation.md'}   model: {out / f'hf-{names[-1]}'}   {seconds / 60:.1f} minutes",
+    ])  # fmt: skip

@@ -1,0 +1,146 @@
+"""A token file as a haystack: stretches of it, places between its sentences, and the words that keys are made of."""
+
+import json
+import random
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from hylo_megatron.errors import HyLoError
+
+SLACK = 256  # tokens a stretch may move so as to begin with a sentence
+SPARSE = 100  # tokens a place to hide a sentence may be away from the next, on average
+VOCABULARY_SAMPLE = 64, 4096  # stretches and their tokens, read for words
+WORD = re.compile(r"(?<![\w'-])[a-z]{4,9}(?![\w'-])")
+TOO_COMMON = 100  # the most frequent words ("that", "with") name nothing
+MOST_WORDS, FEWEST_WORDS = 4000, 20
+RESERVED = ("magic", "special", "number")  # the evaluation's; no key has them, nor words with them inside
+
+
+@dataclass(frozen=True)
+class TokenKinds:
+    """What the ids of a tokenizer look like: ``bool [vocabulary]`` arrays."""
+
+    ends_sentence: np.ndarray
+    ends_line: np.ndarray
+    begins_word: np.ndarray
+    newline: int
+
+    @classmethod
+    def of(cls, tokenizer) -> "TokenKinds":
+        """``tokenizer``: of the package tokenizers, with any model."""
+        size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
+        texts = tokenizer.decode_batch([[token] for token in range(size)], skip_special_tokens=True)
+        pieces = [tokenizer.id_to_token(token) or "" for token in range(size)]
+        ends = [text.rstrip("\"')”’").endswith((".", "!", "?")) for text in texts]
+        lines = ["\n" in text for text in texts]
+        # decoders may strip the space that a piece begins with, so the piece itself is looked at too
+        begins = [text[:1].isspace() or piece[:1] in ("Ġ", "▁") for text, piece in zip(texts, pieces, strict=True)]
+        newline = tokenizer.encode("\n", add_special_tokens=False).ids[-1]
+        return cls(np.array(ends), np.array(lines), np.array(begins), newline)
+
+
+@dataclass(frozen=True)
+class Haystack:
+    """The documents of a .bin file one after the other; ``size`` in tokens. Holds no open file: workers get a copy."""
+
+    path: Path
+    dtype: str
+    size: int
+    eod_id: int
+    kinds: TokenKinds
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        return np.fromfile(self.path, self.dtype, count, offset=start * np.dtype(self.dtype).itemsize)
+
+    def stretch(self, length: int, rng: random.Random, attempts: int = 1) -> np.ndarray:
+        """``length`` consecutive tokens, from the beginning of a sentence where one is near.
+
+        Looks ``attempts`` times for a place inside one document; the ends of others become line ends.
+        """
+        slack = min(SLACK, self.size - length)
+        for _ in range(attempts):
+            around = self.read(rng.randrange(self.size - length - slack + 1), length + slack)
+            begin = next(iter(self.sentence_ends(around[: slack + 1])), 0)
+            taken = around[begin : begin + length]
+            ends = taken == self.eod_id
+            if not ends.any():
+                break
+        return np.where(ends, np.array(self.kinds.newline, taken.dtype), taken)
+
+    def sentence_ends(self, tokens: np.ndarray) -> np.ndarray:
+        """Places right after a sentence, or after a document, ascending; ``tokens[place:]`` is what comes next."""
+        before, after = tokens[:-1], tokens[1:]
+        # "3.14" and "os.path" do not end a sentence
+        ends = self.kinds.ends_sentence[before] & self.kinds.begins_word[after]
+        return np.flatnonzero(ends | (before == self.eod_id)) + 1
+
+    def hiding_places(self, tokens: np.ndarray) -> np.ndarray:
+        """Places where a sentence can be put in, ascending: after sentences, in code after lines too, in text that has
+        hardly any of either between words, or anywhere."""
+        lines = np.flatnonzero(self.kinds.ends_line[tokens[:-1]]) + 1
+        words = np.flatnonzero(self.kinds.begins_word[tokens[1:]]) + 1
+        places = self.sentence_ends(tokens)
+        for more in (lines, words, np.arange(1, len(tokens))):
+            if len(places) < len(tokens) / SPARSE:
+                places = np.union1d(places, more)
+        return places
+
+
+def open_haystack(prefix: Path, kinds: TokenKinds, vocab_size: int, shortest: int) -> Haystack:
+    """What ``tools/prepare_data.py`` wrote to ``prefix``. HyLoError if it is damaged, packed, or too short."""
+    summary = _summary(prefix)
+    if summary["pack_length"] is not None:
+        raise HyLoError(f"{prefix}.bin holds packed sequences, expected documents: prepare without --pack-length")
+    if summary["vocab_size"] != vocab_size:
+        raise HyLoError(
+            f"{prefix}.bin was made with a tokenizer of {summary['vocab_size']} tokens, this one has {vocab_size}: "
+            "give --tokenizer the same folder for both"
+        )
+    path, size = Path(f"{prefix}.bin"), summary["tokens"]
+    if path.stat().st_size != size * np.dtype(summary["dtype"]).itemsize:
+        raise HyLoError(f"{path}: expected {size} tokens as {prefix}.json says: prepare the file again")
+    if size < shortest:
+        raise HyLoError(f"{path}: {size} tokens of text, too few for samples of --length {shortest}: use more text")
+    return Haystack(path, summary["dtype"], size, summary["eod_id"], kinds)
+
+
+def _summary(prefix: Path) -> dict:
+    path = Path(f"{prefix}.json")
+    if not path.is_file() or not Path(f"{prefix}.bin").is_file():
+        raise HyLoError(f"{prefix}.bin, {path.name}: no such files, expected what tools/prepare_data.py wrote")
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise HyLoError(f"{path}: not valid JSON ({error}): prepare the file again") from error
+    wanted = ("pack_length", "vocab_size", "tokens", "dtype", "eod_id")
+    missing = [key for key in wanted if not isinstance(summary, dict) or key not in summary]
+    if missing:
+        raise HyLoError(f"{path}: no {', '.join(missing)}: expected what tools/prepare_data.py wrote")
+    return summary
+
+
+def common_words(haystack: Haystack, tokenizer) -> list[str]:
+    """Words of 4 to 9 lower-case letters from stretches all over the haystack. HyLoError if there are hardly any."""
+    count, length = VOCABULARY_SAMPLE
+    length = min(length, haystack.size)
+    starts = np.linspace(0, haystack.size - length, count if haystack.size > length else 1, dtype=np.int64)
+    texts = tokenizer.decode_batch([haystack.read(start, length).tolist() for start in starts])
+    words = rank_words(texts)
+    if len(words) < FEWEST_WORDS:
+        raise HyLoError(
+            f"{haystack.path}: {len(words)} words of 4 to 9 lower-case letters, expected {FEWEST_WORDS} or more "
+            "to make keys of: use prose"
+        )
+    return words
+
+
+def rank_words(texts: list[str]) -> list[str]:
+    """Words by falling frequency, without the most frequent ones and the reserved ones."""
+    seen = Counter(word for text in texts for word in WORD.findall(text))
+    ranked = sorted(seen, key=lambda word: (-seen[word], word))
+    ranked = [word for word in ranked if not any(reserved in word for reserved in RESERVED)]
+    return ranked[min(TOO_COMMON, len(ranked) // 4) :][:MOST_WORDS]

@@ -1,0 +1,91 @@
+"""Samples that were packed to one length beforehand: sample i is sequence i, in an order that a seed decides.
+
+Beside ``PREFIX.bin/.idx`` (every sequence ``seq_length + 1`` tokens) there may be ``PREFIX.answers.npy``, uint8 of the
+same shape: 1 where a token answers a question about the text before it (tools/make_retrieval.py).
+"""
+
+import json
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from megatron.core.datasets.blended_megatron_dataset_config import BlendedMegatronDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.megatron_dataset import MegatronDataset
+
+from hylo_megatron.errors import HyLoError
+
+LIGHTEST, HEAVIEST = 1.0, 50.0  # of one answer token, in units of an ordinary token
+
+
+def packed_length(prefix: str) -> int | None:
+    """Tokens a sequence has, as ``tools/prepare_data.py`` noted them in ``PREFIX.json``; None: not packed."""
+    summary = Path(f"{prefix}.json")
+    return json.loads(summary.read_text()).get("pack_length") if summary.is_file() else None
+
+
+def check_packed(prefixes: list[str], seq_length: int) -> bool:
+    """Whether these files are packed for ``seq_length``. Raises ``HyLoError`` for any other length, or a mixture."""
+    lengths = {prefix: packed_length(prefix) for prefix in prefixes}
+    if not any(lengths.values()):
+        return False
+    for prefix, length in lengths.items():
+        if length != seq_length + 1:
+            found = f"packed to {length} tokens" if length else "not packed"
+            raise HyLoError(
+                f"--data-path {prefix} is {found}: --seq-length {seq_length} wants sequences of {seq_length + 1};"
+                f" make it with --pack-length {seq_length + 1}"
+            )
+    return True
+
+
+@dataclass
+class PackedConfig(BlendedMegatronDatasetConfig):
+    """``answer_weight``: loss weight of all answers of a sample together, as a share of the sample's tokens."""
+
+    answer_weight: float = 0.0
+
+
+class PackedDataset(MegatronDataset):
+    """``tokens, labels, loss_mask, position_ids, answer_weight`` ``[S]``; epochs follow one another, each shuffled."""
+
+    def __init__(self, dataset, dataset_path, indices, num_samples, index_split, config):
+        super().__init__(dataset, dataset_path, indices, num_samples, index_split, config)
+        self.seed = [config.random_seed, zlib.crc32(Path(dataset_path).name.encode())]
+        answers = Path(f"{dataset_path}.answers.npy")
+        self.answers = np.load(answers, mmap_mode="r", allow_pickle=False) if answers.is_file() else None
+        if self.answers is not None and self.answers.shape != (len(dataset), len(dataset[0])):
+            raise HyLoError(f"{answers}: shape {self.answers.shape}, expected {(len(dataset), len(dataset[0]))}")
+        self._epoch, self._order = -1, indices
+
+    @staticmethod
+    def numel_low_level_dataset(low_level_dataset) -> int:
+        return len(low_level_dataset)
+
+    @staticmethod
+    def build_low_level_dataset(dataset_path: str, config) -> IndexedDataset:
+        return IndexedDataset(dataset_path, multimodal=False, mmap=config.mmap_bin_files)
+
+    def __len__(self) -> int:
+        return self.num_samples or len(self.indices)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        epoch, position = divmod(int(index), len(self.indices))
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, np.random.default_rng([*self.seed, epoch]).permutation(self.indices)
+        sequence = int(self._order[position])
+        ids = torch.from_numpy(self.dataset[sequence].astype(np.int64))
+        length = len(ids) - 1
+        return {
+            "tokens": ids[:-1], "labels": ids[1:], "loss_mask": torch.ones(length), "position_ids": torch.arange(length),
+            "answer_weight": self._answer_weight(sequence, length),
+        }  # fmt: skip
+
+    def _answer_weight(self, sequence: int, length: int) -> torch.Tensor:
+        if self.answers is None or not self.config.answer_weight:
+            return torch.zeros(length)
+        is_answer = torch.from_numpy(self.answers[sequence, 1:].astype(np.float32))
+        share = self.config.answer_weight * length / is_answer.sum().clamp_min(1)
+        return is_answer * share.clamp(LIGHTEST, HEAVIEST)

@@ -1,0 +1,57 @@
+"""fla's Triton kernels under the signatures of the torch references. Needs a GPU; ``kernels.ops`` chooses.
+
+Legend as in the references: B batch, S sequence, M key heads, H value heads, K key dim, V value dim, C channels.
+"""
+
+import torch
+import torch.nn.functional as F
+from fla.modules.activations import swiglu
+from fla.modules.convolution import causal_conv1d as fla_conv1d
+from fla.modules.fused_norm_gate import rms_norm_gated
+from fla.modules.layernorm_gated import rmsnorm_fn
+from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+from fla.ops.gated_delta_rule import fused_recurrent_gated_delta_rule as step_gated_delta_rule
+from fla.ops.simple_gla import chunk_simple_gla
+
+from hylo_megatron.kernels import conv
+from hylo_megatron.kernels.ssd import skip
+
+__all__ = [
+    "causal_conv1d",
+    "chunk_gated_delta_rule",
+    "gated_rms_norm",
+    "ssd_chunk_scan",
+    "step_gated_delta_rule",
+    "swiglu",
+]
+
+
+def causal_conv1d(x, weight, bias=None, activation="silu", initial_state=None, output_final_state=False, **kwargs):
+    """As ``conv.causal_conv1d``; continuing from a state (one token at a time) is left to it."""
+    if initial_state is not None:
+        return conv.causal_conv1d(x, weight, bias, activation, initial_state, output_final_state, **kwargs)
+    y, _ = fla_conv1d(x=x, weight=weight, bias=bias, activation=activation)
+    before = weight.shape[1] - 1
+    state = F.pad(x, (0, 0, max(0, before - x.shape[1]), 0))[:, -before:] if output_final_state else None
+    return y, state
+
+
+def gated_rms_norm(x, z, weight, eps, group_size=None, norm_before_gate=True):
+    """As ``norm.gated_rms_norm``."""
+    if z is not None and norm_before_gate and group_size in (None, x.shape[-1]):
+        return rms_norm_gated(x, z, weight, None, "swish", eps=eps)
+    return rmsnorm_fn(x, weight, None, z, eps, group_size, norm_before_gate)
+
+
+def ssd_chunk_scan(x, dt, A, B, C, chunk_size=64, D=None, initial_state=None, output_final_state=False):
+    """As ``ssd.ssd_chunk_scan``: state-space duality is gated linear attention with one decay a head, scale 1."""
+    heads = x.shape[2] // B.shape[2]
+    if heads > 1:
+        B, C = B.repeat_interleave(heads, 2), C.repeat_interleave(heads, 2)
+    values = (x * dt.unsqueeze(-1)).to(x.dtype)
+    state = None if initial_state is None else initial_state.mT.contiguous()
+    out, state = chunk_simple_gla(
+        C.to(x.dtype), B.to(x.dtype), values, (dt * A).float(), scale=1.0, initial_state=state,
+        output_final_state=output_final_state,
+    )  # fmt: skip
+    return skip(out, x, D).to(x.dtype), state.mT if output_final_state else None

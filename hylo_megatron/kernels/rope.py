@@ -1,0 +1,37 @@
+"""Rotary frequencies from transformers' rope dictionaries: one function for training and for the exported model."""
+
+import functools
+import json
+
+import torch
+from torch import Tensor
+
+from hylo_megatron.errors import HyLoError
+
+SUPPORTED = ("default", "linear", "llama3", "yarn")
+
+
+@functools.lru_cache
+def _frequencies(parameters: str, head_dim: int, max_positions: int) -> tuple[Tensor, float]:
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = json.loads(parameters)
+    kind = rope.get("rope_type", "default")
+    if kind not in SUPPORTED:
+        raise HyLoError(f"rope_type {kind!r} is not supported: expected one of {', '.join(SUPPORTED)}")
+    if kind == "default":
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
+        return 1.0 / rope["rope_theta"] ** exponents, 1.0
+    config = LlamaConfig(
+        hidden_size=head_dim, num_attention_heads=1, head_dim=head_dim,
+        max_position_embeddings=max_positions, rope_parameters=rope,
+    )  # fmt: skip
+    return ROPE_INIT_FUNCTIONS[kind](config, device="cpu")
+
+
+def rope_frequencies(rope_parameters: dict, head_dim: int, max_positions: int) -> tuple[Tensor, float]:
+    """``(inverse frequencies [head_dim / 2], attention scaling of cos and sin)``, fp32, made on the CPU whatever the
+    default device, so that every machine has the same bits. Raises ``HyLoError``."""
+    frequencies, scaling = _frequencies(json.dumps(rope_parameters, sort_keys=True), head_dim, max_positions)
+    return frequencies.clone().float(), float(scaling)

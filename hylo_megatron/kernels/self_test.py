@@ -1,0 +1,110 @@
+"""A check at start-up: the GPU kernels of a model against the torch references, values and gradients, in a second or two.
+
+Known pairs of versions compute wrong gradients without an error (``docs/traps.md``), which costs a run, not a crash.
+"""
+
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hylo_megatron.config import Architecture
+from hylo_megatron.errors import HyLoError
+from hylo_megatron.kernels.choose import TORCH, Ops, ops
+
+LENGTH = 512
+TOLERANCE = 0.02  # ‖kernel - reference‖ / ‖reference‖; rounding to bf16 gives 2e-3 to 8e-3
+
+
+def _random(*shape: int, device) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(*shape, generator=generator).to(device, torch.bfloat16)
+
+
+def gdn_case(arch: Architecture, tp: int, device) -> tuple[list[Tensor], Callable]:
+    """Inputs of the gated delta rule with this model's heads, and a function of kernels and inputs."""
+    g = arch.geometry.gdn
+    keys, values = g.num_key_heads // tp, g.num_value_heads // tp
+    q, k = (_random(1, LENGTH, keys, g.key_head_dim, device=device) for _ in "qk")
+    v = _random(1, LENGTH, values, g.value_head_dim, device=device)
+    decay = -F.softplus(_random(1, LENGTH, values, device=device).float() - 2)
+    beta = _random(1, LENGTH, values, device=device).sigmoid()
+
+    def run(kernels: Ops, q, k, v, decay, beta):
+        return kernels.chunk_gated_delta_rule(q, k, v, g=decay, beta=beta, use_qk_l2norm_in_kernel=True)[0]
+
+    return [q, k.roll(1, 1), v, decay, beta], run
+
+
+def mamba2_case(arch: Architecture, tp: int, device) -> tuple[list[Tensor], Callable]:
+    """The same for Mamba-2's scan."""
+    g = arch.geometry.mamba2
+    heads, groups = g.num_heads // tp, g.num_groups // tp
+    x = _random(1, LENGTH, heads, g.head_dim, device=device)
+    dt = F.softplus(_random(1, LENGTH, heads, device=device).float() - 2)
+    B, C = (_random(1, LENGTH, groups, g.state_size, device=device) for _ in "BC")
+    A = -torch.linspace(0.5, 2, heads, device=device)
+
+    def run(kernels: Ops, x, dt, B, C):
+        return kernels.chunk_ssd(x, dt, A, B, C)[0]
+
+    return [x, dt, B, C.roll(1, 1)], run
+
+
+def conv_case(arch: Architecture, tp: int, device) -> tuple[list[Tensor], Callable]:
+    """The short convolution, 256 channels of it."""
+
+    def run(kernels: Ops, x, weight):
+        return kernels.causal_conv1d(x, weight, None, "silu")[0]
+
+    return [_random(1, LENGTH, 256, device=device), _random(256, 4, device=device)], run
+
+
+def norm_case(arch: Architecture, tp: int, device) -> tuple[list[Tensor], Callable]:
+    """The gated norm within heads."""
+
+    def run(kernels: Ops, x, gate, weight):
+        return kernels.gated_rms_norm(x, gate, weight, 1e-5)
+
+    dim = arch.geometry.gdn.value_head_dim
+    x, gate = (_random(1, LENGTH, 4, dim, device=device) for _ in range(2))
+    return [x, gate.roll(1, 1), _random(dim, device=device) + 1], run
+
+
+CASES = {
+    "gdn": {"gated delta rule": gdn_case, "short convolution": conv_case, "gated norm": norm_case},
+    "mamba2": {"state-space scan": mamba2_case, "short convolution": conv_case},
+}
+
+
+def errors_of(run: Callable, kernels: Ops, inputs: list[Tensor]) -> list[float]:
+    """Relative errors of the output and of each input's gradient against the torch reference in fp32."""
+    results = []
+    for candidate, dtype in ((kernels, None), (TORCH, torch.float32)):
+        leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in inputs]
+        out = run(candidate, *leaves)
+        weight = _random(*out.shape, device=out.device).to(out.dtype)
+        results.append([out.detach(), *torch.autograd.grad((out * weight).float().sum(), leaves)])
+    pairs = ((a.float(), b.float()) for a, b in zip(*results, strict=True))
+    return [((a - b).norm() / b.norm().clamp_min(1e-20)).item() for a, b in pairs]
+
+
+def self_test(arch: Architecture, tp: int = 1, device: str | torch.device = "cuda", kernels: Ops | None = None) -> str:
+    """One line with the worst error of each kernel that ``arch`` uses. Raises ``HyLoError`` if one is wrong."""
+    kernels, started, found = kernels or ops(device), time.time(), {}
+    for kind in sorted(set(arch.plan) & set(CASES)):
+        for name, case in CASES[kind].items():
+            inputs, run = case(arch, tp, device)
+            found[name] = errors_of(run, kernels, inputs)
+    wrong = {name: errors for name, errors in found.items() if not all(e < TOLERANCE for e in errors)}  # nan is wrong
+    if wrong:
+        name, errors = next(iter(wrong.items()))
+        raise HyLoError(
+            f"{kernels.name}'s {name} disagrees with the reference (relative errors of output and gradients:"
+            f" {', '.join(f'{e:.2g}' for e in errors)}; allowed {TOLERANCE}): this pair of triton and fla versions"
+            " computes wrong results; `make doctor` names known ones, --no-self-test trains anyway"
+        )
+    listed = ", ".join(f"{name} {max(errors):.1e}" for name, errors in found.items())
+    return f"kernels agree with their references ({kernels.name}; {listed}; {time.time() - started:.1f} s)"

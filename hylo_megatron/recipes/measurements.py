@@ -1,0 +1,93 @@
+"""Evaluations of a run: beside the next step where there is a GPU, whose processes take a while to start."""
+
+import contextlib
+import json
+import multiprocessing
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from hylo_megatron.errors import HyLoError
+from hylo_megatron.recipes.stage import Recipe
+from hylo_megatron.recipes.training_process import fast_bf16
+
+KINDS = {"prose": "eval_prose", "code": "eval_code", "c": "eval_c", "long": "eval_long"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model to measure. ``full``: needles and loss by position too. ``report``: pictures and tables there."""
+
+    name: str
+    model: Path
+    out: Path
+    text: Path
+    recipe: Recipe
+    full: bool
+    report: Path | None = None
+
+    @property
+    def result(self) -> Path:
+        return self.out / f"eval-{self.name}.json"
+
+    def run(self) -> None:
+        """Writes ``result``; beside the teacher's figures when a report is asked for."""
+        from hylo_megatron.evaluate import Settings, evaluate
+
+        e = self.recipe.evaluation
+        settings = Settings(
+            context=e.context, ppl_tokens=e.tokens, needle_lengths=e.needle_lengths, needle_samples=e.needle_samples,
+            needle_depths=e.needle_depths, long_context=e.long_context or e.context, long_documents=e.long_documents,
+            skip=() if self.full else ("needle", "long"), dtype="bfloat16" if fast_bf16() else "float32",
+        )  # fmt: skip
+        files = {kind: self.text / f"{name}.jsonl" for kind, name in KINDS.items() if kind != "long" or e.long_context}
+        teacher = json.loads((self.out / "eval-teacher.json").read_text())["model"] if self.report else None
+        report = evaluate(
+            self.model, teacher_figures=teacher, out_dir=self.report,
+            curves=[self.out / s.name / "train_log.jsonl" for s in self.recipe.stages] if self.report else (),
+            settings=settings, **{kind: file for kind, file in files.items() if file.is_file()},
+        )  # fmt: skip
+        scratch = self.result.with_suffix(".json.partial")
+        scratch.write_text(json.dumps(report, indent=1, default=str))
+        os.replace(scratch, self.result)
+
+
+def _run(job: Job, log: Path) -> None:
+    with log.open("a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        job.run()
+
+
+class Measurements:
+    """Runs jobs in processes of their own; ``wait`` for all of them. On a CPU each one is waited for at once."""
+
+    def __init__(self, logs: Path):
+        self.logs, self.beside = logs, torch.cuda.is_available()
+        self.running: list[tuple[Job, multiprocessing.process.BaseProcess]] = []
+
+    def start(self, job: Job) -> bool:
+        """Whether there was anything to do."""
+        if job.result.is_file():
+            return False
+        process = multiprocessing.get_context("spawn").Process(target=_run, args=(job, self._log(job)))
+        process.start()
+        self.running.append((job, process))
+        if not self.beside:
+            self.wait()
+        return True
+
+    def _log(self, job: Job) -> Path:
+        return self.logs / f"eval-{job.name}.log"
+
+    def wait(self) -> None:
+        """Raises ``HyLoError`` for a job that failed."""
+        while self.running:
+            job, process = self.running.pop()
+            process.join()
+            if process.exitcode:
+                raise HyLoError(f"evaluating {job.model} failed; see {self._log(job)}")
+
+    def stop(self) -> None:
+        for _, process in self.running:
+            process.terminate()
