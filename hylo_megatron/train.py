@@ -6,6 +6,7 @@ megatron.training's own loop, with all its flags; this file only says which mode
 import copy
 import os
 import shutil
+import time
 from pathlib import Path
 
 from hylo_megatron.config import Architecture
@@ -81,6 +82,17 @@ def write_companions(args) -> None:
     shutil.copytree(source / "hf", target / "hf", dirs_exist_ok=True)
 
 
+def wait_for_student(args) -> None:
+    """Returns when the student's checkpoint is complete; everything slow about starting is done by then."""
+    from hylo_megatron.convert.checkpoint import TRACKER
+
+    tracker, parent = Path(args.hylo_student) / TRACKER, os.getppid()
+    while not tracker.is_file() or tracker.read_text().strip() != str(args.hylo_student_iteration):
+        if os.getppid() != parent:
+            raise HyLoError("the process that started this one is gone")
+        time.sleep(0.1)
+
+
 @command_line
 def main() -> None:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # megatron asserts it for TP and CP
@@ -89,6 +101,7 @@ def main() -> None:
 
     arch = prepare_command_line()
     import torch
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
@@ -111,8 +124,13 @@ def main() -> None:
     if torch.cuda.device_count() and args.bf16 and not args.no_self_test:
         torch.cuda.set_device(args.local_rank)
         verdict = self_test(arch, args.tensor_model_parallel_size, torch.device("cuda", args.local_rank))
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
         if args.rank == 0:
             print(verdict, flush=True)
+    get_write_results_queue()  # a process that checkpoints are written through; it takes seconds to start
+    if args.hylo_student_iteration:
+        wait_for_student(args)
     models: list = []
     engine_hooks.install(models)
     config = pretrain_cfg_container_from_args(args)

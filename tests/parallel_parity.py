@@ -114,12 +114,12 @@ def run_cell(cell: Cell, log_path: Path) -> dict:
         total = torch.stack([entry[name] for entry in stored]).sum(0)
         dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
         losses[name] = total[0] / total[1]
-    sums = model.layer_sums
+    sums = model.layer_sums.clone()
     arguments = dict(hylo_stage=cell.stage, global_batch_size=ROWS, seq_length=helpers.SEQ, hylo_log=str(log_path))
     weights = dict(hylo_ild_attention_weight=1.0, hylo_ild_hidden_weight=1.0)
     log = StepLog(SimpleNamespace(save=None, **arguments, **weights), [model])
     layers = log.layer_means()
-    model.layer_sums = sums
+    model.layer_sums += sums
     log.write(losses, 1, 0.1, None)
     gradients, spread = whole_gradients(model)
     return {"layers": layers, "gradients": gradients, "spread": spread}

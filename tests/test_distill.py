@@ -39,7 +39,8 @@ def kl_inputs(length: int, settings: KLSettings = PLAIN, rows: int = ROWS, vocab
     kl_weight_T, ce_weight_T = token_weights(settings, torch.arange(length), mask_T, answers_T)
     return dict(
         h_TD=random(length, width).requires_grad_(), head_ND=random(rows, width).requires_grad_(),
-        t_TC=random(min(length, settings.teacher_length or length), teacher_width), teacher_head_NC=random(rows, teacher_width) * 0.7,
+        t_TC=random(min(length, settings.teacher_length or length), teacher_width),
+        teacher_head_NC=random(rows, teacher_width) * 0.7,
         labels_T=torch.randint(vocab, (length,), generator=generator),
         mask_T=mask_T, kl_weight_T=kl_weight_T, ce_weight_T=ce_weight_T, vocab_size=vocab,
     )  # fmt: skip

@@ -4,6 +4,7 @@ import copy
 import inspect
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -257,7 +258,12 @@ def test_hidden_states_are_kept_only_when_asked_for():
     out = model(ids, output_hidden_states=True)
     assert len(out.hidden_states) == 3 and torch.equal(out.hidden_states[0], model.model.embed_tokens(ids))
     assert torch.equal(model.lm_head(out.hidden_states[-1]), out.logits)
-    assert model(ids).hidden_states is None
+    first, alive = [], []
+    model.model.layers[0].register_forward_pre_hook(lambda layer, args: first.append(weakref.ref(args[0])))
+    model.model.norm.register_forward_pre_hook(lambda norm, args: alive.append(first[-1]() is not None))
+    for asked in (True, False):
+        assert (model(ids, output_hidden_states=asked).hidden_states is not None) is asked
+    assert alive == [True, False]
 
 
 @each_hybrid

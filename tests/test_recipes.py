@@ -37,9 +37,10 @@ sys.path[:0] = sys.argv[2:]
 import test_recipes
 from pathlib import Path
 from hylo_megatron.recipes.runner import Run
+from hylo_megatron.recipes.training_process import Layout
 
 if __name__ == "__main__":
-    Run(test_recipes.toy_recipe(), Path(sys.argv[1])).execute()
+    Run(test_recipes.toy_recipe(), Path(sys.argv[1]), Layout.found(1, 1)).execute()
 """
 
 
@@ -59,7 +60,9 @@ def toy_recipe():
 
 
 def sentences(count: int, rng: random.Random) -> str:
-    words = [a + b + c for a in ("ba", "lo", "ri", "tu", "me") for b in ("n", "st", "v") for c in ("er", "al", "or", "i")]
+    words = [
+        a + b + c for a in ("ba", "lo", "ri", "tu", "me") for b in ("n", "st", "v") for c in ("er", "al", "or", "i")
+    ]
     return " ".join(" ".join(rng.choices(words, k=9)).capitalize() + "." for _ in range(count))
 
 
@@ -92,7 +95,10 @@ def write_inputs(out) -> None:
     tiny.save_model(model, out / "hf")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.move(out / "text" / name, out / "hf" / name)
-    for name, documents in (("train", texts), *((f"eval_{kind}", texts[:8]) for kind in ("prose", "code", "c", "long"))):
+    for name, documents in (
+        ("train", texts),
+        *((f"eval_{kind}", texts[:8]) for kind in ("prose", "code", "c", "long")),
+    ):
         lines = "".join(json.dumps({"text": text}) + "\n" for text in documents)
         (out / "text" / f"{name}.jsonl").write_text(lines)
     (out / "text" / "SOURCES.md").write_text("made by a test\n")
@@ -106,7 +112,10 @@ def start(out, program) -> subprocess.Popen:
 
 
 def losses(out, stage: str) -> list[tuple]:
-    return [(line["iteration"], line["loss"], line["grad_norm"]) for line in helpers.read_log(out / stage / "train_log.jsonl")]
+    return [
+        (line["iteration"], line["loss"], line["grad_norm"])
+        for line in helpers.read_log(out / stage / "train_log.jsonl")
+    ]
 
 
 def wait_for_step(log, step: int, process) -> None:

@@ -123,6 +123,14 @@ def latest(folder: str | os.PathLike) -> Path:
     return path
 
 
+def drop_older_checkpoints(folder: str | os.PathLike) -> None:
+    """Deletes every iteration in ``folder`` but the newest complete one."""
+    kept = latest(folder)
+    for path in Path(folder).glob("iter_*"):
+        if path != kept:
+            shutil.rmtree(path)
+
+
 class CheckpointReader:
     """Model tensors of a checkpoint, whatever layout it was saved on, read one at a time."""
 

@@ -24,7 +24,9 @@ def pack(source: Path, out: Path, length: int, long_documents: bool = False) -> 
             writer.add(ids[: len(ids) - int(ids[-1] == eod)].tolist(), last=True)  # the writer closes documents itself
         writer.close()
         if not writer.counts.sequences:
-            raise HyLoError(f"{source}: no document of {length} tokens, the longest has {writer.counts.longest_skipped}")
+            raise HyLoError(
+                f"{source}: no document of {length} tokens, the longest has {writer.counts.longest_skipped}"
+            )
         summary = described | asdict(writer.counts) | {"pack_length": length, "inputs": [str(source)]}
         partial[".json"].write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return summary

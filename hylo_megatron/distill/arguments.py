@@ -34,12 +34,24 @@ def add_hylo_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     add("--hylo-temperature", type=float, default=1.0)
     add("--hylo-reverse-kl", action="store_true", help="KL(student || teacher), the paper's formula")
     add("--hylo-teacher-length", type=int, help="positions below it learn from the teacher, the others from the text")
-    add("--hylo-ce-beyond-teacher", type=float, default=1.0, help="weight of cross-entropy beyond --hylo-teacher-length")
     add(
-        "--hylo-answer-weight", type=float, default=0.0,
+        "--hylo-ce-beyond-teacher",
+        type=float,
+        default=1.0,
+        help="weight of cross-entropy beyond --hylo-teacher-length",
+    )
+    add(
+        "--hylo-answer-weight",
+        type=float,
+        default=0.0,
         help="cross-entropy of the answers in packed data (make_retrieval.py), as a share of a sample's tokens",
     )
     add("--hylo-rope", type=json.loads, help='change the student\'s rotary embedding, e.g. {"rope_theta": 4e5}')
+    add(
+        "--hylo-student-iteration",
+        type=int,
+        help="wait until --hylo-student holds this iteration: an earlier stage may still be training it",
+    )
     add("--no-self-test", action="store_true", help="do not compare the GPU kernels with their references at start-up")
     add("--hylo-kl-chunk", type=int, default=1024, help="tokens whose logits are in memory at once")
     add("--hylo-ild-raw-norms", action="store_true", help="do not divide layer losses by the teacher's norms")

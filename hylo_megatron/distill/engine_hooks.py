@@ -1,6 +1,7 @@
 """The two places where training reaches into ``megatron.training``: parameter groups, and a log line each step."""
 
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePred
 from megatron.training import training
 
 from hylo_megatron.distill.model import is_mixer_parameter
+from hylo_megatron.errors import HyLoError
 
 
 def _is_decay(name: str) -> bool:
@@ -55,9 +57,9 @@ class StepLog:
         os.replace(scratch, self.path)
 
     def layer_means(self) -> list[list[float]] | None:
-        sums = [m.take_layer_sums() for m in self.model]
-        if all(s is None for s in sums):
+        if self.stage != "ild":
             return None
+        sums = [m.take_layer_sums() for m in self.model]
         local = torch.zeros(self.model[0].arch.num_layers, 2, device=torch.cuda.current_device())
         for module, value in zip(self.model, sums, strict=True):
             local[module.first_layer : module.first_layer + len(value)] += value
@@ -78,6 +80,8 @@ class StepLog:
             losses = dict(zip(losses, totals, strict=True))
             loss = sum(weight * value for weight, value in zip(self.ild_weights, totals, strict=True))
             losses = {"loss": loss} | losses
+        if not math.isfinite(losses["loss"]):
+            raise HyLoError(f"loss {losses['loss']} at step {iteration}: lower --lr, or look at the data around it")
         line = {"stage": self.stage, "iteration": iteration}
         line |= losses | {"lr": learning_rate, "grad_norm": grad_norm and float(grad_norm)}
         line |= {"tokens": iteration * self.tokens, "seconds": self.last and round(now - self.last, 4)}

@@ -138,7 +138,13 @@ class _HiddenStateKL(torch.autograd.Function):
         for rows, taught in _spans(len(h_TD), len(t_TC) if s.kl_weight else 0, s.chunk):
             teacher_TN = F.linear(t_TC[rows], teacher_head_NC) if taught else None
             kl_T, ce_T, gradient = run_chunk(
-                F.linear(h_TD[rows], head_ND), teacher_TN, labels_T[rows], kl_weight_T[rows], ce_weight_T[rows], shard, s
+                F.linear(h_TD[rows], head_ND),
+                teacher_TN,
+                labels_T[rows],
+                kl_weight_T[rows],
+                ce_weight_T[rows],
+                shard,
+                s,
             )
             mask, wk, wc = mask_T[rows], kl_weight_T[rows], ce_weight_T[rows]
             sums += torch.stack([(kl_T * wk + ce_T * wc).sum(), (kl_T * mask * (wk > 0)).sum(), (ce_T * mask).sum()])

@@ -1,7 +1,7 @@
-"""One chunk of the hidden-state KL in two Triton kernels: the logits are read twice and the gradient takes their place.
+"""One chunk of the hidden-state KL in two Triton kernels: logits are read twice, the gradient takes their place.
 
-Same results as ``kl.torch_chunk`` (tested against it, on a CPU in Triton's interpreter). Legend: T tokens, N vocabulary
-rows of this rank.
+Same results as ``kl.torch_chunk`` (tested against it, on a CPU in Triton's interpreter). Legend: T tokens,
+N vocabulary rows of this rank.
 """
 
 import functools
@@ -33,9 +33,9 @@ def _kernels():
         tl.store(sum_ptr + row, total)
 
     @triton.jit
-    def gradient(s_ptr, t_ptr, norm_s_ptr, norm_t_ptr, label_ptr, wk_ptr, wc_ptr, kl_ptr, value_ptr, stride_s, stride_t,
-                 columns_all, valid, TAUGHT: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-        """Sums of p_t (log p_t - log p_s) and of log p_s at the label; the gradient overwrites the student's logits."""
+    def gradient(s_ptr, t_ptr, norm_s_ptr, norm_t_ptr, label_ptr, wk_ptr, wc_ptr, kl_ptr, value_ptr, stride_s,
+                 stride_t, columns_all, valid, TAUGHT: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+        """Sums of p_t (log p_t - log p_s), and log p_s at the label; the gradient overwrites the student's logits."""
         row = tl.program_id(0).to(tl.int64)
         norm_s, label, wc = tl.load(norm_s_ptr + row), tl.load(label_ptr + row), tl.load(wc_ptr + row)
         kl, value = tl.zeros((), tl.float32), tl.zeros((), tl.float32)

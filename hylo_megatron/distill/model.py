@@ -50,12 +50,15 @@ class DistillModel(MegatronModule):
             setattr(self, name, getattr(student, name, None))
         self.tp_group, self.cp_group = student.pg_collection.tp, student.pg_collection.cp
         self._received: Tensor | None = None  # what the previous pipeline stage sent (ild)
-        self.layer_sums: Tensor | None = None  # [L, 2] of this rank, collected by the log
         first = student.decoder.layers[0].layer_number // 2
         norms = torch.tensor(arch.extra.get("ild_norms", [[1.0, 1.0]] * arch.num_layers), dtype=torch.float32)
         norms = norms if settings.normalize_ild else torch.ones_like(norms)
         self.first_layer, count = first, len(student.decoder.layers) // 2
-        self.norms_L2 = norms[first : first + count].clamp_min(1e-6).to(torch.cuda.current_device())
+        device = torch.cuda.current_device()
+        self.norms_L2 = norms[first : first + count].clamp_min(1e-6).to(device)
+        self.term_weights = torch.tensor([settings.attention_weight, settings.hidden_weight]).to(device)
+        # Of this rank since the log last took them. One tensor, added to in place: a CUDA graph replays the addition.
+        self.layer_sums = torch.zeros_like(self.norms_L2)
         if settings.train == "mixers":
             for name, parameter in student.named_parameters():
                 parameter.requires_grad_(is_mixer_parameter(name))
@@ -114,8 +117,7 @@ class DistillModel(MegatronModule):
             mask_SB = mask_SB.chunk(self.tp_group.size())[self.tp_group.rank()]
         losses_L2 = layer_losses(self.student.decoder.layers, self._states.take(), mask_SB, self.norms_L2)
         self._collect(losses_L2)
-        weight = losses_L2.new_tensor([self.settings.attention_weight, self.settings.hidden_weight])
-        loss = (losses_L2 * weight).sum()
+        loss = (losses_L2 * self.term_weights).sum()
         if self._received is not None:
             loss, self._received = AttachInput.apply(loss, self._received), None
         if not self.post_process:
@@ -127,10 +129,12 @@ class DistillModel(MegatronModule):
         sums = losses_L2.detach().clone()
         if self.config.sequence_parallel:
             torch.distributed.all_reduce(sums, group=self.tp_group)
-        self.layer_sums = sums if self.layer_sums is None else self.layer_sums + sums
+        self.layer_sums += sums
 
-    def take_layer_sums(self) -> Tensor | None:
-        sums, self.layer_sums = self.layer_sums, None
+    def take_layer_sums(self) -> Tensor:
+        """``[L, 2]``, and begins anew."""
+        sums = self.layer_sums.clone()
+        self.layer_sums.zero_()
         return sums
 
     def _head_loss(self, hidden: Tensor, teacher_hidden: Tensor, *per_token: Tensor) -> Tensor:

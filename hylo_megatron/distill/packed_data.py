@@ -79,8 +79,8 @@ class PackedDataset(MegatronDataset):
         ids = torch.from_numpy(self.dataset[sequence].astype(np.int64))
         length = len(ids) - 1
         return {
-            "tokens": ids[:-1], "labels": ids[1:], "loss_mask": torch.ones(length), "position_ids": torch.arange(length),
-            "answer_weight": self._answer_weight(sequence, length),
+            "tokens": ids[:-1], "labels": ids[1:], "loss_mask": torch.ones(length),
+            "position_ids": torch.arange(length), "answer_weight": self._answer_weight(sequence, length),
         }  # fmt: skip
 
     def _answer_weight(self, sequence: int, length: int) -> torch.Tensor:

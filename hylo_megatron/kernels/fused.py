@@ -37,8 +37,12 @@ def causal_conv1d(x, weight, bias=None, activation="silu", initial_state=None, o
 
 
 def gated_rms_norm(x, z, weight, eps, group_size=None, norm_before_gate=True):
-    """As ``norm.gated_rms_norm``."""
-    if z is not None and norm_before_gate and group_size in (None, x.shape[-1]):
+    """As ``norm.gated_rms_norm``.
+
+    Training repeats one shape and takes the kernel that is tuned for it; inference meets many, and takes the other.
+    """
+    tuned = torch.is_grad_enabled() and z is not None and norm_before_gate and group_size in (None, x.shape[-1])
+    if tuned:
         return rms_norm_gated(x, z, weight, None, "swish", eps=eps)
     return rmsnorm_fn(x, weight, None, z, eps, group_size, norm_before_gate)
 

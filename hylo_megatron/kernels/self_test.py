@@ -1,4 +1,4 @@
-"""A check at start-up: the GPU kernels of a model against the torch references, values and gradients, in a second or two.
+"""A check at start-up: a model's GPU kernels against the torch references, values and gradients, in two seconds.
 
 Known pairs of versions compute wrong gradients without an error (``docs/traps.md``), which costs a run, not a crash.
 """

@@ -23,7 +23,8 @@ def model_fields(arch: Architecture) -> dict:
         num_attention_heads=arch.num_attention_heads, num_query_groups=arch.num_key_value_heads,
         kv_channels=arch.head_dim, layernorm_epsilon=arch.rms_norm_eps, normalization="RMSNorm",
         qk_layernorm=arch.qk_norm, add_qkv_bias=arch.attention_bias, add_bias_linear=False, gated_linear_unit=True,
-        activation_func=nn.functional.silu, use_te_activation_func=True, hidden_dropout=0.0, attention_dropout=0.0, is_hybrid_model=True,
+        activation_func=nn.functional.silu, use_te_activation_func=True, hidden_dropout=0.0,
+        attention_dropout=0.0, is_hybrid_model=True,
         rotary_interleaved=False, multi_latent_attention=False,
     )  # fmt: skip
     if arch.geometry:

@@ -1,15 +1,10 @@
-"""Evaluations of a run: beside the next step where there is a GPU, whose processes take a while to start."""
+"""What a run measures of each of its models, and where the figures go."""
 
-import contextlib
 import json
-import multiprocessing
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from hylo_megatron.errors import HyLoError
 from hylo_megatron.recipes.stage import Recipe
 from hylo_megatron.recipes.training_process import fast_bf16
 
@@ -17,8 +12,8 @@ KINDS = {"prose": "eval_prose", "code": "eval_code", "c": "eval_c", "long": "eva
 
 
 @dataclass(frozen=True)
-class Job:
-    """One model to measure. ``full``: needles and loss by position too. ``report``: pictures and tables there."""
+class Measurement:
+    """One model. ``full``: needles and loss by position too. ``report``: pictures and tables there."""
 
     name: str
     model: Path
@@ -32,7 +27,7 @@ class Job:
     def result(self) -> Path:
         return self.out / f"eval-{self.name}.json"
 
-    def run(self) -> None:
+    def __call__(self) -> None:
         """Writes ``result``; beside the teacher's figures when a report is asked for."""
         from hylo_megatron.evaluate import Settings, evaluate
 
@@ -52,42 +47,3 @@ class Job:
         scratch = self.result.with_suffix(".json.partial")
         scratch.write_text(json.dumps(report, indent=1, default=str))
         os.replace(scratch, self.result)
-
-
-def _run(job: Job, log: Path) -> None:
-    with log.open("a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-        job.run()
-
-
-class Measurements:
-    """Runs jobs in processes of their own; ``wait`` for all of them. On a CPU each one is waited for at once."""
-
-    def __init__(self, logs: Path):
-        self.logs, self.beside = logs, torch.cuda.is_available()
-        self.running: list[tuple[Job, multiprocessing.process.BaseProcess]] = []
-
-    def start(self, job: Job) -> bool:
-        """Whether there was anything to do."""
-        if job.result.is_file():
-            return False
-        process = multiprocessing.get_context("spawn").Process(target=_run, args=(job, self._log(job)))
-        process.start()
-        self.running.append((job, process))
-        if not self.beside:
-            self.wait()
-        return True
-
-    def _log(self, job: Job) -> Path:
-        return self.logs / f"eval-{job.name}.log"
-
-    def wait(self) -> None:
-        """Raises ``HyLoError`` for a job that failed."""
-        while self.running:
-            job, process = self.running.pop()
-            process.join()
-            if process.exitcode:
-                raise HyLoError(f"evaluating {job.model} failed; see {self._log(job)}")
-
-    def stop(self) -> None:
-        for _, process in self.running:
-            process.terminate()

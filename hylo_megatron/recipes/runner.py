@@ -4,6 +4,7 @@ Every step writes its result under its final name only when it is whole, so the 
 """
 
 import contextlib
+import functools
 import json
 import os
 import time
@@ -14,27 +15,30 @@ import torch
 
 from hylo_megatron.config import parse_plan, plan_name
 from hylo_megatron.convert import hf_to_megatron, megatron_to_hf, smollm2
-from hylo_megatron.convert.checkpoint import TRACKER
+from hylo_megatron.convert.checkpoint import TRACKER, drop_older_checkpoints
 from hylo_megatron.data import prepare, text
 from hylo_megatron.errors import HyLoError
+from hylo_megatron.recipes.background import Background
 from hylo_megatron.recipes.datasets import data_path, make_datasets
-from hylo_megatron.recipes.measurements import Job, Measurements
+from hylo_megatron.recipes.measurements import Measurement
 from hylo_megatron.recipes.sample import write_sample
 from hylo_megatron.recipes.stage import Recipe, Stage
 from hylo_megatron.recipes.table import closing_table
-from hylo_megatron.recipes.training_process import Layout, train
+from hylo_megatron.recipes.training_process import Layout, Training
 
 
 class Run:
     """One run of ``recipe`` in folder ``out``; ``execute()`` does what is not done yet."""
 
-    def __init__(self, recipe: Recipe, out: Path, tp: int = 1, pp: int = 1):
-        self.recipe, self.out, self.layout = recipe, out, Layout.found(tp, pp)
+    def __init__(self, recipe: Recipe, out: Path, layout: Layout):
+        self.recipe, self.out, self.layout = recipe, out, layout
         self.logs, self.started, self.number = out / "logs", time.time(), 0
         self.hf, self.teacher, self.text, self.data = out / "hf", out / "teacher", out / "text", out / "data"
         self.plan = parse_plan(recipe.layers, recipe.plan, recipe.linear)
         self.total = 8 + 2 * len(recipe.stages)
-        self.measurements = Measurements(self.logs)
+        self.background = Background(self.logs)
+        self.trainings: list[Training] = []
+        self.next_training: Training | None = None
 
     def _claim(self) -> None:
         """The folder belongs to one recipe: going on with another one would mix two runs."""
@@ -65,16 +69,16 @@ class Run:
     def measure(self, name: str, model: Path, full: bool = False, report: Path | None = None) -> None:
         """Perplexity, and with ``full`` everything else; on a GPU the next steps do not wait for it."""
         if report:
-            self.measurements.wait()  # for the teacher's figures
-        job = Job(name, model, self.out, self.text, self.recipe, full, report)
-        self.step(f"evaluate {name}", lambda: self.measurements.start(job), job.result)
+            self.background.wait("teacher")  # its figures stand beside the student's
+        job = Measurement(name, model, self.out, self.text, self.recipe, full, report)
+        self.step(f"evaluate {name}", lambda: self.background.start(name, job), job.result)
 
     def prepare(self) -> None:
         """Tokens, and the packed datasets of the stages."""
         train_text, tokens = self.text / "train.jsonl", self.data / "train"
         if not tokens.with_suffix(".json").is_file():
             prepare.main(["--input", str(train_text), "--tokenizer", str(self.hf), "--out", str(tokens)])
-        make_datasets(self.recipe, self.data, self.hf)
+        self.background.start("datasets", functools.partial(make_datasets, self.recipe, self.data, self.hf))
 
     def upcycle(self) -> None:
         from hylo_megatron.init.calibration import calibration_tokens
@@ -86,20 +90,44 @@ class Run:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         upcycle(self.teacher, self.out / "student", self.plan, tokens_BS=tokens, device=device)
 
-    def train(self, stage: Stage, student: Path) -> Path:
-        """The stage's checkpoint folder, trained to its last step."""
+    def _trained(self, stage: Stage) -> bool:
+        tracker = self.out / stage.name / TRACKER
+        return tracker.is_file() and tracker.read_text().strip() == str(stage.steps)
+
+    def _start(self, index: int) -> Training:
+        """The processes of a stage; they wait for the stage before it to end."""
+        stages = self.recipe.stages
+        stage, save = stages[index], self.out / stages[index].name
+        student = self.out / (stages[index - 1].name if index else "student")
+        flags = [*stage.flags(), "--hylo-student", student, "--hylo-teacher", self.teacher, "--save", save,
+                 "--save-interval", self.recipe.save_every, "--seed", self.recipe.seed,
+                 "--data-path", *data_path(self.data, stage)]  # fmt: skip
+        if index:
+            flags += ["--hylo-student-iteration", stages[index - 1].steps]
+        return Training(stage, flags, save, self.layout, self.logs / f"{stage.name}.log")
+
+    def train(self, index: int) -> Path:
+        """The stage's checkpoint folder, trained to its last step. The next stage starts up meanwhile on a GPU."""
         self.number += 1
+        stage = self.recipe.stages[index]
         save, label = self.out / stage.name, f"[{self.number:2d}/{self.total}] {stage.name}"
-        tracker = save / TRACKER
-        if tracker.is_file() and tracker.read_text().strip() == str(stage.steps):
+        if self._trained(stage):
             print(f"{label}: done before", flush=True)
             return save
         print(f"{label}: {stage.steps} steps, {stage.tokens:,} tokens of {stage.seq_length}", flush=True)
         started = time.time()
-        flags = [*stage.flags(), "--hylo-student", student, "--hylo-teacher", self.teacher, "--save", save,
-                 "--save-interval", self.recipe.save_every, "--seed", self.recipe.seed,
-                 "--data-path", *data_path(self.data, stage)]  # fmt: skip
-        train(stage, flags, save, self.layout, self.logs / f"{stage.name}.log")
+        self.background.wait("datasets")
+        training = self.next_training or self._start(index)
+        self.trainings.append(training)
+        self.next_training = None
+
+        def start_next():
+            if self.background.beside and index + 1 < len(self.recipe.stages):
+                self.next_training = self._start(index + 1)
+                self.trainings.append(self.next_training)
+
+        training.wait(start_next)
+        drop_older_checkpoints(save)
         print(f"      {time.time() - started:.0f} s", flush=True)
         return save
 
@@ -116,27 +144,26 @@ class Run:
         try:
             self._execute()
         except BaseException:
-            self.measurements.stop()
+            self.background.stop()
+            for training in self.trainings:
+                training.stop()
             raise
 
     def _execute(self) -> None:
         mix, student = self.recipe.text, self.out / "student"
         self.step("fetch SmolLM2-135M-Instruct", lambda: smollm2.main(["--out", str(self.hf)]), self.hf)
-        self.step(
-            "fetch text", lambda: text.main(["--out", str(self.text), "--mix", mix]), self.text / "SOURCES.md"
-        )
+        self.step("fetch text", lambda: text.main(["--out", str(self.text), "--mix", mix]), self.text / "SOURCES.md")
         self.measure("teacher", self.hf, full=True)
         self.step("tokens", self.prepare)
         self.step("convert to Megatron", lambda: hf_to_megatron.convert(self.hf, self.teacher), self.teacher)
         self.step(f"upcycle to {plan_name(self.plan)}", self.upcycle, student)
         self.measure("init", self.export("init", student))
-        for stage in self.recipe.stages:
-            student = self.train(stage, student)
-            folder, last = self.export(stage.name, student), stage is self.recipe.stages[-1]
+        for index, stage in enumerate(self.recipe.stages):
+            folder, last = self.export(stage.name, self.train(index)), stage is self.recipe.stages[-1]
             self.measure(stage.name, folder, full=last, report=self.out / "report" if last else None)
         sample = self.out / "sample.json"
         self.step("generate", lambda: write_sample(self.hf, folder, sample), sample)
-        self.measurements.wait()
+        self.background.wait()
         table = closing_table(self.out, self.recipe, self.layout, time.time() - self.started)
         scratch = self.out / "report" / "run.md.partial"
         scratch.write_text(table + "\n")

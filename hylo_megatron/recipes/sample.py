@@ -15,7 +15,9 @@ def answer(folder: Path, prompt: str = PROMPT, tokens: int = 24) -> str:
     import hylo_megatron  # noqa: F401  registers the model class
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder).to("cuda" if torch.cuda.is_available() else "cpu")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).to(
+        "cuda" if torch.cuda.is_available() else "cpu"
+    )
     chat = [{"role": "user", "content": prompt}]
     inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     ids = model.generate(**inputs.to(model.device), max_new_tokens=tokens, do_sample=False)

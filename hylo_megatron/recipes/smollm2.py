@@ -10,6 +10,7 @@ import torch
 from hylo_megatron.errors import command_line
 from hylo_megatron.recipes.runner import Run
 from hylo_megatron.recipes.stage import Evaluation, Recipe, Stage
+from hylo_megatron.recipes.training_process import Layout
 
 TEACHER_LENGTH = 6144  # of the teacher's 8,192: near its end it is already worse
 ROPE_THETA = 100_000 * 4 ** (64 / 62)  # the base model's, with the slowest of 32 frequencies four times slower (NTK)
@@ -39,8 +40,9 @@ def smollm2_gpu(plan: str = "3MLA27GDN", linear: str = "gdn", seed: int = 1234) 
         teacher_length=TEACHER_LENGTH, ce_weight=0.1,
     )  # fmt: skip
     longest = replace(
-        longer, name="distill-32k", seq_length=32768, global_batch=1, micro_batch=1, steps=85, lr=1.7e-4, min_lr=0.0
-    )
+        longer, name="distill-32k", seq_length=32768, global_batch=1, micro_batch=1, steps=85, lr=1.7e-4,
+        min_lr=0.0, recompute=24,  # of 60 halves of layers: 24 GB instead of 35
+    )  # fmt: skip
     evaluation = Evaluation(
         context=2048, tokens=150_000, needle_lengths=(1024, 2048, 4096, 6144, 8192, 16384, 32768), needle_samples=10,
         needle_depths=10, long_context=32768,
@@ -65,11 +67,12 @@ def main(argv: list[str] | None = None) -> None:
     add("--tp", type=int, default=1, help="tensor-parallel ranks (SmolLM2 has 9 heads: 1 or 3)")
     add("--pp", type=int, default=1, help="pipeline stages; the GPUs that are left work data-parallel")
     add("--seed", type=int, default=1234)
+    add("--no-cuda-graph", action="store_true", help="launch every kernel of a training step by itself")
     add("--out", help="folder of the run (default: runs/smollm2-PLAN)")
     options = parser.parse_args(argv)
     recipe = found_recipe(options.plan, options.linear, options.seed)
     out = Path(options.out or os.path.join("runs", f"smollm2-{options.plan.replace(',', '_').replace(':', '')}"))
-    Run(recipe, out, options.tp, options.pp).execute()
+    Run(recipe, out, Layout.found(options.tp, options.pp, not options.no_cuda_graph)).execute()
 
 
 if __name__ == "__main__":

@@ -4,9 +4,11 @@ import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +28,8 @@ def fast_bf16() -> bool:
 
 
 def last_line(log: Path) -> dict | None:
-    lines = log.read_text().splitlines() if log.is_file() else []
+    """Of a log that another process may be writing to at this moment."""
+    lines = log.read_text().split("\n")[:-1] if log.is_file() else []
     return json.loads(lines[-1]) if lines else None
 
 
@@ -48,13 +51,14 @@ class Layout:
     tp: int
     pp: int
     dp: int
+    cuda_graph: bool = True  # of one GPU's training step
 
     @classmethod
-    def found(cls, tp: int, pp: int) -> "Layout":
+    def found(cls, tp: int, pp: int, cuda_graph: bool = True) -> "Layout":
         gpus = torch.cuda.device_count()
         if gpus and gpus % (tp * pp):
             raise HyLoError(f"TP {tp} x PP {pp} = {tp * pp} ranks do not divide the {gpus} GPUs here")
-        return cls(tp, pp, max(1, gpus // (tp * pp)))
+        return cls(tp, pp, max(1, gpus // (tp * pp)), cuda_graph)
 
     @property
     def ranks(self) -> int:
@@ -64,30 +68,64 @@ class Layout:
         return f"TP {self.tp} PP {self.pp} DP {self.dp}"
 
 
-def train(stage: Stage, flags: list, save: Path, layout: Layout, log: Path) -> None:
-    """Runs until ``stage.steps``; called again after an interruption it goes on from the last checkpoint."""
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(layout.ranks),
-        "-m", "hylo_megatron.train", *map(str, flags),
-        "--tensor-model-parallel-size", str(layout.tp), "--pipeline-model-parallel-size", str(layout.pp),
-    ]  # fmt: skip
-    if fast_bf16():
-        command.append("--bf16")
-    threads = str(max(1, (os.cpu_count() or 1) // layout.ranks))
-    environment = os.environ | {"OMP_NUM_THREADS": threads, "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-    with log.open("a") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
-        try:
-            _watch(process, stage, save / "train_log.jsonl")
-        except BaseException:
-            process.terminate()
-            process.wait()
-            raise
-    if process.returncode:
-        raise HyLoError(
-            f"{stage.name} stopped ({_reason(process.returncode, log)}); see {log}."
-            " The same command goes on from the last checkpoint"
-        )
+GPU_FLAGS = ("--num-workers", "2", "--hylo-kl-chunk", "4096")
+# The whole step as one CUDA graph: a small model's step is otherwise as long as launching its kernels takes.
+GRAPH_FLAGS = ("--cuda-graph-impl", "full_iteration", "--cuda-graph-warmup-steps", "2",
+               "--no-check-for-nan-in-loss-and-grad")  # fmt: skip
+
+
+class Training:
+    """A stage's training, as processes that may be started before the student they wait for is there."""
+
+    def __init__(self, stage: Stage, flags: list, save: Path, layout: Layout, log: Path):
+        self.stage, self.steps, self.log = stage, save / "train_log.jsonl", log
+        trainer = ["-m", "hylo_megatron.train", *map(str, flags), "--tensor-model-parallel-size", str(layout.tp),
+                   "--pipeline-model-parallel-size", str(layout.pp)]  # fmt: skip
+        trainer += ["--bf16"] if fast_bf16() else []
+        if torch.cuda.is_available():
+            trainer += GPU_FLAGS + (GRAPH_FLAGS if layout.cuda_graph and layout.ranks == 1 else ())
+        threads = str(max(1, (os.cpu_count() or 1) // layout.ranks))
+        environment = os.environ | {"OMP_NUM_THREADS": threads, "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(layout.ranks)]
+        if layout.ranks == 1:  # the launcher would import torch only to start one process
+            launcher = []
+            environment |= dict(
+                RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port()
+            )
+        with log.open("a") as output:
+            self.process = subprocess.Popen([sys.executable, *launcher, *trainer], stdout=output,
+                                            stderr=subprocess.STDOUT, env=environment)  # fmt: skip
+
+    def wait(self, running: Callable[[], object] = lambda: None) -> None:
+        """Until the last step, showing how far it is; ``running`` is called once when the first step is done."""
+        terminal, started, shown, told = sys.stdout.isatty(), time.time(), time.time(), False
+        before = last_line(self.steps)
+        while self.process.poll() is None:
+            time.sleep(POLL_SECONDS)
+            line = last_line(self.steps)
+            if not told and line != before:
+                told = True
+                running()
+            if time.time() - shown > (1 if terminal else 30):
+                shown = time.time()
+                _show(self.stage, line, started, terminal)
+        if terminal:
+            print("\r" + " " * 78 + "\r", end="", flush=True)
+        if self.process.returncode:
+            raise HyLoError(
+                f"{self.stage.name} stopped ({_reason(self.process.returncode, self.log)}); see {self.log}."
+                " The same command goes on from the last checkpoint"
+            )
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait()
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
 
 
 def _reason(code: int, log: Path) -> str:
@@ -95,15 +133,3 @@ def _reason(code: int, log: Path) -> str:
         return f"killed by {signal.Signals(-code).name}"
     errors = [line for line in log.read_text(errors="replace").splitlines() if "error: " in line.lower()]
     return errors[-1] if errors else f"exit code {code}"
-
-
-def _watch(process: subprocess.Popen, stage: Stage, steps: Path) -> None:
-    """Shows how far the run is until it ends."""
-    terminal, started, shown = sys.stdout.isatty(), time.time(), time.time()
-    while process.poll() is None:
-        time.sleep(POLL_SECONDS)
-        if time.time() - shown > (1 if terminal else 30):
-            shown = time.time()
-            _show(stage, last_line(steps), started, terminal)
-    if terminal:
-        print("\r" + " " * 78 + "\r", end="", flush=True)
