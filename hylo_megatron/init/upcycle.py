@@ -151,11 +151,11 @@ def _write(base, arch, scratch, mixer_keys, out: Path, teacher: Path, report: di
     for mapping in mappings(arch):  # what is not a mixer is copied under Megatron's own name, bit for bit
         if not any(key in mixer_keys for key in mapping.hf):
             for key in mapping.megatron:
-                source = key if key in base.reader else None
-                if source:
-                    tensors[key] = LazyTensor(
-                        base.reader.shape(key), base.reader.dtype(key), functools.partial(base.reader.__getitem__, key)
-                    )
+                if (
+                    key in base.reader
+                ):  # the norm before Mamba-2 has another name there: it comes by its Hugging Face one
+                    load = functools.partial(base.reader.__getitem__, key)
+                    tensors[key] = LazyTensor(base.reader.shape(key), base.reader.dtype(key), load)
 
     def companions(folder: Path) -> None:
         copy_companions(teacher / "hf", folder)

@@ -1,6 +1,5 @@
 """The packed datasets that stages mix: what each name stands for, and how it is made from the training text."""
 
-import os
 from pathlib import Path
 
 from hylo_megatron.data.pack import pack
@@ -37,6 +36,5 @@ def make_datasets(recipe: Recipe, folder: Path, tokenizer: Path) -> None:
             pack(source, out, length + 1, long_documents=name == "long")
         else:
             make_retrieval(
-                source, tokenizer, out, length + 1, samples, recipe.seed, float(name == "chat"),
-                workers=max(1, (os.cpu_count() or 1) // 2),
-            )  # fmt: skip
+                source, tokenizer, out, length + 1, samples, recipe.seed, chat_share=float(name == "chat")
+            )  # one worker: samples take seconds, and so does the start of a process
