@@ -151,9 +151,7 @@ def _write(base, arch, scratch, mixer_keys, out: Path, teacher: Path, report: di
     for mapping in mappings(arch):  # what is not a mixer is copied under Megatron's own name, bit for bit
         if not any(key in mixer_keys for key in mapping.hf):
             for key in mapping.megatron:
-                if (
-                    key in base.reader
-                ):  # the norm before Mamba-2 has another name there: it comes by its Hugging Face one
+                if key in base.reader:  # the norm before Mamba-2 is called otherwise there
                     load = functools.partial(base.reader.__getitem__, key)
                     tensors[key] = LazyTensor(base.reader.shape(key), base.reader.dtype(key), load)
 
