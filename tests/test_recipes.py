@@ -1,5 +1,6 @@
 """The GPU recipe's own stages at toy size, on a CPU, through the whole runner: killed in the middle, and resumed."""
 
+import functools
 import json
 import os
 import random
@@ -21,6 +22,8 @@ import train_helpers as helpers  # noqa: E402
 
 from hylo_megatron.data import templates  # noqa: E402
 from hylo_megatron.data.prepare import prepare  # noqa: E402
+from hylo_megatron.errors import HyLoError  # noqa: E402
+from hylo_megatron.recipes.background import Background  # noqa: E402
 from hylo_megatron.recipes.smollm2 import smollm2_cpu, smollm2_gpu  # noqa: E402
 from hylo_megatron.recipes.stage import Evaluation  # noqa: E402
 
@@ -158,6 +161,18 @@ def test_every_stage_of_the_gpu_recipe_and_a_kill(tmp_path):
     for name in names:
         assert losses(killed, name) == losses(whole, name), name
         assert [line[0] for line in losses(whole, name)] == list(range(1, STEPS + 1))
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["at once", "beside"])
+def test_work_in_the_background(tmp_path, beside):
+    background = Background(tmp_path, beside)
+    background.start("good", functools.partial(print, "done"))
+    background.wait()
+    assert (tmp_path / "good.log").read_text() == "done\n"
+    error, message = (HyLoError, "bad failed: ZeroDivisionError") if beside else (ZeroDivisionError, "by zero")
+    with pytest.raises(error, match=message):
+        background.start("bad", functools.partial(divmod, 1, 0))
+        background.wait("bad")
 
 
 def test_recipes_are_declared_as_the_readme_says():

@@ -2,6 +2,8 @@
 
 import contextlib
 import multiprocessing
+import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,22 +17,32 @@ def _run(action: Callable[[], object], log: Path) -> None:
         action()
 
 
-class Background:
-    """Runs actions (which have to be picklable) in processes of their own; on a CPU each is waited for at once."""
+def _run_beside(action: Callable[[], object], log: Path) -> None:
+    try:
+        _run(action, log)
+    except BaseException:
+        with log.open("a") as file:
+            traceback.print_exc(file=file)
+        sys.exit(1)
 
-    def __init__(self, logs: Path):
-        self.logs, self.beside = logs, torch.cuda.is_available()
+
+class Background:
+    """Runs actions (which have to be picklable) in processes of their own; on a CPU at once, in this one."""
+
+    def __init__(self, logs: Path, beside: bool | None = None):
+        self.logs, self.beside = logs, torch.cuda.is_available() if beside is None else beside
         self.running: dict[str, multiprocessing.process.BaseProcess] = {}
 
     def _log(self, name: str) -> Path:
         return self.logs / f"{name}.log"
 
     def start(self, name: str, action: Callable[[], object]) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.running[name] = context.Process(target=_run, args=(action, self._log(name)))
-        self.running[name].start()
         if not self.beside:
-            self.wait(name)
+            _run(action, self._log(name))
+            return
+        context = multiprocessing.get_context("spawn")
+        self.running[name] = context.Process(target=_run_beside, args=(action, self._log(name)))
+        self.running[name].start()
 
     def wait(self, *names: str) -> None:
         """For these, or for all. Raises ``HyLoError`` for one that failed."""
