@@ -91,7 +91,15 @@ def whole_gradients(model: DistillModel) -> tuple[dict, float]:
     return whole, spread
 
 
-def run_cell(cell: Cell, log_path: Path) -> dict:
+def perturb(model: DistillModel, relative: float) -> None:
+    """Moves every weight by noise of that size: 3e-8 is about what storing it in fp32 may change."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1 + relative * torch.randn(parameter.shape, generator=generator))
+
+
+def run_cell(cell: Cell, log_path: Path, noise: float = 0.0) -> dict:
     """One step as ``megatron.training`` takes it: schedule, loss function, gradient reduction, log line."""
     start_process_groups(cell.tp, cell.pp, cell.cp)
     unset_global_variables()
@@ -101,6 +109,7 @@ def run_cell(cell: Cell, log_path: Path) -> dict:
         config=dict(sequence_parallel=cell.sp, calculate_per_token_loss=True, deallocate_pipeline_outputs=True,
                     finalize_model_grads_func=finalize_model_grads),
     )  # fmt: skip
+    perturb(model, noise)
     settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=False)
     wrapped = DistributedDataParallel(model.config, settings, model)
     wrapped.zero_grad_buffer()

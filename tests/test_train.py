@@ -200,6 +200,7 @@ def steps(tmp_path_factory):
         folders = (str(pairs[student][0]), str(big if teacher == "big" else pairs[teacher][1]))
         alone = parity.Cell(name, *folders, stage, trained)
         torch.save(parity.run_cell(alone, work / f"{name}.jsonl"), work / f"{name}.pt")
+        torch.save(parity.run_cell(alone, work / "moved.jsonl", noise=3e-8), work / f"{name}-moved.pt")
         cells += [
             parity.Cell(f"{name}-{layout}", *folders, stage, trained, **sizes) for layout, sizes in LAYOUTS.items()
         ]
@@ -211,7 +212,7 @@ def steps(tmp_path_factory):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", STEPS)
 def test_two_processes_compute_what_one_does(name, layout, steps):
-    got, want = (torch.load(steps / f"{stem}.pt") for stem in (f"{name}-{layout}", name))
+    got, want, moved = (torch.load(steps / f"{stem}.pt") for stem in (f"{name}-{layout}", name, f"{name}-moved"))
     line, expected = (read_log(steps / f"{stem}.jsonl")[0] for stem in (f"{name}-{layout}", name))
     losses = {key for key in expected if key == "loss" or key in parity.batches.PARTS[expected["stage"]]}
     assert len(losses) == 3
@@ -221,12 +222,16 @@ def test_two_processes_compute_what_one_does(name, layout, steps):
         torch.testing.assert_close(torch.tensor(got["layers"]), torch.tensor(want["layers"]), rtol=1e-6, atol=0)
     assert got["gradients"].keys() == want["gradients"].keys()
     assert any(gradient.any() for gradient in want["gradients"].values())
-    gaps = {}
+    gaps, limits = {}, {}
     for key, gradient in want["gradients"].items():
         here, padding = got["gradients"][key].split([len(gradient), len(got["gradients"][key]) - len(gradient)])
         assert not padding.any(), key
-        gaps[key] = ((here - gradient).abs().max() / gradient.abs().max().clamp_min(1e-30)).item()
-    worst = max(gaps, key=gaps.get)
+        scale = gradient.abs().max().clamp_min(1e-30)
+        gaps[key] = ((here - gradient).abs().max() / scale).item()
+        # A decay's gradient is a small sum of large terms: rounding the weights alone moves Mamba-2's A_log by 1e-5.
+        limits[key] = max(1e-5, 3 * ((moved["gradients"][key] - gradient).abs().max() / scale).item())
+        assert limits[key] <= (1e-4 if key.endswith(("A_log", "dt_bias")) else 3e-5), key
+    worst = max(gaps, key=lambda key: gaps[key] / limits[key])
     print(f"PARITY {name} {layout}: loss {loss_gap:.1e}, gradient {gaps[worst]:.1e} ({worst})")
-    assert gaps[worst] <= 1e-5, (worst, gaps[worst])
+    assert gaps[worst] <= limits[worst], (worst, gaps[worst], limits[worst])
     assert got["spread"] <= 1e-6  # copies of one parameter have one gradient
