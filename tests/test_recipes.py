@@ -87,14 +87,15 @@ def write_tokenizer(folder, texts) -> int:
     return tokenizer.get_vocab_size()
 
 
-def write_inputs(out) -> None:
+def write_inputs(out, layers: int = 4) -> None:
     """What a run would fetch: a model with its tokenizer, text to train on, text to judge by."""
     rng = random.Random(1)
     texts = [sentences(rng.randint(20, 400), rng) for _ in range(60)]
     (out / "text").mkdir(parents=True)
     (out / "data").mkdir()
     size = write_tokenizer(out / "text", texts)
-    model = tiny.teacher_model("llama", vocab_size=size, eos_token_id=2, max_position_embeddings=1024)
+    model = tiny.teacher_model("llama", vocab_size=size, eos_token_id=2, max_position_embeddings=1024,
+                               num_hidden_layers=layers)  # fmt: skip
     tiny.save_model(model, out / "hf")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.move(out / "text" / name, out / "hf" / name)
