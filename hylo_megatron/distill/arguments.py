@@ -91,7 +91,8 @@ def engine_flags(arch: Architecture, tokenizer: Path) -> list[str]:
         "--no-gradient-accumulation-fusion", "--no-persist-layer-norm", "--no-masked-softmax-fusion",
         "--no-bias-dropout-fusion", "--no-bias-swiglu-fusion", "--no-rope-fusion",
         "--ckpt-format", "torch_dist", "--dataloader-type", "single", "--num-workers", 0, "--seed", 1234,
-        "--adam-beta2", 0.95, "--clip-grad", 1.0, "--log-interval", 1, "--eval-iters", 0, "--eval-interval", 1000000,
+        "--adam-beta2", 0.95, "--clip-grad", 1.0, "--log-interval", 1, "--save-interval", 1000,
+        "--eval-iters", 0, "--eval-interval", 1000000,
         # Without it, the bf16 optimizer cannot save a model that also has fp32 parameters (optimizer.py:1165).
         "--split", "100,0,0", "--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable",
     ]  # fmt: skip
