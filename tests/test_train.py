@@ -228,9 +228,10 @@ def test_two_processes_compute_what_one_does(name, layout, steps):
         assert not padding.any(), key
         scale = gradient.abs().max().clamp_min(1e-30)
         gaps[key] = ((here - gradient).abs().max() / scale).item()
-        # A decay's gradient is a small sum of large terms: rounding the weights alone moves Mamba-2's A_log by 1e-5.
-        limits[key] = max(1e-5, 3 * ((moved["gradients"][key] - gradient).abs().max() / scale).item())
-        assert limits[key] <= (1e-4 if key.endswith(("A_log", "dt_bias")) else 3e-5), key
+        limits[key] = 1e-5
+        if key.endswith((".A_log", ".dt_bias")):  # small sums of large terms: rounding the weights moves them by 1e-5
+            limits[key] = max(1e-5, 3 * ((moved["gradients"][key] - gradient).abs().max() / scale).item())
+            assert limits[key] <= 4e-5, key
     worst = max(gaps, key=lambda key: gaps[key] / limits[key])
     print(f"PARITY {name} {layout}: loss {loss_gap:.1e}, gradient {gaps[worst]:.1e} ({worst})")
     assert gaps[worst] <= limits[worst], (worst, gaps[worst], limits[worst])

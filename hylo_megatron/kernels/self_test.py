@@ -1,4 +1,4 @@
-"""A check at start-up: a model's GPU kernels against the torch references, values and gradients, in two seconds.
+"""A check at start-up: a model's GPU kernels against the torch references, values and gradients, in seconds.
 
 Known pairs of versions compute wrong gradients without an error (``docs/traps.md``), which costs a run, not a crash.
 """
@@ -15,7 +15,7 @@ from hylo_megatron.errors import HyLoError
 from hylo_megatron.kernels.choose import TORCH, Ops, ops
 
 LENGTH = 512
-TOLERANCE = 0.02  # ‖kernel - reference‖ / ‖reference‖; rounding to bf16 gives 2e-3 to 8e-3
+TOLERANCE = 0.02  # ‖kernel - reference‖ / ‖reference‖; rounding to bf16 gave 2e-3 to 4e-3 on an H200
 
 
 def _random(*shape: int, device) -> Tensor:

@@ -76,7 +76,7 @@ PACKAGES = (
     Package(
         "mamba-ssm",
         "mamba_ssm",
-        "fused Mamba-2 kernels (without: a plain torch path)",
+        "fused Mamba-2 kernels (without: fla's on a GPU, torch's on a CPU)",
         _BUILD + "mamba-ssm==2.3.2.post1",
         compiled="selective_scan_cuda",
     ),

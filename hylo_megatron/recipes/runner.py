@@ -104,7 +104,8 @@ class Run:
                  "--data-path", *data_path(self.data, stage)]  # fmt: skip
         if index:
             flags += ["--hylo-student-iteration", stages[index - 1].steps]
-        return Training(stage, flags, save, self.layout, self.logs / f"{stage.name}.log")
+        self.trainings.append(Training(stage, flags, save, self.layout, self.logs / f"{stage.name}.log"))
+        return self.trainings[-1]
 
     def train(self, index: int) -> Path:
         """The stage's checkpoint folder, trained to its last step. The next stage starts up meanwhile on a GPU."""
@@ -118,13 +119,11 @@ class Run:
         started = time.time()
         self.background.wait("datasets")
         training = self.next_training or self._start(index)
-        self.trainings.append(training)
         self.next_training = None
 
         def start_next():
             if self.background.beside and index + 1 < len(self.recipe.stages):
                 self.next_training = self._start(index + 1)
-                self.trainings.append(self.next_training)
 
         training.wait(start_next)
         drop_older_checkpoints(save)
