@@ -25,7 +25,7 @@ from hylo_megatron.init.linear_algebra import (  # noqa: E402
 )
 from hylo_megatron.init.mixer_forward import OUTPUT_PROJECTION, MixerRunner  # noqa: E402
 from hylo_megatron.init.teacher import BaseModel  # noqa: E402
-from hylo_megatron.layers.rope import rope_frequencies  # noqa: E402
+from hylo_megatron.kernels.rope import rope_frequencies  # noqa: E402
 
 CPU = torch.device("cpu")
 TOKENS, RUNS = tiny.tokens(4, 96), tiny.runs()

@@ -230,7 +230,7 @@ def test_two_processes_compute_what_one_does(name, layout, steps):
         gaps[key] = ((here - gradient).abs().max() / scale).item()
         limits[key] = 1e-5
         if key.endswith((".A_log", ".dt_bias")):  # small sums of large terms: rounding the weights moves them by 1e-5
-            limits[key] = max(1e-5, 3 * ((moved["gradients"][key] - gradient).abs().max() / scale).item())
+            limits[key] = max(1e-5, 4 * ((moved["gradients"][key] - gradient).abs().max() / scale).item())
             assert limits[key] <= 4e-5, key
     worst = max(gaps, key=lambda key: gaps[key] / limits[key])
     print(f"PARITY {name} {layout}: loss {loss_gap:.1e}, gradient {gaps[worst]:.1e} ({worst})")

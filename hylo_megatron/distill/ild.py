@@ -8,6 +8,8 @@ Legend: S sequence, B batch, D model, L layers of this rank.
 import torch
 from torch import Tensor
 
+from hylo_megatron.kernels import ops_for
+
 
 def run_layer(layer, hidden_SBD: Tensor) -> Tensor:
     """One of ``HybridStack``'s layers; transformer layers return a tuple, Mamba's a tensor."""
@@ -48,7 +50,7 @@ def layer_losses(student_layers, teacher_states: list[Tensor], mask_SB: Tensor, 
         student_after = run_layer(student_layers[index + 1], student_mixed)
         # before + a is on both sides, so the difference of the sums is that of the mixers' outputs
         pairs = ((student_mixed, mixed), (student_after, after))
-        losses.append(torch.stack([((s - t).float().norm(dim=-1) * mask_SB).sum() for s, t in pairs]))
+        losses.append(torch.stack([(ops_for(s).distance(s, t) * mask_SB).sum() for s, t in pairs]))
     return torch.stack(losses) / norms_L2
 
 

@@ -15,7 +15,7 @@ from hylo_megatron.config import Architecture
 from hylo_megatron.convert.checkpoint import CheckpointReader
 from hylo_megatron.convert.tables import mappings
 from hylo_megatron.kernels.norm import rms_norm
-from hylo_megatron.layers.rope import rope_frequencies
+from hylo_megatron.kernels.rope import rope_frequencies
 
 
 @dataclass

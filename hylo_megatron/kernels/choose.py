@@ -1,4 +1,4 @@
-"""Which kernels run: torch's references, or fla's Triton kernels on a GPU. The one place that decides."""
+"""Which kernels run: torch's references, or Triton ones on a GPU (fla's, and our own). The one place that decides."""
 
 import functools
 from collections.abc import Callable
@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from hylo_megatron.kernels.conv import causal_conv1d
+from hylo_megatron.kernels.conv import causal_conv1d, split_convolve
 from hylo_megatron.kernels.gated_delta import chunk_gated_delta_rule, recurrent_gated_delta_rule
-from hylo_megatron.kernels.norm import gated_rms_norm, swiglu
+from hylo_megatron.kernels.norm import distance, gated_rms_norm, rms_norm, swiglu, swiglu_packed
+from hylo_megatron.kernels.rope import rotate
 from hylo_megatron.kernels.ssd import recurrent_ssd, ssd_chunk_scan
 
 
@@ -22,8 +23,13 @@ class Ops:
     chunk_ssd: Callable = ssd_chunk_scan
     step_ssd: Callable = recurrent_ssd
     causal_conv1d: Callable = causal_conv1d
+    split_convolve: Callable = split_convolve
+    rotate: Callable = rotate
+    rms_norm: Callable = rms_norm
     gated_rms_norm: Callable = gated_rms_norm
     swiglu: Callable = swiglu
+    swiglu_packed: Callable = swiglu_packed
+    distance: Callable = distance
 
 
 TORCH = Ops("torch")
@@ -36,10 +42,9 @@ def _fused() -> Ops | None:
         from hylo_megatron.kernels import fused
     except ImportError:
         return None
-    return Ops(
-        "fla", fused.chunk_gated_delta_rule, fused.step_gated_delta_rule, fused.ssd_chunk_scan, recurrent_ssd,
-        fused.causal_conv1d, fused.gated_rms_norm, fused.swiglu,
-    )  # fmt: skip
+    same = ("chunk_gated_delta_rule", "step_gated_delta_rule", "causal_conv1d", "split_convolve", "rotate", "rms_norm",
+            "gated_rms_norm", "swiglu", "swiglu_packed", "distance")  # fmt: skip
+    return Ops("fla", chunk_ssd=fused.ssd_chunk_scan, **{name: getattr(fused, name) for name in same})
 
 
 def ops(device: torch.device | str, dtype: torch.dtype = torch.bfloat16) -> Ops:

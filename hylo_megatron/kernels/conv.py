@@ -66,3 +66,15 @@ def causal_conv1d(
         activation is not None,
     )
     return y.to(x.dtype), padded[:, padded.shape[1] - before :] if output_final_state else None
+
+
+def split_convolve(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, sizes: tuple[int, ...], start: int = 0
+) -> tuple[torch.Tensor, ...]:
+    """The projection ``x [B,S,>=sum(sizes)]`` of a linear block cut into sections, each ``[B,S,size]``.
+
+    ``weight`` [C,W]: the C channels from ``start`` on, whole sections, are convolved and go through SiLU.
+    """
+    stop, end = start + len(weight), sum(sizes)
+    convolved, _ = causal_conv1d(x[..., start:stop], weight, bias)
+    return torch.cat([x[..., :start], convolved, x[..., stop:end]], -1).split(sizes, -1)

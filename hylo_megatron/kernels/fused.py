@@ -1,4 +1,4 @@
-"""fla's Triton kernels under the signatures of the torch references. Needs a GPU; ``kernels.ops`` chooses.
+"""Triton kernels, fla's and our own, with the signatures of the torch references; for a GPU. ``ops`` chooses.
 
 Legend as in the references: B batch, S sequence, M key heads, H value heads, K key dim, V value dim, C channels.
 """
@@ -13,16 +13,23 @@ from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 from fla.ops.gated_delta_rule import fused_recurrent_gated_delta_rule as step_gated_delta_rule
 from fla.ops.simple_gla import chunk_simple_gla
 
-from hylo_megatron.kernels import conv
+from hylo_megatron.kernels import conv, norm, triton_pointwise
 from hylo_megatron.kernels.ssd import skip
+from hylo_megatron.kernels.triton_conv import split_convolve
+from hylo_megatron.kernels.triton_pointwise import distance, rotate, swiglu_packed
 
 __all__ = [
     "causal_conv1d",
     "chunk_gated_delta_rule",
+    "distance",
     "gated_rms_norm",
+    "rms_norm",
+    "rotate",
+    "split_convolve",
     "ssd_chunk_scan",
     "step_gated_delta_rule",
     "swiglu",
+    "swiglu_packed",
 ]
 
 
@@ -34,6 +41,12 @@ def causal_conv1d(x, weight, bias=None, activation="silu", initial_state=None, o
     before = weight.shape[1] - 1
     state = F.pad(x, (0, 0, max(0, before - x.shape[1]), 0))[:, -before:] if output_final_state else None
     return y, state
+
+
+def rms_norm(x, weight, eps):
+    """As ``norm.rms_norm``; torch's own kernels are fast but for the gradient of a trained weight."""
+    trained = weight is not None and weight.requires_grad and torch.is_grad_enabled()
+    return (triton_pointwise if trained and weight.dtype == x.dtype else norm).rms_norm(x, weight, eps)
 
 
 def gated_rms_norm(x, z, weight, eps, group_size=None, norm_before_gate=True):

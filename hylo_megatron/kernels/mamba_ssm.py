@@ -30,21 +30,22 @@ def mamba_split_conv1d_scan_combined(
     norm_before_gate: bool = True,
     **_,
 ):
-    """Drop-in for mamba_ssm's function: zxbcdt [B,S,z|x|B|C|dt] -> y [B,S,H*P] (and states if asked).
+    """Drop-in for mamba_ssm's function: zxbcdt [B,S,z|x|B|C|dt|...] -> y [B,S,H*P] (and states if asked).
 
     Without ``rmsnorm_weight`` the result is gated by silu(z) and not normed (megatron's mixer norms it afterwards);
     with it, norm and gate are applied here, per group.
     """
     if seq_idx is not None:
         raise NotImplementedError("packed sequences (seq_idx) need mamba_ssm on a GPU; pass one sequence a row")
+    if activation not in ("silu", "swish"):
+        raise ValueError(f"mamba_split_conv1d_scan_combined: activation {activation!r}, expected silu")
     heads = D.shape[0]
     headdim = D.shape[1] if D.dim() == 2 else headdim
     inner = heads * headdim
-    bc = (zxbcdt.shape[-1] - 2 * inner - heads) // 2
-    z, xbc, dt = zxbcdt.split([inner, inner + 2 * bc, heads], -1)
+    bc = (len(conv1d_weight) - inner) // 2
     run = ops_for(zxbcdt)
-    xbc, _ = run.causal_conv1d(xbc, conv1d_weight, conv1d_bias, activation)
-    x, B, C = xbc.split([inner, bc, bc], -1)
+    sizes = (inner, inner, bc, bc, heads)
+    z, x, B, C, dt = run.split_convolve(zxbcdt, conv1d_weight, conv1d_bias, sizes, start=inner)
     dt = F.softplus(dt.to(compute_dtype(dt)) + dt_bias).clamp(*dt_limit)
     y, states = run.chunk_ssd(
         x.unflatten(-1, (heads, headdim)),

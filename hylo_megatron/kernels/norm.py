@@ -46,3 +46,13 @@ def gated_rms_norm(
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """``silu(gate) * up``."""
     return F.silu(gate) * up
+
+
+def swiglu_packed(x: torch.Tensor) -> torch.Tensor:
+    """``[.., gate | up] -> silu(gate) * up``."""
+    return swiglu(*x.chunk(2, -1))
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """``||a - b||_2`` over the last dimension, fp32."""
+    return (a - b).float().norm(dim=-1)

@@ -1,4 +1,5 @@
-"""Rotary frequencies from transformers' rope dictionaries: one function for training and for the exported model."""
+"""Rotary frequencies from transformers' rope dictionaries, one function for training and for the exported model; and
+the rotation in training. Half-split ("rotate_half", neox) order: pair i is made of dimensions i and i + d/2."""
 
 import functools
 import json
@@ -35,3 +36,10 @@ def rope_frequencies(rope_parameters: dict, head_dim: int, max_positions: int) -
     default device, so that every machine has the same bits. Raises ``HyLoError``."""
     frequencies, scaling = _frequencies(json.dumps(rope_parameters, sort_keys=True), head_dim, max_positions)
     return frequencies.clone().float(), float(scaling)
+
+
+def rotate(x_SBHd: Tensor, cos_SP: Tensor, sin_SP: Tensor) -> Tensor:
+    """``x`` with its P = d/2 pairs turned by the angles whose cosines and sines are given, fp32."""
+    first, second = (half.to(torch.promote_types(x_SBHd.dtype, torch.float32)) for half in x_SBHd.chunk(2, -1))
+    cos, sin = cos_SP[:, None, None], sin_SP[:, None, None]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x_SBHd.dtype)

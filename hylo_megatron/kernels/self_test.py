@@ -53,13 +53,13 @@ def mamba2_case(arch: Architecture, tp: int, device) -> tuple[list[Tensor], Call
     return [x, dt, B, C.roll(1, 1)], run
 
 
-def conv_case(arch: Architecture, tp: int, device) -> tuple[list[Tensor], Callable]:
-    """The short convolution, 256 channels of it."""
+def projection_case(arch: Architecture, tp: int, device) -> tuple[list[Tensor], Callable]:
+    """A projection of three sections, the one in the middle convolved; sequences side by side, as in training."""
 
     def run(kernels: Ops, x, weight):
-        return kernels.causal_conv1d(x, weight, None, "silu")[0]
+        return torch.cat(kernels.split_convolve(x.transpose(0, 1), weight, None, (64, 128, 18), start=64), -1)
 
-    return [_random(1, LENGTH, 256, device=device), _random(256, 4, device=device)], run
+    return [_random(LENGTH, 2, 224, device=device), _random(128, 4, device=device)], run
 
 
 def norm_case(arch: Architecture, tp: int, device) -> tuple[list[Tensor], Callable]:
@@ -73,9 +73,20 @@ def norm_case(arch: Architecture, tp: int, device) -> tuple[list[Tensor], Callab
     return [x, gate.roll(1, 1), _random(dim, device=device) + 1], run
 
 
+def mlp_case(arch: Architecture, tp: int, device) -> tuple[list[Tensor], Callable]:
+    """Norm, SwiGLU and the distance of layer-wise distillation, one after another."""
+
+    def run(kernels: Ops, x, weight, target):
+        return kernels.distance(kernels.swiglu_packed(kernels.rms_norm(x, weight, 1e-5)), target.detach())
+
+    width = arch.hidden_size // 2 * 2
+    target = _random(1, LENGTH, width // 2, device=device)
+    return [_random(1, LENGTH, width, device=device), _random(width, device=device) + 1, target], run
+
+
 CASES = {
-    "gdn": {"gated delta rule": gdn_case, "short convolution": conv_case, "gated norm": norm_case},
-    "mamba2": {"state-space scan": mamba2_case, "short convolution": conv_case},
+    "gdn": {"gated delta rule": gdn_case, "gated norm": norm_case, "projection": projection_case, "MLP": mlp_case},
+    "mamba2": {"state-space scan": mamba2_case, "projection": projection_case, "MLP": mlp_case},
 }
 
 
@@ -86,7 +97,8 @@ def errors_of(run: Callable, kernels: Ops, inputs: list[Tensor]) -> list[float]:
         leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in inputs]
         out = run(candidate, *leaves)
         weight = _random(*out.shape, device=out.device).to(out.dtype)
-        results.append([out.detach(), *torch.autograd.grad((out * weight).float().sum(), leaves)])
+        grads = torch.autograd.grad((out * weight).float().sum(), leaves, allow_unused=True)
+        results.append([out.detach(), *(g for g in grads if g is not None)])
     pairs = ((a.float(), b.float()) for a, b in zip(*results, strict=True))
     return [((a - b).norm() / b.norm().clamp_min(1e-20)).item() for a, b in pairs]
 

@@ -8,13 +8,8 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-
-@functools.lru_cache(maxsize=8)
-def zigzag_positions(local_length: int, cp_size: int, cp_rank: int) -> Tensor:
-    """Global positions of a rank's tokens: chunks ``rank`` and ``2 cp - 1 - rank`` of ``2 cp`` equal ones."""
-    half = local_length // 2
-    last = 2 * cp_size - 1 - cp_rank
-    return torch.cat([torch.arange(chunk * half, (chunk + 1) * half) for chunk in (cp_rank, last)])
+from hylo_megatron.layers.rope import Rotary
+from hylo_megatron.layers.zigzag import zigzag_positions
 
 
 @functools.lru_cache(maxsize=4)
@@ -25,16 +20,22 @@ def _causal_mask(local_length: int, cp_size: int, cp_rank: int) -> Tensor:
 
 
 class CoreAttention(MegatronModule):
-    """Spec-compatible core attention; ``q_SBHK, k_SBGK, v_SBGV -> [S, B, H*V]`` key heads shared by H / G."""
+    """Spec-compatible core attention; ``q_SBHK, k_SBGK, v_SBGV -> [S, B, H*V]`` key heads shared by H / G.
+
+    ``rotary`` turns queries and keys first, where the caller has not done so.
+    """
 
     def __init__(self, config, layer_number, attn_mask_type=None, attention_type="self", softmax_scale=None,
-                 pg_collection=None, **_):  # fmt: skip
+                 pg_collection=None, rotary: Rotary | None = None, **_):  # fmt: skip
         super().__init__(config)
+        self.rotary = rotary
         self.softmax_scale = softmax_scale
         self.cp_group = pg_collection.cp
 
     def forward(self, q_SBHK: Tensor, k_SBGK: Tensor, v_SBGV: Tensor, attention_mask=None, **_) -> Tensor:
         cp_size, mask = self.cp_group.size(), None
+        if self.rotary:
+            q_SBHK, k_SBGK = (self.rotary(x, self.cp_group) for x in (q_SBHK, k_SBGK))
         if cp_size > 1:
             k_SBGK = gather_from_sequence_parallel_region(k_SBGK, group=self.cp_group)
             v_SBGV = gather_from_sequence_parallel_region(v_SBGV, group=self.cp_group)

@@ -6,7 +6,6 @@ up-projections split by heads. Under sequence parallelism the latents are gather
 """
 
 import torch
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from hylo_megatron.config import MLAGeometry
 from hylo_megatron.layers.norm import HeadRMSNorm
-from hylo_megatron.layers.rope import apply_rope, rope_frequencies
+from hylo_megatron.layers.rope import Rotary
 
 
 class ReplicatedLinear(nn.Module):
@@ -71,12 +70,7 @@ class MLASelfAttention(MegatronModule):
         )  # fmt: skip
         self.q_norm = HeadRMSNorm(config, self.key_dim, config.layernorm_epsilon) if qk_norm else None
         self.k_norm = HeadRMSNorm(config, self.key_dim, config.layernorm_epsilon) if qk_norm else None
-        self.rotary = RotaryEmbedding(
-            geometry.qk_rope_head_dim, rotary_percent=1.0, use_cpu_initialization=True, cp_group=pg_collection.cp
-        )
-        self.rotary.inv_freq, self.rope_scaling = rope_frequencies(
-            rope_parameters, geometry.qk_rope_head_dim, max_positions
-        )
+        self.rotary = Rotary(rope_parameters, geometry.qk_rope_head_dim, max_positions)
         self.core_attention = build_module(
             core_attention, config=config, layer_number=layer_number, attn_mask_type=None, attention_type="self",
             softmax_scale=self.key_dim**-0.5, pg_collection=pg_collection,
@@ -111,10 +105,9 @@ class MLASelfAttention(MegatronModule):
         k_SBHK = torch.cat([k_nope, k_rope], -1)
         if self.q_norm is not None:
             q_SBHK, k_SBHK = self.q_norm(q_SBHK), self.k_norm(k_SBHK)
-        angles = self.rotary(q_SBHK.shape[0] * self.core_attention.cp_group.size())
-        q_SBHK, k_SBHK = (self._rotate(x, angles) for x in (q_SBHK, k_SBHK))
+        q_SBHK, k_SBHK = (self._rotate(x) for x in (q_SBHK, k_SBHK))
         return self.linear_proj(self.core_attention(q_SBHK, k_SBHK, v_SBHV))
 
-    def _rotate(self, x_SBHK: Tensor, angles: Tensor) -> Tensor:
+    def _rotate(self, x_SBHK: Tensor) -> Tensor:
         nope, rope = x_SBHK.split([self.geometry.qk_nope_head_dim, self.geometry.qk_rope_head_dim], -1)
-        return torch.cat([nope, apply_rope(rope, angles, self.rope_scaling)], -1)
+        return torch.cat([nope, self.rotary(rope, self.core_attention.cp_group)], -1)

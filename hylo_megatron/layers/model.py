@@ -1,6 +1,5 @@
 """Builds megatron's ``HybridModel`` from an ``Architecture``."""
 
-import torch
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -9,7 +8,6 @@ from torch import nn
 from hylo_megatron.config import Architecture
 from hylo_megatron.config.plan import megatron_pattern
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.layers.rope import rope_frequencies
 from hylo_megatron.layers.specs import stack_spec
 
 
@@ -67,17 +65,11 @@ def build_model(arch: Architecture, config: TransformerConfig, *, padded_vocab_s
     """This rank's part of the model. ``config`` holds ``model_fields(arch)`` and the parallel layout."""
     pp = config.pipeline_model_parallel_size
     stages = pp * (config.virtual_pipeline_model_parallel_size or 1)
-    model = HybridModel(
+    return HybridModel(
         config, stack_spec(arch, backend), vocab_size=padded_vocab_size or arch.vocab_size,
         max_sequence_length=arch.max_position_embeddings, hybrid_layer_pattern=megatron_pattern(arch.plan, stages),
         pre_process=pre_process, post_process=post_process, parallel_output=True,
         share_embeddings_and_output_weights=arch.tie_word_embeddings,
-        position_embedding_type="rope" if "attention" in arch.plan else "none", vp_stage=vp_stage,
+        position_embedding_type="none", vp_stage=vp_stage,  # our attention turns its own queries and keys
         pg_collection=pg_collection or ProcessGroupCollection.use_mpu_process_groups(),
     )  # fmt: skip
-    if "attention" in arch.plan:
-        frequencies, scaling = rope_frequencies(arch.rope_parameters, arch.head_dim, arch.max_position_embeddings)
-        if scaling != 1.0:
-            raise HyLoError(f"rope_type {arch.rope_parameters['rope_type']!r} of the teacher scales its attention")
-        model.rotary_pos_emb.inv_freq = frequencies.to(torch.cuda.current_device())
-    return model

@@ -4,7 +4,7 @@ import torch
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from torch import Tensor, nn
 
-from hylo_megatron.kernels.norm import rms_norm
+from hylo_megatron.kernels import ops_for, rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -23,7 +23,7 @@ class RMSNorm(nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return ops_for(x).rms_norm(x, self.weight, self.eps)
 
 
 class HeadRMSNorm(RMSNorm):

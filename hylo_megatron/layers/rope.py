@@ -1,16 +1,27 @@
-"""The rotation of queries and keys in training. Everything here is half-split ("rotate_half", neox) order: pair i is
-made of dimensions i and i + d/2."""
+"""Rotary position embeddings of queries and keys in training: the engine's attention gets none, ours turns its own."""
 
 import torch
 from torch import Tensor
 
+from hylo_megatron.kernels import ops_for
 from hylo_megatron.kernels.rope import rope_frequencies
+from hylo_megatron.layers.zigzag import zigzag_positions
 
-__all__ = ["apply_rope", "rope_frequencies"]
 
+class Rotary:
+    """``rotary(x_SBHd, cp_group)`` rotates the whole head; layers may share one. It keeps a table for each length."""
 
-def apply_rope(x: Tensor, angles: Tensor, scaling: float = 1.0) -> Tensor:
-    """Rotates ``x [S, B, H, d]`` by ``angles [S, 1, 1, d]`` (each frequency twice, as megatron lays them out)."""
-    cos, sin = (angles.cos() * scaling).to(x.dtype), (angles.sin() * scaling).to(x.dtype)
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    def __init__(self, rope_parameters: dict, dim: int, max_positions: int):
+        self.frequencies, self.scaling = rope_frequencies(rope_parameters, dim, max_positions)
+        self.tables: dict[tuple, tuple[Tensor, Tensor]] = {}
+
+    def table(self, local_length: int, cp_group, device) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of this rank's positions, fp32 ``[S, dim / 2]``."""
+        key = (local_length, cp_group.size(), cp_group.rank(), device)
+        if key not in self.tables:
+            angles = torch.outer(zigzag_positions(*key[:3]).float(), self.frequencies)
+            self.tables[key] = tuple((part * self.scaling).to(device) for part in (angles.cos(), angles.sin()))
+        return self.tables[key]
+
+    def __call__(self, x_SBHd: Tensor, cp_group) -> Tensor:
+        return ops_for(x_SBHd).rotate(x_SBHd, *self.table(len(x_SBHd), cp_group, x_SBHd.device))

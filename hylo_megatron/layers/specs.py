@@ -5,6 +5,7 @@ from functools import partial
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
+from megatron.core.ssm import mamba_mixer
 from megatron.core.ssm.gated_delta_net import GatedDeltaNetSubmodules
 from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
 from megatron.core.ssm.mamba_mixer import MambaMixerSubmodules
@@ -18,11 +19,12 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor, nn
 
 from hylo_megatron.config import Architecture
-from hylo_megatron.kernels import ops_for
+from hylo_megatron.kernels import mamba_split_conv1d_scan_combined, ops_for
 from hylo_megatron.layers.core_attention import CoreAttention
-from hylo_megatron.layers.linear_blocks import GDNMixer, Mamba2Mixer
+from hylo_megatron.layers.linear_blocks import AlignedColumnParallelLinear, GDNMixer, Mamba2Mixer
 from hylo_megatron.layers.mla import MLASelfAttention
 from hylo_megatron.layers.norm import HeadRMSNorm, RMSNorm
+from hylo_megatron.layers.rope import Rotary
 from hylo_megatron.platform.capabilities import require
 
 
@@ -30,6 +32,7 @@ from hylo_megatron.platform.capabilities import require
 class Backend:
     norm: type
     column_linear: type
+    projection: type  # of linear blocks
     row_linear: type
     core_attention: type
 
@@ -37,12 +40,13 @@ class Backend:
 def backend(name: str) -> Backend:
     """``local`` or ``te``. Raises ``HyLoError`` when TransformerEngine is asked for and missing."""
     if name != "te":
-        return Backend(RMSNorm, ColumnParallelLinear, RowParallelLinear, CoreAttention)
+        return Backend(RMSNorm, ColumnParallelLinear, AlignedColumnParallelLinear, RowParallelLinear, CoreAttention)
     require("transformer-engine", "--hylo-backend te")
     from megatron.core.extensions import transformer_engine as te
 
     # SDPA stays: TE's attention takes neither MLA's two widths on every card nor our layout of context parallelism.
-    return Backend(te.TENorm, te.TEColumnParallelLinear, te.TERowParallelLinear, CoreAttention)
+    linear = te.TEColumnParallelLinear
+    return Backend(te.TENorm, linear, linear, te.TERowParallelLinear, CoreAttention)
 
 
 class HyLoStack(HybridStack):
@@ -66,11 +70,13 @@ def _mixer_layer(b: Backend, mixer: ModuleSpec) -> ModuleSpec:
 
 def _attention(b: Backend, arch: Architecture) -> ModuleSpec:
     head_norm = HeadRMSNorm if arch.qk_norm else None
+    rotary = Rotary(arch.rope_parameters, arch.head_dim, arch.max_position_embeddings)  # one for all layers
     return ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=b.column_linear, core_attention=b.core_attention, linear_proj=b.row_linear,
+            linear_qkv=b.column_linear, linear_proj=b.row_linear,
+            core_attention=ModuleSpec(module=b.core_attention, params={"rotary": rotary}),
             q_layernorm=head_norm, k_layernorm=head_norm,
         ),
     )  # fmt: skip
@@ -90,14 +96,14 @@ def _mla(b: Backend, arch: Architecture) -> ModuleSpec:
 def _gdn(b: Backend) -> ModuleSpec:
     return ModuleSpec(
         module=GDNMixer,
-        submodules=GatedDeltaNetSubmodules(in_proj=b.column_linear, out_norm=HeadRMSNorm, out_proj=b.row_linear),
+        submodules=GatedDeltaNetSubmodules(in_proj=b.projection, out_norm=HeadRMSNorm, out_proj=b.row_linear),
     )
 
 
 def _mamba2(b: Backend) -> ModuleSpec:
-    mixer = ModuleSpec(
-        module=Mamba2Mixer, submodules=MambaMixerSubmodules(in_proj=b.column_linear, out_proj=b.row_linear)
-    )
+    ours = mamba_mixer.mamba_split_conv1d_scan_combined is mamba_split_conv1d_scan_combined
+    projection = b.projection if ours else b.column_linear  # mamba-ssm's own kernel wants the exact width
+    mixer = ModuleSpec(module=Mamba2Mixer, submodules=MambaMixerSubmodules(in_proj=projection, out_proj=b.row_linear))
     return ModuleSpec(
         module=MambaLayer,
         submodules=MambaLayerSubmodules(norm=b.norm, mixer=mixer, mamba_bda=get_bias_dropout_add),
@@ -111,7 +117,7 @@ class SwiGLU(nn.Module):
         super().__init__()
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops_for(x).swiglu(*x.chunk(2, -1))
+        return ops_for(x).swiglu_packed(x)
 
 
 def _mlp(b: Backend) -> ModuleSpec:

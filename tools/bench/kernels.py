@@ -43,12 +43,13 @@ def seconds(call, device: torch.device, repeats: int = 7) -> float:
 def forward_backward(run, inputs: list[torch.Tensor]):
     """A call that computes ``run`` and all gradients, and the bytes it cannot avoid to move."""
     leaves = [x.detach().requires_grad_() for x in inputs]
-    out = run(*leaves)
-    weight = torch.randn_like(out)
-    moved = 2 * sum(x.numel() * x.element_size() for x in (*inputs, out))
+    outs = run(*leaves)
+    outs = outs if isinstance(outs, tuple) else (outs,)
+    weights = [torch.randn_like(out) for out in outs]
+    moved = 2 * sum(x.numel() * x.element_size() for x in (*inputs, *outs))
 
     def call():
-        torch.autograd.grad(run(*leaves), leaves, weight)
+        torch.autograd.grad(run(*leaves), leaves, weights)
 
     return call, moved
 
@@ -65,6 +66,7 @@ def cases(model: str, rows: int, length: int, device: torch.device, dtype: torch
     keys, values = (g.num_key_heads, g.key_head_dim), (g.num_value_heads, g.value_head_dim)
     decay = -F.softplus(random(g.num_value_heads).float() - 2)
     channels = 2 * keys[0] * keys[1] + values[0] * values[1]
+    sizes = (channels - values[0] * values[1], values[0] * values[1], values[0] * values[1], values[0], values[0])
     yield (
         "gated delta rule",
         lambda k: (
@@ -79,16 +81,22 @@ def cases(model: str, rows: int, length: int, device: torch.device, dtype: torch
         [random(m.num_heads, m.head_dim), steps, *(random(m.num_groups, m.state_size) for _ in "bc")],
     )
     yield (
-        "short convolution",
-        lambda k: lambda x, w: k.causal_conv1d(x, w, None, "silu")[0],
-        [random(channels), torch.randn(channels, g.conv_kernel, device=device, dtype=dtype)],
-    )
+        "projection, convolved",
+        lambda k: lambda x, w: k.split_convolve(x.transpose(0, 1), w, None, sizes),
+        [random(-(-sum(sizes) // 16) * 16).transpose(0, 1).contiguous(),
+         torch.randn(channels, g.conv_kernel, device=device, dtype=dtype)],
+    )  # fmt: skip
     yield (
         "gated norm",
         lambda k: lambda x, z, w: k.gated_rms_norm(x, z, w, 1e-5),
         [random(*values), random(*values), torch.ones(values[1], device=device, dtype=dtype)],
     )
-    yield "swiglu", lambda k: k.swiglu, [random(ffn), random(ffn)]
+    yield "SwiGLU", lambda k: k.swiglu_packed, [random(2 * ffn)]
+    weight = torch.ones(hidden, device=device, dtype=dtype)
+    yield "RMSNorm", lambda k: lambda x, w: k.rms_norm(x, w, 1e-5), [random(hidden), weight]
+    target, angles = random(hidden), torch.rand(rows, head_dim // 2, device=device)
+    yield "distance", lambda k: lambda x: k.distance(x, target), [random(hidden)]
+    yield "rotary", lambda k: lambda x: k.rotate(x, angles.cos(), angles.sin()), [random(heads, head_dim)]
 
 
 def loss_case(model: str, tokens: int, device: torch.device, dtype: torch.dtype):

@@ -2,7 +2,7 @@
 
     python tools/bench/train_step.py --run runs/smollm2-3MLA27GDN --out DIR [--stage distill-2k] [--no-cuda-graph]
 
-``--run`` is the folder of an upcycling run (its student, teacher, datasets and recipe are used, nothing there changes).
+``--run`` is the folder of an upcycling run, whose student, teacher, datasets and recipe are used, and not changed.
 Prints tokens/s, peak memory, the time of every group of kernels, and the floor: the step's matrix products at the
 rate of a large one, measured here. Writes the same with every kernel's own time to ``DIR/STAGE.json``.
 """
@@ -133,7 +133,9 @@ def measure(run: Path, stage: Stage, student: Path, out: Path, graph: bool, rate
     groups = grouped(times)
     for label, time in groups.items():
         print(f"    {label:22}{time:9.2f} ms {time / sum(groups.values()):7.1%}")
-    kernels = [{"name": n, "ms": round(t, 4), "calls": calls[n]} for n, t in sorted(times.items(), key=lambda i: -i[1])]
+    kernels = [
+        {"name": n, "ms": round(t, 4), "calls": calls[n]} for n, t in sorted(times.items(), key=lambda i: -i[1])
+    ]
     result = {"stage": stage.name, "seconds": step, "tokens": tokens, "floor_seconds": floor, "groups": groups}
     (out / f"{stage.name}.json").write_text(json.dumps(result | {"kernels": kernels}, indent=1))
 

@@ -1,0 +1,16 @@
+"""Which positions a context-parallel rank holds: the engine's zig-zag, which balances causal attention."""
+
+import functools
+
+import torch
+from torch import Tensor
+
+
+@functools.lru_cache(maxsize=8)
+def zigzag_positions(local_length: int, cp_size: int, cp_rank: int) -> Tensor:
+    """Global positions of a rank's tokens: chunks ``rank`` and ``2 cp - 1 - rank`` of ``2 cp`` equal ones."""
+    if cp_size == 1:
+        return torch.arange(local_length)
+    half = local_length // 2
+    last = 2 * cp_size - 1 - cp_rank
+    return torch.cat([torch.arange(chunk * half, (chunk + 1) * half) for chunk in (cp_rank, last)])
