@@ -145,6 +145,19 @@ def test_perplexity_stops_at_the_token_budget(tokenizer, prose):
     assert found["loss"] == pytest.approx(expected.mean().item(), rel=1e-4)
 
 
+def test_perplexity_of_whole_documents_takes_every_window(tokenizer, tmp_path):
+    model, text = make_model(tokenizer), " ".join(f"word {i}" for i in range(90))
+    (tmp_path / "book.jsonl").write_text(json.dumps({"text": text}) + "\n" + json.dumps({"text": text}) + "\n")
+    ids = tokenizer(text).input_ids
+    cut = perplexity_of(model, tokenizer, tmp_path / "book.jsonl", context=64)
+    whole = perplexity_of(model, tokenizer, tmp_path / "book.jsonl", context=64, whole=True)
+    windows = -(-len(ids) // 64)
+    assert cut["documents"] == 2 and whole["documents"] == 2 * windows
+    assert whole["tokens"] == 2 * (len(ids) - windows)
+    some = perplexity_of(model, tokenizer, tmp_path / "book.jsonl", context=64, max_tokens=100, whole=True)
+    assert some["tokens"] == 100 and some["documents"] == 2
+
+
 class Stub:
     """A model that goes on with what ``answer_of`` makes of a prompt's text, one token a call."""
 

@@ -90,10 +90,10 @@ def runs_of_three(text: str) -> set[tuple[str, ...]]:
 
 
 def answers_of(tokenizer, ids, answers) -> list[tuple[str, str]]:
-    """For each run of marked tokens: the text before it, and the text of the run."""
+    """For each run of marked tokens: the text before it, and the text of the run without the token that ends it."""
     edges = np.flatnonzero(np.diff(np.concatenate([[0], answers, [0]]).astype(np.int8))).reshape(-1, 2)
     decode = lambda part: tokenizer.decode(part.tolist(), skip_special_tokens=False)  # noqa: E731
-    return [(decode(ids[:begin]), decode(ids[begin:end])) for begin, end in edges]
+    return [(decode(ids[:begin]), decode(ids[begin : end - 1])) for begin, end in edges]
 
 
 def test_the_wording_shares_no_run_of_three_words_with_the_evaluation():
@@ -184,11 +184,12 @@ def test_no_sample_has_the_evaluations_words(tokenizer, made):
         assert "magic" not in tokenizer.decode(row.tolist(), skip_special_tokens=False).lower()
 
 
-def test_marked_tokens_are_exactly_the_value(tokenizer):
+def test_marked_tokens_are_the_value_and_the_token_that_ends_it(tokenizer):
     row = Row(tokenizer)
     row.write_answers(["Answer: The ticket is ", "silver door", ".\nQuestion: then\nAnswer: ", "4711", "\n"])
     ids, answers = np.concatenate(row.ids), np.concatenate(row.answers)
     assert [answer.strip() for _, answer in answers_of(tokenizer, ids, answers)] == ["silver door", "4711"]
+    assert tokenizer.decode(ids[answers == 1].tolist()).replace(" ", "") == "silverdoor.4711\n"
     assert tokenizer.decode(ids.tolist()) == ("Answer: The ticket is silver door.\nQuestion: then\nAnswer: 4711\n")
 
 

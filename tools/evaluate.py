@@ -25,6 +25,7 @@ def parse() -> argparse.Namespace:
     add("--teacher", help="Hugging Face folder to compare with")
     add("--out", required=True, help="folder for evaluation.json, evaluation.md and the pictures")
     add("--prose", help='JSON lines {"text": ...}: prose perplexity, and the haystack of the needles')
+    add("--book", help='JSON lines {"text": ...}: prose perplexity of whole documents, in windows of --context')
     add("--code", help='JSON lines {"text": ...}: code perplexity')
     add("--c", help='JSON lines {"text": ...}: perplexity of a third kind of text, C')
     add("--long", help='JSON lines {"text": ...}: loss by position in long documents')
@@ -48,8 +49,8 @@ def parse() -> argparse.Namespace:
 @command_line
 def main() -> None:
     args = parse()
-    if not (args.prose or args.code or args.c or args.long):
-        raise HyLoError("nothing to measure: give --prose, --code, --c or --long")
+    if not (args.prose or args.book or args.code or args.c or args.long):
+        raise HyLoError("nothing to measure: give --prose, --book, --code, --c or --long")
 
     from hylo_megatron.evaluate import Settings, evaluate  # after parsing: transformers takes seconds to import
 
@@ -60,6 +61,7 @@ def main() -> None:
         teacher_dir=args.teacher,
         out_dir=args.out,
         prose=args.prose,
+        book=args.book,
         code=args.code,
         c=args.c,
         long=args.long,

@@ -53,12 +53,17 @@ class Row:
         self.add(_encode(self.tokenizer, text))
 
     def write_answers(self, parts: list[str]) -> None:
-        """Encodes the ``parts`` as one text; every other one, from the second on, is an answer."""
+        """Encodes the ``parts`` as one text; every other one, from the second on, is an answer.
+
+        So is the token after it, which ends it: without, a student finds the number and does not know where to stop.
+        """
         encoded = self.tokenizer.encode("".join(parts), add_special_tokens=False)
         inside = np.repeat([index % 2 for index in range(len(parts))], [len(part) for part in parts])
         answered = np.concatenate([[0], np.cumsum(inside)])  # characters of answers before each place
         begin, end = np.array(encoded.offsets, dtype=np.int64).reshape(-1, 2).T
-        self.add(encoded.ids, answered[end] > answered[begin])
+        marked = answered[end] > answered[begin]
+        marked[1:] |= marked[:-1].copy()
+        self.add(encoded.ids, marked)
 
     def join(self, other: "Row") -> None:
         self.ids += other.ids

@@ -39,6 +39,21 @@ def encode_documents(tokenizer: PreTrainedTokenizerBase, file: str | Path, conte
     return documents
 
 
+def encode_windows(tokenizer: PreTrainedTokenizerBase, file: str | Path, context: int, max_tokens: int) -> list:
+    """Whole documents in file order as windows of ``context`` ids, until ``max_tokens`` can be scored."""
+    windows, left = [], max_tokens
+    for text in read_texts(file):
+        ids = _encode_start(tokenizer, text, 2 * left + 2 * context)
+        for start in range(0, len(ids) - 1, context):
+            windows.append(ids[start : start + min(context, left + 1)])
+            left -= len(windows[-1]) - 1
+            if left <= 0:
+                return windows
+    if not windows:
+        raise HyLoError(f"{file} holds no document of two tokens or more: nothing to score")
+    return windows
+
+
 def encode_long_documents(tokenizer: PreTrainedTokenizerBase, file: str | Path, context: int, count: int) -> list:
     """The first ``context`` ids of the first ``count`` documents, in file order, that have as many; fewer if the file
     has fewer, but not none."""
@@ -119,11 +134,13 @@ def perplexity_of(
     batch_size: int | None = None,
     chunk: int = 1024,
     label: str = "",
+    whole: bool = False,
 ) -> dict:
-    """Perplexity per token of a JSON-lines file, its documents cut to ``context``. Returns what ``score`` does."""
+    """Perplexity per token of a JSON-lines file, its documents cut to ``context`` (``whole``: all of each, in windows
+    of ``context``). Returns what ``score`` does."""
     if context < 2 or max_tokens < 1:
         raise HyLoError(f"context {context} and {max_tokens} tokens to score: expected at least 2 and 1")
-    documents = encode_documents(tokenizer, file, context, max_tokens)
+    documents = (encode_windows if whole else encode_documents)(tokenizer, file, context, max_tokens)
     return score(model, documents, file, batch_size, chunk, label)
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from hylo_megatron.evaluate.plots import heat_map, loss_curves, position_curves
 
 ROLES = ("teacher", "model")
-TEXTS = ("prose", "code", "c")  # kinds of text with a perplexity
+TEXTS = ("prose", "book", "code", "c")  # kinds of text with a perplexity
 PICTURES = {"heat_map": "Needle retrieval", "loss_by_position": "Loss by position", "loss_curves": "Training loss"}
-TITLES = {"prose": "prose", "code": "code", "c": "C", "long": "long documents"}
+TITLES = {"prose": "prose", "book": "books", "code": "code", "c": "C", "long": "long documents"}
 
 
 def losses_of(figures: dict) -> dict[str, dict]:

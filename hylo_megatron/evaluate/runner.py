@@ -90,6 +90,7 @@ def measure(folder: str | Path, role: str, files: dict[str, Path], settings: Set
                 file=files[name],
                 context=settings.context,
                 max_tokens=settings.ppl_tokens,
+                whole=name == "book",
                 label=f"{role}: {name}",
             )
             for name in TEXTS
@@ -121,6 +122,7 @@ def evaluate(
     teacher_figures: dict | None = None,
     out_dir: str | Path | None = None,
     prose: str | Path | None = None,
+    book: str | Path | None = None,
     code: str | Path | None = None,
     c: str | Path | None = None,
     long: str | Path | None = None,
@@ -129,15 +131,16 @@ def evaluate(
 ) -> dict:
     """Measures a Hugging Face folder, and a teacher beside it; with ``out_dir`` writes JSON, Markdown and PNG files.
 
-    ``prose``, ``code``, ``c`` and ``long`` (loss by position in long documents): JSON lines with ``text``; what has
-    no file is left out (needles need ``prose``). ``teacher_figures``: what an earlier call returned for the teacher
-    alone, under "model", with the same files and settings; it is not measured again then. ``curves``: training logs,
+    ``prose``, ``book`` (whole documents, in windows), ``code``, ``c`` and ``long`` (loss by position in long
+    documents): JSON lines with ``text``; what has no file is left out (needles need ``prose``). ``teacher_figures``:
+    what an earlier call returned for the teacher alone, under "model", with the same files and settings; it is not
+    measured again then. ``curves``: training logs,
     JSON lines with stage, iteration, loss.
     """
     settings = settings or Settings()
     folders = {"teacher": teacher_dir, "model": model_dir}
     folders = {role: models.check_folder(folder) for role, folder in folders.items() if folder is not None}
-    files = {"prose": prose, "code": code, "c": c, "long": long}
+    files = {"prose": prose, "book": book, "code": code, "c": c, "long": long}
     files = {name: check_file(file) for name, file in files.items() if file}
     device = models.resolve_device(settings.device)
     dtype = models.resolve_dtype(settings.dtype, device)

@@ -8,7 +8,7 @@ from pathlib import Path
 from hylo_megatron.recipes.stage import Recipe
 from hylo_megatron.recipes.training_process import fast_bf16
 
-KINDS = {"prose": "eval_prose", "code": "eval_code", "c": "eval_c", "long": "eval_long"}
+KINDS = {"prose": "eval_prose", "book": "eval_long", "code": "eval_code", "c": "eval_c", "long": "eval_long"}
 
 
 @dataclass(frozen=True)
