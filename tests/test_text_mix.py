@@ -232,3 +232,17 @@ def test_blocks_of_a_source_with_a_limit_are_spread_over_the_file(large_sources)
     order = text.in_blocks(documents, 1)
     places = [place / len(order) for place, document in enumerate(order) if document.source.name == "limited"]
     assert 40 < len(places) < 80 and 0.4 < sum(places) / len(places) < 0.6
+
+
+def test_articles_on_a_held_out_subject_are_left_out(tmp_path):
+    held_out = cached_wheel(tmp_path, "held", {"a.txt": "Ant\n\n" + prose(1, 80)})
+    articles = {str(i): {"title": name, "extract": prose(10 + i, 60)} for i, name in enumerate(["Bee", " ant", "Owl"])}
+    articles["empty"] = {"title": "Elk", "extract": ""}
+    training = cached_wheel(tmp_path, "articles", {"all.json": json.dumps(articles)})
+    sources = (
+        Source("held", held_out, "MIT", "eval_prose", "files", "*.txt", 10),
+        Source("articles", training, "MIT", "train", "json_articles", "all.json", 10_000, titled=True),
+    )
+    kept, rows = text.collect(tmp_path, sources)
+    assert sorted(document.text.partition("\n")[0] for document in kept["train"]) == ["Bee", "Owl"]
+    assert rows[-1]["dropped"] == 1

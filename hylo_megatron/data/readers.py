@@ -53,6 +53,13 @@ def zipped_csv(archive: Archive, member: str) -> Iterator[str]:
             yield row["text"].replace('"?', '" ')
 
 
+def json_articles(archive: Archive, member: str) -> Iterator[str]:
+    """The values of a JSON object, ``{"title": ..., "extract": ...}`` each."""
+    for article in json.loads(archive.read(member)).values():
+        if article.get("extract"):
+            yield f"{article['title']}\n\n{article['extract']}"
+
+
 def files(archive: Archive, member: str) -> Iterator[str]:
     """Every file that ``member`` names, without tests, vendored copies and the like."""
     for name in matching(archive.namelist(), member):
@@ -119,7 +126,18 @@ def wikipedia_dump(archive: Archive, member: str) -> Iterator[str]:
 
 READERS = {
     reader.__name__: reader
-    for reader in (first_of_variants, zipped_csv, files, documents, pages, book, dictionary, inner_tar, wikipedia_dump)
+    for reader in (
+        first_of_variants,
+        zipped_csv,
+        json_articles,
+        files,
+        documents,
+        pages,
+        book,
+        dictionary,
+        inner_tar,
+        wikipedia_dump,
+    )  # fmt: skip
 }
 
 

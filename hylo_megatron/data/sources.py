@@ -15,6 +15,7 @@ class Source:
 
     ``limit`` is in characters for training and in documents for evaluation; ``shortest``, ``longest`` in characters.
     ``quotes``: its documents quote one another, so what training ones share with evaluation is cut out of them.
+    ``titled``: the first line is a subject; documents on the subject of an evaluation document are left out.
     """
 
     name: str
@@ -27,10 +28,11 @@ class Source:
     shortest: int = 200
     longest: int = 10**9
     quotes: bool = False
+    titled: bool = False
 
 
 # gensim's wheels are per platform; the text in them is the same everywhere, so any machine takes this one
-_LINUX = (
+LINUX = (
     "--platform",
     "manylinux_2_28_x86_64",
     "--python-version",
@@ -64,7 +66,7 @@ _GENSIM = Wheel(
     "4.4.0",
     "gensim-4.4.0-cp312-cp312-manylinux_2_24_x86_64.manylinux_2_28_x86_64.whl",
     "4b73ff30af6ddd0d2ddf9473b1eb44603cd79ec14c87d93b75291802b991916c",
-    _LINUX,
+    LINUX,
 )
 _SYMPY = Wheel(
     "sympy",

@@ -76,6 +76,11 @@ def cut_at_line(text: str, longest: int) -> str:
     return text[: text.rfind("\n", 0, longest) + 1 or longest].rstrip()
 
 
+def title(text: str) -> bytes:
+    """Of the first line, which names the subject of some documents."""
+    return _digest("title: " + " ".join(_words(text.partition("\n")[0])))
+
+
 def select(
     source: Source, texts: Iterable[str], seen: set[bytes], forbidden: set[bytes]
 ) -> tuple[list[Document], int]:
@@ -93,6 +98,9 @@ def select(
         if not source.shortest <= len(text) <= source.longest or (training and used + len(text) > source.limit):
             continue
         identity = _digest(" ".join(_words(text)))
+        if source.titled and title(text) in forbidden:
+            dropped += 1
+            continue
         if identity in seen or (training and not forbidden.isdisjoint(shingles(text, STRIDE))):
             dropped += 1
             continue
@@ -124,7 +132,7 @@ def collect(cache: Path, sources: tuple[Source, ...]) -> tuple[dict[str, list[Do
             kept, dropped = select(source, read_source(source.reader, archive, source.member), seen, forbidden)
         if source.role != "train":
             for document in kept:
-                forbidden |= shingles(document.text)
+                forbidden |= {title(document.text), *shingles(document.text)}
         by_role[source.role] += kept
         characters = sum(len(document.text) for document in kept)
         rows.append({"source": source, "documents": len(kept), "characters": characters, "dropped": dropped})
@@ -203,7 +211,7 @@ def main(argv: list[str] | None = None) -> None:
         "--mix",
         choices=sorted(MIXES),
         default="small",
-        help="small (default): 4M characters, for a demo; large: 136M characters, mostly out of Debian, for a GPU run",
+        help="small (default): 4M characters, for a demo; large: 141M characters, mostly out of Debian, for a GPU run",
     )
     parser.add_argument("--cache", help="folder for downloads (default $HYLO_CACHE or ~/.cache/hylo_megatron)")
     arguments = parser.parse_args(argv)

@@ -36,12 +36,13 @@ def smollm2_gpu(plan: str = "3MLA27GDN", linear: str = "gdn", seed: int = 1234) 
     )
     longer = replace(
         distill, name="distill-8k", seq_length=8192, global_batch=2, micro_batch=2, steps=280, lr=2e-4, min_lr=6e-5,
-        mix=(("long", 0.45), ("chat", 0.05), ("retrieval", 0.50)), rope={"rope_theta": ROPE_THETA},
+        mix=(("text", 0.40), ("long", 0.15), ("chat", 0.05), ("retrieval", 0.40)), rope={"rope_theta": ROPE_THETA},
         teacher_length=TEACHER_LENGTH, ce_weight=0.1,
     )  # fmt: skip
     longest = replace(
         longer, name="distill-32k", seq_length=32768, global_batch=1, micro_batch=1, steps=100, lr=1.5e-4,
-        min_lr=0.0, recompute=34,  # of 60 halves of layers, for memory
+        min_lr=0.0, mix=(("long", 0.45), ("chat", 0.05), ("retrieval", 0.50)),
+        recompute=34,  # of 60 halves of layers, for memory
     )  # fmt: skip
     evaluation = Evaluation(
         context=2048, tokens=150_000, needle_lengths=(1024, 2048, 4096, 6144, 8192, 16384, 32768), needle_samples=10,
