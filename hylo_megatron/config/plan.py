@@ -48,11 +48,12 @@ def _mla_layers(text: str, num_layers: int) -> tuple[int, ...]:
     return layers
 
 
-def parse_plan(num_layers: int, mla_layers: str, linear: str = "gdn") -> tuple[str, ...]:
+def parse_plan(num_layers: int, mla_layers: str, linear: str | None = None) -> tuple[str, ...]:
     """Plan from ``1,5,10,14`` | ``uniform:K`` | ``all`` | ``none`` | a name such as ``4MLA12GDN``.
 
-    A name fixes the linear kind too; its MLA layers are the paper's where it lists that split, else uniform,
-    and every other layer from 0 when half of them are MLA (as published). Raises ``HyLoError`` when it does not fit.
+    ``linear``: what the other layers are, gdn if not said. A name says it itself; its MLA layers are the paper's
+    where it lists that split, else uniform, and every other layer from 0 when half of them are MLA (as published).
+    Raises ``HyLoError`` when it does not fit.
     """
     if match := re.fullmatch(r"(\d+)MLA(\d+)([A-Za-z0-9]+)", mla_layers):
         count, rest, kind = int(match[1]), int(match[2]), match[3].upper()
@@ -60,6 +61,8 @@ def parse_plan(num_layers: int, mla_layers: str, linear: str = "gdn") -> tuple[s
             raise HyLoError(f"plan {mla_layers}: unknown linear kind {match[3]!r}, expected GDN or M2")
         if count + rest != num_layers:
             raise HyLoError(f"plan {mla_layers} has {count + rest} layers; the base model has {num_layers}")
+        if linear not in (None, _LINEAR_NAMES[kind]):
+            raise HyLoError(f"plan {mla_layers} and --linear {linear} say different things: leave one out")
         linear = _LINEAR_NAMES[kind]
         if 2 * count == num_layers:
             layers = tuple(range(0, num_layers, 2))
@@ -67,6 +70,7 @@ def parse_plan(num_layers: int, mla_layers: str, linear: str = "gdn") -> tuple[s
             layers = PUBLISHED_MLA_LAYERS.get((num_layers, count)) or uniform_layers(num_layers, count)
     else:
         layers = _mla_layers(mla_layers, num_layers)
+    linear = linear or LINEAR_KINDS[0]
     if linear not in LINEAR_KINDS:
         raise HyLoError(f"--linear {linear!r}: expected one of {', '.join(LINEAR_KINDS)}")
     return tuple("mla" if i in layers else linear for i in range(num_layers))

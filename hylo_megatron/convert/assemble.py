@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
         "--linear-student", required=True, help="checkpoint of the all-linear student (--mla-layers none)"
     )
     parser.add_argument("--mla-layers", required=True, help="1,5,10,14 | uniform:K | a name such as 4MLA12GDN")
-    parser.add_argument("--linear", default="gdn", choices=("gdn", "mamba2"))
+    parser.add_argument("--linear", choices=("gdn", "mamba2"), help="default: gdn, or the plan's name")
     parser.add_argument("--out", required=True)
     options = parser.parse_args(argv)
     plan = parse_plan(Architecture.load(options.mla).num_layers, options.mla_layers, options.linear)

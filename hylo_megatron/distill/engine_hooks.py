@@ -70,8 +70,10 @@ class StepLog:
     def write(self, losses: dict, iteration: int, learning_rate, grad_norm) -> None:
         layers = self.layer_means()
         values = [{key: float(value) for key, value in losses.items()}]
-        last = parallel_state.get_pipeline_model_parallel_last_rank()
-        torch.distributed.broadcast_object_list(values, last, group=parallel_state.get_pipeline_model_parallel_group())
+        stages = parallel_state.get_pipeline_model_parallel_group()
+        if stages.size() > 1:
+            last = parallel_state.get_pipeline_model_parallel_last_rank()
+            torch.distributed.broadcast_object_list(values, last, group=stages)
         if not self.writes:
             return
         losses, now = values[0], time.time()

@@ -178,7 +178,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--teacher", required=True, help="checkpoint of the base Transformer (convert_hf_to_megatron.py)")
     add("--out", required=True, help="student checkpoint to write")
     add("--mla-layers", required=True, help="1,5,10,14 | uniform:K | all | none | a name such as 4MLA12GDN")
-    add("--linear", default="gdn", choices=("gdn", "mamba2"), help="what the other layers become")
+    add("--linear", choices=("gdn", "mamba2"), help="what the other layers become (default: gdn, or the plan's name)")
     add("--init", default="data", choices=("data", "svd"), help="calibrated on text, or the paper's (default: data)")
     add("--geometry", default="native", choices=("native", "published"))
     add("--calibration", help="text or JSONL file; with --init svd it only measures the errors")

@@ -9,9 +9,12 @@ from fla.modules.activations import swiglu
 from fla.modules.convolution import causal_conv1d as fla_conv1d
 from fla.modules.fused_norm_gate import rms_norm_gated
 from fla.modules.layernorm_gated import rmsnorm_fn
+from fla.ops.common.chunk_h import chunk_bwd_dh, chunk_fwd_h
+from fla.ops.common.chunk_o import chunk_bwd_dqkwg, chunk_bwd_dv, chunk_fwd_o
 from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 from fla.ops.gated_delta_rule import fused_recurrent_gated_delta_rule as step_gated_delta_rule
-from fla.ops.simple_gla import chunk_simple_gla
+from fla.ops.utils import chunk_local_cumsum
+from fla.ops.utils.constant import RCP_LN2
 
 from hylo_megatron.kernels import conv, norm, triton_pointwise
 from hylo_megatron.kernels.ssd import skip
@@ -31,6 +34,8 @@ __all__ = [
     "swiglu",
     "swiglu_packed",
 ]
+
+CHUNK = 64  # positions worked on at once
 
 
 def causal_conv1d(x, weight, bias=None, activation="silu", initial_state=None, output_final_state=False, **kwargs):
@@ -60,6 +65,35 @@ def gated_rms_norm(x, z, weight, eps, group_size=None, norm_before_gate=True):
     return rmsnorm_fn(x, weight, None, z, eps, group_size, norm_before_gate)
 
 
+class _GatedLinearAttention(torch.autograd.Function):
+    """fla's ``chunk_simple_gla`` with 16-bit states in its backward pass too, as its gated delta rule has them.
+
+    With fp32 states fla has no backward kernel for Hopper before Triton 3.7.1. (q, k [B,S,H,K], v [B,S,H,V], log decay
+    g [B,S,H], state [B,H,K,V] | None) -> (out like v, last state | None).
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, g, state, output_final_state):
+        q, k, v = (x.contiguous() for x in (q, k, v))
+        g = chunk_local_cumsum(g.contiguous(), chunk_size=CHUNK, scale=RCP_LN2)  # the kernels take exp2
+        h, last = chunk_fwd_h(k=k, v=v, g=g, h0=state, output_final_state=output_final_state, chunk_size=CHUNK)
+        ctx.save_for_backward(q, k, v, g, state)
+        return chunk_fwd_o(q=q, k=k, v=v, g=g, h=h, scale=1.0, chunk_size=CHUNK), last
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_out, d_last):
+        q, k, v, g, state = ctx.saved_tensors
+        d_out, common = d_out.contiguous(), dict(q=q, k=k, v=v, g=g, scale=1.0, chunk_size=CHUNK)
+        h, _ = chunk_fwd_h(k=k, v=v, g=g, h0=state, output_final_state=False, chunk_size=CHUNK)
+        d_h, d_state = chunk_bwd_dh(**common, do=d_out, h0=state, dht=d_last)
+        d_q, d_k, _, d_g = chunk_bwd_dqkwg(**common, h=h, do=d_out, dh=d_h)
+        del common["v"]
+        d_v = chunk_bwd_dv(**common, do=d_out, dh=d_h)
+        d_g = chunk_local_cumsum(d_g, chunk_size=CHUNK, reverse=True)
+        return d_q, d_k, d_v, d_g, d_state, None
+
+
 def ssd_chunk_scan(x, dt, A, B, C, chunk_size=64, D=None, initial_state=None, output_final_state=False):
     """As ``ssd.ssd_chunk_scan``: state-space duality is gated linear attention with one decay a head, scale 1."""
     heads = x.shape[2] // B.shape[2]
@@ -67,8 +101,7 @@ def ssd_chunk_scan(x, dt, A, B, C, chunk_size=64, D=None, initial_state=None, ou
         B, C = B.repeat_interleave(heads, 2), C.repeat_interleave(heads, 2)
     values = (x * dt.unsqueeze(-1)).to(x.dtype)
     state = None if initial_state is None else initial_state.mT.contiguous()
-    out, state = chunk_simple_gla(
-        C.to(x.dtype), B.to(x.dtype), values, (dt * A).float(), scale=1.0, initial_state=state,
-        output_final_state=output_final_state,
-    )  # fmt: skip
+    out, state = _GatedLinearAttention.apply(
+        C.to(x.dtype), B.to(x.dtype), values, (dt * A).float(), state, output_final_state
+    )
     return skip(out, x, D).to(x.dtype), state.mT if output_final_state else None

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS, COLUMNS = 64, 64  # of a tile
-TILES = 4  # of rows for one program of the backward pass, which sums the taps' gradients over them
+ROWS, COLUMNS = 32, 64  # of a tile
+SUM_ROWS, TILES = 16, 16  # of the tiles over which one program sums the taps' gradients, and how many
 
 
 @triton.jit
@@ -31,7 +31,7 @@ def _before_silu(x_ptr, w_ptr, bias_ptr, t, c, channels, length, stride_s, WIDTH
 
 
 @triton.jit
-def _forward(x_ptr, w_ptr, bias_ptr, y_ptr, length, channels, stride_b, stride_s, WIDTH: tl.constexpr,
+def convolve_forward(x_ptr, w_ptr, bias_ptr, y_ptr, length, channels, stride_b, stride_s, WIDTH: tl.constexpr,
              BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
     c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     t = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -48,33 +48,53 @@ def _forward(x_ptr, w_ptr, bias_ptr, y_ptr, length, channels, stride_b, stride_s
 
 
 @triton.jit
-def _backward_silu(x_ptr, w_ptr, bias_ptr, dy_ptr, dz_ptr, dw_ptr, length, channels, stride_b, stride_s,
-                   WIDTH: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-                   TILES: tl.constexpr):  # fmt: skip
-    """dz [B,S,N], the gradient before SiLU; dw [programs,W+1,N], parts of the taps' and the bias's gradient."""
+def convolve_backward_silu(x_ptr, w_ptr, bias_ptr, dy_ptr, dz_ptr, length, channels, stride_b, stride_s,
+                           WIDTH: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr,
+                           COLUMNS: tl.constexpr):  # fmt: skip
+    """dz [B,S,N], the gradient before SiLU."""
     c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    t = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     batch = tl.program_id(2).to(tl.int64)
+    inside = (t < length)[:, None] & (c < channels)[None, :]
     x_ptr += batch * stride_b
+    z = _before_silu(x_ptr, w_ptr, bias_ptr, t, c, channels, length, stride_s, WIDTH, BIAS, ROWS, COLUMNS)
+    at_y = (batch * length + t)[:, None] * channels + c[None, :]
+    gate = tl.sigmoid(z)
+    dz = tl.load(dy_ptr + at_y, mask=inside, other=0.0).to(tl.float32) * gate * (1 + z * (1 - gate))
+    tl.store(dz_ptr + at_y, dz.to(dz_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def convolve_backward_input(dz_ptr, x_ptr, w_ptr, dx_ptr, dw_ptr, length, channels, stride_b, stride_s,
+                            WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+                            TILES: tl.constexpr):  # fmt: skip
+    """dx at t is the sum of w_i dz at t + W - 1 - i, in the projection's layout; those same dz times x at t sum up to
+    the gradient of the taps and, with i = W - 1, of the bias: dw [programs,W+1,N], a part of it each."""
+    c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    here = c < channels
+    batch = tl.program_id(2).to(tl.int64)
     part = (batch * tl.num_programs(1) + tl.program_id(1)) * (WIDTH + 1)
-    d_bias = tl.zeros((COLUMNS,), tl.float32)
-    d_w0 = tl.zeros((COLUMNS,), tl.float32)
-    d_w1 = tl.zeros((COLUMNS,), tl.float32)
-    d_w2 = tl.zeros((COLUMNS,), tl.float32)
-    d_w3 = tl.zeros((COLUMNS,), tl.float32)
+    dz_ptr += batch * length * channels
+    x_ptr += batch * stride_b
+    dx_ptr += batch * stride_b
+    d_w0 = tl.zeros((ROWS, COLUMNS), tl.float32)
+    d_w1 = tl.zeros((ROWS, COLUMNS), tl.float32)
+    d_w2 = tl.zeros((ROWS, COLUMNS), tl.float32)
+    d_w3 = tl.zeros((ROWS, COLUMNS), tl.float32)
+    d_bias = tl.zeros((ROWS, COLUMNS), tl.float32)
     for tile in range(TILES):
         t = (tl.program_id(1) * TILES + tile) * ROWS + tl.arange(0, ROWS)
-        inside = (t < length)[:, None] & (c < channels)[None, :]
-        z = _before_silu(x_ptr, w_ptr, bias_ptr, t, c, channels, length, stride_s, WIDTH, BIAS, ROWS, COLUMNS)
-        at_y = (batch * length + t)[:, None] * channels + c[None, :]
-        gate = tl.sigmoid(z)
-        dz = tl.load(dy_ptr + at_y, mask=inside, other=0.0).to(tl.float32) * gate * (1 + z * (1 - gate))
-        tl.store(dz_ptr + at_y, dz.to(dz_ptr.dtype.element_ty), mask=inside)
-        d_bias += tl.sum(dz, 0)
+        inside = (t < length)[:, None] & here[None, :]
+        at_x = t.to(tl.int64)[:, None] * stride_s + c[None, :]
+        x = tl.load(x_ptr + at_x, mask=inside, other=0.0).to(tl.float32)
+        dx = tl.zeros((ROWS, COLUMNS), tl.float32)
         for i in tl.static_range(WIDTH):
-            at = t - (WIDTH - 1) + i
-            mask = inside & (at >= 0)[:, None]
-            x = tl.load(x_ptr + at.to(tl.int64)[:, None] * stride_s + c[None, :], mask=mask, other=0.0)
-            d_tap = tl.sum(dz * x.to(tl.float32), 0)
+            at = t + (WIDTH - 1 - i)
+            mask = inside & (at < length)[:, None]
+            dz = tl.load(dz_ptr + at.to(tl.int64)[:, None] * channels + c[None, :], mask=mask, other=0.0)
+            dz = dz.to(tl.float32)
+            dx += dz * tl.load(w_ptr + c * WIDTH + i, mask=here, other=0.0).to(tl.float32)[None, :]
+            d_tap = dz * x
             if i == 0:
                 d_w0 += d_tap
             elif i == 1:
@@ -83,38 +103,28 @@ def _backward_silu(x_ptr, w_ptr, bias_ptr, dy_ptr, dz_ptr, dw_ptr, length, chann
                 d_w2 += d_tap
             else:
                 d_w3 += d_tap
-    here = c < channels
-    tl.store(dw_ptr + part * channels + c, d_w0, mask=here)
+            if i == WIDTH - 1:
+                d_bias += dz
+        tl.store(dx_ptr + at_x, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+    tl.store(dw_ptr + part * channels + c, tl.sum(d_w0, 0), mask=here)
     if WIDTH > 1:
-        tl.store(dw_ptr + (part + 1) * channels + c, d_w1, mask=here)
+        tl.store(dw_ptr + (part + 1) * channels + c, tl.sum(d_w1, 0), mask=here)
     if WIDTH > 2:
-        tl.store(dw_ptr + (part + 2) * channels + c, d_w2, mask=here)
+        tl.store(dw_ptr + (part + 2) * channels + c, tl.sum(d_w2, 0), mask=here)
     if WIDTH > 3:
-        tl.store(dw_ptr + (part + 3) * channels + c, d_w3, mask=here)
-    tl.store(dw_ptr + (part + WIDTH) * channels + c, d_bias, mask=here)
+        tl.store(dw_ptr + (part + 3) * channels + c, tl.sum(d_w3, 0), mask=here)
+    tl.store(dw_ptr + (part + WIDTH) * channels + c, tl.sum(d_bias, 0), mask=here)
 
 
 @triton.jit
-def _backward_input(dz_ptr, w_ptr, dx_ptr, length, channels, stride_b, stride_s, WIDTH: tl.constexpr,
-                    ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
-    """dx at t: the sum of w_i dz at t + W - 1 - i, into the projection's layout."""
+def copy_backward(dy_ptr, dx_ptr, length, channels, stride_b, stride_s, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The gradient of a section that is not convolved, into the projection's layout."""
     c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     t = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     batch = tl.program_id(2).to(tl.int64)
     inside = (t < length)[:, None] & (c < channels)[None, :]
-    dz_ptr += batch * length * channels
-    if WIDTH == 0:
-        dx = tl.load(dz_ptr + t.to(tl.int64)[:, None] * channels + c[None, :], mask=inside)
-    else:
-        dx = tl.zeros((ROWS, COLUMNS), tl.float32)
-        for i in tl.static_range(WIDTH):
-            at = t + (WIDTH - 1 - i)
-            mask = inside & (at < length)[:, None]
-            dz = tl.load(dz_ptr + at.to(tl.int64)[:, None] * channels + c[None, :], mask=mask, other=0.0)
-            w = tl.load(w_ptr + c * WIDTH + i, mask=c < channels, other=0.0).to(tl.float32)
-            dx += dz.to(tl.float32) * w[None, :]
-    to = dx_ptr + batch * stride_b + t.to(tl.int64)[:, None] * stride_s + c[None, :]
-    tl.store(to, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+    dx = tl.load(dy_ptr + (batch * length + t)[:, None] * channels + c[None, :], mask=inside)
+    tl.store(dx_ptr + batch * stride_b + t.to(tl.int64)[:, None] * stride_s + c[None, :], dx, mask=inside)
 
 
 def _sections(sizes: tuple[int, ...], start: int, channels: int):
@@ -136,7 +146,7 @@ class _SplitConvolve(torch.autograd.Function):
             taps, bias = (None, None) if row is None else (taps_NW[row:], None if bias_N is None else bias_N[row:])
             width = 0 if taps is None else taps.shape[1]
             grid = (triton.cdiv(size, COLUMNS), triton.cdiv(length, ROWS), batch)
-            _forward[grid](x_BSC[..., first:], taps, bias, out, length, size, x_BSC.stride(0), x_BSC.stride(1),
+            convolve_forward[grid](x_BSC[..., first:], taps, bias, out, length, size, x_BSC.stride(0), x_BSC.stride(1),
                            width, bias is not None, ROWS, COLUMNS, num_warps=4)  # fmt: skip
             outs.append(out)
         ctx.save_for_backward(x_BSC, taps_NW, bias_N)
@@ -148,23 +158,24 @@ class _SplitConvolve(torch.autograd.Function):
     def backward(ctx, *d_outs):
         x_BSC, taps_NW, bias_N = ctx.saved_tensors
         batch, length, _ = x_BSC.shape
-        d_x, width = torch.empty_like(x_BSC), taps_NW.shape[1]
-        parts = triton.cdiv(length, ROWS * TILES)
-        d_taps = torch.empty(width + 1, len(taps_NW), dtype=torch.float32, device=x_BSC.device)
+        d_x = torch.empty_strided(x_BSC.shape, x_BSC.stride(), dtype=x_BSC.dtype, device=x_BSC.device)
+        d_taps = torch.empty(taps_NW.shape[1] + 1, len(taps_NW), dtype=torch.float32, device=x_BSC.device)
         for (first, size, row), d_out in zip(_sections(ctx.sizes, ctx.start, len(taps_NW)), d_outs, strict=True):
-            d_out, strides = d_out.contiguous(), (x_BSC.stride(0), x_BSC.stride(1))
-            columns, d_z, taps = triton.cdiv(size, COLUMNS), d_out, None
-            if row is not None:
-                taps, bias = taps_NW[row:], None if bias_N is None else bias_N[row:]
-                d_z, sums = torch.empty_like(d_out), d_taps.new_empty(batch * parts, width + 1, size)
-                _backward_silu[columns, parts, batch](x_BSC[..., first:], taps, bias, d_out, d_z, sums, length, size,
-                                                      *strides, width, bias is not None, ROWS, COLUMNS, TILES,
-                                                      num_warps=4)  # fmt: skip
-                d_taps[:, row : row + size] = sums.sum(0)
-            _backward_input[columns, triton.cdiv(length, ROWS), batch](
-                d_z, taps, d_x[..., first:], length, size, d_x.stride(0), d_x.stride(1),
-                0 if taps is None else width, ROWS, COLUMNS, num_warps=4,
-            )  # fmt: skip
+            d_out, x, d_section = d_out.contiguous(), x_BSC[..., first:], d_x[..., first:]
+            columns, rows = triton.cdiv(size, COLUMNS), triton.cdiv(length, ROWS)
+            shape = (length, size, x_BSC.stride(0), x_BSC.stride(1))
+            if row is None:
+                copy_backward[columns, rows, batch](d_out, d_section, *shape, ROWS, COLUMNS, num_warps=4)
+                continue
+            taps, bias, width = taps_NW[row:], None if bias_N is None else bias_N[row:], taps_NW.shape[1]
+            d_z = torch.empty_like(d_out)
+            convolve_backward_silu[columns, rows, batch](x, taps, bias, d_out, d_z, *shape, width, bias is not None,
+                                                         ROWS, COLUMNS, num_warps=4)  # fmt: skip
+            parts = triton.cdiv(length, SUM_ROWS * TILES)
+            sums = d_taps.new_empty(batch * parts, width + 1, size)
+            convolve_backward_input[columns, parts, batch](d_z, x, taps, d_section, sums, *shape, width, SUM_ROWS,
+                                                           COLUMNS, TILES, num_warps=8)  # fmt: skip
+            d_taps[:, row : row + size] = sums.sum(0)
         d_x[..., sum(ctx.sizes) :].zero_()
         d_bias = None if bias_N is None else d_taps[-1].to(bias_N.dtype)
         return d_x, d_taps[:-1].t().to(taps_NW.dtype), d_bias, None, None

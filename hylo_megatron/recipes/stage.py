@@ -84,7 +84,7 @@ class Recipe:
 
     name: str
     plan: str
-    linear: str
+    linear: str | None
     stages: tuple[Stage, ...]
     calibration_tokens: int
     calibration_length: int
