@@ -35,7 +35,7 @@ HYBRIDS = {
     "no-mla": tiny.hybrid("mamba2", plan=("mamba2",) * 4),
     "all-mla": tiny.hybrid(plan=("mla",) * 3),  # an odd number of layers for the pipeline
 }
-TEACHERS = [*tiny.SHAPES, "llama-yarnless-linear"]
+TEACHERS = [*tiny.SHAPES, "llama-LINEAR", "llama-YARN", "llama-LLAMA3"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -60,8 +60,8 @@ def folder(tmp_path_factory):
 @functools.cache
 def teacher(folder: Path, shape: str) -> torch.Tensor:
     """transformers' logits of a teacher whose checkpoint is ``folder / shape``."""
-    base, _, linear = shape.partition("-")
-    model = tiny.teacher_model(base, **({"rope_parameters": tiny.LINEAR} if linear else {}))
+    base, _, rope = shape.partition("-")
+    model = tiny.teacher_model(base, **({"rope_parameters": getattr(tiny, rope)} if rope else {}))
     hf_to_megatron.convert(tiny.save_model(model, folder / f"{shape}.hf"), folder / shape)
     with torch.no_grad():
         return model(tiny.tokens()).logits
