@@ -43,6 +43,7 @@ class Cell:
     pp: int = 1
     cp: int = 1
     sp: bool = False
+    cp_comm_type: str = "all_gather"
 
 
 def distill_model(student, teacher, stage, train, config=None, **settings) -> DistillModel:
@@ -106,7 +107,8 @@ def run_cell(cell: Cell, log_path: Path, noise: float = 0.0) -> dict:
     set_args(SimpleNamespace(hylo_stage=cell.stage, hylo_teacher_length=KL.teacher_length))
     model = distill_model(
         cell.student, cell.teacher, cell.stage, cell.train, kl=KL,
-        config=dict(sequence_parallel=cell.sp, calculate_per_token_loss=True, deallocate_pipeline_outputs=True,
+        config=dict(sequence_parallel=cell.sp, cp_comm_type=cell.cp_comm_type, calculate_per_token_loss=True,
+                    deallocate_pipeline_outputs=True,
                     finalize_model_grads_func=finalize_model_grads),
     )  # fmt: skip
     perturb(model, noise)

@@ -175,7 +175,8 @@ def test_bad_input_as_a_command(world, tmp_path):
 
 # ---- one step on two processes, every layout, against one process ----
 
-LAYOUTS = {"tp2": dict(tp=2), "tp2sp": dict(tp=2, sp=True), "pp2": dict(pp=2), "cp2": dict(cp=2), "dp2": {}}
+LAYOUTS = {"tp2": dict(tp=2), "tp2sp": dict(tp=2, sp=True), "pp2": dict(pp=2), "cp2": dict(cp=2),
+           "cp2ring": dict(cp=2, cp_comm_type="p2p"), "dp2": {}}  # fmt: skip
 QWEN3 = dict(tie_word_embeddings=False, model_type="qwen3", qk_norm=True, mla_qk_norm=True,
              geometry=tiny.GEOMETRY_Q_LORA)  # fmt: skip
 STEPS = {  # name: student, teacher, stage, what trains

@@ -35,7 +35,7 @@ class CoreAttention(MegatronModule):
     def forward(self, q_SBHK: Tensor, k_SBGK: Tensor, v_SBGV: Tensor, attention_mask=None, **_) -> Tensor:
         cp_size, mask = self.cp_group.size(), None
         if self.rotary:
-            q_SBHK, k_SBGK = (self.rotary(x, self.cp_group) for x in (q_SBHK, k_SBGK))
+            q_SBHK, k_SBGK = (self.rotary(x, cp_size, self.cp_group.rank()) for x in (q_SBHK, k_SBGK))
         if cp_size > 1:
             k_SBGK = gather_from_sequence_parallel_region(k_SBGK, group=self.cp_group)
             v_SBGV = gather_from_sequence_parallel_region(v_SBGV, group=self.cp_group)

@@ -2,7 +2,8 @@
 
 Legend: S sequence, B batch, D model, H heads of this rank, R latent rank, P rope, K nope + rope, V value dims.
 Tensor parallelism: down-projections are replicated (a few hundred columns need not divide by the ranks),
-up-projections split by heads. Under sequence parallelism the latents are gathered, not the hidden states.
+up-projections split by heads. Under sequence parallelism the latents are gathered, not the hidden states. Context
+parallelism: the latents go from rank to rank (``latent_ring.py``; the engine's ``--cp-comm-type``: p2p or all_gather).
 """
 
 import torch
@@ -15,6 +16,8 @@ from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor, nn
 
 from hylo_megatron.config import MLAGeometry
+from hylo_megatron.errors import HyLoError
+from hylo_megatron.layers.latent_ring import latent_attention
 from hylo_megatron.layers.norm import HeadRMSNorm
 from hylo_megatron.layers.rope import Rotary
 
@@ -41,8 +44,12 @@ class MLASelfAttention(MegatronModule):
     """
 
     def __init__(self, config, layer_number, geometry: MLAGeometry, rope_parameters: dict, max_positions: int,
-                 column_linear, row_linear, core_attention, qk_norm=False, pg_collection=None, **_):  # fmt: skip
+                 column_linear, row_linear, core_attention, qk_norm=False, pg_collection=None,
+                 cp_comm_type: str | None = None, **_):  # fmt: skip
         super().__init__(config)
+        if cp_comm_type not in (None, "p2p", "all_gather"):
+            raise HyLoError(f"--cp-comm-type {cp_comm_type}: MLA layers have p2p (a ring of latents) and all_gather")
+        self.ring, self.cp_group = cp_comm_type == "p2p", pg_collection.cp
         self.geometry, self.layer_number, self.tp_group = geometry, layer_number, pg_collection.tp
         heads, self.key_dim = config.num_attention_heads, geometry.qk_nope_head_dim + geometry.qk_rope_head_dim
         self.local_heads = heads // pg_collection.tp.size()
@@ -94,20 +101,46 @@ class MLASelfAttention(MegatronModule):
             latent_SBR = latent_SBR.contiguous()
         return latent_SBR, k_rope_SBP
 
-    def forward(self, hidden_states: Tensor, attention_mask=None, **_):
+    def expand_latent(self, kv: Tensor, k_rope_SBP: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        """``(k_SBHK, v_SBHV)`` at the positions of context-parallel rank ``rank``; ``kv``: up-projected latents."""
         g = self.geometry
-        q_SBHK = self.project_query(hidden_states)
-        latent_SBR, k_rope_SBP = self.project_latent(hidden_states)
-        kv, _ = self.linear_kv_up_proj(latent_SBR)
         kv = kv.unflatten(-1, (self.local_heads, g.qk_nope_head_dim + g.v_head_dim))
         k_nope, v_SBHV = kv.split([g.qk_nope_head_dim, g.v_head_dim], -1)
         k_rope = k_rope_SBP.unsqueeze(2).expand(-1, -1, self.local_heads, -1)
         k_SBHK = torch.cat([k_nope, k_rope], -1)
-        if self.q_norm is not None:
-            q_SBHK, k_SBHK = self.q_norm(q_SBHK), self.k_norm(k_SBHK)
-        q_SBHK, k_SBHK = (self._rotate(x) for x in (q_SBHK, k_SBHK))
-        return self.linear_proj(self.core_attention(q_SBHK, k_SBHK, v_SBHV))
+        if self.k_norm is not None:
+            k_SBHK = self.k_norm(k_SBHK)
+        return self._rotate(k_SBHK, rank), v_SBHV
 
-    def _rotate(self, x_SBHK: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, attention_mask=None, **_):
+        q_SBHK, rank = self.project_query(hidden_states), self.cp_group.rank()
+        if self.q_norm is not None:
+            q_SBHK = self.q_norm(q_SBHK)
+        q_SBHK = self._rotate(q_SBHK, rank)
+        latent_SBR, k_rope_SBP = self.project_latent(hidden_states)
+        if self.cp_group.size() > 1:
+            return self.linear_proj(self._attend_across_ranks(q_SBHK, latent_SBR, k_rope_SBP))
+        kv, _ = self.linear_kv_up_proj(latent_SBR)
+        return self.linear_proj(self.core_attention(q_SBHK, *self.expand_latent(kv, k_rope_SBP, rank)))
+
+    def _attend_across_ranks(self, q_SBHK: Tensor, latent_SBR: Tensor, k_rope_SBP: Tensor) -> Tensor:
+        """``[S, B, H*V]``: this rank's queries over the latents of all context-parallel ranks."""
+        of_all = (gather_from_sequence_parallel_region if self.config.sequence_parallel
+                  else copy_to_tensor_model_parallel_region)  # fmt: skip
+        latents = torch.cat([of_all(latent_SBR, group=self.tp_group), k_rope_SBP], -1)
+        weight = self.linear_kv_up_proj.weight
+
+        def expand(latents: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+            latent, k_rope = latents.split([self.geometry.kv_lora_rank, self.geometry.qk_rope_head_dim], -1)
+            k, v = self.expand_latent(nn.functional.linear(latent, weight), k_rope, rank)
+            return k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3)
+
+        parameters = [weight] + ([self.k_norm.weight] if self.k_norm is not None else [])
+        out_BHSV = latent_attention(
+            q_SBHK.permute(1, 2, 0, 3), latents, expand, parameters, self.cp_group, self.key_dim**-0.5, self.ring
+        )
+        return out_BHSV.permute(2, 0, 1, 3).flatten(2)
+
+    def _rotate(self, x_SBHK: Tensor, rank: int) -> Tensor:
         nope, rope = x_SBHK.split([self.geometry.qk_nope_head_dim, self.geometry.qk_rope_head_dim], -1)
-        return torch.cat([nope, self.rotary(rope, self.core_attention.cp_group)], -1)
+        return torch.cat([nope, self.rotary(rope, self.cp_group.size(), rank)], -1)
