@@ -75,6 +75,10 @@ def split_convolve(
 
     ``weight`` [C,W]: the C channels from ``start`` on, whole sections, are convolved and go through SiLU.
     """
-    stop, end = start + len(weight), sum(sizes)
-    convolved, _ = causal_conv1d(x[..., start:stop], weight, bias)
-    return torch.cat([x[..., :start], convolved, x[..., stop:end]], -1).split(sizes, -1)
+    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+    before = [size for size, end in zip(sizes, ends, strict=True) if end <= start]
+    after = [size for size, end in zip(sizes, ends, strict=True) if end > start + len(weight)]
+    inside = list(sizes[len(before) : len(sizes) - len(after)])
+    pieces = x.split([*before, len(weight), *after, x.shape[-1] - sum(sizes)], -1)
+    convolved, _ = causal_conv1d(pieces[len(before)], weight, bias)
+    return *pieces[: len(before)], *convolved.split(inside, -1), *pieces[len(before) + 1 : -1]
