@@ -23,7 +23,7 @@ def default_plan(linear: str | None) -> str:
 
 
 def smollm2_cpu(plan: str | None = None, linear: str | None = None, seed: int = 1234) -> Recipe:
-    """Two CPU cores, under twenty minutes: every stage short, each long enough to be seen to work."""
+    """Two CPU cores, about twenty minutes: every stage short, each long enough to be seen to work."""
     # Batches of 512 tokens are noisy: a small step that anneals to nothing, or Adam undoes a good initialisation.
     ild = Stage("ild", "ild", seq_length=512, global_batch=1, steps=60, lr=2e-4, warmup=0.1, train="mixers")
     distill = replace(ild, name="distill", kind="distill", steps=50, lr=3e-5)
