@@ -18,6 +18,9 @@ import tiny  # noqa: E402
 import train_helpers as helpers  # noqa: E402
 from train_helpers import read_log, train, train_flags  # noqa: E402
 
+from hylo_megatron.config import parse_plan  # noqa: E402
+from hylo_megatron.init.upcycle import upcycle  # noqa: E402
+
 LOSSES = ("loss", "kl", "ce", "grad_norm", "lr")
 
 
@@ -237,3 +240,18 @@ def test_two_processes_compute_what_one_does(name, layout, steps):
     print(f"PARITY {name} {layout}: loss {loss_gap:.1e}, gradient {gaps[worst]:.1e} ({worst})")
     assert gaps[worst] <= limits[worst], (worst, gaps[worst], limits[worst])
     assert got["spread"] <= 1e-6  # copies of one parameter have one gradient
+
+
+def test_context_parallelism_by_the_command_line(world, tmp_path):
+    student = tmp_path / "student"  # of six heads: the linear blocks divide theirs by the ranks
+    upcycle(world["big"], student, parse_plan(6, "0,3", "gdn"), tokens_BS=tiny.tokens(4, helpers.SEQ), log=str)
+
+    def losses(name, processes, **flags):
+        argv = helpers.train_flags(world, "distill", tmp_path / name, str(student), "big", **flags)
+        succeeded(helpers.train(*argv, processes=processes))
+        return [line["loss"] for line in read_log(tmp_path / name / "train_log.jsonl")]
+
+    alone = losses("alone", 1)
+    for comm in ("p2p", "all_gather"):
+        halves = losses(comm, 2, context_parallel_size=2, cp_comm_type=comm)
+        assert len(halves) == 4 and halves == pytest.approx(alone, rel=1e-5)
