@@ -40,7 +40,7 @@ def smollm2_gpu(plan: str | None = None, linear: str | None = None, seed: int = 
         train="mixers", mix=(("text", 0.78), ("chat", 0.10), ("retrieval", 0.12)),
     )  # fmt: skip
     distill = replace(
-        ild, name="distill-2k", kind="distill", steps=1040, lr=6e-4, min_lr=5e-5, train="all", answer_weight=0.1,
+        ild, name="distill-2k", kind="distill", steps=960, lr=6e-4, min_lr=5e-5, train="all", answer_weight=0.1,
         copied_lr_mult=0.3, decay_lr_mult=2.0,  # 5.0 makes the gradient jump now and then
     )  # fmt: skip
     longer = replace(
@@ -49,9 +49,9 @@ def smollm2_gpu(plan: str | None = None, linear: str | None = None, seed: int = 
         teacher_length=TEACHER_LENGTH, ce_weight=0.1,
     )  # fmt: skip
     longest = replace(
-        longer, name="distill-32k", seq_length=32768, global_batch=1, micro_batch=1, steps=100, lr=1.5e-4,
-        min_lr=0.0, mix=(("long", 0.45), ("chat", 0.05), ("retrieval", 0.50)),
-        recompute=34,  # of 60 halves of layers, for memory
+        longer, name="distill-32k", seq_length=32768, global_batch=1, micro_batch=1, steps=140, min_lr=0.0,
+        mix=(("long", 0.45), ("chat", 0.05), ("retrieval", 0.50)),
+        recompute=29,  # of 60 halves of layers, for memory
     )  # fmt: skip
     evaluation = Evaluation(
         context=2048, tokens=150_000, needle_lengths=(1024, 2048, 4096, 6144, 8192, 16384, 32768), needle_samples=10,

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -89,9 +88,8 @@ class Training:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(layout.ranks)]
         if layout.ranks == 1:  # the launcher would import torch only to start one process
             launcher = []
-            environment |= dict(
-                RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port()
-            )
+            # Port 0: whichever is free when the process listens; one that was free now may be taken by then.
+            environment |= dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
         with log.open("a") as output:
             self.process = subprocess.Popen([sys.executable, *launcher, *trainer], stdout=output,
                                             stderr=subprocess.STDOUT, env=environment)  # fmt: skip
@@ -120,12 +118,6 @@ class Training:
     def stop(self) -> None:
         self.process.terminate()
         self.process.wait()
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 def _reason(code: int, log: Path) -> str:
