@@ -41,7 +41,7 @@ def smollm2_gpu(plan: str | None = None, linear: str | None = None, seed: int = 
     )  # fmt: skip
     distill = replace(
         ild, name="distill-2k", kind="distill", steps=960, lr=6e-4, min_lr=5e-5, train="all", answer_weight=0.1,
-        copied_lr_mult=0.3, decay_lr_mult=2.0,  # 5.0 makes the gradient jump now and then
+        copied_lr_mult=0.3, decay_lr_mult=2.0,
     )  # fmt: skip
     longer = replace(
         distill, name="distill-8k", seq_length=8192, global_batch=2, micro_batch=2, steps=280, lr=2e-4, min_lr=6e-5,
