@@ -1,11 +1,11 @@
-"""One training step on any parallel layout: losses and whole gradients, as numbers to compare.
+"""Training steps on any parallel layout: losses and whole gradients, as numbers to compare.
 
-``python parallel_parity.py WORK`` under torchrun runs every cell of WORK/cells.json and writes WORK/NAME.pt.
+``python parallel_parity.py WORK N`` under torchrun runs every cell of WORK/cells-N.json and writes WORK/NAME.pt.
 """
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +15,7 @@ import train_helpers as helpers  # before megatron: it starts the engine
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.training.global_vars import set_args, unset_global_variables
 
@@ -23,16 +24,21 @@ from hylo_megatron.distill import batches
 from hylo_megatron.distill.engine_hooks import StepLog
 from hylo_megatron.distill.kl import KLSettings
 from hylo_megatron.distill.model import DistillModel, DistillSettings
+from hylo_megatron.distill.teacher_fed import TeacherFed
 from hylo_megatron.layers.load import layout_config, load_model, start_process_groups
+from hylo_megatron.platform import distributed_optimizer
 
-ROWS, MICRO = 4, 2
+ROWS = 4
 # kl and ce together, tempered, in chunks that do not divide the tokens, with a teacher for the first two thirds
 KL = KLSettings(kl_weight=0.7, ce_weight=0.3, temperature=2.0, chunk=50, teacher_length=40, ce_beyond=0.5)
+DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16}
 
 
 @dataclass
 class Cell:
-    """``student`` and ``teacher`` are checkpoints; ``train``: see ``DistillSettings``."""
+    """``student`` and ``teacher`` are checkpoints; ``train``: see ``DistillSettings``. ``steps``: of the optimizer,
+    after the one whose gradient is kept: SGD, or Adam (which the distributed optimizer wants) with a large epsilon,
+    since Adam proper turns rounding errors of gradients near zero into whole steps."""
 
     name: str
     student: str
@@ -43,28 +49,54 @@ class Cell:
     pp: int = 1
     cp: int = 1
     sp: bool = False
+    micro: int = 2
     cp_comm_type: str = "all_gather"
+    distributed_optimizer: bool = False
+    adam: bool = False
+    dtype: str = "fp32"
+    steps: int = 0
 
 
-def distill_model(student, teacher, stage, train, config=None, **settings) -> DistillModel:
+def distill_model(student, teacher, stage, train, config=None, dtype=torch.float32, **settings) -> DistillModel:
     """A ``DistillModel`` of two checkpoints on the current process groups; ``config``: fields of both configs."""
     models = [
-        load_model(folder, layout_config(Architecture.load(folder), **(config or {}))) for folder in (student, teacher)
+        load_model(folder, layout_config(Architecture.load(folder), dtype, **(config or {})))
+        for folder in (student, teacher)
     ]
+    for model, _ in models:
+        if dtype == torch.float64:  # not model.double(): the decay parameters would stay as they are
+            for parameter in model.parameters():
+                parameter.data = parameter.data.double()
+        elif dtype == torch.bfloat16:
+            model.bfloat16()
     (a, a_arch), (b, b_arch) = models
     return DistillModel(a, b, a_arch, b_arch, DistillSettings(stage, train, **settings))
 
 
-def sample_rows(rank: int, size: int):
-    """Micro-batches of one data-parallel rank, with a mask that differs from row to row."""
-    batch = helpers.token_batch(ROWS, helpers.SEQ)
-    for start in range(rank * MICRO, ROWS, size * MICRO):
-        yield {key: value[start : start + MICRO] for key, value in batch.items()}
+def sample_rows(rank: int, size: int, micro: int):
+    """Micro-batches of one data-parallel rank, step after step, with a mask that differs from row to row."""
+    step = 0
+    while True:
+        batch = helpers.token_batch(ROWS, helpers.SEQ, seed=3 + step)
+        for start in range(rank * micro, ROWS, size * micro):
+            yield {key: value[start : start + micro] for key, value in batch.items()}
+        step += 1
+
+
+def _whole_main_grads(wrapped: DistributedDataParallel) -> None:
+    """Undoes the distributed optimizer's reduce-scatter."""
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    for buffer in wrapped.buffers:
+        for bucket in buffer.buckets:
+            shards = list(bucket.grad_data.clone().chunk(group.size()))
+            dist.all_gather(shards, shards[group.rank()].clone(), group=group)
+            bucket.grad_data.copy_(torch.cat(shards))
 
 
 def whole_gradients(model: DistillModel) -> tuple[dict, float]:
     """Gradients put together from all ranks under checkpoint names, and by how much replicas differ at most."""
-    for parameter in model.student.parameters():
+    kept = {parameter: parameter.data for parameter in model.student.parameters()}
+    for parameter in kept:
         parameter.data = parameter.main_grad if parameter.requires_grad else torch.full_like(parameter, torch.nan)
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     sharded = model.sharded_state_dict(metadata=metadata)
@@ -74,17 +106,19 @@ def whole_gradients(model: DistillModel) -> tuple[dict, float]:
         item = queue.pop()
         if isinstance(item, ShardedTensor):
             place = tuple(slice(o, o + n) for o, n in zip(item.global_offset, item.local_shape, strict=True))
-            data = item.data.reshape(item.local_shape).float()
+            data = item.data.reshape(item.local_shape).cpu().double()
             shards.append((item.key, tuple(item.global_shape), place, data))
         elif isinstance(item, dict | list):
             queue += item.values() if isinstance(item, dict) else item
+    for parameter, data in kept.items():
+        parameter.data = data
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, shards)
     whole, spread = {}, 0.0
     for key, shape, place, data in (shard for rank in everyone for shard in rank):
         if data.isnan().all():  # frozen
             continue
-        target = whole.setdefault(key, torch.full(shape, torch.nan))
+        target = whole.setdefault(key, torch.full(shape, torch.nan, dtype=torch.float64))
         seen = target[place]
         if not seen.isnan().any():
             spread = max(spread, ((seen - data).abs().max() / data.abs().max().clamp_min(1e-30)).item())
@@ -92,52 +126,72 @@ def whole_gradients(model: DistillModel) -> tuple[dict, float]:
     return whole, spread
 
 
-def perturb(model: DistillModel, relative: float) -> None:
-    """Moves every weight by noise of that size: 3e-8 is about what storing it in fp32 may change."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(1 + relative * torch.randn(parameter.shape, generator=generator))
-
-
-def run_cell(cell: Cell, log_path: Path, noise: float = 0.0) -> dict:
-    """One step as ``megatron.training`` takes it: schedule, loss function, gradient reduction, log line."""
+def build(cell: Cell):
+    """``(DistillModel, what DDP made of it, optimizer)`` as ``megatron.training`` has them."""
     start_process_groups(cell.tp, cell.pp, cell.cp)
     unset_global_variables()
     set_args(SimpleNamespace(hylo_stage=cell.stage, hylo_teacher_length=KL.teacher_length))
+    dtype = DTYPES[cell.dtype]
     model = distill_model(
-        cell.student, cell.teacher, cell.stage, cell.train, kl=KL,
+        cell.student, cell.teacher, cell.stage, cell.train, kl=KL, dtype=dtype,
         config=dict(sequence_parallel=cell.sp, cp_comm_type=cell.cp_comm_type, calculate_per_token_loss=True,
-                    deallocate_pipeline_outputs=True,
-                    finalize_model_grads_func=finalize_model_grads),
+                    deallocate_pipeline_outputs=True, finalize_model_grads_func=finalize_model_grads),
+    ).to(torch.cuda.current_device())  # fmt: skip
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=dtype != torch.float64, use_distributed_optimizer=cell.distributed_optimizer,
+        overlap_grad_reduce=cell.distributed_optimizer, bucket_size=4000 if cell.distributed_optimizer else None,
     )  # fmt: skip
-    perturb(model, noise)
-    settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=False)
     wrapped = DistributedDataParallel(model.config, settings, model)
-    wrapped.zero_grad_buffer()
-    rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    stored = get_forward_backward_func()(
-        forward_step_func=batches.forward_step, data_iterator=sample_rows(rank, size), model=[wrapped],
-        num_microbatches=ROWS // MICRO // size, seq_length=helpers.SEQ, micro_batch_size=MICRO, forward_only=False,
+    if cell.distributed_optimizer:
+        model.config.no_sync_func = wrapped.no_sync
+    kind = dict(optimizer="adam", adam_eps=1.0) if cell.adam else dict(optimizer="sgd", sgd_momentum=0.9)
+    optimizer = cell.steps and get_megatron_optimizer(
+        OptimizerConfig(**kind, lr=2.0 if cell.adam else 0.2, clip_grad=1.0, weight_decay=0.01,
+                        use_distributed_optimizer=cell.distributed_optimizer),
+        [wrapped],
     )  # fmt: skip
+    return model, wrapped, optimizer
+
+
+def logged_losses(stored: list[dict]) -> dict:
+    """Means over everybody's tokens, as ``megatron.training`` makes them."""
     losses = {}
     for name in stored[0] if stored else ():
         total = torch.stack([entry[name] for entry in stored]).sum(0)
         dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
         losses[name] = total[0] / total[1]
-    sums = model.layer_sums.clone()
+    return losses
+
+
+def run_cell(cell: Cell, log_path: Path) -> dict:
+    """Steps as ``megatron.training`` takes them: schedule, loss function, gradient reduction, optimizer, log line."""
+    model, wrapped, optimizer = build(cell)
+    rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     arguments = dict(hylo_stage=cell.stage, global_batch_size=ROWS, seq_length=helpers.SEQ, hylo_log=str(log_path))
     weights = dict(hylo_ild_attention_weight=1.0, hylo_ild_hidden_weight=1.0)
     log = StepLog(SimpleNamespace(save=None, **arguments, **weights), [model])
-    layers = log.layer_means()
-    model.layer_sums += sums
-    log.write(losses, 1, 0.1, None)
-    gradients, spread = whole_gradients(model)
-    return {"layers": layers, "gradients": gradients, "spread": spread}
+    schedule = TeacherFed() if cell.stage == "ild" and cell.pp > 1 else get_forward_backward_func()
+    rows, result = sample_rows(rank, size, cell.micro), {"cell": asdict(cell)}
+    for step in range(1 + cell.steps):
+        wrapped.zero_grad_buffer()
+        stored = schedule(
+            forward_step_func=batches.forward_step, data_iterator=rows, model=[wrapped],
+            num_microbatches=ROWS // cell.micro // size, seq_length=helpers.SEQ, micro_batch_size=cell.micro,
+            forward_only=False,
+        )  # fmt: skip
+        log.write(logged_losses(stored), step + 1, 0.1, None)
+        if step == 0:
+            if cell.distributed_optimizer:
+                _whole_main_grads(wrapped)
+            result["gradients"], result["spread"] = whole_gradients(model)
+        if optimizer:
+            optimizer.step()
+    return result
 
 
-def main(work: Path) -> None:
-    for values in json.loads((work / "cells.json").read_text()):
+def main(work: Path, launch: str) -> None:
+    distributed_optimizer.install()
+    for values in json.loads((work / f"cells-{launch}.json").read_text()):
         cell = Cell(**values)
         result = run_cell(cell, work / f"{cell.name}.jsonl")
         if dist.get_rank() == 0:
@@ -146,4 +200,4 @@ def main(work: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -18,7 +18,7 @@ import parallel_parity as parity  # noqa: E402
 import tiny  # noqa: E402
 import train_helpers as helpers  # noqa: E402
 
-from hylo_megatron.distill.ild import AttachInput, AttachLoss, layer_losses  # noqa: E402
+from hylo_megatron.distill.ild import layer_losses  # noqa: E402
 from hylo_megatron.distill.kl import KLSettings, hidden_state_kl, reference_loss, token_weights  # noqa: E402
 from hylo_megatron.errors import HyLoError  # noqa: E402
 from hylo_megatron.layers.load import load_model, start_process_groups  # noqa: E402
@@ -186,22 +186,6 @@ def test_layer_losses_equal_a_loop_over_tokens():
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
     # layers do not depend on one another: the second pair's loss leaves the first pair alone
     assert not torch.autograd.grad(got[1].sum(), layers[0].weight)[0].any()
-
-
-def test_a_loss_enters_on_any_stage():
-    weight, x = torch.tensor([2.0, 5.0], requires_grad=True), torch.randn(3, 4)
-    out = AttachLoss.apply(x, (weight**2).sum())
-    assert torch.equal(out, x)
-    out.backward(torch.randn(3, 4))  # what the next stage sends back has no part in it
-    assert torch.equal(weight.grad, 2 * weight.detach())
-
-
-def test_a_stage_answers_what_it_received():
-    weight, x = torch.tensor([2.0, 5.0], requires_grad=True), torch.randn(3, 4, requires_grad=True)
-    (7 * AttachInput.apply((weight**2).sum(), x)).backward()
-    assert torch.equal(weight.grad, 14 * weight.detach())
-    assert x.grad.shape == x.shape
-    assert not x.grad.any()
 
 
 # ---- the model ----

@@ -53,10 +53,12 @@ def datasets(num_samples, vp_stage=None):
 datasets.is_distributed = True
 
 
-def next_batch(iterator) -> dict[str, torch.Tensor]:
-    """``KEYS``, each ``[B, S / cp]``, of this context-parallel rank."""
+def next_batch(iterator, *default) -> dict[str, torch.Tensor]:
+    """``KEYS``, each ``[B, S / cp]``, of this context-parallel rank. ``default``: as of ``next``."""
     device = torch.cuda.current_device()
-    sample = next(iterator)
+    sample = next(iterator, *default)
+    if sample is None:
+        return None
     batch = {key: sample[key].to(device, non_blocking=True) for key in KEYS if key in sample}
     group = parallel_state.get_context_parallel_group()
     return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=group) if group.size() > 1 else batch
@@ -77,10 +79,15 @@ def loss_function(args, sequence_parallel: bool, batch: dict, output: torch.Tens
     return output[0].clone(), count, logged  # the pipeline frees what it gets here, and cannot free a view
 
 
-def forward_step(iterator, model):
-    args, batch = get_args(), next_batch(iterator)
+def learn(batch: dict, model, teacher_states: list | None = None):
+    """What ``forward_step`` returns, for a batch at hand and perhaps what the teacher made of it."""
     output = model(
-        batch["tokens"], batch["position_ids"], batch["labels"], batch["loss_mask"], batch.get("answer_weight")
-    )
+        batch["tokens"], batch["position_ids"], batch["labels"], batch["loss_mask"], batch.get("answer_weight"),
+        teacher_states,
+    )  # fmt: skip
     sequence_parallel = get_attr_wrapped_model(model, "config").sequence_parallel
-    return output, partial(loss_function, args, sequence_parallel, batch)
+    return output, partial(loss_function, get_args(), sequence_parallel, batch)
+
+
+def forward_step(iterator, model):
+    return learn(next_batch(iterator), model)

@@ -1,4 +1,4 @@
-"""The two places where training reaches into ``megatron.training``: parameter groups, and a log line each step."""
+"""The places where training reaches into ``megatron.training``: parameter groups, schedule, a log line each step."""
 
 import json
 import math
@@ -12,6 +12,7 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePred
 from megatron.training import training
 
 from hylo_megatron.distill.model import is_mixer_parameter
+from hylo_megatron.distill.teacher_fed import TeacherFed
 from hylo_megatron.errors import HyLoError
 
 
@@ -59,13 +60,15 @@ class StepLog:
     def layer_means(self) -> list[list[float]] | None:
         if self.stage != "ild":
             return None
-        sums = [m.take_layer_sums() for m in self.model]
-        local = torch.zeros(self.model[0].arch.num_layers, 2, device=torch.cuda.current_device())
-        for module, value in zip(self.model, sums, strict=True):
-            local[module.first_layer : module.first_layer + len(value)] += value
-        torch.distributed.all_reduce(local, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-        torch.distributed.all_reduce(local, group=parallel_state.get_pipeline_model_parallel_group())
-        return (local / self.tokens).tolist()
+        means = torch.zeros(self.model[0].arch.num_layers, 2, device=torch.cuda.current_device())
+        everyone = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        for module in self.model:
+            sums, tokens = module.take_layer_sums()
+            torch.distributed.all_reduce(sums, group=everyone)
+            torch.distributed.all_reduce(tokens, group=everyone)
+            means[module.first_layer : module.first_layer + len(sums)] = sums / tokens
+        torch.distributed.all_reduce(means, group=parallel_state.get_pipeline_model_parallel_group())
+        return means.tolist()
 
     def write(self, losses: dict, iteration: int, learning_rate, grad_norm) -> None:
         layers = self.layer_means()
@@ -112,5 +115,9 @@ def install(models: list) -> None:
         log[0].write(loss_dict, iteration, learning_rate, grad_norm)
         return logged(loss_dict, total, learning_rate, iteration, scale, report, skipped, grad_norm, *rest, **kwargs)
 
+    args = training.get_args()
+    if args.hylo_stage == "ild" and args.pipeline_model_parallel_size > 1:
+        schedule = TeacherFed()  # training and evaluation ask for it apart, and share it
+        training.get_forward_backward_func = lambda **_: schedule
     training.get_megatron_optimizer_config = with_groups
     training.training_log = with_step_log

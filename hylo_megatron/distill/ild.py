@@ -52,28 +52,3 @@ def layer_losses(student_layers, teacher_states: list[Tensor], mask_SB: Tensor, 
         pairs = ((student_mixed, mixed), (student_after, after))
         losses.append(torch.stack([(ops_for(s).distance(s, t) * mask_SB).sum() for s, t in pairs]))
     return torch.stack(losses) / norms_L2
-
-
-class AttachLoss(torch.autograd.Function):
-    """Identity on ``x`` that also backpropagates ``loss``: how a loss enters on a stage that is not the last."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, loss: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return None, grad.new_ones((), dtype=torch.float32)
-
-
-class AttachInput(torch.autograd.Function):
-    """Identity on ``loss`` with a gradient of zeros for ``x``: the stage that sent ``x`` waits for one."""
-
-    @staticmethod
-    def forward(ctx, loss: Tensor, x: Tensor) -> Tensor:
-        ctx.x = torch.empty_like(x, device="meta")
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return grad, torch.zeros_like(ctx.x, device=grad.device)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hylo_megatron.distill import kl_fused
+from hylo_megatron.kernels.norm import wide
 
 
 @dataclass(frozen=True)
@@ -103,11 +104,11 @@ def _kl_and_gradient(log_s: Tensor, log_t: Tensor, shard: Shard, reverse: bool) 
 
 def torch_chunk(student_TN: Tensor, teacher_TN: Tensor | None, labels_T, kl_weight_T, ce_weight_T, shard, s):
     """``(kl_T, ce_T, gradient by the student's logits [T, N])`` of one chunk; without teacher logits kl is zero."""
-    logits, gradient = student_TN.float(), None
+    logits, gradient = wide(student_TN), None
     kl_T = logits.new_zeros(len(logits))
     if teacher_TN is not None:
         log_s = shard.log_softmax(logits / s.temperature)
-        log_t = shard.log_softmax(teacher_TN.float() / s.temperature)
+        log_t = shard.log_softmax(wide(teacher_TN) / s.temperature)
         kl_T, gradient = _kl_and_gradient(log_s, log_t, shard, s.reverse)
         gradient *= kl_weight_T[:, None] * s.temperature  # T² of the loss over T of the logits
         kl_T = kl_T * s.temperature**2
@@ -132,8 +133,9 @@ class _HiddenStateKL(torch.autograd.Function):
         shard = Shard(head_ND.shape[0], vocab_size, group)
         need_h, need_head = h_TD.requires_grad, head_ND.requires_grad
         grad_h = torch.zeros_like(h_TD) if need_h else None
-        grad_head = torch.zeros(head_ND.shape, dtype=torch.float32, device=h_TD.device) if need_head else None
-        sums = torch.zeros(3, dtype=torch.float32, device=h_TD.device)
+        exact = dict(dtype=torch.promote_types(h_TD.dtype, torch.float32), device=h_TD.device)
+        grad_head = torch.zeros(head_ND.shape, **exact) if need_head else None
+        sums = torch.zeros(3, **exact)
         run_chunk = kl_fused.chunk if kl_fused.fits(h_TD, s) else torch_chunk
         for rows, taught in _spans(len(h_TD), len(t_TC) if s.kl_weight else 0, s.chunk):
             teacher_TN = F.linear(t_TC[rows], teacher_head_NC) if taught else None

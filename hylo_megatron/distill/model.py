@@ -9,7 +9,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from hylo_megatron.config import Architecture
-from hylo_megatron.distill.ild import AttachInput, AttachLoss, HiddenStates, layer_losses
+from hylo_megatron.distill.ild import HiddenStates, layer_losses
 from hylo_megatron.distill.kl import KLSettings, hidden_state_kl, token_weights
 from hylo_megatron.layers.load import load_state, model_tensors
 
@@ -30,17 +30,17 @@ def is_mixer_parameter(name: str) -> bool:
 
 
 class DistillModel(MegatronModule):
-    """Returns ``[loss, *parts]`` on the last pipeline stage, what the next stage needs elsewhere.
+    """Returns ``[loss, *parts]``; in ``distill``, on stages before the last, what the next one needs.
 
-    Under pipeline parallelism student and teacher states travel as one tensor, ``[S, B, D + C]``. The engine sizes its
-    messages by ``config.hidden_size``, so this module's own config carries that sum.
+    There student and teacher states travel as one tensor, ``[S, B, D + C]``. The engine sizes its messages by
+    ``config.hidden_size``, so this module's own config carries that sum. ``ild`` has its own schedule (teacher_fed.py).
     """
 
     def __init__(self, student, teacher, arch: Architecture, teacher_arch: Architecture, settings: DistillSettings):
         config = copy.copy(student.config)
-        carries_student = settings.stage == "distill"
-        config.hidden_size = teacher_arch.hidden_size + (arch.hidden_size if carries_student else 0)
+        config.hidden_size = teacher_arch.hidden_size + arch.hidden_size
         super().__init__(config)
+        self.teacher_width = teacher_arch.hidden_size
         self.student, self.settings, self.arch = student, settings, arch
         # In a plain list: unseen by DDP, the optimizer and checkpoints.
         self._frozen = [teacher.eval().requires_grad_(False)]
@@ -49,7 +49,6 @@ class DistillModel(MegatronModule):
                      "pg_collection"):  # fmt: skip
             setattr(self, name, getattr(student, name, None))
         self.tp_group, self.cp_group = student.pg_collection.tp, student.pg_collection.cp
-        self._received: Tensor | None = None  # what the previous pipeline stage sent (ild)
         first = student.decoder.layers[0].layer_number // 2
         norms = torch.tensor(arch.extra.get("ild_norms", [[1.0, 1.0]] * arch.num_layers), dtype=torch.float32)
         norms = norms if settings.normalize_ild else torch.ones_like(norms)
@@ -57,11 +56,12 @@ class DistillModel(MegatronModule):
         device = torch.cuda.current_device()
         self.norms_L2 = norms[first : first + count].clamp_min(1e-6).to(device)
         self.term_weights = torch.tensor([settings.attention_weight, settings.hidden_weight]).to(device)
-        # Of this rank since the log last took them. One tensor, added to in place: a CUDA graph replays the addition.
-        self.layer_sums = torch.zeros_like(self.norms_L2)
-        if settings.train == "mixers":
-            for name, parameter in student.named_parameters():
-                parameter.requires_grad_(is_mixer_parameter(name))
+        # Of this rank since the log last took them. Added to in place: a CUDA graph replays the addition.
+        self.layer_sums, self.layer_tokens = torch.zeros_like(self.norms_L2), torch.zeros((), device=device)
+        for name, parameter in student.named_parameters():
+            # No layer's loss reaches embedding, last norm and head: in ild, weight decay would be all they get.
+            reached = settings.stage == "distill" or ".layers." in name
+            parameter.requires_grad_(reached and (settings.train == "all" or is_mixer_parameter(name)))
 
     @property
     def teacher(self):
@@ -73,10 +73,6 @@ class DistillModel(MegatronModule):
     def set_input_tensor(self, input_tensor):
         x = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
         if x is None:
-            return
-        if self.settings.stage == "ild":
-            self._received = x
-            self.teacher.set_input_tensor(x.detach())
             return
         width = self.arch.hidden_size
         self.student.set_input_tensor(x[..., :width].contiguous())
@@ -97,45 +93,59 @@ class DistillModel(MegatronModule):
         alone = self.cp_group.size() == 1 and self.config.pipeline_model_parallel_size == 1
         return min(length, limit) if limit and alone and self.settings.stage == "distill" else length
 
+    def empty_hidden(self, batch: int, length: int) -> Tensor:
+        """Room for the teacher's hidden states of ``length`` tokens, as a stage sends them (``ild``)."""
+        length //= self.tp_group.size() if self.config.sequence_parallel else 1
+        device = torch.cuda.current_device()
+        return torch.empty(length, batch, self.teacher_width, dtype=self.config.pipeline_dtype, device=device)
+
+    @torch.no_grad()
+    def teach(self, tokens: Tensor, position_ids: Tensor, hidden: Tensor | None) -> tuple[list[Tensor], Tensor]:
+        """``ild``: what enters this stage's teacher layers and leaves each, and what leaves the stage.
+
+        ``tokens``, ``position_ids`` ``[B, S]``; ``hidden`` ``[S, B, C]``: what left the stage before.
+        """
+        if hidden is not None:
+            self.teacher.set_input_tensor(hidden)
+        out = self._hidden(self.teacher, tokens, position_ids)
+        return self._states.take(), out
+
     def forward(self, tokens: Tensor, position_ids: Tensor, labels: Tensor, loss_mask: Tensor,
-                answer_weight: Tensor | None = None) -> Tensor:  # fmt: skip
-        """All arguments ``[B, S]``."""
+                answer_weight: Tensor | None = None, teacher_states: list[Tensor] | None = None) -> Tensor:  # fmt: skip
+        """All arguments ``[B, S]``; ``teacher_states``: from ``teach``, where that was called before (``ild``)."""
+        if self.settings.stage == "ild":
+            return self._forward_ild(teacher_states or self.teach(tokens, position_ids, None)[0], loss_mask)
         taught = self._taught(tokens.shape[1])
         with torch.no_grad():
             teacher_hidden = self._hidden(self.teacher, tokens[:, :taught], position_ids[:, :taught])
-        if self.settings.stage == "ild":
-            return self._forward_ild(teacher_hidden, loss_mask)
         hidden = self._hidden(self.student, tokens, position_ids)
         if not self.post_process:
             return torch.cat([hidden, teacher_hidden], -1)
         weights = token_weights(self.settings.kl, position_ids, loss_mask.float(), answer_weight)
         return self._head_loss(hidden, teacher_hidden, labels, loss_mask, *weights)
 
-    def _forward_ild(self, teacher_hidden: Tensor, loss_mask: Tensor) -> Tensor:
+    def _forward_ild(self, teacher_states: list[Tensor], loss_mask: Tensor) -> Tensor:
         mask_SB = loss_mask.T.float()
         if self.config.sequence_parallel:
             mask_SB = mask_SB.chunk(self.tp_group.size())[self.tp_group.rank()]
-        losses_L2 = layer_losses(self.student.decoder.layers, self._states.take(), mask_SB, self.norms_L2)
-        self._collect(losses_L2)
+        losses_L2 = layer_losses(self.student.decoder.layers, teacher_states, mask_SB, self.norms_L2)
+        self._collect(losses_L2, mask_SB)
         loss = (losses_L2 * self.term_weights).sum()
-        if self._received is not None:
-            loss, self._received = AttachInput.apply(loss, self._received), None
-        if not self.post_process:
-            return AttachLoss.apply(teacher_hidden, loss)
-        parts = losses_L2.detach().sum(0)
-        return torch.stack([loss, *parts])
+        return torch.stack([loss, *losses_L2.detach().sum(0)])
 
-    def _collect(self, losses_L2: Tensor) -> None:
-        sums = losses_L2.detach().clone()
+    def _collect(self, losses_L2: Tensor, mask_SB: Tensor) -> None:
+        sums, tokens = losses_L2.detach().clone(), mask_SB.sum()
         if self.config.sequence_parallel:
             torch.distributed.all_reduce(sums, group=self.tp_group)
+            torch.distributed.all_reduce(tokens, group=self.tp_group)
         self.layer_sums += sums
+        self.layer_tokens += tokens
 
-    def take_layer_sums(self) -> Tensor:
-        """``[L, 2]``, and begins anew."""
-        sums = self.layer_sums.clone()
-        self.layer_sums.zero_()
-        return sums
+    def take_layer_sums(self) -> tuple[Tensor, Tensor]:
+        """``[L, 2]`` and the number of tokens they are of; begins anew."""
+        taken = self.layer_sums.clone(), self.layer_tokens.clone()
+        self.layer_sums.zero_(), self.layer_tokens.zero_()
+        return taken
 
     def _head_loss(self, hidden: Tensor, teacher_hidden: Tensor, *per_token: Tensor) -> Tensor:
         """``[loss, kl, ce]``; ``per_token``: labels, mask, kl weight and ce weight, each ``[B, S]``."""

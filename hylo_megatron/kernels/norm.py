@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 
 
-def _wide(x: torch.Tensor) -> torch.Tensor:
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """fp32, or fp64 as it is."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -12,14 +13,14 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.
     """``x / rms(x) * weight`` over the last dimension, computed in fp32, returned in ``x.dtype``."""
     if x.is_cuda and (weight is None or weight.dtype == x.dtype):  # one kernel, fp32 inside; saves x as it is
         return F.rms_norm(x, x.shape[-1:], weight, eps)
-    wide = _wide(x)
-    return F.rms_norm(wide, x.shape[-1:], None if weight is None else weight.to(wide.dtype), eps).to(x.dtype)
+    x_wide = wide(x)
+    return F.rms_norm(x_wide, x.shape[-1:], None if weight is None else weight.to(x_wide.dtype), eps).to(x.dtype)
 
 
 def l2norm(x: torch.Tensor, dim: int = -1, eps: float = 1e-6, **_) -> torch.Tensor:
     """``x / sqrt(sum(x^2) + eps)``, as fla.modules.l2norm.l2norm; computed in fp32, returned in ``x.dtype``."""
-    wide = _wide(x)
-    return (wide * torch.rsqrt(wide.square().sum(dim, keepdim=True) + eps)).to(x.dtype)
+    x_wide = wide(x)
+    return (x_wide * torch.rsqrt(x_wide.square().sum(dim, keepdim=True) + eps)).to(x.dtype)
 
 
 def gated_rms_norm(
@@ -31,16 +32,16 @@ def gated_rms_norm(
     norm_before_gate: bool = True,
 ) -> torch.Tensor:
     """RMSNorm per group of ``group_size`` and a SiLU gate, before or after it, as mamba_ssm's ``rmsnorm_fn``."""
-    wide = _wide(x)
-    gate = None if z is None else F.silu(z.to(wide.dtype))
+    out = wide(x)
+    gate = None if z is None else F.silu(z.to(out.dtype))
     if gate is not None and not norm_before_gate:
-        wide = wide * gate
+        out = out * gate
     size = group_size or x.shape[-1]
-    grouped = wide.unflatten(-1, (-1, size))
-    wide = F.rms_norm(grouped, (size,), None, eps).flatten(-2) * weight.to(wide.dtype)
+    grouped = out.unflatten(-1, (-1, size))
+    out = F.rms_norm(grouped, (size,), None, eps).flatten(-2) * weight.to(out.dtype)
     if gate is not None and norm_before_gate:
-        wide = wide * gate
-    return wide.to(x.dtype)
+        out = out * gate
+    return out.to(x.dtype)
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -55,4 +56,4 @@ def swiglu_packed(x: torch.Tensor) -> torch.Tensor:
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """``||a - b||_2`` over the last dimension, fp32."""
-    return (a - b).float().norm(dim=-1)
+    return wide(a - b).norm(dim=-1)

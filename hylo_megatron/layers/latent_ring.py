@@ -18,8 +18,6 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
-from hylo_megatron.errors import HyLoError
-
 Expand = Callable[[Tensor, int], tuple[Tensor, Tensor]]  # (latents of a rank [L,B,R+P], the rank) -> k, v [B,H,L,..]
 
 
@@ -31,10 +29,27 @@ def spans(rank: int, source: int, length: int) -> tuple[slice, slice, bool]:
     return (everything, slice(0, half), False) if source < rank else (slice(half, length), everything, False)
 
 
+def _scores(q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
+    scores = q @ k.mT * scale
+    return scores + torch.full_like(scores[0, 0], -torch.inf).triu_(1) if causal else scores
+
+
+def attend_plain(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """``attend`` with all scores in memory: the reference, and what runs in fp32 on a GPU."""
+    scores = _scores(q, k, causal, scale)
+    return scores.softmax(-1) @ v, scores.logsumexp(-1)
+
+
+def attend_plain_backward(d_out, q, k, v, out, lse, causal: bool, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    p = (_scores(q, k, causal, scale) - lse[..., None]).exp()
+    d_scores = p * (d_out @ v.mT - (d_out * out).sum(-1, keepdim=True)) * scale
+    return d_scores @ k, d_scores.mT @ q, p.mT @ d_out
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """Flash attention with the logarithm of its denominators: ``out [B,H,S,V], lse [B,H,S]``. On a GPU in 16 bits."""
+    """Flash attention with the logarithm of its denominators: ``out [B,H,S,V], lse [B,H,S]``."""
     if q.is_cuda and q.dtype == torch.float32:
-        raise HyLoError("context parallelism of MLA layers on a GPU needs --bf16: flash attention has no fp32")
+        return attend_plain(q, k, v, causal, scale)
     v = F.pad(v, (0, q.shape[-1] - v.shape[-1]))
     if q.is_cuda:
         out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)
@@ -46,6 +61,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple
 def attend_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool,
                     scale: float) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of a block, given the output and the denominators of all blocks together."""
+    if q.is_cuda and q.dtype == torch.float32:
+        return attend_plain_backward(d_out, q, k, v, out, lse, causal, scale)
     width = v.shape[-1]
     v, d_out, out = (F.pad(x, (0, q.shape[-1] - x.shape[-1])) for x in (v, d_out, out))
     if q.is_cuda:
@@ -98,13 +115,14 @@ class _LatentAttention(torch.autograd.Function):
     def forward(ctx, q, latents, expand: Expand, group, scale, ring, *parameters):
         rank, size, length = group.rank(), group.size(), q.shape[2]
         blocks = _Ring(group).around(latents) if ring else ((s, latents[s]) for s in range(size))
-        out, lse = None, q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
+        exact = torch.promote_types(q.dtype, torch.float32)
+        out, lse = None, q.new_full(q.shape[:3], -torch.inf, dtype=exact)
         for source, held in blocks:
             queries, keys, causal = spans(rank, source, length)
             k, v = expand(held, source)
             part, part_lse = attend(q[:, :, queries], k[:, :, keys], v[:, :, keys], causal, scale)
             if out is None:
-                out = q.new_zeros(*q.shape[:3], v.shape[-1], dtype=torch.float32)
+                out = q.new_zeros(*q.shape[:3], v.shape[-1], dtype=exact)
             before = lse[:, :, queries]
             after = torch.logaddexp(before, part_lse)
             out[:, :, queries] = (
@@ -124,9 +142,10 @@ class _LatentAttention(torch.autograd.Function):
         rank, size, length = ctx.group.rank(), ctx.group.size(), q.shape[2]
         ring = _Ring(ctx.group) if ctx.ring else None
         blocks = ring.around(latents) if ring else ((s, latents[s]) for s in range(size))
-        d_q = torch.zeros_like(q, dtype=torch.float32)
-        d_parameters = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
-        d_all = None if ring else torch.zeros_like(latents, dtype=torch.float32)
+        exact = torch.promote_types(q.dtype, torch.float32)
+        d_q = torch.zeros_like(q, dtype=exact)
+        d_parameters = [torch.zeros_like(p, dtype=exact) for p in parameters]
+        d_all = None if ring else torch.zeros_like(latents, dtype=exact)
         travelling = None  # the gradient of the latents at hand: it goes round with them, and one step further
         for source, held in blocks:
             queries, keys, causal = spans(rank, source, length)
@@ -142,7 +161,7 @@ class _LatentAttention(torch.autograd.Function):
             for total, part in zip(d_parameters, d_used, strict=True):
                 total += part
             if ring:
-                travelling = d_held.float() + (travelling() if travelling else 0.0)
+                travelling = d_held.to(exact) + (travelling() if travelling else 0.0)
                 travelling = ring.start(travelling)
             else:
                 d_all[source] += d_held

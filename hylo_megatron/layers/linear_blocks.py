@@ -7,6 +7,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from torch import Tensor
 
 from hylo_megatron.kernels import ops_for
+from hylo_megatron.kernels.norm import wide
 
 
 class _FP32Decay:
@@ -20,7 +21,7 @@ class _FP32Decay:
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         for name in self.fp32_names:
-            getattr(self, name).data = getattr(self, name).data.float()
+            getattr(self, name).data = wide(getattr(self, name).data)
 
     def _apply(self, fn, recurse=True):
         kept = {name: getattr(self, name).data for name in self.fp32_names}
@@ -83,7 +84,7 @@ class GDNMixer(_FP32Decay, GatedDeltaNet):
         return q_BSMK, k_BSMK, v.unflatten(-1, (-1, self.value_head_dim)), gate, *gate_feats
 
     def _compute_g_and_beta(self, A_log_H: Tensor, dt_bias_H: Tensor, alpha_BSH: Tensor, beta_BSH: Tensor):
-        return -A_log_H.exp() * F.softplus(alpha_BSH.float() + dt_bias_H), beta_BSH.sigmoid()
+        return -A_log_H.exp() * F.softplus(wide(alpha_BSH) + dt_bias_H), beta_BSH.sigmoid()
 
     def _apply_gated_norm(self, x_BSHV: Tensor, gate_BSHV: Tensor) -> Tensor:
         weight = self.out_norm.shared_weight()

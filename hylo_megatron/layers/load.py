@@ -19,13 +19,22 @@ from hylo_megatron.layers.model import UNFUSED, build_model, check_layout, model
 def start_process_groups(tp: int = 1, pp: int = 1, cp: int = 1, seed: int = 1234) -> None:
     """Process groups for a script that is not ``megatron.training`` (tests, tools); one process needs no torchrun."""
     if not torch.distributed.is_initialized():
-        for key, value in dict(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29611").items():
+        for key, value in dict(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0").items():
             os.environ.setdefault(key, value)
         torch.distributed.init_process_group("nccl" if torch.cuda.device_count() else "gloo")
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(tp, pp, context_parallel_size=cp)
+    if not _has_layout(tp, pp, cp):  # new groups cost threads, which the old ones keep
+        if parallel_state.model_parallel_is_initialized():
+            parallel_state.destroy_model_parallel()
+        parallel_state.initialize_model_parallel(tp, pp, context_parallel_size=cp)
     model_parallel_cuda_manual_seed(seed)
+
+
+def _has_layout(tp: int, pp: int, cp: int) -> bool:
+    return parallel_state.model_parallel_is_initialized() and (tp, pp, cp) == (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_context_parallel_world_size(),
+    )
 
 
 def layout_config(arch: Architecture, dtype=torch.float32, **overrides) -> TransformerConfig:

@@ -1,0 +1,109 @@
+"""Whether models fit a parallel layout, and which layouts near it do: found out before any process starts to work."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from math import log2
+
+from hylo_megatron.config.architecture import Architecture
+from hylo_megatron.errors import HyLoError
+
+
+@dataclass(frozen=True)
+class ParallelLayout:
+    """Sizes as Megatron's flags give them. ``linear_cp``: ``--hylo-linear-cp``."""
+
+    tp: int = 1
+    pp: int = 1
+    cp: int = 1
+    sequence_parallel: bool = False
+    linear_cp: str = "auto"
+
+    def __str__(self) -> str:
+        return f"TP {self.tp} PP {self.pp} CP {self.cp}"
+
+    @property
+    def ranks(self) -> int:
+        """Of one copy of the model."""
+        return self.tp * self.pp * self.cp
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a layout has to share out; zero: not known, not checked."""
+
+    processes: int = 0
+    seq_length: int = 0
+    micro_batch: int = 1
+    global_batch: int = 0
+
+
+def _linear_ranks(heads: int, at: ParallelLayout) -> int:
+    """Over how many ranks the heads of a linear block are dealt: context parallelism may pass states instead."""
+    states = at.linear_cp == "states" or (at.linear_cp == "auto" and heads % (at.tp * at.cp))
+    return at.tp if states else at.tp * at.cp
+
+
+def _heads(arch: Architecture, at: ParallelLayout) -> Iterable[tuple[str, int, str, int]]:
+    """``(what, how many, by which sizes, how many ranks share them)``."""
+    yield "attention heads", arch.num_attention_heads, "TP", at.tp
+    if "attention" in arch.plan:
+        yield "key-value heads", arch.num_key_value_heads, "TP", at.tp
+    for kind, name in (("gdn", "GDN key heads"), ("mamba2", "Mamba-2 groups")):
+        if kind in arch.plan:
+            count = arch.geometry.gdn.num_key_heads if kind == "gdn" else arch.geometry.mamba2.num_groups
+            ranks = _linear_ranks(count, at)
+            yield name, count, "TP" if ranks == at.tp else "TP x CP", ranks
+
+
+def misfits(arch: Architecture, at: ParallelLayout, work: Work = Work()) -> list[str]:  # noqa: B008
+    """Why ``arch`` does not fit; empty if it does."""
+    found = []
+    for what, count, sizes, ranks in _heads(arch, at):
+        if count % ranks:
+            fits = [size for size in range(1, count + 1) if count % size == 0]
+            found.append(f"{sizes} = {ranks} does not divide {count} {what} (sizes that do: {fits})")
+    if at.pp > arch.num_layers:
+        found.append(f"PP = {at.pp} stages for {arch.num_layers} layers")
+    chunks = 2 * at.cp if at.cp > 1 else 1
+    if work.seq_length % chunks:
+        found.append(f"sequences of {work.seq_length} do not divide into 2 x CP = {chunks} stretches")
+    elif at.sequence_parallel and (work.seq_length // at.cp) % at.tp:
+        found.append(
+            f"{work.seq_length // at.cp} tokens of a rank do not divide by TP = {at.tp} (--sequence-parallel)"
+        )
+    if work.processes % at.ranks:
+        found.append(f"{work.processes} processes do not divide by TP x PP x CP = {at.ranks}")
+    elif work.processes and work.global_batch:
+        together = work.micro_batch * (work.processes // at.ranks)
+        if work.global_batch % together:
+            found.append(
+                f"a global batch of {work.global_batch} does not divide by micro batch x data-parallel ranks = {together}"
+            )
+    return found
+
+
+def _sizes(processes: int) -> list[int]:
+    return [size for size in range(1, processes + 1) if processes % size == 0]
+
+
+def nearest(models: dict[str, Architecture], at: ParallelLayout, work: Work, count: int = 3) -> list[ParallelLayout]:
+    """Layouts of as many processes that every model fits, those first that change the sizes least."""
+    sizes = _sizes(work.processes or at.ranks)
+    candidates = [replace(at, tp=tp, pp=pp, cp=cp) for tp in sizes for pp in sizes for cp in sizes]
+    fits = [c for c in candidates if not any(misfits(arch, c, work) for arch in models.values())]
+
+    def distance(other: ParallelLayout) -> float:
+        return sum(abs(log2(getattr(other, name) / getattr(at, name))) for name in ("tp", "pp", "cp"))
+
+    return sorted(fits, key=distance)[:count]
+
+
+def check_parallel_layout(models: dict[str, Architecture], at: ParallelLayout, work: Work = Work()) -> None:  # noqa: B008
+    """Raises ``HyLoError`` with every reason, and layouts that would work. ``models``: by what a user calls them."""
+    reasons = [f"{name}: {reason}" for name, arch in models.items() for reason in misfits(arch, at, work)]
+    if not reasons:
+        return
+    reasons = list(dict.fromkeys(reasons))
+    others = "; ".join(map(str, nearest(models, at, work)))
+    remedy = f"nearest layouts that fit: {others}" if others else "no layout of so many processes fits"
+    raise HyLoError(f"{at} does not fit: {'; '.join(reasons)}. {remedy}")
