@@ -44,12 +44,14 @@ class Cell:
     cp: int = 1
     sp: bool = False
     cp_comm_type: str = "all_gather"
+    linear_cp: str = "auto"
 
 
-def distill_model(student, teacher, stage, train, config=None, **settings) -> DistillModel:
+def distill_model(student, teacher, stage, train, config=None, linear_cp="auto", **settings) -> DistillModel:
     """A ``DistillModel`` of two checkpoints on the current process groups; ``config``: fields of both configs."""
     models = [
-        load_model(folder, layout_config(Architecture.load(folder), **(config or {}))) for folder in (student, teacher)
+        load_model(folder, layout_config(Architecture.load(folder), **(config or {})), linear_cp=linear_cp)
+        for folder in (student, teacher)
     ]
     (a, a_arch), (b, b_arch) = models
     return DistillModel(a, b, a_arch, b_arch, DistillSettings(stage, train, **settings))
@@ -106,7 +108,7 @@ def run_cell(cell: Cell, log_path: Path, noise: float = 0.0) -> dict:
     unset_global_variables()
     set_args(SimpleNamespace(hylo_stage=cell.stage, hylo_teacher_length=KL.teacher_length))
     model = distill_model(
-        cell.student, cell.teacher, cell.stage, cell.train, kl=KL,
+        cell.student, cell.teacher, cell.stage, cell.train, kl=KL, linear_cp=cell.linear_cp,
         config=dict(sequence_parallel=cell.sp, cp_comm_type=cell.cp_comm_type, calculate_per_token_loss=True,
                     deallocate_pipeline_outputs=True,
                     finalize_model_grads_func=finalize_model_grads),

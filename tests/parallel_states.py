@@ -1,7 +1,7 @@
 """Linear blocks that pass states between ranks, against one process: torchrun --nproc-per-node N this_file.py
 
 Rank 0 prints one JSON line a case: largest relative errors of the output, of the input's gradient and of the
-parameters', against the recurrence token by token over the whole sequence.
+parameters', against the recurrence token by token over the whole sequence in fp64.
 """
 
 import json
@@ -74,7 +74,8 @@ def architecture(kind: str, heads: int):
 def make_mixer(kind: str, heads: int, groups, linear_cp: str, dtype=torch.float64):
     """A mixer with random parameters; A_log and its kin are fp64 too where ``dtype`` is."""
     arch = architecture(kind, heads)
-    spec = {"gdn": specs._gdn, "mamba2": specs._mamba2}[kind](specs.backend("local"), linear_cp)
+    local = specs.backend("local")
+    spec = specs._gdn(local, linear_cp) if kind == "gdn" else specs._mamba2(local, linear_cp).submodules.mixer
     extra = {} if kind == "gdn" else {"d_model": arch.hidden_size}
     mixer = build_module(spec, config=layout_config(arch), layer_number=1, pg_collection=groups, **extra).to(dtype)
     generator = torch.Generator().manual_seed(1)
@@ -88,7 +89,7 @@ def make_mixer(kind: str, heads: int, groups, linear_cp: str, dtype=torch.float6
 
 
 def plain_mixer(case: Case):
-    """The same on one rank, token by token. ``.double()``: bf16's parameters, exactly."""
+    """The same on one rank, token by token, with the same parameters in fp64."""
     groups = state_passing.without_context_parallelism(ProcessGroupCollection.use_mpu_process_groups())
     mixer = make_mixer(case.kind, case.heads, groups, "auto", case.dtype)
     for parameter in mixer.parameters():
@@ -145,26 +146,32 @@ def error(got: Tensor, want: Tensor) -> float:
     return ((got - want).abs().max() / want.abs().max()).item()
 
 
-def compare(case: Case) -> dict[str, float]:
+def errors_of(mixer, found: list[Tensor], want: list[Tensor]) -> dict[str, float]:
+    names = ["output", "input", *(name for name, _ in mixer.named_parameters())]
+    return {name: error(*pair) for name, *pair in zip(names, found, want, strict=True)}
+
+
+def compare(case: Case) -> dict[str, dict[str, float]]:
+    """Errors ``shared`` by the ranks, and of the same kernels on one process, ``alone``."""
     rank, size = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(2)
     hidden, d_out = (torch.randn(case.length * size, B, tiny.HIDDEN).to(case.dtype) for _ in range(2))
-    mixer, forward = plain_mixer(case)
-    out, d_hidden, *d_parameters = gradients(mixer, forward, hidden.double(), d_out.double())
+    want = gradients(*plain_mixer(case), hidden.double(), d_out.double())
     groups, here = ProcessGroupCollection.use_mpu_process_groups(), zigzag_positions(case.length, size, rank)
+    one = make_mixer(case.kind, case.heads, state_passing.without_context_parallelism(groups), "auto", case.dtype)
+    alone = errors_of(one, gradients(one, type(one).forward, hidden, d_out), want)
     mixer = make_mixer(case.kind, case.heads, groups, "states", case.dtype)
     kept = state_passing._Starts, state_passing._Before
     if case.drop:
         state_passing._Starts, state_passing._Before = dropping(case.drop)
-    got = gradients(mixer, type(mixer).forward, hidden[here], d_out[here])
+    found = gradients(mixer, type(mixer).forward, hidden[here], d_out[here])
     state_passing._Starts, state_passing._Before = kept
-    errors = {"output": error(got[0], out[here]), "input": error(got[1], d_hidden[here])}
-    for (name, _), part, want in zip(mixer.named_parameters(), got[2:], d_parameters, strict=True):
+    for part in found[2:]:
         dist.all_reduce(part)
-        errors[name] = error(part, want)
+    errors = errors_of(mixer, found, [want[0][here], want[1][here], *want[2:]])
     everyone = [None] * size
     dist.all_gather_object(everyone, errors)
-    return {name: max(errors[name] for errors in everyone) for name in errors}
+    return {"shared": {name: max(errors[name] for errors in everyone) for name in errors}, "alone": alone}
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ import tiny  # noqa: E402
 import train_helpers as helpers  # noqa: E402
 from train_helpers import read_log, train, train_flags  # noqa: E402
 
-from hylo_megatron.config import parse_plan  # noqa: E402
+from hylo_megatron.config import Architecture, parse_plan  # noqa: E402
 from hylo_megatron.init.upcycle import upcycle  # noqa: E402
 
 LOSSES = ("loss", "kl", "ce", "grad_norm", "lr")
@@ -179,7 +179,8 @@ def test_bad_input_as_a_command(world, tmp_path):
 # ---- one step on two processes, every layout, against one process ----
 
 LAYOUTS = {"tp2": dict(tp=2), "tp2sp": dict(tp=2, sp=True), "pp2": dict(pp=2), "cp2": dict(cp=2),
-           "cp2ring": dict(cp=2, cp_comm_type="p2p"), "dp2": {}}  # fmt: skip
+           "cp2ring": dict(cp=2, cp_comm_type="p2p"), "cp2states": dict(cp=2, linear_cp="states"),
+           "dp2": {}}  # fmt: skip
 QWEN3 = dict(tie_word_embeddings=False, model_type="qwen3", qk_norm=True, mla_qk_norm=True,
              geometry=tiny.GEOMETRY_Q_LORA)  # fmt: skip
 STEPS = {  # name: student, teacher, stage, what trains
@@ -255,3 +256,23 @@ def test_context_parallelism_by_the_command_line(world, tmp_path):
     for comm in ("p2p", "all_gather"):
         halves = losses(comm, 2, context_parallel_size=2, cp_comm_type=comm)
         assert len(halves) == 4 and halves == pytest.approx(alone, rel=1e-5)
+
+
+def test_context_parallelism_of_heads_that_do_not_divide(world, tmp_path):
+    """By states, also with activations computed again; the all-to-all refuses."""
+    assert Architecture.load(world["student"]).geometry.gdn.num_key_heads % 2
+
+    def run(name, processes, **flags):
+        argv = train_flags(world, "distill", tmp_path / name, **flags)
+        done = train(*argv, processes=processes)
+        return done, done.returncode == 0 and [line["loss"] for line in read_log(tmp_path / name / "train_log.jsonl")]
+
+    _, alone = run("alone", 1)
+    for name, flags in {"auto": {}, "recomputed": dict(
+        hylo_linear_cp="states", recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1,
+    )}.items():  # fmt: skip
+        done, halves = run(name, 2, context_parallel_size=2, **flags)
+        succeeded(done)
+        assert len(halves) == 4 and halves == pytest.approx(alone, rel=1e-5)
+    done, _ = run("refused", 2, context_parallel_size=2, hylo_linear_cp="a2a")
+    assert done.returncode and "GDN key heads do not divide" in done.stderr

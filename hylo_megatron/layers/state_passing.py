@@ -168,7 +168,7 @@ def chunk_ssd(local: Ops, group, x_BSHP: Tensor, dt_BSH: Tensor, A_H: Tensor, B_
     start_BHPN = _Starts.apply(decay_BSH[:, -1, :, None, None], written, group)
     start = start_BHPN.unflatten(1, (C_BSGN.shape[2], -1)).to(C_BSGN.dtype)
     read_BSHP = torch.einsum("bsgn,bghpn->bsghp", C_BSGN, start).flatten(2, 3)
-    return out_BSHP + (decay_BSH.unsqueeze(-1) * read_BSHP).to(out_BSHP.dtype), None
+    return (out_BSHP + decay_BSH.unsqueeze(-1) * read_BSHP).to(out_BSHP.dtype), None
 
 
 def kernels_across(group) -> Callable[[Tensor], Ops]:
