@@ -139,6 +139,8 @@ BAD = {
     "another vocabulary": (dict(teacher="foreign"), ("vocabularies differ", "320", "300")),
     "ild from a deeper teacher": (dict(stage="ild", teacher="deep"), ("--hylo-stage ild", "4 layers")),
     "ranks that do not divide": (dict(tensor_model_parallel_size=2), ("GDN key heads", "parallel size 2")),
+    "heads that an all-to-all cannot deal out": (
+        dict(context_parallel_size=2, hylo_linear_cp="a2a"), ("3 GDN key heads", "parallel size 2")),
     "a Transformer as student": (dict(student="teacher"), ("is a Transformer", "upcycle.py")),
     "a checkpoint that is not there": (dict(teacher="data"), ("hylo.json not found",)),
 }  # fmt: skip
@@ -157,7 +159,7 @@ def test_bad_input_ends_in_one_line(case, world, tmp_path, monkeypatch, capsys):
         place = argv.index("--hylo-student")
         del argv[place : place + 2]
     monkeypatch.setattr(sys, "argv", ["train", *argv])
-    for name, value in dict(RANK="0", WORLD_SIZE=str(changes.get("tensor_model_parallel_size", 1)),
+    for name, value in dict(RANK="0", WORLD_SIZE="2" if any("parallel" in key for key in changes) else "1",
                             CUDA_DEVICE_MAX_CONNECTIONS="1").items():  # fmt: skip
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit) as ended:
@@ -176,11 +178,14 @@ def test_bad_input_as_a_command(world, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-# ---- one step on two processes, every layout, against one process ----
+# ---- one step on two or four processes, every layout, against one process ----
 
 LAYOUTS = {"tp2": dict(tp=2), "tp2sp": dict(tp=2, sp=True), "pp2": dict(pp=2), "cp2": dict(cp=2),
            "cp2ring": dict(cp=2, cp_comm_type="p2p"), "cp2states": dict(cp=2, linear_cp="states"),
            "dp2": {}}  # fmt: skip
+FOUR = {"cp2states-tp2sp": dict(cp=2, linear_cp="states", tp=2, sp=True),
+        "cp2states-pp2": dict(cp=2, linear_cp="states", pp=2), "cp4states": dict(cp=4, linear_cp="states"),
+        "cp2states-dp2": dict(cp=2, linear_cp="states")}  # fmt: skip
 QWEN3 = dict(tie_word_embeddings=False, model_type="qwen3", qk_norm=True, mla_qk_norm=True,
              geometry=tiny.GEOMETRY_Q_LORA)  # fmt: skip
 STEPS = {  # name: student, teacher, stage, what trains
@@ -189,34 +194,39 @@ STEPS = {  # name: student, teacher, stage, what trains
     "mamba2-ild": ("mamba2", "mamba2", "ild", "mixers"),
     "mamba2-distill": ("mamba2", "big", "distill", "all"),
 }
+ON_FOUR = ("gdn-distill", "mamba2-ild")
 
 
 @pytest.fixture(scope="module")
 def steps(tmp_path_factory):
-    """Folder with NAME.pt and NAME.jsonl for each step in one process, and NAME-LAYOUT for each in two."""
+    """Folder with NAME.pt and NAME.jsonl for each step in one process, and NAME-LAYOUT for each in two or four."""
     work = tmp_path_factory.mktemp("parity")
     pairs = {
         "gdn": helpers.write_pair(work / "gdn", "gdn"),
         "mamba2": helpers.write_pair(work / "m2", "mamba2", **QWEN3),
     }
     big = helpers.big_teacher(work / "big")
-    cells = []
+    cells = {2: [], 4: []}
     for name, (student, teacher, stage, trained) in STEPS.items():
         folders = (str(pairs[student][0]), str(big if teacher == "big" else pairs[teacher][1]))
         alone = parity.Cell(name, *folders, stage, trained)
         torch.save(parity.run_cell(alone, work / f"{name}.jsonl"), work / f"{name}.pt")
         torch.save(parity.run_cell(alone, work / "moved.jsonl", noise=3e-8), work / f"{name}-moved.pt")
-        cells += [
-            parity.Cell(f"{name}-{layout}", *folders, stage, trained, **sizes) for layout, sizes in LAYOUTS.items()
-        ]
-    (work / "cells.json").write_text(json.dumps([asdict(cell) for cell in cells]))
-    succeeded(helpers.torchrun(parity.__file__, work, timeout=300))
+        for ranks, layouts in ((2, LAYOUTS), (4, FOUR if name in ON_FOUR else {})):
+            cells[ranks] += [
+                asdict(parity.Cell(f"{name}-{layout}", *folders, stage, trained, **sizes))
+                for layout, sizes in layouts.items()
+            ]
+    for ranks, values in cells.items():
+        (work / "cells.json").write_text(json.dumps(values))
+        succeeded(helpers.torchrun(parity.__file__, work, processes=ranks, timeout=300))
     return work
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", STEPS)
-def test_two_processes_compute_what_one_does(name, layout, steps):
+@pytest.mark.parametrize(
+    "name, layout", [(n, x) for n in STEPS for x in LAYOUTS] + [(n, x) for n in ON_FOUR for x in FOUR]
+)
+def test_several_processes_compute_what_one_does(name, layout, steps):
     got, want, moved = (torch.load(steps / f"{stem}.pt") for stem in (f"{name}-{layout}", name, f"{name}-moved"))
     line, expected = (read_log(steps / f"{stem}.jsonl")[0] for stem in (f"{name}-{layout}", name))
     losses = {key for key in expected if key == "loss" or key in parity.batches.PARTS[expected["stage"]]}
@@ -259,20 +269,11 @@ def test_context_parallelism_by_the_command_line(world, tmp_path):
 
 
 def test_context_parallelism_of_heads_that_do_not_divide(world, tmp_path):
-    """By states, also with activations computed again; the all-to-all refuses."""
+    """Nobody has to ask for states; activations are computed again, so states are sent twice."""
     assert Architecture.load(world["student"]).geometry.gdn.num_key_heads % 2
-
-    def run(name, processes, **flags):
-        argv = train_flags(world, "distill", tmp_path / name, **flags)
-        done = train(*argv, processes=processes)
-        return done, done.returncode == 0 and [line["loss"] for line in read_log(tmp_path / name / "train_log.jsonl")]
-
-    _, alone = run("alone", 1)
-    for name, flags in {"auto": {}, "recomputed": dict(
-        hylo_linear_cp="states", recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1,
-    )}.items():  # fmt: skip
-        done, halves = run(name, 2, context_parallel_size=2, **flags)
-        succeeded(done)
-        assert len(halves) == 4 and halves == pytest.approx(alone, rel=1e-5)
-    done, _ = run("refused", 2, context_parallel_size=2, hylo_linear_cp="a2a")
-    assert done.returncode and "GDN key heads do not divide" in done.stderr
+    again = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    succeeded(train(*train_flags(world, "distill", tmp_path / "alone")))
+    shared = train_flags(world, "distill", tmp_path / "shared", context_parallel_size=2, **again)
+    succeeded(train(*shared, processes=2))
+    alone, halves = ([line[0] for line in losses(tmp_path / name)] for name in ("alone", "shared"))
+    assert len(halves) == 4 and halves == pytest.approx(alone, rel=1e-5)
