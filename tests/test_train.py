@@ -219,7 +219,7 @@ def steps(tmp_path_factory):
             ]
     for ranks, values in cells.items():
         (work / "cells.json").write_text(json.dumps(values))
-        succeeded(helpers.torchrun(parity.__file__, work, processes=ranks, timeout=300))
+        succeeded(helpers.torchrun(parity.__file__, work, processes=ranks, timeout=600))
     return work
 
 

@@ -138,7 +138,7 @@ def split_convolve(local: Ops, group, x_BSC: Tensor, weight: Tensor, bias: Tenso
     halo = _Before.apply(x_BSC[:, -back:, channels], group)
     halo = F.pad(halo, (start, x_BSC.shape[-1] - start - len(weight)))
     sections = local.split_convolve(torch.cat([halo, x_BSC], 1), weight, bias, sizes, start)
-    return tuple(section[:, back:] for section in sections)
+    return tuple(section[:, back:].contiguous() for section in sections)  # kernels need not know these strides
 
 
 def chunk_gated_delta_rule(local: Ops, group, q_BSMK: Tensor, k_BSMK: Tensor, v_BSHV: Tensor, g: Tensor, beta: Tensor,
