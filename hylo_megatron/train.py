@@ -53,6 +53,7 @@ def model_provider(models: list, pre_process=True, post_process=True, vp_stage=N
         return build_model(
             arch, own, padded_vocab_size=padded, pre_process=pre_process, post_process=post_process,
             pg_collection=pg_collection, vp_stage=vp_stage, backend=args.hylo_backend,
+            linear_cp=args.hylo_linear_cp,
         )  # fmt: skip
 
     student = build(student_arch)
@@ -117,8 +118,9 @@ def main() -> None:
     check_pair(arch, teacher, args.hylo_stage)
     for model in (arch, teacher):
         check_layout(
-            model, args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.context_parallel_size
-        )
+            model, args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.context_parallel_size,
+            args.hylo_linear_cp,
+        )  # fmt: skip
     if args.save and args.rank == 0:
         write_companions(args)
     if torch.cuda.device_count() and args.bf16 and not args.no_self_test:

@@ -51,16 +51,18 @@ class Cell:
     sp: bool = False
     micro: int = 2
     cp_comm_type: str = "all_gather"
+    linear_cp: str = "auto"
     distributed_optimizer: bool = False
     adam: bool = False
     dtype: str = "fp32"
     steps: int = 0
 
 
-def distill_model(student, teacher, stage, train, config=None, dtype=torch.float32, **settings) -> DistillModel:
+def distill_model(student, teacher, stage, train, config=None, dtype=torch.float32, linear_cp="auto",
+                  **settings) -> DistillModel:  # fmt: skip
     """A ``DistillModel`` of two checkpoints on the current process groups; ``config``: fields of both configs."""
     models = [
-        load_model(folder, layout_config(Architecture.load(folder), dtype, **(config or {})))
+        load_model(folder, layout_config(Architecture.load(folder), dtype, **(config or {})), linear_cp=linear_cp)
         for folder in (student, teacher)
     ]
     for model, _ in models:
@@ -133,7 +135,7 @@ def build(cell: Cell):
     set_args(SimpleNamespace(hylo_stage=cell.stage, hylo_teacher_length=KL.teacher_length))
     dtype = DTYPES[cell.dtype]
     model = distill_model(
-        cell.student, cell.teacher, cell.stage, cell.train, kl=KL, dtype=dtype,
+        cell.student, cell.teacher, cell.stage, cell.train, kl=KL, dtype=dtype, linear_cp=cell.linear_cp,
         config=dict(sequence_parallel=cell.sp, cp_comm_type=cell.cp_comm_type, calculate_per_token_loss=True,
                     deallocate_pipeline_outputs=True, finalize_model_grads_func=finalize_model_grads),
     ).to(torch.cuda.current_device())  # fmt: skip

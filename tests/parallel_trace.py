@@ -1,4 +1,4 @@
-"""What each pipeline stage does in layer-wise distillation, in which order: torchrun --nproc-per-node N this_file.py WORK
+"""What each pipeline stage does in layer-wise distillation, in which order: torchrun this_file.py WORK STAGES
 
 Rank 0 prints one JSON line: by stage, the order of its events and to which stages it sent.
 """
@@ -20,7 +20,7 @@ def main(work: Path) -> None:
     cell = parity.Cell(
         "trace", str(work / "student"), str(work / "teacher"), "ild", "all", pp=int(sys.argv[2]), micro=1
     )
-    model, wrapped, _ = parity.build(cell)
+    model, wrapped, _ = parity.build(parity.Cell("trace", *folders, "ild", "all", pp=int(sys.argv[2]), micro=1))
     events, receivers = [], set()
     teach, learn, send = teacher_fed.TeacherAhead._teach, teacher_fed.learn, dist.batch_isend_irecv
 

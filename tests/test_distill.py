@@ -276,8 +276,9 @@ def test_a_device_context_still_works_after_the_shim():
 @pytest.mark.parametrize("changes, layout, words", [
     ({}, dict(tp=3), ("4 attention heads", "[1, 2, 4]")),
     (dict(plan=("attention",) * 4), dict(tp=4), ("2 key-value heads", "[1, 2]")),
-    (dict(plan=("mla", "gdn")), dict(tp=2, cp=2), ("parallel size 4", "2 GDN key heads")),
-    (dict(plan=("mla", "mamba2")), dict(tp=1, cp=4), ("parallel size 4", "2 Mamba-2 groups")),
+    (dict(plan=("mla", "gdn")), dict(tp=2, cp=2, linear_cp="a2a"), ("parallel size 4", "2 GDN key heads")),
+    (dict(plan=("mla", "mamba2")), dict(tp=1, cp=4, linear_cp="a2a"), ("parallel size 4", "2 Mamba-2 groups")),
+    (dict(plan=("mla", "mamba2")), dict(tp=4, cp=4, linear_cp="states"), ("parallel size 4", "2 Mamba-2 groups")),
     ({}, dict(pp=5), ("--pipeline-model-parallel-size 5", "4 layers")),
 ])  # fmt: skip
 def test_a_layout_that_does_not_fit(changes, layout, words):

@@ -134,7 +134,8 @@ def test_a_checkpoint_of_other_sizes_is_refused(folder, tmp_path):
     "arch, sizes, words",
     [
         (tiny.hybrid("gdn"), dict(tp=4), "2 GDN key heads do not divide by it; sizes that do: [1, 2]"),
-        (tiny.hybrid("gdn"), dict(tp=2, cp=2), "parallel size 4: 2 GDN key heads"),
+        (tiny.hybrid("gdn"), dict(tp=2, cp=2, linear_cp="a2a"), "parallel size 4: 2 GDN key heads"),
+        (tiny.hybrid("gdn"), dict(tp=4, cp=2), "parallel size 4: 2 GDN key heads"),
         (tiny.hybrid("mamba2"), dict(tp=4), "2 Mamba-2 groups"),
         (
             tiny.hybrid(plan=("mla",) * 4),
@@ -146,7 +147,7 @@ def test_a_checkpoint_of_other_sizes_is_refused(folder, tmp_path):
     ],
 )
 def test_layouts_that_do_not_divide(arch, sizes, words):
-    check_layout(arch, tp=2, pp=2)
+    check_layout(arch, tp=2, pp=2, cp=2)
     with pytest.raises(HyLoError) as caught:
         check_layout(arch, **sizes)
     assert words in str(caught.value)

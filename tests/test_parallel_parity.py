@@ -26,7 +26,7 @@ LAYOUTS = {  # processes: name: sizes
         "TP2 SP": dict(tp=2, sp=True),
         "PP2": dict(pp=2),
         "CP2": dict(cp=2),
-        "CP2 ring": dict(cp=2, cp_comm_type="p2p"),
+        "CP2 ring, states": dict(cp=2, cp_comm_type="p2p", linear_cp="states"),
         "DP2": {},
         "DP2 optimizer": dict(distributed_optimizer=True),
     },
@@ -34,10 +34,13 @@ LAYOUTS = {  # processes: name: sizes
         "PP4": dict(pp=4),
         "TP2 PP2": dict(tp=2, pp=2),
         "TP2 SP DP2 optimizer": dict(tp=2, sp=True, distributed_optimizer=True),
+        "CP4 ring, states": dict(cp=4, cp_comm_type="p2p"),
+        "TP2 SP CP2, states": dict(tp=2, cp=2, sp=True),
         "PP2 CP2 ring": dict(pp=2, cp=2, cp_comm_type="p2p"),
         "CP2 DP2 optimizer": dict(cp=2, distributed_optimizer=True),
     },
-    8: {"TP2 SP PP2 DP2": dict(tp=2, pp=2, sp=True, micro=1)},
+    8: {"TP2 PP2 CP2, states": dict(tp=2, pp=2, cp=2)},
+    16: {"TP2 SP PP2 CP2 DP2 optimizer": dict(tp=2, pp=2, cp=2, sp=True, micro=1, distributed_optimizer=True)},
 }
 QWEN3 = dict(tie_word_embeddings=False, model_type="qwen3", qk_norm=True, mla_qk_norm=True,
              geometry=tiny.GEOMETRY_Q_LORA)  # fmt: skip
@@ -70,7 +73,7 @@ CASES = [
 
 
 class Cells:
-    """Results, computed when first asked for: one launch for all cells of so many processes that this session wants."""
+    """Results, computed when first asked for: one launch for all cells of so many processes."""
 
     def __init__(self, work, wanted):
         self.work, self.wanted = work, wanted

@@ -16,7 +16,7 @@ import tiny  # noqa: E402
 import train_helpers as helpers  # noqa: E402
 from train_helpers import read_log, train, train_flags  # noqa: E402
 
-from hylo_megatron.config import parse_plan  # noqa: E402
+from hylo_megatron.config import Architecture, parse_plan  # noqa: E402
 from hylo_megatron.init.upcycle import upcycle  # noqa: E402
 
 LOSSES = ("loss", "kl", "ce", "grad_norm", "lr")
@@ -137,6 +137,8 @@ BAD = {
     "another vocabulary": (dict(teacher="foreign"), ("vocabularies differ", "320", "300")),
     "ild from a deeper teacher": (dict(stage="ild", teacher="deep"), ("--hylo-stage ild", "4 layers")),
     "ranks that do not divide": (dict(tensor_model_parallel_size=2), ("GDN key heads", "parallel size 2")),
+    "heads that an all-to-all cannot deal out": (
+        dict(context_parallel_size=2, hylo_linear_cp="a2a"), ("3 GDN key heads", "parallel size 2")),
     "a Transformer as student": (dict(student="teacher"), ("is a Transformer", "upcycle.py")),
     "a checkpoint that is not there": (dict(teacher="data"), ("hylo.json not found",)),
 }  # fmt: skip
@@ -155,7 +157,7 @@ def test_bad_input_ends_in_one_line(case, world, tmp_path, monkeypatch, capsys):
         place = argv.index("--hylo-student")
         del argv[place : place + 2]
     monkeypatch.setattr(sys, "argv", ["train", *argv])
-    for name, value in dict(RANK="0", WORLD_SIZE=str(changes.get("tensor_model_parallel_size", 1)),
+    for name, value in dict(RANK="0", WORLD_SIZE="2" if any("parallel" in key for key in changes) else "1",
                             CUDA_DEVICE_MAX_CONNECTIONS="1").items():  # fmt: skip
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit) as ended:
@@ -190,3 +192,14 @@ def test_context_parallelism_by_the_command_line(world, tmp_path):
     for comm in ("p2p", "all_gather"):
         halves = losses(comm, 2, context_parallel_size=2, cp_comm_type=comm)
         assert len(halves) == 4 and halves == pytest.approx(alone, rel=1e-5)
+
+
+def test_context_parallelism_of_heads_that_do_not_divide(world, tmp_path):
+    """Nobody has to ask for states; activations are computed again, so states are sent twice."""
+    assert Architecture.load(world["student"]).geometry.gdn.num_key_heads % 2
+    again = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    succeeded(train(*train_flags(world, "distill", tmp_path / "alone")))
+    shared = train_flags(world, "distill", tmp_path / "shared", context_parallel_size=2, **again)
+    succeeded(train(*shared, processes=2))
+    alone, halves = ([line[0] for line in losses(tmp_path / name)] for name in ("alone", "shared"))
+    assert len(halves) == 4 and halves == pytest.approx(alone, rel=1e-5)

@@ -76,9 +76,7 @@ def misfits(arch: Architecture, at: ParallelLayout, work: Work = Work()) -> list
     elif work.processes and work.global_batch:
         together = work.micro_batch * (work.processes // at.ranks)
         if work.global_batch % together:
-            found.append(
-                f"a global batch of {work.global_batch} does not divide by micro batch x data-parallel ranks = {together}"
-            )
+            found.append(f"a global batch of {work.global_batch} does not divide by micro batch x DP = {together}")
     return found
 
 

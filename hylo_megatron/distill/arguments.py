@@ -27,6 +27,13 @@ def add_hylo_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         help="mixers: weights copied from the base stay frozen (default: mixers for ild, all for distill)",
     )
     add("--hylo-backend", choices=("local", "te"), default="local", help="torch layers, or TransformerEngine's")
+    add(
+        "--hylo-linear-cp",
+        choices=("auto", "a2a", "states"),
+        default="auto",
+        help="context parallelism of linear blocks: all-to-all over heads, or states passed from rank to rank"
+        " (auto: a2a where the heads divide by the ranks)",
+    )
     add("--hylo-copied-lr-mult", type=float, default=0.2, help="learning rate of copied weights, as a factor")
     add("--hylo-decay-lr-mult", type=float, default=5.0, help="learning rate of A_log and dt_bias, as a factor")
     add("--hylo-kl-weight", type=float, default=1.0)

@@ -33,7 +33,7 @@ class DistillModel(MegatronModule):
     """Returns ``[loss, *parts]``; in ``distill``, on stages before the last, what the next one needs.
 
     There student and teacher states travel as one tensor, ``[S, B, D + C]``. The engine sizes its messages by
-    ``config.hidden_size``, so this module's own config carries that sum. ``ild`` has its own schedule (teacher_fed.py).
+    ``config.hidden_size``, so this module's own config carries that sum. ``ild``: see teacher_fed.py.
     """
 
     def __init__(self, student, teacher, arch: Architecture, teacher_arch: Architecture, settings: DistillSettings):
@@ -111,7 +111,7 @@ class DistillModel(MegatronModule):
         return self._states.take(), out
 
     def forward(self, tokens: Tensor, position_ids: Tensor, labels: Tensor, loss_mask: Tensor,
-                answer_weight: Tensor | None = None, teacher_states: list[Tensor] | None = None) -> Tensor:  # fmt: skip
+                answer_weight: Tensor | None = None, teacher_states: list | None = None) -> Tensor:  # fmt: skip
         """All arguments ``[B, S]``; ``teacher_states``: from ``teach``, where that was called before (``ild``)."""
         if self.settings.stage == "ild":
             return self._forward_ild(teacher_states or self.teach(tokens, position_ids, None)[0], loss_mask)

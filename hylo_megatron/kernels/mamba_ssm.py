@@ -1,10 +1,12 @@
 """Drop-ins for the two names of the mamba-ssm package that megatron's Mamba-2 mixer calls, over ``kernels.ops``."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hylo_megatron.kernels.choose import ops_for
+from hylo_megatron.kernels.choose import Ops, ops_for
 from hylo_megatron.kernels.chunked import compute_dtype
 
 
@@ -28,12 +30,13 @@ def mamba_split_conv1d_scan_combined(
     headdim: int | None = None,
     ngroups: int = 1,
     norm_before_gate: bool = True,
+    kernels: Callable[[torch.Tensor], Ops] = ops_for,
     **_,
 ):
     """Drop-in for mamba_ssm's function: zxbcdt [B,S,z|x|B|C|dt|...] -> y [B,S,H*P] (and states if asked).
 
     Without ``rmsnorm_weight`` the result is gated by silu(z) and not normed (megatron's mixer norms it afterwards);
-    with it, norm and gate are applied here, per group.
+    with it, norm and gate are applied here, per group. ``kernels``: where the convolution and the scan come from.
     """
     if seq_idx is not None:
         raise NotImplementedError("packed sequences (seq_idx) need mamba_ssm on a GPU; pass one sequence a row")
@@ -43,7 +46,7 @@ def mamba_split_conv1d_scan_combined(
     headdim = D.shape[1] if D.dim() == 2 else headdim
     inner = heads * headdim
     bc = (len(conv1d_weight) - inner) // 2
-    run = ops_for(zxbcdt)
+    run = kernels(zxbcdt)
     sizes = (inner, inner, bc, bc, heads)
     z, x, B, C, dt = run.split_convolve(zxbcdt, conv1d_weight, conv1d_bias, sizes, start=inner)
     dt = F.softplus(dt.to(compute_dtype(dt)) + dt_bias).clamp(*dt_limit)

@@ -81,6 +81,7 @@ def load_model(checkpoint: str | Path, config: TransformerConfig | None = None, 
     check_layout(
         arch, parallel_state.get_tensor_model_parallel_world_size(),
         parallel_state.get_pipeline_model_parallel_world_size(), parallel_state.get_context_parallel_world_size(),
+        kwargs.get("linear_cp", "auto"),
     )  # fmt: skip
     config = config or layout_config(arch)
     groups = ProcessGroupCollection.use_mpu_process_groups()

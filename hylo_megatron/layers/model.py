@@ -9,6 +9,7 @@ from hylo_megatron.config import Architecture
 from hylo_megatron.config.plan import megatron_pattern
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.layers.specs import stack_spec
+from hylo_megatron.layers.state_passing import passes_states
 
 
 def model_fields(arch: Architecture) -> dict:
@@ -43,15 +44,19 @@ UNFUSED = dict(
 )  # fmt: skip
 
 
-def check_layout(arch: Architecture, tp: int = 1, pp: int = 1, cp: int = 1) -> None:
+def check_layout(arch: Architecture, tp: int = 1, pp: int = 1, cp: int = 1, linear_cp: str = "auto") -> None:
     """Raises ``HyLoError`` when a head count does not divide by the parallel sizes."""
+
+    def linear(heads: int) -> tuple[int, int]:
+        return heads, tp if passes_states(linear_cp, heads, tp, cp) else tp * cp
+
     counts = {"attention heads": (arch.num_attention_heads, tp)}
     if "attention" in arch.plan:
         counts["key-value heads"] = (arch.num_key_value_heads, tp)
     if "gdn" in arch.plan:
-        counts["GDN key heads"] = (arch.geometry.gdn.num_key_heads, tp * cp)
+        counts["GDN key heads"] = linear(arch.geometry.gdn.num_key_heads)
     if "mamba2" in arch.plan:
-        counts["Mamba-2 groups"] = (arch.geometry.mamba2.num_groups, tp * cp)
+        counts["Mamba-2 groups"] = linear(arch.geometry.mamba2.num_groups)
     for name, (count, ranks) in counts.items():
         if count % ranks:
             fits = [size for size in range(1, count + 1) if count % size == 0]
@@ -61,12 +66,12 @@ def check_layout(arch: Architecture, tp: int = 1, pp: int = 1, cp: int = 1) -> N
 
 def build_model(arch: Architecture, config: TransformerConfig, *, padded_vocab_size: int | None = None,
                 pre_process: bool = True, post_process: bool = True, pg_collection=None, vp_stage=None,
-                backend: str = "local") -> HybridModel:  # fmt: skip
+                backend: str = "local", linear_cp: str = "auto") -> HybridModel:  # fmt: skip
     """This rank's part of the model. ``config`` holds ``model_fields(arch)`` and the parallel layout."""
     pp = config.pipeline_model_parallel_size
     stages = pp * (config.virtual_pipeline_model_parallel_size or 1)
     return HybridModel(
-        config, stack_spec(arch, backend), vocab_size=padded_vocab_size or arch.vocab_size,
+        config, stack_spec(arch, backend, linear_cp), vocab_size=padded_vocab_size or arch.vocab_size,
         max_sequence_length=arch.max_position_embeddings, hybrid_layer_pattern=megatron_pattern(arch.plan, stages),
         pre_process=pre_process, post_process=post_process, parallel_output=True,
         share_embeddings_and_output_weights=arch.tie_word_embeddings,

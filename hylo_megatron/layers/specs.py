@@ -93,17 +93,22 @@ def _mla(b: Backend, arch: Architecture) -> ModuleSpec:
     )  # fmt: skip
 
 
-def _gdn(b: Backend) -> ModuleSpec:
+def _gdn(b: Backend, linear_cp: str) -> ModuleSpec:
     return ModuleSpec(
         module=GDNMixer,
+        params={"linear_cp": linear_cp},
         submodules=GatedDeltaNetSubmodules(in_proj=b.projection, out_norm=HeadRMSNorm, out_proj=b.row_linear),
     )
 
 
-def _mamba2(b: Backend) -> ModuleSpec:
+def _mamba2(b: Backend, linear_cp: str) -> ModuleSpec:
     ours = mamba_mixer.mamba_split_conv1d_scan_combined is mamba_split_conv1d_scan_combined
     projection = b.projection if ours else b.column_linear  # mamba-ssm's own kernel wants the exact width
-    mixer = ModuleSpec(module=Mamba2Mixer, submodules=MambaMixerSubmodules(in_proj=projection, out_proj=b.row_linear))
+    mixer = ModuleSpec(
+        module=Mamba2Mixer,
+        params={"linear_cp": linear_cp},
+        submodules=MambaMixerSubmodules(in_proj=projection, out_proj=b.row_linear),
+    )
     return ModuleSpec(
         module=MambaLayer,
         submodules=MambaLayerSubmodules(norm=b.norm, mixer=mixer, mamba_bda=get_bias_dropout_add),
@@ -132,14 +137,14 @@ def _mlp(b: Backend) -> ModuleSpec:
     )
 
 
-def stack_spec(arch: Architecture, backend_name: str = "local") -> ModuleSpec:
-    """The spec that ``HybridModel`` takes for ``arch``, teacher or hybrid."""
+def stack_spec(arch: Architecture, backend_name: str = "local", linear_cp: str = "auto") -> ModuleSpec:
+    """The spec that ``HybridModel`` takes for ``arch``, teacher or hybrid; ``linear_cp``: ``--hylo-linear-cp``."""
     b = backend(backend_name)
     layers = {"attention_layer": _mixer_layer(b, _attention(b, arch)), "mlp_layer": _mlp(b)}
     if arch.geometry:
         layers |= {
             "mla_layer": _mixer_layer(b, _mla(b, arch)),
-            "gdn_layer": _mixer_layer(b, _gdn(b)),
-            "mamba_layer": _mamba2(b),
+            "gdn_layer": _mixer_layer(b, _gdn(b, linear_cp)),
+            "mamba_layer": _mamba2(b, linear_cp),
         }
     return ModuleSpec(module=HyLoStack, params={"final_norm": b.norm}, submodules=HybridStackSubmodules(**layers))

@@ -14,3 +14,13 @@ def zigzag_positions(local_length: int, cp_size: int, cp_rank: int) -> Tensor:
     half = local_length // 2
     last = 2 * cp_size - 1 - cp_rank
     return torch.cat([torch.arange(chunk * half, (chunk + 1) * half) for chunk in (cp_rank, last)])
+
+
+def to_rows(x_SB: Tensor, stretches: int = 1) -> Tensor:
+    """``[stretches S, B, ..] -> [stretches B, S, ..]``: each stretch of each sequence as a row of its own."""
+    return x_SB.unflatten(0, (stretches, -1)).transpose(1, 2).flatten(0, 1)
+
+
+def from_rows(x_BS: Tensor, stretches: int = 1) -> Tensor:
+    """Undoes ``to_rows``."""
+    return x_BS.unflatten(0, (stretches, -1)).transpose(1, 2).flatten(0, 1)
