@@ -17,9 +17,7 @@ STEPS = 3
 
 
 def main(work: Path) -> None:
-    cell = parity.Cell(
-        "trace", str(work / "student"), str(work / "teacher"), "ild", "all", pp=int(sys.argv[2]), micro=1
-    )
+    folders = (str(work / "student"), str(work / "teacher"))
     model, wrapped, _ = parity.build(parity.Cell("trace", *folders, "ild", "all", pp=int(sys.argv[2]), micro=1))
     events, receivers = [], set()
     teach, learn, send = teacher_fed.TeacherAhead._teach, teacher_fed.learn, dist.batch_isend_irecv

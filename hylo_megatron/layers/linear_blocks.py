@@ -11,16 +11,11 @@ from megatron.core.ssm.mamba_mixer import MambaMixer
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from torch import Tensor
 
-<<<<<<< HEAD
-from hylo_megatron.kernels import ops_for
-from hylo_megatron.kernels.norm import wide
-=======
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.kernels import mamba_split_conv1d_scan_combined, ops_for
-from hylo_megatron.kernels.chunked import compute_dtype
+from hylo_megatron.kernels.norm import wide
 from hylo_megatron.layers.state_passing import kernels_across, passes_states, without_context_parallelism
 from hylo_megatron.layers.zigzag import from_rows, to_rows
->>>>>>> state
 
 
 class _FP32Decay:
@@ -126,12 +121,7 @@ class GDNMixer(_FP32Decay, _SharedSequence, GatedDeltaNet):
         return q_BSMK, k_BSMK, v.unflatten(-1, (-1, self.value_head_dim)), gate, *gate_feats
 
     def _compute_g_and_beta(self, A_log_H: Tensor, dt_bias_H: Tensor, alpha_BSH: Tensor, beta_BSH: Tensor):
-<<<<<<< HEAD
         return -A_log_H.exp() * F.softplus(wide(alpha_BSH) + dt_bias_H), beta_BSH.sigmoid()
-=======
-        alpha_BSH = alpha_BSH.to(compute_dtype(alpha_BSH))
-        return -A_log_H.exp() * F.softplus(alpha_BSH + dt_bias_H), beta_BSH.sigmoid()
->>>>>>> state
 
     def _apply_gated_norm(self, x_BSHV: Tensor, gate_BSHV: Tensor) -> Tensor:
         weight = self.out_norm.shared_weight()
