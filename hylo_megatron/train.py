@@ -108,10 +108,10 @@ def main() -> None:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from megatron.training.arguments import parse_and_validate_args
 
+    from hylo_megatron.config.layout import check_layout
     from hylo_megatron.distill import engine_hooks
     from hylo_megatron.distill.batches import datasets, forward_step
     from hylo_megatron.kernels.self_test import self_test
-    from hylo_megatron.layers.model import check_layout
 
     args = parse_and_validate_args(extra_args_provider=add_hylo_arguments)
     teacher = Architecture.load(args.hylo_teacher)

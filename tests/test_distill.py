@@ -3,7 +3,6 @@
 import re
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
@@ -15,14 +14,11 @@ from hylo_megatron.platform.capabilities import has
 if not has("megatron-core"):
     pytest.skip("megatron-core is not installed", allow_module_level=True)
 import parallel_parity as parity  # noqa: E402
-import tiny  # noqa: E402
 import train_helpers as helpers  # noqa: E402
 
 from hylo_megatron.distill.ild import layer_losses  # noqa: E402
 from hylo_megatron.distill.kl import KLSettings, hidden_state_kl, reference_loss, token_weights  # noqa: E402
-from hylo_megatron.errors import HyLoError  # noqa: E402
 from hylo_megatron.layers.load import load_model, start_process_groups  # noqa: E402
-from hylo_megatron.layers.model import check_layout  # noqa: E402
 
 ROWS, VOCAB = 40, 33  # of the heads: the last seven rows are padding
 PLAIN = KLSettings()
@@ -271,19 +267,3 @@ def test_a_device_context_still_works_after_the_shim():
                 torch.arange(2), torch.tensor([1.0]), torch.nn.Linear(2, 2).weight]  # fmt: skip
     assert [x.device.type for x in made] == ["meta"] * len(made)
     assert torch.empty(2).device.type == "cpu"
-
-
-@pytest.mark.parametrize("changes, layout, words", [
-    ({}, dict(tp=3), ("4 attention heads", "[1, 2, 4]")),
-    (dict(plan=("attention",) * 4), dict(tp=4), ("2 key-value heads", "[1, 2]")),
-    (dict(plan=("mla", "gdn")), dict(tp=2, cp=2, linear_cp="a2a"), ("parallel size 4", "2 GDN key heads")),
-    (dict(plan=("mla", "mamba2")), dict(tp=1, cp=4, linear_cp="a2a"), ("parallel size 4", "2 Mamba-2 groups")),
-    (dict(plan=("mla", "mamba2")), dict(tp=4, cp=4, linear_cp="states"), ("parallel size 4", "2 Mamba-2 groups")),
-    ({}, dict(pp=5), ("--pipeline-model-parallel-size 5", "4 layers")),
-])  # fmt: skip
-def test_a_layout_that_does_not_fit(changes, layout, words):
-    arch = replace(tiny.hybrid("gdn"), **changes)
-    check_layout(arch)
-    with pytest.raises(HyLoError) as raised:
-        check_layout(arch, **layout)
-    assert all(word in str(raised.value) for word in words)

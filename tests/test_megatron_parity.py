@@ -19,7 +19,6 @@ from hylo_megatron.convert import hf_to_megatron, megatron_to_hf  # noqa: E402
 from hylo_megatron.errors import HyLoError  # noqa: E402
 from hylo_megatron.hf import HyLoForCausalLM  # noqa: E402
 from hylo_megatron.layers.load import layout_config, load_model, start_process_groups  # noqa: E402
-from hylo_megatron.layers.model import check_layout  # noqa: E402
 
 TOLERANCE = 1e-4
 _QK_NORM = Geometry(MLAGeometry(24, 16, 16, 32, q_lora_rank=40), tiny.GEOMETRY.gdn, tiny.GEOMETRY.mamba2)
@@ -128,29 +127,6 @@ def test_a_checkpoint_of_other_sizes_is_refused(folder, tmp_path):
     message = str(caught.value)
     assert "ckpt does not fit the model that its hylo.json describes" in message and "\n" not in message
     assert "decoder.layers.1.mlp.linear_fc1.weight" in message
-
-
-@pytest.mark.parametrize(
-    "arch, sizes, words",
-    [
-        (tiny.hybrid("gdn"), dict(tp=4), "2 GDN key heads do not divide by it; sizes that do: [1, 2]"),
-        (tiny.hybrid("gdn"), dict(tp=2, cp=2, linear_cp="a2a"), "parallel size 4: 2 GDN key heads"),
-        (tiny.hybrid("gdn"), dict(tp=4, cp=2), "parallel size 4: 2 GDN key heads"),
-        (tiny.hybrid("mamba2"), dict(tp=4), "2 Mamba-2 groups"),
-        (
-            tiny.hybrid(plan=("mla",) * 4),
-            dict(tp=3),
-            "4 attention heads do not divide by it; sizes that do: [1, 2, 4]",
-        ),
-        (tiny.hybrid().as_teacher(), dict(tp=4), "2 key-value heads"),
-        (tiny.hybrid("gdn"), dict(pp=5), "4 layers; at most that many"),
-    ],
-)
-def test_layouts_that_do_not_divide(arch, sizes, words):
-    check_layout(arch, tp=2, pp=2, cp=2)
-    with pytest.raises(HyLoError) as caught:
-        check_layout(arch, **sizes)
-    assert words in str(caught.value)
 
 
 @pytest.mark.slow

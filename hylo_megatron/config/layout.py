@@ -37,10 +37,10 @@ class Work:
     global_batch: int = 0
 
 
-def _linear_ranks(heads: int, at: ParallelLayout) -> int:
-    """Over how many ranks the heads of a linear block are dealt: context parallelism may pass states instead."""
-    states = at.linear_cp == "states" or (at.linear_cp == "auto" and heads % (at.tp * at.cp))
-    return at.tp if states else at.tp * at.cp
+def passes_states(choice: str, heads: int, tp: int, cp: int) -> bool:
+    """Whether a linear block of ``heads`` passes states between context-parallel ranks; the engine's all-to-all deals
+    out its heads instead. ``choice``: ``--hylo-linear-cp``."""
+    return cp > 1 and (choice == "states" or (choice == "auto" and heads % (tp * cp) != 0))
 
 
 def _heads(arch: Architecture, at: ParallelLayout) -> Iterable[tuple[str, int, str, int]]:
@@ -51,8 +51,8 @@ def _heads(arch: Architecture, at: ParallelLayout) -> Iterable[tuple[str, int, s
     for kind, name in (("gdn", "GDN key heads"), ("mamba2", "Mamba-2 groups")):
         if kind in arch.plan:
             count = arch.geometry.gdn.num_key_heads if kind == "gdn" else arch.geometry.mamba2.num_groups
-            ranks = _linear_ranks(count, at)
-            yield name, count, "TP" if ranks == at.tp else "TP x CP", ranks
+            dealt = at.cp > 1 and not passes_states(at.linear_cp, count, at.tp, at.cp)
+            yield name, count, "TP x CP" if dealt else "TP", at.tp * (at.cp if dealt else 1)
 
 
 def misfits(arch: Architecture, at: ParallelLayout, work: Work = Work()) -> list[str]:  # noqa: B008
@@ -105,3 +105,8 @@ def check_parallel_layout(models: dict[str, Architecture], at: ParallelLayout, w
     others = "; ".join(map(str, nearest(models, at, work)))
     remedy = f"nearest layouts that fit: {others}" if others else "no layout of so many processes fits"
     raise HyLoError(f"{at} does not fit: {'; '.join(reasons)}. {remedy}")
+
+
+def check_layout(arch: Architecture, tp: int = 1, pp: int = 1, cp: int = 1, linear_cp: str = "auto") -> None:
+    """``check_parallel_layout`` of one model."""
+    check_parallel_layout({"model": arch}, ParallelLayout(tp, pp, cp, linear_cp=linear_cp))

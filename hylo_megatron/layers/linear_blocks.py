@@ -11,10 +11,11 @@ from megatron.core.ssm.mamba_mixer import MambaMixer
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from torch import Tensor
 
+from hylo_megatron.config.layout import passes_states
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.kernels import mamba_split_conv1d_scan_combined, ops_for
 from hylo_megatron.kernels.norm import wide
-from hylo_megatron.layers.state_passing import kernels_across, passes_states, without_context_parallelism
+from hylo_megatron.layers.state_passing import kernels_across, without_context_parallelism
 from hylo_megatron.layers.zigzag import from_rows, to_rows
 
 

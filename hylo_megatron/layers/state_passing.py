@@ -30,11 +30,6 @@ from hylo_megatron.kernels import Ops, ops_for
 from hylo_megatron.kernels.chunked import compute_dtype
 
 
-def passes_states(choice: str, heads: int, tp: int, cp: int) -> bool:
-    """Whether a linear block of ``heads`` passes states; the engine's all-to-all cuts its heads by rank instead."""
-    return cp > 1 and (choice == "states" or (choice == "auto" and heads % (tp * cp) != 0))
-
-
 class _OneRank:
     """A process group of one rank, as far as the engine's mixers ask."""
 
