@@ -176,6 +176,8 @@ def run_cell(cell: Cell, log_path: Path) -> dict:
     rows, result = sample_rows(rank, size, cell.micro), {"cell": asdict(cell)}
     for step in range(1 + cell.steps):
         wrapped.zero_grad_buffer()
+        if optimizer:
+            optimizer.zero_grad()
         stored = schedule(
             forward_step_func=batches.forward_step, data_iterator=rows, model=[wrapped],
             num_microbatches=ROWS // cell.micro // size, seq_length=helpers.SEQ, micro_batch_size=cell.micro,
