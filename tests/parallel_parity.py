@@ -33,6 +33,29 @@ ROWS = 4
 KL = KLSettings(kl_weight=0.7, ce_weight=0.3, temperature=2.0, chunk=50, teacher_length=40, ce_beyond=0.5)
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16}
 
+LAYOUTS = {  # processes: name: sizes
+    2: {
+        "TP2": dict(tp=2),
+        "TP2 SP": dict(tp=2, sp=True),
+        "PP2": dict(pp=2),
+        "CP2": dict(cp=2),
+        "CP2 ring, states": dict(cp=2, cp_comm_type="p2p", linear_cp="states"),
+        "DP2": {},
+        "DP2 optimizer": dict(distributed_optimizer=True),
+    },
+    4: {
+        "PP4": dict(pp=4),
+        "TP2 PP2": dict(tp=2, pp=2),
+        "TP2 SP DP2 optimizer": dict(tp=2, sp=True, distributed_optimizer=True),
+        "CP4 ring, states": dict(cp=4, cp_comm_type="p2p"),
+        "TP2 SP CP2, states": dict(tp=2, cp=2, sp=True),
+        "PP2 CP2 ring": dict(pp=2, cp=2, cp_comm_type="p2p"),
+        "CP2 DP2 optimizer": dict(cp=2, distributed_optimizer=True),
+    },
+    8: {"TP2 PP2 CP2, states": dict(tp=2, pp=2, cp=2)},
+    16: {"TP2 SP PP2 CP2 DP2 optimizer": dict(tp=2, pp=2, cp=2, sp=True, micro=1, distributed_optimizer=True)},
+}
+
 
 @dataclass
 class Cell:
@@ -56,6 +79,7 @@ class Cell:
     adam: bool = False
     dtype: str = "fp32"
     steps: int = 0
+    length: int = helpers.SEQ
 
 
 def distill_model(student, teacher, stage, train, config=None, dtype=torch.float32, linear_cp="auto",
@@ -75,11 +99,11 @@ def distill_model(student, teacher, stage, train, config=None, dtype=torch.float
     return DistillModel(a, b, a_arch, b_arch, DistillSettings(stage, train, **settings))
 
 
-def sample_rows(rank: int, size: int, micro: int):
+def sample_rows(rank: int, size: int, micro: int, length: int = helpers.SEQ):
     """Micro-batches of one data-parallel rank, step after step, with a mask that differs from row to row."""
     step = 0
     while True:
-        batch = helpers.token_batch(ROWS, helpers.SEQ, seed=3 + step)
+        batch = helpers.token_batch(ROWS, length, seed=3 + step)
         for start in range(rank * micro, ROWS, size * micro):
             yield {key: value[start : start + micro] for key, value in batch.items()}
         step += 1
@@ -169,18 +193,18 @@ def run_cell(cell: Cell, log_path: Path) -> dict:
     """Steps as ``megatron.training`` takes them: schedule, loss function, gradient reduction, optimizer, log line."""
     model, wrapped, optimizer = build(cell)
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    arguments = dict(hylo_stage=cell.stage, global_batch_size=ROWS, seq_length=helpers.SEQ, hylo_log=str(log_path))
+    arguments = dict(hylo_stage=cell.stage, global_batch_size=ROWS, seq_length=cell.length, hylo_log=str(log_path))
     weights = dict(hylo_ild_attention_weight=1.0, hylo_ild_hidden_weight=1.0)
     log = StepLog(SimpleNamespace(save=None, **arguments, **weights), [model])
     schedule = TeacherFed() if cell.stage == "ild" and cell.pp > 1 else get_forward_backward_func()
-    rows, result = sample_rows(rank, size, cell.micro), {"cell": asdict(cell)}
+    rows, result = sample_rows(rank, size, cell.micro, cell.length), {"cell": asdict(cell)}
     for step in range(1 + cell.steps):
         wrapped.zero_grad_buffer()
         if optimizer:
             optimizer.zero_grad()
         stored = schedule(
             forward_step_func=batches.forward_step, data_iterator=rows, model=[wrapped],
-            num_microbatches=ROWS // cell.micro // size, seq_length=helpers.SEQ, micro_batch_size=cell.micro,
+            num_microbatches=ROWS // cell.micro // size, seq_length=cell.length, micro_batch_size=cell.micro,
             forward_only=False,
         )  # fmt: skip
         log.write(logged_losses(stored), step + 1, 0.1, None)
@@ -191,6 +215,24 @@ def run_cell(cell: Cell, log_path: Path) -> dict:
         if optimizer:
             optimizer.step()
     return result
+
+
+def gradient_gaps(got: dict, want: dict) -> dict[str, float]:
+    """Largest difference of each parameter's gradient, relative to its largest entry."""
+    assert got.keys() == want.keys()
+    assert any(gradient.any() for gradient in want.values())
+    gaps = {}
+    for key, gradient in want.items():
+        here, padding = got[key].split([len(gradient), len(got[key]) - len(gradient)])
+        assert not padding.any(), key
+        gaps[key] = ((here - gradient).abs().max() / gradient.abs().max().clamp_min(1e-30)).item()
+    return gaps
+
+
+def loss_gap(line: dict, expected: dict) -> float:
+    names = {key for key in expected if key == "loss" or key in batches.PARTS[expected["stage"]]}
+    assert len(names) == 3
+    return max(abs(line[key] - expected[key]) / expected[key] for key in names)
 
 
 def main(work: Path, launch: str) -> None:

@@ -20,28 +20,6 @@ import parity_table  # noqa: E402
 import tiny  # noqa: E402
 import train_helpers as helpers  # noqa: E402
 
-LAYOUTS = {  # processes: name: sizes
-    2: {
-        "TP2": dict(tp=2),
-        "TP2 SP": dict(tp=2, sp=True),
-        "PP2": dict(pp=2),
-        "CP2": dict(cp=2),
-        "CP2 ring, states": dict(cp=2, cp_comm_type="p2p", linear_cp="states"),
-        "DP2": {},
-        "DP2 optimizer": dict(distributed_optimizer=True),
-    },
-    4: {
-        "PP4": dict(pp=4),
-        "TP2 PP2": dict(tp=2, pp=2),
-        "TP2 SP DP2 optimizer": dict(tp=2, sp=True, distributed_optimizer=True),
-        "CP4 ring, states": dict(cp=4, cp_comm_type="p2p"),
-        "TP2 SP CP2, states": dict(tp=2, cp=2, sp=True),
-        "PP2 CP2 ring": dict(pp=2, cp=2, cp_comm_type="p2p"),
-        "CP2 DP2 optimizer": dict(cp=2, distributed_optimizer=True),
-    },
-    8: {"TP2 PP2 CP2, states": dict(tp=2, pp=2, cp=2)},
-    16: {"TP2 SP PP2 CP2 DP2 optimizer": dict(tp=2, pp=2, cp=2, sp=True, micro=1, distributed_optimizer=True)},
-}
 QWEN3 = dict(tie_word_embeddings=False, model_type="qwen3", qk_norm=True, mla_qk_norm=True,
              geometry=tiny.GEOMETRY_Q_LORA)  # fmt: skip
 MODELS = {  # students: of PP2's stages, the mixed one's have three and two layers
@@ -64,7 +42,7 @@ def case(processes: int, layout: str, model: str, stage: str):
 
 CASES = [
     case(processes, layout, model, stage)
-    for processes, layouts in LAYOUTS.items()
+    for processes, layouts in parity.LAYOUTS.items()
     for layout in layouts
     for model, stages in RUNS.items()
     for stage in stages
@@ -86,7 +64,7 @@ class Cells:
 
     def variants(self, layout: str, processes: int, model: str, stage: str) -> list[parity.Cell]:
         """fp32 with five steps, and one in fp64 (which the distributed optimizer cannot)."""
-        sizes = LAYOUTS[processes][layout]
+        sizes = parity.LAYOUTS[processes][layout]
         adam = sizes.get("distributed_optimizer", False)
         name = f"{layout}-{model}-{stage}".replace(" ", "_")
         cells = [self.cell(name, model, stage, **sizes, adam=adam, steps=5)]
@@ -125,46 +103,28 @@ def cells(request, tmp_path_factory):
     return Cells(tmp_path_factory.mktemp("parity"), wanted)
 
 
-def gradient_gaps(got: dict, want: dict) -> dict[str, float]:
-    """Largest difference of each parameter's gradient, relative to its largest entry."""
-    assert got.keys() == want.keys()
-    assert any(gradient.any() for gradient in want.values())
-    gaps = {}
-    for key, gradient in want.items():
-        here, padding = got[key].split([len(gradient), len(got[key]) - len(gradient)])
-        assert not padding.any(), key
-        gaps[key] = ((here - gradient).abs().max() / gradient.abs().max().clamp_min(1e-30)).item()
-    return gaps
-
-
-def loss_gap(line: dict, expected: dict) -> float:
-    names = {key for key in expected if key == "loss" or key in parity.batches.PARTS[expected["stage"]]}
-    assert len(names) == 3
-    return max(abs(line[key] - expected[key]) / expected[key] for key in names)
-
-
 @pytest.mark.parametrize("processes, layout, model, stage", CASES)
 def test_layout_equals_one_process(processes, layout, model, stage, cells):
     single, *double = cells.variants(layout, processes, model, stage)
     (got, log), (want, expected) = cells.pair(single, model, stage, processes)
-    first = loss_gap(log[0], expected[0])
+    first = parity.loss_gap(log[0], expected[0])
     assert first <= 1e-6
     if stage == "ild":
         torch.testing.assert_close(
             torch.tensor(log[0]["layers"]), torch.tensor(expected[0]["layers"]), rtol=1e-6, atol=2e-5
         )
-    gaps = gradient_gaps(got["gradients"], want["gradients"])
+    gaps = parity.gradient_gaps(got["gradients"], want["gradients"])
     for key, gap in gaps.items():
         assert gap <= (4e-5 if key.endswith((".A_log", ".dt_bias")) else 1e-5), (key, gap)
     assert got["spread"] <= 1e-6  # copies of one parameter have one gradient
     losses = [line["loss"] for line in expected]
     assert len(losses) == 6 and abs(losses[-1] - losses[0]) > 1e-3 * losses[0], "five steps that change nothing"
-    later = max(loss_gap(*lines) for lines in zip(log, expected, strict=True))
+    later = max(parity.loss_gap(*lines) for lines in zip(log, expected, strict=True))
     assert later <= 1e-5
     worst = max(gap for key, gap in gaps.items() if not key.endswith((".A_log", ".dt_bias")))
     if double:
         (got, _), (want, _) = cells.pair(double[0], model, stage, processes)
-        exact = gradient_gaps(got["gradients"], want["gradients"])
+        exact = parity.gradient_gaps(got["gradients"], want["gradients"])
         for key, gap in exact.items():  # the engine's Mamba-2 rounds what these three stand for to fp32
             assert gap <= (1e-6 if key.endswith((".mixer.A_log", ".dt_bias", ".mixer.D")) else 1e-10), (key, gap)
         worst_exact = max(gap for key, gap in exact.items() if not key.endswith((".A_log", ".dt_bias", ".D")))
