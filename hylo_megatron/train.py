@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from hylo_megatron.config import Architecture
+from hylo_megatron.config.layout import check_layout
 from hylo_megatron.errors import HyLoError, command_line
 from hylo_megatron.platform.parent import die_with_parent, own_store
 
@@ -112,7 +113,6 @@ def main() -> None:
     from hylo_megatron.distill import engine_hooks
     from hylo_megatron.distill.batches import datasets, forward_step
     from hylo_megatron.kernels.self_test import self_test
-    from hylo_megatron.layers.model import check_layout
 
     args = parse_and_validate_args(extra_args_provider=add_hylo_arguments)
     teacher = Architecture.load(args.hylo_teacher)

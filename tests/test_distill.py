@@ -18,11 +18,11 @@ import parallel_parity as parity  # noqa: E402
 import tiny  # noqa: E402
 import train_helpers as helpers  # noqa: E402
 
+from hylo_megatron.config.layout import check_layout  # noqa: E402
 from hylo_megatron.distill.ild import AttachInput, AttachLoss, layer_losses  # noqa: E402
 from hylo_megatron.distill.kl import KLSettings, hidden_state_kl, reference_loss, token_weights  # noqa: E402
 from hylo_megatron.errors import HyLoError  # noqa: E402
 from hylo_megatron.layers.load import load_model, start_process_groups  # noqa: E402
-from hylo_megatron.layers.model import check_layout  # noqa: E402
 
 ROWS, VOCAB = 40, 33  # of the heads: the last seven rows are padding
 PLAIN = KLSettings()

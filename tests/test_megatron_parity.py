@@ -15,11 +15,11 @@ import tiny  # noqa: E402
 from parallel_logits import LAYOUTS, logits  # noqa: E402
 
 from hylo_megatron.config import Geometry, MLAGeometry  # noqa: E402
+from hylo_megatron.config.layout import check_layout  # noqa: E402
 from hylo_megatron.convert import hf_to_megatron, megatron_to_hf  # noqa: E402
 from hylo_megatron.errors import HyLoError  # noqa: E402
 from hylo_megatron.hf import HyLoForCausalLM  # noqa: E402
 from hylo_megatron.layers.load import layout_config, load_model, start_process_groups  # noqa: E402
-from hylo_megatron.layers.model import check_layout  # noqa: E402
 
 TOLERANCE = 1e-4
 _QK_NORM = Geometry(MLAGeometry(24, 16, 16, 32, q_lora_rank=40), tiny.GEOMETRY.gdn, tiny.GEOMETRY.mamba2)

@@ -47,7 +47,9 @@ def add_hylo_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         help="cross-entropy of the answers in packed data (make_retrieval.py), as a share of a sample's tokens",
     )
     add("--hylo-rope", type=json.loads, help='change the student\'s rotary embedding, e.g. {"rope_theta": 4e5}')
-    add("--hylo-teacher-rope", type=json.loads, help="the same for the teacher's, beyond the length it was trained for")
+    add(
+        "--hylo-teacher-rope", type=json.loads, help="the same for the teacher's, beyond the length it was trained for"
+    )
     add(
         "--hylo-student-iteration",
         type=int,

@@ -11,9 +11,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.distributed.checkpoint.api import CheckpointException
 
 from hylo_megatron.config import Architecture
+from hylo_megatron.config.layout import check_layout
 from hylo_megatron.convert.checkpoint import latest
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.layers.model import UNFUSED, build_model, check_layout, model_fields
+from hylo_megatron.layers.model import UNFUSED, build_model, model_fields
 
 
 def start_process_groups(tp: int = 1, pp: int = 1, cp: int = 1, seed: int = 1234) -> None:

@@ -7,7 +7,6 @@ from torch import nn
 
 from hylo_megatron.config import Architecture
 from hylo_megatron.config.plan import megatron_pattern
-from hylo_megatron.errors import HyLoError
 from hylo_megatron.layers.specs import stack_spec
 
 
@@ -41,22 +40,6 @@ UNFUSED = dict(
     bias_dropout_fusion=False, bias_activation_fusion=False, gradient_accumulation_fusion=False,
     persist_layer_norm=False, apply_rope_fusion=False, masked_softmax_fusion=False,
 )  # fmt: skip
-
-
-def check_layout(arch: Architecture, tp: int = 1, pp: int = 1, cp: int = 1) -> None:
-    """Raises ``HyLoError`` when a head count does not divide by the parallel sizes."""
-    counts = {"attention heads": (arch.num_attention_heads, tp)}
-    if "attention" in arch.plan:
-        counts["key-value heads"] = (arch.num_key_value_heads, tp)
-    if "gdn" in arch.plan:
-        counts["GDN key heads"] = (arch.geometry.gdn.num_key_heads, tp * cp)
-    if "mamba2" in arch.plan:
-        counts["Mamba-2 groups"] = (arch.geometry.mamba2.num_groups, tp * cp)
-    for name, (count, ranks) in counts.items():
-        if count % ranks:
-            fits = [size for size in range(1, count + 1) if count % size == 0]
-            raise HyLoError(f"parallel size {ranks}: {count} {name} do not divide by it; sizes that do: {fits}")
-    megatron_pattern(arch.plan, pp)
 
 
 def build_model(arch: Architecture, config: TransformerConfig, *, padded_vocab_size: int | None = None,
