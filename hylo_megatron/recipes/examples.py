@@ -1,5 +1,6 @@
 """What ``examples/upcycle_llama1b.sh`` and its sisters do, however they are started: ``docs/examples.md``."""
 
+import json
 import os
 import shlex
 import sys
@@ -95,6 +96,10 @@ def data_files() -> tuple[tuple[Path, ...], tuple[Path, ...]]:
     for path in paths:
         if path not in tokens + inputs:
             raise HyLoError(f"DATA={path}: no such file, and no {path}.idx of tools/prepare_data.py either")
+    for path in tokens:
+        summary = Path(f"{path}.json")
+        if summary.is_file() and json.loads(summary.read_text()).get("pack_length"):
+            raise HyLoError(f"DATA={path} is packed to one length, the stages have three: prepare whole documents")
     if tokens and inputs:
         raise HyLoError(f"DATA has text ({inputs[0]}) and tokens ({tokens[0]}): give only one of the two kinds")
     return inputs, tokens
