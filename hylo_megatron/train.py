@@ -10,7 +10,9 @@ import time
 from pathlib import Path
 
 from hylo_megatron.config import Architecture
+from hylo_megatron.config.layout import check_layout
 from hylo_megatron.errors import HyLoError, command_line
+from hylo_megatron.platform.parent import die_with_parent, own_store
 
 
 def check_pair(student: Architecture, teacher: Architecture, stage: str) -> None:
@@ -34,14 +36,14 @@ def model_provider(models: list, pre_process=True, post_process=True, vp_stage=N
     from megatron.training import get_args
     from megatron.training.arguments import core_transformer_config_from_args
 
-    from hylo_megatron.distill.arguments import kl_settings, student_architecture
+    from hylo_megatron.distill.arguments import kl_settings, run_architecture
     from hylo_megatron.distill.model import DistillModel, DistillSettings
     from hylo_megatron.layers.load import load_weights
     from hylo_megatron.layers.model import UNFUSED, build_model, model_fields
 
     args = get_args()
-    student_arch = student_architecture(args.hylo_student, args.hylo_rope, args.seq_length)
-    teacher_arch = Architecture.load(args.hylo_teacher)
+    student_arch = run_architecture(args.hylo_student, args.hylo_rope, args.seq_length)
+    teacher_arch = run_architecture(args.hylo_teacher, args.hylo_teacher_rope, args.seq_length)
     base = config or core_transformer_config_from_args(args)
     tp = args.tensor_model_parallel_size
     padded = -(-student_arch.vocab_size // tp) * tp
@@ -70,13 +72,13 @@ def model_provider(models: list, pre_process=True, post_process=True, vp_stage=N
 
 def write_companions(args) -> None:
     """What makes the output folder a checkpoint like any other: the architecture and the tokenizer."""
-    from hylo_megatron.distill.arguments import student_architecture
+    from hylo_megatron.distill.arguments import run_architecture
 
     source, target = Path(args.hylo_student), Path(args.save)
     if source.resolve() == target.resolve():
         raise HyLoError("--save and --hylo-student are the same folder; choose another --save")
     target.mkdir(parents=True, exist_ok=True)
-    arch = student_architecture(args.hylo_student, args.hylo_rope, args.seq_length)
+    arch = run_architecture(args.hylo_student, args.hylo_rope, args.seq_length)
     if (target / "hylo.json").is_file() and Architecture.load(target).plan != arch.plan:
         raise HyLoError(f"--save {target} holds a run of another student; choose another folder")
     arch.save(target)
@@ -96,6 +98,7 @@ def wait_for_student(args) -> None:
 
 @command_line
 def main() -> None:
+    die_with_parent()
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # megatron asserts it for TP and CP
     import hylo_megatron.distill  # noqa: F401  the engine, before megatron
     from hylo_megatron.distill.arguments import add_hylo_arguments, prepare_command_line
@@ -108,7 +111,6 @@ def main() -> None:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from megatron.training.arguments import parse_and_validate_args
 
-    from hylo_megatron.config.layout import check_layout
     from hylo_megatron.distill import engine_hooks
     from hylo_megatron.distill.batches import datasets, forward_step
     from hylo_megatron.kernels.self_test import self_test
@@ -137,8 +139,9 @@ def main() -> None:
     engine_hooks.install(models)
     config = pretrain_cfg_container_from_args(args)
     pretrain(
-        config, datasets, ModelType.encoder_or_decoder, forward_step, lambda **kwargs: model_provider(models, **kwargs)
-    )
+        config, datasets, ModelType.encoder_or_decoder, forward_step,
+        lambda **kwargs: model_provider(models, **kwargs), store=own_store(),
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

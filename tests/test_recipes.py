@@ -40,7 +40,7 @@ sys.path[:0] = sys.argv[2:]
 import test_recipes
 from pathlib import Path
 from hylo_megatron.recipes.runner import Run
-from hylo_megatron.recipes.training_process import Layout
+from hylo_megatron.recipes.launch import Layout
 
 if __name__ == "__main__":
     Run(test_recipes.toy_recipe(), Path(sys.argv[1]), Layout.found(1, 1)).execute()

@@ -131,12 +131,23 @@ def drop_older_checkpoints(folder: str | os.PathLike) -> None:
             shutil.rmtree(path)
 
 
+class _KnownMetadata(dcp.FileSystemReader):
+    """Does not read the list of all tensors again for each of them: a trained checkpoint's is long."""
+
+    def __init__(self, path: Path, metadata):
+        super().__init__(path)
+        self.metadata = metadata
+
+    def read_metadata(self, *args, **kwargs):
+        return self.metadata
+
+
 class CheckpointReader:
     """Model tensors of a checkpoint, whatever layout it was saved on, read one at a time."""
 
     def __init__(self, folder: str | os.PathLike):
         self.path = latest(folder)
-        metadata = dcp.FileSystemReader(self.path).read_metadata()
+        self.metadata = metadata = dcp.FileSystemReader(self.path).read_metadata()
         self.entries = {
             key: entry
             for key, entry in metadata.state_dict_metadata.items()
@@ -161,7 +172,7 @@ class CheckpointReader:
         out = {key: torch.empty(self.shape(key), dtype=self.dtype(key))}
         try:
             dcp.load(
-                out, storage_reader=dcp.FileSystemReader(self.path), no_dist=True,
+                out, storage_reader=_KnownMetadata(self.path, self.metadata), no_dist=True,
                 planner=DefaultLoadPlanner(flatten_state_dict=False),
             )  # fmt: skip
         except dcp.api.CheckpointException:

@@ -55,6 +55,9 @@ def add_hylo_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     )
     add("--hylo-rope", type=json.loads, help='change the student\'s rotary embedding, e.g. {"rope_theta": 4e5}')
     add(
+        "--hylo-teacher-rope", type=json.loads, help="the same for the teacher's, beyond the length it was trained for"
+    )
+    add(
         "--hylo-student-iteration",
         type=int,
         help="wait until --hylo-student holds this iteration: an earlier stage may still be training it",
@@ -75,13 +78,15 @@ def kl_settings(args) -> KLSettings:
     )  # fmt: skip
 
 
-def student_architecture(path: str, rope: dict | None = None, seq_length: int = 0) -> Architecture:
-    """The student as this run trains it: with the rotary embedding asked for, and room for its sequences."""
-    arch = Architecture.load(path)
+def run_architecture(path: str, rope: dict | None = None, seq_length: int = 0) -> Architecture:
+    """A checkpoint's model as this run uses it: with the rotary embedding asked for, and room for its sequences."""
+    arch, rope = Architecture.load(path), rope or {}
+    kept = arch.rope_parameters
+    if rope.get("rope_type", kept.get("rope_type")) != kept.get("rope_type"):  # what scales one kind is not another's
+        kept = {"rope_theta": kept["rope_theta"]}
     return replace(
-        arch, rope_parameters=arch.rope_parameters | (rope or {}),
-        max_position_embeddings=max(arch.max_position_embeddings, seq_length),
-    )  # fmt: skip
+        arch, rope_parameters=kept | rope, max_position_embeddings=max(arch.max_position_embeddings, seq_length)
+    )
 
 
 def engine_flags(arch: Architecture, tokenizer: Path) -> list[str]:
@@ -123,7 +128,7 @@ def prepare_command_line() -> Architecture:
     known, _ = parser.parse_known_args()
     if not known.hylo_student:
         raise HyLoError("--hylo-student is missing: the student checkpoint made by upcycle.py")
-    arch = student_architecture(known.hylo_student, seq_length=known.seq_length)
+    arch = run_architecture(known.hylo_student, seq_length=known.seq_length)
     if not arch.is_hybrid:
         raise HyLoError(f"--hylo-student {known.hylo_student} is a Transformer; run upcycle.py on it first")
     tokenizer = Path(known.hylo_student) / "hf"

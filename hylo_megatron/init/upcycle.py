@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from hylo_megatron.config import Architecture, geometry_preset, parse_plan, plan_name
+from hylo_megatron.config import Architecture, Geometry, geometry_preset, parse_plan, plan_name
 from hylo_megatron.convert.checkpoint import LazyTensor, check_empty, write_checkpoint
 from hylo_megatron.convert.hf_folder import copy_companions, save_tensors
 from hylo_megatron.convert.hf_to_megatron import megatron_tensors
@@ -96,9 +96,12 @@ class _StudentWeights:
         return mapping.to_hf([self.base.reader[name] for name in mapping.megatron])[index]
 
 
-def student_architecture(teacher: Architecture, plan: tuple[str, ...], geometry: str, qk_norm: bool) -> Architecture:
-    preset = geometry_preset(geometry, teacher.hidden_size, teacher.num_attention_heads, teacher.head_dim)
-    return replace(teacher, plan=plan, geometry=preset, mla_qk_norm=qk_norm, extra=dict(teacher.extra))
+def student_architecture(teacher: Architecture, plan: tuple[str, ...], geometry: str | Geometry,
+                         qk_norm: bool = False) -> Architecture:  # fmt: skip
+    """``geometry``: the name of a preset, or the dimensions themselves."""
+    if isinstance(geometry, str):
+        geometry = geometry_preset(geometry, teacher.hidden_size, teacher.num_attention_heads, teacher.head_dim)
+    return replace(teacher, plan=plan, geometry=geometry, mla_qk_norm=qk_norm, extra=dict(teacher.extra))
 
 
 def _line(entry: dict) -> str:
@@ -108,8 +111,8 @@ def _line(entry: dict) -> str:
 
 
 def upcycle(teacher: str | Path, out: str | Path, plan: tuple[str, ...], *, init: str = "data",
-            geometry: str = "native", qk_norm: bool = False, tokens_BS: Tensor | None = None, ridge: bool = True,
-            seed: int = 0, device: str | torch.device = "cpu", log=print) -> dict:  # fmt: skip
+            geometry: str | Geometry = "native", qk_norm: bool = False, tokens_BS: Tensor | None = None,
+            ridge: bool = True, seed: int = 0, device: str | torch.device = "cpu", log=print) -> dict:  # fmt: skip
     """Writes student checkpoint ``out`` and returns the report (also saved in it). Raises ``HyLoError``."""
     out = Path(out)
     check_empty(out)
@@ -139,7 +142,13 @@ def upcycle(teacher: str | Path, out: str | Path, plan: tuple[str, ...], *, init
             report.append(entry)
             log(_line(entry))
         arch.extra["ild_norms"] = [[e.get("output_norm", 1.0), e.get("update_norm", 1.0)] for e in report]
-        result = {"plan": plan_name(plan), "init": init, "geometry": geometry, "seed": seed, "layers": report}
+        result = {
+            "plan": plan_name(plan),
+            "init": init,
+            "geometry": geometry if isinstance(geometry, str) else geometry.to_dict(),
+            "seed": seed,
+            "layers": report,
+        }
         _write(base, arch, scratch, mixer_keys, out, Path(teacher), result)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

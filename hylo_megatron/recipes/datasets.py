@@ -14,10 +14,10 @@ def prefix(folder: Path, name: str, stage: Stage) -> Path:
     return folder / f"{name}-{stage.seq_length}"
 
 
-def data_path(folder: Path, stage: Stage) -> list[str]:
+def data_path(folder: Path, stage: Stage, tokens: tuple[Path, ...] = ()) -> list[str]:
     """``--data-path`` of a stage: weights and prefixes, or the training text alone."""
     if not stage.mix:
-        return [str(folder / "train")]
+        return [str(path) for path in tokens or (folder / "train",)]
     return [part for name, share in stage.mix for part in (str(share), str(prefix(folder, name, stage)))]
 
 

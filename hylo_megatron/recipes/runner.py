@@ -1,4 +1,4 @@
-"""Runs a recipe: fetch -> convert -> upcycle -> train stages -> export -> evaluate -> generate.
+"""Runs a recipe: source -> convert -> upcycle -> train stages -> export -> evaluate -> generate.
 
 Every step writes its result under its final name only when it is whole, so the same command goes on where it stopped.
 """
@@ -13,30 +13,40 @@ from pathlib import Path
 
 import torch
 
-from hylo_megatron.config import parse_plan, plan_name
-from hylo_megatron.convert import hf_to_megatron, megatron_to_hf, smollm2
+from hylo_megatron.config import Architecture, parse_plan, plan_name
+from hylo_megatron.convert import hf_to_megatron, megatron_to_hf
 from hylo_megatron.convert.checkpoint import TRACKER, drop_older_checkpoints
-from hylo_megatron.data import prepare, text
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.recipes.background import Background
 from hylo_megatron.recipes.datasets import data_path, make_datasets
+from hylo_megatron.recipes.launch import Layout, start_own
 from hylo_megatron.recipes.measurements import Measurement
 from hylo_megatron.recipes.sample import write_sample
+from hylo_megatron.recipes.source import FetchedSource, Source
 from hylo_megatron.recipes.stage import Recipe, Stage
 from hylo_megatron.recipes.table import closing_table
-from hylo_megatron.recipes.training_process import Layout, Training
+from hylo_megatron.recipes.training_process import Training
 
 
 class Run:
-    """One run of ``recipe`` in folder ``out``; ``execute()`` does what is not done yet."""
+    """One run of ``recipe`` in folder ``out``; ``execute()`` does what is not done yet.
 
-    def __init__(self, recipe: Recipe, out: Path, layout: Layout):
-        self.recipe, self.out, self.layout = recipe, out, layout
+    ``start`` starts trainings (``launch.start_own``, or a ``World``'s); ``flags`` are for each of them. ``beside``:
+    whether evaluations, and the start of the next stage, go on beside a training (None: where there is a GPU).
+    """
+
+    def __init__(self, recipe: Recipe, out: Path, layout: Layout, source: Source | None = None, start=start_own,
+                 flags: tuple = (), beside: bool | None = None):  # fmt: skip
+        self.recipe, self.out, self.layout, self.start, self.flags = recipe, out, layout, start, flags
+        self.source = source or FetchedSource(out, recipe.text)
         self.logs, self.started, self.number = out / "logs", time.time(), 0
-        self.hf, self.teacher, self.text, self.data = out / "hf", out / "teacher", out / "text", out / "data"
+        self.hf, self.base, self.data = self.source.base, out / "teacher", out / "data"
+        # The ILD stage compares with the base model layer by layer; another teacher takes over afterwards.
+        self.teacher = out / "other-teacher" if self.source.teacher else self.base
         self.plan = parse_plan(recipe.layers, recipe.plan, recipe.linear)
-        self.total = 8 + 2 * len(recipe.stages)
-        self.background = Background(self.logs)
+        self.total = 4 + len(self.source.steps()) + len(recipe.stages) + (self.teacher != self.base)
+        self.total += 2 + len(recipe.stages) if self.source.judged else 0
+        self.background = Background(self.logs, beside)
         self.trainings: list[Training] = []
         self.next_training: Training | None = None
 
@@ -44,7 +54,7 @@ class Run:
         """The folder belongs to one recipe: going on with another one would mix two runs."""
         self.logs.mkdir(parents=True, exist_ok=True)
         self.data.mkdir(exist_ok=True)
-        path, mine = self.out / "recipe.json", self.recipe.to_dict()
+        path, mine = self.out / "recipe.json", self.recipe.to_dict() | self.source.to_dict()
         if path.is_file() and json.loads(path.read_text()) != mine:
             raise HyLoError(f"{self.out} holds a run with other settings ({path}); choose another OUT, or remove it")
         path.write_text(json.dumps(mine, indent=1))
@@ -68,27 +78,30 @@ class Run:
 
     def measure(self, name: str, model: Path, full: bool = False, report: Path | None = None) -> None:
         """Perplexity, and with ``full`` everything else; on a GPU the next steps do not wait for it."""
+        if not self.source.judged:
+            return
         if report:
             self.background.wait("teacher")  # its figures stand beside the student's
-        job = Measurement(name, model, self.out, self.text, self.recipe, full, report)
+        job = Measurement(name, model, self.out, self.source.judged, self.recipe, full, report)
         self.step(f"evaluate {name}", lambda: self.background.start(name, job), job.result)
 
     def prepare(self) -> None:
         """Tokens, and the packed datasets of the stages."""
-        train_text, tokens = self.text / "train.jsonl", self.data / "train"
-        if not tokens.with_suffix(".json").is_file():
-            prepare.main(["--input", str(train_text), "--tokenizer", str(self.hf), "--out", str(tokens)])
+        self.source.make_tokens()
         self.background.start("datasets", functools.partial(make_datasets, self.recipe, self.data, self.hf))
 
     def upcycle(self) -> None:
         from hylo_megatron.init.calibration import calibration_tokens
         from hylo_megatron.init.upcycle import upcycle
 
+        recipe, device = self.recipe, "cuda" if torch.cuda.is_available() else "cpu"
         tokens = calibration_tokens(
-            self.data / "train", self.hf, self.recipe.calibration_tokens, self.recipe.calibration_length
+            self.source.tokens[0], self.hf, recipe.calibration_tokens, recipe.calibration_length
         )
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        upcycle(self.teacher, self.out / "student", self.plan, tokens_BS=tokens, device=device)
+        upcycle(
+            self.base, self.out / "student", self.plan, init=recipe.init, geometry=recipe.geometry, tokens_BS=tokens,
+            qk_norm=recipe.init == "svd" and Architecture.load(self.base).qk_norm, device=device,
+        )  # fmt: skip
 
     def _trained(self, stage: Stage) -> bool:
         tracker = self.out / stage.name / TRACKER
@@ -99,12 +112,13 @@ class Run:
         stages = self.recipe.stages
         stage, save = stages[index], self.out / stages[index].name
         student = self.out / (stages[index - 1].name if index else "student")
-        flags = [*stage.flags(), "--hylo-student", student, "--hylo-teacher", self.teacher, "--save", save,
+        teacher = self.base if stage.kind == "ild" else self.teacher
+        flags = [*stage.flags(), *self.flags, "--hylo-student", student, "--hylo-teacher", teacher, "--save", save,
                  "--save-interval", self.recipe.save_every, "--seed", self.recipe.seed,
-                 "--data-path", *data_path(self.data, stage)]  # fmt: skip
+                 "--data-path", *data_path(self.data, stage, self.source.tokens)]  # fmt: skip
         if index:
             flags += ["--hylo-student-iteration", stages[index - 1].steps]
-        self.trainings.append(Training(stage, flags, save, self.layout, self.logs / f"{stage.name}.log"))
+        self.trainings.append(Training(stage, flags, save, self.layout, self.logs / f"{stage.name}.log", self.start))
         return self.trainings[-1]
 
     def train(self, index: int) -> Path:
@@ -118,6 +132,7 @@ class Run:
         print(f"{label}: {stage.steps} steps, {stage.tokens:,} tokens of {stage.seq_length}", flush=True)
         started = time.time()
         self.background.wait("datasets")
+        torch.cuda.empty_cache()  # what calibration or an evaluation left
         training = self.next_training or self._start(index)
         self.next_training = None
 
@@ -126,6 +141,8 @@ class Run:
                 self.next_training = self._start(index + 1)
 
         training.wait(start_next)
+        if not self._trained(stage):
+            raise HyLoError(f"{stage.name} was stopped by a signal; the same command goes on from its checkpoint")
         drop_older_checkpoints(save)
         print(f"      {time.time() - started:.0f} s", flush=True)
         return save
@@ -149,20 +166,32 @@ class Run:
             raise
 
     def _execute(self) -> None:
-        mix, student = self.recipe.text, self.out / "student"
-        self.step("fetch SmolLM2-135M-Instruct", lambda: smollm2.main(["--out", str(self.hf)]), self.hf)
-        self.step("fetch text", lambda: text.main(["--out", str(self.text), "--mix", mix]), self.text / "SOURCES.md")
+        for step in self.source.steps():
+            self.step(*step)
         self.measure("teacher", self.hf, full=True)
         self.step("tokens", self.prepare)
-        self.step("convert to Megatron", lambda: hf_to_megatron.convert(self.hf, self.teacher), self.teacher)
+        self.step("convert to Megatron", lambda: hf_to_megatron.convert(self.hf, self.base), self.base)
+        if self.source.teacher:
+            convert = functools.partial(hf_to_megatron.convert, self.source.teacher, self.teacher)
+            self.step("convert the teacher", convert, self.teacher)
+        student = self.out / "student"
         self.step(f"upcycle to {plan_name(self.plan)}", self.upcycle, student)
-        self.measure("init", self.export("init", student))
+        if self.source.judged:
+            self.measure("init", self.export("init", student))
         for index, stage in enumerate(self.recipe.stages):
-            folder, last = self.export(stage.name, self.train(index)), stage is self.recipe.stages[-1]
-            self.measure(stage.name, folder, full=last, report=self.out / "report" if last else None)
+            checkpoint, last = self.train(index), stage is self.recipe.stages[-1]
+            if last or self.source.judged:
+                folder = self.export(stage.name, checkpoint)
+                self.measure(stage.name, folder, full=last, report=self.out / "report" if last else None)
         sample = self.out / "sample.json"
         self.step("generate", lambda: write_sample(self.hf, folder, sample), sample)
         self.background.wait()
+        self._close(folder)
+
+    def _close(self, folder: Path) -> None:
+        if not self.source.judged:
+            print(f"model: {folder}   {(time.time() - self.started) / 60:.1f} minutes", flush=True)
+            return
         table = closing_table(self.out, self.recipe, self.layout, time.time() - self.started)
         scratch = self.out / "report" / "run.md.partial"
         scratch.write_text(table + "\n")

@@ -18,8 +18,10 @@ def answer(folder: Path, prompt: str = PROMPT, tokens: int = 24) -> str:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).to(
         "cuda" if torch.cuda.is_available() else "cpu"
     )
-    chat = [{"role": "user", "content": prompt}]
-    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    inputs = tokenizer(prompt, return_tensors="pt")
+    if tokenizer.chat_template:
+        chat = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     ids = model.generate(**inputs.to(model.device), max_new_tokens=tokens, do_sample=False)
     return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 

@@ -4,14 +4,16 @@ import json
 from dataclasses import asdict, dataclass
 from math import ceil
 
+from hylo_megatron.config import Geometry
+
 
 @dataclass(frozen=True)
 class Stage:
     """One training run. Tokens: ``steps * global_batch * seq_length``; ``lr`` is the peak of a cosine.
 
     ``mix``: shares of the packed datasets named in ``recipes/datasets.py``; empty: the training text as it is.
-    ``rope``: what changes in the student's rotary embedding. ``teacher_length``: the teacher's own context, beyond
-    which the text itself teaches (``ce_beyond``). ``recompute``: layers whose activations are computed twice.
+    ``rope``, ``teacher_rope``: what changes in the rotary embeddings. ``teacher_length``: the teacher's own context,
+    beyond which the text itself teaches (``ce_beyond``). ``recompute``: layers whose activations are computed twice.
     """
 
     name: str
@@ -31,6 +33,7 @@ class Stage:
     weight_decay: float = 0.05
     mix: tuple[tuple[str, float], ...] = ()
     rope: dict | None = None
+    teacher_rope: dict | None = None
     teacher_length: int | None = None
     ce_beyond: float = 1.0
     answer_weight: float = 0.0
@@ -59,6 +62,8 @@ class Stage:
             values["--hylo-teacher-length"] = self.teacher_length
         if self.rope:
             values["--hylo-rope"] = json.dumps(self.rope)
+        if self.teacher_rope:
+            values["--hylo-teacher-rope"] = json.dumps(self.teacher_rope)
         if self.recompute:
             values |= {"--recompute-granularity": "full", "--recompute-method": "block",
                        "--recompute-num-layers": self.recompute}  # fmt: skip
@@ -91,6 +96,8 @@ class Recipe:
     evaluation: Evaluation
     layers: int = 30
     text: str = "small"  # the mix of tools/fetch_text.py
+    geometry: str | Geometry = "native"
+    init: str = "data"  # or "svd", the method paper's
     save_every: int = 20
     seed: int = 1234
 

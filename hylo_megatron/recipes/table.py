@@ -13,8 +13,8 @@ JUDGED = ("prose", "code")  # what the mean loss is of
 
 
 def both(figures: dict) -> float:
-    """Mean loss of prose and code together, nats a token."""
-    parts = [figures["perplexity"][kind] for kind in JUDGED]
+    """Mean loss of prose and code together (of what there is), nats a token."""
+    parts = [figures["perplexity"][kind] for kind in JUDGED if kind in figures["perplexity"]]
     return sum(part["loss"] * part["tokens"] for part in parts) / sum(part["tokens"] for part in parts)
 
 

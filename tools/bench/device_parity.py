@@ -15,7 +15,6 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from hylo_megatron.errors import HyLoError, command_line  # noqa: E402
-from hylo_megatron.recipes.training_process import free_port  # noqa: E402
 
 LIMITS = {"bf16": 1e-2, "fp32": 1e-4}
 STAGES = {"ild": ["--lr", "2e-4"], "distill": ["--lr", "3e-5"]}
@@ -32,7 +31,7 @@ def start(options, stage: str, dtype: str, device: str) -> subprocess.Popen:
         *(["--bf16"] if dtype == "bf16" else []),
     ]  # fmt: skip
     environment = os.environ | dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
-                                    MASTER_PORT=free_port(), OMP_NUM_THREADS=str(options.threads))  # fmt: skip
+                                    MASTER_PORT="0", OMP_NUM_THREADS=str(options.threads))  # fmt: skip
     if device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
     log = (options.out / f"{save.name}.log").open("w")

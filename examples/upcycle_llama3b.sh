@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Llama-3.2-3B-Instruct -> hybrid of 6 MLA and 22 linear layers, by the published recipe: convert, upcycle, distil to 64K, export.
+# Variables: HF_MODEL DATA | PROXY=1, TEACHER OUT PLAN LINEAR TOKENS TP PP CP SEED EVAL ...: docs/examples.md.
+# bash runs the line after the next one. torchrun gives the file to Python, to which that line is a string.
+''':'
+exec "${PYTHON:-python3}" -W ignore "$0" "$@"
+'''
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from hylo_megatron.recipes.examples import main
+
+main("llama3b")
+# The end of the last word that bash sees: '

@@ -1,0 +1,128 @@
+"""``PROXY=1``: a recipe at toy size, on a random model and made-up text, to see every step work on a CPU.
+
+The layer plan, the order of the stages, learning rates and flags stay; widths, lengths and counts shrink.
+"""
+
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+
+from hylo_megatron.config import GDNGeometry, Geometry, Mamba2Geometry, MLAGeometry, geometry_preset
+from hylo_megatron.recipes.published import Base, yarn
+from hylo_megatron.recipes.source import Source, Step
+from hylo_megatron.recipes.stage import Evaluation, Recipe
+
+LENGTHS = {2048: 64, 8192: 128, 65536: 256}
+WINDOWS = {2048: 64, 32768: 128}  # as each lies among the lengths
+WIDTH, HEADS = 16, 4  # the model is so many times narrower, and has so many times fewer heads
+STEPS, BATCH, VOCAB = 4, 2, 900
+CHAT = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}" + (
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def proxy(recipe: Recipe, base: Base, steps: int = STEPS) -> Recipe:
+    """``recipe`` with every size made small; nothing else is changed."""
+    stages = tuple(
+        replace(
+            stage, seq_length=LENGTHS[stage.seq_length], steps=steps, global_batch=BATCH, micro_batch=1,
+            rope=stage.rope and yarn(LENGTHS[stage.seq_length], WINDOWS[base.window]),
+            teacher_rope=stage.teacher_rope and yarn(LENGTHS[stage.seq_length], WINDOWS[base.window]),
+        )
+        for stage in recipe.stages
+    )  # fmt: skip
+    return replace(
+        recipe, name=f"proxy-{recipe.name}", stages=stages, calibration_tokens=1024, calibration_length=64,
+        evaluation=Evaluation(64, 400, (256,), 1, 2), save_every=2, 
+        geometry=small_geometry(base) if recipe.geometry == "published" else recipe.geometry,
+    )  # fmt: skip
+
+
+def small_geometry(base: Base) -> Geometry:
+    g = geometry_preset("published", base.hidden, base.heads, base.head_dim)
+    mla, gdn, mamba2 = g.mla, g.gdn, g.mamba2
+    return Geometry(
+        MLAGeometry(
+            mla.kv_lora_rank // HEADS, mla.qk_nope_head_dim // HEADS, mla.qk_rope_head_dim // HEADS,
+            mla.v_head_dim // HEADS, mla.q_lora_rank // WIDTH,
+        ),
+        GDNGeometry(gdn.num_key_heads, gdn.num_value_heads, gdn.key_head_dim // WIDTH, gdn.value_head_dim // WIDTH),
+        Mamba2Geometry(
+            mamba2.num_heads // HEADS, mamba2.head_dim // HEADS, mamba2.state_size // HEADS,
+            mamba2.num_groups // HEADS,
+        ),
+    )  # fmt: skip
+
+
+class ProxySource(Source):
+    """A random model of the base's family with its tokenizer, and text, made in ``folder``."""
+
+    def __init__(self, folder: Path, base: Base, tokens: Path, teacher: Path | None, judged: Path | None):
+        super().__init__(folder / "model", (tokens,), (folder / "train.jsonl",), teacher, judged)
+        self.folder, self.model = folder, base
+
+    def steps(self) -> list[Step]:
+        return [Step("make a random model and text", lambda: write_inputs(self.folder, self.model), self.base)]
+
+    def to_dict(self) -> dict:
+        return {}
+
+
+def write_inputs(folder: Path, base: Base) -> None:
+    texts = made_up_texts()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    write_model(folder / "model", base, texts)
+
+
+def made_up_texts(documents: int = 60) -> list[str]:
+    rng = random.Random(1)
+    words = [a + b + c for a in ("ba", "lo", "ri", "tu", "me") for b in ("n", "st", "v") for c in ("er", "al", "or")]
+    return [
+        " ".join(" ".join(rng.choices(words, k=9)).capitalize() + "." for _ in range(rng.randint(20, 400)))
+        for _ in range(documents)
+    ]
+
+
+def write_model(folder: Path, base: Base, texts: list[str], **changes) -> None:
+    """A Hugging Face folder. ``changes``: other fields of its config."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    scratch = folder.with_name(folder.name + ".partial")
+    scratch.mkdir(parents=True, exist_ok=True)
+    size = write_tokenizer(scratch, texts)
+    rope = {"rope_type": "default", "rope_theta": 1e6}
+    if base.model_type == "llama":
+        rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 32.0, "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0, "original_max_position_embeddings": 64}  # fmt: skip
+    values = dict(
+        vocab_size=size, hidden_size=base.hidden // WIDTH, intermediate_size=base.hidden // WIDTH * 2,
+        num_hidden_layers=base.layers, num_attention_heads=base.heads // HEADS, num_key_value_heads=base.kv_heads // 4,
+        head_dim=base.head_dim // HEADS, max_position_embeddings=1024, rope_parameters=rope, rms_norm_eps=1e-5,
+        tie_word_embeddings=True, eos_token_id=2, bos_token_id=None, pad_token_id=None, initializer_range=0.05,
+    ) | changes  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(base.model_type, **values)).save_pretrained(scratch)
+    scratch.rename(folder)
+
+
+def write_tokenizer(folder: Path, texts: list[str]) -> int:
+    """Byte-level, with a chat template; returns how many tokens it has."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    from hylo_megatron.data import templates
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    tokenizer.train_from_iterator([*texts, *(fact.statement for fact in templates.FACTS)], trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "chat_template": CHAT}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return tokenizer.get_vocab_size()
