@@ -84,10 +84,10 @@ def write_companions(args) -> None:
 
 def wait_for_student(args) -> None:
     """Returns when the student's checkpoint is complete; everything slow about starting is done by then."""
-    from hylo_megatron.convert.checkpoint import TRACKER
+    from hylo_megatron.convert.iterations import trained_to
 
-    tracker, parent = Path(args.hylo_student) / TRACKER, os.getppid()
-    while not tracker.is_file() or tracker.read_text().strip() != str(args.hylo_student_iteration):
+    parent = os.getppid()
+    while not trained_to(args.hylo_student, args.hylo_student_iteration):
         if os.getppid() != parent:
             raise HyLoError("the process that started this one is gone")
         time.sleep(0.1)
@@ -101,16 +101,16 @@ def main() -> None:
 
     arch = prepare_command_line()
     import torch
-    from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from megatron.training.arguments import parse_and_validate_args
 
-    from hylo_megatron.distill import engine_hooks
+    from hylo_megatron.distill import checkpoint_hooks, engine_hooks
     from hylo_megatron.distill.batches import datasets, forward_step
     from hylo_megatron.kernels.self_test import self_test
     from hylo_megatron.layers.model import check_layout
+    from hylo_megatron.platform.checkpoint_writer import start_results_queue
 
     args = parse_and_validate_args(extra_args_provider=add_hylo_arguments)
     teacher = Architecture.load(args.hylo_teacher)
@@ -128,11 +128,12 @@ def main() -> None:
         torch.cuda.reset_peak_memory_stats()
         if args.rank == 0:
             print(verdict, flush=True)
-    get_write_results_queue()  # a process that checkpoints are written through; it takes seconds to start
+    start_results_queue()  # a process that checkpoints are written through; it takes seconds to start
     if args.hylo_student_iteration:
         wait_for_student(args)
     models: list = []
     engine_hooks.install(models)
+    checkpoint_hooks.install()
     config = pretrain_cfg_container_from_args(args)
     pretrain(
         config, datasets, ModelType.encoder_or_decoder, forward_step, lambda **kwargs: model_provider(models, **kwargs)

@@ -11,6 +11,7 @@ import torch
 from hylo_megatron.config import Architecture
 from hylo_megatron.distill.kl import KLSettings
 from hylo_megatron.errors import HyLoError
+from hylo_megatron.platform.capabilities import has
 
 
 def add_hylo_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -57,6 +58,7 @@ def add_hylo_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     add("--hylo-ild-raw-norms", action="store_true", help="do not divide layer losses by the teacher's norms")
     add("--hylo-ild-attention-weight", type=float, default=1.0)
     add("--hylo-ild-hidden-weight", type=float, default=1.0)
+    add("--hylo-keep-last", type=int, help="checkpoints to keep, the newest; older ones are deleted (default: all)")
     add("--hylo-log", help="JSON lines with the losses of every step (default: SAVE/train_log.jsonl)")
     return parser  # fmt: skip
 
@@ -103,6 +105,20 @@ def engine_flags(arch: Architecture, tokenizer: Path) -> list[str]:
     return [str(flag) for flag in flags]
 
 
+def async_flags() -> list[str]:
+    """Without the first the engine turns ``--async-save`` off; its default strategy is a package of its own."""
+    return ["--use-persistent-ckpt-worker"] + ([] if has("nvidia-resiliency-ext") else ["--async-strategy", "mcore"])
+
+
+def check_keep_last(keep: int | None, user: list[str]) -> None:
+    if keep is None:
+        return
+    if keep < 1:
+        raise HyLoError(f"--hylo-keep-last {keep}: at least one checkpoint has to stay; leave it out to keep all")
+    if "--save-retain-interval" in user:
+        raise HyLoError("--hylo-keep-last and --save-retain-interval both delete checkpoints; choose one")
+
+
 def prepare_command_line() -> Architecture:
     """Puts the student's flags in front of the user's in ``sys.argv``. Raises ``HyLoError`` before anything starts."""
     if {"-h", "--help"} & set(sys.argv[1:]):
@@ -113,6 +129,8 @@ def prepare_command_line() -> Architecture:
     parser.add_argument("--hylo-student")
     parser.add_argument("--save")
     parser.add_argument("--seq-length", type=int, default=0)
+    parser.add_argument("--hylo-keep-last", type=int)
+    parser.add_argument("--async-save", action="store_true")
     known, _ = parser.parse_known_args()
     if not known.hylo_student:
         raise HyLoError("--hylo-student is missing: the student checkpoint made by upcycle.py")
@@ -121,7 +139,8 @@ def prepare_command_line() -> Architecture:
         raise HyLoError(f"--hylo-student {known.hylo_student} is a Transformer; run upcycle.py on it first")
     tokenizer = Path(known.hylo_student) / "hf"
     user = sys.argv[1:]
-    flags = engine_flags(arch, tokenizer)
+    check_keep_last(known.hylo_keep_last, user)
+    flags = engine_flags(arch, tokenizer) + (async_flags() if known.async_save else [])
     # A run resumes from its own folder when that holds a checkpoint, else it starts from the student's weights.
     flags += ["--pretrained-checkpoint", known.hylo_student]
     if known.save and "--load" not in user:

@@ -15,7 +15,7 @@ import torch
 
 from hylo_megatron.config import parse_plan, plan_name
 from hylo_megatron.convert import hf_to_megatron, megatron_to_hf, smollm2
-from hylo_megatron.convert.checkpoint import TRACKER, drop_older_checkpoints
+from hylo_megatron.convert.iterations import trained_to
 from hylo_megatron.data import prepare, text
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.recipes.background import Background
@@ -91,8 +91,7 @@ class Run:
         upcycle(self.teacher, self.out / "student", self.plan, tokens_BS=tokens, device=device)
 
     def _trained(self, stage: Stage) -> bool:
-        tracker = self.out / stage.name / TRACKER
-        return tracker.is_file() and tracker.read_text().strip() == str(stage.steps)
+        return trained_to(self.out / stage.name, stage.steps)
 
     def _start(self, index: int) -> Training:
         """The processes of a stage; they wait for the stage before it to end."""
@@ -100,7 +99,7 @@ class Run:
         stage, save = stages[index], self.out / stages[index].name
         student = self.out / (stages[index - 1].name if index else "student")
         flags = [*stage.flags(), "--hylo-student", student, "--hylo-teacher", self.teacher, "--save", save,
-                 "--save-interval", self.recipe.save_every, "--seed", self.recipe.seed,
+                 "--save-interval", self.recipe.save_every, "--hylo-keep-last", 1, "--seed", self.recipe.seed,
                  "--data-path", *data_path(self.data, stage)]  # fmt: skip
         if index:
             flags += ["--hylo-student-iteration", stages[index - 1].steps]
@@ -126,7 +125,6 @@ class Run:
                 self.next_training = self._start(index + 1)
 
         training.wait(start_next)
-        drop_older_checkpoints(save)
         print(f"      {time.time() - started:.0f} s", flush=True)
         return save
 
