@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -96,6 +97,22 @@ def make_world(work: Path) -> dict[str, Path]:
     (work / "text.jsonl").write_text("".join(json.dumps({"text": " ".join(f"w{i}" for i in d)}) + "\n" for d in words))
     prepare([work / "text.jsonl"], work / "teacher-hf", work / "data")
     return {name: work / name for name in (*shapes, "student", "data")}
+
+
+def random_world(work: Path) -> dict[str, Path]:
+    """Students of random weights that divide by two ranks, with teachers and data: ``gdn``, ``gdn-teacher``, ..."""
+    from hylo_megatron.data.prepare import prepare
+
+    (work / "tokenizer").mkdir()
+    tiny.write_tokenizer(work / "tokenizer", ODD_VOCAB)
+    world = {"data": work / "data"}
+    for kind in ("gdn", "mamba2"):
+        world[kind], world[f"{kind}-teacher"] = write_pair(work / kind, kind)
+        shutil.copytree(work / "tokenizer", world[kind] / "hf", dirs_exist_ok=True)
+    words = torch.randint(3, ODD_VOCAB, (60, 400), generator=torch.Generator().manual_seed(9)).tolist()
+    (work / "text.jsonl").write_text("".join(json.dumps({"text": " ".join(f"w{i}" for i in d)}) + "\n" for d in words))
+    prepare([work / "text.jsonl"], work / "tokenizer", world["data"])
+    return world | {"student": world["gdn"], "teacher": world["gdn-teacher"]}
 
 
 def train_flags(world: dict[str, Path], stage: str, save: Path, student="student", teacher="teacher", **flags) -> list:

@@ -15,7 +15,7 @@ import torch
 from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_async
 
 from hylo_megatron.platform import cpu
-from hylo_megatron.platform.orphans import die_with
+from hylo_megatron.platform.orphans import end_with_parent
 
 _write = async_utils.PersistentAsyncCaller.async_loop
 
@@ -24,13 +24,13 @@ def start_results_queue() -> None:
     """What the engine's ``get_write_results_queue`` makes at the first save, now, and bound to this process."""
     if filesystem_async._results_queue is None:
         manager = SyncManager(ctx=torch.multiprocessing.get_context("spawn"))
-        manager.start(die_with, (os.getpid(),))
+        manager.start(end_with_parent)
         filesystem_async._results_queue = manager.Queue()
 
 
 def writer(*args):
-    """Runs in the writer's process, a child of the fork server, which ends when its trainer does."""
-    die_with(os.getppid())
+    """Runs in the writer's process."""
+    end_with_parent()
     if cpu.needed():
         cpu.install()
         torch.cuda.device_count = lambda: 1

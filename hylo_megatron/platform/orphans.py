@@ -1,17 +1,21 @@
 """A helper process must not outlive the one it helps. No heavy imports: every helper process imports this."""
 
-import ctypes
+import multiprocessing
 import os
-import signal
-import sys
-
-_PR_SET_PDEATHSIG = 1
+import threading
+from multiprocessing.connection import wait
 
 
-def die_with(parent: int) -> None:
-    """This process, a child of ``parent``, is killed when that one ends, however it ends."""
-    if not sys.platform.startswith("linux"):
-        return
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before
-        os._exit(1)
+def _wait_for(sentinel: int) -> None:
+    wait([sentinel])
+    os._exit(1)
+
+
+def end_with_parent() -> None:
+    """This process ends when the one that asked for it does, however that ends.
+
+    The kernel's own signal (PR_SET_PDEATHSIG) will not do: a writer's parent is the fork server, which lives as long as
+    any of its children.
+    """
+    sentinel = multiprocessing.parent_process().sentinel
+    threading.Thread(target=_wait_for, args=(sentinel,), daemon=True).start()
