@@ -147,3 +147,19 @@ def trained_weights(folder: Path) -> dict[str, torch.Tensor]:
 
     reader = CheckpointReader(folder)
     return {key: reader[key] for key in reader.entries}
+
+
+def everything(iteration: Path) -> dict[str, torch.Tensor]:
+    """All tensors of one saved iteration, whole, the optimizer's too."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+
+    entries = dcp.FileSystemReader(iteration).read_metadata().state_dict_metadata
+    tensors = {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for key, entry in entries.items()
+        if hasattr(entry, "size")
+    }
+    planner = DefaultLoadPlanner(flatten_state_dict=False)
+    dcp.load(tensors, storage_reader=dcp.FileSystemReader(iteration), no_dist=True, planner=planner)
+    return tensors
