@@ -42,10 +42,10 @@ class Launches:
     def __init__(self, work):
         self.work, self.world = work, helpers.random_world(work)
 
-    def flags(self, student: str, folder: str, layout: str, stage: str = "distill", **flags) -> list[str]:
+    def flags(self, kind: str, folder: str, layout: str, stage: str = "distill", **flags) -> list[str]:
         values = dict(train_iters=END, save_interval=HALF) | LAYOUTS[layout] | flags
-        source = values.pop("student", student)
-        argv = helpers.train_flags(self.world, stage, self.work / folder, source, f"{student}-teacher", **values)
+        source = values.pop("student", kind)
+        argv = helpers.train_flags(self.world, stage, self.work / folder, source, f"{kind}-teacher", **values)
         return [str(word) for word in argv]
 
     def run(self, processes: int, *runs: list[str]) -> None:
