@@ -43,7 +43,7 @@ class _Files:
         return getattr(self._engine, name)
 
     def open(self, path, mode="r", *args, **kwargs):
-        if mode == "w" and Path(path).name == iterations.TRACKER:
+        if mode == "w" and Path(path).name == iterations.TRACKER and "://" not in str(path):
             return self._tracker(Path(path).parent)
         return self._engine.open(path, mode, *args, **kwargs)
 

@@ -5,6 +5,7 @@ the other ranks) it stays behind for ever. ``--async-save`` brings a writer as w
 (``async_utils.py:565``): without one it dies, and the trainer, which does not look, waits for ever.
 """
 
+import atexit
 import os
 import sys
 import threading
@@ -48,6 +49,7 @@ def install() -> None:
     caller = async_utils.PersistentAsyncCaller
     start, close = caller._get_process.__func__, caller.close
     closing = threading.Event()
+    atexit.register(closing.set)
 
     def start_watched(cls, *args, **kwargs):
         known = cls._persistent_process
