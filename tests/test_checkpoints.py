@@ -79,7 +79,7 @@ def work(tmp_path_factory):
     launches.run(1, *launches.first("one"))
     launches.run(
         2, *(run for layout in (*two, "dp2") for run in launches.first(layout)), *launches.second(*two),
-        launches.flags("gdn", "ild", "pp2", "ild", train_iters=2),
+        launches.flags("gdn", "ild", "pp2", "ild", train_iters=3),
         launches.flags("gdn", "from-ild-pp2", "pp2", student=str(launches.work / "ild"), save_interval=1,
                        train_iters=4),
         launches.flags("gdn", "from-ild-tp2", "tp2", student=str(launches.work / "ild"), save_interval=1,
