@@ -10,25 +10,8 @@ import time
 from pathlib import Path
 
 from hylo_megatron.config import Architecture
-from hylo_megatron.config.layout import check_layout
 from hylo_megatron.errors import HyLoError, command_line
 from hylo_megatron.platform.parent import die_with_parent, own_store
-
-
-def check_pair(student: Architecture, teacher: Architecture, stage: str) -> None:
-    """Raises ``HyLoError`` when this teacher cannot teach this student in this stage."""
-    if teacher.is_hybrid:
-        raise HyLoError("--hylo-teacher: expected a Transformer checkpoint (convert_hf_to_megatron.py)")
-    if teacher.vocab_size != student.vocab_size:
-        raise HyLoError(
-            f"teacher and student vocabularies differ: {teacher.vocab_size} and {student.vocab_size} tokens;"
-            " distillation compares the same tokens, so take a teacher of the same family"
-        )
-    if stage == "ild" and (teacher.num_layers, teacher.hidden_size) != (student.num_layers, student.hidden_size):
-        raise HyLoError(
-            f"--hylo-stage ild compares layer by layer: the teacher must be the base model"
-            f" ({student.num_layers} layers of {student.hidden_size}); another one can teach in --hylo-stage distill"
-        )
 
 
 def model_provider(models: list, pre_process=True, post_process=True, vp_stage=None, config=None, pg_collection=None):
@@ -38,6 +21,7 @@ def model_provider(models: list, pre_process=True, post_process=True, vp_stage=N
 
     from hylo_megatron.distill.arguments import kl_settings, run_architecture
     from hylo_megatron.distill.model import DistillModel, DistillSettings
+    from hylo_megatron.distill.pair import padded_rows
     from hylo_megatron.layers.load import load_weights
     from hylo_megatron.layers.model import UNFUSED, build_model, model_fields
 
@@ -45,8 +29,7 @@ def model_provider(models: list, pre_process=True, post_process=True, vp_stage=N
     student_arch = run_architecture(args.hylo_student, args.hylo_rope, args.seq_length)
     teacher_arch = run_architecture(args.hylo_teacher, args.hylo_teacher_rope, args.seq_length)
     base = config or core_transformer_config_from_args(args)
-    tp = args.tensor_model_parallel_size
-    padded = -(-student_arch.vocab_size // tp) * tp
+    padded = padded_rows(student_arch, teacher_arch, args.tensor_model_parallel_size)
 
     def build(arch, **overrides):
         own = copy.copy(base)
@@ -87,10 +70,10 @@ def write_companions(args) -> None:
 
 def wait_for_student(args) -> None:
     """Returns when the student's checkpoint is complete; everything slow about starting is done by then."""
-    from hylo_megatron.convert.checkpoint import TRACKER
+    from hylo_megatron.convert.iterations import trained_to
 
-    tracker, parent = Path(args.hylo_student) / TRACKER, os.getppid()
-    while not tracker.is_file() or tracker.read_text().strip() != str(args.hylo_student_iteration):
+    parent = os.getppid()
+    while not trained_to(args.hylo_student, args.hylo_student_iteration):
         if os.getppid() != parent:
             raise HyLoError("the process that started this one is gone")
         time.sleep(0.1)
@@ -101,28 +84,22 @@ def main() -> None:
     die_with_parent()
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # megatron asserts it for TP and CP
     import hylo_megatron.distill  # noqa: F401  the engine, before megatron
-    from hylo_megatron.distill.arguments import add_hylo_arguments, prepare_command_line
+    from hylo_megatron.distill.arguments import add_hylo_arguments
+    from hylo_megatron.distill.command_line import prepare_command_line
 
     arch = prepare_command_line()
     import torch
-    from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from megatron.training.arguments import parse_and_validate_args
 
-    from hylo_megatron.distill import engine_hooks
+    from hylo_megatron.distill import checkpoint_hooks, engine_hooks
     from hylo_megatron.distill.batches import datasets, forward_step
     from hylo_megatron.kernels.self_test import self_test
+    from hylo_megatron.platform.checkpoint_writer import start_results_queue
 
     args = parse_and_validate_args(extra_args_provider=add_hylo_arguments)
-    teacher = Architecture.load(args.hylo_teacher)
-    check_pair(arch, teacher, args.hylo_stage)
-    for model in (arch, teacher):
-        check_layout(
-            model, args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.context_parallel_size,
-            args.hylo_linear_cp,
-        )  # fmt: skip
     if args.save and args.rank == 0:
         write_companions(args)
     if torch.cuda.device_count() and args.bf16 and not args.no_self_test:
@@ -132,11 +109,12 @@ def main() -> None:
         torch.cuda.reset_peak_memory_stats()
         if args.rank == 0:
             print(verdict, flush=True)
-    get_write_results_queue()  # a process that checkpoints are written through; it takes seconds to start
+    start_results_queue()  # a process that checkpoints are written through; it takes seconds to start
     if args.hylo_student_iteration:
         wait_for_student(args)
     models: list = []
     engine_hooks.install(models)
+    checkpoint_hooks.install()
     config = pretrain_cfg_container_from_args(args)
     pretrain(
         config, datasets, ModelType.encoder_or_decoder, forward_step,

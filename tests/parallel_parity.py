@@ -24,6 +24,7 @@ from hylo_megatron.distill import batches
 from hylo_megatron.distill.engine_hooks import StepLog
 from hylo_megatron.distill.kl import KLSettings
 from hylo_megatron.distill.model import DistillModel, DistillSettings
+from hylo_megatron.distill.pair import padded_rows
 from hylo_megatron.distill.teacher_fed import TeacherFed
 from hylo_megatron.layers.load import layout_config, load_model, start_process_groups
 from hylo_megatron.platform import distributed_optimizer
@@ -85,9 +86,11 @@ class Cell:
 def distill_model(student, teacher, stage, train, config=None, dtype=torch.float32, linear_cp="auto",
                   **settings) -> DistillModel:  # fmt: skip
     """A ``DistillModel`` of two checkpoints on the current process groups; ``config``: fields of both configs."""
+    archs = [Architecture.load(folder) for folder in (student, teacher)]
+    rows = padded_rows(*archs, parallel_state.get_tensor_model_parallel_world_size())
     models = [
-        load_model(folder, layout_config(Architecture.load(folder), dtype, **(config or {})), linear_cp=linear_cp)
-        for folder in (student, teacher)
+        load_model(folder, layout_config(arch, dtype, **(config or {})), rows, linear_cp=linear_cp)
+        for folder, arch in zip((student, teacher), archs, strict=True)
     ]
     for model, _ in models:
         if dtype == torch.float64:  # not model.double(): the decay parameters would stay as they are

@@ -136,9 +136,9 @@ BAD = {
     "no student": (dict(hylo_student=None), ("--hylo-student is missing", "upcycle.py")),
     "another vocabulary": (dict(teacher="foreign"), ("vocabularies differ", "320", "300")),
     "ild from a deeper teacher": (dict(stage="ild", teacher="deep"), ("--hylo-stage ild", "4 layers")),
-    "ranks that do not divide": (dict(tensor_model_parallel_size=2), ("GDN key heads", "parallel size 2")),
+    "ranks that do not divide": (dict(tensor_model_parallel_size=2), ("GDN key heads", "TP = 2", "nearest")),
     "heads that an all-to-all cannot deal out": (
-        dict(context_parallel_size=2, hylo_linear_cp="a2a"), ("3 GDN key heads", "parallel size 2")),
+        dict(context_parallel_size=2, hylo_linear_cp="a2a"), ("3 GDN key heads", "TP x CP = 2")),
     "a Transformer as student": (dict(student="teacher"), ("is a Transformer", "upcycle.py")),
     "a checkpoint that is not there": (dict(teacher="data"), ("hylo.json not found",)),
 }  # fmt: skip

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -50,8 +51,8 @@ def write_pair(folder: Path, linear: str, **changes) -> tuple[Path, Path]:
 
 
 def big_teacher(folder: Path, **changes) -> Path:
-    """A Transformer that is wider and deeper than the students."""
-    arch = tiny.hybrid(vocab_size=ODD_VOCAB, hidden_size=80, intermediate_size=112, head_dim=20,
+    """A Transformer that is wider and deeper than the students, and has more rows for the same tokens."""
+    arch = tiny.hybrid(vocab_size=ODD_VOCAB + 8, hidden_size=80, intermediate_size=112, head_dim=20,
                        plan=("attention",) * 6, geometry=None, **changes)  # fmt: skip
     return write_checkpoint(folder, arch, 4)
 
@@ -98,6 +99,22 @@ def make_world(work: Path) -> dict[str, Path]:
     return {name: work / name for name in (*shapes, "student", "data")}
 
 
+def random_world(work: Path) -> dict[str, Path]:
+    """Students of random weights that divide by two ranks, with teachers and data: ``gdn``, ``gdn-teacher``, ..."""
+    from hylo_megatron.data.prepare import prepare
+
+    (work / "tokenizer").mkdir()
+    tiny.write_tokenizer(work / "tokenizer", ODD_VOCAB)
+    world = {"data": work / "data"}
+    for kind in ("gdn", "mamba2"):
+        world[kind], world[f"{kind}-teacher"] = write_pair(work / kind, kind)
+        shutil.copytree(work / "tokenizer", world[kind] / "hf", dirs_exist_ok=True)
+    words = torch.randint(3, ODD_VOCAB, (60, 400), generator=torch.Generator().manual_seed(9)).tolist()
+    (work / "text.jsonl").write_text("".join(json.dumps({"text": " ".join(f"w{i}" for i in d)}) + "\n" for d in words))
+    prepare([work / "text.jsonl"], work / "tokenizer", world["data"])
+    return world | {"student": world["gdn"], "teacher": world["gdn-teacher"]}
+
+
 def train_flags(world: dict[str, Path], stage: str, save: Path, student="student", teacher="teacher", **flags) -> list:
     """Command line of a run of ``train_iters`` (default 4) steps; ``bf16=True`` gives a flag without a value."""
     values = dict(
@@ -130,3 +147,19 @@ def trained_weights(folder: Path) -> dict[str, torch.Tensor]:
 
     reader = CheckpointReader(folder)
     return {key: reader[key] for key in reader.entries}
+
+
+def everything(iteration: Path) -> dict[str, torch.Tensor]:
+    """All tensors of one saved iteration, whole, the optimizer's too."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+
+    entries = dcp.FileSystemReader(iteration).read_metadata().state_dict_metadata
+    tensors = {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for key, entry in entries.items()
+        if hasattr(entry, "size")
+    }
+    planner = DefaultLoadPlanner(flatten_state_dict=False)
+    dcp.load(tensors, storage_reader=dcp.FileSystemReader(iteration), no_dist=True, planner=planner)
+    return tensors

@@ -23,9 +23,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.planner import WriteItemType
 
 from hylo_megatron.config import Architecture
+from hylo_megatron.convert.iterations import TRACKER, hold_latest
 from hylo_megatron.errors import HyLoError
-
-TRACKER = "latest_checkpointed_iteration.txt"
 
 
 @dataclass(frozen=True)
@@ -110,27 +109,6 @@ def _cause(error: BaseException, kinds: tuple) -> BaseException | None:
     return None
 
 
-def latest(folder: str | os.PathLike) -> Path:
-    """The folder of the newest complete checkpoint in ``folder``. Raises ``HyLoError``."""
-    folder = Path(folder)
-    tracker = folder / TRACKER
-    if not tracker.is_file():
-        raise HyLoError(f"{tracker} not found: expected a Megatron checkpoint folder")
-    step = tracker.read_text().strip()
-    path = folder / (step if step == "release" else f"iter_{int(step):07d}")
-    if not (path / "metadata.json").is_file():
-        raise HyLoError(f"{path}: {TRACKER} names it, but it is incomplete; name an earlier iteration there")
-    return path
-
-
-def drop_older_checkpoints(folder: str | os.PathLike) -> None:
-    """Deletes every iteration in ``folder`` but the newest complete one."""
-    kept = latest(folder)
-    for path in Path(folder).glob("iter_*"):
-        if path != kept:
-            shutil.rmtree(path)
-
-
 class _KnownMetadata(dcp.FileSystemReader):
     """Does not read the list of all tensors again for each of them: a trained checkpoint's is long."""
 
@@ -146,7 +124,7 @@ class CheckpointReader:
     """Model tensors of a checkpoint, whatever layout it was saved on, read one at a time."""
 
     def __init__(self, folder: str | os.PathLike):
-        self.path = latest(folder)
+        self.path, self._held = hold_latest(folder)  # closed, and so let go, with this object
         self.metadata = metadata = dcp.FileSystemReader(self.path).read_metadata()
         self.entries = {
             key: entry

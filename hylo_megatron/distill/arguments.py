@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import torch
 
 from hylo_megatron.config import Architecture
 from hylo_megatron.distill.kl import KLSettings
-from hylo_megatron.errors import HyLoError
 
 
 def add_hylo_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -67,6 +65,7 @@ def add_hylo_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     add("--hylo-ild-raw-norms", action="store_true", help="do not divide layer losses by the teacher's norms")
     add("--hylo-ild-attention-weight", type=float, default=1.0)
     add("--hylo-ild-hidden-weight", type=float, default=1.0)
+    add("--hylo-keep-last", type=int, help="checkpoints to keep, the newest; older ones are deleted (default: all)")
     add("--hylo-log", help="JSON lines with the losses of every step (default: SAVE/train_log.jsonl)")
     return parser  # fmt: skip
 
@@ -113,30 +112,3 @@ def engine_flags(arch: Architecture, tokenizer: Path) -> list[str]:
     if torch.cuda.device_count() == 0:
         flags += ["--distributed-backend", "gloo", "--use-cpu-initialization"]
     return [str(flag) for flag in flags]
-
-
-def prepare_command_line() -> Architecture:
-    """Puts the student's flags in front of the user's in ``sys.argv``. Raises ``HyLoError`` before anything starts."""
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        known = add_hylo_arguments(argparse.ArgumentParser(add_help=False))
-        print("python -m hylo_megatron.train: all of Megatron's flags, and\n" + known.format_help())
-        sys.exit(0)
-    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
-    parser.add_argument("--hylo-student")
-    parser.add_argument("--save")
-    parser.add_argument("--seq-length", type=int, default=0)
-    known, _ = parser.parse_known_args()
-    if not known.hylo_student:
-        raise HyLoError("--hylo-student is missing: the student checkpoint made by upcycle.py")
-    arch = run_architecture(known.hylo_student, seq_length=known.seq_length)
-    if not arch.is_hybrid:
-        raise HyLoError(f"--hylo-student {known.hylo_student} is a Transformer; run upcycle.py on it first")
-    tokenizer = Path(known.hylo_student) / "hf"
-    user = sys.argv[1:]
-    flags = engine_flags(arch, tokenizer)
-    # A run resumes from its own folder when that holds a checkpoint, else it starts from the student's weights.
-    flags += ["--pretrained-checkpoint", known.hylo_student]
-    if known.save and "--load" not in user:
-        flags += ["--load", known.save]
-    sys.argv[1:] = flags + user
-    return arch

@@ -39,6 +39,13 @@ def learning_rate_groups(args) -> dict:
     return groups
 
 
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["iteration"]
+    except ValueError:  # half a line, the last that a crash left
+        return math.inf
+
+
 class StepLog:
     """Appends one JSON line a step: global means of the losses, per layer for ``ild``, on every layout."""
 
@@ -52,7 +59,7 @@ class StepLog:
         """Drops lines of steps that an interrupted run took after its last checkpoint; they are taken again."""
         if not self.writes or not self.path.is_file():
             return
-        kept = [line for line in self.path.read_text().splitlines() if json.loads(line)["iteration"] <= iteration]
+        kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= iteration]
         scratch = self.path.with_name(self.path.name + ".partial")
         scratch.write_text("".join(line + "\n" for line in kept))
         os.replace(scratch, self.path)

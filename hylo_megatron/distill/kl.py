@@ -179,5 +179,7 @@ def hidden_state_kl(h_TD: Tensor, head_ND: Tensor, t_TC: Tensor, teacher_head_NC
     weight zero). ``reduce_input_grad``: sum ``h``'s gradient over the group here (False under sequence parallelism,
     where the gather before this call does it). Only ``loss`` has a gradient.
     """
+    if len(head_ND) != len(teacher_head_NC):
+        raise ValueError(f"heads of {len(head_ND)} and {len(teacher_head_NC)} rows on a rank: pad both to one size")
     return _HiddenStateKL.apply(h_TD, head_ND, t_TC, teacher_head_NC, labels_T, mask_T, kl_weight_T, ce_weight_T,
                                 vocab_size, group, reduce_input_grad, settings)  # fmt: skip

@@ -41,6 +41,7 @@ class DistillModel(MegatronModule):
         config.hidden_size = teacher_arch.hidden_size + arch.hidden_size
         super().__init__(config)
         self.teacher_width = teacher_arch.hidden_size
+        self.vocab_size = min(arch.vocab_size, teacher_arch.vocab_size)  # beyond are rows that no token has
         self.student, self.settings, self.arch = student, settings, arch
         # In a plain list: unseen by DDP, the optimizer and checkpoints.
         self._frozen = [teacher.eval().requires_grad_(False)]
@@ -156,7 +157,7 @@ class DistillModel(MegatronModule):
         labels_T, mask_T, kl_weight_T, ce_weight_T = (x.T.flatten() for x in per_token)
         loss, kl, ce = hidden_state_kl(
             hidden.flatten(0, 1), self._head(self.student), teacher_hidden.flatten(0, 1), self._head(self.teacher),
-            labels_T, mask_T.float(), kl_weight_T, ce_weight_T, self.arch.vocab_size, self.tp_group,
+            labels_T, mask_T.float(), kl_weight_T, ce_weight_T, self.vocab_size, self.tp_group,
             reduce_input_grad=not self.config.sequence_parallel, settings=self.settings.kl,
         )  # fmt: skip
         return torch.stack([loss, kl, ce])

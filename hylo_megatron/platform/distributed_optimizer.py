@@ -39,9 +39,43 @@ def _copies(optimizer) -> list[tuple[list, list]]:
     return found
 
 
+def _without_bucket_padding(buffer) -> dict:
+    """``param_index_map``, as if the buckets of a buffer followed one another without gaps."""
+    shifts, unpadded = [], 0
+    for bucket in buffer.buckets:
+        shifts.append(bucket.offset - unpadded)
+        unpadded += bucket.numel_unpadded
+    return {p: (start - shifts[b], end - shifts[b], b) for p, (start, end, b) in buffer.param_index_map.items()}
+
+
+def _save_right_slices(optimizer) -> None:
+    """``:1740`` gathers the states without the gaps between buckets, ``:1755`` cuts them as if the gaps were there.
+
+    A pipeline stage with tied embeddings has two buckets, and overlapped gradient reduction makes more: checkpoints of
+    these hold the states of one parameter, and its main copy, under the name of another.
+    """
+    sharded = optimizer.sharded_param_state_fully_reshardable
+
+    def sharded_without_gaps(self, *args, **kwargs):
+        kept = [buffer.param_index_map for buffer in self.buffers]
+        try:
+            for buffer in self.buffers:
+                buffer.param_index_map = _without_bucket_padding(buffer)
+            return sharded(self, *args, **kwargs)
+        finally:
+            for buffer, positions in zip(self.buffers, kept, strict=True):
+                buffer.param_index_map = positions
+
+    optimizer.sharded_param_state_fully_reshardable = sharded_without_gaps
+
+
 def install() -> bool:
-    """Returns whether the fixes were needed."""
+    """Returns whether the step's fixes were needed; the slices' is needed everywhere."""
     from megatron.core.optimizer import distrib_optimizer as module
+
+    if not getattr(module.DistributedOptimizer, "_hylo_slices", False):
+        module.DistributedOptimizer._hylo_slices = True
+        _save_right_slices(module.DistributedOptimizer)
 
     optimizer = module.DistributedOptimizer
     if module.HAVE_APEX_OR_TE or getattr(optimizer, "_hylo_step_fixes", False):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hylo_megatron.config import parse_plan, plan_name
-from hylo_megatron.config.layout import check_layout
+from hylo_megatron.config.layout import ParallelLayout, Work, check_parallel_layout
 from hylo_megatron.convert.hf_folder import read_architecture
 from hylo_megatron.errors import HyLoError, command_line
 from hylo_megatron.init.upcycle import student_architecture
@@ -22,7 +22,7 @@ from hylo_megatron.recipes.stage import Recipe
 from hylo_megatron.recipes.world import World, exit_on_signals, under_torchrun
 
 # Before its time is up the scheduler sends SIGTERM: training saves and leaves. Only the newest checkpoint is kept.
-FLAGS = ("--exit-signal-handler", "--save-retain-interval", 10**9)
+FLAGS = ("--exit-signal-handler",)
 
 
 def value(name: str, default: str | None = None) -> str | None:
@@ -60,13 +60,6 @@ class Job:
 
     def check(self, layout: Layout) -> None:
         """What would otherwise go wrong hours later."""
-        for stage in self.recipe.stages:
-            at_once = stage.micro_batch * layout.dp
-            if stage.global_batch % at_once:
-                raise HyLoError(
-                    f"{stage.name} has batches of {stage.global_batch} sequences, which do not divide by"
-                    f" {stage.micro_batch} x DP {layout.dp}: use fewer GPUs, or a larger TP, PP or CP"
-                )
         if not self.source.base.is_dir():  # a proxy's is made later
             return
         base = read_architecture(self.source.base)
@@ -76,9 +69,11 @@ class Job:
                 f" ({BASES[self.recipe.name.removeprefix('proxy-')].name})"
             )
         plan = parse_plan(self.recipe.layers, self.recipe.plan, self.recipe.linear)
-        check_layout(student_architecture(base, plan, self.recipe.geometry), layout.tp, layout.pp, layout.cp)
-        check_layout(base, layout.tp, layout.pp)
         teacher = read_architecture(self.source.teacher) if self.source.teacher else base
+        models = {"student": student_architecture(base, plan, self.recipe.geometry), "base": base, "teacher": teacher}
+        for stage in self.recipe.stages:
+            work = Work(layout.ranks, stage.seq_length, stage.micro_batch, stage.global_batch)
+            check_parallel_layout(models, ParallelLayout(layout.tp, layout.pp, layout.cp), work)
         if teacher.vocab_size != base.vocab_size:
             raise HyLoError(
                 f"TEACHER={self.source.teacher} has {teacher.vocab_size} tokens, HF_MODEL {base.vocab_size}:"

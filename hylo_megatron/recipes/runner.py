@@ -15,7 +15,7 @@ import torch
 
 from hylo_megatron.config import Architecture, parse_plan, plan_name
 from hylo_megatron.convert import hf_to_megatron, megatron_to_hf
-from hylo_megatron.convert.checkpoint import TRACKER, drop_older_checkpoints
+from hylo_megatron.convert.iterations import trained_to
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.recipes.background import Background
 from hylo_megatron.recipes.datasets import data_path, make_datasets
@@ -104,8 +104,7 @@ class Run:
         )  # fmt: skip
 
     def _trained(self, stage: Stage) -> bool:
-        tracker = self.out / stage.name / TRACKER
-        return tracker.is_file() and tracker.read_text().strip() == str(stage.steps)
+        return trained_to(self.out / stage.name, stage.steps)
 
     def _start(self, index: int) -> Training:
         """The processes of a stage; they wait for the stage before it to end."""
@@ -114,7 +113,7 @@ class Run:
         student = self.out / (stages[index - 1].name if index else "student")
         teacher = self.base if stage.kind == "ild" else self.teacher
         flags = [*stage.flags(), *self.flags, "--hylo-student", student, "--hylo-teacher", teacher, "--save", save,
-                 "--save-interval", self.recipe.save_every, "--seed", self.recipe.seed,
+                 "--save-interval", self.recipe.save_every, "--hylo-keep-last", 1, "--seed", self.recipe.seed,
                  "--data-path", *data_path(self.data, stage, self.source.tokens)]  # fmt: skip
         if index:
             flags += ["--hylo-student-iteration", stages[index - 1].steps]
@@ -143,7 +142,6 @@ class Run:
         training.wait(start_next)
         if not self._trained(stage):
             raise HyLoError(f"{stage.name} was stopped by a signal; the same command goes on from its checkpoint")
-        drop_older_checkpoints(save)
         print(f"      {time.time() - started:.0f} s", flush=True)
         return save
 

@@ -1,0 +1,45 @@
+"""Whether a teacher can teach a student; no torch in here."""
+
+import json
+from pathlib import Path
+
+from hylo_megatron.config import Architecture
+from hylo_megatron.errors import HyLoError
+
+
+def padded_rows(student: Architecture, teacher: Architecture, tp: int) -> int:
+    """Vocabulary rows of both heads: shards of student and teacher have to be of the same tokens."""
+    return -(-max(student.vocab_size, teacher.vocab_size) // tp) * tp
+
+
+def _tokens(tokenizer: Path) -> int:
+    """One more than the largest token id."""
+    values = json.loads(tokenizer.read_text())
+    vocabulary = values["model"]["vocab"]
+    ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else [len(vocabulary) - 1]
+    return 1 + max(ids + [token["id"] for token in values.get("added_tokens", ())])
+
+
+def _differ_by_padding(student: Path, teacher: Path, rows: int) -> bool:
+    """Qwen2.5's models have 151,936 or 152,064 rows for one tokenizer: those beyond its tokens stand for nothing."""
+    first, second = (folder / "hf" / "tokenizer.json" for folder in (student, teacher))
+    if not (first.is_file() and second.is_file()):
+        return False
+    return first.read_bytes() == second.read_bytes() and _tokens(first) <= rows
+
+
+def check_pair(student: Architecture, teacher: Architecture, stage: str, folders: tuple[Path, Path]) -> None:
+    """Raises ``HyLoError`` when this teacher cannot teach this student in this stage. ``folders``: of both."""
+    if teacher.is_hybrid:
+        raise HyLoError("--hylo-teacher: expected a Transformer checkpoint (convert_hf_to_megatron.py)")
+    sizes = (student.vocab_size, teacher.vocab_size)
+    if sizes[0] != sizes[1] and not _differ_by_padding(*folders, min(sizes)):
+        raise HyLoError(
+            f"teacher and student vocabularies differ: {sizes[1]} and {sizes[0]} tokens, and not by padding of one"
+            " tokenizer; distillation compares the same tokens, so take a teacher of the same family"
+        )
+    if stage == "ild" and (teacher.num_layers, teacher.hidden_size) != (student.num_layers, student.hidden_size):
+        raise HyLoError(
+            f"--hylo-stage ild compares layer by layer: the teacher must be the base model"
+            f" ({student.num_layers} layers of {student.hidden_size}); another one can teach in --hylo-stage distill"
+        )
