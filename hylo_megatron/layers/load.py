@@ -22,6 +22,8 @@ def start_process_groups(tp: int = 1, pp: int = 1, cp: int = 1, seed: int = 1234
     if not torch.distributed.is_initialized():
         for key, value in dict(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0").items():
             os.environ.setdefault(key, value)
+        if torch.cuda.device_count():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.distributed.init_process_group("nccl" if torch.cuda.device_count() else "gloo")
     if not _has_layout(tp, pp, cp):  # new groups cost threads, which the old ones keep
         if parallel_state.model_parallel_is_initialized():
