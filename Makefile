@@ -8,11 +8,12 @@ PYTEST_ARGS ?=
 BIN := $(if $(filter /%,$(VENV)),$(VENV),$(CURDIR)/$(VENV))/bin
 PY := $(BIN)/python
 
-.PHONY: help env test demo lint format doctor clean
+.PHONY: help env test test-parallel demo lint format doctor clean
 
 help:
 	@echo "make env                          the Python environment in $(VENV) (HYLO_PYTHON=... picks the interpreter)"
 	@echo "make test                         env, then the tests (PYTEST_ARGS=... for more)"
+	@echo "make test-parallel                every parallel layout, up to 16 processes, and 20 killed runs"
 	@echo "make demo PLAN= TP= PP= OUT=      env, then examples/upcycle_smollm2.sh; each variable is optional"
 	@echo "make lint | format                ruff"
 	@echo "make doctor                       what this machine has, and what each missing package would bring"
@@ -23,6 +24,11 @@ env:
 
 test: env
 	"$(PY)" -m pytest -q $(PYTEST_ARGS)
+
+# Up to sixteen processes, and twenty kills: about an hour on two cores. Writes the table of docs/parallelism.md.
+test-parallel: env
+	HYLO_WRITE_PARITY=1 "$(PY)" -m pytest -q -m "parallel or not parallel" $(PYTEST_ARGS) \
+	  tests/test_parallel_parity.py tests/test_teacher_fed.py tests/test_faults.py
 
 # PLAN, TP, PP and OUT given on the command line reach the script as environment variables; the ones left out
 # keep the script's defaults.

@@ -19,9 +19,9 @@ def model_provider(models: list, pre_process=True, post_process=True, vp_stage=N
     from megatron.training import get_args
     from megatron.training.arguments import core_transformer_config_from_args
 
+    from hylo_megatron.config.pair import padded_rows
     from hylo_megatron.distill.arguments import kl_settings, run_architecture
     from hylo_megatron.distill.model import DistillModel, DistillSettings
-    from hylo_megatron.distill.pair import padded_rows
     from hylo_megatron.layers.load import load_weights
     from hylo_megatron.layers.model import UNFUSED, build_model, model_fields
 

@@ -20,11 +20,11 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.training.global_vars import set_args, unset_global_variables
 
 from hylo_megatron.config import Architecture
+from hylo_megatron.config.pair import padded_rows
 from hylo_megatron.distill import batches
 from hylo_megatron.distill.engine_hooks import StepLog
 from hylo_megatron.distill.kl import KLSettings
 from hylo_megatron.distill.model import DistillModel, DistillSettings
-from hylo_megatron.distill.pair import padded_rows
 from hylo_megatron.distill.teacher_fed import TeacherFed
 from hylo_megatron.layers.load import layout_config, load_model, start_process_groups
 from hylo_megatron.platform import distributed_optimizer

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import tiny
 
-from hylo_megatron.distill.pair import check_pair, padded_rows
+from hylo_megatron.config.pair import check_pair, padded_rows
 from hylo_megatron.errors import HyLoError
 
 STUDENT = tiny.hybrid()

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from hylo_megatron.config import Architecture
 from hylo_megatron.config.layout import ParallelLayout, Work, check_parallel_layout
+from hylo_megatron.config.pair import check_pair
 from hylo_megatron.distill.arguments import add_hylo_arguments, engine_flags, run_architecture
-from hylo_megatron.distill.pair import check_pair
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.platform.capabilities import has
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from hylo_megatron.config import parse_plan, plan_name
 from hylo_megatron.config.layout import ParallelLayout, Work, check_parallel_layout
+from hylo_megatron.config.pair import check_vocabularies
 from hylo_megatron.convert.hf_folder import read_architecture
 from hylo_megatron.errors import HyLoError, command_line
 from hylo_megatron.init.upcycle import student_architecture
@@ -74,11 +75,7 @@ class Job:
         for stage in self.recipe.stages:
             work = Work(layout.ranks, stage.seq_length, stage.micro_batch, stage.global_batch)
             check_parallel_layout(models, ParallelLayout(layout.tp, layout.pp, layout.cp), work)
-        if teacher.vocab_size != base.vocab_size:
-            raise HyLoError(
-                f"TEACHER={self.source.teacher} has {teacher.vocab_size} tokens, HF_MODEL {base.vocab_size}:"
-                " take a teacher of the same family"
-            )
+        check_vocabularies(base, teacher, (self.source.base, self.source.teacher or self.source.base))
 
 
 def data_files() -> tuple[tuple[Path, ...], tuple[Path, ...]]:

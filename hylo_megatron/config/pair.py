@@ -20,24 +20,27 @@ def _tokens(tokenizer: Path) -> int:
     return 1 + max(ids + [token["id"] for token in values.get("added_tokens", ())])
 
 
-def _differ_by_padding(student: Path, teacher: Path, rows: int) -> bool:
-    """Qwen2.5's models have 151,936 or 152,064 rows for one tokenizer: those beyond its tokens stand for nothing."""
-    first, second = (folder / "hf" / "tokenizer.json" for folder in (student, teacher))
-    if not (first.is_file() and second.is_file()):
-        return False
-    return first.read_bytes() == second.read_bytes() and _tokens(first) <= rows
+def check_vocabularies(student: Architecture, teacher: Architecture, tokenizers: tuple[Path, Path]) -> None:
+    """Raises ``HyLoError`` when the two do not have the same tokens. ``tokenizers``: folders with ``tokenizer.json``.
+
+    Sizes may differ by padding: Qwen2.5's models have 151,936 or 152,064 rows for one tokenizer.
+    """
+    sizes, files = (student.vocab_size, teacher.vocab_size), [folder / "tokenizer.json" for folder in tokenizers]
+    if sizes[0] == sizes[1]:
+        return
+    same = all(file.is_file() for file in files) and files[0].read_bytes() == files[1].read_bytes()
+    if not same or _tokens(files[0]) > min(sizes):
+        raise HyLoError(
+            f"teacher and student vocabularies differ: {sizes[1]} and {sizes[0]} tokens, and not by padding of one"
+            " tokenizer; distillation compares the same tokens, so take a teacher of the same family"
+        )
 
 
 def check_pair(student: Architecture, teacher: Architecture, stage: str, folders: tuple[Path, Path]) -> None:
     """Raises ``HyLoError`` when this teacher cannot teach this student in this stage. ``folders``: of both."""
     if teacher.is_hybrid:
         raise HyLoError("--hylo-teacher: expected a Transformer checkpoint (convert_hf_to_megatron.py)")
-    sizes = (student.vocab_size, teacher.vocab_size)
-    if sizes[0] != sizes[1] and not _differ_by_padding(*folders, min(sizes)):
-        raise HyLoError(
-            f"teacher and student vocabularies differ: {sizes[1]} and {sizes[0]} tokens, and not by padding of one"
-            " tokenizer; distillation compares the same tokens, so take a teacher of the same family"
-        )
+    check_vocabularies(student, teacher, tuple(folder / "hf" for folder in folders))
     if stage == "ild" and (teacher.num_layers, teacher.hidden_size) != (student.num_layers, student.hidden_size):
         raise HyLoError(
             f"--hylo-stage ild compares layer by layer: the teacher must be the base model"
