@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from megatron.core import parallel_state
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
+from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.training import training
 
 from hylo_megatron.distill.model import is_mixer_parameter
@@ -123,8 +124,8 @@ def install(models: list) -> None:
         return logged(loss_dict, total, learning_rate, iteration, scale, report, skipped, grad_norm, *rest, **kwargs)
 
     args = training.get_args()
-    if args.hylo_stage == "ild" and args.pipeline_model_parallel_size > 1:
-        schedule = TeacherFed()  # training and evaluation ask for it apart, and share it
-        training.get_forward_backward_func = lambda **_: schedule
+    teacher_fed = args.hylo_stage == "ild" and args.pipeline_model_parallel_size > 1
+    schedule = TeacherFed()  # training and evaluation ask for it apart, and share it
+    training.get_forward_backward_func = (lambda **_: schedule) if teacher_fed else get_forward_backward_func
     training.get_megatron_optimizer_config = with_groups
     training.training_log = with_step_log

@@ -20,11 +20,11 @@ from hylo_megatron.layers.model import UNFUSED, build_model, model_fields
 def start_process_groups(tp: int = 1, pp: int = 1, cp: int = 1, seed: int = 1234) -> None:
     """Process groups for a script that is not ``megatron.training`` (tests, tools); one process needs no torchrun."""
     if not torch.distributed.is_initialized():
-        for key, value in dict(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0").items():
-            os.environ.setdefault(key, value)
+        backend = "nccl" if torch.cuda.device_count() else "gloo"
         if torch.cuda.device_count():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        torch.distributed.init_process_group("nccl" if torch.cuda.device_count() else "gloo")
+        alone = dict(rank=0, world_size=1, store=torch.distributed.HashStore())
+        torch.distributed.init_process_group(backend, **({} if "RANK" in os.environ else alone))
     if not _has_layout(tp, pp, cp):  # new groups cost threads, which the old ones keep
         if parallel_state.model_parallel_is_initialized():
             parallel_state.destroy_model_parallel()

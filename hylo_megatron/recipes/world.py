@@ -24,7 +24,7 @@ OTHERS_SECONDS = 2  # a rank that fails pulls others down with it: time for the 
 
 
 def under_torchrun() -> bool:
-    return "RANK" in os.environ and "MASTER_ADDR" in os.environ
+    return "TORCHELASTIC_RUN_ID" in os.environ and "RANK" in os.environ
 
 
 class World:
