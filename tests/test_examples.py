@@ -82,7 +82,7 @@ def test_by_bash_with_an_evaluation(runs):
     out, printed = runs["llama1b"]
     exported(out, "1,5,10,14")
     assert all(f"after {stage}" in printed for stage in STAGES)
-    assert "[14/14] generate" in printed
+    assert "[15/15] generate" in printed
     assert "| needles found | 256 |" in printed
 
 
