@@ -63,7 +63,7 @@ class World:
             order = f"order/{self.number}"
             while not self.store.check([order]):
                 if self.failed():
-                    sys.exit(1)
+                    leave_after_the_first()
                 if self.store.check(["end"]):
                     return
                 time.sleep(POLL_SECONDS)
@@ -76,7 +76,7 @@ class World:
                 trainer.stop()
                 raise
             if code:
-                sys.exit(1)
+                leave_after_the_first()
 
     @contextmanager
     def leading(self):
@@ -87,6 +87,12 @@ class World:
             self.fail(str(error))
             raise
         self.store.set("end", "1")
+
+
+def leave_after_the_first() -> None:
+    """torchrun ends all ranks when one has: rank 0 needs the time to say why."""
+    time.sleep(3 * OTHERS_SECONDS)
+    sys.exit(1)
 
 
 class Trainer:
