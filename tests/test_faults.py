@@ -136,11 +136,6 @@ def kill_and_go_on(world, folder: Path, layout: str, kills: int) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_rank_does_not_show(world, tmp_path):
-    kill_and_go_on(world, tmp_path, "tp2", 2)
-
-
-@pytest.mark.slow
 @pytest.mark.parallel
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_ten_killed_ranks_do_not_show(layout, world, tmp_path):

@@ -125,8 +125,10 @@ def test_layout_equals_one_process(processes, layout, model, stage, cells):
     if double:
         (got, _), (want, _) = cells.pair(double[0], model, stage, processes)
         exact = parity.gradient_gaps(got["gradients"], want["gradients"])
-        for key, gap in exact.items():  # the engine's Mamba-2 rounds what these three stand for to fp32
-            assert gap <= (1e-6 if key.endswith((".mixer.A_log", ".dt_bias", ".mixer.D")) else 1e-10), (key, gap)
+        # The engine's Mamba-2 rounds its decay to fp32; the one that passes states does not.
+        bound = 1e-6 if "states" in layout and model != "gdn" else 1e-10
+        for key, gap in exact.items():
+            assert gap <= (1e-6 if key.endswith((".mixer.A_log", ".dt_bias", ".mixer.D")) else bound), (key, gap)
         worst_exact = max(gap for key, gap in exact.items() if not key.endswith((".A_log", ".dt_bias", ".D")))
     else:
         worst_exact = None

@@ -92,6 +92,7 @@ def make_world(work: Path) -> dict[str, Path]:
     for seed, (name, changes) in enumerate(shapes.items()):
         model = tiny.teacher_model("llama", seed=seed, **changes)
         hf_to_megatron.convert(tiny.save_model(model, work / f"{name}-hf"), work / name)
+    tiny.write_tokenizer(work / "foreign" / "hf", tiny.VOCAB + 20)
     upcycle(work / "teacher", work / "student", parse_plan(4, "0,3", "gdn"), tokens_BS=tiny.tokens(4, SEQ), log=str)
     words = torch.randint(3, tiny.VOCAB, (60, 400), generator=torch.Generator().manual_seed(9)).tolist()
     (work / "text.jsonl").write_text("".join(json.dumps({"text": " ".join(f"w{i}" for i in d)}) + "\n" for d in words))

@@ -151,7 +151,7 @@ class Mamba2Mixer(_FP32Decay, _SharedSequence, MambaMixer):
         x_SBC, _ = self.in_proj(hidden_states)
         y_BSV = mamba_split_conv1d_scan_combined(
             to_rows(x_SBC, self.stretches), self.conv1d_weight.squeeze(1), self.conv1d_bias, self.dt_bias,
-            -self.A_log.float().exp(), self.D, self.chunk_size, headdim=self.headdim, ngroups=self.ngroups_local_tp,
+            -self.A_log.exp(), self.D, self.chunk_size, headdim=self.headdim, ngroups=self.ngroups_local_tp,
             kernels=self.kernels,
         )  # fmt: skip
         return self.out_proj(self.norm(from_rows(y_BSV, self.stretches).contiguous()))
