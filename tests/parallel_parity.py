@@ -26,7 +26,7 @@ from hylo_megatron.distill.engine_hooks import StepLog
 from hylo_megatron.distill.kl import KLSettings
 from hylo_megatron.distill.model import DistillModel, DistillSettings
 from hylo_megatron.distill.teacher_fed import TeacherFed
-from hylo_megatron.layers.load import layout_config, load_model, start_process_groups
+from hylo_megatron.layers.load import has_layout, layout_config, load_model, start_process_groups
 from hylo_megatron.platform import distributed_optimizer
 
 ROWS = 4
@@ -157,6 +157,8 @@ def whole_gradients(model: DistillModel) -> tuple[dict, float]:
 
 def build(cell: Cell):
     """``(DistillModel, what DDP made of it, optimizer)`` as ``megatron.training`` has them."""
+    if not has_layout(cell.tp, cell.pp, cell.cp):
+        helpers.close_groups()
     start_process_groups(cell.tp, cell.pp, cell.cp)
     unset_global_variables()
     set_args(SimpleNamespace(hylo_stage=cell.stage, hylo_teacher_length=KL.teacher_length))

@@ -31,15 +31,11 @@ def hooked() -> list[tuple]:
 
 
 def forget_run() -> None:
-    import torch
-    from megatron.core import num_microbatches_calculator, parallel_state, rerun_state_machine
+    import train_helpers as helpers
+    from megatron.core import num_microbatches_calculator, rerun_state_machine
     from megatron.training import async_utils, checkpointing, global_vars
-    from torch.distributed import distributed_c10d
 
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
-        for group in [g for g in distributed_c10d._world.pg_map if g is not torch.distributed.group.WORLD]:
-            torch.distributed.destroy_process_group(group)  # else their threads poll on: hundreds, after a few runs
+    helpers.close_groups()
     global_vars.destroy_global_vars()
     num_microbatches_calculator.destroy_num_microbatches_calculator()
     rerun_state_machine.destroy_rerun_state_machine()

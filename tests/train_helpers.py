@@ -63,6 +63,17 @@ def environment(**changes) -> dict[str, str]:
                          "PYTHONPATH": os.pathsep.join(filter(None, paths))} | changes  # fmt: skip
 
 
+def close_groups() -> None:
+    """Of the layout at hand. The engine only forgets them, and their threads poll on: soon there are hundreds."""
+    from megatron.core import parallel_state
+    from torch.distributed import distributed_c10d
+
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+        for group in [group for group in distributed_c10d._world.pg_map if group is not torch.distributed.group.WORLD]:
+            torch.distributed.destroy_process_group(group)
+
+
 def torchrun(*argv, processes: int = 2, timeout: float = 600) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     return subprocess.run([*command, *map(str, argv)], env=environment(), capture_output=True, text=True,

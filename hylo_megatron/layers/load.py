@@ -25,14 +25,14 @@ def start_process_groups(tp: int = 1, pp: int = 1, cp: int = 1, seed: int = 1234
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         alone = dict(rank=0, world_size=1, store=torch.distributed.HashStore())
         torch.distributed.init_process_group(backend, **({} if "RANK" in os.environ else alone))
-    if not _has_layout(tp, pp, cp):  # new groups cost threads, which the old ones keep
+    if not has_layout(tp, pp, cp):  # new groups cost threads, which the old ones keep
         if parallel_state.model_parallel_is_initialized():
             parallel_state.destroy_model_parallel()
         parallel_state.initialize_model_parallel(tp, pp, context_parallel_size=cp)
     model_parallel_cuda_manual_seed(seed)
 
 
-def _has_layout(tp: int, pp: int, cp: int) -> bool:
+def has_layout(tp: int, pp: int, cp: int) -> bool:
     return parallel_state.model_parallel_is_initialized() and (tp, pp, cp) == (
         parallel_state.get_tensor_model_parallel_world_size(),
         parallel_state.get_pipeline_model_parallel_world_size(),
