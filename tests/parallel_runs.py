@@ -35,11 +35,11 @@ def forget_run() -> None:
     from megatron.core import num_microbatches_calculator, rerun_state_machine
     from megatron.training import async_utils, checkpointing, global_vars
 
-    helpers.close_groups()
     global_vars.destroy_global_vars()
     num_microbatches_calculator.destroy_num_microbatches_calculator()
     rerun_state_machine.destroy_rerun_state_machine()
     async_utils._async_calls_queue = checkpointing._LOADED_ITERATION = None
+    helpers.close_groups()
 
 
 def save_what_was_loaded() -> None:

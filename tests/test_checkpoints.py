@@ -16,6 +16,7 @@ from train_helpers import everything, read_log  # noqa: E402
 from hylo_megatron.convert.iterations import TRACKER  # noqa: E402
 
 HALF, END = 4, 8
+AT_ONCE = 6  # runs of a launch: the threads of every run's process groups stay, and poll
 TP, PP, CP = (
     {f"{kind}_parallel_size": 2} for kind in ("tensor_model", "pipeline_model", "context")
 )  # the rest of the ranks are data-parallel
@@ -49,6 +50,10 @@ class Launches:
         return [str(word) for word in argv]
 
     def run(self, processes: int, *runs: list[str]) -> None:
+        for start in range(0, len(runs), AT_ONCE):
+            self.launch(processes, runs[start : start + AT_ONCE])
+
+    def launch(self, processes: int, runs: tuple) -> None:
         path = self.work / f"runs-{processes}.json"
         path.write_text(json.dumps(runs))
         script = helpers.ROOT / "tests" / "parallel_runs.py"

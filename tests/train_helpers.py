@@ -1,5 +1,6 @@
 """Tiny checkpoints, data and launches for the tests of training."""
 
+import gc
 import json
 import os
 import shutil
@@ -72,6 +73,7 @@ def close_groups() -> None:
         parallel_state.destroy_model_parallel()
         for group in [group for group in distributed_c10d._world.pg_map if group is not torch.distributed.group.WORLD]:
             torch.distributed.destroy_process_group(group)
+    gc.collect()  # models hold on to them
 
 
 def torchrun(*argv, processes: int = 2, timeout: float = 600) -> subprocess.CompletedProcess:
