@@ -25,7 +25,7 @@ env:
 test: env
 	"$(PY)" -m pytest -q $(PYTEST_ARGS)
 
-# Up to sixteen processes, and twenty kills: about an hour on two cores. Writes the table of docs/parallelism.md.
+# Up to sixteen processes, and twenty kills: for an idle machine. Writes the table of docs/parallelism.md.
 test-parallel: env
 	HYLO_WRITE_PARITY=1 "$(PY)" -m pytest -q -m "parallel or not parallel" $(PYTEST_ARGS) \
 	  tests/test_parallel_parity.py tests/test_teacher_fed.py tests/test_faults.py

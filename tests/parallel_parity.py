@@ -18,6 +18,8 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.training.global_vars import set_args, unset_global_variables
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from hylo_megatron.config import Architecture
 from hylo_megatron.config.pair import padded_rows
@@ -62,7 +64,7 @@ LAYOUTS = {  # processes: name: sizes
 class Cell:
     """``student`` and ``teacher`` are checkpoints; ``train``: see ``DistillSettings``. ``steps``: of the optimizer,
     after the one whose gradient is kept: SGD, or Adam (which the distributed optimizer wants) with a large epsilon,
-    since Adam proper turns rounding errors of gradients near zero into whole steps."""
+    since Adam proper turns rounding errors of gradients near zero into whole steps. ``noise``: see ``perturb``."""
 
     name: str
     student: str
@@ -81,6 +83,7 @@ class Cell:
     dtype: str = "fp32"
     steps: int = 0
     length: int = helpers.SEQ
+    noise: float = 0.0
 
 
 def distill_model(student, teacher, stage, train, config=None, dtype=torch.float32, linear_cp="auto",
@@ -100,6 +103,14 @@ def distill_model(student, teacher, stage, train, config=None, dtype=torch.float
             model.bfloat16()
     (a, a_arch), (b, b_arch) = models
     return DistillModel(a, b, a_arch, b_arch, DistillSettings(stage, train, **settings))
+
+
+def perturb(model: DistillModel, relative: float) -> None:
+    """Moves every weight by noise of that size: 3e-8 is about what storing it in fp32 may change."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1 + relative * torch.randn(parameter.shape, generator=generator))
 
 
 def sample_rows(rank: int, size: int, micro: int, length: int = helpers.SEQ):
@@ -168,6 +179,8 @@ def build(cell: Cell):
         config=dict(sequence_parallel=cell.sp, cp_comm_type=cell.cp_comm_type, calculate_per_token_loss=True,
                     deallocate_pipeline_outputs=True, finalize_model_grads_func=finalize_model_grads),
     ).to(torch.cuda.current_device())  # fmt: skip
+    if cell.noise:
+        perturb(model, cell.noise)
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=dtype != torch.float64, use_distributed_optimizer=cell.distributed_optimizer,
         overlap_grad_reduce=cell.distributed_optimizer, bucket_size=4000 if cell.distributed_optimizer else None,
@@ -212,6 +225,11 @@ def run_cell(cell: Cell, log_path: Path) -> dict:
             num_microbatches=ROWS // cell.micro // size, seq_length=cell.length, micro_batch_size=cell.micro,
             forward_only=False,
         )  # fmt: skip
+        if step == 0:  # with all their digits, which the log does not have
+            sums, tokens = model.layer_sums.clone(), model.layer_tokens.clone()
+            result["layers"] = log.layer_means()
+            model.layer_sums += sums
+            model.layer_tokens += tokens
         log.write(logged_losses(stored), step + 1, 0.1, None)
         if step == 0:
             if cell.distributed_optimizer:
@@ -240,11 +258,22 @@ def loss_gap(line: dict, expected: dict) -> float:
     return max(abs(line[key] - expected[key]) / expected[key] for key in names)
 
 
+class RefuseViews(TorchDispatchMode):
+    """Collectives of tensors that are not contiguous are errors, as with NCCL; gloo takes them."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            leaves = tree_leaves((args, kwargs))
+            assert all(x.is_contiguous() for x in leaves if isinstance(x, torch.Tensor)), f"{func} of a view"
+        return func(*args, **(kwargs or {}))
+
+
 def main(work: Path, launch: str) -> None:
     distributed_optimizer.install()
     for values in json.loads((work / f"cells-{launch}.json").read_text()):
         cell = Cell(**values)
-        result = run_cell(cell, work / f"{cell.name}.jsonl")
+        with RefuseViews():
+            result = run_cell(cell, work / f"{cell.name}.jsonl")
         if dist.get_rank() == 0:
             torch.save(result, work / f"{cell.name}.pt")
             print(f"done {cell.name}", flush=True)

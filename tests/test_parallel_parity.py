@@ -1,11 +1,12 @@
 """Every parallel layout computes what one process does: loss, every gradient, five steps of the optimizer.
 
-In fp64 the gradients agree to 1e-10, which leaves no room for a missing term. In fp32 too they have to agree to 1e-5,
-but for A_log and dt_bias: small sums of large terms, which moving every weight by 3e-8 changes by 1e-5.
+In fp64 the gradients agree to 1e-10, which leaves no room for a missing term. In fp32 they have to agree to 1e-5, or
+for A_log and dt_bias, small sums of large terms, to four times what moving every weight by 3e-8 does to them.
 """
 
 import functools
 import json
+import subprocess
 from dataclasses import asdict
 
 import pytest
@@ -46,7 +47,6 @@ CASES = [
     for layout in layouts
     for model, stages in RUNS.items()
     for stage in stages
-    if layout != "PP4" or model != "mixed"  # its five layers leave no fourth stage uneven in a new way
 ]
 
 
@@ -73,25 +73,25 @@ class Cells:
         return cells
 
     @functools.cache  # noqa: B019
-    def launched(self, processes: int) -> None:
+    def launched(self, processes: int) -> subprocess.CompletedProcess:
         cells = [cell for n, *rest in self.wanted if n == processes for cell in self.variants(rest[0], n, *rest[1:])]
         (self.work / f"cells-{processes}.json").write_text(json.dumps([asdict(cell) for cell in cells]))
-        done = helpers.torchrun(parity.__file__, self.work, processes, processes=processes, timeout=3000)
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+        return helpers.torchrun(parity.__file__, self.work, processes, processes=processes, timeout=3000)
 
     @functools.cache  # noqa: B019
-    def alone(self, model: str, stage: str, micro: int, **options) -> tuple[dict, list[dict]]:
-        name = "-".join(["alone", model, stage, str(micro), *map(str, options.values())])
-        cell = self.cell(name, model, stage, micro=micro, **options)
+    def alone(self, model: str, stage: str, **options) -> tuple[dict, list[dict]]:
+        name = "-".join(["alone", model, stage, *map(str, options.values())])
+        cell = self.cell(name, model, stage, **options)
         result = parity.run_cell(cell, self.work / f"{name}.jsonl")
         return result, helpers.read_log(self.work / f"{name}.jsonl")
 
     def pair(self, cell: parity.Cell, model: str, stage: str, processes: int):
         """What the layout computed and what one process does: ``((result, log), (result, log))``."""
-        self.launched(processes)
+        done = self.launched(processes)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
         got = torch.load(self.work / f"{cell.name}.pt"), helpers.read_log(self.work / f"{cell.name}.jsonl")
         options = dict(adam=cell.adam, dtype=cell.dtype, steps=cell.steps)
-        return got, self.alone(model, stage, 2, **options)
+        return got, self.alone(model, stage, **options)
 
 
 @pytest.fixture(scope="module")
@@ -110,12 +110,13 @@ def test_layout_equals_one_process(processes, layout, model, stage, cells):
     first = parity.loss_gap(log[0], expected[0])
     assert first <= 1e-6
     if stage == "ild":
-        torch.testing.assert_close(
-            torch.tensor(log[0]["layers"]), torch.tensor(expected[0]["layers"]), rtol=1e-6, atol=2e-5
-        )
+        torch.testing.assert_close(torch.tensor(got["layers"]), torch.tensor(want["layers"]), rtol=1e-6, atol=0)
     gaps = parity.gradient_gaps(got["gradients"], want["gradients"])
+    moved, _ = cells.alone(model, stage, noise=3e-8)
+    response = parity.gradient_gaps(moved["gradients"], want["gradients"])
     for key, gap in gaps.items():
-        assert gap <= (4e-5 if key.endswith((".A_log", ".dt_bias")) else 1e-5), (key, gap)
+        ill_conditioned = key.endswith((".A_log", ".dt_bias"))
+        assert gap <= (min(max(1e-5, 4 * response[key]), 4e-5) if ill_conditioned else 1e-5), (key, gap)
     assert got["spread"] <= 1e-6  # copies of one parameter have one gradient
     losses = [line["loss"] for line in expected]
     assert len(losses) == 6 and abs(losses[-1] - losses[0]) > 1e-3 * losses[0], "five steps that change nothing"

@@ -20,18 +20,15 @@ if not has("megatron-core"):
 import tiny  # noqa: E402
 import train_helpers as helpers  # noqa: E402
 
-from hylo_megatron.data import templates  # noqa: E402
 from hylo_megatron.data.prepare import prepare  # noqa: E402
 from hylo_megatron.errors import HyLoError  # noqa: E402
 from hylo_megatron.recipes.background import Background  # noqa: E402
+from hylo_megatron.recipes.proxy import write_tokenizer  # noqa: E402
 from hylo_megatron.recipes.smollm2 import smollm2_cpu, smollm2_gpu  # noqa: E402
 from hylo_megatron.recipes.stage import Evaluation  # noqa: E402
 
 SHORT = {2048: 512, 8192: 640, 32768: 768}  # retrieval samples need 512 tokens
 STEPS = 6
-CHAT = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}" + (
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 # Runs the recipe in folder argv[1]; imported by path, so that a killed run and a whole one are the same program.
 PROGRAM = """
@@ -67,24 +64,6 @@ def sentences(count: int, rng: random.Random) -> str:
         a + b + c for a in ("ba", "lo", "ri", "tu", "me") for b in ("n", "st", "v") for c in ("er", "al", "or", "i")
     ]
     return " ".join(" ".join(rng.choices(words, k=9)).capitalize() + "." for _ in range(count))
-
-
-def write_tokenizer(folder, texts) -> int:
-    """A byte-level tokenizer with a chat template; returns its size."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=900, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
-    tokenizer.train_from_iterator([*texts, *(fact.statement for fact in templates.FACTS)], trainer)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "chat_template": CHAT}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return tokenizer.get_vocab_size()
 
 
 def write_inputs(out, layers: int = 4) -> None:

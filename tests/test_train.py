@@ -139,6 +139,9 @@ BAD = {
     "ranks that do not divide": (dict(tensor_model_parallel_size=2), ("GDN key heads", "TP = 2", "nearest")),
     "heads that an all-to-all cannot deal out": (
         dict(context_parallel_size=2, hylo_linear_cp="a2a"), ("3 GDN key heads", "TP x CP = 2")),
+    "virtual stages of a schedule that has none": (
+        dict(stage="ild", pipeline_model_parallel_size=2, num_virtual_stages_per_pipeline_rank=2),
+        ("--hylo-stage ild", "virtual pipeline")),
     "a Transformer as student": (dict(student="teacher"), ("is a Transformer", "upcycle.py")),
     "a checkpoint that is not there": (dict(teacher="data"), ("hylo.json not found",)),
 }  # fmt: skip

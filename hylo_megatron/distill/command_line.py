@@ -38,6 +38,8 @@ def _known(user: list[str]) -> argparse.Namespace:
     for name in ("--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--context-parallel-size",
                  "--micro-batch-size"):  # fmt: skip
         add(name, type=int, default=1)
+    for name in ("--num-layers-per-virtual-pipeline-stage", "--num-virtual-stages-per-pipeline-rank"):
+        add(name, dest="virtual_stages")
     add("--sequence-parallel", action="store_true")
     add("--hylo-linear-cp", default="auto")
     add("--hylo-keep-last", type=int)
@@ -51,6 +53,8 @@ def check_models(known: argparse.Namespace, student: Architecture) -> None:
         raise HyLoError("--hylo-teacher is missing: the Transformer's checkpoint made by convert_hf_to_megatron.py")
     teacher = Architecture.load(known.hylo_teacher)
     check_pair(student, teacher, known.hylo_stage, (Path(known.hylo_student), Path(known.hylo_teacher)))
+    if known.hylo_stage == "ild" and known.virtual_stages:
+        raise HyLoError("--hylo-stage ild has a pipeline schedule of its own: leave virtual pipeline stages out")
     layout = ParallelLayout(
         known.tensor_model_parallel_size, known.pipeline_model_parallel_size, known.context_parallel_size,
         known.sequence_parallel, known.hylo_linear_cp,

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hylo_megatron.distill import kl_fused
+from hylo_megatron.kernels.chunked import compute_dtype
 from hylo_megatron.kernels.norm import wide
 
 
@@ -133,7 +134,7 @@ class _HiddenStateKL(torch.autograd.Function):
         shard = Shard(head_ND.shape[0], vocab_size, group)
         need_h, need_head = h_TD.requires_grad, head_ND.requires_grad
         grad_h = torch.zeros_like(h_TD) if need_h else None
-        exact = dict(dtype=torch.promote_types(h_TD.dtype, torch.float32), device=h_TD.device)
+        exact = dict(dtype=compute_dtype(h_TD), device=h_TD.device)
         grad_head = torch.zeros(head_ND.shape, **exact) if need_head else None
         sums = torch.zeros(3, **exact)
         run_chunk = kl_fused.chunk if kl_fused.fits(h_TD, s) else torch_chunk

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
+from hylo_megatron.kernels.chunked import compute_dtype
+
 Expand = Callable[[Tensor, int], tuple[Tensor, Tensor]]  # (latents of a rank [L,B,R+P], the rank) -> k, v [B,H,L,..]
 
 
@@ -115,7 +117,7 @@ class _LatentAttention(torch.autograd.Function):
     def forward(ctx, q, latents, expand: Expand, group, scale, ring, *parameters):
         rank, size, length = group.rank(), group.size(), q.shape[2]
         blocks = _Ring(group).around(latents) if ring else ((s, latents[s]) for s in range(size))
-        exact = torch.promote_types(q.dtype, torch.float32)
+        exact = compute_dtype(q)
         out, lse = None, q.new_full(q.shape[:3], -torch.inf, dtype=exact)
         for source, held in blocks:
             queries, keys, causal = spans(rank, source, length)
@@ -142,7 +144,7 @@ class _LatentAttention(torch.autograd.Function):
         rank, size, length = ctx.group.rank(), ctx.group.size(), q.shape[2]
         ring = _Ring(ctx.group) if ctx.ring else None
         blocks = ring.around(latents) if ring else ((s, latents[s]) for s in range(size))
-        exact = torch.promote_types(q.dtype, torch.float32)
+        exact = compute_dtype(q)
         d_q = torch.zeros_like(q, dtype=exact)
         d_parameters = [torch.zeros_like(p, dtype=exact) for p in parameters]
         d_all = None if ring else torch.zeros_like(latents, dtype=exact)

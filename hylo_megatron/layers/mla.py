@@ -98,8 +98,7 @@ class MLASelfAttention(MegatronModule):
             k_rope_SBP = gather_from_sequence_parallel_region(k_rope_SBP, group=self.tp_group)
         else:
             k_rope_SBP = copy_to_tensor_model_parallel_region(k_rope_SBP, group=self.tp_group)
-            latent_SBR = latent_SBR.contiguous()
-        return latent_SBR, k_rope_SBP
+        return latent_SBR.contiguous(), k_rope_SBP  # NCCL gathers no views
 
     def expand_latent(self, kv: Tensor, k_rope_SBP: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         """``(k_SBHK, v_SBHV)`` at the positions of context-parallel rank ``rank``; ``kv``: up-projected latents."""

@@ -16,7 +16,7 @@ import torch
 from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_async
 
 from hylo_megatron.platform import cpu
-from hylo_megatron.platform.orphans import end_with_parent
+from hylo_megatron.platform.parent import end_with_parent
 
 _write = async_utils.PersistentAsyncCaller.async_loop
 

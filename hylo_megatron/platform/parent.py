@@ -1,9 +1,15 @@
-"""What a training process is told by the one that started it, through two environment variables."""
+"""A process and the one that started it: what it is told through the environment, and that it does not outlive it.
+
+No heavy imports: every helper process imports this.
+"""
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
+import threading
+from multiprocessing.connection import wait
 
 PARENT, STORE = "HYLO_PARENT", "HYLO_STORE"
 PR_SET_PDEATHSIG = 1
@@ -17,6 +23,21 @@ def die_with_parent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != int(parent):
         sys.exit("the process that started this one is gone")
+
+
+def _wait_for(sentinel: int) -> None:
+    wait([sentinel])
+    os._exit(1)
+
+
+def end_with_parent() -> None:
+    """As ``die_with_parent``, for a process of ``multiprocessing``.
+
+    The kernel's own signal will not do there: a writer's parent is the fork server, which lives as long as any of its
+    children.
+    """
+    sentinel = multiprocessing.parent_process().sentinel
+    threading.Thread(target=_wait_for, args=(sentinel,), daemon=True).start()
 
 
 def own_store():
