@@ -10,6 +10,7 @@ from hylo_megatron.config import GDNGeometry, Geometry, Mamba2Geometry, MLAGeome
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.kernels.rope import rotate
 from hylo_megatron.vllm.geometry import serve
+from hylo_megatron.vllm.pages import expanded_bytes, pages
 from hylo_megatron.vllm.weights import Padding, pad, served_weights, spread
 
 MAMBA2 = Mamba2Geometry(4, 16, 16, 4)
@@ -98,3 +99,14 @@ def test_every_tensor_finds_its_place_or_is_an_error():
         list(served_weights([("model.layers.0.self_attn.other.weight", torch.ones(1))], padding, "gdn"))
     with pytest.raises(HyLoError, match="missing"):
         list(served_weights(weights[:2], padding, "gdn"))
+
+
+def test_pages_are_those_that_vllm_reported():
+    """vLLM 0.26 on an H200, Llama-3.2-3B's shape, 6MLA22GDN, native: its block size, and what it had fit."""
+    served = serve(geometry_preset("native", 3072, 24, 128), {"mla", "gdn"}, 24, False, on_gpu=True)
+    found = pages(served, ("mla",) * 6 + ("gdn",) * 22, 24)
+    cache = 124_263_628_800
+    assert found.block == 3776 and cache == 8570 * found.block_bytes
+    assert [found.requests(cache, n) for n in (2048, 32768, 1 << 20)] == [1713, 659, 30]
+    asked = 1024 * found.block * expanded_bytes(served, 24)
+    assert round(asked / 2**30, 2) == 33.19

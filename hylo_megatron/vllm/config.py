@@ -10,10 +10,12 @@ from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigC
 from hylo_megatron.config import Geometry
 from hylo_megatron.hf.configuration_hylo import HyLoConfig
 from hylo_megatron.vllm.geometry import Served, serve
+from hylo_megatron.vllm.pages import expanded_bytes, pages
 
 logger = init_logger("vllm.hylo_megatron")  # below vllm's own logger, so that its level and format apply
 # Tests run a GPU's geometry on a CPU with it.
 GEOMETRY_OF = "HYLO_SERVE_GEOMETRY"
+WORKSPACE = 4 << 30  # bytes
 
 
 def on_gpu() -> bool:
@@ -64,11 +66,32 @@ class EngineSettings(VerifyAndUpdateConfig):
     @staticmethod
     def verify_and_update_config(vllm_config) -> None:
         """States in fp32, as in training, unless the user says otherwise; kernels that take our head sizes."""
-        config, cache = vllm_config.model_config.hf_config, vllm_config.cache_config
+        cache = vllm_config.cache_config
         if cache.mamba_ssm_cache_dtype == "auto":
             cache.mamba_ssm_cache_dtype = "float32"
         if current_platform.is_cpu():  # vLLM takes it back for latents on a CPU, but too late for its block sizes
             cache.enable_prefix_caching = False
-        options = vllm_config.additional_config
-        if isinstance(options, dict) and config.linear_key_head_dim != 128:
-            options.setdefault("gdn_prefill_backend", "triton")  # FlashInfer's is made for 128, and vLLM does not ask
+        if isinstance(vllm_config.additional_config, dict):
+            # FlashInfer's takes heads of 128 only, which vLLM does not check, and may be there without its kernel.
+            vllm_config.additional_config.setdefault("gdn_prefill_backend", "triton")
+        if on_gpu():
+            limit_requests(vllm_config)
+
+
+def limit_requests(vllm_config) -> None:
+    """vLLM sets aside a page of expanded keys and values for each request that may run at once; a hybrid's pages are
+    long, and with the default of 1,024 requests that alone may not fit."""
+    config, scheduler = vllm_config.model_config.hf_config, vllm_config.scheduler_config
+    if config.expanded_head_size or "mla" not in config.mixers:
+        return
+    tp, state = vllm_config.parallel_config.tensor_parallel_size, vllm_config.cache_config.mamba_ssm_cache_dtype
+    heads, served = config.num_attention_heads, Served(config.geometry())
+    block = pages(served, tuple(config.mixers), heads, state_itemsize=4 if state == "float32" else 2, tp=tp).block
+    each = block * expanded_bytes(served, heads, tp=tp)
+    fits = max(1, WORKSPACE // each)
+    if scheduler.max_num_seqs > fits:
+        logger.warning_once(
+            "HyLo: at most %d requests run at once: %d would take %.0f GiB of work space (--mamba-ssm-cache-dtype"
+            " bfloat16 halves it).", fits, scheduler.max_num_seqs, scheduler.max_num_seqs * each / 2**30,
+        )  # fmt: skip
+        scheduler.max_num_seqs = fits

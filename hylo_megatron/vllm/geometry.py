@@ -69,11 +69,12 @@ def serve(geometry: Geometry, kinds: set[str], heads: int, qk_norm: bool, on_gpu
         )
     elif "mla" in kinds and on_gpu and (wide := served_mla(mla)) != mla:
         row = wide.kv_lora_rank + wide.qk_rope_head_dim
+        cost = f"{row * itemsize:,} bytes of cache a token and layer instead of {latent * itemsize:,}"
         notes.append(
             f"MLA of latent {mla.kv_lora_rank}+{mla.qk_rope_head_dim}, heads {mla.qk_nope_head_dim}/"
             f"{mla.qk_rope_head_dim}/{mla.v_head_dim} runs padded with zeros as {wide.kv_lora_rank}+"
             f"{wide.qk_rope_head_dim}, {wide.qk_nope_head_dim}/{wide.qk_rope_head_dim}/{wide.v_head_dim}:"
-            f" {row * itemsize:,} bytes of cache a token and layer instead of {latent * itemsize:,}"
+            f" {cost if row > latent else 'its cache keeps its size'}"
         )
         mla = wide
     if "gdn" in kinds and on_gpu and (split := served_gdn(gdn)) != gdn:

@@ -78,5 +78,5 @@ def prompt(length: int, salt: int = 0) -> list[int]:
 @torch.no_grad()
 def log_probabilities(model: HyLoForCausalLM, tokens: list[int], last: int) -> torch.Tensor:
     """``[last, vocabulary]`` of the ``last`` positions that predict ``tokens``' last ones."""
-    logits = model(torch.tensor([tokens[:-1]]), use_cache=False, logits_to_keep=last).logits[0]
+    logits = model(torch.tensor([tokens[:-1]], device=model.device), use_cache=False, logits_to_keep=last).logits[0]
     return logits.float().log_softmax(-1)

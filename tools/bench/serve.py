@@ -1,0 +1,290 @@
+#!/usr/bin/env python3
+"""A base Transformer and its hybrid served by vLLM, one after the other on one GPU, with random weights.
+
+    python tools/bench/serve.py --out DIR [--shape llama3b] [--plan 6MLA22GDN] [--lengths 8192 65536 1048576]
+
+Time to first token and per output token at each length, throughput of concurrent requests, and cache bytes per
+token as the engine allots them (memory of the caches over the tokens that fit). Floors: the products of a prompt at
+the rate of a large one, weights and cache of a token at the rate of a large copy, both measured here. Writes
+DIR/serve.json and a plot.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[0] = str(ROOT)
+
+from hylo_megatron.config import Architecture, geometry_preset, parse_plan  # noqa: E402
+from hylo_megatron.errors import HyLoError, command_line  # noqa: E402
+
+SHAPES = {  # layers, hidden, intermediate, heads, key-value heads, head dimension, vocabulary, tied embeddings
+    "llama1b": (16, 2048, 8192, 32, 8, 64, 128256, True),
+    "llama3b": (28, 3072, 8192, 24, 8, 128, 128256, True),
+    "qwen1p7b": (28, 2048, 6144, 16, 8, 128, 151936, True),
+    "tiny": (4, 128, 256, 2, 1, 64, 512, True),
+}
+DECODED = 65
+
+
+def architectures(shape: str, plan: str, longest: int) -> dict[str, Architecture]:
+    layers, hidden, inner, heads, kv_heads, head_dim, vocab, tied = SHAPES[shape]
+    common = dict(
+        model_type="llama", vocab_size=vocab, hidden_size=hidden, intermediate_size=inner, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, head_dim=head_dim, rms_norm_eps=1e-5, max_position_embeddings=longest,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0}, tie_word_embeddings=tied,
+    )  # fmt: skip
+    kinds = parse_plan(layers, plan)
+    geometry = geometry_preset("native", hidden, heads, head_dim)
+    return {
+        "hybrid": Architecture(**common, plan=kinds, geometry=geometry),
+        "base": Architecture(**common, plan=("attention",) * layers),
+    }
+
+
+def write_config(folder: Path, arch: Architecture) -> None:
+    from transformers import LlamaConfig
+
+    from hylo_megatron.hf import HyLoConfig
+
+    if arch.is_hybrid:
+        config = HyLoConfig.from_architecture(arch)
+    else:
+        names = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+        names += ("head_dim", "rms_norm_eps", "max_position_embeddings", "rope_parameters", "tie_word_embeddings")
+        values = {name: getattr(arch, name) for name in names}
+        config = LlamaConfig(**values, num_hidden_layers=arch.num_layers, architectures=["LlamaForCausalLM"])
+    config.dtype = "bfloat16"
+    config.save_pretrained(folder)
+
+
+# ---- one model, in a process of its own ----
+
+
+class Engine:
+    def __init__(self, folder: Path, longest: int, options: dict):
+        from vllm import LLM
+
+        started = time.perf_counter()
+        self.llm = LLM(
+            model=str(folder), load_format="dummy", skip_tokenizer_init=True, max_model_len=longest, seed=0,
+            enable_prefix_caching=False, **options,
+        )  # fmt: skip
+        self.load_seconds, self.count = time.perf_counter() - started, 0
+
+    def run(self, prompts: list[int], tokens: int) -> tuple[float, float]:
+        """Seconds to the first token of all ``prompts`` (lengths), and from there to the last one."""
+        from vllm import SamplingParams
+
+        engine = self.llm.llm_engine
+        sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+        waiting = set()
+        for length in prompts:
+            self.count += 1
+            waiting.add(str(self.count))
+            ids = [3 + (i * 7919 + self.count) % 500 for i in range(length)]
+            engine.add_request(str(self.count), {"prompt_token_ids": ids}, sampling)
+        started, first = time.perf_counter(), None
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                waiting.discard(output.request_id)
+            if first is None and not waiting:
+                first = time.perf_counter()
+        return first - started, time.perf_counter() - first
+
+    def caches(self) -> dict:
+        """The engine's blocks, and tokens that fit when all requests have one length."""
+        config = self.llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config
+        bytes_ = sum(tensor.size for tensor in config.kv_cache_tensors)
+        found = {"cache_bytes": bytes_, "blocks": config.num_blocks, "tokens": {}}
+        for length in (2048, 32768, 1 << 20):
+            blocks = 0
+            for group in config.kv_cache_groups:
+                state = "Mamba" in type(group.kv_cache_spec).__name__
+                blocks += 1 if state else -(-length // group.kv_cache_spec.block_size)
+            requests = (config.num_blocks - 1) // blocks
+            found["tokens"][length] = requests * length
+            found.setdefault("bytes_per_token", {})[length] = bytes_ / max(1, requests * length)
+            found.setdefault("requests", {})[length] = requests
+        found["block_size"] = [g.kv_cache_spec.block_size for g in config.kv_cache_groups]
+        return found
+
+
+def worker(folder: Path, spec: dict) -> None:
+    """A line of JSON for each measurement, as soon as it is there."""
+
+    def say(**values) -> None:
+        with (folder / "measured.jsonl").open("a") as file:
+            print(json.dumps(values), file=file)
+
+    engine = Engine(folder, max(spec["lengths"]) + DECODED + 16, spec["engine"])
+    say(what="engine", load_seconds=engine.load_seconds, **engine.caches())
+    engine.run([spec["lengths"][0]], DECODED)  # compiles what is left to compile
+    for length in spec["lengths"]:
+        first, rest = engine.run([length], DECODED)
+        say(what="latency", length=length, first_token=first, per_token=rest / (DECODED - 1))
+    for length, requests in spec["concurrent"]:
+        first, rest = engine.run([length] * requests, DECODED)
+        total = requests * (length + DECODED)
+        speeds = dict(tokens_per_s=total / (first + rest), decoded_per_s=requests * (DECODED - 1) / rest)
+        say(what="throughput", length=length, requests=requests, seconds=first + rest, **speeds)
+
+
+# ---- both ----
+
+
+def rates() -> dict:
+    """FLOP/s of a large bf16 product and bytes/s of a large copy (read and write) on this GPU."""
+    import torch
+
+    def best(run, repeats=10) -> float:
+        seconds = []
+        for _ in range(repeats):
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            run()
+            torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - started)
+        return min(seconds)
+
+    if not torch.cuda.is_available():
+        raise HyLoError(
+            "tools/bench/serve.py measures on a GPU, and there is none (--rates 1e12 1e10 to go on without)"
+        )
+
+    def measured() -> dict:
+        a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        source = torch.empty(1 << 32, device="cuda", dtype=torch.uint8)
+        target = torch.empty_like(source)
+        copied = 2 * source.numel() / best(lambda: target.copy_(source))
+        return {"flops": 2 * 8192**3 / best(lambda: a @ b), "bytes": copied, "gpu": torch.cuda.get_device_name()}
+
+    found = measured()
+    torch.cuda.empty_cache()  # the engine wants it
+    return found
+
+
+def floors(arch: Architecture, length: int, rate: dict) -> dict:
+    """Seconds at least: the products of a prompt of ``length``, and the bytes of one token after it."""
+    from math import prod
+
+    from hylo_megatron.convert.shapes import hf_shapes
+
+    shapes = hf_shapes(arch)
+    weights = sum(prod(shape) for name, shape in shapes.items() if ".layers." in name and len(shape) == 2)
+    head = arch.vocab_size * arch.hidden_size
+    widths = {"attention": (arch.head_dim, arch.head_dim)}
+    if arch.geometry:
+        mla = arch.geometry.mla
+        widths["mla"] = mla.qk_nope_head_dim + mla.qk_rope_head_dim, mla.v_head_dim
+    scores = sum(arch.num_attention_heads * sum(widths[kind]) for kind in arch.plan if kind in widths)
+    attention = length * (length + 1) * scores  # two FLOPs, and half of the square
+    cached = length * arch.kv_bytes_per_token()
+    return {
+        "first_token": (2 * weights * length + attention + 2 * head) / rate["flops"],
+        "attention_only": attention / rate["flops"],
+        "per_token": (2 * (weights + head) + cached) / rate["bytes"],
+    }
+
+
+def measure(name: str, folder: Path, spec: dict, limit: float) -> list[dict]:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "measured.jsonl").unlink(missing_ok=True)
+    (folder / "spec.json").write_text(json.dumps(spec))
+    env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0",
+           "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1", **os.environ}  # fmt: skip
+    with (folder / "log.txt").open("w") as log:
+        try:
+            code = subprocess.run([sys.executable, __file__, "--worker", str(folder)], stdout=log, stderr=log, env=env,
+                                  timeout=limit).returncode  # fmt: skip
+        except subprocess.TimeoutExpired:
+            code = "time was up"
+    if code:
+        print(f"{name}: ended with {code} ({folder / 'log.txt'})", flush=True)
+    lines = folder / "measured.jsonl"
+    return [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
+
+
+def table(result: dict) -> str:
+    lines = []
+    for name, found in result["models"].items():
+        for line in found:
+            if line["what"] == "engine":
+                sizes = ", ".join(f"{n}: {x:,.0f}" for n, x in line["bytes_per_token"].items())
+                lines.append(f"{name}: loaded in {line['load_seconds']:.0f} s; cache bytes a token at {sizes}")
+            elif line["what"] == "latency":
+                low = line["floor"]
+                lines.append(
+                    f"{name} {line['length']:>9,}: first token {line['first_token']:.3f} s (floor"
+                    f" {low['first_token']:.3f}), a token {1e3 * line['per_token']:.2f} ms"
+                    f" (floor {1e3 * low['per_token']:.2f})"
+                )
+            else:
+                lines.append(f"{name} {line['requests']} x {line['length']:,}: {line['tokens_per_s']:,.0f} tokens/s")
+    return "\n".join(lines)
+
+
+def plot(result: dict, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.5))
+    for name, found in result["models"].items():
+        points = [line for line in found if line["what"] == "latency"]
+        for axis, key, scale in ((axes[0], "first_token", 1), (axes[1], "per_token", 1e3)):
+            lengths = [line["length"] for line in points]
+            (drawn,) = axis.loglog(lengths, [scale * line[key] for line in points], "o-", label=name)
+            axis.loglog(lengths, [scale * line["floor"][key] for line in points], ":", color=drawn.get_color())
+    for axis, title in zip(axes, ("time to first token, s", "time per output token, ms"), strict=True):
+        axis.set(title=title, xlabel="tokens in the prompt (dotted: floor)")
+        axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+@command_line
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--shape", choices=SHAPES, default="llama3b")
+    parser.add_argument("--plan", default="6MLA22GDN")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 65536, 262144, 1048576, 2097152])
+    parser.add_argument("--concurrent", nargs="*", default=["2048x1", "2048x16", "2048x64", "32768x1", "32768x16"],
+                        help="LENGTHxREQUESTS")  # fmt: skip
+    parser.add_argument("--models", nargs="+", choices=("hybrid", "base"), default=["hybrid", "base"])
+    parser.add_argument("--engine", type=json.loads, default={}, help="JSON of more arguments of vllm.LLM")
+    parser.add_argument("--limit", type=float, default=3600, help="seconds for each model")
+    parser.add_argument("--rates", type=float, nargs=2, help="FLOP/s and bytes/s, instead of measuring them")
+    known = parser.parse_args()
+    if known.worker:
+        return worker(known.worker, json.loads((known.worker / "spec.json").read_text()))
+    rate = dict(zip(("flops", "bytes"), known.rates, strict=True)) if known.rates else rates()
+    both = architectures(known.shape, known.plan, max(known.lengths) + DECODED + 16)
+    engine = {"gpu_memory_utilization": 0.9, "max_num_batched_tokens": 16384, **known.engine}
+    pairs = [tuple(int(n) for n in pair.split("x")) for pair in known.concurrent]
+    spec = dict(lengths=known.lengths, concurrent=pairs, engine=engine)
+    result = {"shape": known.shape, "plan": known.plan, "rates": rate, "engine": engine, "models": {}}
+    for name in known.models:
+        write_config(known.out / name, both[name])
+        found = measure(name, known.out / name, spec, known.limit)
+        for line in found:
+            if line["what"] == "latency":
+                line["floor"] = floors(both[name], line["length"], rate)
+        result["models"][name] = found
+        (known.out / "serve.json").write_text(json.dumps(result, indent=1))
+    print(
+        f"products at {rate['flops'] / 1e12:.0f} TFLOP/s, copies at {rate['bytes'] / 1e12:.2f} TB/s\n{table(result)}"
+    )
+    plot(result, known.out / "serve.png")
+
+
+if __name__ == "__main__":
+    main()
