@@ -7,14 +7,20 @@ PYTEST_ARGS ?=
 # spaces.
 BIN := $(if $(filter /%,$(VENV)),$(VENV),$(CURDIR)/$(VENV))/bin
 PY := $(BIN)/python
+# Serving has an environment of its own, since vLLM pins torch.
+SERVE_VENV ?= .venv-serve
+SERVE_PY := $(if $(filter /%,$(SERVE_VENV)),$(SERVE_VENV),$(CURDIR)/$(SERVE_VENV))/bin/python
+MODEL ?= runs/smollm2-3MLA27GDN/hf-distill
 
-.PHONY: help env test test-parallel demo lint format doctor clean
+.PHONY: help env serve-env test test-parallel test-serve demo serve-demo lint format doctor clean
 
 help:
 	@echo "make env                          the Python environment in $(VENV) (HYLO_PYTHON=... picks the interpreter)"
 	@echo "make test                         env, then the tests (PYTEST_ARGS=... for more)"
 	@echo "make test-parallel                every parallel layout, up to 16 processes, and 20 killed runs"
 	@echo "make demo PLAN= TP= PP= OUT=      env, then examples/upcycle_smollm2.sh; each variable is optional"
+	@echo "make test-serve                   vLLM's CPU build in $(SERVE_VENV), then the tests of serving"
+	@echo "make serve-demo MODEL=            the same, then one chat with the demo's student"
 	@echo "make lint | format                ruff"
 	@echo "make doctor                       what this machine has, and what each missing package would bring"
 	@echo "make clean                        removes $(VENV) and the caches; never a run"
@@ -29,6 +35,15 @@ test: env
 test-parallel: env
 	HYLO_WRITE_PARITY=1 "$(PY)" -m pytest -q -m "parallel or not parallel" $(PYTEST_ARGS) \
 	  tests/test_parallel_parity.py tests/test_teacher_fed.py tests/test_faults.py
+
+serve-env:
+	@tools/make_env.sh "$(SERVE_VENV)" "serve-cpu,test"
+
+test-serve: serve-env
+	"$(SERVE_PY)" -m pytest -q $(PYTEST_ARGS) tests/serve
+
+serve-demo: serve-env
+	"$(SERVE_PY)" tools/serve_demo.py "$(MODEL)"
 
 # PLAN, TP, PP and OUT given on the command line reach the script as environment variables; the ones left out
 # keep the script's defaults.

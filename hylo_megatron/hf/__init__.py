@@ -27,14 +27,9 @@ def register_config() -> None:
 
 
 def register_models() -> None:
-    """``AutoModel`` and ``AutoModelForCausalLM`` know ``HyLoConfig``."""
-    from transformers.models.auto.modeling_auto import AutoModel, AutoModelForCausalLM
-
-    from hylo_megatron.hf.configuration_hylo import HyLoConfig
-    from hylo_megatron.hf.modeling_hylo import HyLoForCausalLM, HyLoModel
-
-    AutoModel.register(HyLoConfig, HyLoModel, exist_ok=True)
-    AutoModelForCausalLM.register(HyLoConfig, HyLoForCausalLM, exist_ok=True)
+    """``AutoModel`` and ``AutoModelForCausalLM`` know ``HyLoConfig``: the module does it when it is imported, since
+    some versions of transformers import the auto classes in the middle of that."""
+    import hylo_megatron.hf.modeling_hylo  # noqa: F401
 
 
 def register() -> None:

@@ -12,6 +12,7 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto.modeling_auto import AutoModel, AutoModelForCausalLM
 
 from hylo_megatron import kernels
 from hylo_megatron.hf.cache import HyLoCache
@@ -206,3 +207,7 @@ class HyLoForCausalLM(HyLoPreTrainedModel, GenerationMixin):
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
         result = CausalLMOutputWithPast(loss, logits, out.past_key_values, out.hidden_states)
         return result.to_tuple() if return_dict is False else result
+
+
+AutoModel.register(HyLoConfig, HyLoModel, exist_ok=True)
+AutoModelForCausalLM.register(HyLoConfig, HyLoForCausalLM, exist_ok=True)

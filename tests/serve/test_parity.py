@@ -1,0 +1,66 @@
+"""vLLM's tokens against transformers', in fp32: every published geometry, as a CPU and as a GPU would run it."""
+
+import pytest
+import torch
+from folders import GEOMETRIES, log_probabilities, prompt, write_folder
+from generate import generate
+
+from hylo_megatron.hf import HyLoForCausalLM
+
+LENGTHS = (1, 2, 5, 23, 64, 140, 301)
+ON_GPU = {"HYLO_SERVE_GEOMETRY": "gpu"}
+CASES = [  # geometry, linear blocks, norms on queries and keys, whose kernels' geometry
+    ("native", "gdn", False, "cpu"),
+    ("llama-1b", "gdn", False, "gpu"),
+    ("llama-3b", "mamba2", False, "gpu"),
+    ("qwen3-1.7b", "gdn", True, "gpu"),
+    ("qwen3-1.7b", "mamba2", False, "gpu"),
+]
+
+
+def check(folder, answers: list, prompts: list[list[int]], tolerance: float) -> None:
+    """Each token is the most probable one after those before it, and as probable as transformers says."""
+    model = HyLoForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    for given, answer in zip(prompts, answers, strict=True):
+        tokens = [token for token, _ in answer]
+        expected = log_probabilities(model, given + tokens, len(tokens))
+        assert expected.argmax(-1).tolist() == tokens, len(given)
+        gaps = [abs(expected[i, token].item() - value) for i, (token, value) in enumerate(answer)]
+        assert max(gaps) <= tolerance, (len(given), max(gaps))
+
+
+@pytest.mark.parametrize("geometry, linear, qk_norm, device", CASES)
+def test_every_geometry_is_served_exactly(geometry, linear, qk_norm, device, tmp_path):
+    folder = write_folder(tmp_path / f"{geometry}-{linear}", geometry, linear, qk_norm)
+    prompts = [prompt(length, i) for i, length in enumerate(LENGTHS)]
+    env = ON_GPU if device == "gpu" else {}
+    got = generate(tmp_path, folder, prompts, 16, env=env, dtype="float32", max_model_len=1024, max_num_seqs=8)
+    check(folder, got["answers"], prompts, 1e-4)
+    trained = GEOMETRIES[geometry].mla
+    padded = device == "gpu" and not qk_norm and (trained.kv_lora_rank, trained.v_head_dim) != (256, 128)
+    assert ("runs padded with zeros" in got["log"]) == padded
+    assert ("keeps them expanded" in got["log"]) == qk_norm
+
+
+def test_one_token_to_twenty_thousand_and_no_state_leaks(tmp_path):
+    """More requests than run at once, so that states are used again; then all of it once more, with NaN in every cache
+    that the first pass left behind."""
+    folder = write_folder(tmp_path / "long", "native", "gdn")
+    lengths = [1, 2, 3, 20000, 63, 64, 65, 129, *(7 * i % 301 + 1 for i in range(24)), 4000]
+    prompts = [prompt(length, i) for i, length in enumerate(lengths)]
+    got = generate(tmp_path, folder, prompts, 24, poison=True, dtype="float32", max_model_len=20480, max_num_seqs=8)
+    check(folder, got["answers"], prompts, 2e-4)
+    assert got["again"] == got["answers"]
+
+
+def test_bf16_follows_transformers(tmp_path):
+    """Random weights have close calls: where the tokens differ, transformers gives both nearly the same chance."""
+    folder = write_folder(tmp_path / "bf16", "native", "gdn", dtype=torch.bfloat16)
+    prompts = [prompt(length, i) for i, length in enumerate(LENGTHS)]
+    got = generate(tmp_path, folder, prompts, 16, dtype="bfloat16", max_model_len=1024, max_num_seqs=8)
+    model = HyLoForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    for given, answer in zip(prompts, got["answers"], strict=True):
+        tokens = [token for token, _ in answer]
+        expected = log_probabilities(model, given + tokens, len(tokens))
+        behind = expected.max(-1).values - expected.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        assert behind.max() <= 0.5 and behind.median() == 0, (len(given), behind)
