@@ -138,13 +138,13 @@ def test_export_holds_one_shard_at_a_time(tmp_path, monkeypatch):
     state = tiny.write_hybrid(tmp_path / "ckpt", HYBRIDS["gdn"])
     limit, held = max(t.nbytes for t in state.values()) + 1, []
     monkeypatch.setattr(megatron_to_hf, "SHARD_BYTES", limit)
-    add = megatron_to_hf._ShardWriter.add
+    add = megatron_to_hf.ShardWriter.add
 
     def watched(self, key, tensor):
         add(self, key, tensor)
         held.append(sum(t.nbytes for t in self.pending.values()))
 
-    monkeypatch.setattr(megatron_to_hf._ShardWriter, "add", watched)
+    monkeypatch.setattr(megatron_to_hf.ShardWriter, "add", watched)
     megatron_to_hf.convert(tmp_path / "ckpt", tmp_path / "hf")
     assert max(held) <= limit
     files = sorted((tmp_path / "hf").glob("*.safetensors"))

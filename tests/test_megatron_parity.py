@@ -22,8 +22,10 @@ from hylo_megatron.layers.load import layout_config, load_model, start_process_g
 
 TOLERANCE = 1e-4
 _QK_NORM = Geometry(MLAGeometry(24, 16, 16, 32, q_lora_rank=40), tiny.GEOMETRY.gdn, tiny.GEOMETRY.mamba2)
+_NORM_EPS = replace(tiny.GEOMETRY, gdn=replace(tiny.GEOMETRY.gdn, norm_eps=1e-2))
 HYBRIDS = {
     "gdn": tiny.hybrid("gdn"),
+    "gdn-norm_eps": tiny.hybrid("gdn", geometry=_NORM_EPS),
     "mamba2": tiny.hybrid("mamba2", tie_word_embeddings=False),
     "gdn-q_lora-yarn": tiny.hybrid("gdn", geometry=tiny.GEOMETRY_Q_LORA, rope_parameters=tiny.YARN),
     "mamba2-q_lora-linear": tiny.hybrid("mamba2", geometry=tiny.GEOMETRY_Q_LORA, rope_parameters=tiny.LINEAR),
@@ -96,13 +98,14 @@ def test_hybrid_logits_equal_the_exported_model(folder, kind):
 @pytest.mark.parametrize(
     "kind, other",
     [
+        ("gdn-norm_eps", dict(geometry=tiny.GEOMETRY)),
         ("gdn-q_lora-yarn", dict(rope_parameters=tiny.DEFAULT)),
         ("mamba2-q_lora-linear", dict(rope_parameters=tiny.DEFAULT)),
         ("mamba2-llama3-padded", dict(rope_parameters={**tiny.DEFAULT, "rope_theta": 5e5})),
     ],
 )
-def test_rope_scaling_shows_in_the_logits(folder, kind, other):
-    """Else the comparison above would not see a scaling that both sides leave out."""
+def test_rope_scaling_and_norm_eps_show_in_the_logits(folder, kind, other):
+    """Else the comparison above would not see what both sides leave out."""
     want = hybrid(folder, kind)
     changed = folder / f"{kind}-plain"
     tiny.write_hybrid(changed, replace(HYBRIDS[kind], **other))

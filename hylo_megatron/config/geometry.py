@@ -18,13 +18,17 @@ class MLAGeometry:
 
 @dataclass(frozen=True)
 class GDNGeometry:
-    """Gated DeltaNet; each key head serves ``num_value_heads / num_key_heads`` value heads; state K x V each."""
+    """Gated DeltaNet; each key head serves ``num_value_heads / num_key_heads`` value heads; state K x V each.
+
+    ``norm_eps``: of the norm behind the recurrence; None: the model's ``rms_norm_eps``.
+    """
 
     num_key_heads: int
     num_value_heads: int
     key_head_dim: int
     value_head_dim: int
     conv_kernel: int = 4
+    norm_eps: float | None = None
 
 
 @dataclass(frozen=True)

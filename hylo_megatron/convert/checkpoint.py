@@ -8,10 +8,11 @@ Layout of a checkpoint folder (what ``--load`` expects, and two additions of our
     CKPT/hf/                                  tokenizer files of the base model
 """
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +58,23 @@ class _StreamingPlanner(DefaultSavePlanner):
 def check_empty(folder: Path) -> None:
     if folder.exists() and any(folder.iterdir()):
         raise HyLoError(f"{folder} exists and is not empty: choose another --out, or remove it")
+
+
+@contextlib.contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """A folder to fill; it gets the name ``out`` when the block ends, and is removed when the block raises."""
+    check_empty(out)
+    scratch = out.with_name(out.name + ".partial")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    try:
+        yield scratch
+        if out.exists():
+            out.rmdir()
+        os.replace(scratch, out)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
 
 
 def write_checkpoint(folder: str | os.PathLike, arch: Architecture, tensors: dict[str, LazyTensor],

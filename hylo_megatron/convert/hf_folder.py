@@ -98,6 +98,8 @@ def read_architecture(folder: str | os.PathLike) -> Architecture:
 class HFWeights:
     """The tensors of a folder, opened lazily and checked against an architecture before anything is read."""
 
+    described_by, unmapped = "config.json", ""
+
     def __init__(self, folder: str | os.PathLike, arch: Architecture):
         self.folder, self.expected = Path(folder), hf_shapes(arch)
         self._files: dict[str, object] = {}
@@ -145,12 +147,14 @@ class HFWeights:
                 raise HyLoError(f"{self.folder / self.where[key]}: tensor {key} cannot be read ({error})") from None
             if found != shape:
                 raise HyLoError(
-                    f"{self.folder / self.where[key]}: tensor {key} has shape {list(found)}, config.json asks for"
-                    f" {list(shape)}; weights and config do not belong together"
+                    f"{self.folder / self.where[key]}: tensor {key} has shape {list(found)}, {self.described_by} asks"
+                    f" for {list(shape)}; weights and config do not belong together"
                 )
             self.dtype(key)
         if unused := sorted(set(self.where) - set(self.expected)):
-            raise HyLoError(f"{self.folder}: unexpected tensor {unused[0]} ({len(unused)} in all) has no mapping")
+            raise HyLoError(
+                f"{self.folder}: unexpected tensor {unused[0]} ({len(unused)} in all) has no mapping{self.unmapped}"
+            )
 
     def dtype(self, key: str):
         names = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}

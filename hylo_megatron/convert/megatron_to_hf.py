@@ -4,7 +4,6 @@ import argparse
 import json
 import math
 import os
-import shutil
 import time
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hylo_megatron.config import Architecture, plan_name
-from hylo_megatron.convert.checkpoint import CheckpointReader, check_empty
+from hylo_megatron.convert.checkpoint import CheckpointReader, whole_folder
 from hylo_megatron.convert.hf_folder import copy_companions, save_tensors
 from hylo_megatron.convert.progress import ByteProgress, peak_memory_gib
 from hylo_megatron.convert.shapes import FP32_SUFFIXES, hf_shapes
@@ -41,14 +40,15 @@ def hf_tensors(arch: Architecture, reader: CheckpointReader, dtype: torch.dtype 
             yield key, tensor if dtype is None or key.endswith(FP32_SUFFIXES) else tensor.to(dtype)
 
 
-class _ShardWriter:
-    """safetensors files of at most ``SHARD_BYTES`` and their index."""
+class ShardWriter:
+    """safetensors files of at most ``limit`` bytes (or one tensor) and their index; a file's tensors are held."""
 
-    def __init__(self, folder: Path):
-        self.folder, self.shards, self.pending, self.size = folder, [], {}, 0
+    def __init__(self, folder: Path, limit: int):
+        self.folder, self.limit = folder, limit
+        self.shards, self.pending, self.size = [], {}, 0
 
     def add(self, key: str, tensor: Tensor) -> None:
-        if self.pending and self.size + tensor.nbytes > SHARD_BYTES:
+        if self.pending and self.size + tensor.nbytes > self.limit:
             self.flush()
         self.pending[key] = tensor.contiguous().clone()
         self.size += tensor.nbytes
@@ -79,6 +79,10 @@ def _write_config(arch: Architecture, checkpoint: Path, folder: Path, dtype: tor
         config["dtype"] = str(dtype).removeprefix("torch.")
         (folder / "config.json").write_text(json.dumps(config, indent=2))
         return
+    write_hybrid_config(arch, folder, dtype)
+
+
+def write_hybrid_config(arch: Architecture, folder: Path, dtype: torch.dtype) -> None:
     from hylo_megatron.hf import HyLoConfig
 
     config = HyLoConfig.from_architecture(arch)
@@ -90,13 +94,10 @@ def _write_config(arch: Architecture, checkpoint: Path, folder: Path, dtype: tor
 def convert(checkpoint: str | Path, out: str | Path, dtype: torch.dtype | None = None) -> Architecture:
     """Writes ``out``, under its final name only when it is whole. ``dtype=None`` keeps what the checkpoint has."""
     checkpoint, out = Path(checkpoint), Path(out)
-    check_empty(out)
     arch, reader = Architecture.load(checkpoint), CheckpointReader(checkpoint)
-    scratch = out.with_name(out.name + ".partial")
-    shutil.rmtree(scratch, ignore_errors=True)
-    try:
+    with whole_folder(out) as scratch:
         copy_companions(checkpoint / "hf", scratch, with_config=False)
-        writer = _ShardWriter(scratch)
+        writer = ShardWriter(scratch, SHARD_BYTES)
         total = sum(math.prod(reader.shape(k)) * reader.dtype(k).itemsize for m in mappings(arch) for k in m.megatron)
         progress = ByteProgress(total, "export")
         for key, tensor in hf_tensors(arch, reader, dtype):
@@ -105,12 +106,6 @@ def convert(checkpoint: str | Path, out: str | Path, dtype: torch.dtype | None =
         writer.finish()
         progress.close()
         _write_config(arch, checkpoint, scratch, dtype or reader.dtype("embedding.word_embeddings.weight"))
-        if out.exists():
-            out.rmdir()
-        os.replace(scratch, out)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
     return arch
 
 

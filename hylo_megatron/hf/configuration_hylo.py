@@ -13,8 +13,9 @@ class HyLoConfig(PretrainedConfig):
     """``mixers`` names each layer's mixer; ``layer_types`` is derived from it for transformers and vLLM.
 
     ``rope_parameters``, ``rms_norm_eps`` and the MLP sizes are the base model's. ``qk_norm``: per-head RMSNorm on
-    MLA's queries and keys. ``base_*``, ``num_key_value_heads``, ``head_dim`` and ``attention_bias`` describe the base
-    model's attention and ``architecture_extra`` belongs to training; nothing here computes with them.
+    MLA's queries and keys. ``linear_norm_eps``: of Gated DeltaNet's output norm, if another than ``rms_norm_eps``.
+    ``base_*``, ``num_key_value_heads``, ``head_dim`` and ``attention_bias`` describe the base model's attention and
+    ``architecture_extra`` belongs to training; nothing here computes with them.
     """
 
     model_type = "hylo"
@@ -49,6 +50,7 @@ class HyLoConfig(PretrainedConfig):
         linear_key_head_dim: int = 64,
         linear_value_head_dim: int = 64,
         linear_conv_kernel_dim: int = 4,
+        linear_norm_eps: float | None = None,
         # Mamba-2
         mamba_num_heads: int = 9,
         mamba_head_dim: int = 64,
@@ -113,6 +115,7 @@ class HyLoConfig(PretrainedConfig):
             linear_key_head_dim=gdn.key_head_dim,
             linear_value_head_dim=gdn.value_head_dim,
             linear_conv_kernel_dim=gdn.conv_kernel,
+            linear_norm_eps=gdn.norm_eps,
             mamba_num_heads=mamba2.num_heads,
             mamba_head_dim=mamba2.head_dim,
             mamba_state_size=mamba2.state_size,
@@ -136,6 +139,7 @@ class HyLoConfig(PretrainedConfig):
                 self.linear_key_head_dim,
                 self.linear_value_head_dim,
                 self.linear_conv_kernel_dim,
+                self.linear_norm_eps,
             ),
             Mamba2Geometry(
                 self.mamba_num_heads,

@@ -35,7 +35,7 @@ class HyLoGatedDeltaNet(KeepsFp32):
         self.q_conv1d, self.k_conv1d = depthwise(keys, width, False), depthwise(keys, width, False)
         self.v_conv1d = depthwise(values, width, False)
         self.A_log, self.dt_bias = fp32_parameter(heads), fp32_parameter(heads)
-        self.o_norm = HyLoRMSNorm(self.value_dim, config.rms_norm_eps)
+        self.o_norm = HyLoRMSNorm(self.value_dim, config.linear_norm_eps or config.rms_norm_eps)
         self.o_proj = nn.Linear(values, hidden, bias=False)
         self.conv_sizes = [keys, keys, values]
 

@@ -154,7 +154,7 @@ def gdn_data_init(layer, arch: Architecture) -> dict[str, Tensor]:
         feature(q, True), feature(k, True), values, decay, torch.full_like(decay, 0.5), use_qk_l2norm_in_kernel=True
     )
     target = layer.heads_BSHK[calibration][:, :, chosen]
-    best, factor = _best_decay(o.unflatten(2, (len(chosen), -1)), target, arch.rms_norm_eps)
+    best, factor = _best_decay(o.unflatten(2, (len(chosen), -1)), target, g.norm_eps or arch.rms_norm_eps)
     out = layer["self_attn.o_proj.weight"].unflatten(1, (heads, dim))[:, chosen]
     gate = F.silu(torch.tensor(OPEN_GATE)).item()
     half = out * (factor / (2 * gate))[:, None]

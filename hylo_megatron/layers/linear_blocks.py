@@ -83,9 +83,10 @@ class GDNMixer(_FP32Decay, _SharedSequence, GatedDeltaNet):
 
     fp32_names = ("A_log", "dt_bias")
 
-    def __init__(self, config, *args, pp_layer_offset=None, **kwargs):
+    def __init__(self, config, *args, pp_layer_offset=None, norm_eps: float | None = None, **kwargs):
         super().__init__(config, *args, **kwargs)
         self.gated_delta_rule = _normed_delta_rule
+        self.out_norm.eps = norm_eps or self.out_norm.eps
 
     @staticmethod
     def heads_to_divide(config) -> int:

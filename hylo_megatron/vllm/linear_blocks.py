@@ -26,9 +26,11 @@ class HyLoGatedDeltaNet(QwenGatedDeltaNetAttention):
         super().__init__(config, vllm_config, prefix=prefix, gqa_interleaved_layout=False)
         keep_fp32(self, "dt_bias")
         self.norm_dim = trained_geometry(config).gdn.value_head_dim
-        if self.norm_dim != self.head_v_dim:
+        eps = config.linear_norm_eps or self.layer_norm_epsilon
+        if (self.norm_dim, eps) != (self.head_v_dim, self.layer_norm_epsilon):
+            self.layer_norm_epsilon = eps  # the engine's fused norm takes it from here
             self.norm = RMSNormGated(
-                self.norm_dim, eps=self.layer_norm_epsilon, group_size=None, norm_before_gate=True,
+                self.norm_dim, eps=eps, group_size=None, norm_before_gate=True,
                 device=current_platform.current_device(),
             )  # fmt: skip
         if current_platform.is_cpu():

@@ -42,13 +42,15 @@ def write_tokenizer(folder: Path) -> int:
     return len(vocabulary)
 
 
-def write_folder(folder: Path, geometry: str, linear: str, qk_norm: bool = False, dtype=torch.float32) -> Path:
+def write_folder(
+    folder: Path, geometry: str, linear: str, qk_norm: bool = False, dtype=torch.float32, **changes
+) -> Path:
     """Three linear blocks of ``linear`` and two MLA layers; weights large enough for every layer to matter."""
     folder.mkdir(parents=True)
     config = HyLoConfig(
         vocab_size=write_tokenizer(folder), mixers=[linear, "mla", linear, linear, "mla"], qk_norm=qk_norm,
         bos_token_id=1, eos_token_id=2, architectures=["HyLoForCausalLM"], initializer_range=0.12, **SMALL,
-        **sizes(GEOMETRIES[geometry]), rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+        **sizes(GEOMETRIES[geometry]), rope_parameters={"rope_type": "default", "rope_theta": 500000.0}, **changes,
     )  # fmt: skip
     torch.manual_seed(0)
     model = HyLoForCausalLM(config)

@@ -31,7 +31,8 @@ def check(folder, answers: list, prompts: list[list[int]], tolerance: float) -> 
 
 @pytest.mark.parametrize("geometry, linear, qk_norm, device", CASES)
 def test_every_geometry_is_served_exactly(geometry, linear, qk_norm, device, tmp_path):
-    folder = write_folder(tmp_path / f"{geometry}-{linear}", geometry, linear, qk_norm)
+    changes = {"linear_norm_eps": 1e-2} if geometry in ("native", "qwen3-1.7b") else {}
+    folder = write_folder(tmp_path / f"{geometry}-{linear}", geometry, linear, qk_norm, **changes)
     prompts = [prompt(length, i) for i, length in enumerate(LENGTHS)]
     env = ON_GPU if device == "gpu" else {}
     got = generate(tmp_path, folder, prompts, 16, env=env, dtype="float32", max_model_len=1024, max_num_seqs=8)

@@ -1,0 +1,7 @@
+#!/usr/bin/env python3
+"""See ``--help``; the code is in hylo_megatron/convert/amd.py."""
+
+from hylo_megatron.convert.amd import main
+
+if __name__ == "__main__":
+    main()
