@@ -133,6 +133,39 @@ def test_chat_is_rendered_by_the_template(tokenizer_folder, tmp_path):
     assert row[0] == 1 and row.count(2) == 2  # markers are single tokens
 
 
+def write_chats(path, *chats):
+    roles = ("user", "assistant")
+    lines = [{"messages": [{"role": roles[i % 2], "content": c} for i, c in enumerate(chat)]} for chat in chats]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_answers_only_masks_everything_but_answers(tokenizer_folder, tmp_path):
+    chats = [("hi", "yo", "assistant", "user hi"), ("mark0mark", "ünï yo")]  # contents that look like the template
+    path = write_chats(tmp_path / "chat.jsonl", *chats)
+    prepare.prepare([path], tokenizer_folder, tmp_path / "out", pack_length=5, answers_only=True)
+    tokens = [token for row in read_back(tmp_path / "out") for token in row]
+    mask = (tmp_path / "out.learnt.bin").read_bytes()
+    assert len(mask) == len(tokens)
+    learnt = decode(tokenizer_folder, [token for token, here in zip(tokens, mask, strict=True) if here])
+    whole = "yo<|im_end|>user hi<|im_end|>ünï yo<|im_end|>"
+    assert learnt == whole or whole.startswith(learnt) and len(tokens) % 5 == 0
+    prepare.prepare([path], tokenizer_folder, tmp_path / "out", pack_length=5)
+    assert not (tmp_path / "out.learnt.bin").exists()
+
+
+def test_answers_only_says_what_it_needs(tokenizer_folder, tmp_path):
+    chat = write_chats(tmp_path / "chat.jsonl", ("hi", "yo"))
+    text = tmp_path / "in.txt"
+    text.write_text("hi")
+    for inputs, length, word in (([chat, text], 5, "needs chats"), ([chat], None, "--pack-length")):
+        with pytest.raises(HyLoError, match=word):
+            prepare.prepare(inputs, tokenizer_folder, tmp_path / "out", pack_length=length, answers_only=True)
+    messages = [{"role": "assistant", "content": "yo"}]
+    with pytest.raises(HyLoError, match="chat.jsonl:1: the chat template changes"):
+        documents.answer_spans(messages, "other", lambda m: m[0]["content"].upper(), "chat.jsonl:1")
+
+
 def test_sentencepiece_model(tmp_path):
     import sentencepiece
 

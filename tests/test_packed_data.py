@@ -55,6 +55,21 @@ def test_packed_text_is_the_text(documents, tmp_path):
     assert len(whole) - len(stream) == summary["dropped_tokens"] < LENGTH
 
 
+def test_tokens_that_are_not_learnt_have_no_loss(documents, tmp_path):
+    pack(documents, tmp_path / "packed", LENGTH)
+    rows = len(dataset(tmp_path / "packed").dataset)
+    mask = np.random.default_rng(0).integers(2, size=(rows, LENGTH), dtype=np.uint8)
+    (tmp_path / "packed.learnt.bin").write_bytes(mask.tobytes())
+    found = dataset(tmp_path / "packed")
+    by_first = {int(found.dataset[i][0]): i for i in range(rows)}
+    for sample in (found[i] for i in range(rows)):
+        row = by_first[int(sample["tokens"][0])]
+        assert sample["loss_mask"].tolist() == mask[row, 1:].tolist()  # of the token that is predicted
+    (tmp_path / "packed.learnt.bin").write_bytes(b"1")
+    with pytest.raises(HyLoError, match="1 bytes, expected"):
+        dataset(tmp_path / "packed")
+
+
 def test_long_documents_are_never_joined(documents, tmp_path):
     pack(documents, tmp_path / "long", LENGTH, long_documents=True)
     rows = [row.tolist() for row in dataset(tmp_path / "long").dataset]

@@ -12,11 +12,13 @@ BLOCK = 1 << 20  # characters of a plain text file that are tokenized together
 
 
 class Piece(NamedTuple):
-    """Part of a document; ``last`` closes the document. ``size`` in bytes of the file, for the progress display."""
+    """Part of a document; ``last`` closes the document. ``size`` in bytes of the file, for the progress display.
+    ``answers``: where in ``text`` an assistant speaks, ``(start, end)``, if that was asked for."""
 
     text: str
     last: bool
     size: int
+    answers: tuple[tuple[int, int], ...] = ()
 
 
 def detect_format(path: Path) -> str:
@@ -37,7 +39,9 @@ def detect_format(path: Path) -> str:
     return "text"
 
 
-def read_documents(path: Path, form: str, text_key: str, render: Callable[[list], str] | None) -> Iterator[Piece]:
+def read_documents(
+    path: Path, form: str, text_key: str, render: Callable[[list], str] | None, find_answers: bool = False
+) -> Iterator[Piece]:
     """Pieces of the documents in ``path``: one a line, or for ``text`` the whole file in blocks.
 
     ``render`` turns a list of messages into text (chat only). HyLoError names the file and the line.
@@ -56,7 +60,8 @@ def read_documents(path: Path, form: str, text_key: str, render: Callable[[list]
         if not isinstance(value, dict):
             raise HyLoError(f'{where}: a JSON {type(value).__name__}, expected an object with "{text_key}"')
         text = _chat_text(value, where, render) if form == "chat" else _plain_text(value, where, text_key)
-        yield Piece(text, True, len(line.encode("utf-8")))
+        answers = answer_spans(value["messages"], text, render, where) if find_answers else ()
+        yield Piece(text, True, len(line.encode("utf-8")), answers)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -112,3 +117,24 @@ def _chat_text(value: dict, where: str, render: Callable[[list], str]) -> str:
         raise
     except Exception as error:  # templates are programs: they raise what they like
         raise HyLoError(f"{where}: the tokenizer's chat template refused these messages ({error})") from error
+
+
+def answer_spans(messages: list, text: str, render: Callable[[list], str], where: str) -> tuple[tuple[int, int], ...]:
+    """Where the assistant's messages stand in ``text``, which is what ``render`` made of ``messages``."""
+    marks = [f"mark{number}mark" for number in range(len(messages))]
+    rest = render([{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)])
+    spans, at, rebuilt = [], 0, ""
+    for message, mark in zip(messages, marks, strict=True):
+        before, found, rest = rest.partition(mark)
+        content = message["content"]
+        if not text.startswith(content, at + len(before)):
+            content = content.strip()  # some templates trim
+        rebuilt += before + content
+        if message["role"] == "assistant" and found:
+            spans.append((at + len(before), len(rebuilt)))
+        at = len(rebuilt)
+    if rebuilt + rest != text:
+        raise HyLoError(
+            f"{where}: the chat template changes these messages, so that --answers-only cannot find answers"
+        )
+    return tuple(spans)

@@ -5,8 +5,9 @@ import json
 import os
 import sys
 import time
+from bisect import bisect_left
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from hylo_megatron.data.documents import FORMATS, Piece, detect_format, read_documents
@@ -14,6 +15,7 @@ from hylo_megatron.data.token_writer import Counts, TokenWriter, token_files
 from hylo_megatron.data.tokenizers import TextTokenizer, load_tokenizer
 from hylo_megatron.errors import HyLoError, command_line
 
+MASK = ".learnt.bin"  # a byte for each token of packed sequences
 BATCH_CHARACTERS = 1 << 21  # text held while a batch is encoded
 
 
@@ -28,6 +30,7 @@ def prepare(
     append_eod: bool = True,
     eod_token: str | None = None,
     long_documents: bool = False,
+    answers_only: bool = False,
 ) -> dict:
     """Writes ``out``.bin, .idx and .json and returns what the .json says. HyLoError names the bad file and line."""
     if pack_length is not None and pack_length < 2:
@@ -44,8 +47,12 @@ def prepare(
             f"{tokenizer_path}: has no chat template, which {inputs[forms.index('chat')]} needs: "
             "use an instruct model's tokenizer"
         )
-    with token_files(out, tokenizer.vocab_size, (".json",)) as (builder, partial):
-        writer = TokenWriter(builder, tokenizer.eod_id, append_eod, pack_length, long_documents)
+    if answers_only:
+        _check_answers_only(inputs, forms, tokenizer, tokenizer_path, pack_length)
+    others = (".json", MASK) if answers_only else (".json",)
+    with token_files(out, tokenizer.vocab_size, others) as (builder, partial), ExitStack() as stack:
+        mask = stack.enter_context(partial[MASK].open("wb")) if answers_only else None
+        writer = TokenWriter(builder, tokenizer.eod_id, append_eod, pack_length, long_documents, mask)
         _encode_all(inputs, forms, text_key, tokenizer, writer)
         writer.close()
         counts = writer.counts
@@ -67,7 +74,21 @@ def prepare(
             "inputs": [str(p) for p in inputs],
         }
         partial[".json"].write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    if not answers_only:
+        Path(f"{out}{MASK}").unlink(missing_ok=True)  # of other data that had this name
     return summary
+
+
+def _check_answers_only(
+    inputs, forms, tokenizer: TextTokenizer, tokenizer_path: Path, pack_length: int | None
+) -> None:
+    other = next((path for path, form in zip(inputs, forms, strict=True) if form != "chat"), None)
+    if other:
+        raise HyLoError(f'{other}: --answers-only needs chats, lines of {{"messages": [...]}}')
+    if pack_length is None:
+        raise HyLoError("--answers-only needs --pack-length: Megatron's own dataset reads no masks")
+    if tokenizer.locate is None:
+        raise HyLoError(f"{tokenizer_path}: --answers-only needs a tokenizer.json, which knows where tokens stand")
 
 
 def _encode_all(
@@ -75,11 +96,27 @@ def _encode_all(
 ) -> None:
     with _progress(sum(path.stat().st_size for path in inputs)) as advance:
         for path, form in zip(inputs, forms, strict=True):
-            for batch in _batches(read_documents(path, form, text_key, tokenizer.render)):
-                encoded = tokenizer.encode([piece.text for piece in batch])
-                for piece, ids in zip(batch, encoded, strict=True):
-                    writer.add(ids, piece.last)
+            masked = writer.mask_file is not None
+            for batch in _batches(read_documents(path, form, text_key, tokenizer.render, masked)):
+                texts = [piece.text for piece in batch]
+                if masked:
+                    located = tokenizer.locate(texts)
+                    encoded = [ids for ids, _ in located]
+                    masks = [learnt(where, p.answers) for (_, where), p in zip(located, batch, strict=True)]
+                else:
+                    encoded, masks = tokenizer.encode(texts), [b""] * len(batch)
+                for piece, ids, mask in zip(batch, encoded, masks, strict=True):
+                    writer.add(ids, piece.last, mask)
                 advance(sum(piece.size for piece in batch), sum(map(len, encoded)))
+
+
+def learnt(offsets: list[tuple[int, int]], answers: tuple[tuple[int, int], ...]) -> bytes:
+    """A byte for each token: 1 in an answer, and for the token behind it, which ends the turn."""
+    mask, starts = bytearray(len(offsets)), [start for start, _ in offsets]
+    for begin, end in answers:
+        first, behind = bisect_left([stop for _, stop in offsets], begin + 1), bisect_left(starts, end)
+        mask[first : behind + 1] = bytes([1]) * len(mask[first : behind + 1])
+    return bytes(mask)
 
 
 def _batches(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
@@ -159,6 +196,9 @@ def main(argv: list[str] | None = None) -> None:
         help="cut each document of at least --pack-length tokens on its own, without joining any; skip shorter ones",
     )
     parser.add_argument(
+        "--answers-only", action="store_true", help="of chats, only what the assistant says is learnt (fine-tuning)"
+    )
+    parser.add_argument(
         "--workers", type=int, default=os.cpu_count(), metavar="N", help="tokenizer threads (default %(default)s)"
     )
     parser.add_argument(
@@ -183,6 +223,7 @@ def main(argv: list[str] | None = None) -> None:
         arguments.append_eod,
         arguments.eod_token,
         arguments.long_documents,
+        arguments.answers_only,
     )
     seconds = time.monotonic() - began
     what = f"{summary['documents']} documents, {summary['tokens'] / 1e6:.2f}M tokens"

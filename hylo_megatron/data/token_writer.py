@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 from hylo_megatron.errors import HyLoError
 
@@ -29,7 +30,8 @@ class TokenWriter:
     """Feeds encoded pieces to an ``IndexedDatasetBuilder``; ``pack_length`` in tokens, None keeps documents whole.
 
     Packed sequences run on from one document into the next, each closed by ``eod_id``; with ``long_documents`` every
-    sequence lies inside one document, nothing is added to it, and what does not fill one is dropped.
+    sequence lies inside one document, nothing is added to it, and what does not fill one is dropped. ``mask_file``
+    gets a byte for every token of packed sequences: whether it is learnt.
     """
 
     builder: object
@@ -37,8 +39,10 @@ class TokenWriter:
     append_eod: bool
     pack_length: int | None
     long_documents: bool = False
+    mask_file: BinaryIO | None = None
     counts: Counts = field(default_factory=Counts)
     pending: list[int] = field(default_factory=list)
+    pending_mask: bytearray = field(default_factory=bytearray)
     document_tokens: int = 0
 
     @property
@@ -46,15 +50,17 @@ class TokenWriter:
         """Joined documents are always separated, or the reader could not tell where one begins."""
         return (self.append_eod or self.pack_length is not None) and not self.long_documents
 
-    def add(self, ids: list[int], last: bool) -> None:
-        """Takes the next ``ids`` of the open document, which ends here if ``last``."""
+    def add(self, ids: list[int], last: bool, learnt: bytes = b"") -> None:
+        """Takes the next ``ids`` of the open document, which ends here if ``last``; ``learnt``: see ``mask_file``."""
         self.pending += ids
+        self.pending_mask += learnt
         self.document_tokens += len(ids)
         if last and not self.document_tokens:
             self.counts.empty += 1
             return
         if last and self.closes_documents:
             self.pending.append(self.eod_id)
+            self.pending_mask += learnt[-1:]
             self.document_tokens += 1
         if self.pack_length:
             self._cut()
@@ -74,7 +80,7 @@ class TokenWriter:
     def _end_document(self) -> None:
         if self.long_documents:
             self.counts.dropped_tokens += len(self.pending)
-            self.pending = []
+            self.pending, self.pending_mask = [], bytearray()
         if self.long_documents and self.document_tokens < self.pack_length:
             self.counts.skipped += 1
             self.counts.longest_skipped = max(self.counts.longest_skipped, self.document_tokens)
@@ -86,7 +92,9 @@ class TokenWriter:
         whole = len(self.pending) - len(self.pending) % self.pack_length
         for start in range(0, whole, self.pack_length):
             self._write(self.pending[start : start + self.pack_length], self.pack_length)
-        del self.pending[:whole]
+        if self.mask_file:
+            self.mask_file.write(self.pending_mask[:whole])
+        del self.pending[:whole], self.pending_mask[:whole]
 
     def _write(self, ids: list[int], length: int) -> None:
         self.builder.add_document(self._array(ids), [length])

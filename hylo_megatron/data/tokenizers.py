@@ -12,12 +12,14 @@ DOCUMENT_END = ("<|endoftext|>", "<|end_of_text|>")  # preferred to eos, which i
 
 @dataclass(frozen=True)
 class TextTokenizer:
-    """``encode``: texts to lists of ids, nothing added. ``render``: messages to text, None without a template."""
+    """``encode``: texts to lists of ids, nothing added. ``render``: messages to text, None without a template.
+    ``locate``: texts to ids and each token's ``(start, end)`` in its text; None where the tokenizer does not know."""
 
     vocab_size: int
     eod_id: int
     encode: Callable[[list[str]], list[list[int]]]
     render: Callable[[list], str] | None
+    locate: Callable[[list[str]], list[tuple[list[int], list[tuple[int, int]]]]] | None = None
 
 
 def load_tokenizer(path: Path, workers: int, eod_token: str | None = None) -> TextTokenizer:
@@ -52,10 +54,13 @@ def _hugging_face(path: Path, workers: int, eod_token: str | None) -> TextTokeni
     def encode(texts: list[str]) -> list[list[int]]:
         return [item.ids for item in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
+    def locate(texts: list[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        return [(item.ids, item.offsets) for item in backend.encode_batch(texts, add_special_tokens=False)]
+
     def render(messages: list) -> str:
         return tokenizer.apply_chat_template(messages, tokenize=False)
 
-    return TextTokenizer(len(tokenizer), eod_id, encode, render if tokenizer.chat_template else None)
+    return TextTokenizer(len(tokenizer), eod_id, encode, render if tokenizer.chat_template else None, locate)
 
 
 def _sentencepiece(path: Path, workers: int, eod_token: str | None) -> TextTokenizer:

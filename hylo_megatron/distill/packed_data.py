@@ -1,7 +1,8 @@
 """Samples that were packed to one length beforehand: sample i is sequence i, in an order that a seed decides.
 
 Beside ``PREFIX.bin/.idx`` (every sequence ``seq_length + 1`` tokens) there may be ``PREFIX.answers.npy``, uint8 of the
-same shape: 1 where a token answers a question about the text before it (tools/make_retrieval.py).
+same shape: 1 where a token answers a question about the text before it (tools/make_retrieval.py); and
+``PREFIX.learnt.bin``, a byte for each token: 0 where the loss leaves it out (tools/prepare_data.py --answers-only).
 """
 
 import json
@@ -15,6 +16,7 @@ from megatron.core.datasets.blended_megatron_dataset_config import BlendedMegatr
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.megatron_dataset import MegatronDataset
 
+from hylo_megatron.data.prepare import MASK
 from hylo_megatron.errors import HyLoError
 
 LIGHTEST, HEAVIEST = 1.0, 50.0  # of one answer token, in units of an ordinary token
@@ -58,7 +60,16 @@ class PackedDataset(MegatronDataset):
         self.answers = np.load(answers, mmap_mode="r", allow_pickle=False) if answers.is_file() else None
         if self.answers is not None and self.answers.shape != (len(dataset), len(dataset[0])):
             raise HyLoError(f"{answers}: shape {self.answers.shape}, expected {(len(dataset), len(dataset[0]))}")
+        self.learnt = self._read_mask(Path(f"{dataset_path}{MASK}"), (len(dataset), len(dataset[0])))
         self._epoch, self._order = -1, indices
+
+    @staticmethod
+    def _read_mask(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
+        if not path.is_file():
+            return None
+        if path.stat().st_size != shape[0] * shape[1]:
+            raise HyLoError(f"{path}: {path.stat().st_size} bytes, expected {shape[0]} sequences of {shape[1]}")
+        return np.memmap(path, np.uint8, "r", shape=shape)
 
     @staticmethod
     def numel_low_level_dataset(low_level_dataset) -> int:
@@ -78,8 +89,11 @@ class PackedDataset(MegatronDataset):
         sequence = int(self._order[position])
         ids = torch.from_numpy(self.dataset[sequence].astype(np.int64))
         length = len(ids) - 1
+        mask = torch.ones(length)
+        if self.learnt is not None:  # of the token that is predicted
+            mask = torch.from_numpy(self.learnt[sequence, 1:].astype(np.float32))
         return {
-            "tokens": ids[:-1], "labels": ids[1:], "loss_mask": torch.ones(length),
+            "tokens": ids[:-1], "labels": ids[1:], "loss_mask": mask,
             "position_ids": torch.arange(length), "answer_weight": self._answer_weight(sequence, length),
         }  # fmt: skip
 

@@ -54,6 +54,15 @@ def test_one_token_to_twenty_thousand_and_no_state_leaks(tmp_path):
     assert got["again"] == got["answers"]
 
 
+@pytest.mark.parametrize("size", ["tensor_parallel_size", "pipeline_parallel_size"])
+def test_two_ranks_serve_what_one_does(size, tmp_path):
+    folder = write_folder(tmp_path / "ranks", "llama-1b", "gdn")
+    prompts = [prompt(length, i) for i, length in enumerate(LENGTHS)]
+    got = generate(tmp_path, folder, prompts, 8, env=ON_GPU, dtype="float32", max_model_len=1024, max_num_seqs=8,
+                   **{size: 2})  # fmt: skip
+    check(folder, got["answers"], prompts, 1e-4)
+
+
 def test_bf16_follows_transformers(tmp_path):
     """Random weights have close calls: where the tokens differ, transformers gives both nearly the same chance."""
     folder = write_folder(tmp_path / "bf16", "native", "gdn", dtype=torch.bfloat16)
