@@ -34,7 +34,7 @@ test: env
 # Up to sixteen processes, and twenty kills: for an idle machine. Writes the table of docs/parallelism.md.
 test-parallel: env
 	HYLO_WRITE_PARITY=1 "$(PY)" -m pytest -q -m "parallel or not parallel" $(PYTEST_ARGS) \
-	  tests/test_parallel_parity.py tests/test_teacher_fed.py tests/test_faults.py
+	  tests/test_parallel_parity.py tests/test_teacher_fed.py tests/test_faults.py tests/test_checkpoints.py
 
 serve-env:
 	@tools/make_env.sh "$(SERVE_VENV)" "serve-cpu,test"

@@ -21,7 +21,8 @@ def generate(work: Path, model: Path, prompts: list[list[int]], tokens: int, poi
     done = subprocess.run([sys.executable, __file__, str(spec)], env={**os.environ, **CPU, **dict(env)},
                           capture_output=True, text=True, timeout=900)  # fmt: skip
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
-    return json.loads(done.stdout.splitlines()[-1]) | {"log": done.stdout + done.stderr}
+    answer = next(line for line in done.stdout.splitlines() if line.startswith('{"answers"'))  # vLLM logs there too
+    return json.loads(answer) | {"log": done.stdout + done.stderr}
 
 
 def main(spec: dict) -> None:

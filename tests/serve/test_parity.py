@@ -1,5 +1,7 @@
 """vLLM's tokens against transformers', in fp32: every published geometry, as a CPU and as a GPU would run it."""
 
+import os
+
 import pytest
 import torch
 from folders import GEOMETRIES, log_probabilities, prompt, write_folder
@@ -54,11 +56,13 @@ def test_one_token_to_twenty_thousand_and_no_state_leaks(tmp_path):
     assert got["again"] == got["answers"]
 
 
+@pytest.mark.parallel
 @pytest.mark.parametrize("size", ["tensor_parallel_size", "pipeline_parallel_size"])
 def test_two_ranks_serve_what_one_does(size, tmp_path):
     folder = write_folder(tmp_path / "ranks", "llama-1b", "gdn")
     prompts = [prompt(length, i) for i, length in enumerate(LENGTHS)]
-    got = generate(tmp_path, folder, prompts, 8, env=ON_GPU, dtype="float32", max_model_len=1024, max_num_seqs=8,
+    env = {**ON_GPU, "VLLM_CPU_OMP_THREADS_BIND": f"0|{min(1, os.cpu_count() - 1)}"}
+    got = generate(tmp_path, folder, prompts, 8, env=env, dtype="float32", max_model_len=1024, max_num_seqs=8,
                    **{size: 2})  # fmt: skip
     check(folder, got["answers"], prompts, 1e-4)
 
