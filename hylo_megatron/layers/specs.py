@@ -93,10 +93,10 @@ def _mla(b: Backend, arch: Architecture) -> ModuleSpec:
     )  # fmt: skip
 
 
-def _gdn(b: Backend, arch: Architecture, linear_cp: str) -> ModuleSpec:
+def _gdn(b: Backend, linear_cp: str, norm_eps: float | None = None) -> ModuleSpec:
     return ModuleSpec(
         module=GDNMixer,
-        params={"linear_cp": linear_cp, "norm_eps": arch.geometry.gdn.norm_eps},
+        params={"linear_cp": linear_cp, "norm_eps": norm_eps},
         submodules=GatedDeltaNetSubmodules(in_proj=b.projection, out_norm=HeadRMSNorm, out_proj=b.row_linear),
     )
 
@@ -144,7 +144,7 @@ def stack_spec(arch: Architecture, backend_name: str = "local", linear_cp: str =
     if arch.geometry:
         layers |= {
             "mla_layer": _mixer_layer(b, _mla(b, arch)),
-            "gdn_layer": _mixer_layer(b, _gdn(b, arch, linear_cp)),
+            "gdn_layer": _mixer_layer(b, _gdn(b, linear_cp, arch.geometry.gdn.norm_eps)),
             "mamba_layer": _mamba2(b, linear_cp),
         }
     return ModuleSpec(module=HyLoStack, params={"final_norm": b.norm}, submodules=HybridStackSubmodules(**layers))
