@@ -143,13 +143,13 @@ def write_chats(path, *chats):
 def test_answers_only_masks_everything_but_answers(tokenizer_folder, tmp_path):
     chats = [("hi", "yo", "assistant", "user hi"), ("mark0mark", "ünï yo")]  # contents that look like the template
     path = write_chats(tmp_path / "chat.jsonl", *chats)
-    prepare.prepare([path], tokenizer_folder, tmp_path / "out", pack_length=5, answers_only=True)
+    prepare.prepare([path], tokenizer_folder, tmp_path / "out", pack_length=2, answers_only=True)
     tokens = [token for row in read_back(tmp_path / "out") for token in row]
     mask = (tmp_path / "out.learnt.bin").read_bytes()
     assert len(mask) == len(tokens)
     learnt = decode(tokenizer_folder, [token for token, here in zip(tokens, mask, strict=True) if here])
     whole = "yo<|im_end|>user hi<|im_end|>ünï yo<|im_end|>"
-    assert learnt == whole or whole.startswith(learnt) and len(tokens) % 5 == 0
+    assert learnt == whole  # at most the last end of document is dropped
     prepare.prepare([path], tokenizer_folder, tmp_path / "out", pack_length=5)
     assert not (tmp_path / "out.learnt.bin").exists()
 

@@ -10,7 +10,7 @@ from hylo_megatron.config import GDNGeometry, Geometry, Mamba2Geometry, MLAGeome
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.kernels.rope import rotate
 from hylo_megatron.vllm.geometry import serve
-from hylo_megatron.vllm.pages import expanded_bytes, pages
+from hylo_megatron.vllm.pages import Pages, expanded_bytes, pages
 from hylo_megatron.vllm.weights import Padding, pad, served_weights, spread
 
 MAMBA2 = Mamba2Geometry(4, 16, 16, 4)
@@ -108,5 +108,6 @@ def test_pages_are_those_that_vllm_reported():
     cache = 124_263_628_800
     assert found.block == 3776 and cache == 8570 * found.block_bytes
     assert [found.requests(cache, n) for n in (2048, 32768, 1 << 20)] == [1713, 659, 30]
+    assert [Pages(16, 1, layers).group for layers in ((6, 22), (12, 16), (14, 14), (4, 0))] == [6, 16, 14, 4]
     asked = 1024 * found.block * expanded_bytes(served, 24)
     assert round(asked / 2**30, 2) == 33.19

@@ -1,7 +1,7 @@
 """How the engine lays out the caches of a hybrid on a GPU: arithmetic that matches vLLM 0.26's own (docs/serving.md).
 
 All layers' caches have pages of one size, a recurrent state takes one page, so the state sets how many positions a
-page of latents holds. Layers are put into groups as large as the smaller kind; a group's blocks go together.
+page of latents holds. Layers are put into groups of one size; a group's blocks go together.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,9 @@ class Pages:
 
     @property
     def group(self) -> int:
-        return min(count for count in self.layers if count)
+        """The larger kind's layers where that is not much more than the smaller's: less padding, vLLM says."""
+        counts = [count for count in self.layers if count]
+        return max(counts) if max(counts) < 1.5 * min(counts) else min(counts)
 
     @property
     def block_bytes(self) -> int:
