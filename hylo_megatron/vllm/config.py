@@ -16,6 +16,8 @@ logger = init_logger("vllm.hylo_megatron")  # below vllm's own logger, so that i
 # Tests run a GPU's geometry on a CPU with it.
 GEOMETRY_OF = "HYLO_SERVE_GEOMETRY"
 WORKSPACE = 4 << 30  # bytes
+SPLITS, SPLITS_SPACE = 128, 1 << 30  # about a GPU's multiprocessors; bytes
+MAMBA_CHUNK = 256  # vLLM's default for a config without the field is Mamba-1's
 
 
 def on_gpu() -> bool:
@@ -32,9 +34,12 @@ def apply(config: HyLoConfig) -> None:
     for note in found.notes:
         logger.info_once("HyLo: %s.", note)
     config.trained_geometry, config.expanded_head_size = trained.to_dict(), found.expanded
+    if not current_platform.is_cpu() and not getattr(config, "head_dtype", None):
+        config.head_dtype = "float32"  # logits as the product sums them up: rounded to bf16, the best ones often tie
     mla, gdn = found.geometry.mla, found.geometry.gdn
     config.kv_lora_rank, config.qk_rope_head_dim = mla.kv_lora_rank, mla.qk_rope_head_dim
     config.qk_nope_head_dim, config.v_head_dim = mla.qk_nope_head_dim, mla.v_head_dim
+    config.mamba_chunk_size = MAMBA_CHUNK
     config.linear_num_value_heads, config.linear_value_head_dim = gdn.num_value_heads, gdn.value_head_dim
 
 
@@ -76,6 +81,7 @@ class EngineSettings(VerifyAndUpdateConfig):
             vllm_config.additional_config.setdefault("gdn_prefill_backend", "triton")
         if on_gpu():
             limit_requests(vllm_config)
+            spread_attention(vllm_config)
 
 
 def limit_requests(vllm_config) -> None:
@@ -95,3 +101,15 @@ def limit_requests(vllm_config) -> None:
             " bfloat16 halves it).", fits, scheduler.max_num_seqs, scheduler.max_num_seqs * each / 2**30,
         )  # fmt: skip
         scheduler.max_num_seqs = fits
+
+
+def spread_attention(vllm_config) -> None:
+    """With latents all heads of a request share one tile, so that decoding fills a GPU only by splitting the cache;
+    vLLM's bound for CUDA graphs is 32 splits. Partial outputs, fp32, may take ``SPLITS_SPACE``."""
+    config, attention = vllm_config.model_config.hf_config, vllm_config.attention_config
+    if config.expanded_head_size or "mla" not in config.mixers:
+        return
+    heads = config.num_attention_heads // vllm_config.parallel_config.tensor_parallel_size
+    each = 4 * heads * config.kv_lora_rank * vllm_config.scheduler_config.max_num_seqs
+    if attention.flash_attn_max_num_splits_for_cuda_graph == 32:  # the default: nobody chose
+        attention.flash_attn_max_num_splits_for_cuda_graph = max(32, min(SPLITS, SPLITS_SPACE // each))

@@ -8,6 +8,7 @@ from vllm.platforms import current_platform
 
 from hylo_megatron.hf.mamba2 import NORM_EPS
 from hylo_megatron.vllm.config import trained_geometry
+from hylo_megatron.vllm.versions import sound_chunk_scan
 
 
 def keep_fp32(module: nn.Module, *names: str) -> None:
@@ -55,6 +56,7 @@ class HyLoGatedDeltaNet(QwenGatedDeltaNetAttention):
 
 class HyLoMamba2(MambaMixer2):
     def __init__(self, config, vllm_config, prefix: str):
+        sound_chunk_scan()
         super().__init__(
             hidden_size=config.hidden_size, ssm_state_size=config.mamba_state_size,
             conv_kernel_size=config.mamba_conv_kernel,

@@ -15,7 +15,7 @@ from vllm.model_executor.layers.mamba.mamba_utils import (
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
-from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid, SupportsMambaPrefixCaching, SupportsPP
+from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid, SupportsPP
 from vllm.model_executor.models.llama import LlamaMLP
 from vllm.model_executor.models.utils import (
     PPMissingLayer,
@@ -106,7 +106,8 @@ if not current_platform.is_cpu():  # the CPU's own paths read the engine's metad
     HyLoModel = support_torch_compile(HyLoModel)
 
 
-class HyLoForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP, SupportsMambaPrefixCaching):
+class HyLoForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
+    # Without SupportsMambaPrefixCaching: its caches of all blocks' states are read by Mamba-2's layers only.
     packed_modules_mapping = {"gate_up_proj": ["gate_proj", "up_proj"]}
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):

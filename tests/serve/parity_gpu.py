@@ -1,12 +1,13 @@
-"""vLLM in bf16 on a GPU against transformers: python tests/serve/parity_gpu.py WORK [geometry:linear[:norms] ...]
+"""vLLM in bf16 on a GPU against transformers: python tests/serve/parity_gpu.py WORK [CASE ...] [--engine JSON]
 
-For each model the share of greedy tokens that are transformers' (fp32, same rounded weights) or within 1e-3 of it in
-log probability, and the same share for transformers in bf16: random weights have close calls, which any bf16 loses.
+CASE: the folder of an exported model, or geometry:linear[:norms] for random weights. For each the share of 64 x 64
+greedy tokens that are transformers' (fp32, same rounded weights; and bf16), or within 1e-3 of it in log probability,
+and that share for transformers' own bf16: close calls any bf16 loses, and random weights have many.
 """
 
+import argparse
 import json
 import statistics
-import sys
 from pathlib import Path
 
 import torch
@@ -15,10 +16,11 @@ from generate import generate
 
 from hylo_megatron.hf import HyLoForCausalLM
 
-LENGTHS = [1, 2, 5, 63, 64, 65, 129, 1000, 4095, 4097, 20000, *(37 * i % 700 + 1 for i in range(21))]
-TOKENS, TIE = 32, 1e-3
-ENGINE = dict(dtype="bfloat16", max_model_len=20480, max_num_seqs=16, max_num_batched_tokens=4096,
-              gpu_memory_utilization=0.5)  # fmt: skip
+ROOT = Path(__file__).resolve().parents[2]
+LENGTHS = [1, 2, 5, 63, 64, 65, 129, 1000, 4095, 4097, 7900, 20000, *(37 * i % 1900 + 1 for i in range(52))]
+TOKENS, TIE = 64, 1e-3
+ENGINE = dict(dtype="bfloat16", max_num_seqs=16, max_num_batched_tokens=4096, gpu_memory_utilization=0.3,
+              kv_cache_memory_bytes=8 << 30)  # fmt: skip
 
 
 def behind(expected: torch.Tensor, tokens: list[int]) -> torch.Tensor:
@@ -27,28 +29,61 @@ def behind(expected: torch.Tensor, tokens: list[int]) -> torch.Tensor:
     return (expected.max(-1).values - chosen).cpu()
 
 
-def main(work: Path, cases: list[str]) -> None:
+def text_prompts(folder: Path, longest: int) -> list[list[int]]:
+    """Passages of this repository, one for each length that the model takes."""
+    from transformers import AutoTokenizer
+
+    files = sorted(path for kind in ("docs/*.md", "hylo_megatron/**/*.py") for path in ROOT.glob(kind))
+    ids = AutoTokenizer.from_pretrained(folder)("\n\n".join(path.read_text() for path in files)).input_ids
+    return [ids[997 * i : 997 * i + n] for i, n in enumerate(n for n in LENGTHS if n + TOKENS <= longest)]
+
+
+def random_case(work: Path, case: str) -> tuple[Path, list[list[int]]]:
+    geometry, linear, *norms = case.split(":")
+    folder = write_folder(work / case.replace(":", "-"), geometry, linear, bool(norms), torch.bfloat16)
+    return folder, [prompt(length, i) for i, length in enumerate(LENGTHS)]
+
+
+def main(work: Path, cases: list[str], twice: bool, engine: dict) -> None:
     work.mkdir(parents=True, exist_ok=True)
-    prompts = [prompt(length, i) for i, length in enumerate(LENGTHS)]
     for case in cases:
-        geometry, linear, *norms = case.split(":")
-        folder = write_folder(work / case.replace(":", "-"), geometry, linear, bool(norms), torch.bfloat16)
-        got = generate(work, folder, prompts, TOKENS, env={"VLLM_USE_FLASHINFER_SAMPLER": "0"}, **ENGINE)
+        if Path(case).is_dir():
+            folder = Path(case).resolve()
+            longest = json.loads((folder / "config.json").read_text())["max_position_embeddings"]
+            prompts = text_prompts(folder, longest)
+        else:
+            folder, prompts = random_case(work, case)
+            longest = 20480
+        prompts += prompts if twice else []
+        got = generate(work, folder, prompts, TOKENS, env={"VLLM_USE_FLASHINFER_SAMPLER": "0"},
+                       **{**ENGINE, "max_model_len": longest, **engine})  # fmt: skip
         exact, half = (HyLoForCausalLM.from_pretrained(folder, dtype=dtype).cuda().eval()
                        for dtype in (torch.float32, torch.bfloat16))  # fmt: skip
-        ours, theirs = [], []
+        gaps = {"vllm, of fp32": [], "vllm, of bf16": [], "transformers' bf16, of fp32": []}
         for given, answer in zip(prompts, got["answers"], strict=True):
             tokens = [token for token, _ in answer]
-            expected = log_probabilities(exact, given + tokens, TOKENS)
-            ours.append(behind(expected, tokens))
-            theirs.append(behind(expected, log_probabilities(half, given + tokens, TOKENS).argmax(-1).tolist()))
-        shares = {}
-        for name, gaps in (("vllm", torch.cat(ours)), ("transformers in bf16", torch.cat(theirs))):
-            shares[name] = dict(agree=(gaps <= TIE).float().mean().item(), worst=gaps.max().item())
-        by_length = {n: round(statistics.mean((g <= TIE).tolist()), 2) for n, g in zip(LENGTHS, ours, strict=True)}
+            fp32, bf16 = (log_probabilities(model, given + tokens, TOKENS) for model in (exact, half))
+            found = behind(fp32, tokens), behind(bf16, tokens), behind(fp32, bf16.argmax(-1).tolist())
+            for each, gap in zip(gaps.values(), found, strict=True):
+                each.append(gap)
+        shares = {
+            name: dict(agree=(torch.cat(each) <= TIE).float().mean().item(), worst=torch.cat(each).max().item())
+            for name, each in gaps.items()
+        }
+        by_length = {
+            len(p): round(statistics.mean((g <= TIE).tolist()), 2)
+            for p, g in zip(prompts, gaps["vllm, of fp32"], strict=True)
+        }
         print(case, json.dumps(shares), json.dumps(by_length), *(x for x in got["log"].splitlines() if "HyLo:" in x),
               sep="\n  ", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:] or ["native:gdn", "llama-1b:gdn", "llama-3b:mamba2", "qwen3-1.7b:gdn:norms"])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("cases", nargs="*", metavar="CASE",
+                        default=["native:gdn", "llama-1b:gdn", "llama-3b:mamba2", "qwen3-1.7b:gdn:norms"])  # fmt: skip
+    parser.add_argument("--engine", type=json.loads, default={}, help="JSON of more arguments of vllm.LLM")
+    parser.add_argument("--twice", action="store_true", help="every prompt twice, for prefix caching")
+    known = parser.parse_args()
+    main(known.work, known.cases, known.twice, known.engine)

@@ -22,6 +22,8 @@ sys.path[0] = str(ROOT)
 
 from hylo_megatron.config import Architecture, geometry_preset, parse_plan  # noqa: E402
 from hylo_megatron.errors import HyLoError, command_line  # noqa: E402
+from hylo_megatron.vllm.geometry import serve  # noqa: E402
+from hylo_megatron.vllm.pages import state_bytes  # noqa: E402
 
 SHAPES = {  # layers, hidden, intermediate, heads, key-value heads, head dimension, vocabulary, tied embeddings
     "llama1b": (16, 2048, 8192, 32, 8, 64, 128256, True),
@@ -97,6 +99,32 @@ class Engine:
                 first = time.perf_counter()
         return first - started, time.perf_counter() - first
 
+    def profile(self, length: int, steps: int = 16) -> dict:
+        """Where a decoded token's time goes after a prompt of ``length``: ms of each kernel, and of the step."""
+        import torch
+        from vllm import SamplingParams
+
+        engine = self.llm.llm_engine
+        sampling = SamplingParams(temperature=0, max_tokens=2 * steps + 8, ignore_eos=True, detokenize=False)
+        engine.add_request("profile", {"prompt_token_ids": [3 + i % 500 for i in range(length)]}, sampling)
+        tokens = 0
+        while tokens < steps:  # the prompt, and decoding under way
+            tokens = max([tokens, *(len(output.outputs[0].token_ids) for output in engine.step())])
+        done = tokens + steps
+        activities = torch.profiler.ProfilerActivity
+        device = activities.CUDA if torch.cuda.is_available() else activities.CPU
+        with torch.profiler.profile(activities=[device]) as profile:
+            started = time.perf_counter()
+            while tokens < done:
+                tokens = max([tokens, *(len(output.outputs[0].token_ids) for output in engine.step())])
+            seconds = time.perf_counter() - started
+        while engine.has_unfinished_requests():
+            engine.step()
+        kernels = sorted(profile.key_averages(), key=lambda event: -event.self_device_time_total)
+        each = {event.key: [event.count / steps, event.self_device_time_total / steps / 1e3] for event in kernels}
+        busy = sum(ms for _, ms in each.values())
+        return dict(length=length, step_ms=1e3 * seconds / steps, kernels_ms=busy, kernels=each)
+
     def caches(self) -> dict:
         """The engine's blocks, and tokens that fit when all requests have one length."""
         config = self.llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config
@@ -133,6 +161,8 @@ def worker(folder: Path, spec: dict) -> None:
         total = requests * (length + DECODED)
         speeds = dict(tokens_per_s=total / (first + rest), decoded_per_s=requests * (DECODED - 1) / rest)
         say(what="throughput", length=length, requests=requests, seconds=first + rest, **speeds)
+    if spec["profile"]:
+        say(what="profile", **engine.profile(spec["lengths"][0]))
 
 
 # ---- both ----
@@ -184,12 +214,21 @@ def floors(arch: Architecture, length: int, rate: dict) -> dict:
         widths["mla"] = mla.qk_nope_head_dim + mla.qk_rope_head_dim, mla.v_head_dim
     scores = sum(arch.num_attention_heads * sum(widths[kind]) for kind in arch.plan if kind in widths)
     attention = length * (length + 1) * scores  # two FLOPs, and half of the square
-    cached = length * arch.kv_bytes_per_token()
+    cached = length * arch.kv_bytes_per_token() + 2 * states(arch)
     return {
         "first_token": (2 * weights * length + attention + 2 * head) / rate["flops"],
         "attention_only": attention / rate["flops"],
         "per_token": (2 * (weights + head) + cached) / rate["bytes"],
     }
+
+
+def states(arch: Architecture) -> int:
+    """Bytes of a request's recurrent states, in fp32."""
+    if not arch.is_hybrid:
+        return 0
+    served = serve(arch.geometry, set(arch.plan), arch.num_attention_heads, arch.mla_qk_norm, on_gpu=True)
+    linear = sum(kind not in ("mla", "attention") for kind in arch.plan)
+    return linear * state_bytes(served, arch.linear_kind, state_itemsize=4)
 
 
 def measure(name: str, folder: Path, spec: dict, limit: float) -> list[dict]:
@@ -223,6 +262,11 @@ def table(result: dict) -> str:
                     f"{name} {line['length']:>9,}: first token {line['first_token']:.3f} s (floor"
                     f" {low['first_token']:.3f}), a token {1e3 * line['per_token']:.2f} ms"
                     f" (floor {1e3 * low['per_token']:.2f})"
+                )
+            elif line["what"] == "profile":
+                top = ", ".join(f"{ms:.3f} {key[:40]}" for key, (_, ms) in list(line["kernels"].items())[:6])
+                lines.append(
+                    f"{name}: a token's step {line['step_ms']:.2f} ms, kernels {line['kernels_ms']:.2f}: {top}"
                 )
             else:
                 lines.append(f"{name} {line['requests']} x {line['length']:,}: {line['tokens_per_s']:,.0f} tokens/s")
@@ -261,6 +305,7 @@ def main() -> None:
                         help="LENGTHxREQUESTS")  # fmt: skip
     parser.add_argument("--models", nargs="+", choices=("hybrid", "base"), default=["hybrid", "base"])
     parser.add_argument("--engine", type=json.loads, default={}, help="JSON of more arguments of vllm.LLM")
+    parser.add_argument("--profile", action="store_true", help="kernels of a decoded token, at the first length")
     parser.add_argument("--limit", type=float, default=3600, help="seconds for each model")
     parser.add_argument("--rates", type=float, nargs=2, help="FLOP/s and bytes/s, instead of measuring them")
     known = parser.parse_args()
@@ -270,7 +315,7 @@ def main() -> None:
     both = architectures(known.shape, known.plan, max(known.lengths) + DECODED + 16)
     engine = {"gpu_memory_utilization": 0.9, "max_num_batched_tokens": 16384, **known.engine}
     pairs = [tuple(int(n) for n in pair.split("x")) for pair in known.concurrent]
-    spec = dict(lengths=known.lengths, concurrent=pairs, engine=engine)
+    spec = dict(lengths=known.lengths, concurrent=pairs, engine=engine, profile=known.profile)
     result = {"shape": known.shape, "plan": known.plan, "rates": rate, "engine": engine, "models": {}}
     for name in known.models:
         write_config(known.out / name, both[name])
