@@ -79,6 +79,9 @@ class EngineSettings(VerifyAndUpdateConfig):
         if isinstance(vllm_config.additional_config, dict):
             # FlashInfer's takes heads of 128 only, which vLLM does not check, and may be there without its kernel.
             vllm_config.additional_config.setdefault("gdn_prefill_backend", "triton")
+        # Products padded to aligned widths have padded rows, which the next compiled piece does not expect: Mamba-2's
+        # projection with heads that are no multiple of 8 on a rank gave wrong tokens.
+        vllm_config.compilation_config.inductor_compile_config.setdefault("shape_padding", False)
         if on_gpu():
             limit_requests(vllm_config)
             spread_attention(vllm_config)

@@ -8,7 +8,7 @@ from vllm.platforms import current_platform
 
 from hylo_megatron.hf.mamba2 import NORM_EPS
 from hylo_megatron.vllm.config import trained_geometry
-from hylo_megatron.vllm.versions import sound_chunk_scan
+from hylo_megatron.vllm.versions import GDNBackend, Mamba2Backend, sound_chunk_scan
 
 
 def keep_fp32(module: nn.Module, *names: str) -> None:
@@ -36,6 +36,9 @@ class HyLoGatedDeltaNet(QwenGatedDeltaNetAttention):
             )  # fmt: skip
         if current_platform.is_cpu():
             self._forward_method = self._forward_plain
+
+    def get_attn_backend(self):
+        return GDNBackend
 
     def _output_projection(self, core_attn_out: Tensor, z: Tensor) -> Tensor:
         tokens = z.shape[0]
@@ -66,6 +69,9 @@ class HyLoMamba2(MambaMixer2):
             cache_config=vllm_config.cache_config, quant_config=vllm_config.quant_config, prefix=prefix,
         )  # fmt: skip
         keep_fp32(self, "dt_bias", "D")
+
+    def get_attn_backend(self):
+        return Mamba2Backend
 
 
 def linear_block(config, vllm_config, prefix: str) -> nn.Module:

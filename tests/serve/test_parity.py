@@ -9,7 +9,7 @@ from generate import generate
 
 from hylo_megatron.hf import HyLoForCausalLM
 
-LENGTHS = (1, 2, 5, 23, 64, 140, 301)
+LENGTHS = (1, 2, 5, 23, 64, 140, 301, 1)
 ON_GPU = {"HYLO_SERVE_GEOMETRY": "gpu"}
 CASES = [  # geometry, linear blocks, norms on queries and keys, whose kernels' geometry
     ("native", "gdn", False, "cpu"),
@@ -37,8 +37,10 @@ def test_every_geometry_is_served_exactly(geometry, linear, qk_norm, device, tmp
     folder = write_folder(tmp_path / f"{geometry}-{linear}", geometry, linear, qk_norm, **changes)
     prompts = [prompt(length, i) for i, length in enumerate(LENGTHS)]
     env = ON_GPU if device == "gpu" else {}
-    got = generate(tmp_path, folder, prompts, 16, env=env, dtype="float32", max_model_len=1024, max_num_seqs=8)
+    got = generate(tmp_path, folder, prompts, 16, poison=True, env=env, dtype="float32", max_model_len=1024,
+                   max_num_seqs=8)  # fmt: skip
     check(folder, got["answers"], prompts, 1e-4)
+    assert got["again"] == got["answers"]
     trained = GEOMETRIES[geometry].mla
     padded = device == "gpu" and not qk_norm and (trained.kv_lora_rank, trained.v_head_dim) != (256, 128)
     assert ("runs padded with zeros" in got["log"]) == padded
