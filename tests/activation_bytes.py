@@ -6,6 +6,7 @@ process group). ``HALVES`` and ``STEPS`` say what is counted; ``test_training_me
 """
 
 import contextlib
+import itertools
 import json
 import types
 import weakref
@@ -54,6 +55,11 @@ STEPS = [
     Step("ild", "mamba2", "ild", "mixers"),
     Step("ild all", "gdn", "ild", "all"),
 ]
+PP = 4
+PIPELINES = [  # stage of training, of the pipeline, micro-batches
+    ("distill", 0, 6), ("distill", 1, 6), ("distill", 1, 2), ("distill", 3, 6), ("ild", 0, 6), ("ild", 1, 6),
+    ("ild", 3, 6),
+]  # fmt: skip
 STEP_LENGTH, CHUNK, VOCAB = 4096, 1024, 2000
 
 
@@ -127,19 +133,25 @@ def pretend_gpu() -> None:
     random._set_all_rng_states = lambda *_: None
 
 
-def start(tp: int = 1, cp: int = 1, **_) -> None:
+def start(tp: int = 1, pp: int = 1, cp: int = 1, rank: int = 0, **_) -> None:
+    """A rank of a world of made-up ones."""
     from megatron.core import parallel_state
+    from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(tp, context_parallel_size=cp, create_gloo_process_groups=False)
+    if dist.is_initialized():
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+    dist.init_process_group("fake", rank=rank, world_size=tp * pp * cp, store=FakeStore())
+    parallel_state.initialize_model_parallel(tp, pp, context_parallel_size=cp, create_gloo_process_groups=False)
 
 
 def build(arch, **overrides):
     from hylo_megatron.layers.load import layout_config
     from hylo_megatron.layers.model import build_model
 
-    linear_cp = overrides.pop("linear_cp", "auto")
-    return build_model(arch, layout_config(arch, torch.bfloat16, cp_comm_type="p2p", **overrides), linear_cp=linear_cp)
+    rest = {key: overrides.pop(key) for key in ("linear_cp", "pre_process", "post_process") if key in overrides}
+    config = layout_config(arch, torch.bfloat16, cp_comm_type="p2p", deallocate_pipeline_outputs=True, **overrides)
+    return build_model(arch, config, **rest)
 
 
 def saved_bytes(module, x: torch.Tensor) -> int:
@@ -206,43 +218,79 @@ def drop_gradient(parameter) -> None:
     parameter.grad = None  # as the engine, which has added it to its buffer
 
 
-def count_step(step: Step) -> int:
+def distill_model(step: Step, **overrides):
     from hylo_megatron.distill.kl import KLSettings
     from hylo_megatron.distill.model import DistillModel, DistillSettings
 
-    recompute = dict(recompute_granularity="full", recompute_method="block", recompute_num_layers=step.recompute)
     student, teacher = step_models(step)
-    models = build(student, **recompute if step.recompute else {}), build(teacher)
+    recompute = dict(recompute_granularity="full", recompute_method="block", recompute_num_layers=step.recompute)
+    models = build(student, **overrides, **recompute if step.recompute else {}), build(teacher, **overrides)
     kl = KLSettings(chunk=CHUNK, teacher_length=step.teacher_length)
     model = DistillModel(*models, student, teacher, DistillSettings(step.stage, step.train, kl=kl)).train()
-    models[1].eval()
+    model.teacher.eval()
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(drop_gradient)
-    tokens = torch.zeros(ROWS, STEP_LENGTH, dtype=torch.long)
-    mask = torch.ones(ROWS, STEP_LENGTH)
-    weights = [p for module in models for p in module.parameters()]
-    with Alive(weights) as alive:
-        model(tokens, tokens, tokens, mask, mask)[0].backward()
+    return model
+
+
+def batch() -> dict[str, torch.Tensor]:
+    names = ("tokens", "position_ids", "labels", "loss_mask", "answer_weight")
+    kinds = [torch.long] * 3 + [torch.float] * 2
+    return {name: torch.ones(ROWS, STEP_LENGTH, dtype=kind) for name, kind in zip(names, kinds, strict=True)}
+
+
+def alive_in(model) -> Alive:
+    return Alive([*model.student.parameters(), *model.teacher.parameters()])
+
+
+def count_step(step: Step) -> int:
+    start()
+    model, tensors = distill_model(step), batch().values()
+    with alive_in(model) as alive:
+        model(*tensors)[0].backward()
+    return alive.most
+
+
+def count_pipeline(stage: str, rank: int, micro_batches: int) -> int:
+    """Of one rank, with the schedules that training takes; what other ranks would send is whatever is there."""
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    from hylo_megatron.distill import teacher_fed
+
+    start(pp=PP, rank=rank)
+    model = distill_model(Step("", "gdn", stage, "all"), pre_process=rank == 0, post_process=rank == PP - 1)
+    tensors, tokens = batch(), torch.ones((), dtype=torch.int)
+
+    def learn(batch, model, states=None):
+        return model(*batch.values(), states), lambda output: (output[0].clone(), tokens, {})
+
+    teacher_fed.learn, teacher_fed.next_batch = learn, lambda *_: tensors
+    common = dict(model=model, data_iterator=itertools.repeat(tensors), num_microbatches=micro_batches)
+    with alive_in(model) as alive:
+        if stage == "ild":
+            teacher_fed.TeacherFed()(**common)
+        else:
+            get_forward_backward_func(PP)(
+                forward_step_func=lambda data, model: learn(next(data), model), seq_length=STEP_LENGTH,
+                micro_batch_size=ROWS, forward_only=False, **common,
+            )  # fmt: skip
     return alive.most
 
 
 def main() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.testing._internal.distributed.fake_pg import FakeStore
 
     import hylo_megatron.layers  # noqa: F401  the engine, before megatron
     from hylo_megatron.layers.load import start_process_groups
 
-    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
     start()
     start_process_groups()  # seeds
     pretend_gpu()
     with FakeTensorMode(allow_non_fake_inputs=True):
-        halves = count_halves()
-        start()
-        steps = [count_step(step) for step in STEPS]
-    print(json.dumps({"halves": halves, "steps": steps}))
+        halves, steps = count_halves(), [count_step(step) for step in STEPS]
+        pipelines = [count_pipeline(*case) for case in PIPELINES]
+    print(json.dumps({"halves": halves, "steps": steps, "pipelines": pipelines}))
 
 
 if __name__ == "__main__":

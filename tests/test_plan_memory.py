@@ -84,16 +84,6 @@ def test_training_peaks_are_those_measured(tmp_path, measured, layers, stage, le
     assert peak(run, 0).total / 2**30 == pytest.approx(measured, rel=0.03)
 
 
-def test_the_tool_says_what_is_planned(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(SMOLLM2))
-    flags = ("--sequence", 32768, "--teacher-length", 6144, "--recompute", 29)
-    done = plan(tmp_path, "--plan", "3MLA27GDN", "--train", "distill", *flags)
-    assert done.returncode == 0, done.stderr
-    sizes = [float(size) for size in re.findall(r"^  [\w' ]+? +([\d.]+) GiB$", done.stdout, re.M)]
-    assert total(done.stdout) == sizes[-1] == pytest.approx(21.8, rel=0.03)
-    assert sum(sizes[:-1]) == pytest.approx(sizes[-1], abs=0.05)
-
-
 def test_a_pipeline_is_as_full_as_its_fullest_stage(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_3B))
     done = plan(tmp_path, "--plan", "6MLA22GDN", "--train", "distill", "--pp", 4, "--tp", 2, "--sequence", 8192,
@@ -101,12 +91,13 @@ def test_a_pipeline_is_as_full_as_its_fullest_stage(tmp_path):
     assert done.returncode == 0, done.stderr
     stages = [float(size) for size in re.findall(r"^  stage \d, layers [\d-]+ +([\d.]+) GiB$", done.stdout, re.M)]
     assert len(stages) == 4 and total(done.stdout) == max(stages) == stages[0]
-    assert ("does not fit" if stages[0] > 30 else "fits 30 GiB") in done.stdout
+    sizes = [float(size) for size in re.findall(r"^  [a-z' ]+ +([\d.]+) GiB$", done.stdout, re.M)]
+    assert sum(sizes[:-1]) == pytest.approx(sizes[-1], abs=0.05)
+    assert ("does not fit" if stages[0] > 30 else "\nfits 30 GiB") in done.stdout
 
 
 @pytest.mark.parametrize("flags, words", [
     (("--plan", "6MLA22GDN", "--tp", 5), "TP 5 PP 1 CP 1 does not fit: student: TP = 5 does not divide 24 attention"),
-    (("--plan", "6MLA22GDN", "--cp", 2, "--sequence", 2050), "sequences of 2050 do not divide into 2 x CP = 4"),
     ((), "holds a Transformer"),
 ])  # fmt: skip
 def test_what_training_refuses_is_refused(tmp_path, flags, words):

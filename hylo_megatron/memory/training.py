@@ -63,13 +63,15 @@ class Peak:
 
 def stage_halves(run: Training, layers: range) -> list[Half]:
     """Mixers and MLPs in turn. In ild a mixer's input is the teacher's, and each output meets the teacher's in a
-    distance (two a layer, fp32); both are dropped before the MLP's own backward pass begins."""
+    distance (two a layer, fp32). That drops both before the MLP's own backward pass begins; in a pipeline the schedule
+    holds the teacher's."""
     halves, at, copied = [], run.share, run.train == "all"
     hidden = at.outer(run.student.hidden_size)
+    dropped = hidden * (2 if run.layout.pp == 1 else 1)
     for layer in layers:
         mixer, rest = MIXERS[run.student.plan[layer]](run.student, at), mlp(run.student, at, copied)
         if run.stage == "ild":
-            rest = replace(rest, kept=rest.kept + hidden + at.outer(4), work=rest.work - 2 * hidden)
+            rest = replace(rest, kept=rest.kept + hidden + at.outer(4), work=rest.work - dropped)
         else:  # x, and its statistics where the norm's weight is not trained
             mixer = replace(mixer, kept=mixer.kept + hidden + (0 if copied else at.outer(2)))
         halves += [mixer, rest]
@@ -127,21 +129,34 @@ def loss_bytes(run: Training, rows: int) -> int:
     return hidden + 4 * rows * d + max(logits, last)
 
 
+def warm_up(run: Training, stage: int) -> int:
+    """Micro-batches that a stage reads before its first backward pass (1F1B; none in ild, ``teacher_fed.py``)."""
+    return 0 if run.stage == "ild" else min(run.micro_batches, run.layout.pp - 1 - stage)
+
+
 def in_flight(run: Training, stage: int) -> int:
-    """Micro-batches whose activations a stage holds at once: 1F1B; one in ild (``teacher_fed.py``)."""
-    return 1 if run.stage == "ild" else min(run.micro_batches, run.layout.pp - stage)
+    """Micro-batches whose activations a stage holds at once."""
+    return min(run.micro_batches, warm_up(run, stage) + 1)
 
 
 def states_bytes(run: Training, stage: int, layers: range) -> int:
-    """ild: what enters a stage's layers and leaves each half, of this micro-batch and of those read ahead. distill:
-    what came from the stage before, student and teacher side by side, for each micro-batch in flight, and what is
-    sent on."""
-    at, c, d = run.share, run.teacher.hidden_size, run.student.hidden_size
-    if run.stage == "ild":
-        ahead = run.layout.pp - 1 - stage
-        return at.outer(c) * (2 * len(layers) + 1) * (ahead + 1) + (at.outer(c) if ahead else 0)
-    received = in_flight(run, stage) if stage else 0
-    return at.outer(c + d) * (received + (stage < run.layout.pp - 1))
+    """ild: what enters a stage's layers and leaves each half, of this micro-batch and of those read ahead; in a
+    pipeline also what comes for the next one, and behind the last stage's norm. distill: ``messages_bytes``."""
+    at, pp, last = run.share, run.layout.pp, run.layout.pp - 1
+    if run.stage == "distill":
+        return messages_bytes(run, stage)
+    tensors = (2 * len(layers) + 1) * (last - stage + 1) + (stage > 0) + (pp > 1 and stage == last)
+    return at.outer(run.teacher.hidden_size) * tensors
+
+
+def messages_bytes(run: Training, stage: int) -> int:
+    """What stages send, student's and teacher's states side by side: received for each micro-batch in flight, with the
+    teacher's part once more; sent on, or its gradient; and once micro-batches take turns, the input and its gradient
+    of the one before, which the engine holds until the next output is there."""
+    at, c, d, pp = run.share, run.teacher.hidden_size, run.student.hidden_size, run.layout.pp
+    takes_turns = run.micro_batches > warm_up(run, stage) + 1
+    messages = (in_flight(run, stage) + 2 * takes_turns if stage else 0) + (stage < pp - 1)
+    return at.outer(c + d) * messages + (at.outer(c) if stage else 0)
 
 
 def peak(run: Training, stage: int) -> Peak:
