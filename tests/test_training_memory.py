@@ -62,7 +62,7 @@ def _command_line(name: str, work: Path, world: dict[str, Path]) -> list[str]:
 
 @pytest.mark.slow
 def test_weights_gradients_and_optimizer_are_the_engines(tmp_path, counting):
-    """Gradients without the padding of their buffers exactly, with it and the shares of the optimizer to 1 %."""
+    """Exactly, but for the padding of gradient buffers and of the optimizer's shares (1 %)."""
     world = helpers.random_world(tmp_path)
     changes = dict(tie_word_embeddings=False, mla_qk_norm=True)
     world["untied"], world["untied-teacher"] = helpers.write_pair(tmp_path / "untied", "mamba2", **changes)
@@ -82,7 +82,8 @@ def test_weights_gradients_and_optimizer_are_the_engines(tmp_path, counting):
             assert found.teacher == got["teacher"], (name, rank)
             assert found.student.gradients == got["gradients"], (name, rank)
             assert found.student.gradients == pytest.approx(got["buffers"], rel=0.01)
-            assert found.student.optimizer == pytest.approx(got["optimizer"], rel=0.01), (name, rank)
+            shares = 0.01 if name == "dp" else 0  # cut anywhere, but for padding
+            assert found.student.optimizer == pytest.approx(got["optimizer"], rel=shares), (name, rank)
 
 
 def _beside_weights(found: Peak) -> int:
