@@ -1,10 +1,13 @@
 #!/usr/bin/env python3
-"""What serving a model takes, and what fits on a GPU, beside its base Transformer; nothing is loaded:
+"""What serving or training a model takes, and what fits on a GPU; nothing is loaded:
 
     python tools/plan_memory.py FOLDER [--gpu-gib 141] [--tp 1]              an exported or a base model's folder
     python tools/plan_memory.py FOLDER --plan 6MLA22GDN --geometry native    the hybrid that a base model would become
+    python tools/plan_memory.py FOLDER --plan 6MLA22GDN --train distill --tp 2 --cp 2 --dp 4 --sequence 32768
 
-Bytes as vLLM lays them out: pages of one size for all layers, a state in each (docs/serving.md compares with its log).
+Serving, beside the base Transformer: bytes as vLLM lays them out, pages of one size for all layers, a state in each
+(docs/serving.md compares with its log). Training: the peak of torch's allocator on a rank, bf16 with the kernels of a
+GPU (docs/gpu.md compares); CUDA's context and NCCL's buffers come on top, in the tenths of a GiB and more.
 """
 
 import argparse
@@ -16,9 +19,12 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from hylo_megatron.config import Architecture, geometry_preset, parse_plan  # noqa: E402
+from hylo_megatron.config import Architecture, geometry_preset, parse_plan, plan_name  # noqa: E402
+from hylo_megatron.config.layout import ParallelLayout, Work, check_parallel_layout  # noqa: E402
+from hylo_megatron.config.pair import check_teacher, check_vocabularies  # noqa: E402
 from hylo_megatron.convert.shapes import hf_shapes  # noqa: E402
 from hylo_megatron.errors import HyLoError, command_line  # noqa: E402
+from hylo_megatron.memory.training import Peak, Training, peaks  # noqa: E402
 from hylo_megatron.vllm.geometry import serve  # noqa: E402
 from hylo_megatron.vllm.pages import Pages, expanded_bytes, pages, row_bytes, state_bytes  # noqa: E402
 
@@ -71,6 +77,68 @@ def rows(arch: Architecture, known) -> list[tuple[str, str]]:
     return found
 
 
+def training(student: Architecture, known) -> Training:
+    """The run that the flags describe. Raises ``HyLoError`` with the trainer's own words where it would not start."""
+    if not student.is_hybrid:
+        raise HyLoError(f"{known.folder} holds a Transformer: say with --plan what it becomes")
+    if known.train == "ild" and known.recompute:
+        raise HyLoError("--recompute: layers are trained apart in ild, and none of them is computed twice")
+    teacher = read(known.teacher).as_teacher() if known.teacher else replace(student.as_teacher(), mla_qk_norm=False)
+    check_teacher(student, teacher, known.train)
+    check_vocabularies(student, teacher, (known.folder, known.teacher or known.folder))
+    layout = ParallelLayout(known.tp, known.pp, known.cp, known.sequence_parallel and known.tp > 1, known.linear_cp)
+    batch = known.global_batch or known.micro_batch * known.dp * known.pp  # enough to fill the pipeline
+    work = Work(layout.ranks * known.dp, known.sequence, known.micro_batch, batch)
+    check_parallel_layout({"student": student, "teacher": teacher}, layout, work)
+    trained = known.hylo_train or ("mixers" if known.train == "ild" else "all")
+    return Training(student, teacher, known.train, layout, work, trained, known.recompute, known.kl_chunk,
+                    known.teacher_length)  # fmt: skip
+
+
+def parts(found: Peak) -> list[tuple[str, int]]:
+    """``loss`` or ``backward``: the one of the two that makes the peak."""
+    last = ("loss", found.loss) if found.loss >= found.backward else ("backward pass", found.backward)
+    return [
+        ("student parameters", found.student.parameters), ("teacher parameters", found.teacher),
+        ("gradients", found.student.gradients), ("optimizer", found.student.optimizer),
+        ("activations", found.activations), ("teacher's states", found.teacher_states), last,
+        ("work spaces", found.workspaces), ("total", found.total),
+    ]  # fmt: skip
+
+
+def print_training(run: Training, gpu_gib: float) -> None:
+    found, work, layout = peaks(run), run.work, run.layout
+    print(f"{run.stage} of {plan_name(run.student.plan)}, {layout} DP {work.processes // layout.ranks}:"
+          f" {run.micro_batches} micro-batches of {work.micro_batch} x {work.seq_length:,} tokens a step")  # fmt: skip
+    for stage, each in enumerate(found if len(found) > 1 else ()):
+        where = f"stage {stage}, layers {each.layers.start}-{each.layers.stop - 1}"
+        print(f"  {where:24} {each.total / GIB:.2f} GiB")
+    heaviest = max(found, key=lambda each: each.total)
+    print(f"a rank of stage {found.index(heaviest)}" if len(found) > 1 else "each rank")
+    for what, size in parts(heaviest):
+        print(f"  {what:24} {size / GIB:.2f} GiB")
+    verdict = "fits" if heaviest.total <= gpu_gib * GIB else "does not fit"
+    print(f"{verdict} {gpu_gib:g} GiB ({heaviest.total / GIB / gpu_gib:.0%})")
+
+
+def add_training_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("training", "as the flags of hylo_megatron.train").add_argument
+    add("--train", choices=("ild", "distill"), help="plan this stage of training, not serving")
+    add("--teacher", type=Path, help="folder of another teacher than the base model (distill)")
+    add("--pp", type=int, default=1)
+    add("--cp", type=int, default=1)
+    add("--dp", type=int, default=1)
+    add("--sequence", type=int, default=2048, help="--seq-length")
+    add("--micro-batch", type=int, default=1)
+    add("--global-batch", type=int, help="(default: a micro-batch for each pipeline stage)")
+    add("--sequence-parallel", action="store_true")
+    add("--linear-cp", choices=("auto", "a2a", "states"), default="auto", help="--hylo-linear-cp")
+    add("--hylo-train", choices=("all", "mixers"), help="(default: mixers for ild, all for distill)")
+    add("--recompute", type=int, default=0, help="--recompute-num-layers of method block: halves of layers of a stage")
+    add("--kl-chunk", type=int, default=4096, help="--hylo-kl-chunk; the recipes' is the default")
+    add("--teacher-length", type=int, help="--hylo-teacher-length")
+
+
 @command_line
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -82,6 +150,7 @@ def main() -> None:
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--requests", type=int, default=64, help="vLLM's --max-num-seqs")
     parser.add_argument("--state-dtype", choices=("float32", "bfloat16"), default="float32")
+    add_training_flags(parser)
     known = parser.parse_args()
     arch = read(known.folder)
     if known.plan:
@@ -89,6 +158,9 @@ def main() -> None:
             raise HyLoError("--plan is for a base model; this folder holds a hybrid")
         geometry = geometry_preset(known.geometry, arch.hidden_size, arch.num_attention_heads, arch.head_dim)
         arch = replace(arch, plan=parse_plan(arch.num_layers, known.plan), geometry=geometry)
+    if known.train:
+        print_training(training(arch, known), known.gpu_gib)
+        return
     models = {"hybrid": arch, "base": arch.as_teacher()} if arch.is_hybrid else {"base": arch}
     for name, model in models.items():
         print(f"{name}: {model.num_layers} layers, {sum(kind == 'mla' for kind in model.plan)} of them MLA")

@@ -36,13 +36,18 @@ def check_vocabularies(student: Architecture, teacher: Architecture, tokenizers:
         )
 
 
-def check_pair(student: Architecture, teacher: Architecture, stage: str, folders: tuple[Path, Path]) -> None:
-    """Raises ``HyLoError`` when this teacher cannot teach this student in this stage. ``folders``: of both."""
+def check_teacher(student: Architecture, teacher: Architecture, stage: str) -> None:
+    """Raises ``HyLoError`` when a model of this shape cannot teach this student in this stage."""
     if teacher.is_hybrid:
         raise HyLoError("--hylo-teacher: expected a Transformer checkpoint (convert_hf_to_megatron.py)")
-    check_vocabularies(student, teacher, tuple(folder / "hf" for folder in folders))
     if stage == "ild" and (teacher.num_layers, teacher.hidden_size) != (student.num_layers, student.hidden_size):
         raise HyLoError(
             f"--hylo-stage ild compares layer by layer: the teacher must be the base model"
             f" ({student.num_layers} layers of {student.hidden_size}); another one can teach in --hylo-stage distill"
         )
+
+
+def check_pair(student: Architecture, teacher: Architecture, stage: str, folders: tuple[Path, Path]) -> None:
+    """``check_teacher``, and the vocabularies. ``folders``: of both."""
+    check_teacher(student, teacher, stage)
+    check_vocabularies(student, teacher, tuple(folder / "hf" for folder in folders))
