@@ -246,6 +246,24 @@ def test_mixers_only_freezes_exactly_what_was_copied(pair, stage):
     assert all(parameter.grad is None for parameter in model.teacher.parameters())
 
 
+@pytest.mark.parametrize("halves", [3, 100])
+def test_recompute_with_a_frozen_embedding_changes_no_gradient(pair, halves):
+    """The engine's checkpoint gives none to layers whose input needs none."""
+    again = dict(recompute_granularity="full", recompute_method="block", recompute_num_layers=halves)
+    x, found = helpers.token_batch(2, 16), []
+    for config in ({}, again):
+        model = parity.distill_model(*pair, "distill", "mixers", config=config)
+        model.train()  # the engine recomputes then only
+        model(*x.values())[0].backward()
+        found.append({name: parameter.grad for name, parameter in model.student.named_parameters()})
+    plain, recomputed = found
+    assert any(gradient is not None for gradient in plain.values())
+    for name, gradient in plain.items():
+        assert (gradient is None) == (recomputed[name] is None), name
+        if gradient is not None:
+            torch.testing.assert_close(recomputed[name], gradient, rtol=1e-5, atol=1e-9)
+
+
 def test_decay_parameters_stay_fp32(pair):
     student, arch = load_model(pair[0])
     before = {name: parameter.detach().clone() for name, parameter in student.named_parameters()}

@@ -29,6 +29,11 @@ def is_mixer_parameter(name: str) -> bool:
     return ".self_attention." in name or ".mixer." in name
 
 
+def _reaches_recomputed_layers(module, inputs, embedded: Tensor) -> Tensor:
+    """Of a frozen embedding: the engine's checkpoint of activations gives layers no gradient if their input has none."""
+    return embedded.requires_grad_(torch.is_grad_enabled())
+
+
 class DistillModel(MegatronModule):
     """Returns ``[loss, *parts]``; in ``distill``, on stages before the last, what the next one needs.
 
@@ -63,6 +68,8 @@ class DistillModel(MegatronModule):
             # No layer's loss reaches embedding, last norm and head: in ild, weight decay would be all they get.
             reached = settings.stage == "distill" or ".layers." in name
             parameter.requires_grad_(reached and (settings.train == "all" or is_mixer_parameter(name)))
+        if self.pre_process and settings.train == "mixers":
+            student.embedding.register_forward_hook(_reaches_recomputed_layers)
 
     @property
     def teacher(self):

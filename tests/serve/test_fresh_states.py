@@ -35,8 +35,8 @@ def test_first_tokens_are_decoded_from_zeros():
     builder = Builder(None, ["a", "b"], config, "cpu")
     lengths = torch.tensor([9, 1, 5, 1, 0])  # decoded, a first token, a prompt, a first token, padding
     metadata = Metadata(
-        seq_lens_cpu_upper_bound=lengths, seq_lens=lengths, is_prefilling=torch.tensor([False, True, True, True, False]),
-        block_table_tensor=torch.tensor([[1], [2], [3], [4], [0]]),
+        seq_lens_cpu_upper_bound=lengths, seq_lens=lengths, block_table_tensor=torch.tensor([[1], [2], [3], [4], [0]]),
+        is_prefilling=torch.tensor([False, True, True, True, False]),
     )  # fmt: skip
     built = builder.build(0, metadata)
     assert built.is_prefilling.tolist() == [False, False, True, False, False]
