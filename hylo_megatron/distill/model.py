@@ -30,7 +30,7 @@ def is_mixer_parameter(name: str) -> bool:
 
 
 def _reaches_recomputed_layers(module, inputs, embedded: Tensor) -> Tensor:
-    """Of a frozen embedding: the engine's checkpoint of activations gives layers no gradient if their input has none."""
+    """Of a frozen embedding: the engine's checkpoint of activations needs inputs with gradients."""
     return embedded.requires_grad_(torch.is_grad_enabled())
 
 
