@@ -8,6 +8,7 @@ from vllm.platforms import current_platform
 from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
 
 from hylo_megatron.config import Geometry
+from hylo_megatron.errors import HyLoError
 from hylo_megatron.hf.configuration_hylo import HyLoConfig
 from hylo_megatron.vllm.geometry import Served, serve
 from hylo_megatron.vllm.pages import expanded_bytes, pages
@@ -17,6 +18,7 @@ logger = init_logger("vllm.hylo_megatron")  # below vllm's own logger, so that i
 GEOMETRY_OF = "HYLO_SERVE_GEOMETRY"
 WORKSPACE = 4 << 30  # bytes
 SPLITS, SPLITS_SPACE = 128, 1 << 30  # about a GPU's multiprocessors; bytes
+FP8_ROW = 576  # 512 + 64
 MAMBA_CHUNK = 256  # vLLM's default for a config without the field is Mamba-1's
 
 
@@ -82,17 +84,17 @@ class EngineSettings(VerifyAndUpdateConfig):
         # Products padded to aligned widths have padded rows, which the next compiled piece does not expect: Mamba-2's
         # projection with heads that are no multiple of 8 on a rank gave wrong tokens.
         vllm_config.compilation_config.inductor_compile_config.setdefault("shape_padding", False)
-        if on_gpu():
+        config = vllm_config.model_config.hf_config
+        if on_gpu() and "mla" in config.mixers and not config.expanded_head_size:
             limit_requests(vllm_config)
             spread_attention(vllm_config)
+            refuse_fp8(vllm_config)
 
 
 def limit_requests(vllm_config) -> None:
     """vLLM sets aside a page of expanded keys and values for each request that may run at once; a hybrid's pages are
     long, and with the default of 1,024 requests that alone may not fit."""
     config, scheduler = vllm_config.model_config.hf_config, vllm_config.scheduler_config
-    if config.expanded_head_size or "mla" not in config.mixers:
-        return
     tp, state = vllm_config.parallel_config.tensor_parallel_size, vllm_config.cache_config.mamba_ssm_cache_dtype
     heads, served = config.num_attention_heads, Served(config.geometry())
     block = pages(served, tuple(config.mixers), heads, state_itemsize=4 if state == "float32" else 2, tp=tp).block
@@ -110,9 +112,18 @@ def spread_attention(vllm_config) -> None:
     """With latents all heads of a request share one tile, so that decoding fills a GPU only by splitting the cache;
     vLLM's bound for CUDA graphs is 32 splits. Partial outputs, fp32, may take ``SPLITS_SPACE``."""
     config, attention = vllm_config.model_config.hf_config, vllm_config.attention_config
-    if config.expanded_head_size or "mla" not in config.mixers:
-        return
     heads = config.num_attention_heads // vllm_config.parallel_config.tensor_parallel_size
     each = 4 * heads * config.kv_lora_rank * vllm_config.scheduler_config.max_num_seqs
     if attention.flash_attn_max_num_splits_for_cuda_graph == 32:  # the default: nobody chose
         attention.flash_attn_max_num_splits_for_cuda_graph = max(32, min(SPLITS, SPLITS_SPACE // each))
+
+
+def refuse_fp8(vllm_config) -> None:
+    """vLLM would choose FlashMLA, start, and fail at the first request."""
+    config, dtype = vllm_config.model_config.hf_config, str(vllm_config.cache_config.cache_dtype)
+    row = config.kv_lora_rank + config.qk_rope_head_dim
+    if dtype.startswith("fp8") and row != FP8_ROW and vllm_config.attention_config.backend is None:
+        raise HyLoError(
+            f"--kv-cache-dtype {dtype}: FlashMLA keeps rows of {FP8_ROW} values in 8 bits, this model's have {row};"
+            " leave it out (caches in bf16), or choose a kernel with --attention-backend"
+        )

@@ -156,6 +156,8 @@ def worker(folder: Path, spec: dict) -> None:
     for length in spec["lengths"]:
         first, rest = engine.run([length], DECODED)
         say(what="latency", length=length, first_token=first, per_token=rest / (DECODED - 1))
+    if spec["concurrent"]:  # kernels of steps with prompts and decoded tokens together
+        engine.run([min(n for n, _ in spec["concurrent"])] * max(n for _, n in spec["concurrent"]), 8)
     for length, requests in spec["concurrent"]:
         first, rest = engine.run([length] * requests, DECODED)
         total = requests * (length + DECODED)

@@ -1,0 +1,51 @@
+"""Settings of the engine that the plugin changes, for a GPU (vllm/config.py)."""
+
+from types import SimpleNamespace
+
+import pytest
+from folders import GEOMETRIES, SMALL, sizes
+
+from hylo_megatron.errors import HyLoError
+from hylo_megatron.hf import HyLoConfig
+from hylo_megatron.vllm.config import EngineSettings, apply
+
+
+def settings(monkeypatch, requests=1024, dtype="auto", backend=None, splits=32, norms=False) -> SimpleNamespace:
+    """As the plugin leaves them for 24 heads of Llama-3.2-3B's native size."""
+    monkeypatch.setenv("HYLO_SERVE_GEOMETRY", "gpu")
+    shape = SMALL | dict(num_attention_heads=24, hidden_size=768)
+    config = HyLoConfig(mixers=["gdn", "mla"] * 2, qk_norm=norms, **shape, **sizes(GEOMETRIES["native"]))
+    apply(config)
+    given = SimpleNamespace(
+        model_config=SimpleNamespace(hf_config=config), scheduler_config=SimpleNamespace(max_num_seqs=requests),
+        cache_config=SimpleNamespace(mamba_ssm_cache_dtype="auto", enable_prefix_caching=True, cache_dtype=dtype),
+        parallel_config=SimpleNamespace(tensor_parallel_size=1), additional_config={},
+        attention_config=SimpleNamespace(flash_attn_max_num_splits_for_cuda_graph=splits, backend=backend),
+        compilation_config=SimpleNamespace(inductor_compile_config={}),
+    )  # fmt: skip
+    EngineSettings.verify_and_update_config(given)
+    return given
+
+
+def test_attention_is_split_as_far_as_its_space_allows(monkeypatch):
+    def splits(**given):
+        return settings(monkeypatch, **given).attention_config.flash_attn_max_num_splits_for_cuda_graph
+
+    assert splits(requests=64) == 128
+    assert splits(requests=512) == (1 << 30) // (4 * 24 * 256 * 512) == 85
+    assert splits(requests=64, splits=16) == 16  # somebody chose
+    assert splits(requests=64, norms=True) == 32  # no latents
+
+
+def test_fp8_caches_are_refused_before_anything_is_loaded(monkeypatch):
+    with pytest.raises(HyLoError, match="rows of 576 values in 8 bits, this model's have 320"):
+        settings(monkeypatch, dtype="fp8")
+    settings(monkeypatch, dtype="fp8", backend="TRITON_MLA")
+    settings(monkeypatch, dtype="fp8", norms=True)
+
+
+def test_states_are_fp32_and_requests_limited(monkeypatch):
+    found = settings(monkeypatch, requests=100_000)
+    assert found.cache_config.mamba_ssm_cache_dtype == "float32"
+    assert 1 < found.scheduler_config.max_num_seqs < 100_000
+    assert found.compilation_config.inductor_compile_config["shape_padding"] is False
