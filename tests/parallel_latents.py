@@ -1,18 +1,23 @@
-"""Attention over latents on all ranks against one process, and what travels: torchrun --nproc-per-node N this_file.py
+"""Attention over what all ranks hold, against one process, and what travels: torchrun --nproc-per-node N this_file.py
 
-Rank 0 prints one JSON line for the ring and one for the all-gather: largest relative error, and values sent by a rank.
+Rank 0 prints a JSON line for the ring and one for the all-gather, each over latents and over keys that heads share:
+largest relative error, and values sent by a rank.
 """
 
 import json
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from hylo_megatron.layers import latent_ring
+from hylo_megatron.layers.core_attention import CoreAttention
 from hylo_megatron.layers.zigzag import zigzag_positions
 
 LOCAL, B, H, K, V, R, P, SCALE = 32, 2, 3, 24, 16, 20, 8, 0.3
+SHARED = 2  # query heads of a key head
 
 
 def expand_with(weight):
@@ -26,6 +31,19 @@ def expand_with(weight):
 
 def error(got, want) -> float:
     return ((got - want).abs().max() / want.abs().max()).item()
+
+
+def shared_heads(group, cp_comm_type=None) -> CoreAttention:
+    config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1)
+    return CoreAttention(config, 1, softmax_scale=SCALE, pg_collection=SimpleNamespace(cp=group),
+                         cp_comm_type=cp_comm_type)  # fmt: skip
+
+
+def say(errors: list[float], **more) -> None:
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, errors)
+    if dist.get_rank() == 0:
+        print(json.dumps({"error": max(map(max, everyone)), **more}), flush=True)
 
 
 def main() -> None:
@@ -58,10 +76,21 @@ def main() -> None:
         dist.all_reduce(d_weight)
         errors = [error(out, want[:, :, here]), error(d_q, d_want[0][here]), error(d_latents, d_want[1][here]),
                   error(d_weight, d_want[2])]  # fmt: skip
-        everyone = [None] * size
-        dist.all_gather_object(everyone, errors)
-        if rank == 0:
-            print(json.dumps({"ring": ring, "error": max(map(max, everyone)), **sent}), flush=True)
+        say(errors, over="latents", ring=ring, **sent)
+    parts = [torch.randn(LOCAL * size, B, n, width) for n, width in ((SHARED * H, K), (H, K), (H, V))]
+    d_out = torch.randn(LOCAL * size, B, SHARED * H * V)
+    whole = [x.clone().requires_grad_() for x in parts]
+    want = shared_heads(SimpleNamespace(size=lambda: 1))(*whole)
+    d_want = torch.autograd.grad((want * d_out).sum(), whole)
+    for ring in (True, False):
+        sent.update(forward=0, backward=0)
+        phase = "forward"
+        mine = [x[here].clone().requires_grad_() for x in parts]
+        out = shared_heads(dist.group.WORLD, "p2p" if ring else "all_gather")(*mine)
+        phase = "backward"
+        d_mine = torch.autograd.grad((out * d_out[here]).sum(), mine)
+        errors = [error(out, want[here]), *(error(d, w[here]) for d, w in zip(d_mine, d_want, strict=True))]
+        say(errors, over="keys and values", ring=ring, **sent)
     dist.destroy_process_group()
 
 

@@ -11,15 +11,19 @@ from hylo_megatron.layers import latent_ring
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_ring_and_gather_are_exact_and_send_latents_only(ranks):
+def test_ring_and_gather_are_exact_and_send_what_heads_share_only(ranks):
     run = helpers.torchrun(shapes.__file__, processes=ranks)
     assert run.returncode == 0, run.stderr[-3000:]
-    ring, gather = (json.loads(line) for line in run.stdout.splitlines() if line.startswith("{"))
-    assert ring["ring"] and not gather["ring"]
-    assert max(ring["error"], gather["error"]) < 5e-6
-    latents = shapes.LOCAL * shapes.B * (shapes.R + shapes.P)
-    assert ring["forward"] == (ranks - 1) * latents
-    assert ring["backward"] == (ranks - 1) * latents + ranks * latents  # the latents again, and their gradients home
+    lines = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
+    assert [(line["over"], line["ring"]) for line in lines] == [
+        (over, ring) for over in ("latents", "keys and values") for ring in (True, False)
+    ]
+    assert max(line["error"] for line in lines) < 5e-6
+    widths = {"latents": shapes.R + shapes.P, "keys and values": shapes.H * (shapes.K + shapes.V)}
+    for line in lines[::2]:
+        held = shapes.LOCAL * shapes.B * widths[line["over"]]
+        assert line["forward"] == (ranks - 1) * held
+        assert line["backward"] == (ranks - 1) * held + ranks * held  # once more, and their gradients home
 
 
 @pytest.mark.parametrize("causal, keys", [(True, 12), (False, 12), (False, 6)])

@@ -127,10 +127,9 @@ MIXERS = {"mla": mla, "gdn": gdn, "mamba2": mamba2}
 
 def teacher_work(arch: Architecture, at: Share) -> int:
     """A Transformer layer without a backward pass: x and its norm beside gate, up and their product, or beside q, k
-    and v, rotated, and the output. Context parallelism gathers keys and values, and masks them: a byte a pair of
-    positions (and scores, which are not counted, where torch has no fused kernel for masked grouped heads)."""
-    tp, cp = at.layout.tp, at.layout.cp
-    heads, keys = arch.num_attention_heads / tp, arch.num_key_value_heads / tp
-    attention = at.inner((3 * heads + 2 * (1 + cp) * keys) * arch.head_dim)
-    mask = at.length**2 * cp if cp > 1 else 0
-    return 2 * at.outer(arch.hidden_size) + max(at.inner(3 * arch.intermediate_size / tp), attention + mask)
+    and v, rotated, and the output. Context parallelism: keys and values at hand, joined and coming, those of a rank
+    written out for every head, and outputs of this rank and of all so far (fp32), scaled and added."""
+    tp, heads, keys = at.layout.tp, arch.num_attention_heads, arch.num_key_value_heads
+    tensors = 10 * heads + 6 * keys if at.layout.cp > 1 else 3 * heads + 4 * keys
+    attention = at.inner(tensors * arch.head_dim / tp)
+    return 2 * at.outer(arch.hidden_size) + max(at.inner(3 * arch.intermediate_size / tp), attention)
