@@ -35,13 +35,13 @@ class FreshStates:
 
     def build(self, common_prefix_len, common_attn_metadata, *args, **kwargs):
         m = common_attn_metadata
-        first = m.seq_lens_cpu_upper_bound == 1
-        if first.any():
+        first = (m.seq_lens_cpu_upper_bound == 1).nonzero()[:, 0]
+        if len(first):
             mode = self.vllm_config.cache_config.mamba_cache_mode
             slots = mamba_get_block_table_tensor(m.block_table_tensor, m.seq_lens, self.kv_cache_spec, mode)[:, 0]
-            self.clear(slots[first.nonzero()[:, 0].to(slots.device)])
+            self.clear(slots[first.to(slots.device)])
             if m.is_prefilling is not None:
-                m = m.replace(is_prefilling=m.is_prefilling & ~first[: len(m.is_prefilling)])
+                m = m.replace(is_prefilling=m.is_prefilling.index_fill(0, first, False))
         return super().build(common_prefix_len, m, *args, **kwargs)
 
     def clear(self, slots) -> None:

@@ -44,3 +44,7 @@ def test_first_tokens_are_decoded_from_zeros():
         kept = [1, 1, 1, 1, 1, 1] if name == "other" else [1, 1, 0, 1, 0, 1]
         assert all(state.flatten(1).amax(1).tolist() == kept for state in layer.kv_cache)
     assert builder.build(0, metadata.replace(seq_lens_cpu_upper_bound=lengths + 1)).is_prefilling[1]
+    unpadded = builder.build(
+        0, metadata.replace(seq_lens_cpu_upper_bound=lengths[:4])
+    )  # as the V2 model runner gives it
+    assert unpadded.is_prefilling.tolist() == built.is_prefilling.tolist()
