@@ -2,6 +2,7 @@
 
 MLA's latents (R + P values a token, shared by all heads) travel, not the keys and values made from them: by
 all-gather, or around a ring that never holds more than two ranks' latents. One function for both, exact both ways.
+Keys and values that several heads share go the same way (``core_attention.py``).
 
 Zig-zag balance: rank r of n holds chunks r and 2n-1-r of 2n. Against rank s's keys its queries see: all that is not
 ahead (s = r, causal); the first half of the keys (s < r); or its second half sees all keys (s > r). So every block is
