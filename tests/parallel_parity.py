@@ -277,6 +277,7 @@ def main(work: Path, launch: str) -> None:
         if dist.get_rank() == 0:
             torch.save(result, work / f"{cell.name}.pt")
             print(f"done {cell.name}", flush=True)
+    helpers.end_processes()
 
 
 if __name__ == "__main__":

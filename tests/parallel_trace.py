@@ -9,6 +9,7 @@ from pathlib import Path
 
 import parallel_parity as parity
 import torch.distributed as dist
+import train_helpers as helpers
 from megatron.core import parallel_state
 
 from hylo_megatron.distill import teacher_fed
@@ -45,7 +46,8 @@ def main(work: Path) -> None:
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, {"stage": stage, "events": events, "receivers": sorted(receivers)})
     if dist.get_rank() == 0:
-        print(json.dumps(everyone))
+        print(json.dumps(everyone), flush=True)
+    helpers.end_processes()
 
 
 if __name__ == "__main__":

@@ -76,6 +76,12 @@ def close_groups() -> None:
     gc.collect()  # models hold on to them
 
 
+def end_processes() -> None:
+    """Of a torchrun: a group's thread that is still there when the interpreter ends may abort the process."""
+    close_groups()
+    torch.distributed.destroy_process_group()
+
+
 def torchrun(*argv, processes: int = 2, timeout: float = 600) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     return subprocess.run([*command, *map(str, argv)], env=environment(), capture_output=True, text=True,
