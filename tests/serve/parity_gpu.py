@@ -44,7 +44,7 @@ def random_case(work: Path, case: str) -> tuple[Path, list[list[int]]]:
     return folder, [prompt(length, i) for i, length in enumerate(LENGTHS)]
 
 
-def main(work: Path, cases: list[str], twice: bool, engine: dict) -> None:
+def main(work: Path, cases: list[str], twice: bool, poison: bool, engine: dict) -> None:
     work.mkdir(parents=True, exist_ok=True)
     for case in cases:
         if Path(case).is_dir():
@@ -55,12 +55,13 @@ def main(work: Path, cases: list[str], twice: bool, engine: dict) -> None:
             folder, prompts = random_case(work, case)
             longest = 20480
         prompts += prompts if twice else []
-        got = generate(work, folder, prompts, TOKENS, env={"VLLM_USE_FLASHINFER_SAMPLER": "0"},
+        got = generate(work, folder, prompts, TOKENS, poison, env={"VLLM_USE_FLASHINFER_SAMPLER": "0"},
                        **{**ENGINE, "max_model_len": longest, **engine})  # fmt: skip
+        prompts, answers = prompts * (1 + poison), got["answers"] + (got["again"] or [])
         exact, half = (HyLoForCausalLM.from_pretrained(folder, dtype=dtype).cuda().eval()
                        for dtype in (torch.float32, torch.bfloat16))  # fmt: skip
         gaps = {"vllm, of fp32": [], "vllm, of bf16": [], "transformers' bf16, of fp32": []}
-        for given, answer in zip(prompts, got["answers"], strict=True):
+        for given, answer in zip(prompts, answers, strict=True):
             tokens = [token for token, _ in answer]
             fp32, bf16 = (log_probabilities(model, given + tokens, TOKENS) for model in (exact, half))
             found = behind(fp32, tokens), behind(bf16, tokens), behind(fp32, bf16.argmax(-1).tolist())
@@ -85,5 +86,6 @@ if __name__ == "__main__":
                         default=["native:gdn", "llama-1b:gdn", "llama-3b:mamba2", "qwen3-1.7b:gdn:norms"])  # fmt: skip
     parser.add_argument("--engine", type=json.loads, default={}, help="JSON of more arguments of vllm.LLM")
     parser.add_argument("--twice", action="store_true", help="every prompt twice, for prefix caching")
+    parser.add_argument("--poison", action="store_true", help="all prompts once more, after NaN in every cache")
     known = parser.parse_args()
-    main(known.work, known.cases, known.twice, known.engine)
+    main(known.work, known.cases, known.twice, known.poison, known.engine)

@@ -1,9 +1,13 @@
-"""Requests that begin with a single token start from states of zeros (versions.py)."""
+"""What the plugin adds to older engines (versions.py): above all, first tokens start from states of zeros."""
 
 from types import SimpleNamespace
 
+import pytest
 import torch
+from vllm.model_executor.layers.mamba import ops
 
+from hylo_megatron.vllm import versions
+from hylo_megatron.vllm.linear_blocks import HyLoGatedDeltaNet, HyLoMamba2
 from hylo_megatron.vllm.versions import FreshStates
 
 
@@ -48,3 +52,23 @@ def test_first_tokens_are_decoded_from_zeros():
         0, metadata.replace(seq_lens_cpu_upper_bound=lengths[:4])
     )  # as the V2 model runner gives it
     assert unpadded.is_prefilling.tolist() == built.is_prefilling.tolist()
+
+
+@pytest.mark.parametrize("block", [HyLoGatedDeltaNet, HyLoMamba2])
+def test_both_linear_blocks_have_such_a_builder(block):
+    builder = block.get_attn_backend(None).get_builder_cls()
+    assert builder.build is FreshStates.build and builder.supports_update_block_table is False
+
+
+@pytest.mark.parametrize("hopper, mended, left", [(True, False, [1, 2, 3]), (True, True, [0, 1, 2, 3]),
+                                                  (False, False, [0, 1, 2, 3])])  # fmt: skip
+def test_racy_tilings_of_the_scan_are_left_out_on_hopper(monkeypatch, hopper, mended, left):
+    tilings = [(2, 4, 64), (1, 4, 64), (2, 2, 64), (2, 8, 32)]  # stages, warps, rows
+    configs = [SimpleNamespace(num_stages=s, num_warps=w, kwargs={"BLOCK_SIZE_M": m}) for s, w, m in tilings]
+    scan = SimpleNamespace(_chunk_scan_fwd_kernel=SimpleNamespace(configs=configs))
+    if mended:
+        scan._drop_racy_wgmma_configs = None
+    monkeypatch.setattr(ops, "ssd_chunk_scan", scan, raising=False)
+    monkeypatch.setattr(versions, "current_platform", SimpleNamespace(is_device_capability=lambda _: hopper))
+    versions.sound_chunk_scan()
+    assert scan._chunk_scan_fwd_kernel.configs == [configs[i] for i in left]
