@@ -1,6 +1,7 @@
 """What vLLM is told of a hybrid: its geometry as the engine runs it, and settings that fit it."""
 
 import os
+from importlib.util import find_spec
 
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
@@ -19,6 +20,7 @@ GEOMETRY_OF = "HYLO_SERVE_GEOMETRY"
 WORKSPACE = 4 << 30  # bytes
 SPLITS, SPLITS_SPACE = 128, 1 << 30  # about a GPU's multiprocessors; bytes
 FP8_ROW = 576  # 512 + 64
+FLASHINFER_HEAD = 128
 MAMBA_CHUNK = 256  # vLLM's default for a config without the field is Mamba-1's
 
 
@@ -79,8 +81,8 @@ class EngineSettings(VerifyAndUpdateConfig):
         if current_platform.is_cpu():  # vLLM takes it back for latents on a CPU, but too late for its block sizes
             cache.enable_prefix_caching = False
         if isinstance(vllm_config.additional_config, dict):
-            # FlashInfer's takes heads of 128 only, which vLLM does not check, and may be there without its kernel.
-            vllm_config.additional_config.setdefault("gdn_prefill_backend", "triton")
+            kernel = prompt_kernel(vllm_config.model_config.hf_config)
+            vllm_config.additional_config.setdefault("gdn_prefill_backend", kernel)
         # Products padded to aligned widths have padded rows, which the next compiled piece does not expect: Mamba-2's
         # projection with heads that are no multiple of 8 on a rank gave wrong tokens.
         vllm_config.compilation_config.inductor_compile_config.setdefault("shape_padding", False)
@@ -89,6 +91,14 @@ class EngineSettings(VerifyAndUpdateConfig):
             limit_requests(vllm_config)
             spread_attention(vllm_config)
             refuse_fp8(vllm_config)
+
+
+def prompt_kernel(config: HyLoConfig) -> str:
+    """Gated DeltaNet's for prompts: what vLLM prefers, FlashInfer's on Hopper, where that takes these heads and is
+    there. vLLM checks neither, and fails at the first request."""
+    heads = {config.linear_key_head_dim, config.linear_value_head_dim}
+    there = all(find_spec(name) for name in ("flashinfer", "cutlass"))
+    return "auto" if heads == {FLASHINFER_HEAD} and there else "triton"
 
 
 def limit_requests(vllm_config) -> None:

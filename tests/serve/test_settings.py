@@ -1,25 +1,31 @@
 """Settings of the engine that the plugin changes, for a GPU (vllm/config.py)."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 from folders import GEOMETRIES, SMALL, sizes
 
+from hylo_megatron.config import GDNGeometry
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.hf import HyLoConfig
+from hylo_megatron.vllm import config as plugin
 from hylo_megatron.vllm.config import EngineSettings, apply
 
+NATIVE = GEOMETRIES["native"]
 
-def settings(monkeypatch, requests=1024, dtype="auto", backend=None, splits=32, norms=False) -> SimpleNamespace:
+
+def settings(monkeypatch, requests=1024, dtype="auto", backend=None, splits=32, norms=False,
+             geometry=NATIVE, **more) -> SimpleNamespace:  # fmt: skip
     """As the plugin leaves them for 24 heads of Llama-3.2-3B's native size."""
     monkeypatch.setenv("HYLO_SERVE_GEOMETRY", "gpu")
     shape = SMALL | dict(num_attention_heads=24, hidden_size=768)
-    config = HyLoConfig(mixers=["gdn", "mla"] * 2, qk_norm=norms, **shape, **sizes(GEOMETRIES["native"]))
+    config = HyLoConfig(mixers=["gdn", "mla"] * 2, qk_norm=norms, **shape, **sizes(geometry))
     apply(config)
     given = SimpleNamespace(
         model_config=SimpleNamespace(hf_config=config), scheduler_config=SimpleNamespace(max_num_seqs=requests),
         cache_config=SimpleNamespace(mamba_ssm_cache_dtype="auto", enable_prefix_caching=True, cache_dtype=dtype),
-        parallel_config=SimpleNamespace(tensor_parallel_size=1), additional_config={},
+        parallel_config=SimpleNamespace(tensor_parallel_size=1), additional_config=more,
         attention_config=SimpleNamespace(flash_attn_max_num_splits_for_cuda_graph=splits, backend=backend),
         compilation_config=SimpleNamespace(inductor_compile_config={}),
     )  # fmt: skip
@@ -49,3 +55,16 @@ def test_states_are_fp32_and_requests_limited(monkeypatch):
     assert found.cache_config.mamba_ssm_cache_dtype == "float32"
     assert 1 < found.scheduler_config.max_num_seqs < 100_000
     assert found.compilation_config.inductor_compile_config["shape_padding"] is False
+
+
+def test_prompts_take_vllms_own_kernel_where_it_fits(monkeypatch):
+    def kernel(key=128, value=128, **more):
+        geometry = replace(NATIVE, gdn=GDNGeometry(2, 4, key, value))
+        return settings(monkeypatch, geometry=geometry, **more).additional_config["gdn_prefill_backend"]
+
+    monkeypatch.setattr(plugin, "find_spec", lambda name: name)
+    assert kernel() == kernel(value=256) == "auto"  # the latter served as twice as many heads of 128
+    assert kernel(64, 64) == kernel(256, 512) == "triton"
+    assert kernel(gdn_prefill_backend="triton") == "triton"  # somebody chose
+    monkeypatch.setattr(plugin, "find_spec", lambda name: None if name == "cutlass" else name)
+    assert kernel() == "triton"

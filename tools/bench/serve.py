@@ -99,31 +99,24 @@ class Engine:
                 first = time.perf_counter()
         return first - started, time.perf_counter() - first
 
-    def profile(self, length: int, steps: int = 16) -> dict:
-        """Where a decoded token's time goes after a prompt of ``length``: ms of each kernel, and of the step."""
-        import torch
+    def profile(self, length: int, steps: int = 16) -> list[dict]:
+        """Where the time of a prompt of ``length`` goes, and of a decoded token after it: ms of each kernel."""
         from vllm import SamplingParams
 
-        engine = self.llm.llm_engine
-        sampling = SamplingParams(temperature=0, max_tokens=2 * steps + 8, ignore_eos=True, detokenize=False)
+        engine, tokens = self.llm.llm_engine, 0
+        sampling = SamplingParams(temperature=0, max_tokens=2 * steps, ignore_eos=True, detokenize=False)
         engine.add_request("profile", {"prompt_token_ids": [3 + i % 500 for i in range(length)]}, sampling)
-        tokens = 0
-        while tokens < steps:  # the prompt, and decoding under way
-            tokens = max([tokens, *(len(output.outputs[0].token_ids) for output in engine.step())])
-        done = tokens + steps
-        activities = torch.profiler.ProfilerActivity
-        device = activities.CUDA if torch.cuda.is_available() else activities.CPU
-        with torch.profiler.profile(activities=[device]) as profile:
-            started = time.perf_counter()
-            while tokens < done:
+
+        def until(count: int) -> None:
+            nonlocal tokens
+            while tokens < count:
                 tokens = max([tokens, *(len(output.outputs[0].token_ids) for output in engine.step())])
-            seconds = time.perf_counter() - started
-        while engine.has_unfinished_requests():
-            engine.step()
-        kernels = sorted(profile.key_averages(), key=lambda event: -event.self_device_time_total)
-        each = {event.key: [event.count / steps, event.self_device_time_total / steps / 1e3] for event in kernels}
-        busy = sum(ms for _, ms in each.values())
-        return dict(length=length, step_ms=1e3 * seconds / steps, kernels_ms=busy, kernels=each)
+
+        found = [dict(of="prompt", length=length, **traced(lambda: until(1), 1))]
+        until(steps // 2)  # decoding is under way
+        found.append(dict(of="token", length=length, **traced(lambda: until(steps + steps // 2), steps)))
+        until(2 * steps)
+        return found
 
     def caches(self) -> dict:
         """The engine's blocks, and tokens that fit when all requests have one length."""
@@ -143,6 +136,21 @@ class Engine:
         return found
 
 
+def traced(run, steps: int) -> dict:
+    """ms of each kernel, and of the clock, a step."""
+    import torch
+
+    activities = torch.profiler.ProfilerActivity
+    device, spent = (activities.CUDA, "device") if torch.cuda.is_available() else (activities.CPU, "cpu")
+    with torch.profiler.profile(activities=[device]) as profile:
+        started = time.perf_counter()
+        run()
+        seconds = time.perf_counter() - started
+    found = [(event, getattr(event, f"self_{spent}_time_total") / steps / 1e3) for event in profile.key_averages()]
+    each = {event.key: [event.count / steps, ms] for event, ms in sorted(found, key=lambda pair: -pair[1])}
+    return dict(step_ms=1e3 * seconds / steps, kernels_ms=sum(ms for _, ms in each.values()), kernels=each)
+
+
 def worker(folder: Path, spec: dict) -> None:
     """A line of JSON for each measurement, as soon as it is there."""
 
@@ -156,15 +164,15 @@ def worker(folder: Path, spec: dict) -> None:
     for length in spec["lengths"]:
         first, rest = engine.run([length], DECODED)
         say(what="latency", length=length, first_token=first, per_token=rest / (DECODED - 1))
-    if spec["concurrent"]:  # kernels of steps with prompts and decoded tokens together
-        engine.run([min(n for n, _ in spec["concurrent"])] * max(n for _, n in spec["concurrent"]), 8)
     for length, requests in spec["concurrent"]:
+        engine.run([length] * min(requests, 16), 8)  # kernels of steps with prompts and decoded tokens together
         first, rest = engine.run([length] * requests, DECODED)
         total = requests * (length + DECODED)
         speeds = dict(tokens_per_s=total / (first + rest), decoded_per_s=requests * (DECODED - 1) / rest)
         say(what="throughput", length=length, requests=requests, seconds=first + rest, **speeds)
     if spec["profile"]:
-        say(what="profile", **engine.profile(spec["lengths"][0]))
+        for found in engine.profile(spec["lengths"][0]):
+            say(what="profile", **found)
 
 
 # ---- both ----
@@ -268,7 +276,7 @@ def table(result: dict) -> str:
             elif line["what"] == "profile":
                 top = ", ".join(f"{ms:.3f} {key[:40]}" for key, (_, ms) in list(line["kernels"].items())[:6])
                 lines.append(
-                    f"{name}: a token's step {line['step_ms']:.2f} ms, kernels {line['kernels_ms']:.2f}: {top}"
+                    f"{name}: a {line['of']}'s time {line['step_ms']:.2f} ms, kernels {line['kernels_ms']:.2f}: {top}"
                 )
             else:
                 lines.append(f"{name} {line['requests']} x {line['length']:,}: {line['tokens_per_s']:,.0f} tokens/s")
@@ -307,7 +315,7 @@ def main() -> None:
                         help="LENGTHxREQUESTS")  # fmt: skip
     parser.add_argument("--models", nargs="+", choices=("hybrid", "base"), default=["hybrid", "base"])
     parser.add_argument("--engine", type=json.loads, default={}, help="JSON of more arguments of vllm.LLM")
-    parser.add_argument("--profile", action="store_true", help="kernels of a decoded token, at the first length")
+    parser.add_argument("--profile", action="store_true", help="kernels of a prompt and of a token, first length")
     parser.add_argument("--limit", type=float, default=3600, help="seconds for each model")
     parser.add_argument("--rates", type=float, nargs=2, help="FLOP/s and bytes/s, instead of measuring them")
     known = parser.parse_args()
