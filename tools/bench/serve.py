@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+WORKER = Path(__file__).with_name("serve_one.py")
 sys.path[0] = str(ROOT)
 
 from hylo_megatron.config import Architecture, geometry_preset, parse_plan  # noqa: E402
@@ -31,7 +32,8 @@ SHAPES = {  # layers, hidden, intermediate, heads, key-value heads, head dimensi
     "qwen1p7b": (28, 2048, 6144, 16, 8, 128, 151936, True),
     "tiny": (4, 128, 256, 2, 1, 64, 512, True),
 }
-DECODED = 65
+PAIRS = ["2048x1", "2048x16", "2048x64", "32768x1", "32768x16", "32768x64"]
+ROOM = 128  # for decoded tokens
 
 
 def architectures(shape: str, plan: str, longest: int) -> dict[str, Architecture]:
@@ -63,119 +65,6 @@ def write_config(folder: Path, arch: Architecture) -> None:
         config = LlamaConfig(**values, num_hidden_layers=arch.num_layers, architectures=["LlamaForCausalLM"])
     config.dtype = "bfloat16"
     config.save_pretrained(folder)
-
-
-# ---- one model, in a process of its own ----
-
-
-class Engine:
-    def __init__(self, folder: Path, longest: int, options: dict):
-        from vllm import LLM
-
-        started = time.perf_counter()
-        self.llm = LLM(
-            model=str(folder), load_format="dummy", skip_tokenizer_init=True, max_model_len=longest, seed=0,
-            enable_prefix_caching=False, **options,
-        )  # fmt: skip
-        self.load_seconds, self.count = time.perf_counter() - started, 0
-
-    def run(self, prompts: list[int], tokens: int) -> tuple[float, float]:
-        """Seconds to the first token of all ``prompts`` (lengths), and from there to the last one."""
-        from vllm import SamplingParams
-
-        engine = self.llm.llm_engine
-        sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-        waiting = set()
-        for length in prompts:
-            self.count += 1
-            waiting.add(str(self.count))
-            ids = [3 + (i * 7919 + self.count) % 500 for i in range(length)]
-            engine.add_request(str(self.count), {"prompt_token_ids": ids}, sampling)
-        started, first = time.perf_counter(), None
-        while engine.has_unfinished_requests():
-            for output in engine.step():
-                waiting.discard(output.request_id)
-            if first is None and not waiting:
-                first = time.perf_counter()
-        return first - started, time.perf_counter() - first
-
-    def profile(self, length: int, steps: int = 16) -> list[dict]:
-        """Where the time of a prompt of ``length`` goes, and of a decoded token after it: ms of each kernel."""
-        from vllm import SamplingParams
-
-        engine, tokens = self.llm.llm_engine, 0
-        sampling = SamplingParams(temperature=0, max_tokens=2 * steps, ignore_eos=True, detokenize=False)
-        engine.add_request("profile", {"prompt_token_ids": [3 + i % 500 for i in range(length)]}, sampling)
-
-        def until(count: int) -> None:
-            nonlocal tokens
-            while tokens < count:
-                tokens = max([tokens, *(len(output.outputs[0].token_ids) for output in engine.step())])
-
-        found = [dict(of="prompt", length=length, **traced(lambda: until(1), 1))]
-        until(steps // 2)  # decoding is under way
-        found.append(dict(of="token", length=length, **traced(lambda: until(steps + steps // 2), steps)))
-        until(2 * steps)
-        return found
-
-    def caches(self) -> dict:
-        """The engine's blocks, and tokens that fit when all requests have one length."""
-        config = self.llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config
-        bytes_ = sum(tensor.size for tensor in config.kv_cache_tensors)
-        found = {"cache_bytes": bytes_, "blocks": config.num_blocks, "tokens": {}}
-        for length in (2048, 32768, 1 << 20):
-            blocks = 0
-            for group in config.kv_cache_groups:
-                state = "Mamba" in type(group.kv_cache_spec).__name__
-                blocks += 1 if state else -(-length // group.kv_cache_spec.block_size)
-            requests = (config.num_blocks - 1) // blocks
-            found["tokens"][length] = requests * length
-            found.setdefault("bytes_per_token", {})[length] = bytes_ / max(1, requests * length)
-            found.setdefault("requests", {})[length] = requests
-        found["block_size"] = [g.kv_cache_spec.block_size for g in config.kv_cache_groups]
-        return found
-
-
-def traced(run, steps: int) -> dict:
-    """ms of each kernel, and of the clock, a step."""
-    import torch
-
-    activities = torch.profiler.ProfilerActivity
-    device, spent = (activities.CUDA, "device") if torch.cuda.is_available() else (activities.CPU, "cpu")
-    with torch.profiler.profile(activities=[device]) as profile:
-        started = time.perf_counter()
-        run()
-        seconds = time.perf_counter() - started
-    found = [(event, getattr(event, f"self_{spent}_time_total") / steps / 1e3) for event in profile.key_averages()]
-    each = {event.key: [event.count / steps, ms] for event, ms in sorted(found, key=lambda pair: -pair[1])}
-    return dict(step_ms=1e3 * seconds / steps, kernels_ms=sum(ms for _, ms in each.values()), kernels=each)
-
-
-def worker(folder: Path, spec: dict) -> None:
-    """A line of JSON for each measurement, as soon as it is there."""
-
-    def say(**values) -> None:
-        with (folder / "measured.jsonl").open("a") as file:
-            print(json.dumps(values), file=file)
-
-    engine = Engine(folder, max(spec["lengths"]) + DECODED + 16, spec["engine"])
-    say(what="engine", load_seconds=engine.load_seconds, **engine.caches())
-    engine.run([spec["lengths"][0]], DECODED)  # compiles what is left to compile
-    for length in spec["lengths"]:
-        first, rest = engine.run([length], DECODED)
-        say(what="latency", length=length, first_token=first, per_token=rest / (DECODED - 1))
-    for length, requests in spec["concurrent"]:
-        engine.run([length] * min(requests, 16), 8)  # kernels of steps with prompts and decoded tokens together
-        first, rest = engine.run([length] * requests, DECODED)
-        total = requests * (length + DECODED)
-        speeds = dict(tokens_per_s=total / (first + rest), decoded_per_s=requests * (DECODED - 1) / rest)
-        say(what="throughput", length=length, requests=requests, seconds=first + rest, **speeds)
-    if spec["profile"]:
-        for found in engine.profile(spec["lengths"][0]):
-            say(what="profile", **found)
-
-
-# ---- both ----
 
 
 def rates() -> dict:
@@ -246,10 +135,10 @@ def measure(name: str, folder: Path, spec: dict, limit: float) -> list[dict]:
     (folder / "measured.jsonl").unlink(missing_ok=True)
     (folder / "spec.json").write_text(json.dumps(spec))
     env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0",
-           "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1", **os.environ}  # fmt: skip
+           **os.environ}  # fmt: skip
     with (folder / "log.txt").open("w") as log:
         try:
-            code = subprocess.run([sys.executable, __file__, "--worker", str(folder)], stdout=log, stderr=log, env=env,
+            code = subprocess.run([sys.executable, str(WORKER), str(folder)], stdout=log, stderr=log, env=env,
                                   timeout=limit).returncode  # fmt: skip
         except subprocess.TimeoutExpired:
             code = "time was up"
@@ -273,6 +162,8 @@ def table(result: dict) -> str:
                     f" {low['first_token']:.3f}), a token {1e3 * line['per_token']:.2f} ms"
                     f" (floor {1e3 * low['per_token']:.2f})"
                 )
+            elif line["what"] == "too long":
+                lines.append(f"{name} {line['length']:>9,}: does not fit, {line['fits']:,} do")
             elif line["what"] == "profile":
                 top = ", ".join(f"{ms:.3f} {key[:40]}" for key, (_, ms) in list(line["kernels"].items())[:6])
                 lines.append(
@@ -306,23 +197,19 @@ def plot(result: dict, path: Path) -> None:
 @command_line
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--shape", choices=SHAPES, default="llama3b")
     parser.add_argument("--plan", default="6MLA22GDN")
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 65536, 262144, 1048576, 2097152])
-    parser.add_argument("--concurrent", nargs="*", default=["2048x1", "2048x16", "2048x64", "32768x1", "32768x16"],
-                        help="LENGTHxREQUESTS")  # fmt: skip
+    parser.add_argument("--concurrent", nargs="*", default=PAIRS, help="LENGTHxREQUESTS")
     parser.add_argument("--models", nargs="+", choices=("hybrid", "base"), default=["hybrid", "base"])
     parser.add_argument("--engine", type=json.loads, default={}, help="JSON of more arguments of vllm.LLM")
     parser.add_argument("--profile", action="store_true", help="kernels of a prompt and of a token, first length")
     parser.add_argument("--limit", type=float, default=3600, help="seconds for each model")
     parser.add_argument("--rates", type=float, nargs=2, help="FLOP/s and bytes/s, instead of measuring them")
     known = parser.parse_args()
-    if known.worker:
-        return worker(known.worker, json.loads((known.worker / "spec.json").read_text()))
     rate = dict(zip(("flops", "bytes"), known.rates, strict=True)) if known.rates else rates()
-    both = architectures(known.shape, known.plan, max(known.lengths) + DECODED + 16)
+    both = architectures(known.shape, known.plan, max(known.lengths) + ROOM)
     engine = {"gpu_memory_utilization": 0.9, "max_num_batched_tokens": 16384, **known.engine}
     pairs = [tuple(int(n) for n in pair.split("x")) for pair in known.concurrent]
     spec = dict(lengths=known.lengths, concurrent=pairs, engine=engine, profile=known.profile)

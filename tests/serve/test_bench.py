@@ -1,0 +1,34 @@
+"""tools/bench/serve.py on a CPU: everything that it measures, for two small models."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "bench" / "serve.py"
+ENGINE = json.dumps(dict(max_num_batched_tokens=2048, max_num_seqs=4, enforce_eager=True, gpu_memory_utilization=0.2))
+
+
+@pytest.mark.slow
+def test_hybrid_and_base_side_by_side(tmp_path):
+    arguments = ["--shape", "tiny", "--plan", "2MLA2GDN", "--lengths", "64", "2000000", "--concurrent", "32x2",
+                 "--rates", "1e12", "1e10", "--profile", "--engine", ENGINE]  # fmt: skip
+    env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
+    done = subprocess.run(
+        [sys.executable, SCRIPT, "--out", tmp_path, *arguments], env=env, capture_output=True, text=True
+    )
+    logs = [path.read_text()[-3000:] for path in tmp_path.glob("*/log.txt")]
+    assert done.returncode == 0, done.stderr + "\n".join(logs)
+    for name, found in json.loads((tmp_path / "serve.json").read_text())["models"].items():
+        expected = ["engine", "latency", "too long", "throughput", "profile", "profile"]
+        assert [line["what"] for line in found] == expected, logs
+        engine, latency, long, throughput, prompt, token = found
+        assert engine["tokens"]["2048"] > 2048 and long["fits"] < 2000000
+        assert latency["first_token"] > latency["floor"]["first_token"] > 0
+        assert latency["per_token"] > latency["floor"]["per_token"] > 0
+        assert throughput["tokens_per_s"] > throughput["decoded_per_s"] / 2 > 0
+        assert prompt["kernels_ms"] > 0 and token["step_ms"] > 0
+        assert f"{name} 2,000,000: does not fit" in done.stdout
