@@ -8,17 +8,21 @@ and that share for transformers' own bf16: close calls any bf16 loses, and rando
 import argparse
 import json
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from folders import log_probabilities, prompt, write_folder
+from folders import GEOMETRIES, log_probabilities, prompt, write_folder
 from generate import generate
 
+from hylo_megatron.config import GDNGeometry
 from hylo_megatron.hf import HyLoForCausalLM
 
 ROOT = Path(__file__).resolve().parents[2]
 LENGTHS = [1, 2, 5, 63, 64, 65, 129, 1000, 4095, 4097, 7900, 20000, *(37 * i % 1900 + 1 for i in range(52))]
 TOKENS, TIE = 64, 1e-3
+# Heads as the native geometry has them for 128-wide attention: FlashInfer's kernel for prompts takes these.
+GEOMETRIES["native-128"] = replace(GEOMETRIES["native"], gdn=GDNGeometry(3, 6, 128, 128))
 ENGINE = dict(dtype="bfloat16", max_num_seqs=16, max_num_batched_tokens=4096, gpu_memory_utilization=0.3,
               kv_cache_memory_bytes=8 << 30)  # fmt: skip
 
@@ -83,7 +87,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
     parser.add_argument("cases", nargs="*", metavar="CASE",
-                        default=["native:gdn", "llama-1b:gdn", "llama-3b:mamba2", "qwen3-1.7b:gdn:norms"])  # fmt: skip
+                        default=["native:gdn", "native-128:gdn", "llama-1b:gdn", "llama-3b:mamba2",
+                                 "qwen3-1.7b:gdn:norms"])  # fmt: skip
     parser.add_argument("--engine", type=json.loads, default={}, help="JSON of more arguments of vllm.LLM")
     parser.add_argument("--twice", action="store_true", help="every prompt twice, for prefix caching")
     parser.add_argument("--poison", action="store_true", help="all prompts once more, after NaN in every cache")

@@ -32,3 +32,4 @@ def test_hybrid_and_base_side_by_side(tmp_path):
         assert throughput["tokens_per_s"] > throughput["decoded_per_s"] / 2 > 0
         assert prompt["kernels_ms"] > 0 and token["step_ms"] > 0
         assert f"{name} 2,000,000: does not fit" in done.stdout
+    assert (tmp_path / "serve.png").exists() or "no serve.png: it needs matplotlib" in done.stdout

@@ -175,12 +175,13 @@ def table(result: dict) -> str:
 
 
 def plot(result: dict, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.5))
+    """Times over lengths, where matplotlib is."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return print(f"no {path.name}: it needs matplotlib (pip install matplotlib)")
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    axes = figure.subplots(1, 2)
     for name, found in result["models"].items():
         points = [line for line in found if line["what"] == "latency"]
         for axis, key, scale in ((axes[0], "first_token", 1), (axes[1], "per_token", 1e3)):
@@ -190,7 +191,6 @@ def plot(result: dict, path: Path) -> None:
     for axis, title in zip(axes, ("time to first token, s", "time per output token, ms"), strict=True):
         axis.set(title=title, xlabel="tokens in the prompt (dotted: floor)")
         axis.legend()
-    figure.tight_layout()
     figure.savefig(path, dpi=120)
 
 
