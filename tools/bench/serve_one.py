@@ -6,9 +6,8 @@ import sys
 import time
 from pathlib import Path
 
-sys.path[0] = str(
-    Path(__file__).resolve().parents[2]
-)  # this folder's kernels.py is not the package that vLLM looks for
+# Not this folder: its kernels.py would be taken for the package of that name, for which vLLM looks.
+sys.path[0] = str(Path(__file__).resolve().parents[2])
 DECODED = 65
 
 
