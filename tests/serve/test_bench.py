@@ -14,7 +14,7 @@ ENGINE = json.dumps(dict(max_num_batched_tokens=2048, max_num_seqs=4, enforce_ea
 
 @pytest.mark.slow
 def test_hybrid_and_base_side_by_side(tmp_path):
-    arguments = ["--shape", "tiny", "--plan", "2MLA2GDN", "--lengths", "64", "2000000", "--concurrent", "32x2",
+    arguments = ["--shape", "tiny", "--plan", "2MLA2GDN", "--lengths", "64", "2000000", "--concurrent", "32x2", "32x6",
                  "--rates", "1e12", "1e10", "--profile", "--engine", ENGINE]  # fmt: skip
     env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
     done = subprocess.run(
@@ -23,13 +23,27 @@ def test_hybrid_and_base_side_by_side(tmp_path):
     logs = [path.read_text()[-3000:] for path in tmp_path.glob("*/log.txt")]
     assert done.returncode == 0, done.stderr + "\n".join(logs)
     for name, found in json.loads((tmp_path / "serve.json").read_text())["models"].items():
-        expected = ["engine", "latency", "too long", "throughput", "profile", "profile"]
+        expected = ["engine", "latency", "too long", "throughput", "throughput", "profile", "profile"]
         assert [line["what"] for line in found] == expected, logs
-        engine, latency, long, throughput, prompt, token = found
+        engine, latency, long, two, six, prompt, token = found
         assert engine["tokens"]["2048"] > 2048 and long["fits"] < 2000000
         assert latency["first_token"] > latency["floor"]["first_token"] > 0
         assert latency["per_token"] > latency["floor"]["per_token"] > 0
-        assert throughput["tokens_per_s"] > throughput["decoded_per_s"] / 2 > 0
+        assert two["tokens_per_s"] == pytest.approx(2 * (32 + 65) / two["seconds"])
+        # four run at once, and are done when the others' prompts are
+        assert two["decoded"] == six["decoded"] == 2 * 64 and six["decoded_per_s"] > six["decoded"] / six["seconds"]
         assert prompt["kernels_ms"] > 0 and token["step_ms"] > 0
         assert f"{name} 2,000,000: does not fit" in done.stdout
-    assert (tmp_path / "serve.png").exists() or "no serve.png: it needs matplotlib" in done.stdout
+    assert (tmp_path / "serve.png").exists() or "no serve.png: matplotlib is needed" in done.stdout
+
+
+@pytest.mark.parametrize(("arguments", "says"), [
+    (["--concurrent", "2048"], "invalid pair value: '2048'"),
+    ([], "required: --out"),
+    (["--engine", '{"no_such_argument": 1}'], "hybrid ended with 1: "),
+])  # fmt: skip
+def test_bad_input_gets_a_line(tmp_path, arguments, says):
+    given = ["--shape", "tiny", "--plan", "2MLA2GDN", "--rates", "1e12", "1e10", "--models", "hybrid", *arguments]
+    given += ["--out", tmp_path] if arguments else []
+    done = subprocess.run([sys.executable, SCRIPT, *given], capture_output=True, text=True)
+    assert done.returncode and says in done.stderr and "Traceback" not in done.stderr

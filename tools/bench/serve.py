@@ -23,6 +23,7 @@ sys.path[0] = str(ROOT)
 
 from hylo_megatron.config import Architecture, geometry_preset, parse_plan  # noqa: E402
 from hylo_megatron.errors import HyLoError, command_line  # noqa: E402
+from hylo_megatron.evaluate.plots import new_figure  # noqa: E402
 from hylo_megatron.vllm.geometry import serve  # noqa: E402
 from hylo_megatron.vllm.pages import state_bytes  # noqa: E402
 
@@ -32,7 +33,7 @@ SHAPES = {  # layers, hidden, intermediate, heads, key-value heads, head dimensi
     "qwen1p7b": (28, 2048, 6144, 16, 8, 128, 151936, True),
     "tiny": (4, 128, 256, 2, 1, 64, 512, True),
 }
-PAIRS = ["2048x1", "2048x16", "2048x64", "32768x1", "32768x16", "32768x64"]
+PAIRS = [(length, requests) for length in (2048, 32768) for requests in (1, 16, 64)]
 ROOM = 128  # for decoded tokens
 
 
@@ -130,7 +131,8 @@ def states(arch: Architecture) -> int:
     return linear * state_bytes(served, arch.linear_kind, state_itemsize=4)
 
 
-def measure(name: str, folder: Path, spec: dict, limit: float) -> list[dict]:
+def measure(folder: Path, spec: dict, limit: float) -> tuple[list[dict], str]:
+    """What was measured, and why it ended early, if it did."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "measured.jsonl").unlink(missing_ok=True)
     (folder / "spec.json").write_text(json.dumps(spec))
@@ -140,12 +142,11 @@ def measure(name: str, folder: Path, spec: dict, limit: float) -> list[dict]:
         try:
             code = subprocess.run([sys.executable, str(WORKER), str(folder)], stdout=log, stderr=log, env=env,
                                   timeout=limit).returncode  # fmt: skip
+            failed = f"{folder.name} ended with {code}: {folder / 'log.txt'} says why" if code else ""
         except subprocess.TimeoutExpired:
-            code = "time was up"
-    if code:
-        print(f"{name}: ended with {code} ({folder / 'log.txt'})", flush=True)
+            failed = f"{folder.name} was stopped after {limit:.0f} s (--limit)"
     lines = folder / "measured.jsonl"
-    return [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
+    return [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else [], failed
 
 
 def table(result: dict) -> str:
@@ -177,10 +178,9 @@ def table(result: dict) -> str:
 def plot(result: dict, path: Path) -> None:
     """Times over lengths, where matplotlib is."""
     try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return print(f"no {path.name}: it needs matplotlib (pip install matplotlib)")
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
+        figure = new_figure(9, 3.5)
+    except HyLoError as missing:
+        return print(f"no {path.name}: {missing}")
     axes = figure.subplots(1, 2)
     for name, found in result["models"].items():
         points = [line for line in found if line["what"] == "latency"]
@@ -194,14 +194,20 @@ def plot(result: dict, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def pair(text: str) -> tuple[int, int]:
+    """argparse says "invalid pair value" of what raises here."""
+    length, requests = (int(number) for number in text.split("x"))
+    return length, requests
+
+
 @command_line
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--shape", choices=SHAPES, default="llama3b")
     parser.add_argument("--plan", default="6MLA22GDN")
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 65536, 262144, 1048576, 2097152])
-    parser.add_argument("--concurrent", nargs="*", default=PAIRS, help="LENGTHxREQUESTS")
+    parser.add_argument("--concurrent", type=pair, nargs="*", default=PAIRS, help="LENGTHxREQUESTS")
     parser.add_argument("--models", nargs="+", choices=("hybrid", "base"), default=["hybrid", "base"])
     parser.add_argument("--engine", type=json.loads, default={}, help="JSON of more arguments of vllm.LLM")
     parser.add_argument("--profile", action="store_true", help="kernels of a prompt and of a token, first length")
@@ -211,12 +217,13 @@ def main() -> None:
     rate = dict(zip(("flops", "bytes"), known.rates, strict=True)) if known.rates else rates()
     both = architectures(known.shape, known.plan, max(known.lengths) + ROOM)
     engine = {"gpu_memory_utilization": 0.9, "max_num_batched_tokens": 16384, **known.engine}
-    pairs = [tuple(int(n) for n in pair.split("x")) for pair in known.concurrent]
-    spec = dict(lengths=known.lengths, concurrent=pairs, engine=engine, profile=known.profile)
+    spec = dict(lengths=known.lengths, concurrent=known.concurrent, engine=engine, profile=known.profile)
     result = {"shape": known.shape, "plan": known.plan, "rates": rate, "engine": engine, "models": {}}
+    failures = []
     for name in known.models:
         write_config(known.out / name, both[name])
-        found = measure(name, known.out / name, spec, known.limit)
+        found, failed = measure(known.out / name, spec, known.limit)
+        failures += [failed] if failed else []
         for line in found:
             if line["what"] == "latency":
                 line["floor"] = floors(both[name], line["length"], rate)
@@ -226,6 +233,8 @@ def main() -> None:
         f"products at {rate['flops'] / 1e12:.0f} TFLOP/s, copies at {rate['bytes'] / 1e12:.2f} TB/s\n{table(result)}"
     )
     plot(result, known.out / "serve.png")
+    if failures:
+        raise HyLoError("; ".join(failures))
 
 
 if __name__ == "__main__":

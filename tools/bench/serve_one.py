@@ -23,13 +23,14 @@ class Engine:
         self.load_seconds, self.count = time.perf_counter() - started, 0
         self.longest = self.llm.llm_engine.model_config.max_model_len  # the model's, or what fits into memory
 
-    def run(self, prompts: list[int], tokens: int) -> tuple[float, float]:
-        """Seconds to the first token of all ``prompts`` (lengths), and from there to the last one."""
+    def run(self, prompts: list[int], tokens: int) -> tuple[float, float, int]:
+        """Seconds until all ``prompts`` (lengths) have their first token, from there to the last one, and the tokens
+        decoded in between: early prompts are further by then, or done."""
         from vllm import SamplingParams
 
         engine = self.llm.llm_engine
         sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-        waiting = set()
+        waiting, decoded, early = set(), {}, 0
         for length in prompts:
             self.count += 1
             waiting.add(str(self.count))
@@ -39,9 +40,10 @@ class Engine:
         while engine.has_unfinished_requests():
             for output in engine.step():
                 waiting.discard(output.request_id)
+                decoded[output.request_id] = len(output.outputs[0].token_ids)
             if first is None and not waiting:
-                first = time.perf_counter()
-        return first - started, time.perf_counter() - first
+                first, early = time.perf_counter(), sum(decoded.values())
+        return first - started, time.perf_counter() - first, sum(decoded.values()) - early
 
     def profile(self, length: int, steps: int = 16) -> list[dict]:
         """Where the time of a prompt of ``length`` goes, and of a decoded token after it: ms of each kernel."""
@@ -109,13 +111,13 @@ def main(folder: Path, spec: dict) -> None:
         if length + DECODED > engine.longest:
             say(what="too long", length=length, fits=engine.longest)
             continue
-        first, rest = engine.run([length], DECODED)
+        first, rest, _ = engine.run([length], DECODED)
         say(what="latency", length=length, first_token=first, per_token=rest / (DECODED - 1))
     for length, requests in spec["concurrent"]:
         engine.run([length] * min(requests, 16), 8)  # kernels of steps with prompts and decoded tokens together
-        first, rest = engine.run([length] * requests, DECODED)
+        first, rest, decoded = engine.run([length] * requests, DECODED)
         total = requests * (length + DECODED)
-        speeds = dict(tokens_per_s=total / (first + rest), decoded_per_s=requests * (DECODED - 1) / rest)
+        speeds = dict(tokens_per_s=total / (first + rest), decoded=decoded, decoded_per_s=decoded / rest)
         say(what="throughput", length=length, requests=requests, seconds=first + rest, **speeds)
     if spec["profile"]:
         for found in engine.profile(spec["lengths"][0]):
