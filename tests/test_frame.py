@@ -182,9 +182,14 @@ def project(tmp_path):
     )
     (tmp_path / "status").write_text("0")
 
-    def run(extras="train"):
+    def run(extras="train", first_on_path=""):
+        environment = {**os.environ, "PATH": f"{first_on_path}:{os.environ['PATH']}"}
         done = subprocess.run(
-            ["bash", "tools/make_env.sh", "venv", extras], cwd=tmp_path, capture_output=True, text=True
+            ["bash", "tools/make_env.sh", "venv", extras],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            env=environment,
         )
         calls = tmp_path / "calls"
         return done, len(calls.read_text().splitlines()) if calls.exists() else 0
@@ -204,6 +209,19 @@ def test_a_second_call_does_nothing_until_something_changes(project):
     with open(folder / "setup.py", "a") as setup:
         setup.write("# changed\n")
     assert run("train,dev")[1] == 3
+
+
+def test_a_disk_too_full_is_said_before_the_install(project):
+    folder, run = project
+    (folder / "bin").mkdir()
+    table = "Filesystem 1024-blocks Used Available Capacity Mounted on\\n/dev/vda 9 9 %d 97%% /\\n"
+    executable(folder / "bin/df", f"#!/bin/sh\nprintf '{table}' {3 * 2**20}\n")
+    done, installs = run(first_on_path=folder / "bin")
+    assert (done.returncode, installs) == (1, 0)
+    assert len(done.stderr.splitlines()) == 1 and "which has 3072: free some" in done.stderr
+    executable(folder / "bin/df", f"#!/bin/sh\nprintf '{table}' {6 * 2**20}\n")
+    done, installs = run(first_on_path=folder / "bin")
+    assert (done.returncode, installs) == (0, 1), done.stderr
 
 
 def test_a_failed_install_is_taken_up_again(project):

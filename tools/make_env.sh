@@ -7,9 +7,9 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-version=3.12 before=14 constraints=tools/constraints.txt choice=HYLO_PYTHON
+version=3.12 before=14 constraints=tools/constraints.txt choice=HYLO_PYTHON mib=5500
 case ${2:-} in
-    *serve-cpu*) version=3.11 before=12 constraints=tools/constraints-serve-cpu.txt choice=HYLO_SERVE_PYTHON ;;
+    *serve-cpu*) version=3.11 before=12 constraints=tools/constraints-serve-cpu.txt choice=HYLO_SERVE_PYTHON mib=3800 ;;
 esac
 
 # Every candidate is run, not looked up: `python3.12` can be a pyenv shim that exits 127, Debian's lacks ensurepip.
@@ -85,6 +85,14 @@ if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then # absent, or inte
     "$python" -m venv --clear "$venv"
 elif ! works "$venv/bin/python"; then
     echo "error: $venv has $("$venv/bin/python" -V 2>&1) and $version is needed: remove it or choose another VENV" >&2
+    exit 1
+fi
+
+# Before minutes of installing, not after: pip meets a full disk at its very end. What is there already counts.
+missing=$((mib - $(du -sk "$venv" | awk '{print int($1 / 1024)}')))
+free=$(df -Pk "$venv" | awk 'NR == 2 {print int($4 / 1024)}')
+if [ "$free" -lt "$missing" ]; then
+    echo "error: $venv needs $missing MiB more on its disk, which has $free: free some, or choose another VENV" >&2
     exit 1
 fi
 
