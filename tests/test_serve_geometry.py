@@ -97,8 +97,22 @@ def test_every_tensor_finds_its_place_or_is_an_error():
         assert found["model.layers.3.mixer.A_log"].tolist() == [1, 1, 2, 2]  # a head became two
     with pytest.raises(HyLoError, match="model.layers.0.self_attn.other.weight"):
         list(served_weights([("model.layers.0.self_attn.other.weight", torch.ones(1))], padding, "gdn"))
-    with pytest.raises(HyLoError, match="missing"):
-        list(served_weights(weights[:2], padding, "gdn"))
+
+
+@pytest.mark.parametrize("linear, merged", [
+    ("gdn", ("mlp.gate_proj", "mlp.up_proj")),
+    ("mamba2", ("mlp.gate_proj", "mlp.up_proj")),
+    ("gdn", tuple(f"mixer.{part}_proj" for part in "qkvg")),
+    ("gdn", ("mixer.b_proj", "mixer.a_proj")),
+    ("gdn", tuple(f"mixer.{part}_conv1d" for part in "qkv")),
+])  # fmt: skip
+def test_a_parameter_of_several_tensors_needs_them_all(linear, merged):
+    padding = Padding(SMALL, WIDE, HEADS)
+    weights = [(f"model.layers.3.{name}.weight", torch.ones(2, 4)) for name in merged]
+    assert list(served_weights(weights, padding, linear))
+    for missing, _ in weights:
+        with pytest.raises(HyLoError, match=f"{missing} is missing"):
+            list(served_weights([(name, x) for name, x in weights if name != missing], padding, linear))
 
 
 def test_pages_are_those_that_vllm_reported():

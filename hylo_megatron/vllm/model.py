@@ -27,6 +27,7 @@ from vllm.model_executor.models.utils import (
 from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
+from hylo_megatron.errors import HyLoError
 from hylo_megatron.vllm.config import trained_geometry
 from hylo_megatron.vllm.linear_blocks import linear_block
 from hylo_megatron.vllm.mla import HyLoMLA, Rotation
@@ -113,6 +114,7 @@ class HyLoForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
         self.config = config = vllm_config.model_config.hf_config
+        self.quantized = vllm_config.quant_config is not None
         self.model = HyLoModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         if get_pp_group().is_last_rank:
             self.lm_head = ParallelLMHead(
@@ -172,8 +174,14 @@ class HyLoForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
         for name, tensor, shard in served_weights(weights, padding, config.linear_type):
             if is_pp_missing_parameter(name, self) or (name == "lm_head.weight" and config.tie_word_embeddings):
                 continue
+            if name not in parameters:
+                raise HyLoError(f"{name} is in the folder, and no layer of its config.json has such a parameter")
             parameter = parameters[name]
             load = getattr(parameter, "weight_loader", default_weight_loader)
             load(parameter, tensor, *([] if shard is None else [shard]))
             loaded.add(name)
+        # vLLM overlooks what its linear layers miss. Quantised ones have scales that no folder of ours has.
+        missing = [] if self.quantized else sorted(parameters.keys() - loaded)
+        if missing:
+            raise HyLoError(f"no tensor in the folder for {', '.join(missing[:5])} ({len(missing)} in all)")
         return loaded

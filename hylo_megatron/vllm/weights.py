@@ -102,8 +102,9 @@ TOP = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
 def served_weights(
     weights: Iterable[tuple[str, Tensor]], padding: Padding, linear: str
 ) -> Iterator[tuple[str, Tensor, int | None]]:
-    """``(the engine's name, tensor, shard)`` for each ``(exported name, tensor)``. Raises ``HyLoError`` for others."""
-    rules, convolutions = MAMBA2_RULES if linear == "mamba2" else RULES, {}
+    """``(the engine's name, tensor, shard)`` for each ``(exported name, tensor)``. Raises ``HyLoError`` for names that
+    it does not know, and at the end for missing parts of a parameter that is made of several."""
+    rules, merged = MAMBA2_RULES if linear == "mamba2" else RULES, {}
     for name, tensor in weights:
         if name in TOP:
             yield name, tensor, None
@@ -116,17 +117,25 @@ def served_weights(
         target, shard, method = rules[rest]
         if method:
             tensor = getattr(padding, method)(tensor)
-        target = f"{prefix}{target or rest}"
-        if not isinstance(shard, str):
-            yield target, tensor, shard
+        if shard is None:
+            yield f"{prefix}{target or rest}", tensor, None
             continue
-        parts = convolutions.setdefault(target, {})
-        parts[shard] = tensor
-        if len(parts) == 3:
-            yield target, torch.cat([parts[part] for part in "qkv"]), None
-            del convolutions[target]
-    if convolutions:
-        raise HyLoError(f"{', '.join(convolutions)}: parts of the convolution are missing from the folder")
+        parts = merged.setdefault((prefix, target), {})
+        parts[shard] = tensor if isinstance(shard, str) else None
+        if isinstance(shard, int):
+            yield f"{prefix}{target}", tensor, shard
+        elif len(parts) == 3:
+            yield f"{prefix}{target}", torch.cat([parts.pop(part) for part in "qkv"]), None
+            parts.update(dict.fromkeys("qkv"))
+    _all_parts(merged, rules)
+
+
+def _all_parts(merged: dict, rules: dict) -> None:
+    """The engine takes a merged parameter for loaded when one part came; the others would hold what memory held."""
+    for (prefix, target), parts in merged.items():
+        for rest, (name, shard, _) in rules.items():
+            if name == target and shard not in parts:
+                raise HyLoError(f"{prefix}{rest} is missing from the folder: export it again")
 
 
 def _parts(name: str) -> tuple[str, str]:

@@ -16,13 +16,17 @@ CPU = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF
 
 def generate(work: Path, model: Path, prompts: list[list[int]], tokens: int, poison=False, env=(), **engine) -> dict:
     """``{"answers": [[(token, log probability), ...] for each prompt], "again": the same or None, "log": str}``."""
-    spec = work / f"{model.name}.json"
-    spec.write_text(json.dumps(dict(model=str(model), prompts=prompts, tokens=tokens, poison=poison, engine=engine)))
-    done = subprocess.run([sys.executable, __file__, str(spec)], env={**os.environ, **CPU, **dict(env)},
-                          capture_output=True, text=True, timeout=900)  # fmt: skip
+    done = start(work, model, prompts, tokens, poison, env, **engine)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     answer = next(line for line in done.stdout.splitlines() if line.startswith('{"answers"'))  # vLLM logs there too
     return json.loads(answer) | {"log": done.stdout + done.stderr}
+
+
+def start(work: Path, model: Path, prompts: list, tokens: int, poison=False, env=(), **engine):
+    spec = work / f"{model.name}.json"
+    spec.write_text(json.dumps(dict(model=str(model), prompts=prompts, tokens=tokens, poison=poison, engine=engine)))
+    return subprocess.run([sys.executable, __file__, str(spec)], env={**os.environ, **CPU, **dict(env)},
+                          capture_output=True, text=True, timeout=900)  # fmt: skip
 
 
 def main(spec: dict) -> None:

@@ -1,11 +1,13 @@
 """vLLM's tokens against transformers', in fp32: every published geometry, as a CPU and as a GPU would run it."""
 
+import json
 import os
 
 import pytest
 import torch
 from folders import GEOMETRIES, log_probabilities, prompt, write_folder
-from generate import generate
+from generate import generate, start
+from safetensors.torch import load_file, save_file
 
 from hylo_megatron.hf import HyLoForCausalLM
 
@@ -56,6 +58,25 @@ def test_one_token_to_twenty_thousand_and_no_state_leaks(tmp_path):
     got = generate(tmp_path, folder, prompts, 24, poison=True, dtype="float32", max_model_len=20480, max_num_seqs=8)
     check(folder, got["answers"], prompts, 2e-4)
     assert got["again"] == got["answers"]
+
+
+@pytest.mark.parametrize("said", [
+    "no tensor in the folder for model.layers.4.self_attn.o_proj.weight (1 in all)",
+    "is in the folder, and no layer of its config.json has such a parameter",
+])  # fmt: skip
+def test_a_folder_that_is_not_whole_is_refused(said, tmp_path):
+    """vLLM alone would serve a half-copied one with weights from whatever memory held."""
+    folder = write_folder(tmp_path / "cut", "native", "gdn")
+    if said.startswith("no tensor"):
+        tensors = load_file(folder / "model.safetensors")
+        del tensors["model.layers.4.self_attn.o_proj.weight"]
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    else:
+        config = json.loads((folder / "config.json").read_text())
+        config["mixers"][0] = "mla"
+        (folder / "config.json").write_text(json.dumps(config))
+    done = start(tmp_path, folder, [[1]], 1, dtype="float32", max_model_len=1024)
+    assert done.returncode != 0 and said in done.stdout + done.stderr
 
 
 @pytest.mark.parallel
