@@ -107,7 +107,7 @@ def traffic(server, requests: int, seed: int) -> list[str]:
 
 
 def test_traffic_leaves_no_trace(server):
-    """HYLO_REQUESTS=36000 is about half an hour."""
+    """HYLO_REQUESTS=57000 is about an hour."""
     requests = int(os.environ.get("HYLO_REQUESTS", "1000"))
     prompt = [3 + i % 250 for i in range(200)]
     before = complete(server, prompt, 32)
