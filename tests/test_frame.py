@@ -219,9 +219,13 @@ def test_a_disk_too_full_is_said_before_the_install(project):
     done, installs = run(first_on_path=folder / "bin")
     assert (done.returncode, installs) == (1, 0)
     assert len(done.stderr.splitlines()) == 1 and "which has 3072: free some" in done.stderr
-    executable(folder / "bin/df", f"#!/bin/sh\nprintf '{table}' {6 * 2**20}\n")
+    executable(folder / "bin/du", f"#!/bin/sh\necho {3 * 2**20} venv\n")  # an interrupted install's, which counts
     done, installs = run(first_on_path=folder / "bin")
     assert (done.returncode, installs) == (0, 1), done.stderr
+    (folder / "bin/du").unlink()
+    executable(folder / "bin/df", f"#!/bin/sh\nprintf '{table}' {6 * 2**20}\n")
+    done, installs = run("train,dev", first_on_path=folder / "bin")
+    assert (done.returncode, installs) == (0, 2), done.stderr
 
 
 def test_a_failed_install_is_taken_up_again(project):

@@ -7,6 +7,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+# mib: what the environment takes on a disk, at least
 version=3.12 before=14 constraints=tools/constraints.txt choice=HYLO_PYTHON mib=5500
 case ${2:-} in
     *serve-cpu*) version=3.11 before=12 constraints=tools/constraints-serve-cpu.txt choice=HYLO_SERVE_PYTHON mib=3800 ;;

@@ -125,8 +125,7 @@ def served_weights(
         if isinstance(shard, int):
             yield f"{prefix}{target}", tensor, shard
         elif len(parts) == 3:
-            yield f"{prefix}{target}", torch.cat([parts.pop(part) for part in "qkv"]), None
-            parts.update(dict.fromkeys("qkv"))
+            yield f"{prefix}{target}", torch.cat([parts[part] for part in "qkv"]), None
     _all_parts(merged, rules)
 
 
