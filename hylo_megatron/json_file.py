@@ -1,0 +1,79 @@
+"""Read JSON that other people wrote: checked against a declared type, refused by file and field. No torch in here.
+
+A type is whatever pydantic validates strictly: a dataclass, a ``TypedDict``, ``dict[str, int]``, or one of the numbers
+below. Booleans are no numbers, numbers are no strings, and ``NaN`` and ``Infinity`` are nowhere allowed.
+"""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from hylo_megatron.errors import HyLoError
+
+T = TypeVar("T")
+Object = dict[str, Any]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Size = Annotated[int, Field(ge=1, lt=2**63)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+def _not_finite(word: str):
+    raise ValueError(f"{word} is no JSON number")
+
+
+def _finite_float(word: str) -> float:
+    return value if math.isfinite(value := float(word)) else _not_finite(word)
+
+
+def parse(text: str | bytes, where: str, advice: str = "") -> Any:
+    """The value of JSON ``text``. ``where``: what to call it in a refusal; ``advice``: what to do about one."""
+    try:
+        return json.loads(text, parse_constant=_not_finite, parse_float=_finite_float)
+    except RecursionError:
+        reason = "nested too deeply"
+    except UnicodeDecodeError as error:
+        reason = f"not UTF-8 ({error.reason} at byte {error.start})"
+    except ValueError as error:  # Python's own limit of digits too
+        reason = str(error).split(";")[0]
+    raise HyLoError(f"{where}: not valid JSON ({reason}){_then(advice)}") from None
+
+
+def check(value: Any, kind: type[T], where: str, advice: str = "") -> T:
+    """``value``, parsed already, as a ``kind``. Raises ``HyLoError`` that names the first field that is wrong."""
+    try:
+        return TypeAdapter(kind).validate_json(json.dumps(value), strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+    field = ".".join(map(str, first["loc"])) or "the whole"
+    found = _shown(first["input"])
+    raise HyLoError(f"{where}: field {field} is {found}: {_lower(first['msg'])}{_then(advice)}") from None
+
+
+def read_json(path: str | os.PathLike, kind: type[T] = Object, advice: str = "") -> T:
+    """The JSON file ``path`` as a ``kind``. Raises ``HyLoError`` for what is missing, malformed or of another type."""
+    path = Path(path)
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        raise HyLoError(f"{path} not found{_then(advice)}") from None
+    except OSError as error:
+        raise HyLoError(f"{path}: cannot be read ({error.strerror}){_then(advice)}") from None
+    return check(parse(text, str(path), advice), kind, str(path), advice)
+
+
+def _then(advice: str) -> str:
+    return f"; {advice}" if advice else ""
+
+
+def _lower(message: str) -> str:
+    return message[:1].lower() + message[1:]
+
+
+def _shown(value: Any, limit: int = 60) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else text[:limit] + "..."
