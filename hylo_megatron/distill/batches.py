@@ -14,6 +14,8 @@ from megatron.training import get_args, get_tokenizer
 from hylo_megatron.distill.packed_data import PackedConfig, PackedDataset, check_packed
 
 PARTS = {"ild": ("ild attention", "ild hidden"), "distill": ("loss", "kl", "ce")}
+LEARNT = "learnt"  # the share of positions that are in the loss
+NO_TOKENS = 1e-30  # beside any count of tokens it vanishes in fp32
 KEYS = ("tokens", "labels", "loss_mask", "position_ids", "answer_weight")
 
 
@@ -74,8 +76,10 @@ def loss_function(args, sequence_parallel: bool, batch: dict, output: torch.Tens
             torch.distributed.all_reduce(part, group=parallel_state.get_tensor_model_parallel_group())
     counts = dict.fromkeys(parts, count.float())
     if args.hylo_teacher_length and "kl" in parts:  # a mean over the tokens that have a teacher
-        counts["kl"] = (mask * (batch["position_ids"] < args.hylo_teacher_length)).sum()
-    logged = {name: torch.stack([part, counts[name]]) for name, part in parts.items()}
+        counts["kl"] = (mask * (batch["position_ids"] < args.hylo_teacher_length)).sum().float()
+    # A step without any token to learn counts as a loss of zero: Megatron divides the sum by the count.
+    logged = {name: torch.stack([part, counts[name].clamp_min(NO_TOKENS)]) for name, part in parts.items()}
+    logged[LEARNT] = torch.stack([count.float(), torch.full_like(counts[next(iter(parts))], mask.numel())])
     return output[0].clone(), count, logged  # the pipeline frees what it gets here, and cannot free a view
 
 

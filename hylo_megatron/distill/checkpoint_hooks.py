@@ -16,6 +16,7 @@ from megatron.training import checkpointing, training
 from megatron.training.global_vars import get_args
 
 from hylo_megatron.convert import iterations
+from hylo_megatron.distill import resume
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.platform import checkpoint_writer
 
@@ -94,8 +95,14 @@ def install() -> None:
         args = get_args()
         folder = getattr(args, load_arg)
         _first_rank_alone(lambda: _prepare(args, folder))
-        source = folder if checkpointing.checkpoint_exists(folder) else args.pretrained_checkpoint
-        with iterations.reading(source) if source else contextlib.nullcontext():
+        resumes = checkpointing.checkpoint_exists(folder)
+        source = folder if resumes else args.pretrained_checkpoint
+        with contextlib.ExitStack() as stack:
+            path = stack.enter_context(iterations.reading(source)) if source else None
+            if resumes:
+                run = path, *models_and_optimizer[1:3], args
+                _first_rank_alone(lambda: resume.check(*run))
+                stack.enter_context(resume.learning_rates(*run))
             return load(*models_and_optimizer, load_arg=load_arg, **kwargs)
 
     def save_apart(iteration, *what, non_persistent_ckpt=False, **kwargs):
