@@ -18,6 +18,7 @@ from megatron.training.global_vars import get_args
 from hylo_megatron.convert import iterations
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.platform import checkpoint_writer
+from hylo_megatron.platform.safe_pickles import check_pickles
 
 
 def _first_rank_alone(action: Callable[[], object]) -> None:
@@ -95,7 +96,8 @@ def install() -> None:
         folder = getattr(args, load_arg)
         _first_rank_alone(lambda: _prepare(args, folder))
         source = folder if checkpointing.checkpoint_exists(folder) else args.pretrained_checkpoint
-        with iterations.reading(source) if source else contextlib.nullcontext():
+        with iterations.reading(source) if source else contextlib.nullcontext() as path:
+            _first_rank_alone(lambda: path and check_pickles(iterations.asked_for(path, args.ckpt_step)))
             return load(*models_and_optimizer, load_arg=load_arg, **kwargs)
 
     def save_apart(iteration, *what, non_persistent_ckpt=False, **kwargs):
