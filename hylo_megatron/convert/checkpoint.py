@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.planner import WriteItemType
 from hylo_megatron.config import Architecture
 from hylo_megatron.convert.iterations import TRACKER, hold_latest
 from hylo_megatron.errors import HyLoError
+from hylo_megatron.platform.safe_pickles import SafeReader, check_parts, check_pickles
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def _cause(error: BaseException, kinds: tuple) -> BaseException | None:
     return None
 
 
-class _KnownMetadata(dcp.FileSystemReader):
+class _KnownMetadata(SafeReader):
     """Does not read the list of all tensors again for each of them: a trained checkpoint's is long."""
 
     def __init__(self, path: Path, metadata):
@@ -143,7 +144,7 @@ class CheckpointReader:
 
     def __init__(self, folder: str | os.PathLike):
         self.path, self._held = hold_latest(folder)  # closed, and so let go, with this object
-        self.metadata = metadata = dcp.FileSystemReader(self.path).read_metadata()
+        self.metadata = metadata = check_pickles(self.path)
         self.entries = {
             key: entry
             for key, entry in metadata.state_dict_metadata.items()
@@ -172,6 +173,7 @@ class CheckpointReader:
                 planner=DefaultLoadPlanner(flatten_state_dict=False),
             )  # fmt: skip
         except dcp.api.CheckpointException:
+            check_parts(self.path, self.metadata, [key])
             raise HyLoError(
                 f"{self.path}: tensor {key} cannot be read, a data file is truncated or damaged; copy it again"
             ) from None

@@ -76,6 +76,11 @@ def latest(folder: str | os.PathLike) -> Path:
     raise HyLoError(f"{folder / TRACKER} not found: expected a Megatron checkpoint folder")
 
 
+def asked_for(found: Path, step: int | None) -> Path:
+    """The iteration that the engine loads from the folder of ``found``. ``step``: ``--ckpt-step``."""
+    return iteration_folder(found.parent, step) if step else found
+
+
 def trained_to(folder: str | os.PathLike, iteration: int) -> bool:
     """Whether the checkpoint that counts is ``iteration``, and whole. Says nothing and raises nothing."""
     path = _tracked(Path(folder))

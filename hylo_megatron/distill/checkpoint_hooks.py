@@ -19,6 +19,7 @@ from hylo_megatron.convert import iterations
 from hylo_megatron.distill import resume
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.platform import checkpoint_writer
+from hylo_megatron.platform.safe_pickles import check_pickles
 
 
 def _first_rank_alone(action: Callable[[], object]) -> None:
@@ -98,7 +99,9 @@ def install() -> None:
         resumes = checkpointing.checkpoint_exists(folder)
         source = folder if resumes else args.pretrained_checkpoint
         with contextlib.ExitStack() as stack:
-            path = stack.enter_context(iterations.reading(source)) if source else None
+            if source:
+                path = iterations.asked_for(stack.enter_context(iterations.reading(source)), args.ckpt_step)
+                _first_rank_alone(lambda: check_pickles(path))
             if resumes:
                 run = path, *models_and_optimizer[1:3], args
                 _first_rank_alone(lambda: resume.check(*run))

@@ -43,7 +43,7 @@ def calibration_tokens(path: str | Path, tokenizer_folder: str | Path, count: in
     from transformers import AutoTokenizer
 
     path, rows = Path(path), max(2, count // length)
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, trust_remote_code=False)
     if Path(f"{path}.idx").is_file():
         documents = list(_token_documents(path, length))
     elif path.is_file():

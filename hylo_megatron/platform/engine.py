@@ -5,7 +5,7 @@ import logging
 import warnings
 
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.platform import cpu, distributed_optimizer, fla_kernels, mamba
+from hylo_megatron.platform import cpu, distributed_optimizer, fla_kernels, mamba, safe_pickles
 
 warnings.filterwarnings("ignore", module=r"megatron\..*")
 warnings.filterwarnings("ignore", message=r".*(transformer.engine|Apex|apex|barrier\(\)|nvidia_resiliency_ext).*")
@@ -20,6 +20,7 @@ except ImportError as error:
         f"megatron-core does not import ({error}): it brings training and checkpoints; "
         "install with  pip install 'hylo-megatron[train]'  (Python 3.12)"
     ) from error
+safe_pickles.install()
 if cpu.needed():
     cpu.install_after_import()
 distributed_optimizer.install()

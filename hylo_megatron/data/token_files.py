@@ -1,0 +1,146 @@
+"""Checks of token files, ``PREFIX.bin`` and ``.idx``, before anything reads them. No torch and no megatron in here.
+
+megatron-core maps both files and trusts what ``.idx`` says: a wrong pointer trains on the wrong text, and one beyond
+the end ends in a traceback or in a killed process, hours later.
+"""
+
+import struct
+from pathlib import Path
+from typing import TypedDict
+
+import numpy as np
+from pydantic import ConfigDict
+
+from hylo_megatron.errors import HyLoError
+from hylo_megatron.json_file import Count, Size, read_json
+
+REMEDY = "make the tokens again, or copy both files again"
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER = struct.Struct("<9sQBQQ")  # magic, version, code of the type, sequences, documents and one
+# megatron.core.datasets.indexed_dataset.DType, the integers among them
+TYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+CHUNK = 1 << 22  # entries of an index that are looked at together
+STRETCHES, STRETCH = 64, 1 << 16  # ids that are looked at; a smaller file is read whole
+
+
+class Summary(TypedDict, total=False):
+    """``PREFIX.json`` as ``tools/prepare_data.py`` and ``tools/make_retrieval.py`` write it."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")
+
+    tokens: Count
+    documents: Count
+    sequences: Count
+    pack_length: Size | None
+    dropped_tokens: Count
+    vocab_size: Size
+    eod_id: Count
+    append_eod: bool
+    tokenizer: str
+    dtype: str
+
+
+def read_summary(prefix: str | Path, needed: tuple[str, ...] = ()) -> Summary:
+    """``PREFIX.json``. Raises ``HyLoError`` when it is missing, malformed or without one of ``needed``."""
+    path, advice = Path(f"{prefix}.json"), "expected what tools/prepare_data.py wrote beside the tokens"
+    summary = read_json(path, Summary, advice)
+    if missing := [key for key in needed if key not in summary]:
+        raise HyLoError(f"{path}: no {', '.join(missing)}: {advice}")
+    return summary
+
+
+def check_token_files(prefix: str | Path, vocab_size: int | None = None) -> None:
+    """Raises ``HyLoError`` when ``PREFIX.idx`` is malformed or ``PREFIX.bin`` does not belong to it.
+
+    With ``vocab_size`` also when ids lie beyond it: all ids of a file up to 4M tokens, 64 stretches of a larger one.
+    """
+    if "://" in str(prefix):  # megatron reads those from an object store
+        return
+    index, data = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
+    for path in (index, data):
+        if not path.is_file():
+            raise HyLoError(f"{path} not found: expected the prefix of tokens made by tools/prepare_data.py")
+    dtype, lengths, pointers, documents = _read_index(index)
+    tokens = _check_sequences(index, lengths, pointers, dtype.itemsize)
+    _check_documents(index, documents, len(lengths))
+    if data.stat().st_size != tokens * dtype.itemsize:
+        raise HyLoError(
+            f"{data} has {data.stat().st_size} bytes, expected {tokens * dtype.itemsize} for the {tokens} tokens of"
+            f" {index.name}: {REMEDY}"
+        )
+    if not tokens:
+        raise HyLoError(f"{data} holds no tokens: make it from more text")
+    if vocab_size is not None:
+        _check_ids(data, np.memmap(data, dtype, "r"), vocab_size)
+
+
+def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarray]:
+    """Type of the ids, lengths of the sequences, their places in bytes, and where documents begin."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(HEADER.size)
+    if len(head) < HEADER.size:
+        raise HyLoError(f"{path} has {size} bytes, expected at least {HEADER.size} of a header: {REMEDY}")
+    magic, version, code, sequences, documents = HEADER.unpack(head)
+    if magic != MAGIC or version != 1:
+        raise HyLoError(f"{path} is no index of tokens (its first bytes are {head[:17]!r}): {REMEDY}")
+    if code not in TYPES:
+        raise HyLoError(f"{path}: tokens of type {code}, expected an integer type (one of {sorted(TYPES)}): {REMEDY}")
+    expected = HEADER.size + 12 * sequences + 8 * documents
+    if size not in (expected, expected + sequences):  # the latter with a mode for each sequence
+        raise HyLoError(
+            f"{path} has {size} bytes, expected {expected} for the {sequences} sequences and {documents} document"
+            f" marks of its header: {REMEDY}"
+        )
+
+    def part(kind: str, offset: int, count: int) -> np.ndarray:
+        return np.memmap(path, kind, "r", offset, (count,)) if count else np.empty(0, kind)
+
+    places = HEADER.size + 4 * sequences
+    return (
+        np.dtype(TYPES[code]), part("<i4", HEADER.size, sequences), part("<i8", places, sequences),
+        part("<i8", places + 8 * sequences, documents),
+    )  # fmt: skip
+
+
+def _check_sequences(path: Path, lengths: np.ndarray, pointers: np.ndarray, itemsize: int) -> int:
+    """Tokens of all sequences, which follow one another without gaps, as every writer of such files leaves them."""
+    tokens = 0
+    for start in range(0, len(lengths), CHUNK):
+        part = lengths[start : start + CHUNK].astype(np.int64)
+        if (bad := part < 0).any():
+            at = int(bad.argmax())
+            raise HyLoError(f"{path}: sequence {start + at} has the length {part[at]}: {REMEDY}")
+        ends = tokens + np.cumsum(part)
+        expected = (ends - part) * itemsize
+        found = pointers[start : start + CHUNK]
+        if (bad := found != expected).any():
+            at = int(bad.argmax())
+            raise HyLoError(
+                f"{path}: sequence {start + at} begins at byte {found[at]}, expected {expected[at]}: {REMEDY}"
+            )
+        tokens = int(ends[-1])
+    return tokens
+
+
+def _check_documents(path: Path, documents: np.ndarray, sequences: int) -> None:
+    last = 0
+    for start in range(0, len(documents), CHUNK):
+        part = np.concatenate([[last], documents[start : start + CHUNK]])
+        if (np.diff(part) < 0).any():
+            raise HyLoError(f"{path}: the marks of documents do not rise: {REMEDY}")
+        last = int(part[-1])
+    if not len(documents) or documents[0] != 0 or last != sequences:
+        raise HyLoError(f"{path}: the marks of documents do not lead from 0 to {sequences} sequences: {REMEDY}")
+
+
+def _check_ids(path: Path, ids: np.ndarray, vocab_size: int) -> None:
+    stretches = min(STRETCHES, -(-len(ids) // STRETCH))
+    for start in np.linspace(0, max(0, len(ids) - STRETCH), stretches, dtype=np.int64):
+        part = ids[start : start + STRETCH]
+        for at in (int(part.argmin()), int(part.argmax())):
+            if not 0 <= part[at] < vocab_size:
+                raise HyLoError(
+                    f"{path}: token {start + at} is {part[at]}, expected 0 to {vocab_size - 1}: make the tokens with"
+                    " the tokenizer of this model"
+                )
