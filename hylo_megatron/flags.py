@@ -1,7 +1,6 @@
 """Command lines: numbers with limits, and refusals in one line. The functions below are argparse's ``type``s."""
 
 import argparse
-import json
 import math
 from collections.abc import Callable
 

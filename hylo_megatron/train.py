@@ -100,6 +100,7 @@ def check_tokens(args) -> None:
     from hylo_megatron.distill.data_check import check_data
 
     student, teacher = Architecture.load(args.hylo_student), Architecture.load(args.hylo_teacher)
+    args.hylo_rows = min(student.vocab_size, teacher.vocab_size)
     check_data(prefixes(args), student, teacher, Path(args.hylo_student) / "hf")
 
 

@@ -53,7 +53,9 @@ def add_hylo_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     )
     add("--hylo-rope", type=json_object, help='change the student\'s rotary embedding, e.g. {"rope_theta": 4e5}')
     add(
-        "--hylo-teacher-rope", type=json_object, help="the same for the teacher's, beyond the length it was trained for"
+        "--hylo-teacher-rope",
+        type=json_object,
+        help="the same for the teacher's, beyond the length it was trained for",
     )
     add(
         "--hylo-student-iteration",

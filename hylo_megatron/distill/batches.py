@@ -6,12 +6,18 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.blended_megatron_dataset_config import BlendedMegatronDatasetConfig
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.datasets.gpt_dataset import MockGPTDataset
 from megatron.core.datasets.utils import get_blend_from_list
 from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank
 from megatron.training import get_args, get_tokenizer
 
-from hylo_megatron.distill.packed_data import PackedConfig, PackedDataset, check_packed
+from hylo_megatron.distill.packed_data import (
+    DocumentConfig,
+    DocumentDataset,
+    PackedConfig,
+    PackedDataset,
+    check_packed,
+)
 
 PARTS = {"ild": ("ild attention", "ild hidden"), "distill": ("loss", "kl", "ce")}
 LEARNT = "learnt"  # the share of positions that are in the loss
@@ -33,11 +39,11 @@ def dataset_config(args, packed: bool) -> BlendedMegatronDatasetConfig:
         random_seed=args.seed, sequence_length=args.seq_length, blend=get_blend_from_list(args.data_path),
         blend_per_split=blend_per_split if args.train_data_path else None,
         split=None if args.train_data_path else args.split, path_to_cache=args.data_cache_path,
-        tokenizer=get_tokenizer(),
+        tokenizer=get_tokenizer(), rows=args.hylo_rows,
     )  # fmt: skip
     if packed:
         return PackedConfig(**common, answer_weight=args.hylo_answer_weight)
-    return GPTDatasetConfig(
+    return DocumentConfig(
         **common, reset_position_ids=False, reset_attention_mask=False, eod_mask_loss=args.eod_mask_loss,
         create_attention_mask=False,
     )  # fmt: skip
@@ -48,7 +54,7 @@ def datasets(num_samples, vp_stage=None):
     args = get_args()
     packed = check_packed(prefixes(args), args.seq_length)
     config = dataset_config(args, packed)
-    kind = PackedDataset if packed else MockGPTDataset if config.mock else GPTDataset
+    kind = PackedDataset if packed else MockGPTDataset if config.mock else DocumentDataset
     return BlendedMegatronDatasetBuilder(kind, num_samples, lambda: True, config).build()
 
 

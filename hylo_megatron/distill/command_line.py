@@ -69,9 +69,7 @@ def check_models(known: argparse.Namespace, student: Architecture) -> None:
     """Teacher, and the layout for both. Raises ``HyLoError``."""
     teacher = Architecture.load(known.hylo_teacher)
     check_pair(student, teacher, known.hylo_stage, (Path(known.hylo_student), Path(known.hylo_teacher)))
-    virtual_stages = (
-        known.num_layers_per_virtual_pipeline_stage or known.num_virtual_stages_per_pipeline_rank
-    )
+    virtual_stages = known.num_layers_per_virtual_pipeline_stage or known.num_virtual_stages_per_pipeline_rank
     if known.hylo_stage == "ild" and virtual_stages:
         raise HyLoError("--hylo-stage ild has a pipeline schedule of its own: leave virtual pipeline stages out")
     layout = ParallelLayout(
