@@ -126,16 +126,17 @@ def test_values_that_no_training_can_run_with_are_refused(flag, value):
         command_line.user_flags([flag, value])
 
 
-def test_without_data_a_training_does_not_make_up_tokens(world):
-    argv = list(map(str, helpers.train_flags(world, "ild", "x")))
-    at = argv.index("--data-path")
-    for argv_given, missing in ((argv, None), (argv[:at] + argv[at + 2 :], "--data-path is missing")):
-        known = command_line.user_flags(argv_given)
-        if missing is None:
-            command_line.check_given(known, argv_given)
-            continue
-        with pytest.raises(HyLoError, match=missing):
-            command_line.check_given(known, argv_given)
+def test_what_a_training_cannot_do_without_is_asked_for(world):
+    """Without data Megatron would train on made-up tokens; a warm-up as long as the run it asserts against."""
+    whole = list(map(str, helpers.train_flags(world, "ild", "x", lr_warmup_iters=3)))
+    command_line.check_given(command_line.user_flags(whole), whole)
+    for flag in ("--data-path", "--lr", "--seq-length", "--train-iters", "--micro-batch-size", "--hylo-stage"):
+        at = whole.index(flag)
+        rest = whole[:at] + whole[at + 2 :]
+        with pytest.raises(HyLoError, match=f"^{flag} is missing"):
+            command_line.check_given(command_line.user_flags(rest), rest)
+    with pytest.raises(HyLoError, match="--lr-warmup-iters 4: expected fewer than the 4 steps"):
+        command_line.check_given(command_line.user_flags([*whole, "--lr-warmup-iters", "4"]), whole)
 
 
 # ---- tokens ----
@@ -223,7 +224,7 @@ def test_steps_without_a_token_to_learn_count_zero(world, tmp_path):
     (tmp_path / f"packed{MASK}").write_bytes(bytes(65 * sequences))
     for stage in ("ild", "distill"):
         run = tmp_path / stage
-        flags = helpers.train_flags(world, stage, run, train_iters=2, data_path=tmp_path / "packed")
+        flags = helpers.train_flags(world, stage, run, train_iters=2, lr_warmup_iters=0, data_path=tmp_path / "packed")
         done = helpers.train(*flags, "--micro-batch-size", "4")
         assert done.returncode == 0, done.stderr[-3000:]
         lines = helpers.read_log(run / "train_log.jsonl")

@@ -61,6 +61,9 @@ def check_given(known: argparse.Namespace, user: list[str]) -> None:
     for flag, (value, what) in missing.items():
         if value is None:
             raise HyLoError(f"{flag} is missing: {what}")
+    steps = known.lr_decay_iters or known.train_iters or 0
+    if steps and (known.lr_warmup_iters or 0) >= steps:
+        raise HyLoError(f"--lr-warmup-iters {known.lr_warmup_iters}: expected fewer than the {steps} steps of the run")
     if known.hylo_keep_last and "--save-retain-interval" in user:
         raise HyLoError("--hylo-keep-last and --save-retain-interval both delete checkpoints; choose one")
 
