@@ -1,4 +1,4 @@
-"""What all mixers share: the norm, the rotation, parameters that stay in fp32, and the padding mask."""
+"""What all mixers share: norms, convolutions, the rotation, parameters that stay in fp32, and the padding mask."""
 
 import torch
 from torch import nn
@@ -15,6 +15,41 @@ class HyLoRMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return kernels.rms_norm(x, self.weight, self.eps)
+
+
+class HyLoGateNorm(HyLoRMSNorm):
+    """RMSNorm of ``x``, times SiLU of ``gate``, in one kernel."""
+
+    def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        return kernels.ops_for(x).gated_rms_norm(x, gate, self.weight, self.eps)
+
+
+class HyLoConv1d(nn.Conv1d):
+    """Holds a depthwise convolution's weight [C,1,W]; calling it returns the weight [C,W], which a kernel applies.
+
+    The mixers call it rather than read ``weight``, so that hooks run that bring weights back from a disk.
+    """
+
+    def __init__(self, channels: int, width: int, bias: bool):
+        super().__init__(channels, channels, width, groups=channels, bias=bias)
+
+    def forward(self) -> torch.Tensor:
+        return self.weight.squeeze(1)
+
+
+def conv_weight(conv: nn.Module) -> torch.Tensor:
+    """[C,W]. Raises ``ValueError`` where an adapter or quantisation has taken the layer's place."""
+    if type(conv) is not HyLoConv1d:
+        raise ValueError(
+            f"a conv1d layer is a {type(conv).__name__}: leave conv1d layers out of adapters' target_modules"
+        )
+    return conv()
+
+
+def is_plain_linear(layer: nn.Module) -> bool:
+    """True where ``layer.weight`` says all about the layer: no adapter, quantised or sharded weight, and no hook."""
+    hooked = "forward" in vars(layer) or layer._forward_hooks or layer._forward_pre_hooks
+    return type(layer) is nn.Linear and type(layer.weight) is nn.Parameter and layer.bias is None and not hooked
 
 
 class KeepsFp32(nn.Module):
@@ -63,9 +98,6 @@ def rotate(x_BSHP: torch.Tensor, cos_BSP: torch.Tensor, sin_BSP: torch.Tensor) -
     return (x_BSHP.float() * cos_BSP.unsqueeze(2) + turned * sin_BSP.unsqueeze(2)).to(x_BSHP.dtype)
 
 
-def real_tokens(mask: torch.Tensor | None, length: int) -> torch.Tensor | None:
-    """[B,S,1], True at the last ``length`` positions' real tokens; None where nothing is padded."""
-    if mask is None:
-        return None
-    real = mask[:, -length:].bool()
-    return None if real.all() else real.unsqueeze(-1)
+def real_tokens(real_BS: torch.Tensor | None) -> torch.Tensor | None:
+    """[B,S,1], True at real tokens; None where none of these positions is padded."""
+    return None if real_BS is None or real_BS.all() else real_BS.unsqueeze(-1)

@@ -9,7 +9,7 @@ from torch import nn
 
 from hylo_megatron.hf.cache import HyLoCache
 from hylo_megatron.hf.configuration_hylo import HyLoConfig
-from hylo_megatron.hf.layers import HyLoRMSNorm, rotate
+from hylo_megatron.hf.layers import HyLoRMSNorm, is_plain_linear, rotate
 
 
 class HyLoMLA(nn.Module):
@@ -53,7 +53,8 @@ class HyLoMLA(nn.Module):
         decoding = cache is not None and cache.length > 0 and x_BSD.shape[1] == 1
         if cache is not None:
             rows = cache.append(self.layer, rows)
-        attend = self._absorbed if decoding and not self.qk_norm else self._expanded
+        absorb = decoding and not self.qk_norm and is_plain_linear(self.kv_b_proj)
+        attend = self._absorbed if absorb else self._expanded
         return self.o_proj(attend(q_nope, q_rope, rows, allowed).flatten(-2))
 
     def _rows(self, x_BSD, rotation) -> torch.Tensor:
@@ -68,7 +69,8 @@ class HyLoMLA(nn.Module):
         return torch.cat(rows, -1)
 
     def _expanded(self, q_nope, q_rope, rows_BTR, allowed) -> torch.Tensor:
-        """Keys and values of every head written out: [B,S,H,V]. For whole sequences."""
+        """Keys and values of every head written out: [B,S,H,V]. For whole sequences, and where ``kv_b_proj`` has an
+        adapter or quantised weights: then only its own forward is right."""
         dtype = q_nope.dtype
         latent, k_rope = rows_BTR[..., : self.rank].to(dtype), rows_BTR[..., self.rank : self.rank + self.rope]
         k_nope, value = self.kv_b_proj(latent).unflatten(-1, (self.heads, -1)).split([self.nope, self.value], -1)
