@@ -10,7 +10,7 @@ from torch import nn
 from hylo_megatron import kernels
 from hylo_megatron.hf.cache import HyLoCache
 from hylo_megatron.hf.configuration_hylo import HyLoConfig
-from hylo_megatron.hf.layers import HyLoConv1d, HyLoGateNorm, KeepsFp32, conv_weight, fp32_parameter
+from hylo_megatron.hf.layers import HyLoConv1d, HyLoGateNorm, KeepsFp32, fp32_parameter, held
 
 
 class HyLoGatedDeltaNet(KeepsFp32):
@@ -42,7 +42,7 @@ class HyLoGatedDeltaNet(KeepsFp32):
             x_BSD = x_BSD * real_BS1
         past = {} if cache is None else cache[self.layer]
         projected = torch.cat([self.q_proj(x_BSD), self.k_proj(x_BSD), self.v_proj(x_BSD)], -1)
-        weight = torch.cat([conv_weight(conv) for conv in (self.q_conv1d, self.k_conv1d, self.v_conv1d)])
+        weight = torch.cat([held(conv, HyLoConv1d)[0] for conv in (self.q_conv1d, self.k_conv1d, self.v_conv1d)])
         qkv, conv_state = ops.causal_conv1d(
             projected, weight, None, "silu", initial_state=past.get("conv"), output_final_state=cache is not None
         )

@@ -24,26 +24,32 @@ class HyLoGateNorm(HyLoRMSNorm):
         return kernels.ops_for(x).gated_rms_norm(x, gate, self.weight, self.eps)
 
 
-class HyLoConv1d(nn.Conv1d):
-    """Holds a depthwise convolution's weight [C,1,W]; calling it returns the weight [C,W], which a kernel applies.
+class HyLoKeyNorm(HyLoRMSNorm):
+    """Holds a norm's weight that is applied in parts; calling it returns the weight."""
 
-    The mixers call it rather than read ``weight``, so that hooks run that bring weights back from a disk.
-    """
+    def forward(self) -> torch.Tensor:
+        return self.weight
+
+
+class HyLoConv1d(nn.Conv1d):
+    """Holds a depthwise convolution; calling it returns weight [C,W] and bias, which a kernel applies."""
 
     def __init__(self, channels: int, width: int, bias: bool):
         super().__init__(channels, channels, width, groups=channels, bias=bias)
 
-    def forward(self) -> torch.Tensor:
-        return self.weight.squeeze(1)
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return self.weight.squeeze(1), self.bias
 
 
-def conv_weight(conv: nn.Module) -> torch.Tensor:
-    """[C,W]. Raises ``ValueError`` where an adapter or quantisation has taken the layer's place."""
-    if type(conv) is not HyLoConv1d:
-        raise ValueError(
-            f"a conv1d layer is a {type(conv).__name__}: leave conv1d layers out of adapters' target_modules"
-        )
-    return conv()
+def held(layer: nn.Module, kind: type[HyLoKeyNorm | HyLoConv1d]):
+    """What the layer holds. It is called rather than read, so that hooks run that bring weights back from a disk.
+
+    Raises ``ValueError`` where an adapter has taken the layer's place.
+    """
+    if not isinstance(layer, kind):
+        name = kind.__name__
+        raise ValueError(f"a {name} layer was replaced by {type(layer).__name__}: leave {name} layers out of adapters")
+    return layer()
 
 
 def is_plain_linear(layer: nn.Module) -> bool:

@@ -10,7 +10,7 @@ from torch import nn
 from hylo_megatron import kernels
 from hylo_megatron.hf.cache import HyLoCache
 from hylo_megatron.hf.configuration_hylo import HyLoConfig
-from hylo_megatron.hf.layers import HyLoConv1d, KeepsFp32, conv_weight, fp32_parameter
+from hylo_megatron.hf.layers import HyLoConv1d, KeepsFp32, fp32_parameter, held
 
 NORM_EPS = 1e-5  # MambaMixer's own, whatever the model's rms_norm_eps
 
@@ -42,8 +42,7 @@ class HyLoMamba2(KeepsFp32):
         z, xbc, dt = self.in_proj(x_BSD).split(self.sizes, -1)
         xbc, conv_state = ops.causal_conv1d(
             xbc,
-            conv_weight(self.conv1d),
-            self.conv1d.bias,
+            *held(self.conv1d, HyLoConv1d),
             "silu",
             initial_state=past.get("conv"),
             output_final_state=cache is not None,
