@@ -28,6 +28,14 @@ class HyLoCache(Cache):
         """The states of a linear layer. ``conv`` is copied: as a view it would keep its whole sequence in memory."""
         self.layers[layer].update(conv=conv.clone(), state=state)
 
+    def check_fits(self, num_layers: int, batch: int) -> None:
+        """Raises ``ValueError`` where the cache is another model's or another batch's."""
+        if len(self.layers) != num_layers:
+            raise ValueError(f"HyLoCache has {len(self.layers)} layers, the model has {num_layers}: start a new cache")
+        rows = next((len(tensor) for layer in self.layers for tensor in layer.values()), batch)
+        if rows != batch:
+            raise ValueError(f"HyLoCache holds {rows} sequences, the input has {batch}: start a new cache")
+
     def num_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for layer in self.layers for t in layer.values())
 
@@ -57,7 +65,10 @@ class HyLoCache(Cache):
             layer.clear()
 
     def crop(self, *_) -> None:
-        raise NotImplementedError("the states of linear layers cannot be rolled back: start from a new cache")
+        raise ValueError("HyLoCache: the states of linear layers cannot be rolled back: start from a new cache")
+
+    def activate_past_recording(self) -> None:
+        self.crop()
 
     @property
     def is_compileable(self) -> bool:

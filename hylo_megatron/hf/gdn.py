@@ -10,12 +10,7 @@ from torch import nn
 from hylo_megatron import kernels
 from hylo_megatron.hf.cache import HyLoCache
 from hylo_megatron.hf.configuration_hylo import HyLoConfig
-from hylo_megatron.hf.layers import HyLoRMSNorm, KeepsFp32, fp32_parameter
-
-
-def depthwise(channels: int, width: int, bias: bool) -> nn.Conv1d:
-    """Holds a depthwise convolution's weight [C,1,W]; ``kernels.causal_conv1d`` applies it."""
-    return nn.Conv1d(channels, channels, width, groups=channels, bias=bias)
+from hylo_megatron.hf.layers import HyLoConv1d, HyLoGateNorm, KeepsFp32, fp32_parameter, held
 
 
 class HyLoGatedDeltaNet(KeepsFp32):
@@ -32,10 +27,10 @@ class HyLoGatedDeltaNet(KeepsFp32):
         self.q_proj, self.k_proj = nn.Linear(hidden, keys, bias=False), nn.Linear(hidden, keys, bias=False)
         self.v_proj, self.g_proj = nn.Linear(hidden, values, bias=False), nn.Linear(hidden, values, bias=False)
         self.a_proj, self.b_proj = nn.Linear(hidden, heads, bias=False), nn.Linear(hidden, heads, bias=False)
-        self.q_conv1d, self.k_conv1d = depthwise(keys, width, False), depthwise(keys, width, False)
-        self.v_conv1d = depthwise(values, width, False)
+        self.q_conv1d, self.k_conv1d = HyLoConv1d(keys, width, False), HyLoConv1d(keys, width, False)
+        self.v_conv1d = HyLoConv1d(values, width, False)
         self.A_log, self.dt_bias = fp32_parameter(heads), fp32_parameter(heads)
-        self.o_norm = HyLoRMSNorm(self.value_dim, config.linear_norm_eps or config.rms_norm_eps)
+        self.o_norm = HyLoGateNorm(self.value_dim, config.linear_norm_eps or config.rms_norm_eps)
         self.o_proj = nn.Linear(values, hidden, bias=False)
         self.conv_sizes = [keys, keys, values]
 
@@ -47,7 +42,7 @@ class HyLoGatedDeltaNet(KeepsFp32):
             x_BSD = x_BSD * real_BS1
         past = {} if cache is None else cache[self.layer]
         projected = torch.cat([self.q_proj(x_BSD), self.k_proj(x_BSD), self.v_proj(x_BSD)], -1)
-        weight = torch.cat([conv.weight.squeeze(1) for conv in (self.q_conv1d, self.k_conv1d, self.v_conv1d)])
+        weight = torch.cat([held(conv, HyLoConv1d)[0] for conv in (self.q_conv1d, self.k_conv1d, self.v_conv1d)])
         qkv, conv_state = ops.causal_conv1d(
             projected, weight, None, "silu", initial_state=past.get("conv"), output_final_state=cache is not None
         )
@@ -71,5 +66,4 @@ class HyLoGatedDeltaNet(KeepsFp32):
         if cache is not None:
             cache.keep(self.layer, conv_state, state)
         gate = self.g_proj(x_BSD).unflatten(-1, (-1, self.value_dim))
-        normed = ops.gated_rms_norm(out, gate, self.o_norm.weight, self.o_norm.eps)
-        return self.o_proj(normed.flatten(-2))
+        return self.o_proj(self.o_norm(out, gate).flatten(-2))

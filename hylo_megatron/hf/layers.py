@@ -1,4 +1,4 @@
-"""What all mixers share: the norm, the rotation, parameters that stay in fp32, and the padding mask."""
+"""What all mixers share: norms, convolutions, the rotation, parameters that stay in fp32, and the padding mask."""
 
 import torch
 from torch import nn
@@ -15,6 +15,47 @@ class HyLoRMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return kernels.rms_norm(x, self.weight, self.eps)
+
+
+class HyLoGateNorm(HyLoRMSNorm):
+    """RMSNorm of ``x``, times SiLU of ``gate``, in one kernel."""
+
+    def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        return kernels.ops_for(x).gated_rms_norm(x, gate, self.weight, self.eps)
+
+
+class HyLoKeyNorm(HyLoRMSNorm):
+    """Holds a norm's weight that is applied in parts; calling it returns the weight."""
+
+    def forward(self) -> torch.Tensor:
+        return self.weight
+
+
+class HyLoConv1d(nn.Conv1d):
+    """Holds a depthwise convolution; calling it returns weight [C,W] and bias, which a kernel applies."""
+
+    def __init__(self, channels: int, width: int, bias: bool):
+        super().__init__(channels, channels, width, groups=channels, bias=bias)
+
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return self.weight.squeeze(1), self.bias
+
+
+def held(layer: nn.Module, kind: type[HyLoKeyNorm | HyLoConv1d]):
+    """What the layer holds. It is called rather than read, so that hooks run that bring weights back from a disk.
+
+    Raises ``ValueError`` where an adapter has taken the layer's place.
+    """
+    if not isinstance(layer, kind):
+        name = kind.__name__
+        raise ValueError(f"a {name} layer was replaced by {type(layer).__name__}: leave {name} layers out of adapters")
+    return layer()
+
+
+def is_plain_linear(layer: nn.Module) -> bool:
+    """True where ``layer.weight`` says all about the layer: no adapter, quantised or sharded weight, and no hook."""
+    hooked = "forward" in vars(layer) or layer._forward_hooks or layer._forward_pre_hooks
+    return type(layer) is nn.Linear and type(layer.weight) is nn.Parameter and layer.bias is None and not hooked
 
 
 class KeepsFp32(nn.Module):
@@ -63,9 +104,6 @@ def rotate(x_BSHP: torch.Tensor, cos_BSP: torch.Tensor, sin_BSP: torch.Tensor) -
     return (x_BSHP.float() * cos_BSP.unsqueeze(2) + turned * sin_BSP.unsqueeze(2)).to(x_BSHP.dtype)
 
 
-def real_tokens(mask: torch.Tensor | None, length: int) -> torch.Tensor | None:
-    """[B,S,1], True at the last ``length`` positions' real tokens; None where nothing is padded."""
-    if mask is None:
-        return None
-    real = mask[:, -length:].bool()
-    return None if real.all() else real.unsqueeze(-1)
+def real_tokens(real_BS: torch.Tensor | None) -> torch.Tensor | None:
+    """[B,S,1], True at real tokens; None where none of these positions is padded."""
+    return None if real_BS is None or real_BS.all() else real_BS.unsqueeze(-1)

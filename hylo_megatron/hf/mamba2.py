@@ -10,8 +10,7 @@ from torch import nn
 from hylo_megatron import kernels
 from hylo_megatron.hf.cache import HyLoCache
 from hylo_megatron.hf.configuration_hylo import HyLoConfig
-from hylo_megatron.hf.gdn import depthwise
-from hylo_megatron.hf.layers import KeepsFp32, fp32_parameter
+from hylo_megatron.hf.layers import HyLoConv1d, KeepsFp32, fp32_parameter, held
 
 NORM_EPS = 1e-5  # MambaMixer's own, whatever the model's rms_norm_eps
 
@@ -27,7 +26,7 @@ class HyLoMamba2(KeepsFp32):
         self.sizes = [inner, inner + 2 * bc, self.heads]
         self.conv_sizes = [inner, bc, bc]
         self.in_proj = nn.Linear(config.hidden_size, sum(self.sizes), bias=False)
-        self.conv1d = depthwise(inner + 2 * bc, config.mamba_conv_kernel, True)
+        self.conv1d = HyLoConv1d(inner + 2 * bc, config.mamba_conv_kernel, True)
         self.A_log, self.D = fp32_parameter(self.heads), fp32_parameter(self.heads)
         self.dt_bias = fp32_parameter(self.heads)
         self.norm = kernels.RMSNormGated(inner, NORM_EPS, inner // self.groups, norm_before_gate=False)
@@ -43,8 +42,7 @@ class HyLoMamba2(KeepsFp32):
         z, xbc, dt = self.in_proj(x_BSD).split(self.sizes, -1)
         xbc, conv_state = ops.causal_conv1d(
             xbc,
-            self.conv1d.weight.squeeze(1),
-            self.conv1d.bias,
+            *held(self.conv1d, HyLoConv1d),
             "silu",
             initial_state=past.get("conv"),
             output_final_state=cache is not None,

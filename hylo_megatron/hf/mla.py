@@ -9,7 +9,7 @@ from torch import nn
 
 from hylo_megatron.hf.cache import HyLoCache
 from hylo_megatron.hf.configuration_hylo import HyLoConfig
-from hylo_megatron.hf.layers import HyLoRMSNorm, rotate
+from hylo_megatron.hf.layers import HyLoKeyNorm, HyLoRMSNorm, held, is_plain_linear, rotate
 
 
 class HyLoMLA(nn.Module):
@@ -33,7 +33,7 @@ class HyLoMLA(nn.Module):
         self.qk_norm = config.qk_norm
         if self.qk_norm:
             self.q_norm = HyLoRMSNorm(self.nope + self.rope, config.rms_norm_eps)
-            self.k_norm = HyLoRMSNorm(self.nope + self.rope, config.rms_norm_eps)
+            self.k_norm = HyLoKeyNorm(self.nope + self.rope, config.rms_norm_eps)
 
     def forward(
         self,
@@ -53,7 +53,8 @@ class HyLoMLA(nn.Module):
         decoding = cache is not None and cache.length > 0 and x_BSD.shape[1] == 1
         if cache is not None:
             rows = cache.append(self.layer, rows)
-        attend = self._absorbed if decoding and not self.qk_norm else self._expanded
+        absorb = decoding and not self.qk_norm and is_plain_linear(self.kv_b_proj)
+        attend = self._absorbed if absorb else self._expanded
         return self.o_proj(attend(q_nope, q_rope, rows, allowed).flatten(-2))
 
     def _rows(self, x_BSD, rotation) -> torch.Tensor:
@@ -63,12 +64,13 @@ class HyLoMLA(nn.Module):
         if not self.qk_norm:
             return torch.cat([latent, rotate(key.unsqueeze(2), *rotation).squeeze(2)], -1)
         wide = key.float()
-        weighted = (wide * self.k_norm.weight[self.nope :].float()).unsqueeze(2)
+        weighted = (wide * held(self.k_norm, HyLoKeyNorm)[self.nope :].float()).unsqueeze(2)
         rows = [latent.float(), rotate(weighted, *rotation).squeeze(2), wide.square().sum(-1, keepdim=True)]
         return torch.cat(rows, -1)
 
     def _expanded(self, q_nope, q_rope, rows_BTR, allowed) -> torch.Tensor:
-        """Keys and values of every head written out: [B,S,H,V]. For whole sequences."""
+        """Keys and values of every head written out: [B,S,H,V]. For whole sequences, and where ``kv_b_proj`` has an
+        adapter or quantised weights: then only its own forward is right."""
         dtype = q_nope.dtype
         latent, k_rope = rows_BTR[..., : self.rank].to(dtype), rows_BTR[..., self.rank : self.rank + self.rope]
         k_nope, value = self.kv_b_proj(latent).unflatten(-1, (self.heads, -1)).split([self.nope, self.value], -1)
@@ -76,7 +78,7 @@ class HyLoMLA(nn.Module):
         if self.qk_norm:
             squares = k_nope.float().square().sum(-1, keepdim=True) + rows_BTR[..., None, -1:]
             inverse = torch.rsqrt(squares / (self.nope + self.rope) + self.k_norm.eps)
-            k_nope = k_nope.float() * inverse * self.k_norm.weight[: self.nope].float()
+            k_nope = k_nope.float() * inverse * held(self.k_norm, HyLoKeyNorm)[: self.nope].float()
             k_rope = k_rope * inverse
         query = torch.cat([q_nope, q_rope], -1)
         key = torch.cat([k_nope.to(dtype), k_rope.to(dtype)], -1)

@@ -13,14 +13,19 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.modeling_auto import AutoModel, AutoModelForCausalLM
+from transformers.utils.generic import can_return_tuple
 
 from hylo_megatron import kernels
+from hylo_megatron.hf import inputs
 from hylo_megatron.hf.cache import HyLoCache
 from hylo_megatron.hf.configuration_hylo import HyLoConfig
 from hylo_megatron.hf.gdn import HyLoGatedDeltaNet
 from hylo_megatron.hf.layers import HyLoRMSNorm, Rotation, real_tokens
 from hylo_megatron.hf.mamba2 import HyLoMamba2
 from hylo_megatron.hf.mla import HyLoMLA
+from hylo_megatron.hf.packing import Documents, document_starts, restarted
+
+LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index", "shift_labels")
 
 
 class HyLoMLP(nn.Module):
@@ -46,13 +51,19 @@ class HyLoDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = HyLoRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = HyLoRMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x_BSD, rotation, allowed, real_BS1, cache) -> torch.Tensor:
+    def forward(self, x_BSD, rotation, allowed, real_BS1, cache, documents=None) -> torch.Tensor:
         normed = self.input_layernorm(x_BSD)
-        if self.is_mla:
-            x_BSD = x_BSD + self.self_attn(normed, rotation, allowed, cache)
+        if documents is None:
+            mixed = self._mix(normed, rotation, allowed, real_BS1, cache)
         else:
-            x_BSD = x_BSD + self.mixer(normed, real_BS1, cache)
+            mixed = documents.apply(self._mix, normed)
+        x_BSD = x_BSD + mixed
         return x_BSD + self.mlp(self.post_attention_layernorm(x_BSD))
+
+    def _mix(self, x_BSD, rotation, allowed=None, real_BS1=None, cache=None) -> torch.Tensor:
+        if self.is_mla:
+            return self.self_attn(x_BSD, rotation, allowed, cache)
+        return self.mixer(x_BSD, real_BS1, cache)
 
 
 class HyLoPreTrainedModel(PreTrainedModel):
@@ -64,6 +75,7 @@ class HyLoPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _keep_in_fp32_modules_strict = ["A_log", "dt_bias", r"mixer\.D$"]
     _supports_sdpa = True
+    _is_stateful = True  # generate refuses assisted decoding: states cannot be rolled back
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -88,6 +100,7 @@ class HyLoModel(HyLoPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -97,30 +110,50 @@ class HyLoModel(HyLoPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
-        **_,
+        output_attentions: bool | None = None,
+        cu_seq_lens_q: torch.Tensor | None = None,
+        cu_seq_lens_k: torch.Tensor | None = None,
+        seq_idx: torch.Tensor | None = None,
+        **kwargs,
     ) -> BaseModelOutputWithPast:
-        """``attention_mask`` [B,T]: 1 for real tokens, cached ones included."""
+        """``attention_mask`` [B,T]: 1 for real tokens, cached ones included. ``position_ids`` that restart at 0,
+        ``cu_seq_lens_q`` or ``seq_idx`` [B,S] separate packed documents."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("HyLoModel: give either input_ids or inputs_embeds")
+        attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        inputs.refuse_unknown({**kwargs, "output_attentions": attentions})
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         x_BSD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
-        cache = past_key_values
-        if cache is None and use_cache and not (self.gradient_checkpointing and self.training):
-            cache = HyLoCache(len(self.layers))
-        if cache is not None and not isinstance(cache, HyLoCache):
-            raise ValueError(f"HyLoModel: past_key_values is a {type(cache).__name__}, expected None or a HyLoCache")
-        past, length = cache.length if cache is not None else 0, x_BSD.shape[1]
-        attention_mask = _checked_mask(attention_mask, past + length)
+        batch, length, device = *x_BSD.shape[:2], x_BSD.device
+        cache = self._cache(past_key_values, use_cache, batch)
+        past = cache.length if cache is not None else 0
+        mask = inputs.checked_mask(attention_mask, batch, past + length)
+        inputs.checked_positions(position_ids, batch, length)
+        real_BS = None if mask is None else mask[:, past:]
+        starts_BS = None
+        if length > 1 or cu_seq_lens_q is not None or cu_seq_lens_k is not None or seq_idx is not None:
+            lengths = (cu_seq_lens_q, cu_seq_lens_k)
+            starts_BS = document_starts((batch, length), position_ids, real_BS, lengths, seq_idx)
+        if starts_BS is None:
+            inputs.refuse_holes(mask)
+        elif past or use_cache:
+            raise ValueError(
+                "HyLoModel: packed documents cannot be cached: set use_cache=False, without past_key_values"
+            )
         if position_ids is None:
-            position_ids = _positions(attention_mask, past, length, x_BSD.device)
-        rotation = self.rotation(position_ids)
-        allowed = _allowed(attention_mask, past, length, x_BSD.device)
-        real_BS1 = real_tokens(attention_mask, length)
+            unpacked = starts_BS is None
+            position_ids = inputs.counted(mask, past, length, device) if unpacked else restarted(starts_BS)
+        rotation, documents = self.rotation(position_ids), None
+        if starts_BS is not None:
+            documents, cache = Documents(starts_BS, rotation), None
+        allowed = None if documents else inputs.allowed(mask, past, length, device)
+        real_BS1 = None if documents else real_tokens(real_BS)
         states = []
         for layer in self.layers:
             if output_hidden_states:
                 states.append(x_BSD)
-            x_BSD = layer(x_BSD, rotation, allowed, real_BS1, cache)
+            x_BSD = layer(x_BSD, rotation, allowed, real_BS1, cache, documents)
         if cache is not None:
             cache.length += length
         x_BSD = self.norm(x_BSD)
@@ -130,35 +163,20 @@ class HyLoModel(HyLoPreTrainedModel):
             hidden_states=(*states, x_BSD) if output_hidden_states else None,
         )
 
-
-def _checked_mask(mask: torch.Tensor | None, total: int) -> torch.Tensor | None:
-    if mask is None:
-        return None
-    if mask.dim() != 2 or mask.shape[1] != total:
-        raise ValueError(f"HyLoModel: attention_mask has shape {tuple(mask.shape)}, expected [batch, {total}]")
-    return None if mask.bool().all() else mask
-
-
-def _positions(mask: torch.Tensor | None, past: int, length: int, device: torch.device) -> torch.Tensor:
-    """[B,S]; the first real token of a row has position 0."""
-    if mask is None:
-        return torch.arange(past, past + length, device=device).unsqueeze(0)
-    return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
-
-
-def _allowed(mask: torch.Tensor | None, past: int, length: int, device: torch.device) -> torch.Tensor | None:
-    """[B or 1,1,S,T] bool, or None where nothing but order limits what is seen: a whole sequence, or its last token.
-
-    Padding sees itself, so that no row is empty.
-    """
-    if mask is None and (past == 0 or length == 1):
-        return None
-    rows = torch.arange(past, past + length, device=device).unsqueeze(1)
-    columns = torch.arange(past + length, device=device)
-    causal = columns <= rows
-    if mask is None:
-        return causal[None, None]
-    return (causal & mask.bool()[:, None, None, :]) | (columns == rows)
+    def _cache(self, given, use_cache: bool | None, batch: int) -> HyLoCache | None:
+        """The cache that this call reads and writes."""
+        checkpointed = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        if given is None:
+            use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
+            return HyLoCache(len(self.layers)) if use_cache and not checkpointed else None
+        if not isinstance(given, HyLoCache):
+            raise ValueError(f"HyLoModel: past_key_values is a {type(given).__name__}, expected None or a HyLoCache")
+        if checkpointed:
+            raise ValueError(
+                "HyLoModel: past_key_values cannot be used with gradient checkpointing: call model.eval()"
+            )
+        given.check_fits(len(self.layers), batch)
+        return given
 
 
 class HyLoForCausalLM(HyLoPreTrainedModel, GenerationMixin):
@@ -171,11 +189,28 @@ class HyLoForCausalLM(HyLoPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        """``generate`` makes no cache of its own; the first forward makes a ``HyLoCache``."""
-        return False
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *rest) -> None:
+        """Gives ``generate`` its cache. transformers' caches, static ones included, do not hold these states."""
+        kind = generation_config.cache_implementation
+        if kind not in (None, "dynamic", "dynamic_full"):
+            raise ValueError(f"HyLoForCausalLM: cache_implementation {kind!r} is not supported: leave it out")
+        if generation_config.prefill_chunk_size and model_kwargs.get("inputs_embeds") is not None:
+            raise ValueError("HyLoForCausalLM: prefill_chunk_size splits input_ids only: give no inputs_embeds")
+        mask = model_kwargs.get("attention_mask")
+        if mask is not None and (mask[:, -1] == 0).any():
+            raise ValueError(
+                "HyLoForCausalLM: attention_mask ends in padding, after which no token can be generated: "
+                "set tokenizer.padding_side to 'left'"
+            )
+        if generation_config.is_assistant:
+            raise ValueError("HyLoForCausalLM cannot be an assistant_model: its states cannot be rolled back")
+        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = HyLoCache(self.config.num_hidden_layers)
 
+    def init_continuous_batching(self, *_, **__):
+        raise ValueError("HyLoForCausalLM: continuous batching in transformers is not supported: serve with vLLM")
+
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -186,10 +221,10 @@ class HyLoForCausalLM(HyLoPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
+        """Logits, and with ``labels`` the loss; ``kwargs`` are ``HyLoModel.forward``'s and the loss function's."""
+        for_loss = {name: kwargs.pop(name) for name in LOSS_ARGUMENTS if name in kwargs}
         out = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -197,16 +232,16 @@ class HyLoForCausalLM(HyLoPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            output_hidden_states=output_hidden_states,
+            return_dict=True,
+            **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
         kept = logits_to_keep if isinstance(logits_to_keep, torch.Tensor) else kept
         logits = self.lm_head(out.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
-        result = CausalLMOutputWithPast(loss, logits, out.past_key_values, out.hidden_states)
-        return result.to_tuple() if return_dict is False else result
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **for_loss)
+        return CausalLMOutputWithPast(loss, logits, out.past_key_values, out.hidden_states)
 
 
 AutoModel.register(HyLoConfig, HyLoModel, exist_ok=True)

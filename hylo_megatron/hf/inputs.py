@@ -1,0 +1,69 @@
+"""What a forward call is given beside tokens: masks, positions, and arguments that are accepted or refused.
+
+Legend: B batch, S new positions, T all positions.
+"""
+
+import torch
+
+_NO_EFFECT = {"cache_position", "max_length_q", "max_length_k"}  # they repeat what other arguments say
+
+
+def refuse_unknown(arguments: dict) -> None:
+    """Raises ``ValueError`` for an argument that would change the result and that the model does not compute with."""
+    for name, value in arguments.items():
+        if name == "is_causal" and value is False:
+            raise ValueError("HyLoModel: is_causal=False is not supported: linear layers only look back")
+        if name == "token_type_ids" and value is not None and value.any():
+            raise ValueError("HyLoModel: token_type_ids has values other than 0, but the model has no token types")
+        if name in _NO_EFFECT or name in ("is_causal", "token_type_ids") or value is None or value is False:
+            continue
+        if name == "output_attentions":
+            raise ValueError("HyLoModel: output_attentions is not supported: linear layers have no attention weights")
+        raise ValueError(f"HyLoModel: argument {name} is not known: leave it out")
+
+
+def checked_mask(mask: torch.Tensor | None, batch: int, total: int) -> torch.Tensor | None:
+    """[B,T] bool, or None where nothing is padded."""
+    if mask is None:
+        return None
+    if tuple(mask.shape) != (batch, total):
+        raise ValueError(f"HyLoModel: attention_mask has shape {tuple(mask.shape)}, expected [{batch}, {total}]")
+    real = mask.bool()
+    if mask.dtype != torch.bool and (mask != real).any():
+        raise ValueError("HyLoModel: attention_mask has values other than 0 and 1; give documents by position_ids")
+    return None if real.all() else real
+
+
+def refuse_holes(mask: torch.Tensor | None) -> None:
+    """Raises ``ValueError`` for padding between real tokens, cached ones included: the convolutions would see it."""
+    if mask is not None and ((mask[:, 1:] & ~mask[:, :-1]).sum(1) + mask[:, 0] > 1).any():
+        raise ValueError("HyLoModel: attention_mask has padding between real tokens: pad a row on one side only")
+
+
+def checked_positions(position_ids: torch.Tensor | None, batch: int, length: int) -> None:
+    if position_ids is not None and tuple(position_ids.shape) not in ((batch, length), (1, length)):
+        raise ValueError(
+            f"HyLoModel: position_ids has shape {tuple(position_ids.shape)}, expected [{batch}, {length}]"
+        )
+
+
+def counted(mask: torch.Tensor | None, past: int, length: int, device: torch.device) -> torch.Tensor:
+    """[B,S]; the first real token of a row has position 0."""
+    if mask is None:
+        return torch.arange(past, past + length, device=device).unsqueeze(0)
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
+
+
+def allowed(mask: torch.Tensor | None, past: int, length: int, device: torch.device) -> torch.Tensor | None:
+    """[B or 1,1,S,T] bool, or None where nothing but order limits what is seen: a whole sequence, or its last token.
+
+    Padding sees itself, so that no row is empty.
+    """
+    if mask is None and (past == 0 or length == 1):
+        return None
+    rows = torch.arange(past, past + length, device=device).unsqueeze(1)
+    columns = torch.arange(past + length, device=device)
+    causal = columns <= rows
+    if mask is None:
+        return causal[None, None]
+    return (causal & mask[:, None, None, :]) | (columns == rows)
