@@ -6,16 +6,37 @@ positions so far, H heads, R latent + rotary values of a cached row.
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention.mla_attention import MLACommonMetadata, MLACommonMetadataBuilder
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.mamba.mamba_utils import is_conv_state_dim_first
 from vllm.model_executor.layers.mamba.ops.cpu.gdn_attention import _unpacked_conv_weight
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.v1.attention.backend import MultipleOf
 from vllm.v1.attention.backends.mla.cpu_mla import CPUMLABackend, CPUMLAImpl
 
 from hylo_megatron.kernels import causal_conv1d, chunk_gated_delta_rule, l2norm, recurrent_gated_delta_rule
 from hylo_megatron.vllm.weights import pad
+
+
+class PlainHead(UnquantizedEmbeddingMethod):
+    def process_weights_after_loading(self, layer) -> None:
+        """Leaves the weights as they are."""
+
+    def apply(self, layer, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(x, layer.weight, bias)
+
+
+def keep_weights(model: nn.Module) -> None:
+    """Lets products read the model's parameters. vLLM's CPU build packs copies for its kernels, drops the parameters
+    of linear layers and leaves those of the output head behind, so that updates would find no place, or no reader."""
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if isinstance(method, UnquantizedLinearMethod):
+            module._cpu_skip_gemm_dispatch = True
+        elif isinstance(method, UnquantizedEmbeddingMethod):
+            module.quant_method = PlainHead()
 
 
 class AnyHeadSize(MLACommonMetadata):

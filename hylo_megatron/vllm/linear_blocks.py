@@ -9,6 +9,7 @@ from vllm.platforms import current_platform
 from hylo_megatron.hf.mamba2 import NORM_EPS
 from hylo_megatron.vllm.config import trained_geometry
 from hylo_megatron.vllm.versions import GDNBackend, Mamba2Backend, sound_chunk_scan
+from hylo_megatron.vllm.weights import conv_loader
 
 
 def keep_fp32(module: nn.Module, *names: str) -> None:
@@ -26,6 +27,8 @@ class HyLoGatedDeltaNet(QwenGatedDeltaNetAttention):
     def __init__(self, config, vllm_config, prefix: str):
         super().__init__(config, vllm_config, prefix=prefix, gqa_interleaved_layout=False)
         keep_fp32(self, "dt_bias")
+        parts = [self.key_dim, self.key_dim, self.value_dim]
+        self.conv1d.weight.weight_loader = conv_loader(parts, self.tp_size, self.tp_rank)
         self.norm_dim = trained_geometry(config).gdn.value_head_dim
         eps = config.linear_norm_eps or self.layer_norm_epsilon
         if (self.norm_dim, eps) != (self.head_v_dim, self.layer_norm_epsilon):

@@ -1,6 +1,6 @@
 """``HyLoForCausalLM`` for vLLM. Start here; the mixers are in mla.py and linear_blocks.py."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from torch import Tensor, nn
 from vllm.compilation.decorators import support_torch_compile
@@ -14,6 +14,7 @@ from vllm.model_executor.layers.mamba.mamba_utils import (
     MambaStateShapeCalculator,
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid, SupportsPP
 from vllm.model_executor.models.llama import LlamaMLP
@@ -31,7 +32,7 @@ from hylo_megatron.errors import HyLoError
 from hylo_megatron.vllm.config import trained_geometry
 from hylo_megatron.vllm.linear_blocks import linear_block
 from hylo_megatron.vllm.mla import HyLoMLA, Rotation
-from hylo_megatron.vllm.weights import Padding, served_weights
+from hylo_megatron.vllm.weights import Padding, check_parts, served_weights
 
 
 class HyLoDecoderLayer(nn.Module):
@@ -103,7 +104,9 @@ class HyLoModel(nn.Module):
         return self.norm(hidden, residual)[0]
 
 
-if not current_platform.is_cpu():  # the CPU's own paths read the engine's metadata, which a compiled graph cannot
+if current_platform.is_cpu():
+    from hylo_megatron.vllm.cpu import keep_weights
+else:  # the CPU's own paths read the engine's metadata, which a compiled graph cannot
     HyLoModel = support_torch_compile(HyLoModel)
 
 
@@ -114,7 +117,7 @@ class HyLoForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
         self.config = config = vllm_config.model_config.hf_config
-        self.quantized = vllm_config.quant_config is not None
+        self.quantized, self.dtype = vllm_config.quant_config is not None, vllm_config.model_config.dtype
         self.model = HyLoModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         if get_pp_group().is_last_rank:
             self.lm_head = ParallelLMHead(
@@ -126,6 +129,8 @@ class HyLoForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
         else:
             self.lm_head = PPMissingLayer()
         self.logits_processor = LogitsProcessor(config.vocab_size)
+        if current_platform.is_cpu():
+            keep_weights(self)
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
 
     # ---- the recurrent states, as the engine's cache keeps them ----
@@ -140,16 +145,15 @@ class HyLoForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
     @classmethod
     def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig):
         config, tp = vllm_config.model_config.hf_config, vllm_config.parallel_config.tensor_parallel_size
-        speculated = vllm_config.num_speculative_tokens
         if config.linear_type == "mamba2":
             return MambaStateShapeCalculator.mamba2_state_shape(
                 intermediate_size=config.mamba_num_heads * config.mamba_head_dim, tp_world_size=tp,
                 n_groups=config.mamba_num_groups, num_heads=config.mamba_num_heads, head_dim=config.mamba_head_dim,
-                state_size=config.mamba_state_size, conv_kernel=config.mamba_conv_kernel, num_spec=speculated,
+                state_size=config.mamba_state_size, conv_kernel=config.mamba_conv_kernel,
             )  # fmt: skip
         return MambaStateShapeCalculator.gated_delta_net_state_shape(
             tp, config.linear_num_key_heads, config.linear_num_value_heads, config.linear_key_head_dim,
-            config.linear_value_head_dim, config.linear_conv_kernel_dim, speculated,
+            config.linear_value_head_dim, config.linear_conv_kernel_dim,
         )  # fmt: skip
 
     @classmethod
@@ -168,20 +172,53 @@ class HyLoForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
         return self.logits_processor(self.lm_head, hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        config, parameters, loaded = self.config, dict(self.named_parameters()), set()
-        trained = trained_geometry(config)
-        padding = Padding(trained, config.geometry(), config.num_attention_heads)
-        for name, tensor, shard in served_weights(weights, padding, config.linear_type):
+        """Load a whole folder when the engine starts, and any part of one into an engine that runs: trainers send
+        updates tensor by tensor, in any order. vLLM calls ``eval`` between the two."""
+        starting, reloading = self.training, under_reload(self)
+        if self.quantized and not starting and not reloading:
+            raise HyLoError(
+                "--quantization: tensors in the trained precision cannot be written into quantised weights; start the"
+                " engine without the option, or send whole updates through vLLM's reload_weights"
+            )
+        loaded, parts = set(), set()
+        for name, part in self._write(weights):
+            loaded.add(name)
+            parts.add((name, part))
+        if starting:
+            self._check_complete(loaded, parts)
+        elif not reloading:
+            self._derive(loaded)
+        return loaded
+
+    def _write(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, str | int | None]]:
+        """Write each tensor into its parameter. Yields the parameter's name and which part of it was written."""
+        config, parameters = self.config, dict(self.named_parameters())
+        padding = Padding(trained_geometry(config), config.geometry(), config.num_attention_heads)
+        for name, tensor, part in served_weights(weights, padding, config.linear_type):
             if is_pp_missing_parameter(name, self) or (name == "lm_head.weight" and config.tie_word_embeddings):
                 continue
             if name not in parameters:
                 raise HyLoError(f"{name} is in the folder, and no layer of its config.json has such a parameter")
             parameter = parameters[name]
             load = getattr(parameter, "weight_loader", default_weight_loader)
-            load(parameter, tensor, *([] if shard is None else [shard]))
-            loaded.add(name)
-        # vLLM overlooks what its linear layers miss. Quantised ones have scales that no folder of ours has.
-        missing = [] if self.quantized else sorted(parameters.keys() - loaded)
+            load(parameter, tensor, *([] if part is None else [part]))
+            yield name, part
+
+    def _check_complete(self, loaded: set[str], parts: set) -> None:
+        """vLLM overlooks what its linear layers miss, and takes a merged parameter for loaded when one part came."""
+        check_parts(parts, self.config.linear_type)
+        # Quantised layers have scales that no folder of ours has.
+        missing = [] if self.quantized else sorted(dict(self.named_parameters()).keys() - loaded)
         if missing:
             raise HyLoError(f"no tensor in the folder for {', '.join(missing[:5])} ({len(missing)} in all)")
-        return loaded
+
+    def _derive(self, loaded: set[str]) -> None:
+        """Make anew what vLLM's latent attention derived from ``kv_b_proj`` when the engine started, in place."""
+        for name, module in self.named_modules():
+            if isinstance(module, HyLoMLA) and f"{name}.kv_b_proj.weight" in loaded and not self.config.qk_norm:
+                module.attn.process_weights_after_loading(self.dtype)
+
+
+def under_reload(model: nn.Module) -> bool:
+    """Whether vLLM's own reload is under way, which gathers a layer's tensors and processes them at its end."""
+    return any(get_layerwise_info(module).can_load() for module in model.modules())

@@ -57,7 +57,7 @@ class Padding:
         return x.repeat_interleave(self.served.gdn.num_value_heads // self.trained.gdn.num_value_heads, 0)
 
 
-# What follows model.layers.N: (the engine's name if it differs, its shard, Padding's method)
+# What follows model.layers.N: (the engine's name if it differs, which part of it, Padding's method)
 _SAME = (None, None, None)
 RULES = {
     "mlp.gate_proj.weight": ("mlp.gate_up_proj.weight", 0, None),
@@ -84,10 +84,9 @@ RULES = {
     "mixer.A_log": (None, None, "value_heads"),
     "mixer.o_norm.weight": ("mixer.norm.weight", None, None),
     "mixer.o_proj.weight": ("mixer.out_proj.weight", None, None),
-    # the convolution's three parts become one
-    "mixer.q_conv1d.weight": ("mixer.conv1d.weight", "q", None),
-    "mixer.k_conv1d.weight": ("mixer.conv1d.weight", "k", None),
-    "mixer.v_conv1d.weight": ("mixer.conv1d.weight", "v", None),
+    "mixer.q_conv1d.weight": ("mixer.conv1d.weight", 0, None),
+    "mixer.k_conv1d.weight": ("mixer.conv1d.weight", 1, None),
+    "mixer.v_conv1d.weight": ("mixer.conv1d.weight", 2, None),
 }
 MAMBA2_RULES = {
     name: rule for name, rule in RULES.items() if not name.startswith("mixer.")
@@ -102,9 +101,9 @@ TOP = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
 def served_weights(
     weights: Iterable[tuple[str, Tensor]], padding: Padding, linear: str
 ) -> Iterator[tuple[str, Tensor, int | None]]:
-    """``(the engine's name, tensor, shard)`` for each ``(exported name, tensor)``. Raises ``HyLoError`` for names that
-    it does not know, and at the end for missing parts of a parameter that is made of several."""
-    rules, merged = MAMBA2_RULES if linear == "mamba2" else RULES, {}
+    """``(the engine's name, tensor, part)`` for each ``(exported name, tensor)``, where ``part`` says which one of a
+    merged parameter it is. Raises ``HyLoError`` for names that it does not know."""
+    rules = MAMBA2_RULES if linear == "mamba2" else RULES
     for name, tensor in weights:
         if name in TOP:
             yield name, tensor, None
@@ -114,27 +113,28 @@ def served_weights(
             raise HyLoError(
                 f"{name}: the engine has no place for it; export the folder with convert_megatron_to_hf.py"
             )
-        target, shard, method = rules[rest]
-        if method:
-            tensor = getattr(padding, method)(tensor)
-        if shard is None:
-            yield f"{prefix}{target or rest}", tensor, None
-            continue
-        parts = merged.setdefault((prefix, target), {})
-        parts[shard] = tensor if isinstance(shard, str) else None
-        if isinstance(shard, int):
-            yield f"{prefix}{target}", tensor, shard
-        elif len(parts) == 3:
-            yield f"{prefix}{target}", torch.cat([parts[part] for part in "qkv"]), None
-    _all_parts(merged, rules)
+        target, part, method = rules[rest]
+        yield f"{prefix}{target or rest}", getattr(padding, method)(tensor) if method else tensor, part
 
 
-def _all_parts(merged: dict, rules: dict) -> None:
-    """The engine takes a merged parameter for loaded when one part came; the others would hold what memory held."""
-    for (prefix, target), parts in merged.items():
-        for rest, (name, shard, _) in rules.items():
-            if name == target and shard not in parts:
+def check_parts(loaded: set[tuple[str, int | None]], linear: str) -> None:
+    """Raise ``HyLoError`` for a merged parameter in ``loaded`` of which a part is missing."""
+    rules = MAMBA2_RULES if linear == "mamba2" else RULES
+    for prefix, target in sorted({_parts(name) for name, part in loaded if part is not None}):
+        for rest, (name, part, _) in rules.items():
+            if name == target and (prefix + target, part) not in loaded:
                 raise HyLoError(f"{prefix}{rest} is missing from the folder: export it again")
+
+
+def conv_loader(sizes: list[int], ranks: int, rank: int):
+    """A loader of a convolution's weights that takes one of its parts at a time; ``sizes``: of the parts on all ranks."""
+    sizes = [size // ranks for size in sizes]
+
+    def load(param: Tensor, loaded_weight: Tensor, part: int) -> None:  # vLLM's reload looks for these names
+        target = param.data.narrow(0, sum(sizes[:part]), sizes[part])
+        target.copy_(loaded_weight.narrow(0, rank * sizes[part], sizes[part]).view_as(target))
+
+    return load
 
 
 def _parts(name: str) -> tuple[str, str]:
