@@ -1,11 +1,11 @@
 """Reads ``config.json`` as transformers reads it: values resolved by its configuration classes, refused where the
 model would compute what we do not."""
 
-import copy
 import os
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
 from typing_extensions import TypedDict
 
 from hylo_megatron.config import Architecture
@@ -24,7 +24,7 @@ class _Needed(TypedDict):
     vocab_size: Size
     hidden_size: Size
     intermediate_size: Size
-    num_hidden_layers: Size
+    num_hidden_layers: Annotated[int, Field(ge=1, le=10_000)]
     num_attention_heads: Size
     rms_norm_eps: Positive
     max_position_embeddings: Size
@@ -65,6 +65,7 @@ _MUST_BE = {
     "per_layer_config": (_NOTHING, "layers that differ from each other"),
     "is_causal": ((None, True), "attention that is not causal"),
     "use_bidirectional_attention": (_NOTHING, "attention that is not causal"),
+    "configuration_files": (_NOTHING, "configurations in other files"),
     "transformers_weights": ((None, "model.safetensors"), "weights in another file: rename it to model.safetensors"),
     "auto_map": (_NOTHING, "code that the folder brings; if transformers' own class computes the same, remove it"),
     **dict.fromkeys(("no_rope_layers", "no_rope_layer_interval"), (_NOTHING, "layers without a rotary embedding")),
@@ -103,15 +104,21 @@ def _refuse_windows(raw: dict, config: Any, path: Path) -> None:
         )
 
 
-def transformers_config(raw: dict, path: Path) -> Any:
-    """The object that transformers makes of ``raw``. Raises ``HyLoError`` with transformers' own reason."""
-    from transformers import CONFIG_MAPPING
+def transformers_config(path: Path, kind: str) -> Any:
+    """The object that transformers makes of ``config.json``. Raises ``HyLoError`` with transformers' own reason."""
+    from transformers import AutoConfig
 
     try:
-        return CONFIG_MAPPING[raw["model_type"]].from_dict(copy.deepcopy(raw))
+        config = AutoConfig.from_pretrained(path.parent, trust_remote_code=False)
     except Exception as error:  # its validators raise of every kind
         reason = " ".join(str(error).split())[:300]
         raise HyLoError(f"{path}: transformers does not accept it ({type(error).__name__}: {reason})") from None
+    if config.model_type != kind:
+        raise HyLoError(
+            f"{path}: transformers takes this {kind} model for {config.model_type!r}, which is not supported; for a"
+            " mistral model that attends to everything remove layer_types"
+        )
+    return config
 
 
 def read_config(folder: str | os.PathLike) -> tuple[dict, Path]:
@@ -143,7 +150,7 @@ def read_architecture(folder: str | os.PathLike) -> Architecture:
     if missing := [field for field in _Needed.__annotations__ if field not in raw]:
         raise HyLoError(f"{path}: {missing[0]} is missing; expected a complete {kind} config")
     check(raw, _Known, str(path), f"expected a complete {kind} config")
-    config = transformers_config(raw, path)
+    config = transformers_config(path, kind)
     _refuse_windows(raw, config, path)
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads

@@ -23,14 +23,19 @@ def transformers_model(folder: str | Path) -> nn.Module:
     """transformers' model of the folder with one layer and without weights."""
     from transformers import AutoModel
 
-    config = transformers_config(*read_config(folder))
+    raw, path = read_config(folder)
+    config = transformers_config(path, raw["model_type"])
     short = copy.deepcopy(config)
     short.num_hidden_layers = 1
     if getattr(config, "layer_types", None):
         short.layer_types = config.layer_types[:1]
-    with torch.device("meta"):
-        model = AutoModel.from_config(short, dtype=torch.float32).eval()
-    model.rotary_emb = type(model.rotary_emb)(config)
+    try:
+        with torch.device("meta"):
+            model = AutoModel.from_config(short, dtype=torch.float32).eval()
+        model.rotary_emb = type(model.rotary_emb)(config)
+    except Exception as error:  # values that pass its validators and that no model can be made of
+        reason = " ".join(str(error).split())[:300]
+        raise HyLoError(f"{path}: transformers cannot make this model ({type(error).__name__}: {reason})") from None
     return model
 
 
