@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from hylo_megatron.config import Architecture, plan_name
+from hylo_megatron.config.geometry import rotary_width
 from hylo_megatron.convert.checkpoint import LazyTensor, write_checkpoint
 from hylo_megatron.convert.hf_folder import HFWeights, check_tokenizer, copy_companions, read_architecture
 from hylo_megatron.convert.progress import ByteProgress, peak_memory_gib
@@ -39,6 +40,8 @@ def megatron_tensors(arch: Architecture, weights) -> dict[str, LazyTensor]:
 def convert(hf: str | Path, out: str | Path) -> Architecture:
     """Converts folder ``hf`` into checkpoint ``out``. Raises ``HyLoError`` when they do not fit, before writing."""
     arch = read_architecture(hf)
+    if not arch.is_hybrid:
+        rotary_width(arch.head_dim)  # else the first to refuse it would be upcycling
     check_tokenizer(hf, arch.vocab_size)
     weights = HFWeights(hf, arch)
     tensors = megatron_tensors(arch, weights)

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from hylo_megatron.config import Architecture, Geometry, geometry_preset, parse_plan, plan_name
+from hylo_megatron.config.geometry import check_heads
 from hylo_megatron.convert.checkpoint import LazyTensor, check_empty, write_checkpoint
 from hylo_megatron.convert.hf_folder import copy_companions, save_tensors
 from hylo_megatron.convert.hf_to_megatron import megatron_tensors
@@ -101,6 +102,7 @@ def student_architecture(teacher: Architecture, plan: tuple[str, ...], geometry:
     """``geometry``: the name of a preset, or the dimensions themselves."""
     if isinstance(geometry, str):
         geometry = geometry_preset(geometry, teacher.hidden_size, teacher.num_attention_heads, teacher.head_dim)
+    check_heads(teacher.head_dim, geometry, set(plan))
     return replace(teacher, plan=plan, geometry=geometry, mla_qk_norm=qk_norm, extra=dict(teacher.extra))
 
 
