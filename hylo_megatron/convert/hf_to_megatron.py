@@ -10,9 +10,10 @@ import torch
 from hylo_megatron.config import Architecture, plan_name
 from hylo_megatron.config.geometry import rotary_width
 from hylo_megatron.convert.checkpoint import LazyTensor, write_checkpoint
-from hylo_megatron.convert.hf_folder import HFWeights, check_tokenizer, copy_companions, read_architecture
+from hylo_megatron.convert.hf_folder import HFWeights, read_architecture
 from hylo_megatron.convert.progress import ByteProgress, peak_memory_gib
 from hylo_megatron.convert.tables import Mapping, mappings
+from hylo_megatron.convert.tokenizer_files import check_tokenizer, copy_companions
 from hylo_megatron.errors import command_line
 
 
