@@ -20,7 +20,7 @@ DOCUMENT_END = ("<|endoftext|>", "<|end_of_text|>")  # preferred to eos, which i
 
 @dataclass(frozen=True)
 class TextTokenizer:
-    """``vocab_size``: the number of ids; ``rows``: one more than the largest. ``fingerprint``: of ``tokenizer_identity``.
+    """``vocab_size``: the number of ids; ``rows``: one more than the largest id; ``fingerprint``: of its identity.
 
     ``encode``: texts to lists of ids, nothing added. ``render``: messages to text, None without a template.
     ``locate``: texts to ids and each token's ``(start, end)`` in its text; None where the tokenizer does not know."""
