@@ -12,9 +12,10 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NotRequired, TypedDict
+from typing import Annotated, Any, NotRequired
 
 from pydantic import Field
+from typing_extensions import TypedDict  # pydantic refuses typing's before Python 3.12
 
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.json_file import Count, check, read_json
