@@ -1,9 +1,9 @@
 """Whether a teacher can teach a student; no torch in here."""
 
-import json
 from pathlib import Path
 
 from hylo_megatron.config import Architecture
+from hylo_megatron.convert.tokenizer_files import check_rows, has_tokenizer, tokenizer_identity
 from hylo_megatron.errors import HyLoError
 
 
@@ -12,28 +12,30 @@ def padded_rows(student: Architecture, teacher: Architecture, tp: int) -> int:
     return -(-max(student.vocab_size, teacher.vocab_size) // tp) * tp
 
 
-def _tokens(tokenizer: Path) -> int:
-    """One more than the largest token id."""
-    values = json.loads(tokenizer.read_text())
-    vocabulary = values["model"]["vocab"]
-    ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else [len(vocabulary) - 1]
-    return 1 + max(ids + [token["id"] for token in values.get("added_tokens", ())])
+def check_vocabularies(student: Architecture, teacher: Architecture, folders: tuple[Path, Path]) -> None:
+    """Raises ``HyLoError`` when the two do not have the same tokens. ``folders``: of their tokenizers.
 
-
-def check_vocabularies(student: Architecture, teacher: Architecture, tokenizers: tuple[Path, Path]) -> None:
-    """Raises ``HyLoError`` when the two do not have the same tokens. ``tokenizers``: folders with ``tokenizer.json``.
-
-    Sizes may differ by padding: Qwen2.5's models have 151,936 or 152,064 rows for one tokenizer.
+    Sizes may differ by padding: Qwen2.5's models have 151,936 or 152,064 rows for one tokenizer. Folders without a
+    tokenizer pass if the sizes are equal.
     """
-    sizes, files = (student.vocab_size, teacher.vocab_size), [folder / "tokenizer.json" for folder in tokenizers]
-    if sizes[0] == sizes[1]:
+    rows = (student.vocab_size, teacher.vocab_size)
+    if not all(map(has_tokenizer, folders)):
+        if rows[0] != rows[1]:
+            raise HyLoError(_differ(rows, "and a tokenizer that would show what they share is missing"))
         return
-    same = all(file.is_file() for file in files) and files[0].read_bytes() == files[1].read_bytes()
-    if not same or _tokens(files[0]) > min(sizes):
-        raise HyLoError(
-            f"teacher and student vocabularies differ: {sizes[1]} and {sizes[0]} tokens, and not by padding of one"
-            " tokenizer; distillation compares the same tokens, so take a teacher of the same family"
-        )
+    found = [tokenizer_identity(folder) for folder in folders]
+    if found[0].fingerprint != found[1].fingerprint:
+        sizes = " and ".join(f"{identity.size} ({folder})" for identity, folder in zip(found, folders, strict=True))
+        raise HyLoError(_differ(rows, f"their tokenizers, of {sizes} ids, turn texts into other ids"))
+    for identity, size, folder in zip(found, rows, folders, strict=True):
+        check_rows(identity, size, folder)
+
+
+def _differ(rows: tuple[int, int], why: str) -> str:
+    return (
+        f"teacher and student vocabularies differ: {rows[1]} and {rows[0]} rows, {why}; distillation compares the same"
+        " tokens, so take a teacher of the same family"
+    )
 
 
 def check_teacher(student: Architecture, teacher: Architecture, stage: str) -> None:

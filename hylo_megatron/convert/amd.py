@@ -12,10 +12,11 @@ from hylo_megatron.config import Architecture, plan_name
 from hylo_megatron.convert.amd_config import FLA_NORM_EPS, Release, Unsaid, read_release
 from hylo_megatron.convert.amd_tables import EMBEDDING, OUTPUT, source_shapes, takes
 from hylo_megatron.convert.checkpoint import whole_folder
-from hylo_megatron.convert.hf_folder import HFWeights, check_tokenizer, copy_companions
+from hylo_megatron.convert.hf_folder import HFWeights
 from hylo_megatron.convert.megatron_to_hf import ShardWriter, write_hybrid_config
 from hylo_megatron.convert.progress import ByteProgress, peak_memory_gib
 from hylo_megatron.convert.shapes import FP32_SUFFIXES, hf_shapes
+from hylo_megatron.convert.tokenizer_files import check_tokenizer, copy_companions
 from hylo_megatron.errors import HyLoError, command_line
 
 SHARD_BYTES = 2**30

@@ -6,9 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from hylo_megatron.config import Architecture, parse_plan, plan_name
+from hylo_megatron.config.pair import check_vocabularies
 from hylo_megatron.convert.checkpoint import CheckpointReader, LazyTensor, write_checkpoint
-from hylo_megatron.convert.hf_folder import copy_companions
 from hylo_megatron.convert.tables import mappings
+from hylo_megatron.convert.tokenizer_files import copy_companions
 from hylo_megatron.errors import HyLoError, command_line
 
 
@@ -18,6 +19,7 @@ def assemble(mla: str | Path, linear: str | Path, plan: tuple[str, ...], out: st
     for name in ("hidden_size", "vocab_size", "intermediate_size", "geometry", "mla_qk_norm"):
         if getattr(first, name) != getattr(second, name):
             raise HyLoError(f"{mla} and {linear} differ in {name}: they must come from the same base and geometry")
+    check_vocabularies(first, second, (Path(mla) / "hf", Path(linear) / "hf"))
     for layer, kind in enumerate(plan):
         source, folder = (first, mla) if kind == "mla" else (second, linear)
         if source.plan[layer] != kind:

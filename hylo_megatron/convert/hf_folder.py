@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 from pathlib import Path
 
 import torch
@@ -15,10 +14,6 @@ from hylo_megatron.convert.shapes import hf_shapes
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.json_file import Object, check, read_json
 
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "vocab.json",
-    "merges.txt", "chat_template.jinja", "added_tokens.json", "generation_config.json",
-)  # fmt: skip
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _OF_QUANTISED = re.compile(
@@ -206,26 +201,3 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
         path.chmod(mode)
     except SafetensorError as error:
         raise HyLoError(f"cannot write {path} ({error}): free space, or choose another folder") from None
-
-
-def check_tokenizer(folder: str | os.PathLike, vocab_size: int) -> None:
-    """Raises ``HyLoError`` when the folder's tokenizer makes ids that the embedding does not have."""
-    path = Path(folder) / "tokenizer.json"
-    if not path.is_file():
-        return
-    vocab = read_json(path).get("model", {}).get("vocab", {})
-    added = [token["id"] for token in read_json(path).get("added_tokens", [])]
-    largest = max([*(vocab.values() if isinstance(vocab, dict) else [len(vocab) - 1]), *added, -1])
-    if largest >= vocab_size:
-        raise HyLoError(
-            f"{path}: the tokenizer makes ids up to {largest}, the model's vocab_size is {vocab_size};"
-            " they do not belong together"
-        )
-
-
-def copy_companions(source: Path, target: Path, with_config: bool = True) -> None:
-    """Copies tokenizer and generation files (and the config) into ``target``."""
-    target.mkdir(parents=True, exist_ok=True)
-    for name in (*TOKENIZER_FILES, *(("config.json",) if with_config else ())):
-        if (source / name).is_file():
-            shutil.copy2(source / name, target / name)

@@ -9,11 +9,13 @@ from pathlib import Path
 import torch
 
 from hylo_megatron.config import Architecture, plan_name
+from hylo_megatron.config.geometry import rotary_width
 from hylo_megatron.convert.checkpoint import LazyTensor, check_empty, whole_folder, write_checkpoint
-from hylo_megatron.convert.hf_folder import HFWeights, check_tokenizer, copy_companions, read_architecture
+from hylo_megatron.convert.hf_folder import HFWeights, read_architecture
 from hylo_megatron.convert.progress import ByteProgress, peak_memory_gib
 from hylo_megatron.convert.self_check import check_frequencies, self_check, transformers_model
 from hylo_megatron.convert.tables import Mapping, mappings
+from hylo_megatron.convert.tokenizer_files import check_tokenizer, copy_companions
 from hylo_megatron.errors import command_line
 
 
@@ -49,6 +51,7 @@ def convert(
     check_empty(out)
     arch, model = read_architecture(hf), None
     if not arch.is_hybrid:
+        rotary_width(arch.head_dim)  # else the first to refuse it would be upcycling
         model = transformers_model(hf)
         check_frequencies(arch, model.rotary_emb, hf / "config.json")
     check_tokenizer(hf, arch.vocab_size)

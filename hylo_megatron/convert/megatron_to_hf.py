@@ -12,10 +12,11 @@ from torch import Tensor
 
 from hylo_megatron.config import Architecture, plan_name
 from hylo_megatron.convert.checkpoint import CheckpointReader, whole_folder
-from hylo_megatron.convert.hf_folder import copy_companions, save_tensors
+from hylo_megatron.convert.hf_folder import save_tensors
 from hylo_megatron.convert.progress import ByteProgress, peak_memory_gib
 from hylo_megatron.convert.shapes import FP32_SUFFIXES, hf_shapes
 from hylo_megatron.convert.tables import mappings
+from hylo_megatron.convert.tokenizer_files import check_tokenizer, copy_companions
 from hylo_megatron.errors import HyLoError, command_line
 
 SHARD_BYTES = 4 * 2**30
@@ -95,6 +96,7 @@ def convert(checkpoint: str | Path, out: str | Path, dtype: torch.dtype | None =
     """Writes ``out``, under its final name only when it is whole. ``dtype=None`` keeps what the checkpoint has."""
     checkpoint, out = Path(checkpoint), Path(out)
     arch, reader = Architecture.load(checkpoint), CheckpointReader(checkpoint)
+    check_tokenizer(checkpoint / "hf", arch.vocab_size)
     with whole_folder(out) as scratch:
         copy_companions(checkpoint / "hf", scratch, with_config=False)
         writer = ShardWriter(scratch, SHARD_BYTES)

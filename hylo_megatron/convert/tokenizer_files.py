@@ -1,22 +1,32 @@
-"""The tokenizer of a folder: which files it consists of, how every tool opens it, and its identity. No torch in here.
+"""The tokenizer of a folder: which files belong to it, how every tool opens it, and its identity. No torch in here.
 
-``tokenizer.json`` is what a model was trained with. Classes of transformers that are named after models build a
-tokenizer of their own from its vocabulary, each version another one, so all tools here open the file as it stands.
+``tokenizer.json`` is the tokenizer that a model was trained with. transformers' classes that are named after a model
+(``LlamaTokenizerFast``) build another one from its vocabulary, and each version of transformers does so differently.
+So all tools here open the file as it stands, and folders that they write name a class that does the same.
 """
 
 import hashlib
+import inspect
 import json
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NotRequired, TypedDict
+from typing import Annotated, Any, NotRequired
 
 from pydantic import Field
+from typing_extensions import TypedDict  # pydantic refuses typing's before Python 3.12
 
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.json_file import Count, Object, check, read_json
+from hylo_megatron.json_file import Count, check, read_json
 
-FAST, CONFIG = "tokenizer.json", "tokenizer_config.json"
+FAST, CONFIG, TEMPLATES = "tokenizer.json", "tokenizer_config.json", "additional_chat_templates"
+SOURCES = ("tokenizer.model", "vocab.json", "vocab.txt", "tiktoken.model")  # of folders without a tokenizer.json
+COPIED = (
+    FAST, CONFIG, *SOURCES, "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "chat_template.json", "generation_config.json",
+)  # fmt: skip
+PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")  # they take tokenizer.json as it is
 ADVICE = "copy the base model's tokenizer files again"
 
 
@@ -25,15 +35,41 @@ class _AddedToken(TypedDict):
     content: Annotated[str, Field(min_length=1)]
 
 
+class _Model(TypedDict):
+    vocab: dict[str, Count] | list[tuple[str, float]]
+
+
 class _TokenizerJson(TypedDict):
-    model: Object
+    model: _Model
     added_tokens: NotRequired[list[_AddedToken] | None]
+
+
+class _Content(TypedDict):
+    content: str
+
+
+class _Template(TypedDict):
+    name: str
+    template: str
+
+
+_Special = NotRequired[str | _Content | None]
+
+
+class _TokenizerConfig(TypedDict):
+    tokenizer_class: NotRequired[str | None]
+    chat_template: NotRequired[str | list[_Template] | dict[str, str] | None]
+    added_tokens_decoder: NotRequired[dict[Annotated[str, Field(pattern=r"^\d{1,10}$")], _Content]]
+    bos_token: _Special
+    eos_token: _Special
+    unk_token: _Special
+    pad_token: _Special
 
 
 @dataclass(frozen=True)
 class TokenizerIdentity:
-    """``size``: how many ids the tokenizer has. ``fingerprint``: equal for tokenizers that make equal ids of every
-    text (BOS and EOS, chat templates and decoding left out)."""
+    """``size``: the number of ids. ``fingerprint``: equal for two tokenizers that turn every text into the same ids;
+    BOS and EOS, chat templates and decoding do not count."""
 
     size: int
     largest_id: int
@@ -41,93 +77,190 @@ class TokenizerIdentity:
 
 
 def tokenizer_identity(folder: str | os.PathLike) -> TokenizerIdentity:
-    """The identity of a Hugging Face folder's tokenizer, or of a sentencepiece ``.model`` file.
+    """Returns the identity of a Hugging Face folder's tokenizer, or of a sentencepiece ``.model`` file.
 
-    Raises ``HyLoError`` for a folder without one, and for a malformed one.
+    Raises ``HyLoError`` for a folder without a tokenizer, and for a malformed one.
     """
     path = Path(folder)
     if path.is_file() and path.suffix == ".model":
         return _sentencepiece_identity(path)
-    backend = open_tokenizer(path).backend_tokenizer
-    ids = backend.get_vocab(with_added_tokens=True)
-    return TokenizerIdentity(len(ids), max(ids.values()), _digest(_behaviour(json.loads(backend.to_str()))))
+    return identity_of(open_tokenizer(path))
+
+
+def identity_of(tokenizer) -> TokenizerIdentity:
+    """``tokenizer``: from ``open_tokenizer``."""
+    backend = tokenizer.backend_tokenizer
+    ids, content = backend.get_vocab(with_added_tokens=True), json.loads(backend.to_str())
+    return TokenizerIdentity(len(ids), max(ids.values()), _fingerprint(content))
+
+
+def has_tokenizer(folder: str | os.PathLike) -> bool:
+    return any((Path(folder) / name).is_file() for name in (FAST, *SOURCES))
 
 
 def open_tokenizer(folder: str | os.PathLike):
-    """The folder's tokenizer as transformers' ``PreTrainedTokenizerFast``. Raises ``HyLoError``."""
-    path = Path(folder)
-    check_tokenizer_json(path)
-    from transformers import PreTrainedTokenizerFast
+    """Opens the folder's tokenizer for any tool that encodes text: a fast one of transformers. Raises ``HyLoError``.
 
+    Without ``tokenizer.json`` transformers builds one from the folder's other files.
+    """
+    path = Path(folder)
+    config = _read_config(path)
+    if not has_tokenizer(path):
+        raise HyLoError(f"{path / FAST} not found: {path} has no tokenizer; {ADVICE}")
+    plain = (path / FAST).is_file()
+    if plain:
+        _check_tokenizer_json(path / FAST)
     try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
+        if plain:
+            from transformers import PreTrainedTokenizerFast as Kind
+        else:
+            from transformers import AutoTokenizer as Kind  # imports torch
+        defaults = _special_tokens_of_class(path, config) if plain else {}
+        tokenizer = Kind.from_pretrained(path, local_files_only=True, **defaults)
     except Exception as error:  # noqa: BLE001  whatever transformers finds wrong
         raise HyLoError(f"{path}: transformers cannot load this tokenizer ({_first_line(error)}); {ADVICE}") from error
+    if not tokenizer.is_fast:
+        raise HyLoError(f"{path}: this tokenizer has no fast form: save it with {FAST}")
+    _check_claimed_ids(path, config, tokenizer.backend_tokenizer)
     return tokenizer
 
 
-def check_tokenizer_json(folder: Path) -> None:
-    """Raises ``HyLoError`` unless ``tokenizer.json`` is whole and each token has one id."""
-    path = folder / FAST
-    content = read_json(path, _TokenizerJson, ADVICE)
-    raw = read_json(path)
-    words = _vocabulary(raw["model"], path)
-    added = {token["content"]: token["id"] for token in content.get("added_tokens") or ()}
-    if not words and not added:
-        raise HyLoError(f"{path}: the tokenizer is empty; {ADVICE}")
-    names: dict[int, str] = {}
-    for word, number in [*words.items(), *added.items()]:
-        if names.setdefault(number, word) != word:
-            raise HyLoError(f"{path}: tokens {names[number]!r} and {word!r} both have id {number}; {ADVICE}")
-    try:
-        from tokenizers import Tokenizer
+def check_tokenizer(folder: str | os.PathLike, vocab_size: int) -> None:
+    """Raises ``HyLoError`` when the folder's tokenizer makes ids that the model has no rows for; padding is fine.
 
-        loaded = Tokenizer.from_str(json.dumps(raw))
-    except BaseException as error:  # noqa: BLE001  a panic of tokenizers is no Exception
-        if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
-            raise
-        raise HyLoError(f"{path}: not a tokenizer ({_first_line(error)}); {ADVICE}") from None
-    for word, number in added.items():
-        if loaded.token_to_id(word) != number:
-            raise HyLoError(
-                f"{path}: added token {word!r} has id {number}, and tokenizers gives it"
-                f" {loaded.token_to_id(word)}; {ADVICE}"
-            )
+    A folder without a tokenizer passes.
+    """
+    if has_tokenizer(folder):
+        check_rows(tokenizer_identity(folder), vocab_size, folder)
 
 
-def _vocabulary(model: dict, path: Path) -> dict[str, int]:
-    """Tokens and ids of a tokenizer model, whose kinds write them down as an object or, Unigram, as a list."""
-    vocab = model.get("vocab")
-    if not isinstance(vocab, list):
-        return check({"vocab": vocab}, _Words, f"{path}: model", ADVICE)["vocab"]
-    pieces = check({"vocab": vocab}, _Pieces, f"{path}: model", ADVICE)["vocab"]
-    return {piece: number for number, (piece, _) in enumerate(pieces)}
+def check_rows(identity: TokenizerIdentity, vocab_size: int, folder: str | os.PathLike) -> None:
+    if identity.largest_id >= vocab_size:
+        raise HyLoError(
+            f"{Path(folder) / FAST}: the tokenizer makes ids up to {identity.largest_id}, the model's vocab_size is"
+            f" {vocab_size}; they do not belong together: {ADVICE}, or remove the tokens that were added to it"
+        )
 
 
-class _Words(TypedDict):
-    vocab: dict[str, Count]
+def copy_companions(source: Path, target: Path, with_config: bool = True) -> None:
+    """Copies tokenizer, chat templates and generation settings (and the config) into ``target``.
+
+    Only files that transformers reads are copied. The copy has a ``tokenizer.json`` and names the class that takes it
+    as it is, whatever ``source`` had.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    for name in (*COPIED, *(("config.json",) if with_config else ())):
+        if (source / name).is_file():
+            shutil.copy2(source / name, target / name)
+    templates = sorted(path for path in (source / TEMPLATES).glob("*.jinja") if path.is_file())
+    for path in templates:
+        (target / TEMPLATES).mkdir(exist_ok=True)
+        shutil.copy2(path, target / TEMPLATES / path.name)
+    if has_tokenizer(source):
+        _write_plain_class(source, target)
 
 
-class _Pieces(TypedDict):
-    vocab: list[tuple[str, float]]
+def _write_plain_class(source: Path, target: Path) -> None:
+    config = _read_config(source)
+    if (source / FAST).is_file() and config.get("tokenizer_class") in PLAIN_CLASSES:
+        return
+    tokenizer = open_tokenizer(source)
+    if not (source / FAST).is_file():
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
+        tokenizer.backend_tokenizer.save(str(target / FAST))
+    config.pop("auto_map", None)
+    special = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
+    known = {name: token for name, token in special.items() if token is not None and name not in config}
+    if (source / "special_tokens_map.json").is_file():  # transformers reads it after the config
+        known = {}
+    merged = config | known | {"tokenizer_class": PLAIN_CLASSES[0]}
+    (target / CONFIG).write_text(json.dumps(merged, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _behaviour(content: dict) -> dict[str, Any]:
-    """What decides which ids a text becomes, of a ``tokenizer.json`` that the tokenizers library wrote."""
-    flags = ["id", "content", "single_word", "lstrip", "rstrip", "normalized"]
-    if content["normalizer"] is None:
-        flags.remove("normalized")
-    added = sorted(content["added_tokens"] or (), key=lambda token: token["id"])
+def _read_config(folder: Path) -> dict:
+    path = folder / CONFIG
+    if not path.is_file():
+        return {}
+    config = read_json(path, advice=ADVICE)
+    check(config, _TokenizerConfig, str(path), ADVICE)
+    if config.get("fast_tokenizer_files"):
+        raise HyLoError(f"{path}: fast_tokenizer_files names several; keep one as {FAST} and remove this field")
+    return config
+
+
+def _special_tokens_of_class(folder: Path, config: dict) -> dict[str, str]:
+    """Special tokens that the class which the folder names has by default, as far as the vocabulary has them."""
+    import transformers
+
+    name = config.get("tokenizer_class") or PLAIN_CLASSES[0]
+    named = None if name in PLAIN_CLASSES else getattr(transformers, name.removesuffix("Fast"), None)
+    if not isinstance(named, type) or (folder / "special_tokens_map.json").is_file():
+        return {}
+    words = _words(read_json(folder / FAST))
+    parameters = inspect.signature(named.__init__).parameters
+    defaults = {f"{kind}_token": parameters.get(f"{kind}_token") for kind in ("bos", "eos", "unk", "pad")}
     return {
-        "model": content["model"],
-        "normalizer": content["normalizer"],
-        "pre_tokenizer": content["pre_tokenizer"],
-        "added_tokens": [{flag: token[flag] for flag in flags} for token in added],
+        key: value.default
+        for key, value in defaults.items()
+        if value is not None and isinstance(value.default, str) and key not in config and value.default in words
     }
 
 
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+def _words(content: dict) -> dict[str, int]:
+    """Every token of a ``tokenizer.json`` and its id. Unigram models have a list instead of an object."""
+    vocab, added = content["model"]["vocab"], content.get("added_tokens") or ()
+    words = vocab if isinstance(vocab, dict) else {piece: number for number, (piece, _) in enumerate(vocab)}
+    return words | {token["content"]: token["id"] for token in added}
+
+
+def _check_tokenizer_json(path: Path) -> None:
+    """Raises ``HyLoError`` unless the file is whole and each token has one id."""
+    content = read_json(path, advice=ADVICE)
+    check(content, _TokenizerJson, str(path), ADVICE)
+    words, names = _words(content), {}
+    if not words:
+        raise HyLoError(f"{path}: the tokenizer is empty; {ADVICE}")
+    for word, number in words.items():
+        if names.setdefault(number, word) != word:
+            raise HyLoError(f"{path}: tokens {names[number]!r} and {word!r} both have id {number}; {ADVICE}")
+    from tokenizers import Tokenizer
+
+    try:
+        loaded = Tokenizer.from_str(json.dumps(content))
+    except BaseException as error:  # noqa: BLE001  a panic of the tokenizers library is no Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+            raise
+        raise HyLoError(f"{path}: not a tokenizer ({_first_line(error)}); {ADVICE}") from None
+    for token in content.get("added_tokens") or ():
+        _check_claim(path, "added_tokens", token["content"], token["id"], loaded)
+
+
+def _check_claimed_ids(folder: Path, config: dict, backend) -> None:
+    """Files beside ``tokenizer.json`` list added tokens too; a token that it lacks gets the next free id instead."""
+    for number, token in config.get("added_tokens_decoder", {}).items():
+        _check_claim(folder / CONFIG, "added_tokens_decoder", token["content"], int(number), backend)
+    path = folder / "added_tokens.json"
+    for content, number in (read_json(path, dict[str, Count], ADVICE) if path.is_file() else {}).items():
+        _check_claim(path, content, content, number, backend)
+
+
+def _check_claim(path: Path, field: str, content: str, number: int, backend) -> None:
+    if (found := backend.token_to_id(content)) != number:
+        raise HyLoError(
+            f"{path}: field {field} gives token {content!r} the id {number}, the tokenizer gives it {found}; {ADVICE}"
+        )
+
+
+def _fingerprint(content: dict) -> str:
+    """A digest of what decides which ids a text becomes. ``content``: as the tokenizers library writes it."""
+    flags = ["id", "content", "single_word", "lstrip", "rstrip", "normalized"]
+    if content["normalizer"] is None:
+        flags.remove("normalized")  # it changes nothing then
+    added = sorted(content["added_tokens"] or (), key=lambda token: token["id"])
+    deciding: dict[str, Any] = {key: content[key] for key in ("model", "normalizer", "pre_tokenizer")}
+    deciding["added_tokens"] = [{flag: token[flag] for flag in flags} for token in added]
+    return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
 
 
 def _sentencepiece_identity(path: Path) -> TokenizerIdentity:
@@ -138,7 +271,7 @@ def _sentencepiece_identity(path: Path) -> TokenizerIdentity:
     try:
         size = SentencePieceProcessor(model_file=str(path)).vocab_size()
     except (OSError, RuntimeError) as error:
-        raise HyLoError(f"{path}: not a sentencepiece model ({error})") from error
+        raise HyLoError(f"{path}: not a sentencepiece model ({_first_line(error)})") from error
     return TokenizerIdentity(size, size - 1, hashlib.sha256(path.read_bytes()).hexdigest())
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from hylo_megatron.data.tokenizers import TextTokenizer
 from hylo_megatron.errors import HyLoError
 
 SLACK = 256  # tokens a stretch may move so as to begin with a sentence
@@ -90,15 +91,16 @@ class Haystack:
         return places
 
 
-def open_haystack(prefix: Path, kinds: TokenKinds, vocab_size: int, shortest: int) -> Haystack:
+def open_haystack(prefix: Path, kinds: TokenKinds, tokenizer: TextTokenizer, shortest: int) -> Haystack:
     """What ``tools/prepare_data.py`` wrote to ``prefix``. HyLoError if it is damaged, packed, or too short."""
     summary = _summary(prefix)
     if summary["pack_length"] is not None:
         raise HyLoError(f"{prefix}.bin holds packed sequences, expected documents: prepare without --pack-length")
-    if summary["vocab_size"] != vocab_size:
+    same = summary.get("tokenizer_fingerprint", tokenizer.fingerprint) == tokenizer.fingerprint
+    if summary["vocab_size"] != tokenizer.vocab_size or not same:
         raise HyLoError(
-            f"{prefix}.bin was made with a tokenizer of {summary['vocab_size']} tokens, this one has {vocab_size}: "
-            "give --tokenizer the same folder for both"
+            f"{prefix}.bin was made with a tokenizer of {summary['vocab_size']} tokens, this one has"
+            f" {tokenizer.vocab_size} and makes other ids: give --tokenizer the same folder for both"
         )
     path, size = Path(f"{prefix}.bin"), summary["tokens"]
     if path.stat().st_size != size * np.dtype(summary["dtype"]).itemsize:

@@ -50,7 +50,7 @@ def prepare(
     if answers_only:
         _check_answers_only(inputs, forms, tokenizer, tokenizer_path, pack_length)
     others = (".json", MASK) if answers_only else (".json",)
-    with token_files(out, tokenizer.vocab_size, others) as (builder, partial), ExitStack() as stack:
+    with token_files(out, tokenizer.rows, others) as (builder, partial), ExitStack() as stack:
         mask = stack.enter_context(partial[MASK].open("wb")) if answers_only else None
         writer = TokenWriter(builder, tokenizer.eod_id, append_eod, pack_length, long_documents, mask)
         _encode_all(inputs, forms, text_key, tokenizer, writer)
@@ -67,6 +67,7 @@ def prepare(
             "empty_documents": counts.empty,
             "skipped_documents": counts.skipped,
             "tokenizer": str(tokenizer_path),
+            "tokenizer_fingerprint": tokenizer.fingerprint,
             "vocab_size": tokenizer.vocab_size,
             "eod_id": tokenizer.eod_id,
             "append_eod": writer.closes_documents,

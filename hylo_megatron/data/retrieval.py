@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
+from hylo_megatron.convert.tokenizer_files import open_tokenizer
 from hylo_megatron.data.chat_format import ChatFormat
 from hylo_megatron.data.haystack import TokenKinds, common_words, open_haystack
 from hylo_megatron.data.samples import SHORTEST, Sample, Samples
 from hylo_megatron.data.token_writer import token_files
-from hylo_megatron.data.tokenizers import load_tokenizer
+from hylo_megatron.data.tokenizers import TextTokenizer, load_tokenizer
 from hylo_megatron.errors import HyLoError, command_line
 from hylo_megatron.flags import Parser, count, share, size
 
@@ -40,10 +41,10 @@ def make_retrieval(
         raise HyLoError(f"--samples {samples}, --workers {workers}: expected 1 or more of each")
     if not 0 <= chat_share <= 1:
         raise HyLoError(f"--chat-share {chat_share}: expected a share from 0 to 1")
-    recipe, vocab_size = _open(haystack, tokenizer_path, length, seed, chat_share)
+    recipe, checked = _open(haystack, tokenizer_path, length, seed, chat_share)
     kinds = {"chat": 0, "needles": 0}
     answer_tokens = 0
-    with token_files(out, vocab_size, (".answers.npy", ".json")) as (builder, partial):
+    with token_files(out, checked.rows, (".answers.npy", ".json")) as (builder, partial):
         with open(partial[".answers.npy"], "wb") as file:
             header = {"descr": "|u1", "fortran_order": False, "shape": (samples, length)}
             np.lib.format.write_array_header_1_0(file, header)
@@ -65,7 +66,8 @@ def make_retrieval(
             "chat_share": recipe.chat_share,
             "seed": seed,
             "tokenizer": str(tokenizer_path),
-            "vocab_size": vocab_size,
+            "tokenizer_fingerprint": checked.fingerprint,
+            "vocab_size": checked.vocab_size,
             "eod_id": recipe.haystack.eod_id,
             "append_eod": False,
             "dtype": builder.dtype.__name__,
@@ -75,22 +77,22 @@ def make_retrieval(
     return summary
 
 
-def _open(prefix: Path, tokenizer_path: Path, length: int, seed: int, chat_share: float) -> tuple[Samples, int]:
-    """The recipe of all samples, and the size of the vocabulary."""
+def _open(
+    prefix: Path, tokenizer_path: Path, length: int, seed: int, chat_share: float
+) -> tuple[Samples, TextTokenizer]:
+    """The recipe of all samples, and the tokenizer."""
     checked = load_tokenizer(tokenizer_path, 1)
     if not tokenizer_path.is_dir():
         raise HyLoError(f"{tokenizer_path}: expected a Hugging Face folder with tokenizer.json")
-    from transformers import AutoTokenizer
-
     # the same tokenizer once more, for what it can do beyond encoding: places of tokens in the text, and decoding
-    loaded = AutoTokenizer.from_pretrained(tokenizer_path, trust_remote_code=False, local_files_only=True)
+    loaded = open_tokenizer(tokenizer_path)
     tokenizer = loaded.backend_tokenizer
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    haystack = open_haystack(prefix, TokenKinds.of(tokenizer), checked.vocab_size, length)
+    haystack = open_haystack(prefix, TokenKinds.of(tokenizer), checked, length)
     words = common_words(haystack, tokenizer)
     chat = ChatFormat.of(checked.render) if checked.render else None
-    return Samples(tokenizer, haystack, words, chat, length, seed, chat_share if chat else 0.0), checked.vocab_size
+    return Samples(tokenizer, haystack, words, chat, length, seed, chat_share if chat else 0.0), checked
 
 
 def _make_all(recipe: Samples, count: int, workers: int) -> Iterator[Sample]:

@@ -5,20 +5,32 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from hylo_megatron.convert.tokenizer_files import (
+    check_rows,
+    has_tokenizer,
+    identity_of,
+    open_tokenizer,
+    tokenizer_identity,
+)
 from hylo_megatron.errors import HyLoError
+from hylo_megatron.json_file import read_json
 
 DOCUMENT_END = ("<|endoftext|>", "<|end_of_text|>")  # preferred to eos, which in chat models ends a turn
 
 
 @dataclass(frozen=True)
 class TextTokenizer:
-    """``encode``: texts to lists of ids, nothing added. ``render``: messages to text, None without a template.
+    """``vocab_size``: the number of ids; ``rows``: one more than the largest id; ``fingerprint``: of its identity.
+
+    ``encode``: texts to lists of ids, nothing added. ``render``: messages to text, None without a template.
     ``locate``: texts to ids and each token's ``(start, end)`` in its text; None where the tokenizer does not know."""
 
     vocab_size: int
+    rows: int
     eod_id: int
     encode: Callable[[list[str]], list[list[int]]]
     render: Callable[[list], str] | None
+    fingerprint: str
     locate: Callable[[list[str]], list[tuple[list[int], list[tuple[int, int]]]]] | None = None
 
 
@@ -26,7 +38,7 @@ def load_tokenizer(path: Path, workers: int, eod_token: str | None = None) -> Te
     """From a Hugging Face folder with tokenizer.json, or a sentencepiece ``.model`` file. ``workers``: threads."""
     if path.is_file() and path.suffix == ".model":
         return _sentencepiece(path, workers, eod_token)
-    if path.is_dir() and (path / "tokenizer.json").is_file():
+    if path.is_dir() and has_tokenizer(path):
         return _hugging_face(path, workers, eod_token)
     raise HyLoError(f"{path}: expected a folder with tokenizer.json, or a sentencepiece .model file")
 
@@ -35,14 +47,9 @@ def _hugging_face(path: Path, workers: int, eod_token: str | None) -> TextTokeni
     # the thread pool of `tokenizers` is made at its first use and reads these then
     os.environ["RAYON_NUM_THREADS"] = str(workers)
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if workers > 1 else "false"
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise HyLoError(f"{path}: transformers cannot load this tokenizer ({str(error).splitlines()[0]})") from error
-    if not tokenizer.is_fast:
-        raise HyLoError(f"{path}: this tokenizer has no fast form, which streaming needs: save it with tokenizer.json")
+    tokenizer = open_tokenizer(path)
+    identity = identity_of(tokenizer)
+    _check_model_beside(path, identity)
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
@@ -60,7 +67,18 @@ def _hugging_face(path: Path, workers: int, eod_token: str | None) -> TextTokeni
     def render(messages: list) -> str:
         return tokenizer.apply_chat_template(messages, tokenize=False)
 
-    return TextTokenizer(len(tokenizer), eod_id, encode, render if tokenizer.chat_template else None, locate)
+    template = render if tokenizer.chat_template else None
+    return TextTokenizer(
+        identity.size, identity.largest_id + 1, eod_id, encode, template, identity.fingerprint, locate
+    )
+
+
+def _check_model_beside(path: Path, identity) -> None:
+    """A tokenizer's folder is mostly its model's too: its rows are known here already."""
+    config = path / "config.json"
+    rows = read_json(config).get("vocab_size") if config.is_file() else None
+    if isinstance(rows, int):
+        check_rows(identity, rows, path)
 
 
 def _sentencepiece(path: Path, workers: int, eod_token: str | None) -> TextTokenizer:
@@ -75,6 +93,9 @@ def _sentencepiece(path: Path, workers: int, eod_token: str | None) -> TextToken
     eod_id = processor.piece_to_id(eod_token) if eod_token else processor.eos_id()
     if eod_id < 0 or (eod_token and eod_id == processor.unk_id()):
         raise HyLoError(f"{path}: no end-of-document token {eod_token or '(eos)'}: name one with --eod-token")
-    return TextTokenizer(
-        processor.vocab_size(), eod_id, lambda texts: processor.encode(texts, out_type=int, num_threads=workers), None
-    )
+    size = processor.vocab_size()
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        return processor.encode(texts, out_type=int, num_threads=workers)
+
+    return TextTokenizer(size, size, eod_id, encode, None, tokenizer_identity(path).fingerprint)

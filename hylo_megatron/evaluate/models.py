@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from hylo_megatron.convert.tokenizer_files import check_rows, identity_of, open_tokenizer
 from hylo_megatron.errors import HyLoError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -68,12 +69,7 @@ def load(folder: str | Path, device: torch.device, dtype: torch.dtype) -> Loaded
     """Reads model and tokenizer from disk only; code in the folder is never run."""
     folder = check_folder(folder)
     options = {"local_files_only": True, "trust_remote_code": False}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise HyLoError(
-            f"{folder}: its tokenizer cannot be read ({_first_line(error)}): put tokenizer.json there"
-        ) from error
+    tokenizer = open_tokenizer(folder)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
     except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError) as error:
@@ -83,24 +79,12 @@ def load(folder: str | Path, device: torch.device, dtype: torch.dtype) -> Loaded
         raise HyLoError(
             f"{folder}: {len(absent)} weights are missing or not of the shape in config.json, e.g. {absent[0]}"
         )
-    _check_vocabulary(folder, tokenizer, model)
+    check_rows(identity_of(tokenizer), model.get_input_embeddings().weight.shape[0], folder)
     # A clean configuration: a sampling temperature or repetition penalty of the folder would change greedy decoding.
     model.generation_config = GenerationConfig(
         eos_token_id=model.generation_config.eos_token_id, bos_token_id=model.generation_config.bos_token_id
     )
     return Loaded(folder.resolve().name, model.to(device).eval(), tokenizer)
-
-
-def _check_vocabulary(folder: Path, tokenizer: Tokenizer, model: PreTrainedModel) -> None:
-    rows = model.get_input_embeddings().weight.shape[0]
-    highest = max(tokenizer.get_vocab().values(), default=-1)
-    if highest < 0:
-        raise HyLoError(f"{folder}: its tokenizer is empty: put the base model's tokenizer.json there")
-    if highest >= rows:
-        raise HyLoError(
-            f"{folder}: the tokenizer has token ids up to {highest} but the model's vocabulary has {rows} rows: "
-            "the tokenizer belongs to another model; copy the one of the base model"
-        )
 
 
 def _first_line(error: BaseException) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hylo_megatron.convert.tokenizer_files import open_tokenizer
 from hylo_megatron.errors import HyLoError
 
 MOST_DOCUMENTS = 50_000  # of a long file its beginning is enough
@@ -40,10 +41,8 @@ def calibration_tokens(path: str | Path, tokenizer_folder: str | Path, count: in
 
     ``path``: a text or JSONL file, or the prefix of a token file.
     """
-    from transformers import AutoTokenizer
-
     path, rows = Path(path), max(2, count // length)
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, trust_remote_code=False)
+    tokenizer = open_tokenizer(tokenizer_folder)
     if Path(f"{path}.idx").is_file():
         documents = list(_token_documents(path, length))
     elif path.is_file():

@@ -13,17 +13,16 @@ import torch
 from torch import Tensor
 
 from hylo_megatron.config import Architecture
-from hylo_megatron.errors import HyLoError
+from hylo_megatron.config.geometry import check_heads
 from hylo_megatron.init.linear_algebra import covariance, linearised_qkv
 from hylo_megatron.kernels.rope import rope_frequencies
 
 
 def rope_pairs(arch: Architecture) -> Tensor:
     """For each rope pair of the MLA layer the pair of the head whose frequency it has ``[P]``."""
-    rope, head = arch.geometry.mla.qk_rope_head_dim, arch.head_dim
-    if head % rope:
-        raise HyLoError(f"qk_rope_head_dim {rope} must divide the head dimension {head}: frequencies would not match")
-    return torch.arange(rope // 2) * (head // rope)
+    check_heads(arch.head_dim, arch.geometry, {"mla"})
+    rope = arch.geometry.mla.qk_rope_head_dim
+    return torch.arange(rope // 2) * (arch.head_dim // rope)
 
 
 def _pair_rows(pairs: Tensor, head_dim: int) -> Tensor:
@@ -98,16 +97,16 @@ def svd_init(layer, arch: Architecture) -> dict[str, Tensor]:
     pairs = rope_pairs(arch).to(q.device)
     rope, nope = _pair_rows(pairs, arch.head_dim), _nope_rows(arch, pairs).to(q.device)
     # Rows that appear in both parts count twice in the score.
-    both = g.qk_nope_head_dim + g.qk_rope_head_dim > arch.head_dim
-    scale = math.sqrt((g.qk_nope_head_dim + g.qk_rope_head_dim) / arch.head_dim) * (0.5 if both else 1.0)
+    rows = torch.cat([nope, rope])
+    twice = torch.bincount(rows, minlength=arch.head_dim)[rows, None]
+    scale = math.sqrt((g.qk_nope_head_dim + g.qk_rope_head_dim) / arch.head_dim) / twice
     if g.q_lora_rank:
         up, down = _factor(q.flatten(0, 1), g.q_lora_rank)
         up = up.view(*q.shape[:2], -1)
-        up = torch.cat([up[:, nope], up[:, rope]], 1) * scale * _score_factors(arch).to(up.device)[:, None]
-        up = up.flatten(0, 1)
+        up = (up[:, rows] * scale * _score_factors(arch).to(up.device)[:, None]).flatten(0, 1)
         queries = {"q_a_proj.weight": down, "q_b_proj.weight": up}
     else:
-        queries = _query(torch.cat([q[:, nope], q[:, rope]], 1) * scale, arch, None)
+        queries = _query(q[:, rows] * scale, arch, None)
     joint_up, joint_down = _factor(torch.cat([k[:, nope].flatten(0, 1), v.flatten(0, 1)]), g.kv_lora_rank)
     key_up, value_up = joint_up.split([k.shape[0] * len(nope), v.shape[0] * v.shape[1]])
     return _assemble(

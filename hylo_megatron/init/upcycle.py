@@ -12,13 +12,15 @@ from safetensors import safe_open
 from torch import Tensor
 
 from hylo_megatron.config import Architecture, Geometry, geometry_preset, parse_plan, plan_name
+from hylo_megatron.config.geometry import check_heads
 from hylo_megatron.config.rope import same_at_any_width
 from hylo_megatron.convert.checkpoint import LazyTensor, check_empty, write_checkpoint
-from hylo_megatron.convert.hf_folder import copy_companions, save_tensors
+from hylo_megatron.convert.hf_folder import save_tensors
 from hylo_megatron.convert.hf_to_megatron import megatron_tensors
 from hylo_megatron.convert.progress import peak_memory_gib
 from hylo_megatron.convert.shapes import FP32_SUFFIXES, hf_shapes
 from hylo_megatron.convert.tables import mappings
+from hylo_megatron.convert.tokenizer_files import check_tokenizer, copy_companions
 from hylo_megatron.errors import HyLoError, command_line
 from hylo_megatron.flags import Parser, count, size
 from hylo_megatron.init import linear_blocks, mla
@@ -98,6 +100,7 @@ def student_architecture(teacher: Architecture, plan: tuple[str, ...], geometry:
     """``geometry``: the name of a preset, or the dimensions themselves."""
     if isinstance(geometry, str):
         geometry = geometry_preset(geometry, teacher.hidden_size, teacher.num_attention_heads, teacher.head_dim)
+    check_heads(teacher.head_dim, geometry, set(plan))
     rope = same_at_any_width(teacher.rope_parameters, teacher.head_dim)
     return replace(
         teacher, plan=plan, geometry=geometry, mla_qk_norm=qk_norm, rope_parameters=rope, extra=dict(teacher.extra)
@@ -122,6 +125,7 @@ def upcycle(teacher: str | Path, out: str | Path, plan: tuple[str, ...], *, init
             f"{teacher} is already a hybrid ({plan_name(base.arch.plan)}); give the Transformer it came from"
         )
     arch = student_architecture(base.arch, plan, geometry, qk_norm)
+    check_tokenizer(Path(teacher) / "hf", arch.vocab_size)
     if init == "data" and tokens_BS is None:
         raise HyLoError("--init data needs --calibration TEXT: some text like what the model will read")
     scratch = out.with_name(out.name + ".mixers")

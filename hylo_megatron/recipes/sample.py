@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from hylo_megatron.convert.tokenizer_files import open_tokenizer
+
 PROMPT = "What is the capital of France?"
 
 
@@ -14,7 +16,7 @@ def answer(folder: Path, prompt: str = PROMPT, tokens: int = 24) -> str:
 
     import hylo_megatron  # noqa: F401  registers the model class
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer = open_tokenizer(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).to(
         "cuda" if torch.cuda.is_available() else "cpu"
     )
