@@ -14,11 +14,12 @@ from pathlib import Path
 import torch
 from megatron.training import checkpointing, training
 from megatron.training.global_vars import get_args
+from torch.distributed.checkpoint.api import CheckpointException
 
 from hylo_megatron.convert import iterations
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.platform import checkpoint_writer
-from hylo_megatron.platform.safe_pickles import check_pickles
+from hylo_megatron.platform.safe_pickles import check_pickles, explain
 
 
 def _first_rank_alone(action: Callable[[], object]) -> None:
@@ -97,8 +98,13 @@ def install() -> None:
         _first_rank_alone(lambda: _prepare(args, folder))
         source = folder if checkpointing.checkpoint_exists(folder) else args.pretrained_checkpoint
         with iterations.reading(source) if source else contextlib.nullcontext() as path:
-            _first_rank_alone(lambda: path and check_pickles(iterations.asked_for(path, args.ckpt_step)))
-            return load(*models_and_optimizer, load_arg=load_arg, **kwargs)
+            path = path and iterations.asked_for(path, args.ckpt_step)
+            _first_rank_alone(lambda: path and check_pickles(path))
+            try:
+                return load(*models_and_optimizer, load_arg=load_arg, **kwargs)
+            except CheckpointException as error:  # torch raises it on every rank
+                failure = error
+            _first_rank_alone(lambda: explain(path, failure))
 
     def save_apart(iteration, *what, non_persistent_ckpt=False, **kwargs):
         args = get_args()
