@@ -70,7 +70,7 @@ def test_odd_values_and_extra_tensors_of_other_exporters(tmp_path):
     extra = {"lm_head.weight": state["model.embed_tokens.weight"].clone()}
     extra["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
     tiny.write_weights(source, state | extra)
-    hf_to_megatron.convert(source, tmp_path / "ckpt")
+    hf_to_megatron.convert(source, tmp_path / "ckpt", allow_nan=True)
     megatron_to_hf.convert(tmp_path / "ckpt", tmp_path / "back")
     tiny.same_bits(tiny.weights(tmp_path / "back"), state)
 
@@ -125,7 +125,7 @@ def test_import_holds_a_few_tensors_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint._StreamingPlanner, "resolve_data", resolved)
     gc.disable()  # what only a collection would free counts as held
     try:
-        hf_to_megatron.convert(source, tmp_path / "ckpt")
+        hf_to_megatron.convert(source, tmp_path / "ckpt", check=False)
     finally:
         gc.enable()
     assert read.total == len(tiny.weights(source))
@@ -252,7 +252,7 @@ BAD = {
     "truncated header": (_truncate("model.safetensors", 20), ["model.safetensors", "truncated or damaged"]),
     "truncated shard": (_sharded(_truncate(SHARD, 20_000)), [SHARD, "truncated or damaged"]),
     "missing shard": (_sharded(lambda f: (f / SHARD).unlink()), [SHARD, "not found"]),
-    "wrong shard": (_sharded(_index_names_the_wrong_shard), ["model-0000", KEY, "cannot be read"]),
+    "wrong shard": (_sharded(_index_names_the_wrong_shard), ["model-0000", KEY, INDEX]),
     "index without a map": (_sharded(lambda f: (f / INDEX).write_text("{}")), [INDEX, "weight_map"]),
     "pickle only": (_pickle_only, ["pytorch_model.bin", "pickle"]),
     "no config": (lambda folder: (folder / "config.json").unlink(), ["config.json not found"]),

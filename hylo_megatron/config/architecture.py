@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from hylo_megatron.config.geometry import Geometry
+from hylo_megatron.config.rope import fix_original_length
 from hylo_megatron.errors import HyLoError
 
 FILE_NAME = "hylo.json"
@@ -71,6 +72,8 @@ class Architecture:
     def from_dict(cls, values: dict) -> "Architecture":
         values = dict(values)
         values["plan"] = tuple(values["plan"])
+        # Checkpoints of earlier versions may lack the length that YaRN starts from.
+        values["rope_parameters"] = fix_original_length(values["rope_parameters"], values["max_position_embeddings"])
         if values.get("geometry"):
             values["geometry"] = Geometry.from_dict(values["geometry"])
         return cls(**values)

@@ -25,11 +25,11 @@ COMPARED_ROWS = 4096
 class ReleasedWeights(HFWeights):
     """The tensors of a release under their own names. Call ``check`` before reading."""
 
-    described_by = "hybrid_config.json"
+    described_by, let_pass = "hybrid_config.json", ""
     unmapped = "; its name belongs into hylo_megatron/convert/amd_tables.py, if the model computes with it"
 
     def __init__(self, folder: Path):
-        self.folder, self._files = folder, {}
+        self.folder, self._files, self.names = folder, {}, {}
         self.where = self._index()
 
     def check(self, release: Release) -> None:

@@ -1,126 +1,121 @@
-"""Reads a Hugging Face folder: its config as an ``Architecture``, its safetensors one tensor at a time. No pickle."""
+"""Reads the safetensors of a Hugging Face folder, one tensor at a time. No pickle."""
 
-import json
 import os
+import re
 import shutil
 from pathlib import Path
 
+import torch
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from hylo_megatron.config import Architecture
-from hylo_megatron.config.architecture import MODEL_TYPES
+from hylo_megatron.convert.hf_config import read_architecture  # noqa: F401  others import it from here
 from hylo_megatron.convert.shapes import hf_shapes
 from hylo_megatron.errors import HyLoError
+from hylo_megatron.json_file import Object, check, read_json
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "vocab.json",
     "merges.txt", "chat_template.jinja", "added_tokens.json", "generation_config.json",
 )  # fmt: skip
-_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_OF_QUANTISED = re.compile(
+    r"(\.|_)(qweight|qzeros|scales?|scale_inv|scale_2|g_idx|zero_points?|weight_packed|weight_shape|weight_scale.*"
+    r"|weight_format|absmax|(nested_)?quant_map|quant_state\..*|SCB|CB)$"
+)
+_SIDECARS = ("hf_quant_config.json", "quant_config.json", "quantize_config.json")
+_ROWS = 4096
 
 
-def read_json(path: Path) -> dict:
-    if not path.is_file():
-        raise HyLoError(f"{path} not found: expected a Hugging Face folder with config.json and *.safetensors")
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise HyLoError(f"{path}: not valid JSON ({error}); download it again") from None
-
-
-def _rope(config: dict, path: Path) -> dict:
-    if config.get("rope_parameters"):
-        return dict(config["rope_parameters"])
-    scaling = dict(config.get("rope_scaling") or {})
-    kind = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
-    scaling.pop("type", None)
-    return {"rope_type": kind, "rope_theta": config.get("rope_theta", 10000.0), **scaling}
-
-
-def _refuse_what_is_not_computed(config: dict, path: Path) -> None:
-    unsupported = {
-        "mlp_bias": "biases in the MLP",
-        "quantization_config": "quantized weights (dequantize the checkpoint first)",
-    }
-    if config["model_type"] in ("llama", "mistral", "qwen3"):
-        unsupported["attention_bias"] = "biases in this architecture's attention"
-    for key, what in unsupported.items():
-        if config.get(key):
-            raise HyLoError(f"{path}: {key} is set, and {what} are not supported")
-    if config.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise HyLoError(f"{path}: hidden_act {config['hidden_act']!r} is not supported; expected silu")
-    window = config.get("sliding_window")
-    if window and config.get("use_sliding_window", True) and window < config["max_position_embeddings"]:
-        raise HyLoError(
-            f"{path}: sliding_window {window} is shorter than max_position_embeddings; layers attend to everything"
-            f" here, so set max_position_embeddings to {window} or less, or sliding_window to null"
-        )
-
-
-def read_architecture(folder: str | os.PathLike) -> Architecture:
-    """``config.json`` of a Llama, Mistral, Qwen2 or Qwen3 model, or of an exported hybrid. Raises ``HyLoError``."""
-    path = Path(folder) / "config.json"
-    config = read_json(path)
-    kind = config.get("model_type")
-    if kind == "hylo":
-        from hylo_megatron.hf import HyLoConfig
-
-        return HyLoConfig.from_dict(config).to_architecture()
-    if kind not in MODEL_TYPES:
-        raise HyLoError(
-            f"{path}: model_type {kind!r} is not supported; expected one of {', '.join(MODEL_TYPES)}, hylo"
-        )
-    try:
-        heads = config["num_attention_heads"]
-        arch = Architecture(
-            model_type=kind,
-            vocab_size=config["vocab_size"],
-            hidden_size=config["hidden_size"],
-            intermediate_size=config["intermediate_size"],
-            num_attention_heads=heads,
-            num_key_value_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            rms_norm_eps=config["rms_norm_eps"],
-            max_position_embeddings=config["max_position_embeddings"],
-            rope_parameters=_rope(config, path),
-            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-            plan=("attention",) * config["num_hidden_layers"],
-            attention_bias=kind == "qwen2",
-            qk_norm=kind == "qwen3",
-            extra={key: config[key] for key in _TOKEN_IDS if config.get(key) is not None},
-        )
-    except KeyError as error:
-        raise HyLoError(f"{path}: {error} is missing; expected a complete {kind} config") from None
-    _refuse_what_is_not_computed(config, path)
-    return arch
+class _Index(TypedDict):
+    weight_map: dict[str, str]
 
 
 class HFWeights:
-    """The tensors of a folder, opened lazily and checked against an architecture before anything is read."""
+    """The tensors of a folder, opened lazily and checked against an architecture before anything is read.
+
+    Which files count, and under which names, is decided as transformers decides it.
+    """
 
     described_by, unmapped = "config.json", ""
+    allow_nan, let_pass = False, ", or let it pass with --allow-nan"
 
-    def __init__(self, folder: str | os.PathLike, arch: Architecture):
-        self.folder, self.expected = Path(folder), hf_shapes(arch)
+    def __init__(self, folder: str | os.PathLike, arch: Architecture, allow_nan: bool = False):
+        self.folder, self.expected, self.allow_nan = Path(folder), hf_shapes(arch), allow_nan
         self._files: dict[str, object] = {}
         self.where = self._index()
-        if arch.tie_word_embeddings:
-            self.where.pop("lm_head.weight", None)  # a copy of the embeddings that some exporters write
+        self._refuse_quantised()
+        self.names = self._names({**self.expected, "lm_head.weight": ()})
+        self.where = {key: self.where[name] for key, name in self.names.items()}
         self.where = {k: v for k, v in self.where.items() if not k.endswith("rotary_emb.inv_freq")}
+        copied = arch.tie_word_embeddings and self.where.pop("lm_head.weight", None)
         self._check()
+        if copied:
+            self._check_copy(copied)
 
     def _index(self) -> dict[str, str]:
-        index = self.folder / "model.safetensors.index.json"
-        if index.is_file():
-            where = read_json(index).get("weight_map")
-            if not isinstance(where, dict):
-                raise HyLoError(f"{index}: weight_map is missing; download it again")
-            return dict(where)
-        if (self.folder / "model.safetensors").is_file():
-            return {key: "model.safetensors" for key in self._open("model.safetensors").keys()}  # noqa: SIM118
-        pickles = sorted(p.name for p in self.folder.glob("*.bin"))
-        hint = f"; {pickles[0]} is a pickle, which is not read: save the model as safetensors" if pickles else ""
-        raise HyLoError(f"{self.folder}: no model.safetensors and no model.safetensors.index.json{hint}")
+        """File of each tensor, by the names that the files have."""
+        if (self.folder / _SINGLE).is_file():  # transformers does not look at an index beside it
+            return dict.fromkeys(self._open(_SINGLE).keys(), _SINGLE)
+        index = self.folder / _INDEX
+        if not index.is_file():
+            raise HyLoError(f"{self.folder}: no {_SINGLE} and no {_INDEX}{self._hint()}")
+        content = read_json(index, Object, "download it again")
+        where = check(content, _Index, str(index), "download it again")["weight_map"]
+        for key, name in where.items():
+            if name in (".", "..") or re.search(r"[/\\\0]", name):
+                raise HyLoError(f"{index}: tensor {key} is in {name!r}, expected a file of the same folder")
+        self._check_shards(index, where)
+        return where
+
+    def _check_shards(self, index: Path, where: dict[str, str]) -> None:
+        """transformers reads what the shards hold, whatever the index says: the two have to agree."""
+        for shard in sorted(set(where.values())):
+            for key in self._open(shard).keys():  # noqa: SIM118
+                if where.get(key) != shard:
+                    place = f"in {where[key]}" if key in where else "nowhere"
+                    raise HyLoError(f"{self.folder / shard}: holds tensor {key}, which is {place} by {index.name};"
+                                    " download both again")  # fmt: skip
+
+    def _hint(self) -> str:
+        for pattern, what in (("*.gguf", "is a GGUF file: give the model's folder of safetensors"),
+                              ("adapter_model.*", "is an adapter: merge it into its base model first"),
+                              ("*.bin", "is a pickle, which is not read: save the model as safetensors"),
+                              ("*.pt*", "is a pickle, which is not read: save the model as safetensors"),
+                              ("*.safetensors", f"has another name than {_SINGLE}")):  # fmt: skip
+            if found := sorted(path.name for path in self.folder.glob(pattern)):
+                return f"; {found[0]} {what}"
+        return ""
+
+    def _refuse_quantised(self) -> None:
+        """Named as such wherever the folder says so, before any shape is compared."""
+        for name in _SIDECARS:
+            path = self.folder / name
+            values = read_json(path) if path.is_file() else {}
+            inner = values.get("quantization", values)
+            method = isinstance(inner, dict) and (inner.get("quant_algo") or inner.get("bits") or inner.get("w_bit"))
+            if method:
+                raise HyLoError(f"{path}: the weights are quantised ({method}); dequantise the model first")
+        for key, name in self.where.items():
+            dtype = self._slice(key, name).get_dtype()
+            if _OF_QUANTISED.search(key) or dtype not in _DTYPES:
+                raise HyLoError(
+                    f"{self.folder / name}: tensor {key} (dtype {dtype}) belongs to quantised weights; dequantise the"
+                    f" model first (expected one of {', '.join(_DTYPES)})"
+                )
+
+    def _names(self, known) -> dict[str, str]:
+        """``{our name: the file's}``: transformers adds the prefix of the model where it lacks, or drops one."""
+        names: dict[str, str] = {}
+        for name in self.where:
+            short, long = name.removeprefix("model."), f"model.{name}"
+            key = next((key for key in (short, long) if name not in known and key in known), name)
+            if key in names:
+                raise HyLoError(f"{self.folder}: tensors {names[key]} and {name} are the same one; remove one of them")
+            names[key] = name
+        return names
 
     def _open(self, name: str):
         from safetensors import SafetensorError, safe_open
@@ -135,16 +130,24 @@ class HFWeights:
                 raise HyLoError(f"{path}: truncated or damaged ({error}); download it again") from None
         return self._files[name]
 
+    def _slice(self, name: str, file: str):
+        from safetensors import SafetensorError
+
+        try:
+            return self._open(file).get_slice(name)
+        except SafetensorError as error:
+            raise HyLoError(f"{self.folder / file}: tensor {name} cannot be read ({error})") from None
+
+    def _at(self, key: str):
+        return self._slice(self.names.get(key, key), self.where[key])
+
     def _check(self) -> None:
         for key, shape in self.expected.items():
             if key not in self.where:
-                raise HyLoError(f"{self.folder}: tensor {key} is missing; expected shape {list(shape)}")
-            try:
-                found = tuple(self._open(self.where[key]).get_slice(key).get_shape())
-            except Exception as error:
-                if isinstance(error, HyLoError):
-                    raise
-                raise HyLoError(f"{self.folder / self.where[key]}: tensor {key} cannot be read ({error})") from None
+                raise HyLoError(
+                    f"{self.folder}: tensor {key} is missing; expected shape {list(shape)}{self._alike(key)}"
+                )
+            found = tuple(self._at(key).get_shape())
             if found != shape:
                 raise HyLoError(
                     f"{self.folder / self.where[key]}: tensor {key} has shape {list(found)}, {self.described_by} asks"
@@ -156,19 +159,39 @@ class HFWeights:
                 f"{self.folder}: unexpected tensor {unused[0]} ({len(unused)} in all) has no mapping{self.unmapped}"
             )
 
-    def dtype(self, key: str):
-        names = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-        import torch
+    def _alike(self, key: str) -> str:
+        other = next((name for name in sorted(self.where) if name.endswith(f".{key.removeprefix('model.')}")), None)
+        return f"; {other} has another prefix, rename the tensors" if other else ""
 
-        name = self._open(self.where[key]).get_slice(key).get_dtype()
-        if name not in names:
+    def _check_copy(self, file: str) -> None:
+        """Tied embeddings beside a head of their own: transformers keeps both apart, other tools take the first."""
+        head, table = self._slice(self.names["lm_head.weight"], file), self._at("model.embed_tokens.weight")
+        rows = range(0, self.expected["model.embed_tokens.weight"][0], _ROWS)
+        same = head.get_shape() == table.get_shape() and head.get_dtype() == table.get_dtype()
+        same = same and all(
+            torch.equal(*(part[i : i + _ROWS].view(torch.uint8) for part in (head, table))) for i in rows
+        )
+        if not same:
             raise HyLoError(
-                f"{self.folder / self.where[key]}: tensor {key} has dtype {name}; expected one of {', '.join(names)}"
+                f"{self.folder / file}: lm_head.weight differs from model.embed_tokens.weight, though config.json has"
+                " tie_word_embeddings true; set it to false to keep both, or remove lm_head.weight from the file"
             )
-        return getattr(torch, names[name])
+
+    def dtype(self, key: str) -> torch.dtype:
+        name = self._at(key).get_dtype()
+        if name not in _DTYPES:
+            raise HyLoError(
+                f"{self.folder / self.where[key]}: tensor {key} has dtype {name}; expected one of {', '.join(_DTYPES)}"
+            )
+        return _DTYPES[name]
 
     def __getitem__(self, key: str) -> Tensor:
-        return self._open(self.where[key]).get_tensor(key)
+        tensor = self._open(self.where[key]).get_tensor(self.names.get(key, key))
+        if not self.allow_nan and tensor.numel() and not torch.stack(torch.aminmax(tensor)).isfinite().all():
+            raise HyLoError(
+                f"{self.folder / self.where[key]}: tensor {key} holds NaN or Inf; download it again{self.let_pass}"
+            )
+        return tensor
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:

@@ -2,15 +2,17 @@
 
 import argparse
 import functools
+import math
 import time
 from pathlib import Path
 
 import torch
 
 from hylo_megatron.config import Architecture, plan_name
-from hylo_megatron.convert.checkpoint import LazyTensor, write_checkpoint
+from hylo_megatron.convert.checkpoint import LazyTensor, check_empty, whole_folder, write_checkpoint
 from hylo_megatron.convert.hf_folder import HFWeights, check_tokenizer, copy_companions, read_architecture
 from hylo_megatron.convert.progress import ByteProgress, peak_memory_gib
+from hylo_megatron.convert.self_check import check_frequencies, self_check, transformers_model
 from hylo_megatron.convert.tables import Mapping, mappings
 from hylo_megatron.errors import command_line
 
@@ -36,17 +38,36 @@ def megatron_tensors(arch: Architecture, weights) -> dict[str, LazyTensor]:
     return tensors
 
 
-def convert(hf: str | Path, out: str | Path) -> Architecture:
-    """Converts folder ``hf`` into checkpoint ``out``. Raises ``HyLoError`` when they do not fit, before writing."""
-    arch = read_architecture(hf)
+def convert(
+    hf: str | Path, out: str | Path, *, allow_nan: bool = False, check: bool = True, log=print
+) -> Architecture:
+    """Converts folder ``hf`` into checkpoint ``out``. Raises ``HyLoError`` when they do not fit, before writing.
+
+    ``check``: compares the logits with transformers' afterwards; ``out`` gets its name when they agree.
+    """
+    hf, out = Path(hf), Path(out)
+    check_empty(out)
+    arch, model = read_architecture(hf), None
+    if not arch.is_hybrid:
+        model = transformers_model(hf)
+        check_frequencies(arch, model.rotary_emb, hf / "config.json")
     check_tokenizer(hf, arch.vocab_size)
-    weights = HFWeights(hf, arch)
+    weights = HFWeights(hf, arch, allow_nan)
     tensors = megatron_tensors(arch, weights)
     total = sum(torch.empty(t.shape, dtype=t.dtype, device="meta").nbytes for t in tensors.values())
     progress = ByteProgress(total, "convert")
-    write_checkpoint(out, arch, tensors, functools.partial(copy_companions, Path(hf)), progress)
-    progress.close()
+    with whole_folder(out) as scratch:
+        write_checkpoint(scratch, arch, tensors, functools.partial(copy_companions, hf), progress)
+        progress.close()
+        if model and check:
+            log(_said(self_check(weights, arch, scratch, model)))
     return arch
+
+
+def _said(difference: float) -> str:
+    if math.isnan(difference):
+        return "self-check: the logits of this model are not finite numbers in transformers; nothing was compared"
+    return f"self-check: logits differ from transformers' by {difference:.1e} (relative, fp32)"
 
 
 @command_line
@@ -54,9 +75,11 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--hf", required=True, help="folder with config.json, *.safetensors and the tokenizer")
     parser.add_argument("--out", required=True, help="Megatron checkpoint folder to write")
+    parser.add_argument("--allow-nan", action="store_true", help="let NaN and Inf in weights pass")
+    parser.add_argument("--no-self-check", action="store_true", help="do not compare logits with transformers'")
     options = parser.parse_args(argv)
     start = time.time()
-    arch = convert(options.hf, options.out)
+    arch = convert(options.hf, options.out, allow_nan=options.allow_nan, check=not options.no_self_check)
     print(
         f"{arch.model_type} {plan_name(arch.plan)} -> {options.out}  "
         f"{time.time() - start:.1f} s, peak memory {peak_memory_gib():.2f} GiB"

@@ -8,7 +8,9 @@ from pathlib import Path
 import torch
 
 from hylo_megatron.config import Architecture
+from hylo_megatron.config.rope import checked_rope
 from hylo_megatron.distill.kl import KLSettings
+from hylo_megatron.json_file import Object, check
 
 
 def add_hylo_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -80,12 +82,13 @@ def kl_settings(args) -> KLSettings:
 def run_architecture(path: str, rope: dict | None = None, seq_length: int = 0) -> Architecture:
     """A checkpoint's model as this run uses it: with the rotary embedding asked for, and room for its sequences."""
     arch, rope = Architecture.load(path), rope or {}
-    kept = arch.rope_parameters
+    where = "--hylo-rope, --hylo-teacher-rope"
+    rope, kept = check(rope, Object, where), arch.rope_parameters
     if rope.get("rope_type", kept.get("rope_type")) != kept.get("rope_type"):  # what scales one kind is not another's
         kept = {"rope_theta": kept["rope_theta"]}
-    return replace(
-        arch, rope_parameters=kept | rope, max_position_embeddings=max(arch.max_position_embeddings, seq_length)
-    )
+    # Scaling starts from the checkpoint's own maximum unless it says otherwise, never from this run's sequences.
+    rope = checked_rope(kept | rope, arch.max_position_embeddings, where)
+    return replace(arch, rope_parameters=rope, max_position_embeddings=max(arch.max_position_embeddings, seq_length))
 
 
 def engine_flags(arch: Architecture, tokenizer: Path) -> list[str]:

@@ -2,7 +2,9 @@
 
 Legend: H query heads, G key-value heads, K head dim, D model, P rope pairs (rope dims / 2), R latent rank. Rotary
 pairs are half-split: pair i of a head is rows i and i + K/2, and is written as one complex row where that is simpler.
-Scores keep their size: MLA divides by sqrt(nope + rope), attention by sqrt(K), so queries carry the ratio.
+Scores keep their size: MLA divides by sqrt(nope + rope), attention by sqrt(K), so queries carry the ratio. YaRN's
+attention factor scales cos and sin of queries and keys: the rotary part gets its square when the model runs, and the
+no-position part has it in the queries.
 """
 
 import math
@@ -10,9 +12,10 @@ import math
 import torch
 from torch import Tensor
 
-from hylo_megatron.config import Architecture, MLAGeometry
+from hylo_megatron.config import Architecture
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.init.linear_algebra import covariance, linearised_qkv
+from hylo_megatron.kernels.rope import rope_frequencies
 
 
 def rope_pairs(arch: Architecture) -> Tensor:
@@ -47,16 +50,34 @@ def _factor(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return up, down
 
 
-def _query(q_HKD: Tensor, geometry: MLAGeometry, cov: Tensor | None) -> dict[str, Tensor]:
-    q = q_HKD.flatten(0, 1).double()
-    if not geometry.q_lora_rank:
-        return {"q_proj.weight": q}
+def _score_factors(arch: Architecture) -> Tensor:
+    """What YaRN multiplies the score of each row of a query by, as far as the rotation does not: ``[nope + rope]``."""
+    g = arch.geometry.mla
+    _, scaling = rope_frequencies(arch.rope_parameters, arch.head_dim, arch.max_position_embeddings)
+    return torch.cat([torch.full((g.qk_nope_head_dim,), scaling**2), torch.ones(g.qk_rope_head_dim)]).double()
+
+
+def _query(q_HKD: Tensor, arch: Architecture, cov: Tensor | None) -> dict[str, Tensor]:
+    rank, q = arch.geometry.mla.q_lora_rank, q_HKD.flatten(0, 1).double()
+    factors_Y1 = _score_factors(arch).to(q.device).repeat(len(q_HKD))[:, None]
+    if not rank:
+        return {"q_proj.weight": q * factors_Y1}
     if cov is None:
-        up, down = _factor(q, geometry.q_lora_rank)
+        up, down = _factor(q, rank)
     else:  # the subspace that keeps most of the queries' variance on the data
-        basis = torch.linalg.eigh(q @ cov @ q.T)[1][:, -geometry.q_lora_rank :]
+        basis = torch.linalg.eigh(q @ cov @ q.T)[1][:, -rank:]
         up, down = basis, basis.T @ q
-    return {"q_a_proj.weight": down, "q_b_proj.weight": up}
+    return {"q_a_proj.weight": down, "q_b_proj.weight": up * factors_Y1}
+
+
+def kept_norms(layer, arch: Architecture) -> dict[str, Tensor]:
+    """Qwen3's per-head norms for MLA. A norm takes the size of a query away: YaRN's factor goes into its weight."""
+    pairs = rope_pairs(arch)
+    g, rope, nope = arch.geometry.mla, _pair_rows(pairs, arch.head_dim), _nope_rows(arch, pairs)
+    rows = torch.cat([nope, rope])[: g.qk_nope_head_dim + g.qk_rope_head_dim]
+    query, key = (layer[f"self_attn.{n}_norm.weight"].cpu()[rows] for n in "qk")
+    query = query * _score_factors(arch)[: len(rows)]
+    return {"self_attn.q_norm.weight": query, "self_attn.k_norm.weight": key}
 
 
 def _assemble(arch, q, latent_down, key_up_GnR, value_up_GvR, k_rope, out) -> dict[str, Tensor]:
@@ -82,10 +103,11 @@ def svd_init(layer, arch: Architecture) -> dict[str, Tensor]:
     if g.q_lora_rank:
         up, down = _factor(q.flatten(0, 1), g.q_lora_rank)
         up = up.view(*q.shape[:2], -1)
-        up = torch.cat([up[:, nope], up[:, rope]], 1).flatten(0, 1) * scale
+        up = torch.cat([up[:, nope], up[:, rope]], 1) * scale * _score_factors(arch).to(up.device)[:, None]
+        up = up.flatten(0, 1)
         queries = {"q_a_proj.weight": down, "q_b_proj.weight": up}
     else:
-        queries = _query(torch.cat([q[:, nope], q[:, rope]], 1) * scale, g, None)
+        queries = _query(torch.cat([q[:, nope], q[:, rope]], 1) * scale, arch, None)
     joint_up, joint_down = _factor(torch.cat([k[:, nope].flatten(0, 1), v.flatten(0, 1)]), g.kv_lora_rank)
     key_up, value_up = joint_up.split([k.shape[0] * len(nope), v.shape[0] * v.shape[1]])
     return _assemble(
@@ -179,5 +201,5 @@ def data_init(layer, arch: Architecture, frequencies: Tensor) -> dict[str, Tenso
     q_rope, k_rope, remainder = shared_rope_key(q, k, cov, rope_pairs(arch).to(q.device))
     q_nope, k_nope = _remainder_part(q, remainder, position_sensitivity(frequencies), cov, g.qk_nope_head_dim)
     down, key_up, value_up = _latent(k_nope, v, q_nope, cov, g.kv_lora_rank)
-    queries = _query(torch.cat([q_nope, q_rope], 1), g, cov)
+    queries = _query(torch.cat([q_nope, q_rope], 1), arch, cov)
     return _assemble(arch, queries, down, key_up, value_up, k_rope, layer["self_attn.o_proj.weight"])

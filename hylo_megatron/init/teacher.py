@@ -17,6 +17,8 @@ from hylo_megatron.convert.tables import mappings
 from hylo_megatron.kernels.norm import rms_norm
 from hylo_megatron.kernels.rope import rope_frequencies
 
+VOCABULARY_ROWS = 16384
+
 
 @dataclass
 class AttentionLayer:
@@ -33,11 +35,12 @@ class AttentionLayer:
         return self.weights.get(name)
 
 
-def rotate(x_BSHK: Tensor, frequencies: Tensor) -> Tensor:
+def rotate(x_BSHK: Tensor, frequencies: Tensor, scaling: float = 1.0) -> Tensor:
+    """``x`` turned by its positions; ``scaling``: of cos and sin, YaRN's attention factor."""
     angles = torch.arange(x_BSHK.shape[1], device=x_BSHK.device)[:, None] * frequencies.to(x_BSHK.device)
     cos, sin = torch.cat([angles, angles], -1).cos()[:, None], torch.cat([angles, angles], -1).sin()[:, None]
     first, second = x_BSHK.chunk(2, -1)
-    return x_BSHK * cos + torch.cat([-second, first], -1) * sin
+    return (x_BSHK * cos + torch.cat([-second, first], -1) * sin) * scaling
 
 
 class BaseModel:
@@ -46,13 +49,16 @@ class BaseModel:
     def __init__(self, checkpoint, device: torch.device):
         self.arch, self.reader, self.device = Architecture.load(checkpoint), CheckpointReader(checkpoint), device
         self.by_key = {key: (mapping, i) for mapping in mappings(self.arch) for i, key in enumerate(mapping.hf)}
-        self.frequencies, _ = rope_frequencies(
+        self.frequencies, self.scaling = rope_frequencies(
             self.arch.rope_parameters, self.arch.head_dim, self.arch.max_position_embeddings
         )
 
-    def tensor(self, key: str) -> Tensor:
+    def stored(self, key: str) -> Tensor:
         mapping, index = self.by_key[key]
-        return mapping.to_hf([self.reader[name] for name in mapping.megatron])[index].to(self.device, torch.float32)
+        return mapping.to_hf([self.reader[name] for name in mapping.megatron])[index]
+
+    def tensor(self, key: str) -> Tensor:
+        return self.stored(key).to(self.device, torch.float32)
 
     def layer_weights(self, layer: int) -> dict[str, Tensor]:
         prefix = f"model.layers.{layer}."
@@ -70,30 +76,42 @@ class BaseModel:
         if a.qk_norm:
             q = rms_norm(q, w["self_attn.q_norm.weight"], a.rms_norm_eps)
             k = rms_norm(k, w["self_attn.k_norm.weight"], a.rms_norm_eps)
-        q, k = rotate(q, self.frequencies), rotate(k, self.frequencies)
+        q, k = (rotate(x, self.frequencies, self.scaling) for x in (q, k))
         out = F.scaled_dot_product_attention(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=True
         )
         return out.transpose(1, 2)
 
+    def embed(self, tokens_BS: Tensor) -> Tensor:
+        return F.embedding(tokens_BS.cpu(), self.stored("model.embed_tokens.weight")).to(self.device, torch.float32)
+
+    def logits(self, x_BSD: Tensor) -> Tensor:
+        """Logits in fp32, with a part of the head in fp32 at a time."""
+        head = self.stored("model.embed_tokens.weight" if self.arch.tie_word_embeddings else "lm_head.weight")
+        normed = rms_norm(x_BSD, self.tensor("model.norm.weight"), self.arch.rms_norm_eps)
+        return torch.cat([F.linear(normed, rows.to(normed)) for rows in head.split(VOCABULARY_ROWS)], -1)
+
+    def layer(self, index: int, x_BSD: Tensor) -> tuple[AttentionLayer, Tensor]:
+        """What layer ``index`` sees, and its output."""
+        w, eps = self.layer_weights(index), self.arch.rms_norm_eps
+        normed = rms_norm(x_BSD, w["input_layernorm.weight"], eps)
+        heads = torch.cat([self.attention(row[None], w) for row in normed])
+        output = F.linear(heads.flatten(2), w["self_attn.o_proj.weight"])
+        after = x_BSD + output
+        h = rms_norm(after, w["post_attention_layernorm.weight"], eps)
+        gate, up = F.linear(h, w["mlp.gate_proj.weight"]), F.linear(h, w["mlp.up_proj.weight"])
+        after = after + F.linear(F.silu(gate) * up, w["mlp.down_proj.weight"])
+        update = (after - x_BSD).norm(dim=-1).mean().item()
+        return AttentionLayer(index, w, normed, heads, output, update), after
+
     @torch.no_grad()
     def layers(self, tokens_BS: Tensor | None) -> Iterator[AttentionLayer]:
         """Runs the model on ``tokens_BS`` and stops at each attention layer; without tokens only weights are given."""
-        a, empty = self.arch, torch.empty(0)
-        if tokens_BS is not None:
-            x_BSD = F.embedding(tokens_BS.to(self.device), self.tensor("model.embed_tokens.weight"))
-        for layer in range(a.num_layers):
-            w = self.layer_weights(layer)
-            if tokens_BS is None:
-                yield AttentionLayer(layer, w, empty, empty, empty, 0.0)
+        empty = torch.empty(0)
+        x_BSD = None if tokens_BS is None else self.embed(tokens_BS)
+        for index in range(self.arch.num_layers):
+            if x_BSD is None:
+                yield AttentionLayer(index, self.layer_weights(index), empty, empty, empty, 0.0)
                 continue
-            normed = rms_norm(x_BSD, w["input_layernorm.weight"], a.rms_norm_eps)
-            heads = torch.cat([self.attention(row[None], w) for row in normed])
-            output = F.linear(heads.flatten(2), w["self_attn.o_proj.weight"])
-            after = x_BSD + output
-            h = rms_norm(after, w["post_attention_layernorm.weight"], a.rms_norm_eps)
-            gate, up = F.linear(h, w["mlp.gate_proj.weight"]), F.linear(h, w["mlp.up_proj.weight"])
-            after = after + F.linear(F.silu(gate) * up, w["mlp.down_proj.weight"])
-            update = (after - x_BSD).norm(dim=-1).mean().item()
-            yield AttentionLayer(layer, w, normed, heads, output, update)
-            x_BSD = after
+            layer, x_BSD = self.layer(index, x_BSD)
+            yield layer

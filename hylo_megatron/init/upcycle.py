@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from hylo_megatron.config import Architecture, Geometry, geometry_preset, parse_plan, plan_name
+from hylo_megatron.config.rope import same_at_any_width
 from hylo_megatron.convert.checkpoint import LazyTensor, check_empty, write_checkpoint
 from hylo_megatron.convert.hf_folder import copy_companions, save_tensors
 from hylo_megatron.convert.hf_to_megatron import megatron_tensors
@@ -47,11 +48,7 @@ def initial_mixer(layer, arch: Architecture, how: str, frequencies, generator) -
         }
     weights = table[kind]()
     if arch.mla_qk_norm and kind == "mla":
-        g, dim = arch.geometry.mla, arch.head_dim
-        rope = mla._pair_rows(mla.rope_pairs(arch), dim)
-        nope = mla._nope_rows(arch, mla.rope_pairs(arch))
-        rows = torch.cat([nope, rope])[: g.qk_nope_head_dim + g.qk_rope_head_dim]
-        weights |= {f"self_attn.{n}_norm.weight": layer[f"self_attn.{n}_norm.weight"].cpu()[rows] for n in "qk"}
+        weights |= mla.kept_norms(layer, arch)
     return {key: tensor.float().cpu().contiguous() for key, tensor in weights.items()}
 
 
@@ -101,7 +98,10 @@ def student_architecture(teacher: Architecture, plan: tuple[str, ...], geometry:
     """``geometry``: the name of a preset, or the dimensions themselves."""
     if isinstance(geometry, str):
         geometry = geometry_preset(geometry, teacher.hidden_size, teacher.num_attention_heads, teacher.head_dim)
-    return replace(teacher, plan=plan, geometry=geometry, mla_qk_norm=qk_norm, extra=dict(teacher.extra))
+    rope = same_at_any_width(teacher.rope_parameters, teacher.head_dim)
+    return replace(
+        teacher, plan=plan, geometry=geometry, mla_qk_norm=qk_norm, rope_parameters=rope, extra=dict(teacher.extra)
+    )
 
 
 def _line(entry: dict) -> str:

@@ -3,13 +3,13 @@ the rotation in training. Half-split ("rotate_half", neox) order: pair i is made
 
 import functools
 import json
+import math
 
 import torch
 from torch import Tensor
 
+from hylo_megatron.config.rope import checked_rope
 from hylo_megatron.errors import HyLoError
-
-SUPPORTED = ("default", "linear", "llama3", "yarn")
 
 
 @functools.lru_cache
@@ -17,11 +17,8 @@ def _frequencies(parameters: str, head_dim: int, max_positions: int) -> tuple[Te
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    rope = json.loads(parameters)
-    kind = rope.get("rope_type", "default")
-    if kind not in SUPPORTED:
-        raise HyLoError(f"rope_type {kind!r} is not supported: expected one of {', '.join(SUPPORTED)}")
-    if kind == "default":
+    rope = checked_rope(json.loads(parameters), max_positions, "rotary embedding")
+    if (kind := rope["rope_type"]) == "default":
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
         return 1.0 / rope["rope_theta"] ** exponents, 1.0
     config = LlamaConfig(
@@ -34,7 +31,12 @@ def _frequencies(parameters: str, head_dim: int, max_positions: int) -> tuple[Te
 def rope_frequencies(rope_parameters: dict, head_dim: int, max_positions: int) -> tuple[Tensor, float]:
     """``(inverse frequencies [head_dim / 2], attention scaling of cos and sin)``, fp32, made on the CPU whatever the
     default device, so that every machine has the same bits. Raises ``HyLoError``."""
-    frequencies, scaling = _frequencies(json.dumps(rope_parameters, sort_keys=True), head_dim, max_positions)
+    try:
+        frequencies, scaling = _frequencies(json.dumps(rope_parameters, sort_keys=True), head_dim, max_positions)
+    except ArithmeticError:
+        frequencies, scaling = torch.full((1,), math.nan), math.nan
+    if not (frequencies.isfinite().all() and math.isfinite(scaling)):
+        raise HyLoError(f"rotary embedding: {rope_parameters} gives frequencies that are not finite numbers")
     return frequencies.clone().float(), float(scaling)
 
 

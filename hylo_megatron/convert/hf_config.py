@@ -1,0 +1,163 @@
+"""Reads ``config.json`` as transformers reads it: values resolved by its configuration classes, refused where the
+model would compute what we do not."""
+
+import copy
+import os
+from pathlib import Path
+from typing import Any
+
+from typing_extensions import TypedDict
+
+from hylo_megatron.config import Architecture
+from hylo_megatron.config.architecture import MODEL_TYPES
+from hylo_megatron.config.rope import checked_rope
+from hylo_megatron.errors import HyLoError
+from hylo_megatron.json_file import Object, Positive, Size, check, read_json
+
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_FOLDER = "expected a Hugging Face folder with config.json and *.safetensors; download it again"
+
+
+class _Needed(TypedDict):
+    """Fields that transformers would replace by those of some other model where they are missing."""
+
+    vocab_size: Size
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: Size
+    num_attention_heads: Size
+    rms_norm_eps: Positive
+    max_position_embeddings: Size
+
+
+class _Known(_Needed, total=False):
+    num_key_value_heads: Size | None
+    head_dim: Size | None
+    tie_word_embeddings: bool
+    attention_bias: bool | None
+    mlp_bias: bool | None
+    hidden_act: str
+    rope_theta: Positive | None
+    rope_scaling: Object | None
+    rope_parameters: Object | None
+    partial_rotary_factor: Positive | None
+    original_max_position_embeddings: Size | None
+    sliding_window: Size | None
+    use_sliding_window: bool | None
+    max_window_layers: int | None
+    layer_types: list[str] | None
+    bos_token_id: int | list[int] | None
+    eos_token_id: int | list[int] | None
+    pad_token_id: int | list[int] | None
+
+
+# Field: the values that change nothing, and what another value means. transformers' Llama, Mistral and Qwen models
+# read only some of these fields; the rest is what models with remote code, or of other families, compute.
+_QUANTISED = "quantised weights: dequantise the model first"
+_NOTHING = (None, False, 0, [], {})
+_MULTIPLIER = (*_NOTHING, 1.0)
+_MUST_BE = {
+    "quantization_config": (_NOTHING, _QUANTISED),
+    "compression_config": (_NOTHING, _QUANTISED),
+    "mlp_bias": (_NOTHING, "biases in the MLP"),
+    "hidden_act": (("silu", "swish"), "another activation; expected silu"),
+    "partial_rotary_factor": ((None, 1.0), "heads that are rotated in part"),
+    "per_layer_config": (_NOTHING, "layers that differ from each other"),
+    "is_causal": ((None, True), "attention that is not causal"),
+    "use_bidirectional_attention": (_NOTHING, "attention that is not causal"),
+    "transformers_weights": ((None, "model.safetensors"), "weights in another file: rename it to model.safetensors"),
+    "auto_map": (_NOTHING, "code that the folder brings; if transformers' own class computes the same, remove it"),
+    **dict.fromkeys(("no_rope_layers", "no_rope_layer_interval"), (_NOTHING, "layers without a rotary embedding")),
+    **dict.fromkeys(("num_experts", "num_local_experts"), (_NOTHING, "mixtures of experts")),
+    **dict.fromkeys(("clip_qkv", "qk_layernorm", "use_qk_norm"), (_NOTHING, "changed queries and keys")),
+    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping"), (_NOTHING, "capped logits")),
+    **dict.fromkeys(
+        ("logit_scale", "logits_scaling", "embedding_multiplier", "residual_multiplier", "attention_multiplier",
+         "scale_emb", "scale_depth", "query_pre_attn_scalar", "attention_chunk_size"),
+        (_MULTIPLIER, "a scale or a limit that is not computed"),
+    ),
+}  # fmt: skip
+
+
+def _refuse_what_is_not_computed(raw: dict, path: Path) -> None:
+    table = dict(_MUST_BE)
+    if raw["model_type"] != "qwen2":  # whose queries, keys and values always have a bias
+        table["attention_bias"] = (_NOTHING, "biases in this architecture's attention")
+    for key, (harmless, what) in table.items():
+        if key in raw and raw[key] not in harmless:
+            value = f" is {raw[key]!r}" if isinstance(raw[key], (str, int, float)) else " is set"
+            raise HyLoError(f"{path}: {key}{value}, which means {what}; that is not supported")
+
+
+def _refuse_windows(raw: dict, config: Any, path: Path) -> None:
+    kinds = set(raw.get("layer_types") or ()) | set(getattr(config, "layer_types", None) or ())
+    if others := sorted(kinds - {"full_attention", "sliding_attention"}):
+        raise HyLoError(f"{path}: layer_types has {others[0]!r}, which is not supported; expected full_attention")
+    window = getattr(config, "sliding_window", None)
+    sliding = "sliding_attention" in kinds or (config.model_type in ("llama", "mistral") and window is not None)
+    if sliding and (window is None or window < config.max_position_embeddings):
+        raise HyLoError(
+            f"{path}: sliding_window {window} is shorter than max_position_embeddings; layers attend to everything"
+            f" here, so set max_position_embeddings to {window or 'its length'} or less, or sliding_window to null"
+            " (with every layer_types full_attention)"
+        )
+
+
+def transformers_config(raw: dict, path: Path) -> Any:
+    """The object that transformers makes of ``raw``. Raises ``HyLoError`` with transformers' own reason."""
+    from transformers import CONFIG_MAPPING
+
+    try:
+        return CONFIG_MAPPING[raw["model_type"]].from_dict(copy.deepcopy(raw))
+    except Exception as error:  # its validators raise of every kind
+        reason = " ".join(str(error).split())[:300]
+        raise HyLoError(f"{path}: transformers does not accept it ({type(error).__name__}: {reason})") from None
+
+
+def read_config(folder: str | os.PathLike) -> tuple[dict, Path]:
+    """``config.json`` and its path. Raises ``HyLoError``, for folders that hold something else than a model too."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise HyLoError(f"{folder} is not a folder; {_FOLDER}")
+    if (folder / "adapter_config.json").is_file():
+        raise HyLoError(
+            f"{folder / 'adapter_config.json'}: the folder holds an adapter; merge it into its base model first"
+            " (PEFT's merge_and_unload) and give the folder of the merged model"
+        )
+    return read_json(folder / "config.json", Object, _FOLDER), folder / "config.json"
+
+
+def read_architecture(folder: str | os.PathLike) -> Architecture:
+    """``config.json`` of a Llama, Mistral, Qwen2 or Qwen3 model, or of an exported hybrid. Raises ``HyLoError``."""
+    raw, path = read_config(folder)
+    kind = raw.get("model_type")
+    if kind == "hylo":
+        from hylo_megatron.hf import HyLoConfig
+
+        return HyLoConfig.from_dict(raw).to_architecture()
+    if kind not in MODEL_TYPES:
+        raise HyLoError(
+            f"{path}: model_type {kind!r} is not supported; expected one of {', '.join(MODEL_TYPES)}, hylo"
+        )
+    _refuse_what_is_not_computed(raw, path)
+    if missing := [field for field in _Needed.__annotations__ if field not in raw]:
+        raise HyLoError(f"{path}: {missing[0]} is missing; expected a complete {kind} config")
+    check(raw, _Known, str(path), f"expected a complete {kind} config")
+    config = transformers_config(raw, path)
+    _refuse_windows(raw, config, path)
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    if heads % groups or head_dim % 2:
+        raise HyLoError(
+            f"{path}: {heads} attention heads with {groups} key-value heads of dimension {head_dim}; expected a"
+            " multiple of the key-value heads and an even dimension"
+        )
+    rope = checked_rope(dict(config.rope_parameters), config.max_position_embeddings, f"{path}: rotary embedding")
+    return Architecture(
+        model_type=kind, vocab_size=config.vocab_size, hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size, num_attention_heads=heads, num_key_value_heads=groups,
+        head_dim=head_dim, rms_norm_eps=config.rms_norm_eps, max_position_embeddings=config.max_position_embeddings,
+        rope_parameters=rope, tie_word_embeddings=config.tie_word_embeddings,
+        plan=("attention",) * config.num_hidden_layers, attention_bias=kind == "qwen2", qk_norm=kind == "qwen3",
+        extra={key: raw[key] for key in TOKEN_IDS if raw.get(key) is not None},
+    )  # fmt: skip
