@@ -18,7 +18,9 @@ T = TypeVar("T")
 Object = dict[str, Any]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Size = Annotated[int, Field(ge=1, lt=2**63)]
+Dimension = Annotated[int, Field(ge=1, lt=2**31)]  # of a model
 Number = Annotated[float, Field(allow_inf_nan=False)]
+AtLeastZero = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -50,8 +52,12 @@ def check(value: Any, kind: type[T], where: str, advice: str = "") -> T:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
     field = ".".join(map(str, first["loc"])) or "the whole"
-    found = _shown(first["input"])
-    raise HyLoError(f"{where}: field {field} is {found}: {_lower(first['msg'])}{_then(advice)}") from None
+    found = f"is {_shown(first['input'])}: {_lower(first['msg'])}"
+    if first["type"] in ("missing", "missing_argument"):
+        found = "is missing"
+    elif first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        found = "is unknown"
+    raise HyLoError(f"{where}: field {field} {found}{_then(advice)}") from None
 
 
 def read_json(path: str | os.PathLike, kind: type[T] = Object, advice: str = "") -> T:

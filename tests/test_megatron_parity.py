@@ -128,7 +128,7 @@ def test_a_checkpoint_of_other_sizes_is_refused(folder, tmp_path):
     with pytest.raises(HyLoError) as caught:
         load_model(tmp_path / "ckpt")
     message = str(caught.value)
-    assert "ckpt does not fit the model that its hylo.json describes" in message and "\n" not in message
+    assert "release does not fit the model that its hylo.json describes" in message and "\n" not in message
     assert "decoder.layers.1.mlp.linear_fc1.weight" in message
 
 

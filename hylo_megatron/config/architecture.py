@@ -4,13 +4,31 @@ import json
 import os
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import ConfigDict, Field
+from typing_extensions import TypedDict
 
 from hylo_megatron.config.geometry import Geometry
-from hylo_megatron.config.rope import fix_original_length
+from hylo_megatron.config.plan import SYMBOLS
+from hylo_megatron.config.rope import checked_rope
 from hylo_megatron.errors import HyLoError
+from hylo_megatron.json_file import Dimension, Positive, check, read_json
 
 FILE_NAME = "hylo.json"
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+ADVICE = "expected a file that convert_hf_to_megatron.py, upcycle.py or training wrote: copy it again"
+
+
+class Extra(TypedDict, total=False):
+    """What belongs to a model and not to its computation; other keys are carried along."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")
+
+    bos_token_id: int | list[int] | None
+    eos_token_id: int | list[int] | None
+    pad_token_id: int | list[int] | None
+    ild_norms: list[Annotated[list[Positive], Field(min_length=2, max_length=2)]]
 
 
 @dataclass(frozen=True)
@@ -23,23 +41,25 @@ class Architecture:
     ids, the layer norms that ILD divides by).
     """
 
-    model_type: str
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    max_position_embeddings: int
-    rope_parameters: dict
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
+
+    model_type: Literal[MODEL_TYPES]
+    vocab_size: Dimension
+    hidden_size: Dimension
+    intermediate_size: Dimension
+    num_attention_heads: Dimension
+    num_key_value_heads: Dimension
+    head_dim: Dimension
+    rms_norm_eps: Positive
+    max_position_embeddings: Dimension
+    rope_parameters: dict[str, Any]
     tie_word_embeddings: bool
-    plan: tuple[str, ...]
+    plan: tuple[Literal[tuple(SYMBOLS)], ...]
     attention_bias: bool = False
     qk_norm: bool = False
     mla_qk_norm: bool = False
     geometry: Geometry | None = None
-    extra: dict = field(default_factory=dict)
+    extra: Extra = field(default_factory=dict)
 
     @property
     def num_layers(self) -> int:
@@ -69,14 +89,14 @@ class Architecture:
         return values
 
     @classmethod
-    def from_dict(cls, values: dict) -> "Architecture":
-        values = dict(values)
-        values["plan"] = tuple(values["plan"])
+    def from_dict(cls, values: dict, where: str = FILE_NAME) -> "Architecture":
+        """``where``: what to call ``values`` in a refusal. Raises ``HyLoError`` for what no model can be built of."""
+        arch = check(values, cls, where, ADVICE)
         # Checkpoints of earlier versions may lack the length that YaRN starts from.
-        values["rope_parameters"] = fix_original_length(values["rope_parameters"], values["max_position_embeddings"])
-        if values.get("geometry"):
-            values["geometry"] = Geometry.from_dict(values["geometry"])
-        return cls(**values)
+        rope = checked_rope(arch.rope_parameters, arch.max_position_embeddings, f"{where}: rope_parameters")
+        if reason := misfit(arch):
+            raise HyLoError(f"{where}: {reason}; {ADVICE}")
+        return replace(arch, rope_parameters=rope)
 
     def save(self, folder: str | os.PathLike) -> None:
         path = Path(folder) / FILE_NAME
@@ -91,4 +111,31 @@ class Architecture:
             raise HyLoError(
                 f"{path} not found: expected a checkpoint made by convert_hf_to_megatron.py, upcycle.py or training"
             )
-        return cls.from_dict(json.loads(path.read_text()))
+        return cls.from_dict(read_json(path), str(path))
+
+
+def misfit(arch: Architecture) -> str | None:
+    """Which fields contradict one another."""
+    if not arch.plan:
+        return "plan has no layers"
+    if {"gdn", "mamba2"} <= set(arch.plan):
+        return "plan has both gdn and mamba2 layers, expected one linear kind in a model"
+    if arch.is_hybrid != (arch.geometry is not None):
+        return "geometry is missing" if arch.is_hybrid else "geometry is set, but all layers of the plan are attention"
+    norms = arch.extra.get("ild_norms")
+    if norms is not None and len(norms) != arch.num_layers:
+        return f"extra.ild_norms has {len(norms)} entries for {arch.num_layers} layers"
+    shared = [("num_attention_heads", arch.num_attention_heads, "num_key_value_heads", arch.num_key_value_heads)]
+    if "gdn" in arch.plan:
+        g = arch.geometry.gdn
+        shared.append(("gdn.num_value_heads", g.num_value_heads, "gdn.num_key_heads", g.num_key_heads))
+    if "mamba2" in arch.plan:
+        g = arch.geometry.mamba2
+        shared.append(("mamba2.num_heads", g.num_heads, "mamba2.num_groups", g.num_groups))
+    for many, count, few, divisor in shared:
+        if count % divisor:
+            return f"{many} is {count}, expected a multiple of {few} ({divisor})"
+    pairs = [("head_dim", arch.head_dim)] + ([("mla.qk_rope_head_dim", arch.geometry.mla.qk_rope_head_dim)]
+                                             if "mla" in arch.plan else [])  # fmt: skip
+    return next((f"{name} is {size}, expected an even number: rotary embeddings turn pairs"
+                 for name, size in pairs if size % 2), None)  # fmt: skip

@@ -1,49 +1,59 @@
 """Geometry of the mixers: explicit numbers, and the presets that fill them in for a base model."""
 
 from dataclasses import asdict, dataclass
+from typing import ClassVar
+
+from pydantic import ConfigDict
 
 from hylo_megatron.errors import HyLoError
+from hylo_megatron.json_file import Dimension, Positive, check
+
+
+class _Known:
+    """Dimensions that are read from files: no others beside them."""
+
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
 
 
 @dataclass(frozen=True)
-class MLAGeometry:
+class MLAGeometry(_Known):
     """Multi-head latent attention; one cached row holds ``kv_lora_rank + qk_rope_head_dim`` values."""
 
-    kv_lora_rank: int
-    qk_nope_head_dim: int
-    qk_rope_head_dim: int
-    v_head_dim: int
-    q_lora_rank: int | None = None
+    kv_lora_rank: Dimension
+    qk_nope_head_dim: Dimension
+    qk_rope_head_dim: Dimension
+    v_head_dim: Dimension
+    q_lora_rank: Dimension | None = None
 
 
 @dataclass(frozen=True)
-class GDNGeometry:
+class GDNGeometry(_Known):
     """Gated DeltaNet; each key head serves ``num_value_heads / num_key_heads`` value heads; state K x V each.
 
     ``norm_eps``: of the norm behind the recurrence; None: the model's ``rms_norm_eps``.
     """
 
-    num_key_heads: int
-    num_value_heads: int
-    key_head_dim: int
-    value_head_dim: int
-    conv_kernel: int = 4
-    norm_eps: float | None = None
+    num_key_heads: Dimension
+    num_value_heads: Dimension
+    key_head_dim: Dimension
+    value_head_dim: Dimension
+    conv_kernel: Dimension = 4
+    norm_eps: Positive | None = None
 
 
 @dataclass(frozen=True)
-class Mamba2Geometry:
+class Mamba2Geometry(_Known):
     """Mamba-2; B and C have ``num_groups`` groups of ``state_size``, x has ``num_heads`` heads of ``head_dim``."""
 
-    num_heads: int
-    head_dim: int
-    state_size: int
-    num_groups: int
-    conv_kernel: int = 4
+    num_heads: Dimension
+    head_dim: Dimension
+    state_size: Dimension
+    num_groups: Dimension
+    conv_kernel: Dimension = 4
 
 
 @dataclass(frozen=True)
-class Geometry:
+class Geometry(_Known):
     mla: MLAGeometry
     gdn: GDNGeometry
     mamba2: Mamba2Geometry
@@ -52,8 +62,8 @@ class Geometry:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict) -> "Geometry":
-        return cls(MLAGeometry(**values["mla"]), GDNGeometry(**values["gdn"]), Mamba2Geometry(**values["mamba2"]))
+    def from_dict(cls, values: dict, where: str = "geometry") -> "Geometry":
+        return check(values, cls, where)
 
 
 # (hidden size, attention heads, head dim) -> MLA dimensions of the method's paper (arXiv 2604.24715, appendix).

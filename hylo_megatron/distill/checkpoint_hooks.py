@@ -14,12 +14,13 @@ from pathlib import Path
 import torch
 from megatron.training import checkpointing, training
 from megatron.training.global_vars import get_args
+from torch.distributed.checkpoint.api import CheckpointException
 
 from hylo_megatron.convert import iterations
 from hylo_megatron.distill import resume
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.platform import checkpoint_writer
-from hylo_megatron.platform.safe_pickles import check_pickles
+from hylo_megatron.platform.safe_pickles import check_pickles, explain
 
 
 def _first_rank_alone(action: Callable[[], object]) -> None:
@@ -96,7 +97,7 @@ def install() -> None:
         args = get_args()
         folder = getattr(args, load_arg)
         _first_rank_alone(lambda: _prepare(args, folder))
-        resumes = checkpointing.checkpoint_exists(folder)
+        resumes, path = checkpointing.checkpoint_exists(folder), None
         source = folder if resumes else args.pretrained_checkpoint
         with contextlib.ExitStack() as stack:
             if source:
@@ -106,7 +107,11 @@ def install() -> None:
                 run = path, *models_and_optimizer[1:3], args
                 _first_rank_alone(lambda: resume.check(*run))
                 stack.enter_context(resume.learning_rates(*run))
-            return load(*models_and_optimizer, load_arg=load_arg, **kwargs)
+            try:
+                return load(*models_and_optimizer, load_arg=load_arg, **kwargs)
+            except CheckpointException as error:  # torch raises it on every rank
+                failure = error
+            _first_rank_alone(lambda: explain(path, failure))
 
     def save_apart(iteration, *what, non_persistent_ckpt=False, **kwargs):
         args = get_args()

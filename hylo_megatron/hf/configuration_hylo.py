@@ -3,9 +3,11 @@
 from transformers.configuration_utils import PretrainedConfig
 
 from hylo_megatron.config import Architecture, GDNGeometry, Geometry, Mamba2Geometry, MLAGeometry
+from hylo_megatron.config.architecture import misfit
+from hylo_megatron.config.rope import checked_rope
 from hylo_megatron.errors import HyLoError
+from hylo_megatron.hf.config_values import DEFAULT_ROPE, MIXERS, check_complete, check_values
 
-MIXERS = ("mla", "gdn", "mamba2")
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -33,7 +35,7 @@ class HyLoConfig(PretrainedConfig):
         hidden_act: str = "silu",
         rms_norm_eps: float = 1e-5,
         max_position_embeddings: int = 8192,
-        rope_parameters: dict | None = None,
+        rope_parameters: dict = DEFAULT_ROPE,  # null in a file is refused
         tie_word_embeddings: bool = False,
         mixers: list[str] | None = None,
         linear_type: str | None = None,
@@ -66,9 +68,8 @@ class HyLoConfig(PretrainedConfig):
         use_cache: bool = True,
         **kwargs,
     ):
+        check_values({name: value for name, value in locals().items() if name not in ("self", "kwargs", "__class__")})
         mixers = list(mixers or ["mla" if i % 4 == 0 else "gdn" for i in range(num_hidden_layers or 4)])
-        if bad := sorted(set(mixers) - set(MIXERS)):
-            raise HyLoError(f"config.json: mixers {', '.join(bad)} unknown, expected {', '.join(MIXERS)}")
         if num_hidden_layers not in (None, len(mixers)):
             raise HyLoError(f"config.json: num_hidden_layers is {num_hidden_layers}, mixers has {len(mixers)} entries")
         kinds = set(mixers) - {"mla"}
@@ -78,7 +79,7 @@ class HyLoConfig(PretrainedConfig):
             raise HyLoError(f"config.json: hidden_act {hidden_act!r} is not supported, expected silu")
         kwargs.pop("layer_types", None)
         values = dict(locals())
-        for name in ("self", "kwargs", "bad", "kinds", "mixers", "linear_type", "num_hidden_layers", "__class__"):
+        for name in ("self", "kwargs", "kinds", "mixers", "linear_type", "num_hidden_layers", "__class__"):
             values.pop(name, None)
         for name, value in values.items():
             setattr(self, name, value)
@@ -87,9 +88,17 @@ class HyLoConfig(PretrainedConfig):
         self.layer_types = ["full_attention" if kind == "mla" else "linear_attention" for kind in mixers]
         self.num_key_value_heads = num_key_value_heads or num_attention_heads
         self.head_dim = head_dim or hidden_size // num_attention_heads
-        self.rope_parameters = dict(rope_parameters or {"rope_type": "default", "rope_theta": 10000.0})
+        self.rope_parameters = checked_rope(rope_parameters, max_position_embeddings, "config.json: rope_parameters")
         self.architecture_extra = dict(architecture_extra or {})
+        if reason := misfit(self.to_architecture()):
+            raise HyLoError(f"config.json: {reason}")
         super().__init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """What ``from_pretrained`` calls: a file says everything that the model computes with."""
+        check_complete(config_dict)
+        return super().from_dict(config_dict, **kwargs)
 
     @classmethod
     def from_architecture(cls, arch: Architecture, **kwargs) -> "HyLoConfig":

@@ -15,7 +15,7 @@ from hylo_megatron.config.layout import check_layout
 from hylo_megatron.convert.iterations import reading
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.layers.model import UNFUSED, build_model, model_fields
-from hylo_megatron.platform.safe_pickles import check_parts, check_pickles
+from hylo_megatron.platform.safe_pickles import check_pickles, explain
 
 
 def start_process_groups(tp: int = 1, pp: int = 1, cp: int = 1, seed: int = 1234) -> None:
@@ -72,13 +72,11 @@ def load_weights(model, checkpoint: str | Path) -> None:
     sharded = model_tensors(model.sharded_state_dict(metadata=metadata))
     names = list(sharded)
     with reading(checkpoint) as path:
-        metadata = check_pickles(path)
+        check_pickles(path)
         try:
             loaded = dist_checkpointing.load(sharded, str(path))
         except (Exception, CheckpointException) as error:  # torch's is no Exception, and holds a whole traceback
-            check_parts(path, metadata, metadata.state_dict_metadata)
-            reason = [repr(error), *str(error).strip().splitlines()][-1]
-            raise HyLoError(f"{checkpoint} does not fit the model that its hylo.json describes: {reason}") from error
+            explain(path, error, "does not fit the model that its hylo.json describes")
     load_state(model, {name: loaded[name] for name in names})
 
 

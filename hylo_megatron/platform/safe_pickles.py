@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from enum import Enum
 from math import prod
 from pathlib import Path, PosixPath
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -154,6 +155,14 @@ def check_parts(iteration: Path, metadata: names.Metadata, keys: Iterable[str]) 
             path = iteration / info.relative_path
             with path.open("rb") as file:
                 check_torch_file(_create_file_view(file, info.offset, info.length), f"{path}: {index.fqn}")
+
+
+def explain(iteration: Path, error: BaseException, what: str = "cannot be loaded") -> NoReturn:
+    """Raises ``HyLoError`` with the reason why ``iteration`` could not be loaded. ``what``: what is said of it."""
+    metadata = check_pickles(iteration)
+    check_parts(iteration, metadata, metadata.state_dict_metadata)
+    reason = [repr(error), *str(error).strip().splitlines()][-1]  # a whole traceback may lie before it
+    raise HyLoError(f"{iteration} {what}: {reason}") from error
 
 
 def check_torch_file(file, where: str) -> None:
