@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from hylo_megatron.data.chat_template import ChatTemplate
 from hylo_megatron.errors import HyLoError
 
 DOCUMENT_END = ("<|endoftext|>", "<|end_of_text|>")  # preferred to eos, which in chat models ends a turn
@@ -18,7 +19,7 @@ class TextTokenizer:
     vocab_size: int
     eod_id: int
     encode: Callable[[list[str]], list[list[int]]]
-    render: Callable[[list], str] | None
+    render: ChatTemplate | None
     locate: Callable[[list[str]], list[tuple[list[int], list[tuple[int, int]]]]] | None = None
 
 
@@ -57,10 +58,7 @@ def _hugging_face(path: Path, workers: int, eod_token: str | None) -> TextTokeni
     def locate(texts: list[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
         return [(item.ids, item.offsets) for item in backend.encode_batch(texts, add_special_tokens=False)]
 
-    def render(messages: list) -> str:
-        return tokenizer.apply_chat_template(messages, tokenize=False)
-
-    return TextTokenizer(len(tokenizer), eod_id, encode, render if tokenizer.chat_template else None, locate)
+    return TextTokenizer(len(tokenizer), eod_id, encode, ChatTemplate.of(tokenizer), locate)
 
 
 def _sentencepiece(path: Path, workers: int, eod_token: str | None) -> TextTokenizer:
