@@ -32,7 +32,7 @@ class ChatTemplate:
         return cls(tokenizer) if tokenizer.chat_template else None
 
     def choose(self, name: str | None, where: Any) -> "ChatTemplate":
-        """The template ``name``, or the only one or the default. Raises ``HyLoError`` if there is none of that name."""
+        """The template ``name``, or the only one or the default. Raises ``HyLoError`` if there is none."""
         found = self.tokenizer.chat_template
         names = sorted(found) if isinstance(found, dict) else []
         if name is not None and name not in names:
@@ -132,7 +132,8 @@ class ChatTemplate:
             if found.start < last:
                 raise Unusable(f"the chat template changes more than message {index + 1} with it")
             if answer and found != Span(len(text), len(text)):
-                spans.append(found if found.closed else found._replace(start=self._turn_start(text, last, found.start)))
+                start = found.start if found.closed else self._turn_start(text, last, found.start)
+                spans.append(found._replace(start=start))
             last = max(last, found.end)
         return tuple(spans)
 

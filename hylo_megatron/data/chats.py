@@ -12,7 +12,7 @@ ROLES = {
     "observation": "tool", "tool_response": "tool", "function_response": "tool",
 }  # fmt: skip
 REASONING = ("reasoning_content", "reasoning", "thinking")  # keys that templates read a message's reasoning from
-EXPECTED = '{"messages": [{"role": "user", "content": "..."}, ...]} or {"conversations": [{"from": "human", "value": ...'
+EXPECTED = '"messages" with "role" and "content", or "conversations" with "from" and "value"'
 
 
 class Unusable(Exception):
@@ -38,8 +38,8 @@ def read_chat(row: Any) -> Chat:
     """The conversation in ``row``. Raises ``Unusable``."""
     key = next((key for key in KEYS if isinstance(row, dict) and row.get(key) is not None), None)
     if key is None:
-        found = f"the keys are {', '.join(map(repr, row)) or 'none'}" if isinstance(row, dict) else f"found {_kind(row)}"
-        raise Unusable(f"expected {EXPECTED}, {found}")
+        found = f"an object with {', '.join(map(repr, row)) or 'no keys'}" if isinstance(row, dict) else _kind(row)
+        raise Unusable(f"expected {EXPECTED}; found {found}")
     items = _parsed(row[key], key)
     if not isinstance(items, list) or not items:
         raise Unusable(f"'{key}' is {_kind(items)}, expected a list of messages")

@@ -1,4 +1,4 @@
-"""Streams documents out of files of text, of rows and of chats: one row in memory at a time, the same in every tool."""
+"""Documents out of files of text, of rows and of chats, the same in every tool; one row in memory at a time."""
 
 import sys
 from collections.abc import Iterator
@@ -19,8 +19,8 @@ SHOWN = 3  # reasons why conversations were skipped
 
 
 class Piece(NamedTuple):
-    """Part of a document; ``last`` closes the document. ``at``: bytes of the file read so far, for the progress display.
-    ``answers``: where in ``text`` an assistant speaks, if that was asked for."""
+    """Part of a document; ``last`` closes the document. ``at``: bytes of the file read up to here, for the progress
+    display. ``answers``: where in ``text`` an assistant speaks, if that was asked for."""
 
     text: str
     last: bool
@@ -63,7 +63,8 @@ class Tally:
         """Raises ``HyLoError`` if more than half of the conversations cannot be used."""
         if 2 * self.skipped > self.conversations:
             raise HyLoError(
-                f"{self.reasons[0]}; {self.skipped} of {self.conversations} conversations cannot be used, more than half"
+                f"{self.reasons[0]}; more than half of the conversations cannot be used"
+                f" ({self.skipped} of {self.conversations})"
             )
 
     def report(self) -> None:
@@ -88,7 +89,7 @@ class Tally:
 def detect_format(path: Path, form: str | None = None, text_key: str | None = None) -> str:
     """One of ``FORMATS``, by the contents: plain text, rows with text, or rows with conversations.
 
-    ``form`` is what the user asked for, and then the answer. ``text_key``: what the user named, which decides for text.
+    ``form``: what the user asked for, if anything, and then the answer. A ``text_key`` that was named decides for text.
     """
     kind = container(path, form)
     if form or kind == "text":

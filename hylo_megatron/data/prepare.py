@@ -172,7 +172,7 @@ def _nothing_written(inputs: list[Path], counts: Counts, pack_length: int | None
 
 @contextmanager
 def _progress(total_bytes: int):
-    """Yields ``advance(bytes so far, more tokens)``, which shows tokens per second: with tqdm if there is a terminal."""
+    """Yields ``advance(bytes so far, more tokens)``, which shows tokens per second, in a terminal with tqdm."""
     began, tokens, done, shown = time.monotonic(), 0, 0, time.monotonic()
     bar = None
     if sys.stderr.isatty():
@@ -215,7 +215,7 @@ def main(argv: list[str] | None = None) -> None:
         'rows of {"messages": [...]} through the chat template (default: seen from the file)',
     )
     parser.add_argument("--text-key", help=f"key or column of the text in rows (default {TEXT_KEY})")
-    parser.add_argument("--chat-template", metavar="NAME", help="the one to use, of a tokenizer with several templates")
+    parser.add_argument("--chat-template", metavar="NAME", help="which of a tokenizer's several templates")
     parser.add_argument("--pack-length", type=int, metavar="N", help="join documents, cut sequences of N tokens")
     parser.add_argument(
         "--long-documents",

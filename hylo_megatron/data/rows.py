@@ -174,11 +174,11 @@ class _Window:
 def _csv_rows(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:
     """Python's own reader: it is the one that says which line a row stands on."""
     csv.field_size_limit(CELL_LIMIT)
-    at = 0
+    read = [0]
 
     def lines() -> Iterator[str]:
-        nonlocal at
         for _, line, at in read_lines(path):
+            read[0] = at
             yield line
 
     first = next(line for _, line, _ in read_lines(path) if line.strip())
@@ -195,7 +195,7 @@ def _csv_rows(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:
             elif len(cells) != len(header):
                 raise HyLoError(f"{where}: {len(cells)} columns, expected {len(header)} as in the first line")
             else:
-                yield Row(where, dict(zip(header, cells, strict=True)), at)
+                yield Row(where, dict(zip(header, cells, strict=True)), read[0])
     except csv.Error as error:
         raise HyLoError(f"{path}:{number}: not valid csv ({error})") from None
 

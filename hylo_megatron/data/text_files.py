@@ -127,7 +127,7 @@ def _decompressed(raw: BinaryIO, path: Path) -> Iterator[bytes]:
 
 
 def _zstd(raw: BinaryIO, path: Path) -> Iterator[bytes]:
-    """``stream_reader`` of the package ends without an error where a frame is cut off: this looks at each one's end."""
+    """Frame by frame: ``stream_reader`` of the package ends without an error where a frame is cut off."""
     try:
         import zstandard
     except ImportError:
