@@ -89,7 +89,7 @@ class Tally:
 def detect_format(path: Path, form: str | None = None, text_key: str | None = None) -> str:
     """One of ``FORMATS``, by the contents: plain text, rows with text, or rows with conversations.
 
-    ``form``: what the user asked for, if anything, and then the answer. A ``text_key`` that was named decides for text.
+    ``form``: what the user asked for, if anything, and then the answer. A ``text_key`` that was named means text.
     """
     kind = container(path, form)
     if form or kind == "text":

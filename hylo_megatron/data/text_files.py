@@ -120,7 +120,7 @@ def _decompressed(raw: BinaryIO, path: Path) -> Iterator[bytes]:
     if kind == "zstd":
         yield from _zstd(raw, path)
         return
-    readers = {"gzip": gzip.GzipFile, "bzip2": bz2.BZ2File, "xz": lzma.LZMAFile}
+    readers = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}
     stream = readers[kind](raw) if kind else raw
     while data := stream.read(BLOCK):
         yield data

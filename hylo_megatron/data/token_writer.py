@@ -96,7 +96,6 @@ class TokenWriter:
             end = start + self.pack_length
             if self.mask_file and not any(self.pending_mask[start + 1 : end]):  # the first token is never predicted
                 self.counts.unlearnt += 1
-                self.counts.dropped_tokens += self.pack_length
                 continue
             self._write(self.pending[start:end], self.pack_length)
             if self.mask_file:
