@@ -131,7 +131,9 @@ class ChatTemplate:
                 continue
             if found.start < last:
                 raise Unusable(f"the chat template changes more than message {index + 1} with it")
-            if answer and found != Span(len(text), len(text)):
+            # a turn whose tool calls the template leaves out would teach to answer with nothing
+            empty = found.start == found.end and (found.end == len(text) or "tool_calls" in message)
+            if answer and not empty:
                 start = found.start if found.closed else self._turn_start(text, last, found.start)
                 spans.append(found._replace(start=start))
             last = max(last, found.end)

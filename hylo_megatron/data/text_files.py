@@ -68,7 +68,7 @@ def read_blocks(path: Path) -> Iterator[Block]:
     decoder = None
     with _opened(path) as raw:
         try:
-            for data in filter(None, _decompressed(raw, path)):
+            for data in _decompressed(raw, path):
                 if decoder is None:
                     mark, encoding = next(((m, e) for m, e in MARKS if data.startswith(m)), (b"", "utf-8"))
                     decoder, data = codecs.getincrementaldecoder(encoding)(), data[len(mark) :]
@@ -116,14 +116,19 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
 
 
 def _decompressed(raw: BinaryIO, path: Path) -> Iterator[bytes]:
+    """Blocks of bytes; the first is long enough to hold any byte-order mark, if the file is."""
     kind = compression(path)
-    if kind == "zstd":
-        yield from _zstd(raw, path)
-        return
     readers = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}
-    stream = readers[kind](raw) if kind else raw
-    while data := stream.read(BLOCK):
-        yield data
+    stream = readers[kind](raw) if kind in readers else raw
+    blocks = _zstd(raw, path) if kind == "zstd" else iter(lambda: stream.read(BLOCK), b"")
+    start = b""
+    for block in blocks:
+        start += block
+        if len(start) >= 4:
+            break
+    if start:
+        yield start
+    yield from filter(None, blocks)
 
 
 def _zstd(raw: BinaryIO, path: Path) -> Iterator[bytes]:
