@@ -142,14 +142,14 @@ def write_chats(path, *chats):
 
 def test_answers_only_masks_everything_but_answers(tokenizer_folder, tmp_path):
     chats = [("hi", "yo", "assistant", "user hi"), ("mark0mark", "ünï yo")]  # contents that look like the template
-    path = write_chats(tmp_path / "chat.jsonl", *chats)
-    prepare.prepare([path], tokenizer_folder, tmp_path / "out", pack_length=2, answers_only=True)
+    path = write_chats(tmp_path / "chat.jsonl", *chats, ("z" * 24, "y"))  # the last sequence is not full
+    prepare.prepare([path], tokenizer_folder, tmp_path / "out", pack_length=24, answers_only=True)
     tokens = [token for row in read_back(tmp_path / "out") for token in row]
     mask = (tmp_path / "out.learnt.bin").read_bytes()
     assert len(mask) == len(tokens)
     learnt = decode(tokenizer_folder, [token for token, here in zip(tokens, mask, strict=True) if here])
     whole = "yo<|im_end|>user hi<|im_end|>ünï yo<|im_end|>"
-    assert learnt == whole  # at most the last end of document is dropped
+    assert learnt.removesuffix("y<|im_end|>") == whole
     prepare.prepare([path], tokenizer_folder, tmp_path / "out", pack_length=5)
     assert not (tmp_path / "out.learnt.bin").exists()
 
@@ -161,9 +161,6 @@ def test_answers_only_says_what_it_needs(tokenizer_folder, tmp_path):
     for inputs, length, word in (([chat, text], 5, "needs chats"), ([chat], None, "--pack-length")):
         with pytest.raises(HyLoError, match=word):
             prepare.prepare(inputs, tokenizer_folder, tmp_path / "out", pack_length=length, answers_only=True)
-    messages = [{"role": "assistant", "content": "yo"}]
-    with pytest.raises(HyLoError, match="chat.jsonl:1: the chat template changes"):
-        documents.answer_spans(messages, "other", lambda m: m[0]["content"].upper(), "chat.jsonl:1")
 
 
 def test_sentencepiece_model(tmp_path):
@@ -195,9 +192,9 @@ def test_sentencepiece_model(tmp_path):
         ('{"body": "a"}\n', {}, r"in.jsonl:1: expected a string under 'text', the keys are 'body'.*--text-key"),
         ('{"text": 5}\n', {}, r"in.jsonl:1: expected a string"),
         ("\nplain\n", {}, r"in.jsonl:2: not a JSON object"),
-        (b'{"text": "a"}\n{"text": "\xff"}\n', {}, r"in.jsonl:2: byte 11 of the line is not UTF-8"),
-        ('{"messages": [{"role": "user"}]}\n', {}, r"in.jsonl:1: expected .*messages"),
-        ('{"messages": [{"role": "tool", "content": "x"}]}\n', {}, r"in.jsonl:1: .*refused.*unknown role tool"),
+        (b'{"text": "a"}\n{"text": "\xff"}\n', {}, r"in.jsonl:2: byte 0xff is not UTF-8.*iconv"),
+        ('{"messages": [{"role": "user"}]}\n', {}, r"in.jsonl:1: message 1 \(user\) has no content"),
+        ('{"messages": [{"role": "tool", "content": "x"}]}\n', {}, r"in.jsonl:1: .*refuses it.*unknown role tool"),
         ('{"text": "a"}\n', {"pack_length": 100}, "2 tokens, too few for one sequence of --pack-length 100"),
         ('{"text": "a"}\n', {"pack_length": 1}, "expected at least 2"),
         ('{"text": "a"}\n', {"eod_token": "<nope>"}, "<nope>.*--eod-token"),

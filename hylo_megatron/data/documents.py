@@ -1,140 +1,208 @@
-"""Streams documents out of text, JSON lines and chat files, one line in memory at a time."""
+"""Documents out of files of text, of rows and of chats, the same in every tool; one row in memory at a time."""
 
-import json
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from hylo_megatron.data import chats
+from hylo_megatron.data.chat_template import ChatTemplate, Span, left_out
+from hylo_megatron.data.rows import Row, container, read_rows
+from hylo_megatron.data.text_files import read_lines
 from hylo_megatron.errors import HyLoError
 
 FORMATS = ("text", "jsonl", "chat")
+TEXT_KEY = "text"
 BLOCK = 1 << 20  # characters of a plain text file that are tokenized together
+SHOWN = 3  # reasons why conversations were skipped
 
 
 class Piece(NamedTuple):
-    """Part of a document; ``last`` closes the document. ``size`` in bytes of the file, for the progress display.
-    ``answers``: where in ``text`` an assistant speaks, ``(start, end)``, if that was asked for."""
+    """Part of a document; ``last`` closes the document. ``at``: bytes of the file read up to here, for the progress
+    display. ``answers``: where in ``text`` an assistant speaks, if that was asked for."""
 
     text: str
     last: bool
-    size: int
-    answers: tuple[tuple[int, int], ...] = ()
+    at: int
+    answers: tuple[Span, ...] = ()
 
 
-def detect_format(path: Path) -> str:
-    """By the first line: a JSON object is chat if it has "messages", else jsonl; everything else is text."""
-    if path.suffix.lower() in (".txt", ".text", ".md", ".rst"):
-        return "text"
-    number, line = next(((number, line) for number, line in _lines(path) if line.strip()), (0, ""))
-    if not number:
-        raise HyLoError(f"{path}: the file is empty, expected text or JSON lines")
-    try:
-        value = json.loads(line)
-    except ValueError:
-        value = None
-    if isinstance(value, dict):
-        return "chat" if "messages" in value else "jsonl"
-    if path.suffix.lower() in (".jsonl", ".json"):
-        raise HyLoError(f'{path}:{number}: not a JSON object: expected one on each line, such as {{"text": "..."}}')
-    return "text"
+@dataclass
+class Tally:
+    """What was not taken as it stands. ``changed``: conversations that the chat template does not render in full."""
+
+    conversations: int = 0
+    skipped: int = 0
+    changed: int = 0
+    surrogates: int = 0
+    reasons: list[str] = field(default_factory=list)
+    first_changed: str = ""
+    first_surrogate: str = ""
+
+    def lines(self) -> list[str]:
+        """For the user to read; empty if everything was taken as it stands."""
+        lines = []
+        if self.skipped:
+            lines.append(f"{self.skipped} of {self.conversations} conversations cannot be used and were skipped:")
+            lines += [f"  {reason}" for reason in self.reasons]
+            lines += ["  ..."] if self.skipped > len(self.reasons) else []
+        if self.changed:
+            lines.append(
+                f"the chat template leaves out or rewrites a part of {self.changed} of {self.conversations}"
+                f" conversations, that part is not in the text: first in {self.first_changed}"
+            )
+        if self.surrogates:
+            lines.append(
+                f"lone surrogates (halves of a character) in {self.surrogates} documents were replaced by U+FFFD:"
+                f" first in {self.first_surrogate}"
+            )
+        return lines
+
+    def check(self) -> None:
+        """Raises ``HyLoError`` if more than half of the conversations cannot be used."""
+        if 2 * self.skipped > self.conversations:
+            raise HyLoError(
+                f"{self.reasons[0]}; more than half of the conversations cannot be used"
+                f" ({self.skipped} of {self.conversations})"
+            )
+
+    def report(self) -> None:
+        for line in self.lines():
+            print(line, file=sys.stderr, flush=True)
+
+    def skip(self, where: str, reason: object) -> None:
+        self.skipped += 1
+        self.reasons += [f"{where}: {reason}"] if len(self.reasons) < SHOWN else []
+
+    def whole(self, text: str, where: str) -> str:
+        """``text`` without lone surrogates, which no tokenizer takes and no UTF-8 file can hold."""
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            self.surrogates += 1
+            self.first_surrogate = self.first_surrogate or where
+            return _without_surrogates(text)
+        return text
+
+
+def detect_format(path: Path, form: str | None = None, text_key: str | None = None) -> str:
+    """One of ``FORMATS``, by the contents: plain text, rows with text, or rows with conversations.
+
+    ``form``: what the user asked for, if anything, and then the answer. A ``text_key`` that was named means text.
+    """
+    kind = container(path, form)
+    if form or kind == "text":
+        return form or "text"
+    first = next(read_rows(path, kind, (text_key or TEXT_KEY, *chats.COLUMNS)), None)
+    return "chat" if first and not text_key and chats.holds_chats(first.value, TEXT_KEY) else "jsonl"
 
 
 def read_documents(
-    path: Path, form: str, text_key: str, render: Callable[[list], str] | None, find_answers: bool = False
+    path: Path,
+    form: str,
+    text_key: str = TEXT_KEY,
+    template: ChatTemplate | None = None,
+    find_answers: bool = False,
+    tally: Tally | None = None,
 ) -> Iterator[Piece]:
-    """Pieces of the documents in ``path``: one a line, or for ``text`` the whole file in blocks.
+    """Pieces of the documents in ``path``: one a row, or for ``text`` the whole file in blocks.
 
-    ``render`` turns a list of messages into text (chat only). HyLoError names the file and the line.
+    A document without text is one empty piece. Conversations that cannot be used are left out, and are in ``tally``.
+    HyLoError names the file and the line.
     """
     if form == "text":
         yield from _text_blocks(path)
         return
-    for number, line in _lines(path):
-        if not line.strip():
+    tally = Tally() if tally is None else tally
+    columns = chats.COLUMNS if form == "chat" else (text_key,)
+    for row in read_rows(path, container(path, form), columns):
+        if form == "jsonl":
+            yield Piece(tally.whole(_plain_text(row, text_key), row.where), True, row.at)
+        elif piece := _chat_piece(row, template, find_answers, tally):
+            yield piece
+
+
+def read_texts(path: Path, tokenizer: Any = None, window: int | None = None) -> Iterator[str]:
+    """The documents of ``path`` that have text. ``tokenizer`` (of transformers) renders conversations.
+
+    ``window``: a plain text file is a single document; with this it comes in windows of as many characters.
+    What was not taken as it stands is printed at the end.
+    """
+    form, tally = detect_format(path), Tally()
+    template = chat_template(tokenizer, path) if form == "chat" else None
+    parts: list[str] = []
+    for piece in read_documents(path, form, template=template, tally=tally):
+        if form == "text" and window:
+            windows = (piece.text[at : at + window] for at in range(0, len(piece.text), window))
+            yield from filter(str.strip, windows)
             continue
-        where = f"{path}:{number}"
-        try:
-            value = json.loads(line)
-        except ValueError as error:
-            raise HyLoError(f"{where}: not valid JSON ({error}): expected one object on each line") from error
-        if not isinstance(value, dict):
-            raise HyLoError(f'{where}: a JSON {type(value).__name__}, expected an object with "{text_key}"')
-        text = _chat_text(value, where, render) if form == "chat" else _plain_text(value, where, text_key)
-        answers = answer_spans(value["messages"], text, render, where) if find_answers else ()
-        yield Piece(text, True, len(line.encode("utf-8")), answers)
+        parts.append(piece.text)
+        if piece.last:
+            text, parts = "".join(parts), []
+            if text.strip():
+                yield text
+    tally.check()
+    tally.report()
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    with open(path, "rb") as file:
-        for number, raw in enumerate(file, 1):
-            try:
-                yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise HyLoError(
-                    f"{path}:{number}: byte {error.start + 1} of the line is not UTF-8: convert the file to UTF-8"
-                ) from error
+def chat_template(tokenizer: Any, path: Path, where: Any = None, name: str | None = None) -> ChatTemplate:
+    """What renders the conversations of ``path``. Raises ``HyLoError`` if ``tokenizer``, of ``where``, has nothing."""
+    template = tokenizer if isinstance(tokenizer, ChatTemplate) else tokenizer and ChatTemplate.of(tokenizer)
+    where = where or getattr(tokenizer, "name_or_path", "the tokenizer")
+    if not template:
+        raise HyLoError(f"{where}: has no chat template, which {path} needs: use an instruct model's tokenizer")
+    return template.choose(name, where)
 
 
 def _text_blocks(path: Path) -> Iterator[Piece]:
     """Cuts only between a line that ends in text and one that begins with text: no token spans such a place, since
-    byte-level tokenizers join a line's end to blank space after it only."""
+    byte-level tokenizers join a line's end to blank space after it only. Line ends of Windows become line feeds."""
     block: list[str] = []
-    size = 0
-    for _, line in _lines(path):
+    size = at = 0
+    for _, line, at in read_lines(path):
         if size >= BLOCK and line[:1].strip() and block[-1].strip():
-            yield Piece("".join(block), False, size)
+            yield Piece("".join(block), False, at)
             block, size = [], 0
-        block.append(line)
+        block.append(f"{line[:-2]}\n" if line.endswith("\r\n") else line)
         size += len(line)
-    yield Piece("".join(block), True, size)
+    yield Piece("".join(block), True, at)
 
 
-def _plain_text(value: dict, where: str, text_key: str) -> str:
-    text = value.get(text_key)
+def _plain_text(row: Row, text_key: str) -> str:
+    if not isinstance(row.value, dict):
+        raise HyLoError(f'{row.where}: a JSON {type(row.value).__name__}, expected an object with "{text_key}"')
+    text = row.value.get(text_key)
+    if text is None and text_key in row.value:
+        return ""
     if not isinstance(text, str):
-        keys = ", ".join(map(repr, value)) or "none"
+        keys = ", ".join(map(repr, row.value)) or "none"
         raise HyLoError(
-            f"{where}: expected a string under '{text_key}', the keys are {keys}: name the right one with --text-key"
+            f"{row.where}: expected a string under '{text_key}', the keys are {keys}: name the right one with"
+            " --text-key of tools/prepare_data.py"
         )
     return text
 
 
-def _chat_text(value: dict, where: str, render: Callable[[list], str]) -> str:
-    messages = value.get("messages")
-    fits = (
-        isinstance(messages, list)
-        and messages
-        and all(
-            isinstance(item, dict) and isinstance(item.get("role"), str) and isinstance(item.get("content"), str)
-            for item in messages
-        )
-    )
-    if not fits:
-        raise HyLoError(f'{where}: expected {{"messages": [{{"role": "user", "content": "..."}}, ...]}} with strings')
+def _chat_piece(row: Row, template: ChatTemplate, find_answers: bool, tally: Tally) -> Piece | None:
+    tally.conversations += 1
     try:
-        return render(messages)
-    except HyLoError:
-        raise
-    except Exception as error:  # templates are programs: they raise what they like
-        raise HyLoError(f"{where}: the tokenizer's chat template refused these messages ({error})") from error
+        chat, text = template.render(chats.read_chat(row.value))
+        if tally.whole(text, row.where) != text:
+            chat, text = template.render(chats.read_chat(_without_surrogates(row.value)))
+        answers = template.answers(chat, text) if find_answers else ()
+    except chats.Unusable as reason:
+        tally.skip(row.where, reason)
+        return None
+    if what := left_out(chat, text):
+        tally.changed += 1
+        tally.first_changed = tally.first_changed or f"{row.where} ({what})"
+    return Piece(text, True, row.at, answers)
 
 
-def answer_spans(messages: list, text: str, render: Callable[[list], str], where: str) -> tuple[tuple[int, int], ...]:
-    """Where the assistant's messages stand in ``text``, which is what ``render`` made of ``messages``."""
-    marks = [f"mark{number}mark" for number in range(len(messages))]
-    rest = render([{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)])
-    spans, at, rebuilt = [], 0, ""
-    for message, mark in zip(messages, marks, strict=True):
-        before, found, rest = rest.partition(mark)
-        content = message["content"]
-        if not text.startswith(content, at + len(before)):
-            content = content.strip()  # some templates trim
-        rebuilt += before + content
-        if message["role"] == "assistant" and found:
-            spans.append((at + len(before), len(rebuilt)))
-        at = len(rebuilt)
-    if rebuilt + rest != text:
-        raise HyLoError(
-            f"{where}: the chat template changes these messages, so that --answers-only cannot find answers"
-        )
-    return tuple(spans)
+def _without_surrogates(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, dict):
+        return {_without_surrogates(key): _without_surrogates(item) for key, item in value.items()}
+    return [_without_surrogates(item) for item in value] if isinstance(value, list) else value

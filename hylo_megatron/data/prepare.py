@@ -8,15 +8,30 @@ import time
 from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
-from hylo_megatron.data.documents import FORMATS, Piece, detect_format, read_documents
+from hylo_megatron.data.chat_template import Span
+from hylo_megatron.data.documents import (
+    FORMATS,
+    TEXT_KEY,
+    Piece,
+    Tally,
+    chat_template,
+    detect_format,
+    read_documents,
+)
 from hylo_megatron.data.token_writer import Counts, TokenWriter, token_files
 from hylo_megatron.data.tokenizers import TextTokenizer, load_tokenizer
 from hylo_megatron.errors import HyLoError, command_line
 
 MASK = ".learnt.bin"  # a byte for each token of packed sequences
 BATCH_CHARACTERS = 1 << 21  # text held while a batch is encoded
+EXPLAINED = {  # counts of the summary that are worth a word if they are not zero
+    "empty_documents": "documents without text left out",
+    "skipped_conversations": "conversations skipped",
+    "sequences_without_answers": "sequences without a token of an answer dropped",
+}
 
 
 def prepare(
@@ -24,38 +39,38 @@ def prepare(
     tokenizer_path: Path,
     out: Path,
     form: str | None = None,
-    text_key: str = "text",
+    text_key: str | None = None,
     pack_length: int | None = None,
     workers: int = 1,
     append_eod: bool = True,
     eod_token: str | None = None,
     long_documents: bool = False,
     answers_only: bool = False,
+    template_name: str | None = None,
 ) -> dict:
-    """Writes ``out``.bin, .idx and .json and returns what the .json says. HyLoError names the bad file and line."""
+    """Writes ``out``.bin, .idx and .json and returns what the .json says. HyLoError names the bad file and line.
+
+    ``text_key``: the key of the text, in files that hold rows; None for the usual one, and then rows may be chats.
+    """
     if pack_length is not None and pack_length < 2:
         raise HyLoError(f"--pack-length {pack_length}: expected at least 2 tokens")
     if long_documents and pack_length is None:
         raise HyLoError("--long-documents cuts sequences of one length: give their tokens with --pack-length")
-    for path in inputs:
-        if not path.is_file():
-            raise HyLoError(f"{path}: no such file")
-    forms = [form or detect_format(path) for path in inputs]
+    forms = [detect_format(path, form, text_key) for path in inputs]
     tokenizer = load_tokenizer(tokenizer_path, workers, eod_token)
-    if "chat" in forms and tokenizer.render is None:
-        raise HyLoError(
-            f"{tokenizer_path}: has no chat template, which {inputs[forms.index('chat')]} needs: "
-            "use an instruct model's tokenizer"
-        )
+    if "chat" in forms:
+        chats = inputs[forms.index("chat")]
+        tokenizer = replace(tokenizer, render=chat_template(tokenizer.render, chats, tokenizer_path, template_name))
     if answers_only:
         _check_answers_only(inputs, forms, tokenizer, tokenizer_path, pack_length)
-    others = (".json", MASK) if answers_only else (".json",)
+    others, tally = (".json", MASK) if answers_only else (".json",), Tally()
     with token_files(out, tokenizer.rows, others) as (builder, partial), ExitStack() as stack:
         mask = stack.enter_context(partial[MASK].open("wb")) if answers_only else None
         writer = TokenWriter(builder, tokenizer.eod_id, append_eod, pack_length, long_documents, mask)
-        _encode_all(inputs, forms, text_key, tokenizer, writer)
+        _encode_all(inputs, forms, text_key or TEXT_KEY, tokenizer, writer, tally)
         writer.close()
         counts = writer.counts
+        tally.check()
         if not counts.sequences:
             raise HyLoError(_nothing_written(inputs, counts, pack_length))
         summary = {
@@ -66,6 +81,10 @@ def prepare(
             "dropped_tokens": counts.dropped_tokens,
             "empty_documents": counts.empty,
             "skipped_documents": counts.skipped,
+            "skipped_conversations": tally.skipped,
+            "changed_conversations": tally.changed,
+            "sequences_without_answers": counts.unlearnt,
+            "documents_with_lone_surrogates": tally.surrogates,
             "tokenizer": str(tokenizer_path),
             "tokenizer_fingerprint": tokenizer.fingerprint,
             "vocab_size": tokenizer.vocab_size,
@@ -77,6 +96,7 @@ def prepare(
         partial[".json"].write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     if not answers_only:
         Path(f"{out}{MASK}").unlink(missing_ok=True)  # of other data that had this name
+    tally.report()
     return summary
 
 
@@ -93,12 +113,12 @@ def _check_answers_only(
 
 
 def _encode_all(
-    inputs: list[Path], forms: list[str], text_key: str, tokenizer: TextTokenizer, writer: TokenWriter
+    inputs: list[Path], forms: list[str], text_key: str, tokenizer: TextTokenizer, writer: TokenWriter, tally: Tally
 ) -> None:
+    masked, done = writer.mask_file is not None, 0
     with _progress(sum(path.stat().st_size for path in inputs)) as advance:
         for path, form in zip(inputs, forms, strict=True):
-            masked = writer.mask_file is not None
-            for batch in _batches(read_documents(path, form, text_key, tokenizer.render, masked)):
+            for batch in _batches(read_documents(path, form, text_key, tokenizer.render, masked, tally)):
                 texts = [piece.text for piece in batch]
                 if masked:
                     located = tokenizer.locate(texts)
@@ -108,15 +128,16 @@ def _encode_all(
                     encoded, masks = tokenizer.encode(texts), [b""] * len(batch)
                 for piece, ids, mask in zip(batch, encoded, masks, strict=True):
                     writer.add(ids, piece.last, mask)
-                advance(sum(piece.size for piece in batch), sum(map(len, encoded)))
+                advance(done + batch[-1].at, sum(map(len, encoded)))
+            done += path.stat().st_size
 
 
-def learnt(offsets: list[tuple[int, int]], answers: tuple[tuple[int, int], ...]) -> bytes:
-    """A byte for each token: 1 in an answer, and for the token behind it, which ends the turn."""
-    mask, starts = bytearray(len(offsets)), [start for start, _ in offsets]
-    for begin, end in answers:
-        first, behind = bisect_left([stop for _, stop in offsets], begin + 1), bisect_left(starts, end)
-        mask[first : behind + 1] = bytes([1]) * len(mask[first : behind + 1])
+def learnt(offsets: list[tuple[int, int]], answers: tuple[Span, ...]) -> bytes:
+    """A byte for each token: 1 in an answer, and for the token behind one that is not closed, which ends the turn."""
+    mask, starts, stops = bytearray(len(offsets)), [start for start, _ in offsets], [stop for _, stop in offsets]
+    for begin, end, closed in answers:
+        first, behind = bisect_left(stops, begin + 1), bisect_left(starts, end) + (not closed)
+        mask[first:behind] = bytes([1]) * len(mask[first:behind])
     return bytes(mask)
 
 
@@ -140,6 +161,11 @@ def _nothing_written(inputs: list[Path], counts: Counts, pack_length: int | None
             f"{names}: no document has the {pack_length} tokens of --pack-length, the longest has "
             f"{counts.longest_skipped}: use a smaller length, or leave out --long-documents"
         )
+    if counts.unlearnt:
+        return (
+            f"{names}: none of the {counts.unlearnt} sequences of --pack-length {pack_length} holds a token of an"
+            " answer: use a longer --pack-length, or leave out --answers-only"
+        )
     if counts.documents:
         return f"{names}: {counts.dropped_tokens} tokens, too few for one sequence of --pack-length {pack_length}"
     return f"{names}: no text found ({counts.empty} empty documents)"
@@ -147,7 +173,7 @@ def _nothing_written(inputs: list[Path], counts: Counts, pack_length: int | None
 
 @contextmanager
 def _progress(total_bytes: int):
-    """Yields ``advance(bytes, tokens)``, which shows tokens per second: a tqdm bar if there is a terminal for it."""
+    """Yields ``advance(bytes so far, more tokens)``, which shows tokens per second, in a terminal with tqdm."""
     began, tokens, done, shown = time.monotonic(), 0, 0, time.monotonic()
     bar = None
     if sys.stderr.isatty():
@@ -158,9 +184,9 @@ def _progress(total_bytes: int):
         except ImportError:
             pass
 
-    def advance(more_bytes: int, more_tokens: int) -> None:
+    def advance(read: int, more_tokens: int) -> None:
         nonlocal tokens, done, shown
-        tokens, done, now = tokens + more_tokens, done + more_bytes, time.monotonic()
+        tokens, more_bytes, done, now = tokens + more_tokens, read - done, read, time.monotonic()
         rate = f"{tokens / 1e3 / max(now - began, 1e-6):.0f}K tokens/s"
         if bar is not None:
             bar.set_postfix_str(rate, refresh=False)
@@ -186,10 +212,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--format",
         choices=FORMATS,
-        help="text: a file is a document; jsonl: a line is one; chat: "
-        'lines of {"messages": [...]} through the chat template (default: seen from the file)',
+        help="text: a file is a document; jsonl: a row (of JSON lines, a JSON array, csv or parquet) is one; chat: "
+        'rows of {"messages": [...]} through the chat template (default: seen from the file)',
     )
-    parser.add_argument("--text-key", default="text", help="key of the text in jsonl (default %(default)s)")
+    parser.add_argument("--text-key", help=f"key or column of the text in rows (default {TEXT_KEY})")
+    parser.add_argument("--chat-template", metavar="NAME", help="which of a tokenizer's several templates")
     parser.add_argument("--pack-length", type=int, metavar="N", help="join documents, cut sequences of N tokens")
     parser.add_argument(
         "--long-documents",
@@ -225,6 +252,7 @@ def main(argv: list[str] | None = None) -> None:
         arguments.eod_token,
         arguments.long_documents,
         arguments.answers_only,
+        arguments.chat_template,
     )
     seconds = time.monotonic() - began
     what = f"{summary['documents']} documents, {summary['tokens'] / 1e6:.2f}M tokens"
@@ -234,4 +262,6 @@ def main(argv: list[str] | None = None) -> None:
             f" in {summary['sequences']} sequences of {summary['pack_length']}, {rest} "
             f"{summary['dropped_tokens']} tokens dropped"
         )
+    for key, words in EXPLAINED.items():
+        what += f", {summary[key]} {words}" if summary[key] else ""
     print(f"{arguments.out}.bin: {what}, {os.path.getsize(f'{arguments.out}.bin') / 1e6:.1f} MB, {seconds:.1f} s")

@@ -23,6 +23,7 @@ class Counts:
     tokens: int = 0
     sequences: int = 0
     dropped_tokens: int = 0
+    unlearnt: int = 0  # sequences that were dropped because none of their tokens is learnt
 
 
 @dataclass
@@ -31,7 +32,8 @@ class TokenWriter:
 
     Packed sequences run on from one document into the next, each closed by ``eod_id``; with ``long_documents`` every
     sequence lies inside one document, nothing is added to it, and what does not fill one is dropped. ``mask_file``
-    gets a byte for every token of packed sequences: whether it is learnt.
+    gets a byte for every token of packed sequences: whether it is learnt. A sequence without any such token is
+    dropped: a step on it would cost as much as any other and teach nothing.
     """
 
     builder: object
@@ -91,9 +93,13 @@ class TokenWriter:
     def _cut(self) -> None:
         whole = len(self.pending) - len(self.pending) % self.pack_length
         for start in range(0, whole, self.pack_length):
-            self._write(self.pending[start : start + self.pack_length], self.pack_length)
-        if self.mask_file:
-            self.mask_file.write(self.pending_mask[:whole])
+            end = start + self.pack_length
+            if self.mask_file and not any(self.pending_mask[start + 1 : end]):  # the first token is never predicted
+                self.counts.unlearnt += 1
+                continue
+            self._write(self.pending[start:end], self.pack_length)
+            if self.mask_file:
+                self.mask_file.write(self.pending_mask[start:end])
         del self.pending[:whole], self.pending_mask[:whole]
 
     def _write(self, ids: list[int], length: int) -> None:

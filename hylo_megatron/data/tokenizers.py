@@ -12,6 +12,7 @@ from hylo_megatron.convert.tokenizer_files import (
     open_tokenizer,
     tokenizer_identity,
 )
+from hylo_megatron.data.chat_template import ChatTemplate
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.json_file import read_json
 
@@ -29,7 +30,7 @@ class TextTokenizer:
     rows: int
     eod_id: int
     encode: Callable[[list[str]], list[list[int]]]
-    render: Callable[[list], str] | None
+    render: ChatTemplate | None
     fingerprint: str
     locate: Callable[[list[str]], list[tuple[list[int], list[tuple[int, int]]]]] | None = None
 
@@ -64,10 +65,7 @@ def _hugging_face(path: Path, workers: int, eod_token: str | None) -> TextTokeni
     def locate(texts: list[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
         return [(item.ids, item.offsets) for item in backend.encode_batch(texts, add_special_tokens=False)]
 
-    def render(messages: list) -> str:
-        return tokenizer.apply_chat_template(messages, tokenize=False)
-
-    template = render if tokenizer.chat_template else None
+    template = ChatTemplate.of(tokenizer)
     return TextTokenizer(
         identity.size, identity.largest_id + 1, eod_id, encode, template, identity.fingerprint, locate
     )

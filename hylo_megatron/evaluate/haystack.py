@@ -68,7 +68,7 @@ class Haystack:
     """Sentences of a prose file with their token ids, and the words that keys are made of."""
 
     def __init__(self, file: str | Path, tokenizer: PreTrainedTokenizerBase):
-        prose = read_some(file, HAYSTACK_CHARS)
+        prose = read_some(Path(file), tokenizer, HAYSTACK_CHARS)
         sentences = sentences_of(prose)
         if not sentences:
             raise HyLoError(f"{file} has no sentences to hide a needle in: expected prose")

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hylo_megatron.data.documents import read_texts
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.evaluate.models import rows_per_batch
-from hylo_megatron.evaluate.texts import read_texts
 
 IGNORED = -100
 FIRST_BUCKET = 128  # tokens; buckets double from there
@@ -27,7 +27,7 @@ def encode_documents(tokenizer: PreTrainedTokenizerBase, file: str | Path, conte
     The first token of a document is not scored (it is BOS where the tokenizer adds one).
     """
     documents, left = [], max_tokens
-    for text in read_texts(file):
+    for text in read_texts(Path(file), tokenizer):
         ids = _encode_start(tokenizer, text, min(context, left + 1))
         if len(ids) > 1:
             documents.append(ids)
@@ -42,7 +42,7 @@ def encode_documents(tokenizer: PreTrainedTokenizerBase, file: str | Path, conte
 def encode_windows(tokenizer: PreTrainedTokenizerBase, file: str | Path, context: int, max_tokens: int) -> list:
     """Whole documents in file order as windows of ``context`` ids, until ``max_tokens`` can be scored."""
     windows, left = [], max_tokens
-    for text in read_texts(file):
+    for text in read_texts(Path(file), tokenizer):
         ids = _encode_start(tokenizer, text, 2 * left + 2 * context)
         for start in range(0, len(ids) - 1, context):
             windows.append(ids[start : start + min(context, left + 1)])
@@ -58,7 +58,7 @@ def encode_long_documents(tokenizer: PreTrainedTokenizerBase, file: str | Path, 
     """The first ``context`` ids of the first ``count`` documents, in file order, that have as many; fewer if the file
     has fewer, but not none."""
     documents = []
-    for text in read_texts(file):
+    for text in read_texts(Path(file), tokenizer):
         if 4 * len(text) < context:  # a token has at least one byte of UTF-8: no need to tokenise
             continue
         ids = _encode_start(tokenizer, text, context)
@@ -74,8 +74,9 @@ def encode_long_documents(tokenizer: PreTrainedTokenizerBase, file: str | Path, 
 def _encode_start(tokenizer: PreTrainedTokenizerBase, text: str, count: int) -> list[int]:
     """The first ``count`` ids of a text that may be far longer."""
     chars = 8 * count
+    begun = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)  # by a chat template
     while True:
-        ids = tokenizer(text[:chars], verbose=False).input_ids
+        ids = tokenizer(text[:chars], add_special_tokens=not begun, verbose=False).input_ids
         if chars >= len(text) or len(ids) > count + 8:  # the last ids depend on where the text was cut
             return ids[:count]
         chars *= 4

@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 import transformers
 
+from hylo_megatron.data.documents import detect_format
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.evaluate import models
 from hylo_megatron.evaluate.needle import needles_of
 from hylo_megatron.evaluate.perplexity import long_documents_of, perplexity_of
 from hylo_megatron.evaluate.plots import new_figure, read_log
 from hylo_megatron.evaluate.report import TEXTS, ratios_of, write_report
-from hylo_megatron.evaluate.texts import check_file
 
 PARTS = ("perplexity", "long", "needle")
 
@@ -132,16 +132,17 @@ def evaluate(
     """Measures a Hugging Face folder, and a teacher beside it; with ``out_dir`` writes JSON, Markdown and PNG files.
 
     ``prose``, ``book`` (whole documents, in windows), ``code``, ``c`` and ``long`` (loss by position in long
-    documents): JSON lines with ``text``; what has no file is left out (needles need ``prose``). ``teacher_figures``:
-    what an earlier call returned for the teacher alone, under "model", with the same files and settings; it is not
-    measured again then. ``curves``: training logs,
-    JSON lines with stage, iteration, loss.
+    documents): files as ``tools/prepare_data.py`` takes them; what has no file is left out (needles need ``prose``).
+    ``teacher_figures``: what an earlier call returned for the teacher alone, under "model", with the same files and
+    settings; it is not measured again then. ``curves``: training logs, JSON lines with stage, iteration, loss.
     """
     settings = settings or Settings()
     folders = {"teacher": teacher_dir, "model": model_dir}
     folders = {role: models.check_folder(folder) for role, folder in folders.items() if folder is not None}
     files = {"prose": prose, "book": book, "code": code, "c": c, "long": long}
-    files = {name: check_file(file) for name, file in files.items() if file}
+    files = {name: Path(file) for name, file in files.items() if file}
+    for file in files.values():
+        detect_format(file)  # refused now, not after minutes of measuring
     device = models.resolve_device(settings.device)
     dtype = models.resolve_dtype(settings.dtype, device)
     if out_dir is not None:  # found out now, not after minutes of measuring

@@ -1,10 +1,11 @@
-"""Text files of the evaluation: JSON lines with a ``text`` field; their sentences and words."""
+"""Sentences and words of the evaluation's text files."""
 
-import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerBase
+
+from hylo_megatron.data.documents import read_texts
 from hylo_megatron.errors import HyLoError
 
 ADJECTIVE_ENDINGS = ("able", "ible", "less", "ful", "ous", "ive", "ish", "ant", "ent", "ary", "ic", "al")
@@ -13,38 +14,10 @@ WORD = re.compile(r"(?<![\w'-])[a-z]{4,9}(?![\w'-])")
 MIN_WORDS = 8
 
 
-def check_file(file: str | Path) -> Path:
-    file = Path(file)
-    if not file.is_file():
-        raise HyLoError(f'text file {file} not found: expected JSON lines like {{"text": "..."}}')
-    return file
-
-
-def read_texts(file: str | Path) -> Iterator[str]:
-    """The documents of a file, in file order; blank lines and empty documents are left out."""
-    with check_file(file).open(encoding="utf-8") as lines:
-        try:
-            for number, line in enumerate(lines, 1):
-                if line.strip() and (text := _text_of(line, f"{file}, line {number}")).strip():
-                    yield text
-        except UnicodeDecodeError as error:
-            raise HyLoError(f"{file} is not UTF-8 text ({error.reason}): expected JSON lines") from error
-
-
-def _text_of(line: str, where: str) -> str:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise HyLoError(f"{where}: not JSON ({error.msg}); every line has to be an object with a 'text'") from error
-    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-        raise HyLoError(f"{where}: expected an object whose 'text' is a string")
-    return record["text"]
-
-
-def read_some(file: str | Path, max_chars: int) -> str:
+def read_some(file: Path, tokenizer: PreTrainedTokenizerBase, max_chars: int) -> str:
     """The first documents of a file, about ``max_chars`` characters, white space folded."""
     parts, size = [], 0
-    for text in read_texts(file):
+    for text in read_texts(file, tokenizer):
         parts.append(re.sub(r"\s+", " ", text[: max_chars - size]).strip())
         size += len(parts[-1])
         if size >= max_chars:

@@ -1,7 +1,6 @@
 """Calibration text as token rows."""
 
 import itertools
-import json
 import random
 from pathlib import Path
 
@@ -9,22 +8,10 @@ import torch
 from torch import Tensor
 
 from hylo_megatron.convert.tokenizer_files import open_tokenizer
+from hylo_megatron.data.documents import read_texts
 from hylo_megatron.errors import HyLoError
 
 MOST_DOCUMENTS = 50_000  # of a long file its beginning is enough
-
-
-def _texts(path: Path, length: int):
-    with path.open(encoding="utf-8") as file:
-        if path.suffix == ".jsonl":
-            for number, line in enumerate(file, 1):
-                try:
-                    yield json.loads(line)["text"]
-                except (ValueError, KeyError, TypeError):
-                    raise HyLoError(f'{path}:{number}: expected {{"text": ...}}') from None
-        else:
-            while text := file.read(8 * length):
-                yield text
 
 
 def _token_documents(prefix: Path, length: int):
@@ -39,16 +26,16 @@ def _token_documents(prefix: Path, length: int):
 def calibration_tokens(path: str | Path, tokenizer_folder: str | Path, count: int, length: int) -> Tensor:
     """``[count / length, length]`` token ids, documents in a fixed order. Raises ``HyLoError`` when text runs out.
 
-    ``path``: a text or JSONL file, or the prefix of a token file.
+    ``path``: a file of text, rows or chats as ``tools/prepare_data.py`` takes them, or the prefix of a token file.
     """
     path, rows = Path(path), max(2, count // length)
     tokenizer = open_tokenizer(tokenizer_folder)
     if Path(f"{path}.idx").is_file():
         documents = list(_token_documents(path, length))
-    elif path.is_file():
-        documents = list(itertools.islice(_texts(path, length), MOST_DOCUMENTS))
+    elif path.exists():
+        documents = list(itertools.islice(read_texts(path, tokenizer, window=8 * length), MOST_DOCUMENTS))
     else:
-        raise HyLoError(f"{path} not found: --calibration wants a text or JSONL file, or tokens of prepare_data.py")
+        raise HyLoError(f"{path}: no such file: --calibration wants a file of text, or tokens of prepare_data.py")
     ids: list[int] = []
     # Files are often sorted by source: take documents from everywhere, the same ones each time.
     random.Random(0).shuffle(documents)

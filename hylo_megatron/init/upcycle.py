@@ -194,7 +194,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--linear", choices=("gdn", "mamba2"), help="what the other layers become (default: gdn, or the plan's name)")
     add("--init", default="data", choices=("data", "svd"), help="calibrated on text, or the paper's (default: data)")
     add("--geometry", default="native", choices=("native", "published"))
-    add("--calibration", help="text or JSONL file; with --init svd it only measures the errors")
+    add("--calibration", help="text as prepare_data.py takes it, or tokens; with svd it only measures the errors")
     add("--calibration-tokens", type=size, default=16384)
     add("--calibration-length", type=size, default=1024, help="tokens per row")
     add("--no-ridge", action="store_true", help="keep the transferred output projections of linear blocks")
