@@ -11,6 +11,7 @@ from hylo_megatron.config import Architecture
 from hylo_megatron.config.architecture import MODEL_TYPES
 from hylo_megatron.convert.shapes import hf_shapes
 from hylo_megatron.errors import HyLoError
+from hylo_megatron.platform import disk
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "vocab.json",
@@ -182,7 +183,8 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
         save_file(tensors, path, metadata={"format": "pt"})
         path.chmod(mode)
     except SafetensorError as error:
-        raise HyLoError(f"cannot write {path} ({error}): free space, or choose another folder") from None
+        full = disk.explained(error, path, sum(tensor.nbytes for tensor in tensors.values()))
+        raise full or HyLoError(f"cannot write {path} ({error}): choose another folder") from None
 
 
 def check_tokenizer(folder: str | os.PathLike, vocab_size: int) -> None:
