@@ -7,7 +7,10 @@ with ``model_type: hylo`` load through transformers' auto classes once this pack
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import os
 import sys
+
+STARTED_BY = os.getppid()  # as early as possible: see platform/parent.py
 
 
 def _register_config() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from hylo_megatron.config import Architecture
 from hylo_megatron.errors import HyLoError, command_line
-from hylo_megatron.platform.parent import die_with_parent, own_store
+from hylo_megatron.platform.parent import bind_forks, die_with_parent, own_store
 
 
 def model_provider(models: list, pre_process=True, post_process=True, vp_stage=None, config=None, pg_collection=None):
@@ -25,7 +25,9 @@ def model_provider(models: list, pre_process=True, post_process=True, vp_stage=N
     from hylo_megatron.distill.model import DistillModel, DistillSettings
     from hylo_megatron.layers.load import load_weights
     from hylo_megatron.layers.model import UNFUSED, build_model, model_fields
+    from hylo_megatron.platform import peers
 
+    peers.connect()
     args = get_args()
     student_arch = run_architecture(args.hylo_student, args.hylo_rope, args.seq_length)
     teacher_arch = run_architecture(args.hylo_teacher, args.hylo_teacher_rope, args.seq_length)
@@ -104,9 +106,27 @@ def check_tokens(args) -> None:
     check_data(prefixes(args), student, teacher, Path(args.hylo_student) / "hf")
 
 
+def save_room(args, arch: Architecture):
+    """Room for this training's checkpoints, on rank 0. Raises ``HyLoError`` when the first one cannot fit."""
+    from hylo_megatron.convert.iterations import trained_to
+    from hylo_megatron.distill.save_room import SaveRoom, checkpoint_bytes
+    from hylo_megatron.platform import peers
+
+    if not args.save or args.rank != 0:
+        return None
+    train = args.hylo_train or ("mixers" if args.hylo_stage == "ild" else "all")
+    need = checkpoint_bytes(arch, args.hylo_stage, train, args.bf16, not args.no_save_optim)
+    room = SaveRoom(Path(args.save), need, peers.fail)
+    steps = args.train_iters or 0
+    if steps and not trained_to(args.save, steps):
+        room.check_start(-(-steps // (args.save_interval or steps)), args.hylo_keep_last)
+    return room
+
+
 @command_line
 def main() -> None:
     die_with_parent()
+    bind_forks()
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # megatron asserts it for TP and CP
     import hylo_megatron.distill  # noqa: F401  the engine, before megatron
     from hylo_megatron.distill.command_line import prepare_command_line
@@ -120,6 +140,7 @@ def main() -> None:
     from hylo_megatron.distill import checkpoint_hooks, engine_hooks
     from hylo_megatron.distill.batches import datasets, forward_step
     from hylo_megatron.kernels.self_test import self_test
+    from hylo_megatron.platform import peers
     from hylo_megatron.platform.checkpoint_writer import start_results_queue
 
     args = parsed_arguments()
@@ -137,13 +158,15 @@ def main() -> None:
     if args.hylo_student_iteration:
         wait_for_student(args)
     models: list = []
+    room = save_room(args, arch)
     engine_hooks.install(models)
-    checkpoint_hooks.install()
+    checkpoint_hooks.install(room)
     config = pretrain_cfg_container_from_args(args)
-    pretrain(
-        config, datasets, ModelType.encoder_or_decoder, forward_step,
-        lambda **kwargs: model_provider(models, **kwargs), store=own_store(),
-    )  # fmt: skip
+    with peers.ending_together(args.save, room and room.need):
+        pretrain(
+            config, datasets, ModelType.encoder_or_decoder, forward_step,
+            lambda **kwargs: model_provider(models, **kwargs), store=own_store(),
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -3,12 +3,31 @@
 import json
 from pathlib import Path
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>"]
 CORPUS = ["The quick brown fox jumps over the lazy dog.", "In 2024 there were 12345 ships, and 7 sails.\n\n  def f(x):",
           "Ünïcödé — naïve café 你好 🙂", "a\tb\r\nc   d"] * 4  # fmt: skip
-PROBES = [*CORPUS[:4], "  two spaces before", "behind  ", "\n", "", "x<|im_start|>user\nhi</s> y", "é é", "0 00 1234567"]
+PROBES = [
+    *CORPUS[:4],
+    "  two spaces before",
+    "behind  ",
+    "\n",
+    "",
+    "x<|im_start|>user\nhi</s> y",
+    "é é",
+    "0 00 1234567",
+]
 
 
 def byte_level(pre_tokenizer=None) -> Tokenizer:
@@ -64,7 +83,9 @@ KINDS = [byte_level, single_digits, split_by_regex, sentencepiece_bpe, unigram, 
 CLASSES = ["LlamaTokenizerFast", "LlamaTokenizer", "GPT2Tokenizer", "Qwen2Tokenizer", "PreTrainedTokenizerFast", None]
 
 
-def write(folder: Path, tokenizer: Tokenizer, named: str | None = None, model_type: str | None = None, **config) -> Path:
+def write(
+    folder: Path, tokenizer: Tokenizer, named: str | None = None, model_type: str | None = None, **config
+) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     written = {"tokenizer_class": named} if named else {}

@@ -116,8 +116,8 @@ def print_training(run: Training, gpu_gib: float) -> None:
         print(f"  {where:24} {each.total / GIB:.2f} GiB")
     heaviest = max(found, key=lambda each: each.total)
     print(f"a rank of stage {found.index(heaviest)}" if len(found) > 1 else "each rank")
-    for what, size in parts(heaviest):
-        print(f"  {what:24} {size / GIB:.2f} GiB")
+    for what, amount in parts(heaviest):
+        print(f"  {what:24} {amount / GIB:.2f} GiB")
     verdict = "fits" if heaviest.total <= gpu_gib * GIB else "does not fit"
     print(f"{verdict} {gpu_gib:g} GiB ({heaviest.total / GIB / gpu_gib:.0%})")
 

@@ -14,6 +14,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from torch.distributed.checkpoint.planner import WriteItemType
 from hylo_megatron.config import Architecture
 from hylo_megatron.convert.iterations import TRACKER, hold_latest
 from hylo_megatron.errors import HyLoError
+from hylo_megatron.platform import disk
 from hylo_megatron.platform.safe_pickles import SafeReader, check_parts, check_pickles
 
 
@@ -62,9 +64,13 @@ def check_empty(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def whole_folder(out: Path) -> Iterator[Path]:
-    """A folder to fill; it gets the name ``out`` when the block ends, and is removed when the block raises."""
+def whole_folder(out: Path, need: int | None = None) -> Iterator[Path]:
+    """A folder to fill; it gets the name ``out`` when the block ends, and is removed when the block raises.
+
+    ``need``: its size in bytes, for which there has to be room. Raises ``HyLoError`` when there is none.
+    """
     check_empty(out)
+    disk.check(out, need or 0)
     scratch = out.with_name(out.name + ".partial")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
@@ -73,9 +79,9 @@ def whole_folder(out: Path) -> Iterator[Path]:
         if out.exists():
             out.rmdir()
         os.replace(scratch, out)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(scratch, ignore_errors=True)
-        raise
+        raise _said(error, out, need) from None
 
 
 def write_checkpoint(folder: str | os.PathLike, arch: Architecture, tensors: dict[str, LazyTensor],
@@ -84,6 +90,8 @@ def write_checkpoint(folder: str | os.PathLike, arch: Architecture, tensors: dic
     """Writes ``folder`` as a release checkpoint; under its final name only when it is whole."""
     folder = Path(folder)
     check_empty(folder)
+    need = sum(prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors.values())
+    disk.check(folder, need)
     scratch = folder.with_name(folder.name + ".partial")
     shutil.rmtree(scratch, ignore_errors=True)
     release = scratch / "release"
@@ -111,9 +119,15 @@ def write_checkpoint(folder: str | os.PathLike, arch: Architecture, tensors: dic
     except BaseException as error:
         shutil.rmtree(scratch, ignore_errors=True)
         # torch wraps what a planner raises; the message that says what to do is inside.
-        cause = _cause(error, (HyLoError, OSError))
-        raise (cause or error) from None
+        raise _said(_cause(error, (HyLoError, OSError)) or error, folder, need) from None
     return None
+
+
+def _said(error: BaseException, folder: Path, need: int | None) -> BaseException:
+    """``error``, or the line that says how much ``folder`` needs and how much is free without what was written."""
+    if isinstance(error, HyLoError) or not isinstance(error, Exception):
+        return error
+    return disk.explained(error, folder, need) or error
 
 
 def _cause(error: BaseException, kinds: tuple) -> BaseException | None:

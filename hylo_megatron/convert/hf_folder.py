@@ -13,6 +13,7 @@ from hylo_megatron.convert.hf_config import read_architecture  # noqa: F401  oth
 from hylo_megatron.convert.shapes import hf_shapes
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.json_file import Object, check, read_json
+from hylo_megatron.platform import disk
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -200,4 +201,5 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
         save_file(tensors, path, metadata={"format": "pt"})
         path.chmod(mode)
     except SafetensorError as error:
-        raise HyLoError(f"cannot write {path} ({error}): free space, or choose another folder") from None
+        full = disk.explained(error, path, sum(tensor.nbytes for tensor in tensors.values()))
+        raise full or HyLoError(f"cannot write {path} ({error}): choose another folder") from None

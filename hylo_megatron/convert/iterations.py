@@ -160,7 +160,12 @@ def retire_older(folder: str | os.PathLike, keep: int = 1) -> list[Path]:
     older = [path for path in complete_iterations(folder) if _number(path) < _number(newest)]
     for path in older[: max(0, len(older) - keep + 1)]:
         _retire(path)
-    return [*folder.glob("iter_*" + DROPPED), *folder.glob("iter_*" + INCOMPLETE)]
+    return leftovers(folder)
+
+
+def leftovers(folder: str | os.PathLike) -> list[Path]:
+    """Folders that are no checkpoints, or none any more, and may be deleted."""
+    return [*Path(folder).glob("iter_*" + DROPPED), *Path(folder).glob("iter_*" + INCOMPLETE)]
 
 
 def drop_older_checkpoints(folder: str | os.PathLike, keep: int = 1) -> None:

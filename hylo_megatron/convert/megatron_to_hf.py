@@ -97,10 +97,11 @@ def convert(checkpoint: str | Path, out: str | Path, dtype: torch.dtype | None =
     checkpoint, out = Path(checkpoint), Path(out)
     arch, reader = Architecture.load(checkpoint), CheckpointReader(checkpoint)
     check_tokenizer(checkpoint / "hf", arch.vocab_size)
-    with whole_folder(out) as scratch:
+    keys = [key for mapping in mappings(arch) for key in mapping.megatron]
+    total = sum(math.prod(reader.shape(key)) * (dtype or reader.dtype(key)).itemsize for key in keys)
+    with whole_folder(out, total) as scratch:
         copy_companions(checkpoint / "hf", scratch, with_config=False)
         writer = ShardWriter(scratch, SHARD_BYTES)
-        total = sum(math.prod(reader.shape(k)) * reader.dtype(k).itemsize for m in mappings(arch) for k in m.megatron)
         progress = ByteProgress(total, "export")
         for key, tensor in hf_tensors(arch, reader, dtype):
             writer.add(key, tensor)

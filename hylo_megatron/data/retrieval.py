@@ -17,6 +17,7 @@ from hylo_megatron.data.token_writer import token_files
 from hylo_megatron.data.tokenizers import TextTokenizer, load_tokenizer
 from hylo_megatron.errors import HyLoError, command_line
 from hylo_megatron.flags import Parser, count, share, size
+from hylo_megatron.platform.parent import end_with_parent
 
 CHUNK = 8  # samples that a worker makes at a time
 
@@ -107,6 +108,7 @@ def _make_all(recipe: Samples, count: int, workers: int) -> Iterator[Sample]:
 
 def _start_worker(recipe: Samples) -> None:
     global _samples
+    end_with_parent()
     _samples = recipe
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from hylo_megatron.errors import HyLoError
+from hylo_megatron.platform import disk
 
 
 @dataclass
@@ -132,9 +133,13 @@ def token_files(out: Path, vocab_size: int, others: tuple[str, ...]) -> Iterator
         for suffix, path in partial.items():
             os.replace(path, f"{out}{suffix}")
     except OSError as error:
-        if error.filename:  # names itself
-            raise
-        raise HyLoError(f"cannot write {out}.bin ({error.strerror}): free space, or choose another --out") from error
+        written = sum(path.stat().st_size for path in partial.values() if path.exists())
+        full = disk.cause_of(error) and disk.line(out, None, f"no space left after {disk.text(written)} of tokens")
+        if full or not error.filename:  # other errors name their file
+            raise HyLoError(
+                full or f"{out}.bin: cannot be written ({error.strerror}): choose another --out"
+            ) from error
+        raise
     finally:
         for path in partial.values():
             path.unlink(missing_ok=True)

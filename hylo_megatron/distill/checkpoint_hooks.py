@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from hylo_megatron.convert import iterations
 from hylo_megatron.distill import resume
+from hylo_megatron.distill.save_room import SaveRoom
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.platform import checkpoint_writer
 from hylo_megatron.platform.safe_pickles import check_pickles, explain
@@ -37,9 +38,10 @@ def _first_rank_alone(action: Callable[[], object]) -> None:
 
 
 class _Files:
-    """The engine's file functions; a tracker is written whole or not at all, then ``committed`` is called."""
+    """The engine's file functions; a tracker is written whole or not at all, then ``committed`` is called with its
+    folder and what it says."""
 
-    def __init__(self, engine, committed: Callable[[Path], object]):
+    def __init__(self, engine, committed: Callable[[Path, str], object]):
         self._engine, self._committed = engine, committed
 
     def __getattr__(self, name):
@@ -54,7 +56,7 @@ class _Files:
     def _tracker(self, folder: Path) -> Iterator[io.StringIO]:
         yield (text := io.StringIO())
         iterations.write_tracker(folder, text.getvalue())
-        self._committed(folder)
+        self._committed(folder, text.getvalue())
 
 
 def drop_older(folder: Path) -> None:
@@ -73,11 +75,13 @@ def _prepare(args, folder: str | None) -> None:
         iterations.repair(args.pretrained_checkpoint, own=False)
 
 
-def _make_room(folder: str, iteration: int) -> None:
+def _make_room(folder: str, iteration: int, room: SaveRoom | None) -> None:
     """The engine would write over what lies there, and its ``metadata.json`` would vouch for both halves."""
     place = iterations.iteration_folder(folder, iteration)
     if place.exists():
         iterations.set_aside(place)
+    if room:
+        room.begin(place)
 
 
 def _is_the_one_loaded(args, iteration: int) -> bool:
@@ -87,11 +91,17 @@ def _is_the_one_loaded(args, iteration: int) -> bool:
     return bool(same_folder and not fresh and checkpointing.get_loaded_iteration() == iteration)
 
 
-def install() -> None:
-    """Called once, before ``pretrain``."""
+def install(room: SaveRoom | None = None) -> None:
+    """Called once, before ``pretrain``. ``room``: of the disk that is saved to, on rank 0."""
     load, save = training.load_checkpoint, training.save_checkpoint
     checkpoint_writer.install()
-    checkpointing.maybe_msc = _Files(checkpointing.maybe_msc, drop_older)
+
+    def committed(folder: Path, word: str) -> None:
+        if room and word.isdecimal():
+            room.end(iterations.iteration_folder(folder, int(word)))
+        drop_older(folder)
+
+    checkpointing.maybe_msc = _Files(checkpointing.maybe_msc, committed)
 
     def load_checked(*models_and_optimizer, load_arg="load", **kwargs):
         args = get_args()
@@ -118,7 +128,7 @@ def install() -> None:
         if not non_persistent_ckpt:
             if _is_the_one_loaded(args, iteration):
                 return
-            _first_rank_alone(lambda: _make_room(args.save, iteration))
+            _first_rank_alone(lambda: _make_room(args.save, iteration, room))
         save(iteration, *what, non_persistent_ckpt=non_persistent_ckpt, **kwargs)
 
     training.load_checkpoint, training.save_checkpoint = load_checked, save_apart

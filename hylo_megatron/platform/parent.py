@@ -1,6 +1,8 @@
 """A process and the one that started it: what it is told through the environment, and that it does not outlive it.
 
-No heavy imports: every helper process imports this.
+Linux kills a process with the thread that forked it if the process asks for that (``PR_SET_PDEATHSIG``). Its children do
+not inherit the request, so each process of a run makes it anew: recipe, torchrun, trainers and their workers. No heavy
+imports: every helper process imports this.
 """
 
 import ctypes
@@ -11,18 +13,61 @@ import sys
 import threading
 from multiprocessing.connection import wait
 
+import hylo_megatron
+
 PARENT, STORE = "HYLO_PARENT", "HYLO_STORE"
 PR_SET_PDEATHSIG = 1
+GONE = "the process that started this one is gone"
+# A parent that starts a process and waits for it. A shell is none: a run goes on when its user logs out.
+LAUNCHERS = ("TORCHELASTIC_RUN_ID", "SLURM_STEP_ID")  # torchrun's ranks, srun's tasks
+
+_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+def _die_with(parent: int) -> bool:
+    """Ask the kernel for SIGKILL when ``parent`` ends. False when it has ended already."""
+    if _libc is None:
+        return True
+    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    return os.getppid() == parent
 
 
 def die_with_parent() -> None:
-    """A run that is killed leaves no training behind: two would write one folder once it is started again."""
-    parent = os.environ.get(PARENT)
-    if not parent or sys.platform != "linux":
+    """End this process when its launcher ends: two runs would write one folder once the killed one is started again.
+
+    The launcher is the process named by ``HYLO_PARENT``, or a torchrun or srun.
+    """
+    if name := os.environ.get(PARENT):
+        parent = int(name)
+    elif any(variable in os.environ for variable in LAUNCHERS):
+        parent = hylo_megatron.STARTED_BY  # the one that is there now may have taken over from the launcher
+    else:
         return
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != int(parent):
-        sys.exit("the process that started this one is gone")
+    if not _die_with(parent):
+        sys.exit(GONE)
+
+
+def bind_child(parent: int) -> None:
+    """``preexec_fn`` of a child of ``parent``: it dies with this thread, whatever program it runs."""
+    if not _die_with(parent):
+        os._exit(1)
+
+
+def bind_forks() -> None:
+    """Make every process that is forked from here on die with this one: data workers, writers of checkpoints.
+
+    Forks of other threads than the main one are left alone: the kernel would end them with their thread.
+    """
+    before = {}
+
+    def remember() -> None:
+        before.update(main=threading.current_thread() is threading.main_thread(), pid=os.getpid())
+
+    def bind() -> None:
+        if before["main"]:
+            bind_child(before["pid"])
+
+    os.register_at_fork(before=remember, after_in_child=bind)
 
 
 def _wait_for(sentinel: int) -> None:
@@ -31,7 +76,7 @@ def _wait_for(sentinel: int) -> None:
 
 
 def end_with_parent() -> None:
-    """As ``die_with_parent``, for a process of ``multiprocessing``.
+    """End this process of ``multiprocessing`` with the one that asked for it.
 
     The kernel's own signal will not do there: a writer's parent is the fork server, which lives as long as any of its
     children.

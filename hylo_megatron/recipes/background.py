@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from hylo_megatron.errors import HyLoError
+from hylo_megatron.platform.parent import bind_forks, end_with_parent
 
 
 def _run(action: Callable[[], object], log: Path) -> None:
@@ -18,6 +19,8 @@ def _run(action: Callable[[], object], log: Path) -> None:
 
 
 def _run_beside(action: Callable[[], object], log: Path) -> None:
+    end_with_parent()
+    bind_forks()
     try:
         _run(action, log)
     except BaseException:

@@ -15,6 +15,7 @@ from hylo_megatron.data.token_files import check_token_files, read_summary
 from hylo_megatron.errors import HyLoError, command_line
 from hylo_megatron.flags import readable_number, short
 from hylo_megatron.init.upcycle import student_architecture
+from hylo_megatron.platform.parent import bind_forks, die_with_parent
 from hylo_megatron.recipes.launch import Layout, start_own
 from hylo_megatron.recipes.proxy import STEPS, ProxySource, proxy
 from hylo_megatron.recipes.published import BASES, TOKENS, published
@@ -158,6 +159,8 @@ def run(name: str, world: World | None) -> None:
 @command_line
 def main(name: str) -> None:
     warnings.simplefilter("ignore")
+    die_with_parent()
+    bind_forks()
     exit_on_signals()
     world = World() if under_torchrun() else None
     if world is None:

@@ -1,5 +1,6 @@
 """Starts the processes of one training: how many there are, their environment, and why one stopped."""
 
+import functools
 import os
 import signal
 import subprocess
@@ -11,7 +12,10 @@ import torch
 
 import hylo_megatron
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.platform.parent import PARENT, STORE
+from hylo_megatron.platform import disk
+from hylo_megatron.platform.parent import PARENT, STORE, bind_child
+
+LEAST_FREE = 2**20  # bytes: with less on its disk a log may lack the line that says why
 
 
 @dataclass(frozen=True)
@@ -59,13 +63,14 @@ def child_environment(ranks_here: int, **changes: str) -> dict[str, str]:
 
 
 class Process:
-    """A running command whose output goes to the end of ``log``."""
+    """A running command whose output goes to the end of ``log``. It dies with the thread that started it."""
 
     def __init__(self, arguments: list[str], log: Path, environment: dict[str, str]):
         with log.open("a") as output:
             self.log, self.begin = log, output.tell()
             self.popen = subprocess.Popen([sys.executable, *arguments], stdout=output, stderr=subprocess.STDOUT,
-                                          env=environment)  # fmt: skip
+                                          env=environment,
+                                          preexec_fn=functools.partial(bind_child, os.getpid()))  # fmt: skip
 
     def poll(self) -> int | None:
         return self.popen.poll()
@@ -82,6 +87,8 @@ class Process:
         with self.log.open(errors="replace") as file:
             file.seek(self.begin)
             errors = [line.strip() for line in file if "error: " in line.lower()]
+        if not errors and disk.free(self.log) < LEAST_FREE:
+            return disk.line(self.log, None)
         return errors[-1] if errors else f"exit code {code}"
 
 

@@ -15,9 +15,12 @@ import torch
 
 from hylo_megatron.config import Architecture, parse_plan, plan_name
 from hylo_megatron.convert import hf_to_megatron, megatron_to_hf
+from hylo_megatron.convert.hf_folder import read_architecture
 from hylo_megatron.convert.iterations import trained_to
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.json_file import read_json
+from hylo_megatron.platform import disk
+from hylo_megatron.recipes import disk_need
 from hylo_megatron.recipes.background import Background
 from hylo_megatron.recipes.datasets import data_path, make_datasets
 from hylo_megatron.recipes.launch import Layout, start_own
@@ -154,10 +157,12 @@ class Run:
         return folder
 
     def execute(self) -> None:
-        self._claim()
+        with disk.writing(self.out):
+            self._claim()
         print(f"{self.recipe.name}: {plan_name(self.plan)}, {self.layout}, in {self.out}", flush=True)
         try:
-            self._execute()
+            with disk.writing(self.out):
+                self._execute()
         except BaseException:
             self.background.stop()
             for training in self.trainings:
@@ -167,6 +172,7 @@ class Run:
     def _execute(self) -> None:
         for step in self.source.steps():
             self.step(*step)
+        self._check_disk()
         self.measure("teacher", self.hf, full=True)
         self.step("tokens", self.prepare)
         self.step("convert to Megatron", lambda: hf_to_megatron.convert(self.hf, self.base), self.base)
@@ -186,6 +192,12 @@ class Run:
         self.step("generate", lambda: write_sample(self.hf, folder, sample), sample)
         self.background.wait()
         self._close(folder)
+
+    def _check_disk(self) -> None:
+        from hylo_megatron.init.upcycle import student_architecture
+
+        student = student_architecture(read_architecture(self.hf), self.plan, self.recipe.geometry)
+        disk_need.check(self, student)
 
     def _close(self, folder: Path) -> None:
         if not self.source.judged:

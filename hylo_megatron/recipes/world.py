@@ -10,12 +10,13 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from torch.distributed import PrefixStore
+from torch.distributed import DistError, PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
+from hylo_megatron.errors import HyLoError
 from hylo_megatron.platform.parent import PARENT, STORE
 from hylo_megatron.recipes.launch import Layout, Process, child_environment
 
@@ -58,6 +59,12 @@ class World:
 
     def follow(self) -> None:
         """The other ranks' whole work. Exits with 1 when any rank fails."""
+        try:
+            self._follow()
+        except DistError as error:  # the store went with its process: nobody will tell what to do
+            raise HyLoError(f"rank {self.rank}: torchrun's store is gone, and so is its run") from error
+
+    def _follow(self) -> None:
         while True:
             self.number += 1
             order = f"order/{self.number}"
@@ -72,6 +79,9 @@ class World:
             try:
                 while (code := trainer.poll()) is None:
                     time.sleep(POLL_SECONDS)
+            except DistError:
+                trainer.process.stop(signal.SIGKILL)
+                raise
             except BaseException:
                 trainer.stop()
                 raise
@@ -84,7 +94,8 @@ class World:
         try:
             yield
         except BaseException as error:
-            self.fail(str(error))
+            with suppress(DistError):  # nobody is there to be told
+                self.fail(str(error))
             raise
         self.store.set("end", "1")
 

@@ -1,0 +1,89 @@
+"""Room on a disk: how much is free, whether something fits, and one line that says so when it does not.
+
+No heavy imports: the processes that write checkpoints import this.
+"""
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from hylo_megatron.errors import HyLoError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, a quota, a limit on the size of a file
+# What torch's zip writer and safetensors make of these errors.
+HIDDEN = ("unexpected pos", "file write failed", "No space left on device", "Disk quota exceeded", "File too large")
+WHAT_TO_DO = "free space or choose another folder, then run the same command again"
+
+
+def free(path: str | os.PathLike) -> int:
+    """Bytes that this user may still write where ``path`` is, or will be."""
+    path = Path(path).absolute()
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def used(folder: str | os.PathLike) -> int:
+    """Bytes that the files below ``folder`` take on the disk."""
+    total = 0
+    for path in Path(folder).rglob("*"):
+        with contextlib.suppress(OSError):  # renamed or removed meanwhile
+            total += path.lstat().st_blocks * 512
+    return total
+
+
+def text(size: int) -> str:
+    for unit, factor in (("GiB", 2**30), ("MiB", 2**20)):
+        if size >= factor:
+            return f"{size / factor:.1f} {unit}"
+    return f"{size / 1024:.0f} KiB"
+
+
+def cause_of(error: BaseException) -> BaseException | None:
+    """The error of a full disk in ``error``, or behind it: libraries wrap and hide it. None if there is none."""
+    while error is not None:
+        hidden = not isinstance(error, HyLoError) and any(words in str(error) for words in HIDDEN)
+        if hidden or (isinstance(error, OSError) and error.errno in FULL):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def line(path: str | os.PathLike, need: int | None, reason: str = "no space left") -> str:
+    needs = f"it needs {text(need)}, " if need is not None else ""
+    return f"{path}: {reason}: {needs}{text(free(path))} is free on its disk; {WHAT_TO_DO}"
+
+
+def check(path: str | os.PathLike, need: int) -> None:
+    """Raises ``HyLoError`` unless ``need`` bytes fit."""
+    if free(path) < need:
+        raise HyLoError(line(path, need))
+
+
+def explained(error: BaseException, path: str | os.PathLike, need: int | None = None) -> HyLoError | None:
+    """The error of a full disk in one line; None if ``error`` is something else. ``path``: what was written."""
+    cause = cause_of(error)
+    if cause is None:
+        return None
+    known = isinstance(cause, OSError) and cause.errno in FULL
+    reason = os.strerror(cause.errno).lower() if known else "no space left"
+    return HyLoError(line(getattr(cause, "filename", None) or path, need, reason))
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike, need: int | None = None) -> Iterator[None]:
+    """Around the writing of ``path``: checked before, and said in one line when the disk fills up meanwhile."""
+    if need is not None:
+        check(path, need)
+    try:
+        yield
+    except HyLoError:
+        raise
+    except Exception as error:
+        full = explained(error, path, need)
+        if full is None:
+            raise
+        raise full from error
