@@ -147,7 +147,9 @@ def token_files(out: Path, vocab_size: int, others: tuple[str, ...]) -> Iterator
 
 def _indexed_dataset(vocab_size: int):
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime is found"
-    with warnings.catch_warnings():
+    from hylo_megatron.platform.cpu import without_compiler
+
+    with warnings.catch_warnings(), without_compiler():
         warnings.simplefilter("ignore")  # about Transformer Engine and Apex, which play no part here
         from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 

@@ -10,6 +10,7 @@ import functools
 import logging
 import sys
 import types
+from collections.abc import Iterator
 
 import torch
 
@@ -83,7 +84,7 @@ def install() -> bool:
         return False
     cuda = torch.cuda
     cuda._hylo_cpu = True
-    torch._dynamo.config.disable = True  # jit_fuser is torch.compile
+    torch._dynamo.config.disable = True
     cuda.is_available = lambda: _asked_by_initialize_megatron()
     cuda.device_count = lambda: int(_asked_by_initialize_megatron())
     cuda.current_device = _constant(_CPU)
@@ -118,6 +119,19 @@ def install() -> bool:
 
     pinning.pin_memory = lambda data, device=None: data
     return True
+
+
+@contextlib.contextmanager
+def without_compiler() -> Iterator[None]:
+    """Inside, megatron's ``jit_fuser`` becomes no compiler: with dynamo disabled ``torch.compile`` changes nothing, and
+    its first call imports Inductor, a third of what a training imports."""
+    compiler = torch.compile
+    if needed():
+        torch.compile = lambda model=None, **_: model if model is not None else lambda function: function
+    try:
+        yield
+    finally:
+        torch.compile = compiler
 
 
 def install_after_import() -> None:

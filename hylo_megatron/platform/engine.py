@@ -14,7 +14,9 @@ logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CU
 
 cpu.install()
 try:
-    import megatron.core  # noqa: F401
+    with cpu.without_compiler(), fla_kernels.imported_in_part():
+        import megatron.core
+        import megatron.core.ssm.gated_delta_net  # noqa: F401
 except ImportError as error:
     raise HyLoError(
         f"megatron-core does not import ({error}): it brings training and checkpoints; "
