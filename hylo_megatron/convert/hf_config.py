@@ -2,6 +2,7 @@
 model would compute what we do not."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -112,7 +113,10 @@ def transformers_config(path: Path, kind: str) -> Any:
         config = AutoConfig.from_pretrained(path.parent, trust_remote_code=False)
     except Exception as error:  # its validators raise of every kind
         reason = " ".join(str(error).split())[:300]
-        raise HyLoError(f"{path}: transformers does not accept it ({type(error).__name__}: {reason})") from None
+        raise HyLoError(
+            f"{path}: transformers does not accept it ({type(error).__name__}: {reason}); compare it with the"
+            " config.json that the model was published with"
+        ) from None
     if config.model_type != kind:
         raise HyLoError(
             f"{path}: transformers takes this {kind} model for {config.model_type!r}, which is not supported; for a"
@@ -134,6 +138,10 @@ def read_config(folder: str | os.PathLike) -> tuple[dict, Path]:
     return read_json(folder / "config.json", Object, _FOLDER), folder / "config.json"
 
 
+def _rope(parameters: dict, max_positions: int, path: Path) -> dict:
+    return checked_rope(dict(parameters), max_positions, f"{path}: rotary embedding")
+
+
 def read_architecture(folder: str | os.PathLike) -> Architecture:
     """``config.json`` of a Llama, Mistral, Qwen2 or Qwen3 model, or of an exported hybrid. Raises ``HyLoError``."""
     raw, path = read_config(folder)
@@ -141,7 +149,8 @@ def read_architecture(folder: str | os.PathLike) -> Architecture:
     if kind == "hylo":
         from hylo_megatron.hf import HyLoConfig
 
-        return HyLoConfig.from_dict(raw).to_architecture()
+        arch = HyLoConfig.from_dict(raw).to_architecture()
+        return replace(arch, rope_parameters=_rope(arch.rope_parameters, arch.max_position_embeddings, path))
     if kind not in MODEL_TYPES:
         raise HyLoError(
             f"{path}: model_type {kind!r} is not supported; expected one of {', '.join(MODEL_TYPES)}, hylo"
@@ -159,12 +168,12 @@ def read_architecture(folder: str | os.PathLike) -> Architecture:
             f"{path}: {heads} attention heads with {groups} key-value heads of dimension {head_dim}; expected a"
             " multiple of the key-value heads and an even dimension"
         )
-    rope = checked_rope(dict(config.rope_parameters), config.max_position_embeddings, f"{path}: rotary embedding")
     return Architecture(
         model_type=kind, vocab_size=config.vocab_size, hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size, num_attention_heads=heads, num_key_value_heads=groups,
         head_dim=head_dim, rms_norm_eps=config.rms_norm_eps, max_position_embeddings=config.max_position_embeddings,
-        rope_parameters=rope, tie_word_embeddings=config.tie_word_embeddings,
-        plan=("attention",) * config.num_hidden_layers, attention_bias=kind == "qwen2", qk_norm=kind == "qwen3",
+        rope_parameters=_rope(config.rope_parameters, config.max_position_embeddings, path),
+        tie_word_embeddings=config.tie_word_embeddings, plan=("attention",) * config.num_hidden_layers,
+        attention_bias=kind == "qwen2", qk_norm=kind == "qwen3",
         extra={key: raw[key] for key in TOKEN_IDS if raw.get(key) is not None},
     )  # fmt: skip

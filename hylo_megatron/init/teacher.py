@@ -38,9 +38,10 @@ class AttentionLayer:
 def rotate(x_BSHK: Tensor, frequencies: Tensor, scaling: float = 1.0) -> Tensor:
     """``x`` turned by its positions; ``scaling``: of cos and sin, YaRN's attention factor."""
     angles = torch.arange(x_BSHK.shape[1], device=x_BSHK.device)[:, None] * frequencies.to(x_BSHK.device)
-    cos, sin = torch.cat([angles, angles], -1).cos()[:, None], torch.cat([angles, angles], -1).sin()[:, None]
+    angles = torch.cat([angles, angles], -1)
+    cos, sin = angles.cos()[:, None] * scaling, angles.sin()[:, None] * scaling
     first, second = x_BSHK.chunk(2, -1)
-    return (x_BSHK * cos + torch.cat([-second, first], -1) * sin) * scaling
+    return x_BSHK * cos + torch.cat([-second, first], -1) * sin
 
 
 class BaseModel:
