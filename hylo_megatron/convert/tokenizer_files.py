@@ -20,10 +20,11 @@ from typing_extensions import TypedDict  # pydantic refuses typing's before Pyth
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.json_file import Count, check, read_json
 
-FAST, CONFIG, TEMPLATES = "tokenizer.json", "tokenizer_config.json", "additional_chat_templates"
+FAST, CONFIG, SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
+TEMPLATES = "additional_chat_templates"
 SOURCES = ("tokenizer.model", "vocab.json", "vocab.txt", "tiktoken.model")  # of folders without a tokenizer.json
 COPIED = (
-    FAST, CONFIG, *SOURCES, "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    FAST, CONFIG, *SOURCES, "merges.txt", SPECIAL, "added_tokens.json", "chat_template.jinja",
     "chat_template.json", "generation_config.json",
 )  # fmt: skip
 PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")  # they take tokenizer.json as it is
@@ -142,6 +143,14 @@ def check_rows(identity: TokenizerIdentity, vocab_size: int, folder: str | os.Pa
         )
 
 
+def check_model_beside(folder: str | os.PathLike, identity: TokenizerIdentity) -> None:
+    """``check_rows`` with the model whose ``config.json`` is in the tokenizer's folder, if there is one."""
+    path = Path(folder) / "config.json"
+    rows = read_json(path).get("vocab_size") if path.is_file() else None
+    if isinstance(rows, int):
+        check_rows(identity, rows, folder)
+
+
 def copy_companions(source: Path, target: Path, with_config: bool = True) -> None:
     """Copies tokenizer, chat templates and generation settings (and the config) into ``target``.
 
@@ -172,7 +181,7 @@ def _write_plain_class(source: Path, target: Path) -> None:
     config.pop("auto_map", None)
     special = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
     known = {name: token for name, token in special.items() if token is not None and name not in config}
-    if (source / "special_tokens_map.json").is_file():  # transformers reads it after the config
+    if (source / SPECIAL).is_file():  # transformers reads it after the config
         known = {}
     merged = config | known | {"tokenizer_class": PLAIN_CLASSES[0]}
     (target / CONFIG).write_text(json.dumps(merged, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -180,6 +189,8 @@ def _write_plain_class(source: Path, target: Path) -> None:
 
 def _read_config(folder: Path) -> dict:
     path = folder / CONFIG
+    if (folder / SPECIAL).is_file():
+        read_json(folder / SPECIAL, advice=ADVICE)
     if not path.is_file():
         return {}
     config = read_json(path, advice=ADVICE)
@@ -195,7 +206,7 @@ def _special_tokens_of_class(folder: Path, config: dict) -> dict[str, str]:
 
     name = config.get("tokenizer_class") or PLAIN_CLASSES[0]
     named = None if name in PLAIN_CLASSES else getattr(transformers, name.removesuffix("Fast"), None)
-    if not isinstance(named, type) or (folder / "special_tokens_map.json").is_file():
+    if not isinstance(named, type) or (folder / SPECIAL).is_file():
         return {}
     words = _words(read_json(folder / FAST))
     parameters = inspect.signature(named.__init__).parameters
