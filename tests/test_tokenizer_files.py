@@ -54,7 +54,12 @@ def test_ids_of_all_tools_are_those_of_tokenizer_json(trained, kind, named, tmp_
     raw = trained[kind.__name__]
     source = kinds.write(tmp_path / "hf", raw, named, "llama")
     folder = exported(source, tmp_path / "out")
-    opened = {"served": AutoTokenizer.from_pretrained(folder), "ours": open_tokenizer(source)}
+    opened = {
+        "served": AutoTokenizer.from_pretrained(folder),
+        "ours": open_tokenizer(source),
+        "a converted teacher": AutoTokenizer.from_pretrained(folder.with_name("checkpoint")),
+        "an earlier export": AutoTokenizer.from_pretrained(kinds.write(tmp_path / "old", raw, named, "hylo")),
+    }
     for name, tokenizer in opened.items():
         for special in (False, True):
             for text in kinds.PROBES:
