@@ -26,9 +26,16 @@ def _register_models() -> None:
         register_models()
 
 
+def _register_tokenizer() -> None:
+    from hylo_megatron.hf import register_tokenizer
+
+    register_tokenizer()
+
+
 _AFTER_IMPORT = {
     "transformers.models.auto.configuration_auto": _register_config,
     "transformers.models.auto.modeling_auto": _register_models,
+    "transformers.models.auto.tokenization_auto": _register_tokenizer,
 }
 
 

@@ -3,38 +3,24 @@
 import json
 from pathlib import Path
 
-from tokenizers import (
-    AddedToken,
-    Regex,
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    processors,
-    trainers,
-)
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers.trainers import BpeTrainer, UnigramTrainer, WordLevelTrainer
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>"]
-CORPUS = ["The quick brown fox jumps over the lazy dog.", "In 2024 there were 12345 ships, and 7 sails.\n\n  def f(x):",
-          "Ünïcödé — naïve café 你好 🙂", "a\tb\r\nc   d"] * 4  # fmt: skip
+CORPUS = [
+    "The quick brown fox jumps over the lazy dog.", "In 2024 there were 12345 ships, and 7 sails.\n\n  def f(x):",
+    "Ünïcödé — naïve café 你好 🙂", "a\tb\r\nc   d",
+]  # fmt: skip
 PROBES = [
-    *CORPUS[:4],
-    "  two spaces before",
-    "behind  ",
-    "\n",
-    "",
-    "x<|im_start|>user\nhi</s> y",
-    "é é",
-    "0 00 1234567",
-]
+    *CORPUS, "  two spaces before", "behind  ", "\n", "", "x<|im_start|>user\nhi</s> y", "é é", "0 00 1234567",
+]  # fmt: skip
 
 
 def byte_level(pre_tokenizer=None) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizer or pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return _trained(tokenizer, trainers.BpeTrainer, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    return _trained(tokenizer, BpeTrainer, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
 
 
 def single_digits() -> Tokenizer:
@@ -57,25 +43,25 @@ def sentencepiece_bpe() -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
-    return _trained(tokenizer, trainers.BpeTrainer)
+    return _trained(tokenizer, BpeTrainer)
 
 
 def unigram() -> Tokenizer:
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
-    return _trained(tokenizer, trainers.UnigramTrainer, unk_token="<unk>", vocab_size=200)
+    return _trained(tokenizer, UnigramTrainer, unk_token="<unk>", vocab_size=200)
 
 
 def word_level() -> Tokenizer:
     tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
-    return _trained(tokenizer, trainers.WordLevelTrainer)
+    return _trained(tokenizer, WordLevelTrainer)
 
 
 def _trained(tokenizer: Tokenizer, trainer, **settings) -> Tokenizer:
     special = [AddedToken(token, special=True, normalized=False) for token in SPECIAL]
     settings = {"vocab_size": 330, "show_progress": False, "special_tokens": special} | settings
-    tokenizer.train_from_iterator(CORPUS, trainer(**settings))
+    tokenizer.train_from_iterator(4 * CORPUS, trainer(**settings))
     return tokenizer
 
 
@@ -83,9 +69,8 @@ KINDS = [byte_level, single_digits, split_by_regex, sentencepiece_bpe, unigram, 
 CLASSES = ["LlamaTokenizerFast", "LlamaTokenizer", "GPT2Tokenizer", "Qwen2Tokenizer", "PreTrainedTokenizerFast", None]
 
 
-def write(
-    folder: Path, tokenizer: Tokenizer, named: str | None = None, model_type: str | None = None, **config
-) -> Path:
+def write(folder: Path, tokenizer: Tokenizer, named: str | None = None, model_type: str = "", **config) -> Path:
+    """``named``: the class in tokenizer_config.json; ``model_type``: of a config.json beside it."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     written = {"tokenizer_class": named} if named else {}

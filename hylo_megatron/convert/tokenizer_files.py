@@ -12,58 +12,30 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NotRequired
+from typing import Any
 
-from pydantic import Field
-from typing_extensions import TypedDict  # pydantic refuses typing's before Python 3.12
-
+from hylo_megatron.convert.tokenizer_json import (
+    ADDED,
+    ADVICE,
+    CONFIG,
+    FAST,
+    SPECIAL,
+    check_claimed_ids,
+    check_tokenizer_json,
+    first_line,
+    read_config,
+    token_ids,
+)
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.json_file import Count, check, read_json
+from hylo_megatron.json_file import read_json
 
-FAST, CONFIG, TEMPLATES = "tokenizer.json", "tokenizer_config.json", "additional_chat_templates"
+TEMPLATES = "additional_chat_templates"
 SOURCES = ("tokenizer.model", "vocab.json", "vocab.txt", "tiktoken.model")  # of folders without a tokenizer.json
 COPIED = (
-    FAST, CONFIG, *SOURCES, "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    FAST, CONFIG, *SOURCES, "merges.txt", SPECIAL, ADDED, "chat_template.jinja",
     "chat_template.json", "generation_config.json",
 )  # fmt: skip
 PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")  # they take tokenizer.json as it is
-ADVICE = "copy the base model's tokenizer files again"
-
-
-class _AddedToken(TypedDict):
-    id: Count
-    content: Annotated[str, Field(min_length=1)]
-
-
-class _Model(TypedDict):
-    vocab: dict[str, Count] | list[tuple[str, float]]
-
-
-class _TokenizerJson(TypedDict):
-    model: _Model
-    added_tokens: NotRequired[list[_AddedToken] | None]
-
-
-class _Content(TypedDict):
-    content: str
-
-
-class _Template(TypedDict):
-    name: str
-    template: str
-
-
-_Special = NotRequired[str | _Content | None]
-
-
-class _TokenizerConfig(TypedDict):
-    tokenizer_class: NotRequired[str | None]
-    chat_template: NotRequired[str | list[_Template] | dict[str, str] | None]
-    added_tokens_decoder: NotRequired[dict[Annotated[str, Field(pattern=r"^\d{1,10}$")], _Content]]
-    bos_token: _Special
-    eos_token: _Special
-    unk_token: _Special
-    pad_token: _Special
 
 
 @dataclass(frozen=True)
@@ -84,7 +56,17 @@ def tokenizer_identity(folder: str | os.PathLike) -> TokenizerIdentity:
     path = Path(folder)
     if path.is_file() and path.suffix == ".model":
         return _sentencepiece_identity(path)
-    return identity_of(open_tokenizer(path))
+    content = hashlib.sha256()
+    for name in (*COPIED, *(() if (path / FAST).is_file() else ("config.json",))):
+        content.update((path / name).read_bytes() if (path / name).is_file() else b"none")
+        content.update(name.encode())
+    key = content.digest()
+    if key not in _known:  # a teacher mostly has the student's files
+        _known[key] = identity_of(open_tokenizer(path))
+    return _known[key]
+
+
+_known: dict[bytes, TokenizerIdentity] = {}  # opening a vocabulary of 150,000 takes seconds
 
 
 def identity_of(tokenizer) -> TokenizerIdentity:
@@ -104,24 +86,24 @@ def open_tokenizer(folder: str | os.PathLike):
     Without ``tokenizer.json`` transformers builds one from the folder's other files.
     """
     path = Path(folder)
-    config = _read_config(path)
+    config = read_config(path)
     if not has_tokenizer(path):
         raise HyLoError(f"{path / FAST} not found: {path} has no tokenizer; {ADVICE}")
     plain = (path / FAST).is_file()
     if plain:
-        _check_tokenizer_json(path / FAST)
+        check_tokenizer_json(path / FAST)
     try:
         if plain:
             from transformers import PreTrainedTokenizerFast as Kind
         else:
             from transformers import AutoTokenizer as Kind  # imports torch
         defaults = _special_tokens_of_class(path, config) if plain else {}
-        tokenizer = Kind.from_pretrained(path, local_files_only=True, **defaults)
+        tokenizer = Kind.from_pretrained(path, local_files_only=True, trust_remote_code=False, **defaults)
     except Exception as error:  # noqa: BLE001  whatever transformers finds wrong
-        raise HyLoError(f"{path}: transformers cannot load this tokenizer ({_first_line(error)}); {ADVICE}") from error
+        raise HyLoError(f"{path}: transformers cannot load this tokenizer ({first_line(error)}); {ADVICE}") from error
     if not tokenizer.is_fast:
         raise HyLoError(f"{path}: this tokenizer has no fast form: save it with {FAST}")
-    _check_claimed_ids(path, config, tokenizer.backend_tokenizer)
+    check_claimed_ids(path, config, tokenizer.backend_tokenizer)
     return tokenizer
 
 
@@ -140,6 +122,14 @@ def check_rows(identity: TokenizerIdentity, vocab_size: int, folder: str | os.Pa
             f"{Path(folder) / FAST}: the tokenizer makes ids up to {identity.largest_id}, the model's vocab_size is"
             f" {vocab_size}; they do not belong together: {ADVICE}, or remove the tokens that were added to it"
         )
+
+
+def check_model_beside(folder: str | os.PathLike, identity: TokenizerIdentity) -> None:
+    """``check_rows`` with the model whose ``config.json`` is in the tokenizer's folder, if there is one."""
+    path = Path(folder) / "config.json"
+    rows = read_json(path).get("vocab_size") if path.is_file() else None
+    if isinstance(rows, int):
+        check_rows(identity, rows, folder)
 
 
 def copy_companions(source: Path, target: Path, with_config: bool = True) -> None:
@@ -161,7 +151,7 @@ def copy_companions(source: Path, target: Path, with_config: bool = True) -> Non
 
 
 def _write_plain_class(source: Path, target: Path) -> None:
-    config = _read_config(source)
+    config = read_config(source)
     if (source / FAST).is_file() and config.get("tokenizer_class") in PLAIN_CLASSES:
         return
     tokenizer = open_tokenizer(source)
@@ -172,21 +162,10 @@ def _write_plain_class(source: Path, target: Path) -> None:
     config.pop("auto_map", None)
     special = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
     known = {name: token for name, token in special.items() if token is not None and name not in config}
-    if (source / "special_tokens_map.json").is_file():  # transformers reads it after the config
+    if (source / SPECIAL).is_file():  # transformers reads it after the config
         known = {}
     merged = config | known | {"tokenizer_class": PLAIN_CLASSES[0]}
     (target / CONFIG).write_text(json.dumps(merged, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _read_config(folder: Path) -> dict:
-    path = folder / CONFIG
-    if not path.is_file():
-        return {}
-    config = read_json(path, advice=ADVICE)
-    check(config, _TokenizerConfig, str(path), ADVICE)
-    if config.get("fast_tokenizer_files"):
-        raise HyLoError(f"{path}: fast_tokenizer_files names several; keep one as {FAST} and remove this field")
-    return config
 
 
 def _special_tokens_of_class(folder: Path, config: dict) -> dict[str, str]:
@@ -195,61 +174,16 @@ def _special_tokens_of_class(folder: Path, config: dict) -> dict[str, str]:
 
     name = config.get("tokenizer_class") or PLAIN_CLASSES[0]
     named = None if name in PLAIN_CLASSES else getattr(transformers, name.removesuffix("Fast"), None)
-    if not isinstance(named, type) or (folder / "special_tokens_map.json").is_file():
+    if not isinstance(named, type) or (folder / SPECIAL).is_file():
         return {}
-    words = _words(read_json(folder / FAST))
+    known = token_ids(read_json(folder / FAST))
     parameters = inspect.signature(named.__init__).parameters
     defaults = {f"{kind}_token": parameters.get(f"{kind}_token") for kind in ("bos", "eos", "unk", "pad")}
     return {
         key: value.default
         for key, value in defaults.items()
-        if value is not None and isinstance(value.default, str) and key not in config and value.default in words
+        if value is not None and isinstance(value.default, str) and key not in config and value.default in known
     }
-
-
-def _words(content: dict) -> dict[str, int]:
-    """Every token of a ``tokenizer.json`` and its id. Unigram models have a list instead of an object."""
-    vocab, added = content["model"]["vocab"], content.get("added_tokens") or ()
-    words = vocab if isinstance(vocab, dict) else {piece: number for number, (piece, _) in enumerate(vocab)}
-    return words | {token["content"]: token["id"] for token in added}
-
-
-def _check_tokenizer_json(path: Path) -> None:
-    """Raises ``HyLoError`` unless the file is whole and each token has one id."""
-    content = read_json(path, advice=ADVICE)
-    check(content, _TokenizerJson, str(path), ADVICE)
-    words, names = _words(content), {}
-    if not words:
-        raise HyLoError(f"{path}: the tokenizer is empty; {ADVICE}")
-    for word, number in words.items():
-        if names.setdefault(number, word) != word:
-            raise HyLoError(f"{path}: tokens {names[number]!r} and {word!r} both have id {number}; {ADVICE}")
-    from tokenizers import Tokenizer
-
-    try:
-        loaded = Tokenizer.from_str(json.dumps(content))
-    except BaseException as error:  # noqa: BLE001  a panic of the tokenizers library is no Exception
-        if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
-            raise
-        raise HyLoError(f"{path}: not a tokenizer ({_first_line(error)}); {ADVICE}") from None
-    for token in content.get("added_tokens") or ():
-        _check_claim(path, "added_tokens", token["content"], token["id"], loaded)
-
-
-def _check_claimed_ids(folder: Path, config: dict, backend) -> None:
-    """Files beside ``tokenizer.json`` list added tokens too; a token that it lacks gets the next free id instead."""
-    for number, token in config.get("added_tokens_decoder", {}).items():
-        _check_claim(folder / CONFIG, "added_tokens_decoder", token["content"], int(number), backend)
-    path = folder / "added_tokens.json"
-    for content, number in (read_json(path, dict[str, Count], ADVICE) if path.is_file() else {}).items():
-        _check_claim(path, content, content, number, backend)
-
-
-def _check_claim(path: Path, field: str, content: str, number: int, backend) -> None:
-    if (found := backend.token_to_id(content)) != number:
-        raise HyLoError(
-            f"{path}: field {field} gives token {content!r} the id {number}, the tokenizer gives it {found}; {ADVICE}"
-        )
 
 
 def _fingerprint(content: dict) -> str:
@@ -271,9 +205,5 @@ def _sentencepiece_identity(path: Path) -> TokenizerIdentity:
     try:
         size = SentencePieceProcessor(model_file=str(path)).vocab_size()
     except (OSError, RuntimeError) as error:
-        raise HyLoError(f"{path}: not a sentencepiece model ({_first_line(error)})") from error
+        raise HyLoError(f"{path}: not a sentencepiece model ({first_line(error)})") from error
     return TokenizerIdentity(size, size - 1, hashlib.sha256(path.read_bytes()).hexdigest())
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

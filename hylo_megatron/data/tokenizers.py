@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hylo_megatron.convert.tokenizer_files import (
-    check_rows,
+    check_model_beside,
     has_tokenizer,
     identity_of,
     open_tokenizer,
@@ -14,7 +14,6 @@ from hylo_megatron.convert.tokenizer_files import (
 )
 from hylo_megatron.data.chat_template import ChatTemplate
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.json_file import read_json
 
 DOCUMENT_END = ("<|endoftext|>", "<|end_of_text|>")  # preferred to eos, which in chat models ends a turn
 
@@ -27,12 +26,12 @@ class TextTokenizer:
     ``locate``: texts to ids and each token's ``(start, end)`` in its text; None where the tokenizer does not know."""
 
     vocab_size: int
-    rows: int
     eod_id: int
     encode: Callable[[list[str]], list[list[int]]]
     render: ChatTemplate | None
+    locate: Callable[[list[str]], list[tuple[list[int], list[tuple[int, int]]]]] | None
+    rows: int
     fingerprint: str
-    locate: Callable[[list[str]], list[tuple[list[int], list[tuple[int, int]]]]] | None = None
 
 
 def load_tokenizer(path: Path, workers: int, eod_token: str | None = None) -> TextTokenizer:
@@ -50,7 +49,7 @@ def _hugging_face(path: Path, workers: int, eod_token: str | None) -> TextTokeni
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if workers > 1 else "false"
     tokenizer = open_tokenizer(path)
     identity = identity_of(tokenizer)
-    _check_model_beside(path, identity)
+    check_model_beside(path, identity)
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
@@ -67,16 +66,8 @@ def _hugging_face(path: Path, workers: int, eod_token: str | None) -> TextTokeni
 
     template = ChatTemplate.of(tokenizer)
     return TextTokenizer(
-        identity.size, identity.largest_id + 1, eod_id, encode, template, identity.fingerprint, locate
+        identity.size, eod_id, encode, template, locate, identity.largest_id + 1, identity.fingerprint
     )
-
-
-def _check_model_beside(path: Path, identity) -> None:
-    """A tokenizer's folder is mostly its model's too: its rows are known here already."""
-    config = path / "config.json"
-    rows = read_json(config).get("vocab_size") if config.is_file() else None
-    if isinstance(rows, int):
-        check_rows(identity, rows, path)
 
 
 def _sentencepiece(path: Path, workers: int, eod_token: str | None) -> TextTokenizer:
@@ -96,4 +87,4 @@ def _sentencepiece(path: Path, workers: int, eod_token: str | None) -> TextToken
     def encode(texts: list[str]) -> list[list[int]]:
         return processor.encode(texts, out_type=int, num_threads=workers)
 
-    return TextTokenizer(size, size, eod_id, encode, None, tokenizer_identity(path).fingerprint)
+    return TextTokenizer(size, eod_id, encode, None, None, size, tokenizer_identity(path).fingerprint)

@@ -1,6 +1,14 @@
 """The hybrid as a transformers model. Imports neither torch nor transformers until something here is used."""
 
-__all__ = ["HyLoConfig", "HyLoForCausalLM", "HyLoModel", "register", "register_config", "register_models"]
+__all__ = [
+    "HyLoConfig",
+    "HyLoForCausalLM",
+    "HyLoModel",
+    "register",
+    "register_config",
+    "register_models",
+    "register_tokenizer",
+]
 
 _WHERE = {
     "HyLoConfig": "configuration_hylo",
@@ -32,7 +40,18 @@ def register_models() -> None:
     import hylo_megatron.hf.modeling_hylo  # noqa: F401
 
 
+def register_tokenizer() -> None:
+    """``AutoTokenizer`` takes a hybrid's ``tokenizer.json`` as it is, whatever class its folder names.
+
+    transformers 5.19 rebuilds it for ``LlamaTokenizerFast``, which folders of earlier exports may name.
+    """
+    from transformers.models.auto import tokenization_auto
+
+    tokenization_auto.TOKENIZER_MAPPING_NAMES["hylo"] = "TokenizersBackend"
+
+
 def register() -> None:
-    """Both. ``import hylo_megatron`` does the same as soon as transformers' auto classes are imported."""
+    """All of them. ``import hylo_megatron`` does the same as soon as transformers' auto classes are imported."""
     register_config()
     register_models()
+    register_tokenizer()

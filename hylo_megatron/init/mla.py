@@ -103,10 +103,11 @@ def svd_init(layer, arch: Architecture) -> dict[str, Tensor]:
     if g.q_lora_rank:
         up, down = _factor(q.flatten(0, 1), g.q_lora_rank)
         up = up.view(*q.shape[:2], -1)
-        up = (up[:, rows] * scale * _score_factors(arch).to(up.device)[:, None]).flatten(0, 1)
+        up = torch.cat([up[:, nope], up[:, rope]], 1) * scale * _score_factors(arch).to(up.device)[:, None]
+        up = up.flatten(0, 1)
         queries = {"q_a_proj.weight": down, "q_b_proj.weight": up}
     else:
-        queries = _query(q[:, rows] * scale, arch, None)
+        queries = _query(torch.cat([q[:, nope], q[:, rope]], 1) * scale, arch, None)
     joint_up, joint_down = _factor(torch.cat([k[:, nope].flatten(0, 1), v.flatten(0, 1)]), g.kv_lora_rank)
     key_up, value_up = joint_up.split([k.shape[0] * len(nope), v.shape[0] * v.shape[1]])
     return _assemble(

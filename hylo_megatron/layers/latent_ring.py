@@ -49,11 +49,19 @@ def attend_plain_backward(d_out, q, k, v, out, lse, causal: bool, scale: float) 
     return d_scores @ k, d_scores.mT @ q, p.mT @ d_out
 
 
+def _one_width(*parts: Tensor) -> list[Tensor]:
+    """``parts`` padded with zeros to the width that all of them fit into, a multiple of 8: flash attention on a GPU
+    takes no other, and heads may have 100 dimensions."""
+    width = max(part.shape[-1] for part in parts)
+    width += -width % 8
+    return [F.pad(part, (0, width - part.shape[-1])) for part in parts]
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """Flash attention with the logarithm of its denominators: ``out [B,H,S,V], lse [B,H,S]``."""
     if q.is_cuda and q.dtype == torch.float32:
         return attend_plain(q, k, v, causal, scale)
-    v = F.pad(v, (0, q.shape[-1] - v.shape[-1]))
+    q, k, v = _one_width(q, k, v)
     if q.is_cuda:
         out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)
     else:
@@ -66,8 +74,8 @@ def attend_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor,
     """Gradients of a block, given the output and the denominators of all blocks together."""
     if q.is_cuda and q.dtype == torch.float32:
         return attend_plain_backward(d_out, q, k, v, out, lse, causal, scale)
-    width = v.shape[-1]
-    v, d_out, out = (F.pad(x, (0, q.shape[-1] - x.shape[-1])) for x in (v, d_out, out))
+    key_width, value_width = k.shape[-1], v.shape[-1]
+    q, k, v, d_out, out = _one_width(q, k, v, d_out, out)
     if q.is_cuda:
         nothing = torch.zeros(2, dtype=torch.uint64, device=q.device)  # no dropout, so no random state
         d_q, d_k, d_v = torch.ops.aten._scaled_dot_product_flash_attention_backward(
@@ -77,7 +85,7 @@ def attend_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor,
         d_q, d_k, d_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             d_out, q, k, v, out, lse, 0.0, causal, scale=scale
         )
-    return d_q, d_k, d_v[..., :width]
+    return d_q[..., :key_width], d_k[..., :key_width], d_v[..., :value_width]
 
 
 class _Ring:

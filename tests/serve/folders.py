@@ -14,6 +14,7 @@ SMALL = dict(hidden_size=128, intermediate_size=192, num_attention_heads=4, max_
 # Every published geometry, and the native one (arXiv 2604.24715, appendix), at its own head sizes and fewer heads.
 GEOMETRIES = {
     "native": Geometry(MLAGeometry(256, 64, 64, 64), GDNGeometry(2, 4, 64, 64), Mamba2Geometry(4, 64, 64, 4)),
+    "native-100": Geometry(MLAGeometry(256, 50, 50, 100), GDNGeometry(2, 4, 100, 100), Mamba2Geometry(4, 100, 100, 4)),
     "llama-1b": Geometry(
         MLAGeometry(128, 32, 32, 64, q_lora_rank=96), GDNGeometry(2, 2, 256, 512), Mamba2Geometry(4, 64, 64, 4)
     ),

@@ -15,6 +15,7 @@ LENGTHS = (1, 2, 5, 23, 64, 140, 301, 1)
 ON_GPU = {"HYLO_SERVE_GEOMETRY": "gpu"}
 CASES = [  # geometry, linear blocks, norms on queries and keys, whose kernels' geometry
     ("native", "gdn", False, "cpu"),
+    ("native-100", "gdn", False, "gpu"),
     ("llama-1b", "gdn", False, "gpu"),
     ("llama-3b", "mamba2", False, "gpu"),
     ("qwen3-1.7b", "gdn", True, "gpu"),

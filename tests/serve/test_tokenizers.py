@@ -1,0 +1,29 @@
+"""The transformers that vLLM brings makes of an exported folder the ids that training saw."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import tokenizer_kinds as kinds  # noqa: E402
+
+import hylo_megatron  # noqa: E402, F401
+from hylo_megatron.convert.tokenizer_files import copy_companions, tokenizer_identity  # noqa: E402
+
+
+@pytest.mark.parametrize("named", kinds.CLASSES)
+@pytest.mark.parametrize("kind", kinds.KINDS, ids=lambda kind: kind.__name__)
+def test_served_ids_are_those_of_tokenizer_json(kind, named, tmp_path):
+    raw = kind()
+    teacher = kinds.write(tmp_path / "hf", raw, named, "llama")
+    copy_companions(teacher, tmp_path / "out")
+    earlier = kinds.write(tmp_path / "earlier", raw, named, "hylo")  # an export that kept the class
+    for folder in (tmp_path / "out", earlier):
+        served = AutoTokenizer.from_pretrained(folder)
+        for text in kinds.PROBES:
+            for special in (False, True):
+                want = raw.encode(text, add_special_tokens=special).ids
+                assert served(text, add_special_tokens=special).input_ids == want, (folder, text)
+    assert tokenizer_identity(tmp_path / "out") == tokenizer_identity(teacher)
