@@ -17,6 +17,7 @@ from hylo_megatron.convert.progress import ByteProgress, peak_memory_gib
 from hylo_megatron.convert.shapes import FP32_SUFFIXES, hf_shapes
 from hylo_megatron.convert.tables import mappings
 from hylo_megatron.errors import HyLoError, command_line
+from hylo_megatron.json_file import read_json
 
 SHARD_BYTES = 4 * 2**30
 
@@ -75,7 +76,7 @@ class ShardWriter:
 
 def _write_config(arch: Architecture, checkpoint: Path, folder: Path, dtype: torch.dtype) -> None:
     if not arch.is_hybrid:
-        config = json.loads((checkpoint / "hf" / "config.json").read_text())
+        config = read_json(checkpoint / "hf" / "config.json", advice="expected the base model's")
         config["dtype"] = str(dtype).removeprefix("torch.")
         (folder / "config.json").write_text(json.dumps(config, indent=2))
         return

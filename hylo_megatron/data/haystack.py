@@ -1,6 +1,5 @@
 """A token file as a haystack: stretches of it, places between its sentences, and the words that keys are made of."""
 
-import json
 import random
 import re
 from collections import Counter
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from hylo_megatron.data.token_files import check_token_files, read_summary
 from hylo_megatron.errors import HyLoError
 
 SLACK = 256  # tokens a stretch may move so as to begin with a sentence
@@ -112,14 +112,8 @@ def _summary(prefix: Path) -> dict:
     path = Path(f"{prefix}.json")
     if not path.is_file() or not Path(f"{prefix}.bin").is_file():
         raise HyLoError(f"{prefix}.bin, {path.name}: no such files, expected what tools/prepare_data.py wrote")
-    try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise HyLoError(f"{path}: not valid JSON ({error}): prepare the file again") from error
-    wanted = ("pack_length", "vocab_size", "tokens", "dtype", "eod_id")
-    missing = [key for key in wanted if not isinstance(summary, dict) or key not in summary]
-    if missing:
-        raise HyLoError(f"{path}: no {', '.join(missing)}: expected what tools/prepare_data.py wrote")
+    summary = read_summary(prefix, ("pack_length", "vocab_size", "tokens", "dtype", "eod_id"))
+    check_token_files(prefix)
     return summary
 
 

@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from hylo_megatron.data.token_files import check_token_files, read_summary
 from hylo_megatron.data.token_writer import TokenWriter, token_files
 from hylo_megatron.errors import HyLoError
 
@@ -16,7 +17,8 @@ def pack(source: Path, out: Path, length: int, long_documents: bool = False) -> 
     """
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-    described = json.loads(Path(f"{source}.json").read_text())
+    described = read_summary(source, ("vocab_size", "eod_id"))
+    check_token_files(source)
     documents, eod = IndexedDataset(str(source)), described["eod_id"]
     with token_files(out, described["vocab_size"], (".json",)) as (builder, partial):
         writer = TokenWriter(builder, eod, append_eod=True, pack_length=length, long_documents=long_documents)

@@ -5,7 +5,6 @@ same shape: 1 where a token answers a question about the text before it (tools/m
 ``PREFIX.learnt.bin``, a byte for each token: 0 where the loss leaves it out (tools/prepare_data.py --answers-only).
 """
 
-import json
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.megatron_dataset import MegatronDataset
 
 from hylo_megatron.data.prepare import MASK
+from hylo_megatron.data.token_files import read_summary
 from hylo_megatron.errors import HyLoError
 
 LIGHTEST, HEAVIEST = 1.0, 50.0  # of one answer token, in units of an ordinary token
@@ -24,8 +24,7 @@ LIGHTEST, HEAVIEST = 1.0, 50.0  # of one answer token, in units of an ordinary t
 
 def packed_length(prefix: str) -> int | None:
     """Tokens a sequence has, as ``tools/prepare_data.py`` noted them in ``PREFIX.json``; None: not packed."""
-    summary = Path(f"{prefix}.json")
-    return json.loads(summary.read_text()).get("pack_length") if summary.is_file() else None
+    return read_summary(prefix).get("pack_length") if Path(f"{prefix}.json").is_file() else None
 
 
 def check_packed(prefixes: list[str], seq_length: int) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hylo_megatron.data.token_files import check_token_files
 from hylo_megatron.errors import HyLoError
 
 MOST_DOCUMENTS = 50_000  # of a long file its beginning is enough
@@ -26,10 +27,11 @@ def _texts(path: Path, length: int):
                 yield text
 
 
-def _token_documents(prefix: Path, length: int):
+def _token_documents(prefix: Path, length: int, vocab_size: int):
     """The beginnings of a token file's documents (tools/prepare_data.py), without the end-of-document token."""
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+    check_token_files(prefix, vocab_size)
     documents = IndexedDataset(str(prefix))
     for index in range(min(len(documents), MOST_DOCUMENTS)):
         yield documents[index][:-1][:length].tolist()  # a view would outlive the file that it looks into
@@ -45,7 +47,7 @@ def calibration_tokens(path: str | Path, tokenizer_folder: str | Path, count: in
     path, rows = Path(path), max(2, count // length)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, trust_remote_code=False)
     if Path(f"{path}.idx").is_file():
-        documents = list(_token_documents(path, length))
+        documents = list(_token_documents(path, length, 1 + max(tokenizer.get_vocab().values())))
     elif path.is_file():
         documents = list(itertools.islice(_texts(path, length), MOST_DOCUMENTS))
     else:

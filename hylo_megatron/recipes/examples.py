@@ -1,6 +1,5 @@
 """What ``examples/upcycle_llama1b.sh`` and its sisters do, however they are started: ``docs/examples.md``."""
 
-import json
 import os
 import shlex
 import sys
@@ -12,6 +11,7 @@ from hylo_megatron.config import parse_plan, plan_name
 from hylo_megatron.config.layout import ParallelLayout, Work, check_parallel_layout
 from hylo_megatron.config.pair import check_vocabularies
 from hylo_megatron.convert.hf_folder import read_architecture
+from hylo_megatron.data.token_files import check_token_files, read_summary
 from hylo_megatron.errors import HyLoError, command_line
 from hylo_megatron.init.upcycle import student_architecture
 from hylo_megatron.recipes.launch import Layout, start_own
@@ -89,8 +89,8 @@ def data_files() -> tuple[tuple[Path, ...], tuple[Path, ...]]:
         if path not in tokens + inputs:
             raise HyLoError(f"DATA={path}: no such file, and no {path}.idx of tools/prepare_data.py either")
     for path in tokens:
-        summary = Path(f"{path}.json")
-        if summary.is_file() and json.loads(summary.read_text()).get("pack_length"):
+        check_token_files(path)
+        if Path(f"{path}.json").is_file() and read_summary(path).get("pack_length"):
             raise HyLoError(f"DATA={path} is packed to one length, the stages have three: prepare whole documents")
     if tokens and inputs:
         raise HyLoError(f"DATA has text ({inputs[0]}) and tokens ({tokens[0]}): give only one of the two kinds")
