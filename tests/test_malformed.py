@@ -322,9 +322,11 @@ def test_summary_of_tokens(tmp_path):
 
 # ---- plans ----
 
-PLANS = ["1,1", "0,0,3", "-1", "4", "9" * 5000, "1," * 3000, "", ",", "1,,2", " ", "uniform:", "uniform:9",
-         "uniform:-1",         "uniform:" + "9" * 5000, "１", "٣", "1_0", "+1", "0x1", "1.0", "1e0", "\x00", "all,1",
-         "2MLA2XYZ", "3MLA2GDN", "9" * 5000 + "MLA2GDN", "2MLA" + "2" * 5000 + "GDN", "２MLA２GDN", "2MLA2GDN\n"]  # fmt: skip
+PLANS = [
+    "1,1", "0,0,3", "-1", "4", "9" * 5000, "1," * 3000, "", ",", "1,,2", " ", "uniform:", "uniform:9", "uniform:-1",
+    "uniform:" + "9" * 5000, "１", "٣", "1_0", "+1", "0x1", "1.0", "1e0", "\x00", "all,1", "2MLA2XYZ", "3MLA2GDN",
+    "9" * 5000 + "MLA2GDN", "2MLA" + "2" * 5000 + "GDN", "２MLA２GDN", "2MLA2GDN\n",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("text", PLANS, ids=lambda text: repr(text[:12]))
