@@ -284,8 +284,7 @@ def test_ids_beyond_the_vocabulary(token_prefix):
 
 
 def test_readers_of_tokens_check_them(token_prefix, tmp_path):
-    """Packing, retrieval samples and calibration; training start has tests of its own."""
-    from hylo_megatron.data.haystack import _summary
+    """Packing and calibration; training start has tests of its own."""
     from hylo_megatron.data.pack import pack
     from hylo_megatron.init.calibration import calibration_tokens
 
@@ -296,7 +295,6 @@ def test_readers_of_tokens_check_them(token_prefix, tmp_path):
     tiny.write_tokenizer(tmp_path)
     for read in (
         lambda: pack(tmp_path / "copy", tmp_path / "out", 4),
-        lambda: _summary(tmp_path / "copy"),
         lambda: calibration_tokens(tmp_path / "copy", tmp_path, 8, 4),
     ):
         with pytest.raises(HyLoError, match="copy.bin has 30 bytes, expected 32"):

@@ -103,6 +103,8 @@ def open_haystack(prefix: Path, kinds: TokenKinds, vocab_size: int, shortest: in
     path, size = Path(f"{prefix}.bin"), summary["tokens"]
     if path.stat().st_size != size * np.dtype(summary["dtype"]).itemsize:
         raise HyLoError(f"{path}: expected {size} tokens as {prefix}.json says: prepare the file again")
+    if Path(f"{prefix}.idx").is_file():
+        check_token_files(prefix)
     if size < shortest:
         raise HyLoError(f"{path}: {size} tokens of text, too few for samples of --length {shortest}: use more text")
     return Haystack(path, summary["dtype"], size, summary["eod_id"], kinds)
@@ -113,7 +115,6 @@ def _summary(prefix: Path) -> dict:
     if not path.is_file() or not Path(f"{prefix}.bin").is_file():
         raise HyLoError(f"{prefix}.bin, {path.name}: no such files, expected what tools/prepare_data.py wrote")
     summary = read_summary(prefix, ("pack_length", "vocab_size", "tokens", "dtype", "eod_id"))
-    check_token_files(prefix)
     return summary
 
 
