@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from mutations import FEW, refused_or_equal
 
 from hylo_megatron.config import Architecture, parse_plan
-from hylo_megatron.convert import iterations
-from hylo_megatron.convert.checkpoint import CheckpointReader
+from hylo_megatron.convert import iterations, megatron_to_hf
+from hylo_megatron.convert.checkpoint import CheckpointReader, write_checkpoint
+from hylo_megatron.convert.hf_to_megatron import megatron_tensors
 from hylo_megatron.data.token_files import Summary, check_token_files, read_summary
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.hf import HyLoConfig
@@ -185,6 +186,20 @@ def test_data_files(checkpoint, tmp_path):
         refused_or_equal(lambda: tensors(folder), good, same_tensors)
 
     run()
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_weights_that_are_no_numbers(value, tmp_path):
+    name = "model.layers.1.mlp.down_proj.weight"
+    source = tiny.RandomWeights(ARCH)
+    source.state[name][3, 4] = float(value)
+    write_checkpoint(tmp_path / "checkpoint", ARCH, megatron_tensors(ARCH, source), lambda hf: hf.mkdir())
+    with pytest.raises(HyLoError, match="release: tensor decoder.layers.3.mlp.linear_fc2.weight holds NaN or Inf"):
+        megatron_to_hf.main.__wrapped__(["--ckpt", str(tmp_path / "checkpoint"), "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+    argv = ["--ckpt", str(tmp_path / "checkpoint"), "--out", str(tmp_path / "out"), "--allow-nan"]
+    megatron_to_hf.main(argv)
+    tiny.same_bits(tiny.weights(tmp_path / "out"), source.state)
 
 
 TRACKERS = ["", "release", "7", "0007", "9" * 5000, "７", "-1", "1e3", "null", "\x00", "release\nrelease", "٣", "1_0"]

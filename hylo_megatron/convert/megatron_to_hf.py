@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hylo_megatron.config import Architecture, plan_name
-from hylo_megatron.convert.checkpoint import CheckpointReader, whole_folder
+from hylo_megatron.convert.checkpoint import FINITE, CheckpointReader, whole_folder
 from hylo_megatron.convert.hf_folder import copy_companions, save_tensors
 from hylo_megatron.convert.progress import ByteProgress, peak_memory_gib
 from hylo_megatron.convert.shapes import FP32_SUFFIXES, hf_shapes
@@ -92,10 +92,12 @@ def write_hybrid_config(arch: Architecture, folder: Path, dtype: torch.dtype) ->
     config.save_pretrained(folder)
 
 
-def convert(checkpoint: str | Path, out: str | Path, dtype: torch.dtype | None = None) -> Architecture:
+def convert(checkpoint: str | Path, out: str | Path, dtype: torch.dtype | None = None,
+            allow_nan: bool = False) -> Architecture:  # fmt: skip
     """Writes ``out``, under its final name only when it is whole. ``dtype=None`` keeps what the checkpoint has."""
     checkpoint, out = Path(checkpoint), Path(out)
-    arch, reader = Architecture.load(checkpoint), CheckpointReader(checkpoint)
+    finite = None if allow_nan else f"{FINITE}, or let it pass with --allow-nan"
+    arch, reader = Architecture.load(checkpoint), CheckpointReader(checkpoint, finite)
     with whole_folder(out) as scratch:
         copy_companions(checkpoint / "hf", scratch, with_config=False)
         writer = ShardWriter(scratch, SHARD_BYTES)
@@ -116,9 +118,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--ckpt", required=True, help="Megatron checkpoint folder (its latest iteration is taken)")
     parser.add_argument("--out", required=True, help="Hugging Face folder to write")
     parser.add_argument("--dtype", choices=("keep", "bfloat16", "float16", "float32"), default="keep")
+    parser.add_argument("--allow-nan", action="store_true", help="let NaN and Inf in weights pass")
     options = parser.parse_args(argv)
     start = time.time()
     dtype = None if options.dtype == "keep" else getattr(torch, options.dtype)
-    arch = convert(options.ckpt, options.out, dtype)
+    arch = convert(options.ckpt, options.out, dtype, options.allow_nan)
     seconds, memory = time.time() - start, peak_memory_gib()
     print(f"{plan_name(arch.plan)} -> {options.out}  {seconds:.1f} s, peak memory {memory:.2f} GiB")

@@ -97,8 +97,12 @@ class HyLoConfig(PretrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
         """What ``from_pretrained`` calls: a file says everything that the model computes with."""
-        check_complete(config_dict)
-        return super().from_dict(config_dict, **kwargs)
+        try:
+            check_complete(config_dict)
+            return super().from_dict(config_dict, **kwargs)
+        except HyLoError as error:
+            folder = kwargs.get("name_or_path")  # known to transformers' Auto classes
+            raise HyLoError(f"{folder}/{error}" if folder else str(error)) from None
 
     @classmethod
     def from_architecture(cls, arch: Architecture, **kwargs) -> "HyLoConfig":
