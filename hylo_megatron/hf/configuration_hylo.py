@@ -101,8 +101,11 @@ class HyLoConfig(PretrainedConfig):
             check_complete(config_dict)
             return super().from_dict(config_dict, **kwargs)
         except HyLoError as error:
-            folder = kwargs.get("name_or_path")  # known to transformers' Auto classes
-            raise HyLoError(f"{folder}/{error}" if folder else str(error)) from None
+            said = str(error)
+        except Exception as error:  # from transformers' own fields, such as id2label
+            said = f"config.json: transformers cannot read it ({type(error).__name__}: {str(error)[:200]!r})"
+        folder = kwargs.get("name_or_path")  # given by transformers' Auto classes
+        raise HyLoError(f"{folder}/{said}" if folder else said)
 
     @classmethod
     def from_architecture(cls, arch: Architecture, **kwargs) -> "HyLoConfig":
