@@ -7,6 +7,7 @@ import copy
 import os
 import shutil
 import time
+import traceback
 from pathlib import Path
 
 from hylo_megatron.config import Architecture
@@ -71,12 +72,36 @@ def write_companions(args) -> None:
 def wait_for_student(args) -> None:
     """Returns when the student's checkpoint is complete; everything slow about starting is done by then."""
     from hylo_megatron.convert.iterations import trained_to
+    from hylo_megatron.distill.waiting import check_still_trains
 
     parent = os.getppid()
     while not trained_to(args.hylo_student, args.hylo_student_iteration):
         if os.getppid() != parent:
             raise HyLoError("the process that started this one is gone")
+        check_still_trains(Path(args.hylo_student), args.hylo_student_iteration)
         time.sleep(0.1)
+
+
+def parsed_arguments():
+    """Megatron's arguments. Raises ``HyLoError`` where Megatron asserts that two of them do not go together."""
+    from megatron.training.arguments import parse_and_validate_args
+
+    from hylo_megatron.distill.arguments import add_hylo_arguments
+
+    try:
+        return parse_and_validate_args(extra_args_provider=add_hylo_arguments)
+    except (AssertionError, ValueError) as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        raise HyLoError(f"Megatron refuses these flags: {error or where.line}") from error
+
+
+def check_tokens(args) -> None:
+    from hylo_megatron.distill.batches import prefixes
+    from hylo_megatron.distill.data_check import check_data
+
+    student, teacher = Architecture.load(args.hylo_student), Architecture.load(args.hylo_teacher)
+    args.hylo_rows = min(student.vocab_size, teacher.vocab_size)
+    check_data(prefixes(args), student, teacher, Path(args.hylo_student) / "hf")
 
 
 @command_line
@@ -84,7 +109,6 @@ def main() -> None:
     die_with_parent()
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # megatron asserts it for TP and CP
     import hylo_megatron.distill  # noqa: F401  the engine, before megatron
-    from hylo_megatron.distill.arguments import add_hylo_arguments
     from hylo_megatron.distill.command_line import prepare_command_line
 
     arch = prepare_command_line()
@@ -92,14 +116,14 @@ def main() -> None:
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
-    from megatron.training.arguments import parse_and_validate_args
 
     from hylo_megatron.distill import checkpoint_hooks, engine_hooks
     from hylo_megatron.distill.batches import datasets, forward_step
     from hylo_megatron.kernels.self_test import self_test
     from hylo_megatron.platform.checkpoint_writer import start_results_queue
 
-    args = parse_and_validate_args(extra_args_provider=add_hylo_arguments)
+    args = parsed_arguments()
+    check_tokens(args)
     if args.save and args.rank == 0:
         write_companions(args)
     if torch.cuda.device_count() and args.bf16 and not args.no_self_test:

@@ -1,11 +1,15 @@
 """Tiny checkpoints, data and launches for the tests of training."""
 
+import functools
 import gc
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -148,10 +152,55 @@ def train_flags(world: dict[str, Path], stage: str, save: Path, student="student
     return argv
 
 
+class Zygote:
+    """``zygote.py``, and the trainings that it forked."""
+
+    def __init__(self):
+        self.process = subprocess.Popen([sys.executable, "-W", "ignore", str(ROOT / "tests" / "zygote.py")], text=True,
+                                        env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
+        self.ended: dict[int, int] = {}
+
+    def _line(self) -> object:
+        line = self.process.stdout.readline()
+        assert line, "the process that forks trainings is gone"
+        return json.loads(line)
+
+    def start(self, argv: list, variables: dict[str, str], out: Path, err: Path) -> int:
+        order = {"argv": list(map(str, argv)), "environment": variables, "out": str(out), "err": str(err)}
+        self.process.stdin.write(json.dumps(order) + "\n")
+        self.process.stdin.flush()
+        while isinstance(answer := self._line(), list):
+            self.ended[answer[0]] = answer[1]
+        return answer
+
+    def wait(self, child: int, timeout: float = 300) -> int:
+        timer = threading.Timer(timeout, lambda: os.killpg(child, signal.SIGKILL))
+        timer.start()
+        while child not in self.ended:
+            number, code = self._line()
+            self.ended[number] = code
+        timer.cancel()
+        return self.ended.pop(child)
+
+
+@functools.cache
+def zygote() -> Zygote:
+    return Zygote()
+
+
 def train(*argv, processes: int = 1) -> subprocess.CompletedProcess:
-    if processes > 1:
-        return torchrun("-m", "hylo_megatron.train", *argv, processes=processes)
-    return subprocess.run(train_command(*argv), env=single(), capture_output=True, text=True, timeout=300)
+    """A training to its end, as ``processes`` ranks of this machine."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = [(Path(folder) / f"{rank}.out", Path(folder) / f"{rank}.err") for rank in range(processes)]
+        shared = dict(WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1",
+                      MASTER_PORT=tiny.free_port())  # fmt: skip
+        ranks = [
+            zygote().start(argv, environment(RANK=str(rank), LOCAL_RANK=str(rank), **shared), *paths)
+            for rank, paths in enumerate(files)
+        ]
+        codes = [zygote().wait(rank) for rank in ranks]
+        out, err = ("".join(pair[i].read_text(errors="replace") for pair in files) for i in range(2))
+    return subprocess.CompletedProcess(["train", *argv], next((code for code in codes if code), 0), out, err)
 
 
 def train_command(*argv) -> list[str]:

@@ -9,17 +9,18 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from hylo_megatron.errors import HyLoError, command_line  # noqa: E402
+from hylo_megatron.flags import Parser, count, size  # noqa: E402
 
 
 def lengths(text: str) -> tuple[int, ...]:
     try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"'{text}': expected token counts with commas, as in 1024,2048") from error
+        return tuple(size(part) for part in text.split(","))
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, several with commas as in 1024,2048") from None
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--model", required=True, help="Hugging Face folder: a hybrid or any causal language model")
     add("--teacher", help="Hugging Face folder to compare with")
@@ -29,20 +30,20 @@ def parse() -> argparse.Namespace:
     add("--code", help='JSON lines {"text": ...}: code perplexity')
     add("--c", help='JSON lines {"text": ...}: perplexity of a third kind of text, C')
     add("--long", help='JSON lines {"text": ...}: loss by position in long documents')
-    add("--context", type=int, default=2048, help="tokens a document is cut to")
-    add("--ppl-tokens", type=int, default=20_000, help="tokens to score of each file")
-    add("--long-context", type=int, default=32_768, help="tokens of a long document; shorter ones are left out")
-    add("--long-documents", type=int, default=4, help="long documents to score")
+    add("--context", type=size, default=2048, help="tokens a document is cut to")
+    add("--ppl-tokens", type=size, default=20_000, help="tokens to score of each file")
+    add("--long-context", type=size, default=32_768, help="tokens of a long document; shorter ones are left out")
+    add("--long-documents", type=size, default=4, help="long documents to score")
     add("--needle-lengths", type=lengths, default="1024,2048", help="prompt lengths in tokens, answer included")
-    add("--needle-samples", type=int, default=4, help="prompts for each length and depth")
-    add("--needle-depths", type=int, default=5, help="depths from first to last sentence")
-    add("--teacher-needle-limit", type=int, help="prompts longer than this are not run on the teacher; no limit")
+    add("--needle-samples", type=size, default=4, help="prompts for each length and depth")
+    add("--needle-depths", type=size, default=5, help="depths from first to last sentence")
+    add("--teacher-needle-limit", type=size, help="prompts longer than this are not run on the teacher; no limit")
     add("--skip", nargs="+", default=(), choices=["perplexity", "long", "needle"], help="a part to leave out")
     add("--curves", nargs="+", default=[], help="training logs (JSON lines with stage, iteration, loss) to draw")
-    add("--batch-size", type=int, help="sequences at once; by default as many as suit the device")
+    add("--batch-size", type=size, help="sequences at once; by default as many as suit the device")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: float32 on the CPU")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
-    add("--seed", type=int, default=0, help="of the needles")
+    add("--seed", type=count, default=0, help="of the needles")
     return parser.parse_args()
 
 

@@ -23,6 +23,7 @@ from hylo_megatron.config.layout import ParallelLayout, Work, check_parallel_lay
 from hylo_megatron.config.pair import check_teacher, check_vocabularies  # noqa: E402
 from hylo_megatron.convert.shapes import hf_shapes  # noqa: E402
 from hylo_megatron.errors import HyLoError, command_line  # noqa: E402
+from hylo_megatron.flags import Parser, count, positive, share, size  # noqa: E402
 from hylo_megatron.json_file import read_json  # noqa: E402
 from hylo_megatron.memory.training import Peak, Training, peaks  # noqa: E402
 from hylo_megatron.vllm.geometry import serve  # noqa: E402
@@ -115,8 +116,8 @@ def print_training(run: Training, gpu_gib: float) -> None:
         print(f"  {where:24} {each.total / GIB:.2f} GiB")
     heaviest = max(found, key=lambda each: each.total)
     print(f"a rank of stage {found.index(heaviest)}" if len(found) > 1 else "each rank")
-    for what, size in parts(heaviest):
-        print(f"  {what:24} {size / GIB:.2f} GiB")
+    for what, held in parts(heaviest):
+        print(f"  {what:24} {held / GIB:.2f} GiB")
     verdict = "fits" if heaviest.total <= gpu_gib * GIB else "does not fit"
     print(f"{verdict} {gpu_gib:g} GiB ({heaviest.total / GIB / gpu_gib:.0%})")
 
@@ -125,30 +126,35 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("training", "as the flags of hylo_megatron.train").add_argument
     add("--train", choices=("ild", "distill"), help="plan this stage of training, not serving")
     add("--teacher", type=Path, help="folder of another teacher than the base model (distill)")
-    add("--pp", type=int, default=1)
-    add("--cp", type=int, default=1)
-    add("--dp", type=int, default=1)
-    add("--sequence", type=int, default=2048, help="--seq-length")
-    add("--micro-batch", type=int, default=1)
-    add("--global-batch", type=int, help="(default: a micro-batch for each pipeline stage)")
+    add("--pp", type=size, default=1)
+    add("--cp", type=size, default=1)
+    add("--dp", type=size, default=1)
+    add("--sequence", type=size, default=2048, help="--seq-length")
+    add("--micro-batch", type=size, default=1)
+    add("--global-batch", type=size, help="(default: a micro-batch for each pipeline stage)")
     add("--sequence-parallel", action="store_true")
     add("--linear-cp", choices=("auto", "a2a", "states"), default="auto", help="--hylo-linear-cp")
     add("--hylo-train", choices=("all", "mixers"), help="(default: mixers for ild, all for distill)")
-    add("--recompute", type=int, default=0, help="--recompute-num-layers of method block: halves of layers of a stage")
-    add("--kl-chunk", type=int, default=4096, help="--hylo-kl-chunk; the recipes' is the default")
-    add("--teacher-length", type=int, help="--hylo-teacher-length")
+    add(
+        "--recompute",
+        type=count,
+        default=0,
+        help="--recompute-num-layers of method block: halves of layers of a stage",
+    )
+    add("--kl-chunk", type=size, default=4096, help="--hylo-kl-chunk; the recipes' is the default")
+    add("--teacher-length", type=size, help="--hylo-teacher-length")
 
 
 @command_line
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--plan", help="layers of the hybrid that a base model would become, such as 6MLA22GDN")
     parser.add_argument("--geometry", default="native")
-    parser.add_argument("--gpu-gib", type=float, default=139.8, help="memory of the GPU (default: an H200's)")
-    parser.add_argument("--utilization", type=float, default=0.9, help="vLLM's --gpu-memory-utilization")
-    parser.add_argument("--tp", type=int, default=1)
-    parser.add_argument("--requests", type=int, default=64, help="vLLM's --max-num-seqs")
+    parser.add_argument("--gpu-gib", type=positive, default=139.8, help="memory of the GPU (default: an H200's)")
+    parser.add_argument("--utilization", type=share, default=0.9, help="vLLM's --gpu-memory-utilization")
+    parser.add_argument("--tp", type=size, default=1)
+    parser.add_argument("--requests", type=size, default=64, help="vLLM's --max-num-seqs")
     parser.add_argument("--state-dtype", choices=("float32", "bfloat16"), default="float32")
     add_training_flags(parser)
     known = parser.parse_args()

@@ -58,6 +58,12 @@ def _tracked(folder: Path) -> Path | None:
     return iteration_folder(folder, int(word)) if re.fullmatch("[0-9]{1,18}", word) else None
 
 
+def latest_number(folder: str | os.PathLike) -> int | None:
+    """The iteration that the tracker names, 0 for a checkpoint that no training wrote; None when it names nothing."""
+    path = _tracked(Path(folder))
+    return path and (0 if path.name == "release" else _number(path))
+
+
 def latest(folder: str | os.PathLike) -> Path:
     """The folder of the checkpoint that counts in ``folder``. Raises ``HyLoError``."""
     folder = Path(folder)

@@ -1,6 +1,5 @@
 """Packed training samples that can only be answered by reading: writes .bin, .idx, .json and .answers.npy."""
 
-import argparse
 import json
 import time
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from hylo_megatron.data.samples import SHORTEST, Sample, Samples
 from hylo_megatron.data.token_writer import token_files
 from hylo_megatron.data.tokenizers import load_tokenizer
 from hylo_megatron.errors import HyLoError, command_line
+from hylo_megatron.flags import Parser, count, share, size
 
 CHUNK = 8  # samples that a worker makes at a time
 
@@ -115,9 +115,7 @@ def _make_one(index: int) -> Sample:
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line of ``tools/make_retrieval.py``."""
-    parser = argparse.ArgumentParser(
-        description="Make training samples that ask for what is hidden in a text, and mark the answers."
-    )
+    parser = Parser(description="Make training samples that ask for what is hidden in a text, and mark the answers.")
     parser.add_argument(
         "--haystack", required=True, type=Path, metavar="PREFIX", help="made by tools/prepare_data.py, not packed"
     )
@@ -125,16 +123,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--out", required=True, type=Path, metavar="PREFIX", help="writes PREFIX.bin, .idx, .json and .answers.npy"
     )
-    parser.add_argument("--length", required=True, type=int, metavar="N", help="tokens of a sample, such as 2049")
-    parser.add_argument("--samples", required=True, type=int, metavar="N")
-    parser.add_argument("--seed", type=int, default=1, help="default %(default)s")
+    parser.add_argument("--length", required=True, type=size, metavar="N", help="tokens of a sample, such as 2049")
+    parser.add_argument("--samples", required=True, type=size, metavar="N")
+    parser.add_argument("--seed", type=count, default=1, help="default %(default)s")
     parser.add_argument(
         "--chat-share",
-        type=float,
+        type=share,
         default=0.4,
         help="share of chats about short texts; the others hide facts in long ones (default %(default)s)",
     )
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes (default %(default)s)")
+    parser.add_argument("--workers", type=size, default=1, metavar="N", help="processes (default %(default)s)")
     arguments = parser.parse_args(argv)
     began = time.monotonic()
     summary = make_retrieval(

@@ -1,7 +1,6 @@
 """Command line of training: Megatron's own flags, the ``--hylo-*`` ones, and what the checkpoint already says."""
 
 import argparse
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 from hylo_megatron.config import Architecture
 from hylo_megatron.config.rope import checked_rope
 from hylo_megatron.distill.kl import KLSettings
+from hylo_megatron.flags import json_object, positive, size, weight
 from hylo_megatron.json_file import Object, check
 
 
@@ -34,40 +34,42 @@ def add_hylo_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         help="context parallelism of linear blocks: all-to-all over heads, or states passed from rank to rank"
         " (auto: a2a where the heads divide by the ranks)",
     )
-    add("--hylo-copied-lr-mult", type=float, default=0.2, help="learning rate of copied weights, as a factor")
-    add("--hylo-decay-lr-mult", type=float, default=5.0, help="learning rate of A_log and dt_bias, as a factor")
-    add("--hylo-kl-weight", type=float, default=1.0)
-    add("--hylo-ce-weight", type=float, default=0.0)
-    add("--hylo-temperature", type=float, default=1.0)
+    add("--hylo-copied-lr-mult", type=weight, default=0.2, help="learning rate of copied weights, as a factor")
+    add("--hylo-decay-lr-mult", type=weight, default=5.0, help="learning rate of A_log and dt_bias, as a factor")
+    add("--hylo-kl-weight", type=weight, default=1.0)
+    add("--hylo-ce-weight", type=weight, default=0.0)
+    add("--hylo-temperature", type=positive, default=1.0)
     add("--hylo-reverse-kl", action="store_true", help="KL(student || teacher), the paper's formula")
-    add("--hylo-teacher-length", type=int, help="positions below it learn from the teacher, the others from the text")
+    add("--hylo-teacher-length", type=size, help="positions below it learn from the teacher, the others from the text")
     add(
         "--hylo-ce-beyond-teacher",
-        type=float,
+        type=weight,
         default=1.0,
         help="weight of cross-entropy beyond --hylo-teacher-length",
     )
     add(
         "--hylo-answer-weight",
-        type=float,
+        type=weight,
         default=0.0,
         help="cross-entropy of the answers in packed data (make_retrieval.py), as a share of a sample's tokens",
     )
-    add("--hylo-rope", type=json.loads, help='change the student\'s rotary embedding, e.g. {"rope_theta": 4e5}')
+    add("--hylo-rope", type=json_object, help='change the student\'s rotary embedding, e.g. {"rope_theta": 4e5}')
     add(
-        "--hylo-teacher-rope", type=json.loads, help="the same for the teacher's, beyond the length it was trained for"
+        "--hylo-teacher-rope",
+        type=json_object,
+        help="the same for the teacher's, beyond the length it was trained for",
     )
     add(
         "--hylo-student-iteration",
-        type=int,
+        type=size,
         help="wait until --hylo-student holds this iteration: an earlier stage may still be training it",
     )
     add("--no-self-test", action="store_true", help="do not compare the GPU kernels with their references at start-up")
-    add("--hylo-kl-chunk", type=int, default=1024, help="tokens whose logits are in memory at once")
+    add("--hylo-kl-chunk", type=size, default=1024, help="tokens whose logits are in memory at once")
     add("--hylo-ild-raw-norms", action="store_true", help="do not divide layer losses by the teacher's norms")
-    add("--hylo-ild-attention-weight", type=float, default=1.0)
-    add("--hylo-ild-hidden-weight", type=float, default=1.0)
-    add("--hylo-keep-last", type=int, help="checkpoints to keep, the newest; older ones are deleted (default: all)")
+    add("--hylo-ild-attention-weight", type=weight, default=1.0)
+    add("--hylo-ild-hidden-weight", type=weight, default=1.0)
+    add("--hylo-keep-last", type=size, help="checkpoints to keep, the newest; older ones are deleted (default: all)")
     add("--hylo-log", help="JSON lines with the losses of every step (default: SAVE/train_log.jsonl)")
     return parser  # fmt: skip
 

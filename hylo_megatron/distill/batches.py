@@ -6,14 +6,22 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.blended_megatron_dataset_config import BlendedMegatronDatasetConfig
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.datasets.gpt_dataset import MockGPTDataset
 from megatron.core.datasets.utils import get_blend_from_list
 from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank
 from megatron.training import get_args, get_tokenizer
 
-from hylo_megatron.distill.packed_data import PackedConfig, PackedDataset, check_packed
+from hylo_megatron.distill.packed_data import (
+    DocumentConfig,
+    DocumentDataset,
+    PackedConfig,
+    PackedDataset,
+    check_packed,
+)
 
 PARTS = {"ild": ("ild attention", "ild hidden"), "distill": ("loss", "kl", "ce")}
+LEARNT = "learnt"  # the share of positions that are in the loss
+NO_TOKENS = 1e-30  # beside any count of tokens it vanishes in fp32
 KEYS = ("tokens", "labels", "loss_mask", "position_ids", "answer_weight")
 
 
@@ -31,11 +39,11 @@ def dataset_config(args, packed: bool) -> BlendedMegatronDatasetConfig:
         random_seed=args.seed, sequence_length=args.seq_length, blend=get_blend_from_list(args.data_path),
         blend_per_split=blend_per_split if args.train_data_path else None,
         split=None if args.train_data_path else args.split, path_to_cache=args.data_cache_path,
-        tokenizer=get_tokenizer(),
+        tokenizer=get_tokenizer(), rows=args.hylo_rows,
     )  # fmt: skip
     if packed:
         return PackedConfig(**common, answer_weight=args.hylo_answer_weight)
-    return GPTDatasetConfig(
+    return DocumentConfig(
         **common, reset_position_ids=False, reset_attention_mask=False, eod_mask_loss=args.eod_mask_loss,
         create_attention_mask=False,
     )  # fmt: skip
@@ -46,7 +54,7 @@ def datasets(num_samples, vp_stage=None):
     args = get_args()
     packed = check_packed(prefixes(args), args.seq_length)
     config = dataset_config(args, packed)
-    kind = PackedDataset if packed else MockGPTDataset if config.mock else GPTDataset
+    kind = PackedDataset if packed else MockGPTDataset if config.mock else DocumentDataset
     return BlendedMegatronDatasetBuilder(kind, num_samples, lambda: True, config).build()
 
 
@@ -74,8 +82,10 @@ def loss_function(args, sequence_parallel: bool, batch: dict, output: torch.Tens
             torch.distributed.all_reduce(part, group=parallel_state.get_tensor_model_parallel_group())
     counts = dict.fromkeys(parts, count.float())
     if args.hylo_teacher_length and "kl" in parts:  # a mean over the tokens that have a teacher
-        counts["kl"] = (mask * (batch["position_ids"] < args.hylo_teacher_length)).sum()
-    logged = {name: torch.stack([part, counts[name]]) for name, part in parts.items()}
+        counts["kl"] = (mask * (batch["position_ids"] < args.hylo_teacher_length)).sum().float()
+    # A step without any token to learn counts as a loss of zero: Megatron divides the sum by the count.
+    logged = {name: torch.stack([part, counts[name].clamp_min(NO_TOKENS)]) for name, part in parts.items()}
+    logged[LEARNT] = torch.stack([count.float(), torch.full_like(counts[next(iter(parts))], mask.numel())])
     return output[0].clone(), count, logged  # the pipeline frees what it gets here, and cannot free a view
 
 

@@ -17,6 +17,7 @@ from megatron.training.global_vars import get_args
 from torch.distributed.checkpoint.api import CheckpointException
 
 from hylo_megatron.convert import iterations
+from hylo_megatron.distill import resume
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.platform import checkpoint_writer
 from hylo_megatron.platform.safe_pickles import check_pickles, explain
@@ -96,10 +97,16 @@ def install() -> None:
         args = get_args()
         folder = getattr(args, load_arg)
         _first_rank_alone(lambda: _prepare(args, folder))
-        source = folder if checkpointing.checkpoint_exists(folder) else args.pretrained_checkpoint
-        with iterations.reading(source) if source else contextlib.nullcontext() as path:
-            path = path and iterations.asked_for(path, args.ckpt_step)
-            _first_rank_alone(lambda: path and check_pickles(path))
+        resumes = checkpointing.checkpoint_exists(folder)
+        source = folder if resumes else args.pretrained_checkpoint
+        with contextlib.ExitStack() as stack:
+            if source:
+                path = iterations.asked_for(stack.enter_context(iterations.reading(source)), args.ckpt_step)
+                _first_rank_alone(lambda: check_pickles(path))
+            if resumes:
+                run = path, *models_and_optimizer[1:3], args
+                _first_rank_alone(lambda: resume.check(*run))
+                stack.enter_context(resume.learning_rates(*run))
             try:
                 return load(*models_and_optimizer, load_arg=load_arg, **kwargs)
             except CheckpointException as error:  # torch raises it on every rank

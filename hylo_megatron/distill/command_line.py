@@ -10,6 +10,7 @@ from hylo_megatron.config.layout import ParallelLayout, Work, check_parallel_lay
 from hylo_megatron.config.pair import check_pair
 from hylo_megatron.distill.arguments import add_hylo_arguments, engine_flags, run_architecture
 from hylo_megatron.errors import HyLoError
+from hylo_megatron.flags import Parser, share, size, weight
 from hylo_megatron.platform.capabilities import has
 
 
@@ -18,49 +19,68 @@ def async_flags() -> list[str]:
     return ["--use-persistent-ckpt-worker"] + ([] if has("nvidia-resiliency-ext") else ["--async-strategy", "mcore"])
 
 
-def check_keep_last(keep: int | None, user: list[str]) -> None:
-    if keep is None:
-        return
-    if keep < 1:
-        raise HyLoError(f"--hylo-keep-last {keep}: at least one checkpoint has to stay; leave it out to keep all")
-    if "--save-retain-interval" in user:
+# Megatron takes any number; these are the ones that a training can be run with.
+LIMITS = {
+    size: ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size", "micro_batch_size",
+           "global_batch_size", "seq_length", "train_iters", "save_interval", "log_interval"),
+    weight: ("lr", "min_lr", "weight_decay", "clip_grad"),
+    share: ("lr_warmup_fraction",),
+}  # fmt: skip
+
+
+def user_flags(user: list[str]) -> argparse.Namespace:
+    """``user`` as Megatron's parser and ours read it. Raises ``HyLoError`` for a flag or a value that they refuse."""
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = Parser(add_help=False, allow_abbrev=False)
+    add_hylo_arguments(add_megatron_arguments(parser))
+    limits = {name: kind for kind, names in LIMITS.items() for name in names}
+    for action in parser._actions:
+        action.required = False  # the checks below say what to give
+        action.type = limits.get(action.dest, action.type)
+    return parser.parse_args(user)
+
+
+def _data(known: argparse.Namespace) -> object:
+    """What says where tokens come from. Without any Megatron trains on made-up ones, and does not say so."""
+    names = ("data_path", "train_data_path", "data_args_path", "per_split_data_args_path")
+    return next(filter(None, (getattr(known, name) for name in names)), known.mock_data or None)
+
+
+def check_given(known: argparse.Namespace, user: list[str]) -> None:
+    missing = {
+        "--hylo-student": (known.hylo_student, "the student checkpoint made by upcycle.py"),
+        "--hylo-teacher": (known.hylo_teacher, "the Transformer's checkpoint made by convert_hf_to_megatron.py"),
+        "--hylo-stage": (known.hylo_stage, "ild or distill"),
+        "--lr": (known.lr, "the peak learning rate"),
+        "--seq-length": (known.seq_length, "tokens of a sequence"),
+        "--micro-batch-size": (known.micro_batch_size, "sequences of a rank at once"),
+        "--train-iters": (known.train_iters or known.train_samples, "steps of the whole training"),
+        "--data-path": (_data(known), "prefixes of token files (prepare_data.py); --mock-data makes up tokens"),
+    }
+    for flag, (value, what) in missing.items():
+        if value is None:
+            raise HyLoError(f"{flag} is missing: {what}")
+    steps = known.lr_decay_iters or known.train_iters or 0
+    if steps and (known.lr_warmup_iters or 0) >= steps:
+        raise HyLoError(f"--lr-warmup-iters {known.lr_warmup_iters}: expected fewer than the {steps} steps of the run")
+    if known.hylo_keep_last and "--save-retain-interval" in user:
         raise HyLoError("--hylo-keep-last and --save-retain-interval both delete checkpoints; choose one")
-
-
-def _known(user: list[str]) -> argparse.Namespace:
-    """Of Megatron's flags and ours, those that the checks need."""
-    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
-    add = parser.add_argument
-    for name in ("--hylo-student", "--hylo-teacher", "--hylo-stage", "--save"):
-        add(name)
-    for name in ("--seq-length", "--global-batch-size"):
-        add(name, type=int, default=0)
-    for name in ("--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--context-parallel-size",
-                 "--micro-batch-size"):  # fmt: skip
-        add(name, type=int, default=1)
-    for name in ("--num-layers-per-virtual-pipeline-stage", "--num-virtual-stages-per-pipeline-rank"):
-        add(name, dest="virtual_stages")
-    add("--sequence-parallel", action="store_true")
-    add("--hylo-linear-cp", default="auto")
-    add("--hylo-keep-last", type=int)
-    add("--async-save", action="store_true")
-    return parser.parse_known_args(user)[0]
 
 
 def check_models(known: argparse.Namespace, student: Architecture) -> None:
     """Teacher, and the layout for both. Raises ``HyLoError``."""
-    if not known.hylo_teacher:
-        raise HyLoError("--hylo-teacher is missing: the Transformer's checkpoint made by convert_hf_to_megatron.py")
     teacher = Architecture.load(known.hylo_teacher)
     check_pair(student, teacher, known.hylo_stage, (Path(known.hylo_student), Path(known.hylo_teacher)))
-    if known.hylo_stage == "ild" and known.virtual_stages:
+    virtual_stages = known.num_layers_per_virtual_pipeline_stage or known.num_virtual_stages_per_pipeline_rank
+    if known.hylo_stage == "ild" and virtual_stages:
         raise HyLoError("--hylo-stage ild has a pipeline schedule of its own: leave virtual pipeline stages out")
     layout = ParallelLayout(
         known.tensor_model_parallel_size, known.pipeline_model_parallel_size, known.context_parallel_size,
         known.sequence_parallel, known.hylo_linear_cp,
     )  # fmt: skip
     processes = int(os.environ.get("WORLD_SIZE", 1))
-    work = Work(processes, known.seq_length, known.micro_batch_size, known.global_batch_size)
+    work = Work(processes, known.seq_length, known.micro_batch_size, known.global_batch_size or 0)
     check_parallel_layout({"student": student, "teacher": teacher}, layout, work)
 
 
@@ -71,14 +91,12 @@ def prepare_command_line() -> Architecture:
         ours = add_hylo_arguments(argparse.ArgumentParser(add_help=False))
         print("python -m hylo_megatron.train: all of Megatron's flags, and\n" + ours.format_help())
         sys.exit(0)
-    known = _known(user)
-    if not known.hylo_student:
-        raise HyLoError("--hylo-student is missing: the student checkpoint made by upcycle.py")
+    known = user_flags(user)
+    check_given(known, user)
     arch = run_architecture(known.hylo_student, seq_length=known.seq_length)
     if not arch.is_hybrid:
         raise HyLoError(f"--hylo-student {known.hylo_student} is a Transformer; run upcycle.py on it first")
     check_models(known, arch)
-    check_keep_last(known.hylo_keep_last, user)
     flags = engine_flags(arch, Path(known.hylo_student) / "hf") + (async_flags() if known.async_save else [])
     # A run resumes from its own folder when that holds a checkpoint, else it starts from the student's weights.
     flags += ["--pretrained-checkpoint", known.hylo_student]

@@ -12,6 +12,7 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePred
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.training import training
 
+from hylo_megatron.distill.batches import LEARNT, NO_TOKENS
 from hylo_megatron.distill.model import is_mixer_parameter
 from hylo_megatron.distill.teacher_fed import TeacherFed
 from hylo_megatron.errors import HyLoError
@@ -74,7 +75,7 @@ class StepLog:
             sums, tokens = module.take_layer_sums()
             torch.distributed.all_reduce(sums, group=everyone)
             torch.distributed.all_reduce(tokens, group=everyone)
-            means[module.first_layer : module.first_layer + len(sums)] = sums / tokens
+            means[module.first_layer : module.first_layer + len(sums)] = sums / tokens.clamp_min(NO_TOKENS)
         torch.distributed.all_reduce(means, group=parallel_state.get_pipeline_model_parallel_group())
         return means.tolist()
 
@@ -88,6 +89,9 @@ class StepLog:
         if not self.writes:
             return
         losses, now = values[0], time.time()
+        learnt = losses.pop(LEARNT)
+        if not learnt:
+            print(f"warning: no token of step {iteration} is in the loss: all of them are masked", flush=True)
         if layers:  # the loss function of the last stage saw its own layers only
             totals = [sum(column) for column in zip(*layers, strict=True)]
             losses = dict(zip(losses, totals, strict=True))
@@ -96,7 +100,7 @@ class StepLog:
         if not math.isfinite(losses["loss"]):
             raise HyLoError(f"loss {losses['loss']} at step {iteration}: lower --lr, or look at the data around it")
         line = {"stage": self.stage, "iteration": iteration}
-        line |= losses | {"lr": learning_rate, "grad_norm": grad_norm and float(grad_norm)}
+        line |= losses | {LEARNT: learnt, "lr": learning_rate, "grad_norm": grad_norm and float(grad_norm)}
         line |= {"tokens": iteration * self.tokens, "seconds": self.last and round(now - self.last, 4)}
         line["memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         if layers:

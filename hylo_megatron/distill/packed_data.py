@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from megatron.core.datasets.blended_megatron_dataset_config import BlendedMegatronDatasetConfig
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.megatron_dataset import MegatronDataset
 
@@ -44,9 +45,34 @@ def check_packed(prefixes: list[str], seq_length: int) -> bool:
 
 @dataclass
 class PackedConfig(BlendedMegatronDatasetConfig):
-    """``answer_weight``: loss weight of all answers of a sample together, as a share of the sample's tokens."""
+    """``answer_weight``: loss weight of all answers of a sample together, as a share of the sample's tokens.
+    ``rows``: token ids that the models have."""
 
     answer_weight: float = 0.0
+    rows: int = 0
+
+
+@dataclass
+class DocumentConfig(GPTDatasetConfig):
+    """``rows``: token ids that the models have."""
+
+    rows: int = 0
+
+
+def check_ids(largest: int, rows: int, path: str) -> None:
+    """Raises ``HyLoError``: tensor-parallel ranks would take the embedding of a token beyond all rows for zeros."""
+    if largest >= rows:
+        raise HyLoError(f"{path}: token {largest}, the models have {rows}; make the tokens with their tokenizer")
+
+
+class DocumentDataset(GPTDataset):
+    """Megatron's own, which cuts sequences out of whole documents; the ids of each are checked."""
+
+    def __getitem__(self, index: int | None) -> dict[str, torch.Tensor]:
+        sample = super().__getitem__(index)
+        largest = max(int(sample[key].max()) for key in ("tokens", "labels"))
+        check_ids(largest, self.config.rows, self.dataset_path)
+        return sample
 
 
 class PackedDataset(MegatronDataset):
@@ -87,6 +113,7 @@ class PackedDataset(MegatronDataset):
             self._epoch, self._order = epoch, np.random.default_rng([*self.seed, epoch]).permutation(self.indices)
         sequence = int(self._order[position])
         ids = torch.from_numpy(self.dataset[sequence].astype(np.int64))
+        check_ids(int(ids.max()), self.config.rows, self.dataset_path)
         length = len(ids) - 1
         mask = torch.ones(length)
         if self.learnt is not None:  # of the token that is predicted

@@ -1,6 +1,5 @@
 """Teacher checkpoint -> hybrid student checkpoint: new mixers initialised, everything else copied bit for bit."""
 
-import argparse
 import functools
 import json
 import shutil
@@ -21,6 +20,7 @@ from hylo_megatron.convert.progress import peak_memory_gib
 from hylo_megatron.convert.shapes import FP32_SUFFIXES, hf_shapes
 from hylo_megatron.convert.tables import mappings
 from hylo_megatron.errors import HyLoError, command_line
+from hylo_megatron.flags import Parser, count, size
 from hylo_megatron.init import linear_blocks, mla
 from hylo_megatron.init.calibration import calibration_tokens
 from hylo_megatron.init.linear_algebra import relative_error, ridge_correction
@@ -183,7 +183,7 @@ def summary(report: dict) -> str:
 
 @command_line
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--teacher", required=True, help="checkpoint of the base Transformer (convert_hf_to_megatron.py)")
     add("--out", required=True, help="student checkpoint to write")
@@ -192,11 +192,11 @@ def main(argv: list[str] | None = None) -> None:
     add("--init", default="data", choices=("data", "svd"), help="calibrated on text, or the paper's (default: data)")
     add("--geometry", default="native", choices=("native", "published"))
     add("--calibration", help="text or JSONL file; with --init svd it only measures the errors")
-    add("--calibration-tokens", type=int, default=16384)
-    add("--calibration-length", type=int, default=1024, help="tokens per row")
+    add("--calibration-tokens", type=size, default=16384)
+    add("--calibration-length", type=size, default=1024, help="tokens per row")
     add("--no-ridge", action="store_true", help="keep the transferred output projections of linear blocks")
     add("--mla-qk-norm", action="store_true", help="keep Qwen3's per-head norms in MLA layers (published form)")
-    add("--seed", type=int, default=0)
+    add("--seed", type=count, default=0)
     options = parser.parse_args(argv)
     start = time.time()
     arch = Architecture.load(options.teacher)

@@ -13,6 +13,7 @@ from hylo_megatron.config.pair import check_vocabularies
 from hylo_megatron.convert.hf_folder import read_architecture
 from hylo_megatron.data.token_files import check_token_files, read_summary
 from hylo_megatron.errors import HyLoError, command_line
+from hylo_megatron.flags import readable_number, short
 from hylo_megatron.init.upcycle import student_architecture
 from hylo_megatron.recipes.launch import Layout, start_own
 from hylo_megatron.recipes.proxy import STEPS, ProxySource, proxy
@@ -33,14 +34,18 @@ def value(name: str, default: str | None = None) -> str | None:
 def number(name: str, default: int) -> int:
     """10000000, 1e7 or 10M alike."""
     text = value(name, str(default))
-    factors = {"K": 1e3, "M": 1e6, "B": 1e9}
     try:
-        found = float(text[:-1]) * factors[text[-1]] if text[-1] in factors else float(text)
-        if found >= 1 and found == int(found):
-            return int(found)
+        return readable_number(text)
     except ValueError:
-        pass
-    raise HyLoError(f"{name}={text}: expected a whole number of 1 or more, such as {default}")
+        raise HyLoError(f"{name}={short(text)}: expected a whole number of 1 or more, such as {default}") from None
+
+
+def words(name: str) -> list[str]:
+    """The variable as a shell splits it."""
+    try:
+        return shlex.split(value(name, ""))
+    except ValueError as error:  # open quotes
+        raise HyLoError(f"{name}={short(value(name))}: {str(error).lower()}; close them") from None
 
 
 def folder(name: str) -> Path | None:
@@ -61,9 +66,7 @@ class Job:
 
     def check(self, layout: Layout) -> None:
         """What would otherwise go wrong hours later."""
-        if not self.source.base.is_dir():  # a proxy's is made later
-            return
-        base = read_architecture(self.source.base)
+        base = self.source.architecture()
         if base.num_layers != self.recipe.layers:
             raise HyLoError(
                 f"HF_MODEL={self.source.base} has {base.num_layers} layers, this recipe is for {self.recipe.layers}"
@@ -75,12 +78,18 @@ class Job:
         for stage in self.recipe.stages:
             work = Work(layout.ranks, stage.seq_length, stage.micro_batch, stage.global_batch)
             check_parallel_layout(models, ParallelLayout(layout.tp, layout.pp, layout.cp), work)
-        check_vocabularies(base, teacher, (self.source.base, self.source.teacher or self.source.base))
+        if self.source.base.is_dir():  # a proxy's is made later
+            check_vocabularies(base, teacher, (self.source.base, self.source.teacher or self.source.base))
+        if value("FLAGS"):
+            from hylo_megatron.distill.command_line import user_flags  # Megatron's parser: seconds to import
+
+            for stage in self.recipe.stages:
+                user_flags([*stage.flags(), *map(str, self.flags)])
 
 
 def data_files() -> tuple[tuple[Path, ...], tuple[Path, ...]]:
     """``DATA`` as ``(text files, token prefixes)``, one of them empty."""
-    paths = [Path(part) for part in shlex.split(value("DATA", ""))]
+    paths = [Path(part) for part in words("DATA")]
     if not paths:
         raise HyLoError("DATA is not set: jsonl or text files, or the prefix of tokens made by tools/prepare_data.py")
     tokens = tuple(path for path in paths if Path(f"{path}.idx").is_file())
@@ -130,7 +139,7 @@ def job_of(name: str) -> Job:
     elif value("STEPS"):
         recipe = replace(recipe, stages=tuple(replace(s, steps=number("STEPS", 1)) for s in recipe.stages))
     out = Path(value("OUT", os.path.join("runs", f"{recipe.name}-{plan}")))
-    flags = (*FLAGS, "--data-cache-path", out / "data" / "cache", *shlex.split(value("FLAGS", "")))
+    flags = (*FLAGS, "--data-cache-path", out / "data" / "cache", *words("FLAGS"))
     return Job(recipe, out, source_of(out, name, small), flags)
 
 

@@ -8,7 +8,7 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
-from hylo_megatron.config import GDNGeometry, Geometry, Mamba2Geometry, MLAGeometry, geometry_preset
+from hylo_megatron.config import Architecture, GDNGeometry, Geometry, Mamba2Geometry, MLAGeometry, geometry_preset
 from hylo_megatron.recipes.published import Base, yarn
 from hylo_megatron.recipes.source import Source, Step
 from hylo_megatron.recipes.stage import Evaluation, Recipe
@@ -65,6 +65,14 @@ class ProxySource(Source):
     def steps(self) -> list[Step]:
         return [Step("make a random model and text", lambda: write_inputs(self.folder, self.model), self.base)]
 
+    def architecture(self) -> Architecture:
+        """Known before the model is made, but for its vocabulary: layouts are refused at once here too."""
+        values = small_values(self.model, VOCAB)
+        return Architecture(
+            model_type=self.model.model_type, plan=("attention",) * values.pop("num_hidden_layers"),
+            qk_norm=self.model.model_type == "qwen3", **values,
+        )  # fmt: skip
+
     def to_dict(self) -> dict:
         return {}
 
@@ -93,19 +101,25 @@ def write_model(folder: Path, base: Base, texts: list[str], **changes) -> None:
     scratch = folder.with_name(folder.name + ".partial")
     scratch.mkdir(parents=True, exist_ok=True)
     size = write_tokenizer(scratch, texts)
+    tokens = dict(eos_token_id=2, bos_token_id=None, pad_token_id=None)
+    values = small_values(base, size) | tokens | dict(initializer_range=0.05) | changes
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(base.model_type, **values)).save_pretrained(scratch)
+    scratch.rename(folder)
+
+
+def small_values(base: Base, vocab: int) -> dict:
+    """The sizes of ``base``, made small, under the names of its config."""
     rope = {"rope_type": "default", "rope_theta": 1e6}
     if base.model_type == "llama":
         rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 32.0, "low_freq_factor": 1.0,
                 "high_freq_factor": 4.0, "original_max_position_embeddings": 64}  # fmt: skip
-    values = dict(
-        vocab_size=size, hidden_size=base.hidden // WIDTH, intermediate_size=base.hidden // WIDTH * 2,
+    return dict(
+        vocab_size=vocab, hidden_size=base.hidden // WIDTH, intermediate_size=base.hidden // WIDTH * 2,
         num_hidden_layers=base.layers, num_attention_heads=base.heads // HEADS, num_key_value_heads=base.kv_heads // 4,
         head_dim=base.head_dim // HEADS, max_position_embeddings=1024, rope_parameters=rope, rms_norm_eps=1e-5,
-        tie_word_embeddings=True, eos_token_id=2, bos_token_id=None, pad_token_id=None, initializer_range=0.05,
-    ) | changes  # fmt: skip
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(AutoConfig.for_model(base.model_type, **values)).save_pretrained(scratch)
-    scratch.rename(folder)
+        tie_word_embeddings=True,
+    )  # fmt: skip
 
 
 def write_tokenizer(folder: Path, texts: list[str]) -> int:

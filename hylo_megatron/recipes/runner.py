@@ -17,6 +17,7 @@ from hylo_megatron.config import Architecture, parse_plan, plan_name
 from hylo_megatron.convert import hf_to_megatron, megatron_to_hf
 from hylo_megatron.convert.iterations import trained_to
 from hylo_megatron.errors import HyLoError
+from hylo_megatron.json_file import read_json
 from hylo_megatron.recipes.background import Background
 from hylo_megatron.recipes.datasets import data_path, make_datasets
 from hylo_megatron.recipes.launch import Layout, start_own
@@ -55,7 +56,7 @@ class Run:
         self.logs.mkdir(parents=True, exist_ok=True)
         self.data.mkdir(exist_ok=True)
         path, mine = self.out / "recipe.json", self.recipe.to_dict() | self.source.to_dict()
-        if path.is_file() and json.loads(path.read_text()) != mine:
+        if path.is_file() and read_json(path, advice="choose another OUT, or remove it") != mine:
             raise HyLoError(f"{self.out} holds a run with other settings ({path}); choose another OUT, or remove it")
         path.write_text(json.dumps(mine, indent=1))
 

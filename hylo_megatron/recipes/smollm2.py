@@ -1,6 +1,5 @@
 """SmolLM2-135M-Instruct, upcycled from end to end: ``bash examples/upcycle_smollm2.sh`` (``make demo``)."""
 
-import argparse
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +8,7 @@ import torch
 
 from hylo_megatron.config import parse_plan, plan_name
 from hylo_megatron.errors import command_line
+from hylo_megatron.flags import Parser, count, size
 from hylo_megatron.recipes.launch import Layout
 from hylo_megatron.recipes.runner import Run
 from hylo_megatron.recipes.stage import Evaluation, Recipe, Stage
@@ -70,13 +70,13 @@ def found_recipe(*choices) -> Recipe:
 
 @command_line
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--plan", help="a name such as 3MLA27GDN, or the MLA layers' numbers (default: 3 of the 30 layers)")
     add("--linear", choices=("gdn", "mamba2"), help="what the other layers become (default: gdn, or the plan's name)")
-    add("--tp", type=int, default=1, help="tensor-parallel ranks (SmolLM2 has 9 heads: 1 or 3)")
-    add("--pp", type=int, default=1, help="pipeline stages; the GPUs that are left work data-parallel")
-    add("--seed", type=int, default=1234)
+    add("--tp", type=size, default=1, help="tensor-parallel ranks (SmolLM2 has 9 heads: 1 or 3)")
+    add("--pp", type=size, default=1, help="pipeline stages; the GPUs that are left work data-parallel")
+    add("--seed", type=count, default=1234)
     add("--no-cuda-graph", action="store_true", help="launch every kernel of a training step by itself")
     add("--out", help="folder of the run (default: runs/smollm2-PLAN)")
     options = parser.parse_args(argv)

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from hylo_megatron.config import Architecture
 from hylo_megatron.convert import smollm2
+from hylo_megatron.convert.hf_folder import read_architecture
 from hylo_megatron.data import prepare, text
 
 
@@ -32,6 +34,10 @@ class Source:
 
     def steps(self) -> list[Step]:
         return []
+
+    def architecture(self) -> Architecture:
+        """Of the base model. Raises ``HyLoError``."""
+        return read_architecture(self.base)
 
     def make_tokens(self) -> None:
         if self.inputs and not self.tokens[0].with_name(self.tokens[0].name + ".json").is_file():

@@ -1,0 +1,92 @@
+"""Resume a training with another schedule: more steps, another learning rate.
+
+Megatron asserts that the schedule of a checkpoint is the one on the command line, and pairs the optimizer's parameter
+groups by their learning rates, so that a new ``--lr`` finds no group (``distrib_optimizer.py:970``).
+"""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron.core import dist_checkpointing
+
+from hylo_megatron.errors import HyLoError
+
+# What the scheduler keeps, and the flags that it follows from.
+FLAGS = {
+    "max_lr": "--lr",
+    "min_lr": "--min-lr",
+    "lr_warmup_steps": "--lr-warmup-fraction",
+    "lr_decay_style": "--lr-decay-style",
+    "lr_decay_steps": "--train-iters",
+    "start_wd": "--weight-decay",
+    "end_wd": "--weight-decay",
+    "wd_incr_style": "--weight-decay-incr-style",
+    "wd_incr_steps": "--train-iters",
+}
+# What decides which parameters train together: no flag lets a run go on with others.
+FIXED = ("hylo_stage", "hylo_train", "hylo_copied_lr_mult", "hylo_decay_lr_mult")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def check_fixed(saved, args, path: Path) -> None:
+    for name in FIXED:
+        before, now = getattr(saved, name, None), getattr(args, name)
+        if before != now:
+            raise HyLoError(
+                f"{_flag(name)} is {now}, the run in {path.parent} was started with {before}: a run that goes on keeps"
+                " it; give the old value, or another --save and --load"
+            )
+
+
+def changed_schedule(saved: dict, scheduler) -> list[str]:
+    """Which flags make another schedule than ``saved``, one phrase each: Megatron counts steps in sequences."""
+    now = scheduler.state_dict()
+    differ = [name for name in FLAGS if name in saved and saved[name] != now[name]]
+    phrases = {FLAGS[name]: f"{FLAGS[name]} ({name} {now[name]}, was {saved[name]})" for name in reversed(differ)}
+    return list(reversed(phrases.values()))
+
+
+def _saved(path: Path, optimizer, scheduler, args) -> dict | None:
+    """What the checkpoint ``path`` says of its run; None where only weights are loaded."""
+    if optimizer is None or scheduler is None or args.finetune or args.no_load_optim:
+        return None
+    common = dist_checkpointing.load_common_state_dict(str(path))
+    return common if {"args", "optimizer", "opt_param_scheduler"} <= common.keys() else None
+
+
+def check(path: Path, optimizer, scheduler, args) -> None:
+    """Raises ``HyLoError`` that names the flags by which this run differs from the one that saved ``path``."""
+    saved = _saved(path, optimizer, scheduler, args)
+    if not saved:
+        return
+    check_fixed(saved["args"], args, path)
+    changed = changed_schedule(saved["opt_param_scheduler"], scheduler)
+    if changed and not (args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler):
+        raise HyLoError(
+            f"the run in {path.parent} has another schedule: {'; '.join(changed)}. Go on with the new one by"
+            " --override-opt_param-scheduler, or with the checkpoint's by --use-checkpoint-opt_param-scheduler"
+        )
+
+
+@contextlib.contextmanager
+def learning_rates(path: Path, optimizer, scheduler, args) -> Iterator[None]:
+    """Around the load of ``path``: lends the groups the checkpoint's learning rates, by which they are found."""
+    saved = _saved(path, optimizer, scheduler, args)
+    if not saved:
+        yield
+        return
+    new_of, was = {}, saved["args"]
+    for factor in (1.0, args.hylo_copied_lr_mult, args.hylo_decay_lr_mult):
+        old = was.lr * factor, (was.min_lr or 0.0) * factor
+        new_of[old] = args.lr * factor, (args.min_lr or 0.0) * factor
+    old_of = {new: old for old, new in new_of.items()}
+    for group in optimizer.param_groups:
+        group["max_lr"], group["min_lr"] = old_of[group["max_lr"], group["min_lr"]]
+    yield
+    if args.override_opt_param_scheduler:
+        for group in optimizer.param_groups:
+            group["max_lr"], group["min_lr"] = new_of[group["max_lr"], group["min_lr"]]

@@ -1,0 +1,72 @@
+"""Command lines: numbers with limits, and refusals in one line. The functions below are argparse's ``type``s."""
+
+import argparse
+import math
+from collections.abc import Callable
+
+from hylo_megatron.errors import HyLoError
+
+LARGEST = 2**53  # every whole number up to it is exact as a float too
+
+
+class Parser(argparse.ArgumentParser):
+    """An ``ArgumentParser`` whose refusal is a ``HyLoError``, without the usage of every flag in front of it."""
+
+    def error(self, message: str):
+        raise HyLoError(message)
+
+
+def short(text: str, limit: int = 40) -> str:
+    return repr(text if len(text) <= limit else text[:limit] + "...")
+
+
+def _whole(minimum: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            value = int(text)  # Python refuses more than 4,300 digits itself
+        except ValueError:
+            value = minimum - 1
+        if not minimum <= value <= LARGEST:
+            raise argparse.ArgumentTypeError(f"{short(text)}: expected a whole number of {minimum} or more")
+        return value
+
+    return parse
+
+
+def _real(minimum: float, maximum: float, limits: str, open_below: bool = False) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and minimum <= value <= maximum) or (open_below and value == minimum):
+            raise argparse.ArgumentTypeError(f"{short(text)}: expected a number {limits}")
+        return value
+
+    return parse
+
+
+count = _whole(0)
+size = _whole(1)
+positive = _real(0, math.inf, "above 0", open_below=True)
+weight = _real(0, math.inf, "of 0 or more")
+share = _real(0, 1, "from 0 to 1")
+
+
+def json_object(text: str) -> dict:
+    """A JSON object given on the command line."""
+    from hylo_megatron.json_file import Object, check, parse
+
+    try:
+        return check(parse(text, short(text)), Object, short(text))
+    except HyLoError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def readable_number(text: str) -> int:
+    """``10000000``, ``1e7`` and ``10M`` alike; at least 1. Raises ``ValueError``."""
+    factors = {"K": 1e3, "M": 1e6, "B": 1e9}
+    value = float(text[:-1]) * factors[text[-1]] if text[-1:] in factors else float(text)
+    if not (math.isfinite(value) and 1 <= value <= LARGEST and value == int(value)):
+        raise ValueError(text)
+    return int(value)
