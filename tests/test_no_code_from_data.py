@@ -144,7 +144,7 @@ TRICKS = {
     "a dotted name": (io.BytesIO(b"\x80\x04\x8c\x05torch\x8c\x0bstorage.sys\x93."), "torch.storage.sys"),
     "loading within loading": (opcodes(b"ctorch.storage\n_load_from_bytes\n"), "torch.storage._load_from_bytes"),
     "copyreg": (opcodes(b"ccopyreg\n_reconstructor\n"), "copyreg._reconstructor"),
-    "an old name": (opcodes(b"c__builtin__\neval\n"), "builtins.eval"),
+    "an old name": (opcodes(b"c__builtin__\neval\n"), "__builtin__.eval"),
     "an attribute of a class": (opcodes(METADATA, b"N}\x8c\x01aK\x01s\x86b"), "Metadata"),
     "a persistent object": (opcodes(b"K\x01Q"), "damaged"),
     "something else": (io.BytesIO(pickle.dumps([1])), "expected torch's Metadata"),

@@ -11,7 +11,6 @@ GPU (docs/gpu.md compares); CUDA's context and NCCL's buffers come on top, in th
 """
 
 import argparse
-import json
 import sys
 from dataclasses import replace
 from math import prod
@@ -25,6 +24,7 @@ from hylo_megatron.config.pair import check_teacher, check_vocabularies  # noqa:
 from hylo_megatron.convert.shapes import hf_shapes  # noqa: E402
 from hylo_megatron.errors import HyLoError, command_line  # noqa: E402
 from hylo_megatron.flags import Parser, count, positive, share, size  # noqa: E402
+from hylo_megatron.json_file import read_json  # noqa: E402
 from hylo_megatron.memory.training import Peak, Training, peaks  # noqa: E402
 from hylo_megatron.vllm.geometry import serve  # noqa: E402
 from hylo_megatron.vllm.pages import Pages, expanded_bytes, pages, row_bytes, state_bytes  # noqa: E402
@@ -38,7 +38,7 @@ def read(folder: Path) -> Architecture:
     path = folder / "config.json"
     if not path.exists():
         raise HyLoError(f"{path} is missing: give the folder of an exported model or of its base model")
-    if json.loads(path.read_text()).get("model_type") == "hylo":
+    if read_json(path).get("model_type") == "hylo":
         from hylo_megatron.hf import HyLoConfig
 
         return HyLoConfig.from_pretrained(folder).to_architecture()

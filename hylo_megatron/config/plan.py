@@ -12,6 +12,8 @@ LINEAR_KINDS = ("gdn", "mamba2")
 SYMBOLS = {"attention": "*", "mla": "+", "gdn": "G", "mamba2": "M"}
 _LINEAR_NAMES = {"GDN": "gdn", "M2": "mamba2", "MAMBA2": "mamba2"}
 
+_NUMBER = "([0-9]{1,6})"
+
 # Where the method's paper puts its MLA layers (hybrids named KMLA(L-K)X): by (number of layers, number of MLA layers).
 PUBLISHED_MLA_LAYERS = {
     (16, 4): (1, 5, 10, 14),
@@ -29,23 +31,28 @@ def uniform_layers(num_layers: int, count: int) -> tuple[int, ...]:
 def _mla_layers(text: str, num_layers: int) -> tuple[int, ...]:
     if text in ("all", "none"):
         return tuple(range(num_layers)) if text == "all" else ()
-    if match := re.fullmatch(r"uniform:(\d+)", text):
+    if match := re.fullmatch(f"uniform:{_NUMBER}", text):
         count = int(match[1])
         if count > num_layers:
             raise HyLoError(f"--mla-layers {text}: the model has only {num_layers} layers")
         return uniform_layers(num_layers, count)
-    try:
-        layers = tuple(int(part) for part in text.split(","))
-    except ValueError:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(re.fullmatch(_NUMBER, part) for part in parts):
         raise HyLoError(
-            f"--mla-layers {text!r}: expected layer numbers such as 1,5,10,14, or uniform:K, all, none"
-        ) from None
-    bad = [layer for layer in layers if not 0 <= layer < num_layers]
-    if bad or len(set(layers)) != len(layers):
+            f"--mla-layers {_shown(text)}: expected layer numbers such as 1,5,10,14, or uniform:K, all, none"
+        )
+    layers = tuple(map(int, parts))
+    twice = sorted({layer for layer in layers if layers.count(layer) > 1})
+    if bad := [layer for layer in layers if layer >= num_layers] or twice:
         raise HyLoError(
-            f"--mla-layers {text}: numbers must differ and lie in 0..{num_layers - 1}; got {bad or layers}"
+            f"--mla-layers {_shown(text)}: numbers must differ and lie in 0..{num_layers - 1}; got {_shown(bad)}"
         )
     return layers
+
+
+def _shown(value: object, limit: int = 60) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else text[:limit] + "..."
 
 
 def parse_plan(num_layers: int, mla_layers: str, linear: str | None = None) -> tuple[str, ...]:
@@ -55,7 +62,7 @@ def parse_plan(num_layers: int, mla_layers: str, linear: str | None = None) -> t
     where it lists that split, else uniform, and every other layer from 0 when half of them are MLA (as published).
     Raises ``HyLoError`` when it does not fit.
     """
-    if match := re.fullmatch(r"(\d+)MLA(\d+)([A-Za-z0-9]+)", mla_layers):
+    if match := re.fullmatch(f"{_NUMBER}MLA{_NUMBER}([A-Za-z][A-Za-z0-9]*)", mla_layers):
         count, rest, kind = int(match[1]), int(match[2]), match[3].upper()
         if kind not in _LINEAR_NAMES:
             raise HyLoError(f"plan {mla_layers}: unknown linear kind {match[3]!r}, expected GDN or M2")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hylo_megatron.config import Architecture, parse_plan, plan_name
 from hylo_megatron.config.pair import check_vocabularies
-from hylo_megatron.convert.checkpoint import CheckpointReader, LazyTensor, write_checkpoint
+from hylo_megatron.convert.checkpoint import FINITE, CheckpointReader, LazyTensor, write_checkpoint
 from hylo_megatron.convert.tables import mappings
 from hylo_megatron.convert.tokenizer_files import copy_companions
 from hylo_megatron.errors import HyLoError, command_line
@@ -29,7 +29,7 @@ def assemble(mla: str | Path, linear: str | Path, plan: tuple[str, ...], out: st
     if all(norms.values()):
         extra["ild_norms"] = [norms["mla" if kind == "mla" else "linear"][i] for i, kind in enumerate(plan)]
     arch = replace(first, plan=plan, extra=extra)
-    readers = {"mla": CheckpointReader(mla), "linear": CheckpointReader(linear)}
+    readers = {"mla": CheckpointReader(mla, FINITE), "linear": CheckpointReader(linear, FINITE)}
     mixer_of = {2 * layer: "mla" if kind == "mla" else "linear" for layer, kind in enumerate(plan)}
     tensors = {}
     for mapping in mappings(arch):

@@ -30,6 +30,8 @@ from hylo_megatron.errors import HyLoError
 from hylo_megatron.platform import disk
 from hylo_megatron.platform.safe_pickles import SafeReader, check_parts, check_pickles
 
+FINITE = "take an earlier iteration: write its number into the tracker"
+
 
 @dataclass(frozen=True)
 class LazyTensor:
@@ -154,9 +156,13 @@ class _KnownMetadata(SafeReader):
 
 
 class CheckpointReader:
-    """Model tensors of a checkpoint, whatever layout it was saved on, read one at a time."""
+    """Model tensors of a checkpoint, whatever layout it was saved on, read one at a time.
 
-    def __init__(self, folder: str | os.PathLike):
+    ``finite``: what to do about a tensor with NaN or Inf, which is refused then; None lets it pass.
+    """
+
+    def __init__(self, folder: str | os.PathLike, finite: str | None = None):
+        self.finite = finite
         self.path, self._held = hold_latest(folder)  # closed, and so let go, with this object
         self.metadata = metadata = check_pickles(self.path)
         self.entries = {
@@ -191,4 +197,7 @@ class CheckpointReader:
             raise HyLoError(
                 f"{self.path}: tensor {key} cannot be read, a data file is truncated or damaged; copy it again"
             ) from None
-        return out[key]
+        tensor = out[key]
+        if self.finite and tensor.numel() and not torch.stack(torch.aminmax(tensor)).isfinite().all():
+            raise HyLoError(f"{self.path}: tensor {key} holds NaN or Inf; {self.finite}")
+        return tensor

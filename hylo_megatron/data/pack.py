@@ -17,8 +17,8 @@ def pack(source: Path, out: Path, length: int, long_documents: bool = False) -> 
     """
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+    described = read_summary(source, ("vocab_size", "eod_id"))
     check_token_files(source)
-    described = read_summary(source, ("eod_id", "vocab_size"))
     documents, eod = IndexedDataset(str(source)), described["eod_id"]
     with token_files(out, described["vocab_size"], (".json",)) as (builder, partial):
         writer = TokenWriter(builder, eod, append_eod=True, pack_length=length, long_documents=long_documents)

@@ -6,10 +6,11 @@ the end ends in a traceback or in a killed process, hours later.
 
 import struct
 from pathlib import Path
-from typing import TypedDict
+from typing import Literal
 
 import numpy as np
 from pydantic import ConfigDict
+from typing_extensions import TypedDict
 
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.json_file import Count, Size, read_json
@@ -37,7 +38,7 @@ class Summary(TypedDict, total=False):
     eod_id: Count
     append_eod: bool
     tokenizer: str
-    dtype: str
+    dtype: Literal["uint8", "int8", "int16", "int32", "int64", "uint16"]
 
 
 def read_summary(prefix: str | Path, needed: tuple[str, ...] = ()) -> Summary:

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from hylo_megatron.convert.tokenizer_files import check_rows, identity_of, open_tokenizer
 from hylo_megatron.errors import HyLoError
+from hylo_megatron.json_file import read_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CPU_BATCH_TOKENS = 4096
@@ -62,6 +63,7 @@ def check_folder(folder: str | Path) -> Path:
         raise HyLoError(f"model folder {folder} not found: expected a Hugging Face folder (config.json, weights)")
     if not (folder / "config.json").is_file():
         raise HyLoError(f"{folder} has no config.json: expected a Hugging Face folder (export a checkpoint first)")
+    read_json(folder / "config.json")
     return folder
 
 
@@ -72,7 +74,9 @@ def load(folder: str | Path, device: torch.device, dtype: torch.dtype) -> Loaded
     tokenizer = open_tokenizer(folder)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
-    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError) as error:
+    except HyLoError:
+        raise
+    except Exception as error:  # transformers raises whatever a malformed file makes of it
         raise HyLoError(f"{folder}: its model cannot be loaded ({_first_line(error)})") from error
     absent = sorted(map(str, info["missing_keys"])) + sorted(map(str, info["mismatched_keys"]))
     if absent:

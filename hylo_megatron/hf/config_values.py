@@ -5,7 +5,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
-from hylo_megatron.config.architecture import MODEL_TYPES
+from hylo_megatron.config.architecture import MODEL_TYPES, Extra
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.json_file import AtLeastZero, Dimension, Positive, check
 
@@ -52,7 +52,7 @@ class Values(TypedDict):
     base_model_type: Literal[MODEL_TYPES]
     base_qk_norm: bool
     attention_bias: bool
-    architecture_extra: dict[str, Any] | None
+    architecture_extra: Extra | None
     initializer_range: AtLeastZero
     use_cache: bool
 

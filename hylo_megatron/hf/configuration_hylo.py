@@ -97,8 +97,15 @@ class HyLoConfig(PretrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
         """What ``from_pretrained`` calls: a file says everything that the model computes with."""
-        check_complete(config_dict)
-        return super().from_dict(config_dict, **kwargs)
+        try:
+            check_complete(config_dict)
+            return super().from_dict(config_dict, **kwargs)
+        except HyLoError as error:
+            said = str(error)
+        except Exception as error:  # from transformers' own fields, such as id2label
+            said = f"config.json: transformers cannot read it ({type(error).__name__}: {str(error)[:200]!r})"
+        folder = kwargs.get("name_or_path")  # given by transformers' Auto classes
+        raise HyLoError(f"{folder}/{said}" if folder else said)
 
     @classmethod
     def from_architecture(cls, arch: Architecture, **kwargs) -> "HyLoConfig":

@@ -14,16 +14,18 @@ from hylo_megatron.convert.tokenizer_files import (
     open_tokenizer,
 )
 from hylo_megatron.data.documents import read_texts
+from hylo_megatron.data.token_files import check_token_files
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.json_file import read_json
 
 MOST_DOCUMENTS = 50_000  # of a long file its beginning is enough
 
 
-def _token_documents(prefix: Path, length: int):
+def _token_documents(prefix: Path, length: int, vocab_size: int):
     """The beginnings of a token file's documents (tools/prepare_data.py), without the end-of-document token."""
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+    check_token_files(prefix, vocab_size)
     documents = IndexedDataset(str(prefix))
     for index in range(min(len(documents), MOST_DOCUMENTS)):
         yield documents[index][:-1][:length].tolist()  # a view would outlive the file that it looks into
@@ -51,7 +53,7 @@ def calibration_tokens(path: str | Path, tokenizer_folder: str | Path, count: in
     check_model_beside(tokenizer_folder, identity)
     if Path(f"{path}.idx").is_file():
         _check_made_with(path, identity, tokenizer_folder)
-        documents = list(_token_documents(path, length))
+        documents = list(_token_documents(path, length, identity.largest_id + 1))
     elif path.exists():
         documents = list(itertools.islice(read_texts(path, tokenizer, window=8 * length), MOST_DOCUMENTS))
     else:

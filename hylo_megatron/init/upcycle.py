@@ -120,6 +120,7 @@ def upcycle(teacher: str | Path, out: str | Path, plan: tuple[str, ...], *, init
     out = Path(out)
     check_empty(out)
     base = BaseModel(teacher, torch.device(device))
+    base.reader.finite = "convert it again from sound weights"
     if base.arch.is_hybrid:
         raise HyLoError(
             f"{teacher} is already a hybrid ({plan_name(base.arch.plan)}); give the Transformer it came from"

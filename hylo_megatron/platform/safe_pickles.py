@@ -53,8 +53,8 @@ MEGATRON = {
 
 def _refused(where: str | os.PathLike, found: str) -> HyLoError:
     return HyLoError(
-        f"{where}: holds {found}, which no checkpoint needs and which may run code: refused; use a checkpoint from a"
-        " source that you trust"
+        f"{where}: holds {_shown(found)}, which no checkpoint needs and which may run code: refused;"
+        " use a checkpoint from a source that you trust"
     )
 
 
@@ -99,7 +99,7 @@ def load_metadata(file, where: str) -> names.Metadata:
     except HyLoError:
         raise
     except Exception as error:  # a damaged pickle raises whatever its bytes make of it
-        raise HyLoError(f"{where}: damaged ({type(error).__name__}: {error}): {REMEDY}") from None
+        raise HyLoError(f"{where}: damaged ({type(error).__name__}: {_line(error)}): {REMEDY}") from None
     if type(metadata) is not names.Metadata:
         raise HyLoError(f"{where}: holds {type(metadata).__name__}, expected torch's Metadata: {REMEDY}")
     return metadata
@@ -137,7 +137,7 @@ def check_pickles(iteration: str | os.PathLike) -> names.Metadata:
     try:
         _check_metadata(metadata, iteration)
     except (TypeError, AttributeError, ValueError) as error:  # a field of another type
-        raise HyLoError(f"{path}: damaged ({error}): {REMEDY}") from None
+        raise HyLoError(f"{path}: damaged ({_line(error)}): {REMEDY}") from None
     objects = [key for key, entry in metadata.state_dict_metadata.items() if type(entry) is names.BytesStorageMetadata]
     check_parts(iteration, metadata, objects)
     for legacy in sorted(iteration.glob("*.pt")):  # common.pt of older checkpoints
@@ -176,7 +176,12 @@ def check_torch_file(file, where: str) -> None:
 
 
 def _line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return _shown((str(error).splitlines() or [type(error).__name__])[0])
+
+
+def _shown(text: str, limit: int = 200) -> str:
+    text = text if text.isprintable() else ascii(text)
+    return text if len(text) <= limit else text[:limit] + "..."
 
 
 def _check_metadata(metadata: names.Metadata, folder: Path) -> None:
@@ -189,11 +194,14 @@ def _check_metadata(metadata: names.Metadata, folder: Path) -> None:
     expect(isinstance(metadata.storage_meta, names.StorageMeta | None), "storage_meta")
     expect(isinstance(metadata.state_dict_metadata, dict), "no list of tensors")
     expect(isinstance(metadata.storage_data, dict), "no list of places")
+    for key in metadata.state_dict_metadata:
+        expect(isinstance(key, str) and key.isprintable(), f"the name {_shown(repr(key))}")
     for index, info in metadata.storage_data.items():
         expect(type(index) is names.MetadataIndex and type(info) is _StorageInfo, "a place of another type")
-        expect(index.fqn in metadata.state_dict_metadata, f"a place of the unknown {index.fqn}")
+        expect(index.fqn in metadata.state_dict_metadata, f"a place of the unknown {_shown(repr(index.fqn))}")
         name, offset, length = info.relative_path, info.offset, info.length
-        expect(isinstance(name, str) and Path(name).name == name, f"a file outside the folder, {name!r}")
+        plain = isinstance(name, str) and name.isprintable() and Path(name).name == name
+        expect(plain, f"a file outside the folder, {_shown(repr(name))}")
         expect(type(offset) is int and type(length) is int and min(offset, length) >= 0, f"place of {index.fqn}")
         if name not in sizes:
             sizes[name] = _size(folder / name)
@@ -206,7 +214,6 @@ def _check_metadata(metadata: names.Metadata, folder: Path) -> None:
     for index in metadata.storage_data:
         chunks[index.fqn].append(index.offset)
     for key, entry in metadata.state_dict_metadata.items():
-        expect(isinstance(key, str), f"the name {key!r}")
         if type(entry) is names.BytesStorageMetadata:
             expect(chunks[key] == [None], f"{key} is not there once")
             continue

@@ -5,6 +5,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from hylo_megatron.recipes.records import read_report
 from hylo_megatron.recipes.stage import Recipe
 from hylo_megatron.recipes.training_process import fast_bf16
 
@@ -38,7 +39,7 @@ class Measurement:
             skip=() if self.full else ("needle", "long"), dtype="bfloat16" if fast_bf16() else "float32",
         )  # fmt: skip
         files = {kind: self.text / f"{name}.jsonl" for kind, name in KINDS.items() if kind != "long" or e.long_context}
-        teacher = json.loads((self.out / "eval-teacher.json").read_text())["model"] if self.report else None
+        teacher = read_report(self.out / "eval-teacher.json")["model"] if self.report else None
         report = evaluate(
             self.model, teacher_figures=teacher, out_dir=self.report,
             curves=[self.out / s.name / "train_log.jsonl" for s in self.recipe.stages] if self.report else (),

@@ -1,12 +1,12 @@
 """The table that a run closes with."""
 
-import json
 import math
 import statistics
 from pathlib import Path
 
 import torch
 
+from hylo_megatron.recipes.records import read_report, read_sample, read_steps
 from hylo_megatron.recipes.stage import Recipe, Stage
 
 JUDGED = ("prose", "code")  # what the mean loss is of
@@ -20,7 +20,7 @@ def both(figures: dict) -> float:
 
 def speed(log: Path, stage: Stage) -> tuple[float, float]:
     """``(tokens a second, peak GiB)`` of a stage: the median step's, and the largest of all steps (0 on a CPU)."""
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    lines = read_steps(log)
     seconds = [line["seconds"] for line in lines if line["seconds"]]
     tokens = stage.global_batch * stage.seq_length
     return tokens / statistics.median(seconds) if seconds else 0.0, max(line["memory_gib"] for line in lines)
@@ -73,8 +73,8 @@ def _needle_table(final: dict) -> list[str]:
 def closing_table(out: Path, recipe: Recipe, layout, seconds: float) -> str:
     """Perplexity and loss of teacher and student after each stage, needles, the cache's size, a sample."""
     names = ["init", *(stage.name for stage in recipe.stages)]
-    reports = {name: json.loads((out / f"eval-{name}.json").read_text()) for name in names}
-    final, sample = reports[names[-1]], json.loads((out / "sample.json").read_text())
+    reports = {name: read_report(out / f"eval-{name}.json") for name in names}
+    final, sample = reports[names[-1]], read_sample(out / "sample.json")
     teacher, start = final["teacher"], reports["init"]["model"]
     left = math.exp(both(final["model"]) - both(start))
     cache = [final[role]["kv_cache_bytes_per_token"] for role in ("teacher", "model")]

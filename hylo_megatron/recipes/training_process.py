@@ -1,6 +1,5 @@
 """A stage's training: its command line, and how far it is."""
 
-import json
 import math
 import sys
 import time
@@ -11,6 +10,7 @@ import torch
 
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.recipes.launch import Layout, start_own
+from hylo_megatron.recipes.records import StepLine, step_line
 from hylo_megatron.recipes.stage import Stage
 
 POLL_SECONDS = 0.2
@@ -23,10 +23,10 @@ def fast_bf16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def last_line(log: Path) -> dict | None:
+def last_line(log: Path) -> StepLine | None:
     """Of a log that another process may be writing to at this moment."""
-    lines = log.read_text().split("\n")[:-1] if log.is_file() else []
-    return json.loads(lines[-1]) if lines else None
+    lines = log.read_bytes().split(b"\n")[:-1] if log.is_file() else []
+    return step_line(lines[-1], f"{log}:{len(lines)}") if lines else None
 
 
 def _show(stage: Stage, line: dict | None, started: float, terminal: bool) -> None:
