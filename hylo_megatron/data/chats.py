@@ -121,8 +121,10 @@ def _tool_call(call: Any, what: str) -> dict:
     if not isinstance(arguments, dict):
         raise Unusable(f"{what}: the arguments of {function['name']} are {_kind(arguments)}, expected an object")
     function = function | {"arguments": arguments}
-    kept = {key: value for key, value in call.items() if value is not None} if "function" in call else {}
-    return {"type": "function"} | kept | {"function": function}
+    if "function" not in call:
+        return {"type": "function", "function": function}
+    kept = {key: value for key, value in call.items() if value is not None}
+    return kept | {"type": kept.get("type", "function"), "function": function}
 
 
 def _tools(row: dict) -> list[dict] | None:
