@@ -200,16 +200,16 @@ def test_answers_of_generated_chats(tokenizer, turns, system, template):
 @FEW
 @given(st.lists(st.tuples(st.text("ab \n", max_size=5), st.text("cd ", max_size=5)), min_size=1, max_size=4))
 def test_reasoning_of_generated_chats(tokenizer, turns):
-    answers = [("assistant", f"<think>{thought}</think>{answer}") for thought, answer in turns]
-    _, answers = rendered(
-        tokenizer, THINK, chat_of(*[turn for answer in answers for turn in (("user", "go"), answer)])
-    )
+    messages = []
+    for thought, answer in turns:
+        messages += [("user", "go"), ("assistant", f"<think>{thought}</think>{answer}")]
+    _, answers = rendered(tokenizer, THINK, chat_of(*messages))
     thought, last = turns[-1]
     wanted = [answer.lstrip() for _, answer in turns[:-1]]
     assert answers == [*wanted, f"<think>\n{thought.strip()}\n</think>\n\n{last.lstrip()}"]
 
 
-NAMES = "role content from value tool_calls function name arguments type text".split()
+NAMES = ["role", "content", "from", "value", "tool_calls", "function", "name", "arguments", "type", "text"]
 JUNK = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(NAMES), inner, max_size=4),
@@ -218,7 +218,15 @@ JUNK = st.recursive(
 
 
 @FEW
-@given(st.dictionaries(st.sampled_from(["messages", "conversations", "tools", "system"]), JUNK))
+@given(
+    st.fixed_dictionaries(
+        {
+            "messages": JUNK
+            | st.lists(st.dictionaries(st.sampled_from(NAMES), JUNK | st.just("assistant")), min_size=1)
+        },
+        optional={"tools": JUNK, "system": JUNK},
+    )
+)
 def test_any_conversation_is_read_or_has_a_reason(tokenizer, row):
     tokenizer.chat_template = TOOLS
     template = ChatTemplate(tokenizer)
