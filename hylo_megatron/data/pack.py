@@ -3,9 +3,18 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import TypedDict
 
+from hylo_megatron import json_file
 from hylo_megatron.data.token_writer import TokenWriter, token_files
 from hylo_megatron.errors import HyLoError
+
+
+class Described(TypedDict):
+    """What is needed of a token file's .json."""
+
+    eod_id: json_file.Count
+    vocab_size: json_file.Size
 
 
 def pack(source: Path, out: Path, length: int, long_documents: bool = False) -> dict:
@@ -16,7 +25,8 @@ def pack(source: Path, out: Path, length: int, long_documents: bool = False) -> 
     """
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-    described = json.loads(Path(f"{source}.json").read_text())
+    described = json_file.read_json(Path(f"{source}.json"), advice="prepare the data again")
+    json_file.check(described, Described, f"{source}.json", "prepare the data again")
     documents, eod = IndexedDataset(str(source)), described["eod_id"]
     with token_files(out, described["vocab_size"], (".json",)) as (builder, partial):
         writer = TokenWriter(builder, eod, append_eod=True, pack_length=length, long_documents=long_documents)
