@@ -350,7 +350,9 @@ def test_parquet_chats_are_those_of_json_lines(folders, tmp_path):
     import pyarrow
     import pyarrow.parquet
 
-    rows = [ASKED, HELLO, SHAREGPT | HELLO]
+    calls = [{"function": {"name": "f", "arguments": arguments}} for arguments in ({"city": "Bern"}, {"zone": 1})]
+    objects = {"messages": [{"role": "assistant", "tool_calls": calls}]}
+    rows = [objects, HELLO, SHAREGPT | HELLO]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     tokenizer = template_of(folders["tools"])
     lines = list(read_texts(write(tmp_path / "a.jsonl", *rows), tokenizer))

@@ -120,12 +120,11 @@ def _tool_call(call: Any, what: str) -> dict:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise Unusable(f"{what} has a tool call without a function's name")
-    arguments = _parsed(function.get("arguments") or {}, f"{what}: the arguments of {_name(function['name'])}")
+    of = f"{what}: the arguments of {_name(function['name'])}"
+    arguments = _parsed(function.get("arguments") or {}, of)
     arguments = {} if arguments is None else arguments
     if not isinstance(arguments, dict):
-        raise Unusable(
-            f"{what}: the arguments of {_name(function['name'])} are {_kind(arguments)}, expected an object"
-        )
+        raise Unusable(f"{of} are {_kind(arguments)}, expected an object")
     function = function | {"arguments": arguments}
     if "function" not in call:
         return {"type": "function", "function": function}
