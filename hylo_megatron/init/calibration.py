@@ -7,10 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hylo_megatron.data.documents import read_texts
+from hylo_megatron.data.documents import MOST_DOCUMENTS, read_texts
 from hylo_megatron.errors import HyLoError
-
-MOST_DOCUMENTS = 50_000  # of a long file its beginning is enough
 
 
 def _token_documents(prefix: Path, length: int):
@@ -34,7 +32,8 @@ def calibration_tokens(path: str | Path, tokenizer_folder: str | Path, count: in
     if Path(f"{path}.idx").is_file():
         documents = list(_token_documents(path, length))
     elif path.exists():
-        documents = list(itertools.islice(read_texts(path, tokenizer, window=8 * length), MOST_DOCUMENTS))
+        texts = itertools.islice(read_texts(path, tokenizer, window=8 * length), MOST_DOCUMENTS)
+        documents = [text[: 8 * length] for text in texts]
     else:
         raise HyLoError(f"{path}: no such file: --calibration wants a file of text, or tokens of prepare_data.py")
     ids: list[int] = []
@@ -42,7 +41,7 @@ def calibration_tokens(path: str | Path, tokenizer_folder: str | Path, count: in
     random.Random(0).shuffle(documents)
     for document in documents:
         if isinstance(document, str):
-            document = tokenizer(document[: 8 * length], add_special_tokens=False)["input_ids"]
+            document = tokenizer(document, add_special_tokens=False)["input_ids"]
         # A stretch of each document, so that a few long ones do not fill everything.
         ids += [*document[:length], tokenizer.eos_token_id or 0]
         if len(ids) >= rows * length:
