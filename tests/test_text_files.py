@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from text_helpers import make_tokenizer, read_rows
 
 from hylo_megatron.data import prepare, rows, text_files
-from hylo_megatron.data.documents import read_texts
+from hylo_megatron.data.documents import check_texts, read_texts
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.evaluate.perplexity import encode_documents
 from hylo_megatron.init.calibration import calibration_tokens
@@ -92,7 +92,7 @@ def in_every_tool(path, folder, tokenizer) -> list[str] | str:
     outcomes = []
     for tool in (
         lambda: by_prepare(path, folder),
-        lambda: [tokenizer.decode(ids) for ids in encode_documents(tokenizer, path, 10**6, 10**6)],
+        lambda: check_texts(path) or [tokenizer.decode(x) for x in encode_documents(tokenizer, path, 10**6, 10**6)],
         lambda: tokenizer.decode(calibration_tokens(path, folder, 8, 4).flatten()),
     ):
         try:

@@ -182,7 +182,7 @@ def left_out(chat: Chat, text: str) -> str | None:
         parts += [("a tool call", call["function"]["name"]) for call in message.get("tool_calls", ())]
         parts += [("the reasoning", message[key]) for key in REASONING if key in message]
         for what, part in parts:
-            if isinstance(part, str) and part not in text:
+            if isinstance(part, str) and part not in text and json.dumps(part, ensure_ascii=False) not in text:
                 squeezed = squeezed or "".join(text.split())
                 if "".join(part.split()) not in squeezed:
                     return f"{what} of message {number}"

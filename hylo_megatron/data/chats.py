@@ -54,6 +54,10 @@ def _kind(value: Any) -> str:
     return "null" if value is None else names.get(type(value), "a number")
 
 
+def _name(text: str) -> str:
+    return text if text.isidentifier() else repr(text)  # a refusal is one line
+
+
 def _parsed(value: Any, what: str) -> Any:
     """Data sets of one column type hold lists and objects as strings of JSON."""
     if not isinstance(value, str):
@@ -71,7 +75,7 @@ def _message(item: Any, what: str) -> dict:
     role = item.get("role", item.get("from"))
     if not isinstance(role, str):
         raise Unusable(f"{what} has no 'role' (or 'from'), its keys are {', '.join(map(repr, item)) or 'none'}")
-    what = f"{what} ({role})"
+    what = f"{what} ({_name(role)})"
     content = _content(item.get("content", item.get("value")), what)
     if role == "function_call":
         calls = _parsed(content, f"{what}: its content")
@@ -116,13 +120,16 @@ def _tool_call(call: Any, what: str) -> dict:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise Unusable(f"{what} has a tool call without a function's name")
-    arguments = _parsed(function.get("arguments") or {}, f"{what}: the arguments of {function['name']}")
+    of = f"{what}: the arguments of {_name(function['name'])}"
+    arguments = _parsed(function.get("arguments") or {}, of)
     arguments = {} if arguments is None else arguments
     if not isinstance(arguments, dict):
-        raise Unusable(f"{what}: the arguments of {function['name']} are {_kind(arguments)}, expected an object")
+        raise Unusable(f"{of} are {_kind(arguments)}, expected an object")
     function = function | {"arguments": arguments}
-    kept = {key: value for key, value in call.items() if value is not None} if "function" in call else {}
-    return {"type": "function"} | kept | {"function": function}
+    if "function" not in call:
+        return {"type": "function", "function": function}
+    kept = {key: value for key, value in call.items() if value is not None}
+    return kept | {"type": kept.get("type", "function"), "function": function}
 
 
 def _tools(row: dict) -> list[dict] | None:

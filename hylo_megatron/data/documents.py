@@ -1,5 +1,6 @@
 """Documents out of files of text, of rows and of chats, the same in every tool; one row in memory at a time."""
 
+import itertools
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from hylo_megatron.errors import HyLoError
 FORMATS = ("text", "jsonl", "chat")
 TEXT_KEY = "text"
 BLOCK = 1 << 20  # characters of a plain text file that are tokenized together
+MOST_DOCUMENTS = 50_000  # of a long file its beginning is enough for calibration and evaluation
 SHOWN = 3  # reasons why conversations were skipped
 
 
@@ -121,6 +123,14 @@ def read_documents(
             yield Piece(tally.whole(_plain_text(row, text_key), row.where), True, row.at)
         elif piece := _chat_piece(row, template, find_answers, tally):
             yield piece
+
+
+def check_texts(path: Path) -> None:
+    """Raises ``HyLoError`` if the first ``MOST_DOCUMENTS`` rows of ``path`` cannot be read, needed or not."""
+    form = detect_format(path)
+    rows = read_rows(path, container(path), chats.COLUMNS) if form == "chat" else read_documents(path, form)
+    for _ in itertools.islice(rows, MOST_DOCUMENTS):
+        pass
 
 
 def read_texts(path: Path, tokenizer: Any = None, window: int | None = None) -> Iterator[str]:

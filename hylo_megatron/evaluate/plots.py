@@ -83,12 +83,16 @@ def read_log(file: str | Path) -> dict[str, list[tuple[int, float]]]:
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line) if line.strip() else None
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             if number == len(lines):  # a run that was stopped while writing
                 break
-            raise HyLoError(f"{file}, line {number}: not JSON ({error.msg})") from error
-        if isinstance(record, dict) and "iteration" in record and isinstance(record.get("loss"), int | float):
-            stages.setdefault(str(record.get("stage", "")), {})[int(record["iteration"])] = float(record["loss"])
+            reason = getattr(error, "msg", "too long or too deep")
+            raise HyLoError(f"{file}, line {number}: not JSON ({reason})") from error
+        if not isinstance(record, dict):
+            continue
+        iteration, loss = record.get("iteration"), record.get("loss")
+        if isinstance(iteration, int) and isinstance(loss, int | float):
+            stages.setdefault(str(record.get("stage", "")), {})[iteration] = float(loss)
     return {stage: sorted(points.items()) for stage, points in stages.items()}
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from hylo_megatron.data.documents import detect_format
+from hylo_megatron.data.documents import check_texts
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.evaluate import models
 from hylo_megatron.evaluate.needle import needles_of
@@ -142,7 +142,7 @@ def evaluate(
     files = {"prose": prose, "book": book, "code": code, "c": c, "long": long}
     files = {name: Path(file) for name, file in files.items() if file}
     for file in files.values():
-        detect_format(file)  # refused now, not after minutes of measuring
+        check_texts(file)  # refused now, not after minutes of measuring
     device = models.resolve_device(settings.device)
     dtype = models.resolve_dtype(settings.dtype, device)
     if out_dir is not None:  # found out now, not after minutes of measuring

@@ -13,12 +13,10 @@ from hylo_megatron.convert.tokenizer_files import (
     identity_of,
     open_tokenizer,
 )
-from hylo_megatron.data.documents import read_texts
+from hylo_megatron.data.documents import MOST_DOCUMENTS, read_texts
 from hylo_megatron.data.token_files import check_token_files
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.json_file import read_json
-
-MOST_DOCUMENTS = 50_000  # of a long file its beginning is enough
 
 
 def _token_documents(prefix: Path, length: int, vocab_size: int):
@@ -55,7 +53,8 @@ def calibration_tokens(path: str | Path, tokenizer_folder: str | Path, count: in
         _check_made_with(path, identity, tokenizer_folder)
         documents = list(_token_documents(path, length, identity.largest_id + 1))
     elif path.exists():
-        documents = list(itertools.islice(read_texts(path, tokenizer, window=8 * length), MOST_DOCUMENTS))
+        texts = itertools.islice(read_texts(path, tokenizer, window=8 * length), MOST_DOCUMENTS)
+        documents = [text[: 8 * length] for text in texts]
     else:
         raise HyLoError(f"{path}: no such file: --calibration wants a file of text, or tokens of prepare_data.py")
     ids: list[int] = []
@@ -63,7 +62,7 @@ def calibration_tokens(path: str | Path, tokenizer_folder: str | Path, count: in
     random.Random(0).shuffle(documents)
     for document in documents:
         if isinstance(document, str):
-            document = tokenizer(document[: 8 * length], add_special_tokens=False)["input_ids"]
+            document = tokenizer(document, add_special_tokens=False)["input_ids"]
         # A stretch of each document, so that a few long ones do not fill everything.
         ids += [*document[:length], tokenizer.eos_token_id or 0]
         if len(ids) >= rows * length:
