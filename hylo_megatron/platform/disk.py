@@ -68,8 +68,8 @@ def explained(error: BaseException, path: str | os.PathLike, need: int | None = 
     cause = cause_of(error)
     if cause is None:
         return None
-    known = isinstance(cause, OSError) and cause.errno in FULL
-    reason = os.strerror(cause.errno).lower() if known else "no space left"
+    reasons = [os.strerror(code) for code in (errno.EDQUOT, errno.EFBIG)]
+    reason = next((reason.lower() for reason in reasons if reason in str(cause)), "no space left")
     return HyLoError(line(getattr(cause, "filename", None) or path, need, reason))
 
 
