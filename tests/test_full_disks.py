@@ -236,7 +236,7 @@ def test_what_cannot_be_handed_to_a_writer(monkeypatch):
 
 # ---- real trainings ----
 
-# The second save of rank 0 finds a disk that has become full after it was looked at.
+# A save of rank 0 finds a disk that has become full after it was looked at. 0: so does every process of the run.
 PROGRAM = """
 import resource, sys
 if __name__ == "__main__":
@@ -245,12 +245,16 @@ if __name__ == "__main__":
     first, limit = int(sys.argv.pop(1)), int(sys.argv.pop(1))
     begin, saves = save_room.SaveRoom.begin, []
 
+    def fill(at):
+        if limit and at == first:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
     def begin_on_a_full_disk(self, place):
         begin(self, place)
         saves.append(place)
-        if limit and len(saves) == first:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        fill(len(saves))
 
+    fill(0)
     save_room.SaveRoom.begin = begin_on_a_full_disk
     save_room.checkpoint_bytes = lambda *_, **__: 0
     from hylo_megatron.train import main
@@ -260,7 +264,7 @@ CONSTANT = dict(async_save=True, dist_ckpt_workers=4, ckpt_assume_constant_struc
 
 
 class Limited:
-    """A training whose disk is full from its save number ``first`` on."""
+    """A training on a disk that is full at save number ``first``, or always if that is 0."""
 
     def __init__(self, world, folder: Path, first: int, limit: int, processes: int = 1, **flags):
         self.folder, program = folder, folder.with_suffix(".py")
@@ -289,7 +293,7 @@ def test_full_disks_in_training(world, tmp_path):
     """Synchronously on two ranks after a checkpoint that stays; and by a writer's process, from the first save on."""
     runs = (
         Limited(world, tmp_path / "sync", 2, 100_000, processes=2),
-        Limited(world, tmp_path / "async", 1, 100_000, **CONSTANT),
+        Limited(world, tmp_path / "async", 0, 200_000, **CONSTANT),
     )
     where = {"sync": "iter_0000004", "async": "iter_0000002"}
     for run, (name, iteration) in zip(runs, where.items(), strict=True):

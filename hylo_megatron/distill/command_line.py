@@ -10,12 +10,12 @@ from hylo_megatron.config.layout import ParallelLayout, Work, check_parallel_lay
 from hylo_megatron.config.pair import check_pair
 from hylo_megatron.distill.arguments import add_hylo_arguments, engine_flags, run_architecture
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.platform.capabilities import has
 
 
 def async_flags() -> list[str]:
-    """Without the first the engine turns ``--async-save`` off; its default strategy is a package of its own."""
-    return ["--use-persistent-ckpt-worker"] + ([] if has("nvidia-resiliency-ext") else ["--async-strategy", "mcore"])
+    """Without the first the engine turns ``--async-save`` off. Its default strategy (nvidia-resiliency-ext) has another
+    writer, which nobody would see die; ``platform/checkpoint_writer.py`` watches this one."""
+    return ["--use-persistent-ckpt-worker", "--async-strategy", "mcore"]
 
 
 def check_keep_last(keep: int | None, user: list[str]) -> None:
