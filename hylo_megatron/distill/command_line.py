@@ -13,7 +13,7 @@ from hylo_megatron.errors import HyLoError
 
 
 def async_flags() -> list[str]:
-    """Without the first the engine turns ``--async-save`` off. Its default strategy (nvidia-resiliency-ext) has another
+    """The engine turns ``--async-save`` off without the first. Its default, nvidia-resiliency-ext, has another
     writer, which nobody would see die; ``platform/checkpoint_writer.py`` watches this one."""
     return ["--use-persistent-ckpt-worker", "--async-strategy", "mcore"]
 
