@@ -17,7 +17,7 @@ MODEL ?= runs/smollm2-3MLA27GDN/hf-distill
 help:
 	@echo "make env                          the Python environment in $(VENV) (HYLO_PYTHON=... picks the interpreter)"
 	@echo "make test                         env, then the tests (PYTEST_ARGS=... for more)"
-	@echo "make test-parallel                every parallel layout, up to 16 processes, and 20 killed runs"
+	@echo "make test-parallel                every parallel layout, up to 16 processes, and 40 killed runs"
 	@echo "make demo PLAN= TP= PP= OUT=      env, then examples/upcycle_smollm2.sh; each variable is optional"
 	@echo "make test-serve                   vLLM's CPU build in $(SERVE_VENV), then the tests of serving"
 	@echo "make serve-demo MODEL=            the same, then one chat with the demo's student"
@@ -31,10 +31,11 @@ env:
 test: env
 	"$(PY)" -m pytest -q $(PYTEST_ARGS)
 
-# Up to sixteen processes, and twenty kills: for an idle machine. Writes the table of docs/parallelism.md.
+# Up to sixteen processes, and forty kills and full disks: for an idle machine. Writes the table of docs/parallelism.md.
 test-parallel: env
 	HYLO_WRITE_PARITY=1 "$(PY)" -m pytest -q -m "parallel or not parallel" $(PYTEST_ARGS) \
-	  tests/test_parallel_parity.py tests/test_teacher_fed.py tests/test_faults.py tests/test_checkpoints.py
+	  tests/test_parallel_parity.py tests/test_teacher_fed.py tests/test_faults.py tests/test_checkpoints.py \
+	  tests/test_full_disks.py tests/test_process_death.py
 
 serve-env:
 	@tools/make_env.sh "$(SERVE_VENV)" "serve-cpu,test"

@@ -11,12 +11,12 @@ from hylo_megatron.config.pair import check_pair
 from hylo_megatron.distill.arguments import add_hylo_arguments, engine_flags, run_architecture
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.flags import Parser, share, size, weight
-from hylo_megatron.platform.capabilities import has
 
 
 def async_flags() -> list[str]:
-    """Without the first the engine turns ``--async-save`` off; its default strategy is a package of its own."""
-    return ["--use-persistent-ckpt-worker"] + ([] if has("nvidia-resiliency-ext") else ["--async-strategy", "mcore"])
+    """The engine turns ``--async-save`` off without the first. Its default, nvidia-resiliency-ext, has another
+    writer, which nobody would see die; ``platform/checkpoint_writer.py`` watches this one."""
+    return ["--use-persistent-ckpt-worker", "--async-strategy", "mcore"]
 
 
 # Megatron takes any number; these are the ones that a training can be run with.

@@ -16,7 +16,7 @@ from hylo_megatron.memory.weights import is_trained
 from hylo_megatron.platform import disk
 
 STATE_BYTES = 12  # of a trained parameter: the optimizer's main copy and two moments, in fp32
-ENTRY_BYTES = 4096  # of each tensor in a file: torch's header, and rounding up to blocks
+ENTRY_BYTES = 2048  # of each tensor in a file, for torch's header around it
 STALLED_SECONDS, LOOK_SECONDS = 30, 2
 CERTAIN = 0.9  # of a checkpoint: what has that size may be complete, and wait for its last step
 

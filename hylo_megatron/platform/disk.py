@@ -68,9 +68,12 @@ def explained(error: BaseException, path: str | os.PathLike, need: int | None = 
     cause = cause_of(error)
     if cause is None:
         return None
-    known = isinstance(cause, OSError) and cause.errno in FULL
-    reason = os.strerror(cause.errno).lower() if known else "no space left"
-    return HyLoError(line(getattr(cause, "filename", None) or path, need, reason))
+    reasons = [os.strerror(code) for code in (errno.EDQUOT, errno.EFBIG)]
+    reason = next((reason.lower() for reason in reasons if reason in str(cause)), "no space left")
+    file = getattr(cause, "filename", None)
+    if file and need is None:
+        return HyLoError(line(file, need, reason))
+    return HyLoError(line(path, need, f"{reason} for {Path(file).name}" if file else reason))
 
 
 @contextlib.contextmanager

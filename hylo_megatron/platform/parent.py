@@ -1,6 +1,6 @@
 """A process and the one that started it: what it is told through the environment, and that it does not outlive it.
 
-Linux kills a process with the thread that forked it if the process asks for that (``PR_SET_PDEATHSIG``). Its children do
+Linux kills a process with the thread that forked it if the process asks for that (``PR_SET_PDEATHSIG``). Children do
 not inherit the request, so each process of a run makes it anew: recipe, torchrun, trainers and their workers. No heavy
 imports: every helper process imports this.
 """

@@ -11,6 +11,7 @@ import json
 import os
 import secrets
 import selectors
+import signal
 import socket
 import sys
 import threading
@@ -24,7 +25,7 @@ from hylo_megatron.platform import disk
 
 CODE = 2  # of every rank that ends here
 NEWS_SECONDS = 5  # a rank whose collective fails waits so long for the rank with the cause
-SIGNAL_SECONDS = 1  # torchrun ends ranks one after the other: time for the signal to come here too
+SIGNAL_SECONDS = 1  # torchrun ends all ranks when one is lost: time for the line that says which
 AGAIN = "the same command goes on from the last checkpoint"
 KEEPALIVE = (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4))  # a node without power shows in 30 s
 
@@ -32,7 +33,7 @@ KEEPALIVE = (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4))  # 
 class _Run:
     """What this process knows of its run; ``link``: of other ranks than 0, their connection to it."""
 
-    rank, size = 0, 1
+    rank, size, pid = 0, 1, 0
     link: socket.socket | None = None
     others: dict[socket.socket, dict] = {}
     left, connected = False, False
@@ -108,7 +109,6 @@ def _received(connection: socket.socket, token: str) -> bool:
         data = b""
     if not data:
         if "rank" in state and not state.get("done") and not _Run.left:
-            time.sleep(SIGNAL_SECONDS)
             fail(_gone(state))
         return False
     try:
@@ -156,7 +156,6 @@ def _listen(link: socket.socket, zero: dict) -> None:
         ended = ended or any("end" in message for message in messages)
     if ended or _Run.left:
         return
-    time.sleep(SIGNAL_SECONDS)
     if _Run.rank == 1:  # one for all
         _say(_gone(zero))
     _end()
@@ -178,7 +177,9 @@ def connect() -> None:
     if _Run.connected or torch.distributed.get_world_size() == 1:
         return
     _Run.connected = True
-    _Run.rank, _Run.size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    _Run.rank, _Run.size, _Run.pid = torch.distributed.get_rank(), torch.distributed.get_world_size(), os.getpid()
+    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:  # megatron's own handler saves first
+        signal.signal(signal.SIGTERM, _terminated)
     me = {"rank": _Run.rank, "pid": os.getpid(), "host": socket.gethostname()}
     known = [None]
     if _Run.rank == 0:
@@ -201,6 +202,15 @@ def connect() -> None:
     _send(link, token=known[0]["token"], **me)
     _Run.link = link
     threading.Thread(target=_listen, args=(link, known[0]["zero"]), daemon=True).start()
+
+
+def _terminated(number: int, _) -> None:
+    """On SIGTERM. Whoever sends it to all ranks means no loss, so no rank is missed when this one ends."""
+    if os.getpid() == _Run.pid:
+        time.sleep(SIGNAL_SECONDS)
+        _leave()
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
 
 
 def _leave() -> None:
