@@ -1,11 +1,16 @@
 """``HyLoConfig``: the description of a hybrid that its checkpoint carries as ``config.json``."""
 
+import shutil
+from pathlib import Path
+
 from transformers.configuration_utils import PretrainedConfig
 
 from hylo_megatron.config import Architecture, GDNGeometry, Geometry, Mamba2Geometry, MLAGeometry
 from hylo_megatron.errors import HyLoError
 
 MIXERS = ("mla", "gdn", "mamba2")
+LOADER = "hylo_megatron_loader"  # the module in exported folders for processes that never imported this package
+_AUTO_MAP = {"AutoConfig": "HyLoConfig", "AutoModel": "HyLoModel", "AutoModelForCausalLM": "HyLoForCausalLM"}
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -90,6 +95,16 @@ class HyLoConfig(PretrainedConfig):
         self.rope_parameters = dict(rope_parameters or {"rope_type": "default", "rope_theta": 10000.0})
         self.architecture_extra = dict(architecture_extra or {})
         super().__init__(**kwargs)
+
+    def save_pretrained(self, save_directory, **kwargs) -> None:
+        """Writes ``config.json`` and the file that it names for processes that do not know ``model_type: hylo``."""
+        self.auto_map = {auto: f"{LOADER}.{name}" for auto, name in _AUTO_MAP.items()}
+        super().save_pretrained(save_directory, **kwargs)
+        shutil.copyfile(Path(__file__).with_name("in_folder.py"), Path(save_directory) / f"{LOADER}.py")
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class="AutoConfig") -> None:
+        """Nothing: ``save_pretrained`` writes the loader, where transformers would copy this module."""
 
     @classmethod
     def from_architecture(cls, arch: Architecture, **kwargs) -> "HyLoConfig":
