@@ -279,6 +279,53 @@ def test_lora_on_every_linear_layer(kind, tmp_path):
     torch.testing.assert_close(merged(ids).logits, adapted, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("method", ["PromptTuning", "IA3", "LNTuning", "DoRA", "tokens and head"])
+def test_other_adapters_in_cached_decoding(method):
+    peft = pytest.importorskip("peft")
+    config = {
+        "PromptTuning": lambda: peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+        "IA3": lambda: peft.IA3Config(target_modules=["kv_b_proj", "down_proj"], feedforward_modules=["down_proj"]),
+        "LNTuning": lambda: peft.LNTuningConfig(target_modules=["o_norm", "input_layernorm"]),
+        "DoRA": lambda: peft.LoraConfig(target_modules="all-linear", use_dora=True, init_lora_weights=False),
+        "tokens and head": lambda: peft.LoraConfig(
+            target_modules=["o_proj"], modules_to_save=["embed_tokens", "lm_head"]
+        ),
+    }[method]()
+    base, ids = model_of(("gdn", "mla")), numbers(2, 8)
+    model = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.2 * torch.randn_like(parameter)
+    options = dict(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
+    got = model.generate(**options)
+    assert torch.equal(got, model.generate(**options, use_cache=False))
+    assert not torch.equal(got, base.generate(**options))
+    model(**{"input_ids": ids, "labels": ids}).loss.backward()
+
+
+def test_prefix_tuning_is_refused():
+    peft = pytest.importorskip("peft")
+    config = peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    model, ids = peft.get_peft_model(model_of(("gdn", "mla")), config), numbers(1, 8)
+    with pytest.raises(ValueError, match="expected None or a HyLoCache"):
+        model(input_ids=ids)
+    with pytest.raises(ValueError, match="prefix tuning"):
+        model.generate(input_ids=ids, max_new_tokens=2)
+
+
+def test_lora_on_bf16_weights_under_fsdp2(one_process):
+    """FSDP2 wants one dtype among the trained parameters only."""
+    peft = pytest.importorskip("peft")
+    model, ids = model_of(("gdn", "mla", "mla")).bfloat16(), numbers(2, 12)
+    model = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear")).train()
+    want = model(input_ids=ids, labels=ids).loss.item()
+    fsdp2(model.base_model.model, False)
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    assert loss.item() == pytest.approx(want, rel=1e-4)
+
+
 def test_adapters_on_convolutions_are_refused():
     peft = pytest.importorskip("peft")
     for linear, target in (("gdn", "k_conv1d"), ("mamba2", "conv1d")):
@@ -303,13 +350,25 @@ def test_hooks_and_subclassed_weights_of_kv_b_proj_are_respected():
         def forward(self, x):
             return super().forward(x) / 2
 
-    for change in ("hook", "class", "parametrized", "replaced forward"):
+    class Packed(torch.Tensor):
+        """Weights that only ``linear`` unpacks, as quantisers' tensors."""
+
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            if function is nn.functional.linear:
+                args = (args[0], 2 * args[1].as_subclass(torch.Tensor), *args[2:])
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    for change in ("hook", "class", "parametrized", "replaced forward", "tensor"):
         model = model_of(("mla", "gdn"))
         layer = model.model.layers[0].self_attn.kv_b_proj
         if change == "hook":
             layer.register_forward_hook(double)
         elif change == "class":
             layer.__class__ = Halved
+        elif change == "tensor":
+            layer.weight = nn.Parameter(layer.weight.data.as_subclass(Packed))
+            assert not torch.equal(model(ids).logits, model_of(("mla", "gdn"))(ids).logits)
         elif change == "parametrized":
             nn.utils.parametrizations.weight_norm(layer)
         else:
