@@ -461,6 +461,8 @@ def test_a_cache_under_gradient_checkpointing_is_refused():
     model.train().gradient_checkpointing_enable()
     with pytest.raises(ValueError, match="gradient checkpointing"):
         model(ids, past_key_values=past)
+    during_training = model.generate(ids, max_new_tokens=4, do_sample=False)  # without gradients nothing is recomputed
+    assert torch.equal(during_training, model.eval().generate(ids, max_new_tokens=4, do_sample=False))
 
 
 @pytest.fixture
