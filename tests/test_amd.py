@@ -158,7 +158,8 @@ def test_the_folder(tmp_path, release):
     want = dict(model_type="hylo", architectures=["HyLoForCausalLM"], dtype="float32", qk_norm=True,
                 mixers=["gdn", "mla", "gdn", "mla"], max_position_embeddings=8192, eos_token_id=[2, 3])  # fmt: skip
     assert {key: config[key] for key in want} == want
-    names = {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+    names = {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+             "README.md", "hylo_megatron_loader.py"}  # fmt: skip
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
     got = tiny.weights(tmp_path / "out")
     assert "lm_head.weight" not in got and {t.dtype for t in got.values()} == {torch.float32}

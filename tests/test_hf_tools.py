@@ -2,6 +2,9 @@
 
 import copy
 import itertools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -276,6 +279,53 @@ def test_lora_on_every_linear_layer(kind, tmp_path):
     torch.testing.assert_close(merged(ids).logits, adapted, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("method", ["PromptTuning", "IA3", "LNTuning", "DoRA", "tokens and head"])
+def test_other_adapters_in_cached_decoding(method):
+    peft = pytest.importorskip("peft")
+    config = {
+        "PromptTuning": lambda: peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+        "IA3": lambda: peft.IA3Config(target_modules=["kv_b_proj", "down_proj"], feedforward_modules=["down_proj"]),
+        "LNTuning": lambda: peft.LNTuningConfig(target_modules=["o_norm", "input_layernorm"]),
+        "DoRA": lambda: peft.LoraConfig(target_modules="all-linear", use_dora=True, init_lora_weights=False),
+        "tokens and head": lambda: peft.LoraConfig(
+            target_modules=["o_proj"], modules_to_save=["embed_tokens", "lm_head"]
+        ),
+    }[method]()
+    base, ids = model_of(("gdn", "mla")), numbers(2, 8)
+    model = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.2 * torch.randn_like(parameter)
+    options = dict(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
+    got = model.generate(**options)
+    assert torch.equal(got, model.generate(**options, use_cache=False))
+    assert not torch.equal(got, base.generate(**options))
+    model(**{"input_ids": ids, "labels": ids}).loss.backward()
+
+
+def test_prefix_tuning_is_refused():
+    peft = pytest.importorskip("peft")
+    config = peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    model, ids = peft.get_peft_model(model_of(("gdn", "mla")), config), numbers(1, 8)
+    with pytest.raises(ValueError, match="expected None or a HyLoCache"):
+        model(input_ids=ids)
+    with pytest.raises(ValueError, match="prefix tuning"):
+        model.generate(input_ids=ids, max_new_tokens=2)
+
+
+def test_lora_on_bf16_weights_under_fsdp2(one_process):
+    """FSDP2 wants one dtype among the trained parameters only."""
+    peft = pytest.importorskip("peft")
+    model, ids = model_of(("gdn", "mla", "mla")).bfloat16(), numbers(2, 12)
+    model = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear")).train()
+    want = model(input_ids=ids, labels=ids).loss.item()
+    fsdp2(model.base_model.model, False)
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    assert loss.item() == pytest.approx(want, rel=1e-4)
+
+
 def test_adapters_on_convolutions_are_refused():
     peft = pytest.importorskip("peft")
     for linear, target in (("gdn", "k_conv1d"), ("mamba2", "conv1d")):
@@ -300,13 +350,25 @@ def test_hooks_and_subclassed_weights_of_kv_b_proj_are_respected():
         def forward(self, x):
             return super().forward(x) / 2
 
-    for change in ("hook", "class", "parametrized", "replaced forward"):
+    class Packed(torch.Tensor):
+        """Weights that only ``linear`` unpacks, as quantisers' tensors."""
+
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            if function is nn.functional.linear:
+                args = (args[0], 2 * args[1].as_subclass(torch.Tensor), *args[2:])
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    for change in ("hook", "class", "parametrized", "replaced forward", "tensor"):
         model = model_of(("mla", "gdn"))
         layer = model.model.layers[0].self_attn.kv_b_proj
         if change == "hook":
             layer.register_forward_hook(double)
         elif change == "class":
             layer.__class__ = Halved
+        elif change == "tensor":
+            layer.weight = nn.Parameter(layer.weight.data.as_subclass(Packed))
+            assert not torch.equal(model(ids).logits, model_of(("mla", "gdn"))(ids).logits)
         elif change == "parametrized":
             nn.utils.parametrizations.weight_norm(layer)
         else:
@@ -359,3 +421,156 @@ def test_compile():
     model, ids = model_of(("mla", "gdn")), numbers(2, 12)
     compiled = torch.compile(model, backend="eager")
     torch.testing.assert_close(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+
+
+# ---- training ----
+
+
+def trained(model, tmp_path, **options):
+    """The losses of two steps of ``Trainer``, each of two micro-batches, and the parameters after them."""
+    from transformers import Trainer, TrainingArguments
+
+    rows = [{"input_ids": row, "labels": row} for row in numbers(4, 12)]
+    arguments = TrainingArguments(
+        str(tmp_path), use_cpu=True, max_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+        report_to=[], save_strategy="no", logging_steps=1, learning_rate=1e-3, disable_tqdm=True, **options,
+    )  # fmt: skip
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return losses, {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("kind", ["gdn", "mamba2"])
+def test_trainer_with_and_without_gradient_checkpointing(kind, tmp_path):
+    pytest.importorskip("accelerate")
+    ids = numbers(4, 12)
+    want = model_of(**HYBRIDS[kind])(ids, labels=ids).loss.item()
+    plain, parameters = trained(model_of(**HYBRIDS[kind]), tmp_path)
+    again, others = trained(model_of(**HYBRIDS[kind]), tmp_path, gradient_checkpointing=True)
+    assert plain == again and plain[1] < plain[0] and plain[0] == pytest.approx(want, rel=1e-4)
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(parameter, others[name])
+    mixed, kept = trained(model_of(**HYBRIDS[kind]), tmp_path, bf16=True)
+    assert mixed == pytest.approx(plain, rel=0.02) and {p.dtype for p in kept.values()} == {torch.float32}
+
+
+def test_a_cache_under_gradient_checkpointing_is_refused():
+    model, ids = model_of(("mla", "gdn")), numbers(1, 6)
+    past = model(ids, use_cache=True).past_key_values
+    model.train().gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="gradient checkpointing"):
+        model(ids, past_key_values=past)
+    during_training = model.generate(ids, max_new_tokens=4, do_sample=False)  # without gradients nothing is recomputed
+    assert torch.equal(during_training, model.eval().generate(ids, max_new_tokens=4, do_sample=False))
+
+
+@pytest.fixture
+def one_process():
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    yield
+    dist.destroy_process_group()
+
+
+def fsdp1(model, mixed: bool):
+    from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    policy = ModuleWrapPolicy({type(model.model.layers[0])})
+    precision = MixedPrecision(torch.bfloat16, torch.float32, torch.bfloat16) if mixed else None
+    return FullyShardedDataParallel(
+        model, auto_wrap_policy=policy, use_orig_params=True, mixed_precision=precision, device_id=torch.device("cpu")
+    )
+
+
+def fsdp2(model, mixed: bool):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if mixed else MixedPrecisionPolicy()
+    mesh = init_device_mesh("cpu", (1,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    return fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+@pytest.mark.parametrize("kind", ["gdn", "mamba2"])
+@pytest.mark.parametrize("wrap", [fsdp1, fsdp2])
+def test_one_step_under_fsdp(kind, wrap, one_process):
+    """Loaded in fp32, as for mixed precision; ``A_log``, ``dt_bias`` and ``D`` are fp32 in every other dtype too."""
+    ids = numbers(2, 12)
+    for mixed, checkpointed in ((False, False), (False, True), (True, False)):
+        reference = model_of(**HYBRIDS[kind]).train()
+        model = wrap(copy.deepcopy(reference), mixed)
+        if checkpointed:
+            getattr(model, "module", model).gradient_checkpointing_enable()
+        losses = []
+        for each in (reference, model):
+            optimizer = torch.optim.SGD(each.parameters(), 1e-2)
+            for _ in range(2):
+                optimizer.zero_grad()
+                loss = each(ids, labels=ids, position_ids=packed([5, 7]).expand(2, -1)).loss
+                loss.backward()
+                losses.append(loss.item())
+                optimizer.step()
+        assert losses[2:] == pytest.approx(losses[:2], rel=0.02 if mixed else 1e-5) and losses[1] < losses[0]
+    with pytest.raises((ValueError, AssertionError), match="uniform"):
+        wrap(model_of(**HYBRIDS[kind]).bfloat16().train(), False)(ids)
+
+
+# ---- processes that never imported this package ----
+
+STRANGER = """
+import sys
+from transformers import AutoConfig, AutoModelForCausalLM, pipeline
+assert not any(name.startswith("hylo_megatron") for name in sys.modules)
+def message(**options):
+    try:
+        AutoConfig.from_pretrained(sys.argv[1], **options)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+print(message())
+sys.modules["hylo_megatron"] = None  # not installed
+print(message(trust_remote_code=True))
+del sys.modules["hylo_megatron"]
+generator = pipeline("text-generation", model=sys.argv[1], trust_remote_code=True)
+print(generator("w5 w6", max_new_tokens=3, do_sample=False)[0]["generated_text"])
+generator.model.save_pretrained(sys.argv[1] + "/again")
+print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1] + "/again")).__module__)
+"""
+
+
+def test_a_process_that_never_imported_the_package(tmp_path):
+    from tiny import hybrid, write_hybrid, write_tokenizer
+
+    from hylo_megatron.convert.megatron_to_hf import convert
+
+    arch = hybrid()
+    write_hybrid(tmp_path / "ckpt", arch)
+    folder = tmp_path / "hybrid"
+    convert(tmp_path / "ckpt", folder)
+    write_tokenizer(folder, arch.vocab_size)
+    card = (folder / "README.md").read_text()
+    assert "import hylo_megatron" in card and "trust_remote_code=True" in card and "vllm serve" in card
+    out = subprocess.run(
+        [sys.executable, "-c", STRANGER, str(folder)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HOME": str(tmp_path / "home")},
+    )
+    assert out.returncode == 0, out.stderr
+    assert str(folder) in out.stdout and "pass the argument `trust_remote_code=True`" in out.stdout
+    assert (
+        "ImportError: this folder holds a hybrid" in out.stdout and "install the package hylo-megatron" in out.stdout
+    )
+    *_, text, module = out.stdout.splitlines()
+    assert module == "hylo_megatron.hf.modeling_hylo"
+    assert (folder / "again" / "hylo_megatron_loader.py").is_file()
+    import hylo_megatron.hf.in_folder as loader
+
+    assert loader.HyLoForCausalLM is HyLoForCausalLM
+    generator = transformers.pipeline("text-generation", model=str(folder))
+    assert generator("w5 w6", max_new_tokens=3, do_sample=False)[0]["generated_text"] == text

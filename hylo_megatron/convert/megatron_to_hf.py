@@ -21,6 +21,16 @@ from hylo_megatron.errors import HyLoError, command_line
 from hylo_megatron.json_file import read_json
 
 SHARD_BYTES = 4 * 2**30
+README = """# {plan}: a hybrid of MLA and linear attention, made with hylo-megatron
+
+The code of this model is in the Python package hylo-megatron. Install it from its repository (`pip install -e .` in a
+clone), then load this folder in one of these ways:
+
+- In Python: `import hylo_megatron`, then `transformers.AutoModelForCausalLM.from_pretrained("FOLDER")`.
+- In programs that never import the package, such as `lm_eval --model hf` or TRL: pass `trust_remote_code=True`.
+  `hylo_megatron_loader.py` in this folder then imports the package. It holds no other code.
+- To serve: `vllm serve FOLDER`, in an environment with vLLM and the package (`pip install -e '.[serve]'`).
+"""
 
 
 def _unpadded(name: str, tensor: Tensor, arch: Architecture) -> Tensor:
@@ -91,6 +101,7 @@ def write_hybrid_config(arch: Architecture, folder: Path, dtype: torch.dtype) ->
     config.dtype = dtype
     config.architectures = ["HyLoForCausalLM"]
     config.save_pretrained(folder)
+    (folder / "README.md").write_text(README.format(plan=plan_name(arch.plan)))
 
 
 def convert(checkpoint: str | Path, out: str | Path, dtype: torch.dtype | None = None,

@@ -12,6 +12,7 @@ import numpy as np
 from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
+from hylo_megatron.convert.tokenizer_files import TokenizerIdentity
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.json_file import Count, Size, read_json
 
@@ -48,6 +49,24 @@ def read_summary(prefix: str | Path, needed: tuple[str, ...] = ()) -> Summary:
     if missing := [key for key in needed if key not in summary]:
         raise HyLoError(f"{path}: no {', '.join(missing)}: {advice}")
     return summary
+
+
+def check_made_with(prefix: str | Path, identity: TokenizerIdentity, tokenizer: str | Path) -> None:
+    """Raises ``HyLoError`` when ``PREFIX.json`` says that a tokenizer other than ``identity`` made the tokens.
+
+    ``tokenizer``: where the latter lies. Files of other programs have no ``PREFIX.json``.
+    """
+    if not Path(f"{prefix}.json").is_file():
+        return
+    made = read_summary(prefix)
+    same = made.get("tokenizer_fingerprint", identity.fingerprint) == identity.fingerprint
+    if same and made.get("vocab_size", identity.size) == identity.size:
+        return
+    raise HyLoError(
+        f"{prefix}.bin was made with another tokenizer ({made.get('tokenizer', 'unknown')},"
+        f" {made.get('vocab_size', 'unknown')} tokens) than {tokenizer} ({identity.size} tokens); make the tokens"
+        " again with that one"
+    )
 
 
 def check_token_files(prefix: str | Path, vocab_size: int | None = None) -> None:

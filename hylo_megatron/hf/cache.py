@@ -45,6 +45,10 @@ class HyLoCache(Cache):
     def get_max_length(self, layer_idx: int | None = None) -> int:
         return -1
 
+    @property
+    def max_cache_len(self) -> int:
+        raise ValueError("HyLoCache has no fixed length: static caches and PEFT's prefix tuning are not supported")
+
     def _each(self, change) -> None:
         for layer in self.layers:
             for name, tensor in layer.items():

@@ -1,5 +1,8 @@
 """``HyLoConfig``: the description of a hybrid that its checkpoint carries as ``config.json``."""
 
+import shutil
+from pathlib import Path
+
 from transformers.configuration_utils import PretrainedConfig
 
 from hylo_megatron.config import Architecture, GDNGeometry, Geometry, Mamba2Geometry, MLAGeometry
@@ -8,6 +11,8 @@ from hylo_megatron.config.rope import checked_rope
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.hf.config_values import DEFAULT_ROPE, MIXERS, check_complete, check_values
 
+LOADER = "hylo_megatron_loader"  # the module in exported folders for processes that never imported this package
+_AUTO_MAP = {"AutoConfig": "HyLoConfig", "AutoModel": "HyLoModel", "AutoModelForCausalLM": "HyLoForCausalLM"}
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -93,6 +98,16 @@ class HyLoConfig(PretrainedConfig):
         if reason := misfit(self.to_architecture()):
             raise HyLoError(f"config.json: {reason}")
         super().__init__(**kwargs)
+
+    def save_pretrained(self, save_directory, **kwargs) -> None:
+        """Writes ``config.json`` and the file that it names for processes that do not know ``model_type: hylo``."""
+        self.auto_map = {auto: f"{LOADER}.{name}" for auto, name in _AUTO_MAP.items()}
+        super().save_pretrained(save_directory, **kwargs)
+        shutil.copyfile(Path(__file__).with_name("in_folder.py"), Path(save_directory) / f"{LOADER}.py")
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class="AutoConfig") -> None:
+        """Nothing: ``save_pretrained`` writes the loader, where transformers would copy this module."""
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):

@@ -77,6 +77,10 @@ class HyLoPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _is_stateful = True  # generate refuses assisted decoding: states cannot be rolled back
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class="AutoModel") -> None:
+        """Nothing, as in ``HyLoConfig``."""
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -189,7 +193,7 @@ class HyLoForCausalLM(HyLoPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *rest) -> None:
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *_, **__) -> None:
         """Gives ``generate`` its cache. transformers' caches, static ones included, do not hold these states."""
         kind = generation_config.cache_implementation
         if kind not in (None, "dynamic", "dynamic_full"):

@@ -8,15 +8,13 @@ import torch
 from torch import Tensor
 
 from hylo_megatron.convert.tokenizer_files import (
-    TokenizerIdentity,
     check_model_beside,
     identity_of,
     open_tokenizer,
 )
 from hylo_megatron.data.documents import MOST_DOCUMENTS, read_texts
-from hylo_megatron.data.token_files import check_token_files
+from hylo_megatron.data.token_files import check_made_with, check_token_files
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.json_file import read_json
 
 
 def _token_documents(prefix: Path, length: int, vocab_size: int):
@@ -29,17 +27,6 @@ def _token_documents(prefix: Path, length: int, vocab_size: int):
         yield documents[index][:-1][:length].tolist()  # a view would outlive the file that it looks into
 
 
-def _check_made_with(prefix: Path, identity: TokenizerIdentity, folder: str | Path) -> None:
-    """Files of other programs have no ``PREFIX.json`` that says what made them."""
-    summary = Path(f"{prefix}.json")
-    made = read_json(summary) if summary.is_file() else {}
-    if made.get("tokenizer_fingerprint", identity.fingerprint) != identity.fingerprint:
-        raise HyLoError(
-            f"--calibration {prefix}: made with another tokenizer ({made.get('tokenizer', 'unknown')}) than the"
-            f" model's; prepare the tokens again with --tokenizer {folder}"
-        )
-
-
 def calibration_tokens(path: str | Path, tokenizer_folder: str | Path, count: int, length: int) -> Tensor:
     """``[count / length, length]`` token ids, documents in a fixed order. Raises ``HyLoError`` when text runs out.
 
@@ -50,7 +37,7 @@ def calibration_tokens(path: str | Path, tokenizer_folder: str | Path, count: in
     identity = identity_of(tokenizer)
     check_model_beside(tokenizer_folder, identity)
     if Path(f"{path}.idx").is_file():
-        _check_made_with(path, identity, tokenizer_folder)
+        check_made_with(path, identity, tokenizer_folder)
         documents = list(_token_documents(path, length, identity.largest_id + 1))
     elif path.exists():
         texts = itertools.islice(read_texts(path, tokenizer, window=8 * length), MOST_DOCUMENTS)
