@@ -32,7 +32,7 @@ from hylo_megatron.errors import HyLoError
 from hylo_megatron.vllm.config import trained_geometry
 from hylo_megatron.vllm.linear_blocks import linear_block
 from hylo_megatron.vllm.mla import HyLoMLA, Rotation
-from hylo_megatron.vllm.weights import Padding, check_parts, served_weights
+from hylo_megatron.vllm.weights import Padding, check_parts, fits, served_weights
 
 
 class HyLoDecoderLayer(nn.Module):
@@ -177,8 +177,8 @@ class HyLoForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
         starting, reloading = self.training, under_reload(self)
         if self.quantized and not starting and not reloading:
             raise HyLoError(
-                "--quantization: tensors in the trained precision cannot be written into quantised weights; start the"
-                " engine without the option, or send whole updates through vLLM's reload_weights"
+                "--quantization: tensors in the trained precision cannot be written into quantised weights one by one;"
+                " start vLLM without the option, or send whole updates through its reload_weights"
             )
         loaded, parts = set(), set()
         for name, part in self._write(weights):
@@ -201,7 +201,8 @@ class HyLoForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
                 raise HyLoError(f"{name} is in the folder, and no layer of its config.json has such a parameter")
             parameter = parameters[name]
             load = getattr(parameter, "weight_loader", default_weight_loader)
-            load(parameter, tensor, *([] if part is None else [part]))
+            with fits(name, tensor):
+                load(parameter, tensor, *([] if part is None else [part]))
             yield name, part
 
     def _check_complete(self, loaded: set[str], parts: set) -> None:
