@@ -21,13 +21,15 @@ CASES = [  # geometry, linear blocks, norms on queries and keys, whose kernels' 
 ]
 
 
-def check(folder, answers: list, prompts: list[list[int]], tolerance: float) -> None:
-    """Each token is the most probable one after those before it, and as probable as transformers says."""
+def check(folder, answers: list, prompts: list[list[int]], tolerance: float, close: float = 0) -> None:
+    """Each token is the most probable one after those before it, or within ``close`` of that, and as probable as
+    transformers says."""
     model = HyLoForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     for given, answer in zip(prompts, answers, strict=True):
         tokens = [token for token, _ in answer]
         expected = log_probabilities(model, given + tokens, len(tokens))
-        assert expected.argmax(-1).tolist() == tokens, len(given)
+        chosen = expected.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        assert (expected.max(-1).values - chosen <= close).all(), len(given)
         gaps = [abs(expected[i, token].item() - value) for i, (token, value) in enumerate(answer)]
         assert max(gaps) <= tolerance, (len(given), max(gaps))
 
@@ -101,3 +103,21 @@ def test_bf16_follows_transformers(tmp_path):
         expected = log_probabilities(model, given + tokens, len(tokens))
         behind = expected.max(-1).values - expected.gather(1, torch.tensor(tokens)[:, None])[:, 0]
         assert behind.max() <= 0.5 and behind.median() == 0, (len(given), behind)
+
+
+def test_fp8_weights_stay_near_transformers(tmp_path):
+    """Weights that vLLM quantises while it loads, with layers small enough for their rounding to be small too. An update
+    is a whole one, for single tensors have no place in quantised weights."""
+    folder, other = (write_folder(tmp_path / f"fp8-{seed}", "native", "gdn", seed=seed) for seed in range(2))
+    for each in (folder, other):
+        tensors = load_file(each / "model.safetensors")
+        for name, tensor in tensors.items():
+            if tensor.dim() == 2 and "layers" in name:
+                tensor.mul_(0.2)
+        save_file(tensors, each / "model.safetensors", {"format": "pt"})
+    prompts = [prompt(length, i) for i, length in enumerate(LENGTHS)]
+    got = generate(tmp_path, folder, prompts, 16, updates=[("reload", other)], quantization="fp8_per_channel",
+                   dtype="bfloat16", max_model_len=1024, max_num_seqs=8)  # fmt: skip
+    check(folder, got["answers"], prompts, 0.2, close=0.2)
+    check(other, got["updated"][0], prompts, 0.2, close=0.2)
+    assert all("cannot be written into quantised weights" in said for said in got["refused"])
