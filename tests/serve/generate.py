@@ -19,7 +19,7 @@ CPU = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF
 
 def generate(work: Path, model: Path, prompts: list[list[int]], tokens: int, env=(), **more) -> dict:
     """``{"answers": [[(token, log probability), ...] for each prompt], "again": the same or None, "updated": the same
-    after each update, "refused": what was said of updates that do not fit, "log": str}``."""
+    after each update, "log": str}``; with updates also what ``scored`` and ``refusals`` give."""
     done = start(work, model, prompts, tokens, env, **more)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     answer = next(line for line in done.stdout.splitlines() if line.startswith('{"answers"'))  # vLLM logs there too
@@ -61,6 +61,21 @@ def send(llm, how: str, folder: str) -> None:
         llm.apply_model({"singly": singly, "session": session}[how])
 
 
+def scored(llm, prompt: list[int]) -> dict:
+    """Log probabilities of a prompt's tokens, and the best of four beams."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import BeamSearchParams
+
+    given = {"prompt_token_ids": prompt}
+    steps = llm.generate([given], SamplingParams(max_tokens=1, prompt_logprobs=0), use_tqdm=False)[0].prompt_logprobs
+    beam = llm.beam_search([given], BeamSearchParams(beam_width=4, max_tokens=6, ignore_eos=True))[0].sequences[0]
+    return {
+        "prompt": [step[token].logprob for token, step in zip(prompt[1:], steps[1:], strict=True)],
+        "beam": beam.tokens[len(prompt) :],
+        "beam_score": beam.cum_logprob,
+    }
+
+
 def refusals(llm) -> list[str]:
     """What is said of an update by an unknown name, and of one by another shape."""
     import torch
@@ -98,8 +113,8 @@ def main(spec: dict) -> None:
     for how, folder in spec["updates"]:
         send(llm, how, folder)
         updated.append(answers())
-    said = refusals(llm) if updated else []
-    print(json.dumps({"answers": first, "again": again, "updated": updated, "refused": said}), flush=True)
+    more = {"scored": scored(llm, spec["prompts"][-2]), "refused": refusals(llm)} if updated else {}
+    print(json.dumps({"answers": first, "again": again, "updated": updated, **more}), flush=True)
 
 
 if __name__ == "__main__":

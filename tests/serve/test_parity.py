@@ -34,6 +34,17 @@ def check(folder, answers: list, prompts: list[list[int]], tolerance: float, clo
         assert max(gaps) <= tolerance, (len(given), max(gaps))
 
 
+def check_scores(folder, scored: dict, given: list[int]) -> None:
+    model = HyLoForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    def probable(tokens: list[int], last: int) -> torch.Tensor:
+        expected = log_probabilities(model, tokens, last)
+        return expected.gather(1, torch.tensor(tokens[-last:])[:, None])[:, 0]
+
+    assert (probable(given, len(given) - 1) - torch.tensor(scored["prompt"])).abs().max() <= 1e-4
+    assert abs(probable(given + scored["beam"], 6).sum().item() - scored["beam_score"]) <= 1e-3
+
+
 @pytest.mark.parametrize("geometry, linear, qk_norm, device", CASES)
 def test_every_geometry_is_served_exactly(geometry, linear, qk_norm, device, tmp_path):
     changes = {"linear_norm_eps": 1e-2} if geometry in ("native", "qwen3-1.7b") else {}
@@ -49,6 +60,7 @@ def test_every_geometry_is_served_exactly(geometry, linear, qk_norm, device, tmp
     assert got["again"] == got["answers"]
     check(other, got["updated"][0], prompts, 1e-4)
     assert got["updated"] == [got["updated"][0], got["answers"]] * 2  # attention's derived weights follow as well
+    check_scores(folder, got["scored"], prompts[-2])
     assert "no layer of its config.json has such a parameter" in got["refused"][0]
     assert "self_attn.kv_a_proj_with_mqa.weight: a tensor of shape [3, 5] does not fit" in got["refused"][1]
     trained = GEOMETRIES[geometry].mla
@@ -106,8 +118,8 @@ def test_bf16_follows_transformers(tmp_path):
 
 
 def test_fp8_weights_stay_near_transformers(tmp_path):
-    """Weights that vLLM quantises while it loads, with layers small enough for their rounding to be small too. An update
-    is a whole one, for single tensors have no place in quantised weights."""
+    """vLLM quantises while it loads; layers are small enough for their rounding errors to be small too. An update is a
+    whole one, for single tensors have no place in quantised weights."""
     folder, other = (write_folder(tmp_path / f"fp8-{seed}", "native", "gdn", seed=seed) for seed in range(2))
     for each in (folder, other):
         tensors = load_file(each / "model.safetensors")
