@@ -61,6 +61,14 @@ def send(llm, how: str, folder: str) -> None:
         llm.apply_model({"singly": singly, "session": session}[how])
 
 
+def part_derived(model) -> None:
+    """Give latent attention copies of what it derives from ``kv_b_proj``, of which vLLM mostly keeps views."""
+    for module in model.modules():
+        for name in ("W_UK_T", "W_UV"):
+            if hasattr(module, name):
+                getattr(module, name).data = getattr(module, name).data.clone()
+
+
 def scored(llm, prompt: list[int]) -> dict:
     """Log probabilities of a prompt's tokens, and the best of four beams."""
     from vllm import SamplingParams
@@ -110,6 +118,8 @@ def main(spec: dict) -> None:
                 cache.fill_(float("nan"))
         again = answers()
     updated = []
+    if spec["updates"]:
+        llm.apply_model(part_derived)
     for how, folder in spec["updates"]:
         send(llm, how, folder)
         updated.append(answers())

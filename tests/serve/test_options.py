@@ -4,6 +4,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import torch
 from folders import write_folder
 from vllm.engine.arg_utils import EngineArgs
 
@@ -83,3 +84,15 @@ def test_single_tensors_are_refused_once_weights_are_quantised():
     model = SimpleNamespace(training=False, quantized=True, modules=lambda: [])
     with pytest.raises(HyLoError, match="cannot be written into quantised weights"):
         HyLoForCausalLM.load_weights(model, [])
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_tied_model_with_a_head_of_its_own_is_refused(rank):
+    rows = SimpleNamespace(org_vocab_start_index=3 * rank, org_vocab_end_index=3 * rank + 3)
+    head = torch.randn(6, 4)
+    padded = torch.cat([head[3 * rank : 3 * rank + 3], torch.zeros(5, 4)]).bfloat16()
+    model = SimpleNamespace(model=SimpleNamespace(embed_tokens=SimpleNamespace(shard_indices=rows, weight=padded)))
+    HyLoForCausalLM._check_tied(model, head)
+    head[3 * rank + 2, 1] += 1
+    with pytest.raises(HyLoError, match="lm_head.weight differs .* tie_word_embeddings"):
+        HyLoForCausalLM._check_tied(model, head)
