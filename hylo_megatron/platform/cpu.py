@@ -123,8 +123,11 @@ def install() -> bool:
 
 @contextlib.contextmanager
 def without_compiler() -> Iterator[None]:
-    """Inside, megatron's ``jit_fuser`` becomes no compiler: with dynamo disabled ``torch.compile`` changes nothing, and
-    its first call imports Inductor, a third of what a training imports."""
+    """Inside, megatron's ``jit_fuser`` becomes no compiler.
+
+    With dynamo disabled ``torch.compile`` changes nothing, and its first call imports Inductor, which is a third of
+    what a training imports.
+    """
     compiler = torch.compile
     if needed():
         torch.compile = lambda model=None, **_: model if model is not None else lambda function: function

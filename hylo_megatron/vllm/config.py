@@ -21,6 +21,9 @@ WORKSPACE = 4 << 30  # bytes
 SPLITS, SPLITS_SPACE = 128, 1 << 30  # about a GPU's multiprocessors; bytes
 FP8_ROW = 576  # 512 + 64
 FLASHINFER_HEAD = 128
+# Methods of --quantization that need no quantised folder. vLLM's int8 ones leave linear layers as they are.
+ONLINE_FP8 = ("fp8", "fp8_per_tensor", "fp8_per_block", "fp8_per_channel")
+CPU_CACHES = ("auto", "bfloat16", "float16", "float32")
 MAMBA_CHUNK = 256  # vLLM's default for a config without the field is Mamba-1's
 
 
@@ -75,6 +78,7 @@ class EngineSettings(VerifyAndUpdateConfig):
     @staticmethod
     def verify_and_update_config(vllm_config) -> None:
         """States in fp32, as in training, unless the user says otherwise; kernels that take our head sizes."""
+        refuse(vllm_config)
         cache = vllm_config.cache_config
         if cache.mamba_ssm_cache_dtype == "auto":
             cache.mamba_ssm_cache_dtype = "float32"
@@ -91,6 +95,29 @@ class EngineSettings(VerifyAndUpdateConfig):
             limit_requests(vllm_config)
             spread_attention(vllm_config)
             refuse_fp8(vllm_config)
+
+
+def refuse(vllm_config) -> None:
+    """Raise ``HyLoError`` for options with which a hybrid would start, and then ignore them or give wrong tokens."""
+    model, dtype = vllm_config.model_config, vllm_config.cache_config.cache_dtype
+    weights = ONLINE_FP8[-1:] if current_platform.is_cpu() else ONLINE_FP8
+    refused = (
+        ("--speculative-config", vllm_config.speculative_config,
+         "rejected drafts would stay in the recurrent states; leave it out"),
+        ("--enable-lora", vllm_config.lora_config,
+         "adapters are not applied; merge them into the weights (peft: merge_and_unload) and serve the result"),
+        ("quantization_config in config.json", getattr(model.hf_config, "quantization_config", None),
+         f"export the model unquantised, then choose --quantization {weights[0]}"),
+        (f"--quantization {model.quantization}", model.quantization not in (None, *weights),
+         f"expected {' or '.join(weights)}, with which vLLM quantises an exported folder while it loads"),
+        ("--decode-context-parallel-size", vllm_config.parallel_config.decode_context_parallel_size > 1,
+         "recurrent states cannot be split by position; use --tensor-parallel-size"),
+        (f"--kv-cache-dtype {dtype}", current_platform.is_cpu() and dtype not in CPU_CACHES,
+         f"a CPU keeps {', '.join(CPU_CACHES)}; leave it out"),
+    )  # fmt: skip
+    for option, given, advice in refused:
+        if given:
+            raise HyLoError(f"{option}: not supported for a hybrid: {advice}")
 
 
 def prompt_kernel(config: HyLoConfig) -> str:

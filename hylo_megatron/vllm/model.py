@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 
+import torch
 from torch import Tensor, nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
@@ -29,10 +30,10 @@ from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.vllm.config import trained_geometry
+from hylo_megatron.vllm.config import refuse, trained_geometry
 from hylo_megatron.vllm.linear_blocks import linear_block
 from hylo_megatron.vllm.mla import HyLoMLA, Rotation
-from hylo_megatron.vllm.weights import Padding, check_parts, served_weights
+from hylo_megatron.vllm.weights import Padding, check_parts, fits, served_weights
 
 
 class HyLoDecoderLayer(nn.Module):
@@ -116,6 +117,7 @@ class HyLoForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
+        refuse(vllm_config)  # once more: as somebody's draft it was not asked
         self.config = config = vllm_config.model_config.hf_config
         self.quantized, self.dtype = vllm_config.quant_config is not None, vllm_config.model_config.dtype
         self.model = HyLoModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
@@ -177,8 +179,8 @@ class HyLoForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
         starting, reloading = self.training, under_reload(self)
         if self.quantized and not starting and not reloading:
             raise HyLoError(
-                "--quantization: tensors in the trained precision cannot be written into quantised weights; start the"
-                " engine without the option, or send whole updates through vLLM's reload_weights"
+                "--quantization: tensors in the trained precision cannot be written into quantised weights one by one;"
+                " start vLLM without the option, or send whole updates through its reload_weights"
             )
         loaded, parts = set(), set()
         for name, part in self._write(weights):
@@ -193,16 +195,33 @@ class HyLoForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
     def _write(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, str | int | None]]:
         """Write each tensor into its parameter. Yields the parameter's name and which part of it was written."""
         config, parameters = self.config, dict(self.named_parameters())
-        padding = Padding(trained_geometry(config), config.geometry(), config.num_attention_heads)
+        padding, head = Padding(trained_geometry(config), config.geometry(), config.num_attention_heads), None
         for name, tensor, part in served_weights(weights, padding, config.linear_type):
-            if is_pp_missing_parameter(name, self) or (name == "lm_head.weight" and config.tie_word_embeddings):
+            if is_pp_missing_parameter(name, self):
+                continue
+            if name == "lm_head.weight" and config.tie_word_embeddings:
+                head = tensor
                 continue
             if name not in parameters:
                 raise HyLoError(f"{name} is in the folder, and no layer of its config.json has such a parameter")
             parameter = parameters[name]
             load = getattr(parameter, "weight_loader", default_weight_loader)
-            load(parameter, tensor, *([] if part is None else [part]))
+            with fits(name, tensor):
+                load(parameter, tensor, *([] if part is None else [part]))
             yield name, part
+        if head is not None and self.training:
+            self._check_tied(head)
+
+    def _check_tied(self, head: Tensor) -> None:
+        """Refuse a head of its own. vLLM 0.32 unties such a model before it comes here, 0.26 would drop the head."""
+        rows = self.model.embed_tokens.shard_indices
+        own = head[rows.org_vocab_start_index : rows.org_vocab_end_index]
+        embedding = self.model.embed_tokens.weight[: len(own)]
+        if not torch.equal(embedding, own.to(embedding)):
+            raise HyLoError(
+                "lm_head.weight differs from model.embed_tokens.weight, and config.json has tie_word_embeddings true:"
+                " set it to false, or remove the tensor"
+            )
 
     def _check_complete(self, loaded: set[str], parts: set) -> None:
         """vLLM overlooks what its linear layers miss, and takes a merged parameter for loaded when one part came."""

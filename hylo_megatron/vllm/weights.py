@@ -5,6 +5,7 @@ Zeros are placed so that nothing else is touched: a rotary part of P dimensions 
 """
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -114,7 +115,22 @@ def served_weights(
                 f"{name}: the engine has no place for it; export the folder with convert_megatron_to_hf.py"
             )
         target, part, method = rules[rest]
-        yield f"{prefix}{target or rest}", getattr(padding, method)(tensor) if method else tensor, part
+        with fits(name, tensor):
+            served = getattr(padding, method)(tensor) if method else tensor
+        yield f"{prefix}{target or rest}", served, part
+
+
+@contextmanager
+def fits(name: str, tensor: Tensor) -> Iterator[None]:
+    """Name the tensor when its shape is not the one that the model's sizes ask for."""
+    try:
+        yield
+    except (AssertionError, RuntimeError, ValueError) as error:
+        reason = str(error).split("\n")[0] or "another shape is expected"
+        raise HyLoError(
+            f"{name}: a tensor of shape {list(tensor.shape)} does not fit the sizes in config.json and --hf-overrides"
+            f" ({reason}); weights and sizes must be those of one export"
+        ) from error
 
 
 def check_parts(loaded: set[tuple[str, int | None]], linear: str) -> None:
@@ -127,7 +143,7 @@ def check_parts(loaded: set[tuple[str, int | None]], linear: str) -> None:
 
 
 def conv_loader(sizes: list[int], ranks: int, rank: int):
-    """A loader of a convolution's weights that takes one of its parts at a time; ``sizes``: of the parts on all ranks."""
+    """A loader of a convolution's weights, one part at a time. ``sizes``: the parts' channels on all ranks."""
     sizes = [size // ranks for size in sizes]
 
     def load(param: Tensor, loaded_weight: Tensor, part: int) -> None:  # vLLM's reload looks for these names

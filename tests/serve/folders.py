@@ -44,7 +44,7 @@ def write_tokenizer(folder: Path) -> int:
 
 
 def write_folder(
-    folder: Path, geometry: str, linear: str, qk_norm: bool = False, dtype=torch.float32, **changes
+    folder: Path, geometry: str, linear: str, qk_norm: bool = False, dtype=torch.float32, seed: int = 0, **changes
 ) -> Path:
     """Three linear blocks of ``linear`` and two MLA layers; weights large enough for every layer to matter."""
     folder.mkdir(parents=True)
@@ -53,7 +53,7 @@ def write_folder(
         bos_token_id=1, eos_token_id=2, architectures=["HyLoForCausalLM"], initializer_range=0.12, **SMALL,
         **sizes(GEOMETRIES[geometry]), rope_parameters={"rope_type": "default", "rope_theta": 500000.0}, **changes,
     )  # fmt: skip
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = HyLoForCausalLM(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -59,7 +59,7 @@ def main(work: Path, cases: list[str], twice: bool, poison: bool, engine: dict) 
             folder, prompts = random_case(work, case)
             longest = 20480
         prompts += prompts if twice else []
-        got = generate(work, folder, prompts, TOKENS, poison, env={"VLLM_USE_FLASHINFER_SAMPLER": "0"},
+        got = generate(work, folder, prompts, TOKENS, poison=poison, env={"VLLM_USE_FLASHINFER_SAMPLER": "0"},
                        **{**ENGINE, "max_model_len": longest, **engine})  # fmt: skip
         prompts, answers = prompts * (1 + poison), got["answers"] + (got["again"] or [])
         exact, half = (HyLoForCausalLM.from_pretrained(folder, dtype=dtype).cuda().eval()

@@ -63,6 +63,7 @@ def test_bad_requests_are_refused(server):
     assert refused(server, "/v1/completions", b"{not json") == 400
     assert refused(server, "/v1/completions", dict(model=server.name, prompt=[5] * (LIMIT + 1))) == 400
     assert refused(server, "/v1/completions", dict(model=server.name, prompt=[5], max_tokens=-1)) == 400
+    assert refused(server, "/v1/completions", dict(model=server.name, prompt=[5, 10**6])) == 400  # no such token
     assert refused(server, "/v1/completions", dict(model="another", prompt=[5])) == 404
     assert refused(server, "/v1/nothing", {}) == 404
 

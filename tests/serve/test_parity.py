@@ -1,6 +1,5 @@
 """vLLM's tokens against transformers', in fp32: every published geometry, as a CPU and as a GPU would run it."""
 
-import json
 import os
 
 import pytest
@@ -23,27 +22,48 @@ CASES = [  # geometry, linear blocks, norms on queries and keys, whose kernels' 
 ]
 
 
-def check(folder, answers: list, prompts: list[list[int]], tolerance: float) -> None:
-    """Each token is the most probable one after those before it, and as probable as transformers says."""
+def check(folder, answers: list, prompts: list[list[int]], tolerance: float, close: float = 0) -> None:
+    """Each token is the most probable one after those before it, or within ``close`` of that, and as probable as
+    transformers says."""
     model = HyLoForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     for given, answer in zip(prompts, answers, strict=True):
         tokens = [token for token, _ in answer]
         expected = log_probabilities(model, given + tokens, len(tokens))
-        assert expected.argmax(-1).tolist() == tokens, len(given)
+        chosen = expected.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        assert (expected.max(-1).values - chosen <= close).all(), len(given)
         gaps = [abs(expected[i, token].item() - value) for i, (token, value) in enumerate(answer)]
         assert max(gaps) <= tolerance, (len(given), max(gaps))
+
+
+def check_scores(folder, scored: dict, given: list[int]) -> None:
+    model = HyLoForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    def probable(tokens: list[int], last: int) -> torch.Tensor:
+        expected = log_probabilities(model, tokens, last)
+        return expected.gather(1, torch.tensor(tokens[-last:])[:, None])[:, 0]
+
+    assert (probable(given, len(given) - 1) - torch.tensor(scored["prompt"])).abs().max() <= 1e-4
+    assert abs(probable(given + scored["beam"], 6).sum().item() - scored["beam_score"]) <= 1e-3
 
 
 @pytest.mark.parametrize("geometry, linear, qk_norm, device", CASES)
 def test_every_geometry_is_served_exactly(geometry, linear, qk_norm, device, tmp_path):
     changes = {"linear_norm_eps": 1e-2} if geometry in ("native", "qwen3-1.7b") else {}
+    changes |= {"tie_word_embeddings": geometry == "llama-3b"}
     folder = write_folder(tmp_path / f"{geometry}-{linear}", geometry, linear, qk_norm, **changes)
+    other = write_folder(tmp_path / "other", geometry, linear, qk_norm, seed=1, **changes)
     prompts = [prompt(length, i) for i, length in enumerate(LENGTHS)]
     env = ON_GPU if device == "gpu" else {}
-    got = generate(tmp_path, folder, prompts, 16, poison=True, env=env, dtype="float32", max_model_len=1024,
-                   max_num_seqs=8)  # fmt: skip
+    updates = [("singly", other), ("session", folder), ("reload", other), ("singly", folder)]
+    got = generate(tmp_path, folder, prompts, 16, env, poison=True, updates=updates, dtype="float32",
+                   max_model_len=1024, max_num_seqs=8)  # fmt: skip
     check(folder, got["answers"], prompts, 1e-4)
     assert got["again"] == got["answers"]
+    check(other, got["updated"][0], prompts, 1e-4)
+    assert got["updated"] == [got["updated"][0], got["answers"]] * 2  # attention's derived weights follow as well
+    check_scores(folder, got["scored"], prompts[-2])
+    assert "no layer of its config.json has such a parameter" in got["refused"][0]
+    assert "self_attn.kv_a_proj_with_mqa.weight: a tensor of shape [3, 5] does not fit" in got["refused"][1]
     trained = GEOMETRIES[geometry].mla
     padded = device == "gpu" and not qk_norm and (trained.kv_lora_rank, trained.v_head_dim) != (256, 128)
     assert ("runs padded with zeros" in got["log"]) == padded
@@ -61,22 +81,14 @@ def test_one_token_to_twenty_thousand_and_no_state_leaks(tmp_path):
     assert got["again"] == got["answers"]
 
 
-@pytest.mark.parametrize("said", [
-    "no tensor in the folder for model.layers.4.self_attn.o_proj.weight (1 in all)",
-    "is in the folder, and no layer of its config.json has such a parameter",
-])  # fmt: skip
-def test_a_folder_that_is_not_whole_is_refused(said, tmp_path):
+def test_a_folder_that_is_not_whole_is_refused(tmp_path):
     """vLLM alone would serve a half-copied one with weights from whatever memory held."""
     folder = write_folder(tmp_path / "cut", "native", "gdn")
-    if said.startswith("no tensor"):
-        tensors = load_file(folder / "model.safetensors")
-        del tensors["model.layers.4.self_attn.o_proj.weight"]
-        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    else:
-        config = json.loads((folder / "config.json").read_text())
-        config["mixers"][0] = "mla"
-        (folder / "config.json").write_text(json.dumps(config))
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.4.self_attn.o_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     done = start(tmp_path, folder, [[1]], 1, dtype="float32", max_model_len=1024)
+    said = "no tensor in the folder for model.layers.4.self_attn.o_proj.weight (1 in all)"
     assert done.returncode != 0 and said in done.stdout + done.stderr
 
 
@@ -86,19 +98,39 @@ def test_two_ranks_serve_what_one_does(size, tmp_path):
     folder = write_folder(tmp_path / "ranks", "llama-1b", "gdn")
     prompts = [prompt(length, i) for i, length in enumerate(LENGTHS)]
     env = {**ON_GPU, "VLLM_CPU_OMP_THREADS_BIND": f"0|{min(1, os.cpu_count() - 1)}"}
-    got = generate(tmp_path, folder, prompts, 8, env=env, dtype="float32", max_model_len=1024, max_num_seqs=8,
+    got = generate(tmp_path, folder, prompts, 8, env, dtype="float32", max_model_len=1024, max_num_seqs=8,
                    **{size: 2})  # fmt: skip
     check(folder, got["answers"], prompts, 1e-4)
 
 
 def test_bf16_follows_transformers(tmp_path):
-    """Random weights have close calls: where the tokens differ, transformers gives both nearly the same chance."""
+    """Random weights have close calls: where the tokens differ, transformers gives both nearly the same chance. The
+    engine starts without weights and is sent them, as a reinforcement learning trainer does it."""
     folder = write_folder(tmp_path / "bf16", "native", "gdn", dtype=torch.bfloat16)
     prompts = [prompt(length, i) for i, length in enumerate(LENGTHS)]
-    got = generate(tmp_path, folder, prompts, 16, dtype="bfloat16", max_model_len=1024, max_num_seqs=8)
+    got = generate(tmp_path, folder, prompts, 16, first=folder, load_format="dummy", dtype="bfloat16",
+                   max_model_len=1024, max_num_seqs=8)  # fmt: skip
     model = HyLoForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     for given, answer in zip(prompts, got["answers"], strict=True):
         tokens = [token for token, _ in answer]
         expected = log_probabilities(model, given + tokens, len(tokens))
         behind = expected.max(-1).values - expected.gather(1, torch.tensor(tokens)[:, None])[:, 0]
         assert behind.max() <= 0.5 and behind.median() == 0, (len(given), behind)
+
+
+def test_fp8_weights_stay_near_transformers(tmp_path):
+    """vLLM quantises while it loads; layers are small enough for their rounding errors to be small too. An update is a
+    whole one, for single tensors have no place in quantised weights."""
+    folder, other = (write_folder(tmp_path / f"fp8-{seed}", "native", "gdn", seed=seed) for seed in range(2))
+    for each in (folder, other):
+        tensors = load_file(each / "model.safetensors")
+        for name, tensor in tensors.items():
+            if tensor.dim() == 2 and "layers" in name:
+                tensor.mul_(0.2)
+        save_file(tensors, each / "model.safetensors", {"format": "pt"})
+    prompts = [prompt(length, i) for i, length in enumerate(LENGTHS)]
+    got = generate(tmp_path, folder, prompts, 16, updates=[("reload", other)], quantization="fp8_per_channel",
+                   dtype="bfloat16", max_model_len=1024, max_num_seqs=8)  # fmt: skip
+    check(folder, got["answers"], prompts, 0.2, close=0.2)
+    check(other, got["updated"][0], prompts, 0.2, close=0.2)
+    assert all("cannot be written into quantised weights" in said for said in got["refused"])

@@ -19,13 +19,16 @@ def settings(monkeypatch, requests=1024, dtype="auto", backend=None, splits=32, 
              geometry=NATIVE, **more) -> SimpleNamespace:  # fmt: skip
     """As the plugin leaves them for 24 heads of Llama-3.2-3B's native size."""
     monkeypatch.setenv("HYLO_SERVE_GEOMETRY", "gpu")
+    monkeypatch.setattr(plugin, "current_platform", SimpleNamespace(is_cpu=lambda: False))
     shape = SMALL | dict(num_attention_heads=24, hidden_size=768)
     config = HyLoConfig(mixers=["gdn", "mla"] * 2, qk_norm=norms, **shape, **sizes(geometry))
     apply(config)
     given = SimpleNamespace(
-        model_config=SimpleNamespace(hf_config=config), scheduler_config=SimpleNamespace(max_num_seqs=requests),
+        model_config=SimpleNamespace(hf_config=config, quantization=None),
+        scheduler_config=SimpleNamespace(max_num_seqs=requests),
         cache_config=SimpleNamespace(mamba_ssm_cache_dtype="auto", enable_prefix_caching=True, cache_dtype=dtype),
-        parallel_config=SimpleNamespace(tensor_parallel_size=1), additional_config=more,
+        parallel_config=SimpleNamespace(tensor_parallel_size=1, decode_context_parallel_size=1),
+        additional_config=more, speculative_config=None, lora_config=None,
         attention_config=SimpleNamespace(flash_attn_max_num_splits_for_cuda_graph=splits, backend=backend),
         compilation_config=SimpleNamespace(inductor_compile_config={}),
     )  # fmt: skip

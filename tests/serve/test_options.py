@@ -1,0 +1,98 @@
+"""vLLM's options: what a hybrid does not support is refused before anything is loaded, with what to do instead."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from folders import write_folder
+from vllm.engine.arg_utils import EngineArgs
+
+from hylo_megatron.errors import HyLoError
+from hylo_megatron.vllm import config as plugin
+from hylo_megatron.vllm.model import HyLoForCausalLM
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("options") / "model", "native", "gdn")
+
+
+def configure(folder, **options):
+    given = dict(model=str(folder), dtype="bfloat16", max_model_len=1024, max_num_seqs=4) | options
+    return EngineArgs(**given).create_engine_config()
+
+
+NGRAM = dict(method="ngram", num_speculative_tokens=3, prompt_lookup_max=3)
+REFUSED = {
+    "ngram": (dict(speculative_config=NGRAM), "--speculative-config", "leave it out"),
+    "draft": (dict(speculative_config=dict(method="draft_model", model="FOLDER", num_speculative_tokens=2)),
+              "--speculative-config", "leave it out"),
+    "lora": (dict(enable_lora=True), "--enable-lora", "merge_and_unload"),
+    "int8": (dict(quantization="int8_per_channel_weight_only"), "--quantization int8_per_channel_weight_only",
+             "expected fp8_per_channel"),
+    "experts": (dict(quantization="experts_int8"), "--quantization experts_int8", "expected fp8_per_channel"),
+    "fp8 by tensor": (dict(quantization="fp8"), "--quantization fp8", "expected fp8_per_channel"),
+    "fp8 cache": (dict(kv_cache_dtype="fp8"), "--kv-cache-dtype fp8", "leave it out"),
+    "context": (dict(tensor_parallel_size=2, decode_context_parallel_size=2), "--decode-context-parallel-size",
+                "--tensor-parallel-size"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_with_what_to_do(folder, case):
+    options, names, advises = REFUSED[case]
+    options = json.loads(json.dumps(options).replace("FOLDER", str(folder)))
+    with pytest.raises(HyLoError) as error:
+        configure(folder, **options)
+    said = str(error.value)
+    assert said.startswith(f"{names}: not supported for a hybrid: ") and advises in said and "\n" not in said
+
+
+@pytest.mark.parametrize("options", [
+    dict(), dict(dtype="float16"), dict(dtype="float32"), dict(enable_prefix_caching=True), dict(runner="pooling"),
+    dict(tensor_parallel_size=2, pipeline_parallel_size=2), dict(load_format="dummy"), dict(kv_cache_dtype="bfloat16"),
+    dict(quantization="fp8_per_channel"), dict(enable_chunked_prefill=True, max_num_batched_tokens=256),
+])  # fmt: skip
+def test_the_others_are_let_through(folder, options):
+    assert configure(folder, **options).model_config.hf_config.trained_geometry
+
+
+def test_on_a_gpu_vllms_fp8_methods_are_let_through(folder, monkeypatch):
+    given = configure(folder)
+    monkeypatch.setattr(plugin, "current_platform", SimpleNamespace(is_cpu=lambda: False))
+    for method in ("fp8", "fp8_per_tensor", "fp8_per_block", "fp8_per_channel"):
+        given.model_config.quantization = method
+        plugin.refuse(given)
+    given.model_config.quantization = "bitsandbytes"
+    with pytest.raises(HyLoError, match="--quantization bitsandbytes: .* expected fp8 or"):
+        plugin.refuse(given)
+
+
+def test_a_folder_that_is_quantised_already_is_refused(folder, tmp_path):
+    for file in folder.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "config.json").unlink()
+    config["quantization_config"] = dict(quant_method="fp8", activation_scheme="dynamic")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(HyLoError, match="quantization_config in config.json: .* export the model unquantised"):
+        configure(tmp_path)
+
+
+def test_single_tensors_are_refused_once_weights_are_quantised():
+    model = SimpleNamespace(training=False, quantized=True, modules=lambda: [])
+    with pytest.raises(HyLoError, match="cannot be written into quantised weights"):
+        HyLoForCausalLM.load_weights(model, [])
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_tied_model_with_a_head_of_its_own_is_refused(rank):
+    rows = SimpleNamespace(org_vocab_start_index=3 * rank, org_vocab_end_index=3 * rank + 3)
+    head = torch.randn(6, 4)
+    padded = torch.cat([head[3 * rank : 3 * rank + 3], torch.zeros(5, 4)]).bfloat16()
+    model = SimpleNamespace(model=SimpleNamespace(embed_tokens=SimpleNamespace(shard_indices=rows, weight=padded)))
+    HyLoForCausalLM._check_tied(model, head)
+    head[3 * rank + 2, 1] += 1
+    with pytest.raises(HyLoError, match="lm_head.weight differs .* tie_word_embeddings"):
+        HyLoForCausalLM._check_tied(model, head)
