@@ -26,7 +26,7 @@ from hylo_megatron.kernels.rope import rope_frequencies  # noqa: E402
 CPU, TOKENS = torch.device("cpu"), tiny.tokens(2, 64)
 OPEN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}  # no original_max_position_embeddings
 # A factor that shows, and a ramp whose ends are rounded.
-STRONG = OPEN | {"factor": 40.0, "original_max_position_embeddings": 48}
+STRONG = OPEN | {"factor": 40.0, "original_max_position_embeddings": 112}
 ROPES = {"default": tiny.DEFAULT, "yarn": STRONG, "no rounding": STRONG | {"truncate": False, "attention_factor": 1.3}}
 
 
@@ -47,6 +47,7 @@ def same_as(folder, rope) -> bool:
 def test_frequencies_do_not_move_with_the_sequences(tmp_path):
     arch = tiny.hybrid(rope_parameters=OPEN)
     arch.save(tmp_path)  # as earlier versions wrote it
+    assert Architecture.load(tmp_path).rope_parameters["original_max_position_embeddings"] == 256
     assert not moves(tmp_path)
     assert same_as(tmp_path, OPEN | {"original_max_position_embeddings": 256})
     for rope in (tiny.DEFAULT, tiny.LINEAR, tiny.LLAMA3, tiny.YARN):

@@ -10,6 +10,7 @@ Layout of a checkpoint folder (what ``--load`` expects, and two additions of our
 
 import contextlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.planner import WriteItemType
 
@@ -31,6 +33,8 @@ from hylo_megatron.platform import disk
 from hylo_megatron.platform.safe_pickles import SafeReader, check_parts, check_pickles
 
 FINITE = "take an earlier iteration: write its number into the tracker"
+
+FILE_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,26 @@ class _StreamingPlanner(DefaultSavePlanner):
             raise HyLoError(f"{name}: has shape {list(tensor.shape)}, expected {list(wanted.shape)}")
         self.progress(tensor.numel() * tensor.element_size())
         return tensor.to(wanted.dtype).detach().contiguous()
+
+
+class _BoundedFiles(dcp.FileSystemWriter):
+    """Writes files of at most ``FILE_BYTES`` (or one tensor): torch's writer holds what it wrote until a file ends."""
+
+    def _write_data(self, planner, file_queue):
+        _, name, items = file_queue.get_nowait()
+        prefix, parts, held = name.removesuffix(f"0{DEFAULT_SUFFIX}"), [[]], 0
+        for item in items:
+            data = item.tensor_data  # None for what is not a tensor
+            size = math.prod(data.size) * data.properties.dtype.itemsize if data else 0
+            if parts[-1] and held + size > FILE_BYTES:
+                parts.append([])
+                held = 0
+            parts[-1].append(item)
+            held += size
+        for number, part in enumerate(parts):
+            name = f"{prefix}{number}{DEFAULT_SUFFIX}"
+            file_queue.put((self.fs.concat_path(self.path, name), name, part))
+        return super()._write_data(planner, file_queue)
 
 
 def check_empty(folder: Path) -> None:
@@ -104,7 +128,7 @@ def write_checkpoint(folder: str | os.PathLike, arch: Architecture, tensors: dic
         state["common_state/shard_0_1"] = [{"checkpoint_version": 3.0, "iteration": 0}]
         dcp.save(
             state,
-            storage_writer=dcp.FileSystemWriter(release, thread_count=1, single_file_per_rank=True),
+            storage_writer=_BoundedFiles(release, thread_count=1, single_file_per_rank=True),
             planner=_StreamingPlanner(tensors, progress),
             no_dist=True,
         )
