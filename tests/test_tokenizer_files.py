@@ -87,6 +87,29 @@ def test_a_folder_without_tokenizer_json_gets_one(trained, named, tmp_path):
     assert tokenizer_identity(source) == tokenizer_identity(tmp_path / "out")
 
 
+@pytest.mark.parametrize("rule, words", [("identity", None), ("nmt_nfkc", "makes other ids of")])
+def test_a_sentencepiece_model_is_converted_exactly_or_refused(rule, words, tmp_path):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    (tmp_path / "text").write_text("\n".join(kinds.CORPUS * 10))
+    source = kinds.write(tmp_path / "hf", kinds.word_level(), "LlamaTokenizer", "llama", add_bos_token=True)
+    (source / "tokenizer.json").unlink()
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text"), model_prefix=str(source / "tokenizer"), vocab_size=340, model_type="bpe",
+        byte_fallback=True, normalization_rule_name=rule, remove_extra_whitespaces=False, minloglevel=2,
+    )  # fmt: skip
+    if words:
+        with pytest.raises(HyLoError, match=words):
+            tokenizer_identity(source)
+        return
+    got, want = (
+        AutoTokenizer.from_pretrained(exported(source, tmp_path / "out")),
+        AutoTokenizer.from_pretrained(source),
+    )
+    assert [got(text).input_ids for text in kinds.PROBES] == [want(text).input_ids for text in kinds.PROBES]
+    assert got("ships").input_ids[0] == got.bos_token_id == 1
+    assert tokenizer_identity(source) == tokenizer_identity(tmp_path / "out")
+
+
 def test_a_folder_that_needs_no_change_is_copied_byte_for_byte(trained, tmp_path):
     source = kinds.write(tmp_path / "hf", trained["byte_level"], "PreTrainedTokenizerFast")
     exported(source, tmp_path / "out")
