@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -28,6 +29,8 @@ from hylo_megatron.data.tokenizers import load_tokenizer  # noqa: E402
 from hylo_megatron.errors import HyLoError  # noqa: E402
 from hylo_megatron.evaluate import models as evaluated  # noqa: E402
 from hylo_megatron.init.calibration import calibration_tokens  # noqa: E402
+from hylo_megatron.init.upcycle import upcycle  # noqa: E402
+from hylo_megatron.train import write_companions  # noqa: E402
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 
@@ -142,7 +145,11 @@ def test_named_templates_travel_from_the_base_to_the_exported_folder(tmp_path):
     (hf / "additional_chat_templates" / "notes.txt").write_text("read by nobody")
     (hf / "modeling_own.py").write_text("raise SystemExit")
     hf_to_megatron.convert(hf, tmp_path / "teacher")
-    megatron_to_hf.convert(tmp_path / "teacher", tmp_path / "out")
+    upcycle(tmp_path / "teacher", tmp_path / "student", ("mla",), init="svd", log=lambda line: None)
+    run = dict(hylo_student=tmp_path / "student", save=tmp_path / "run", hylo_rope=None, seq_length=64)
+    write_companions(SimpleNamespace(**run))  # what training leaves beside its weights
+    shutil.copytree(tmp_path / "student", tmp_path / "run", ignore=shutil.ignore_patterns("hf"), dirs_exist_ok=True)
+    megatron_to_hf.convert(tmp_path / "run", tmp_path / "out")
     want = {"default": TEMPLATE, "tool_use": "tools" + TEMPLATE}
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == want
     found = {path.name for path in (tmp_path / "out").rglob("*")}
