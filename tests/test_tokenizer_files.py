@@ -120,6 +120,17 @@ def test_a_folder_that_needs_no_change_is_copied_byte_for_byte(trained, tmp_path
         assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
 
 
+@pytest.mark.parametrize("named", ["OwnTokenizer", "PreTrainedTokenizerFast"])
+def test_a_tokenizer_with_code_of_its_own_is_read_from_tokenizer_json(trained, named, tmp_path):
+    own = {"AutoTokenizer": [None, "tokenization_own.OwnTokenizer"]}
+    source = kinds.write(tmp_path / "hf", trained["byte_level"], named, "llama", auto_map=own)
+    (source / "tokenization_own.py").write_text("raise SystemExit")
+    folder = exported(source, tmp_path / "out")
+    assert "auto_map" not in json.loads((folder / "tokenizer_config.json").read_text())
+    got = AutoTokenizer.from_pretrained(folder)
+    assert got(kinds.CORPUS[1]).input_ids == trained["byte_level"].encode(kinds.CORPUS[1]).ids
+
+
 def test_tokens_that_only_the_config_adds_count(trained, tmp_path):
     """transformers gives a special token that tokenizer.json lacks the next free id."""
     plain = kinds.write(tmp_path / "plain", trained["byte_level"], "LlamaTokenizerFast")

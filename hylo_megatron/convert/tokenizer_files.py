@@ -166,14 +166,14 @@ def copy_companions(source: Path, target: Path, with_config: bool = True) -> Non
 
 def _write_plain_class(source: Path, target: Path) -> None:
     config = read_config(source)
-    if (source / FAST).is_file() and config.get("tokenizer_class") in PLAIN_CLASSES:
+    own_code = config.pop("auto_map", None)  # names Python files, which are not copied
+    if (source / FAST).is_file() and config.get("tokenizer_class") in PLAIN_CLASSES and not own_code:
         return
     tokenizer = open_tokenizer(source)
     if not (source / FAST).is_file():
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
         tokenizer.backend_tokenizer.save(str(target / FAST))
-    config.pop("auto_map", None)
     special = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
     known = {name: token for name, token in special.items() if token is not None and name not in config}
     if (source / SPECIAL).is_file():  # transformers reads it after the config
