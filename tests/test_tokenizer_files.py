@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -28,6 +29,8 @@ from hylo_megatron.data.tokenizers import load_tokenizer  # noqa: E402
 from hylo_megatron.errors import HyLoError  # noqa: E402
 from hylo_megatron.evaluate import models as evaluated  # noqa: E402
 from hylo_megatron.init.calibration import calibration_tokens  # noqa: E402
+from hylo_megatron.init.upcycle import upcycle  # noqa: E402
+from hylo_megatron.train import write_companions  # noqa: E402
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 
@@ -87,11 +90,45 @@ def test_a_folder_without_tokenizer_json_gets_one(trained, named, tmp_path):
     assert tokenizer_identity(source) == tokenizer_identity(tmp_path / "out")
 
 
+@pytest.mark.parametrize("rule, words", [("identity", None), ("nmt_nfkc", "makes other ids of")])
+def test_a_sentencepiece_model_is_converted_exactly_or_refused(rule, words, tmp_path):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    (tmp_path / "text").write_text("\n".join(kinds.CORPUS * 10))
+    source = kinds.write(tmp_path / "hf", kinds.word_level(), "LlamaTokenizer", "llama", add_bos_token=True)
+    (source / "tokenizer.json").unlink()
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text"), model_prefix=str(source / "tokenizer"), vocab_size=340, model_type="bpe",
+        byte_fallback=True, normalization_rule_name=rule, remove_extra_whitespaces=False, minloglevel=2,
+    )  # fmt: skip
+    if words:
+        with pytest.raises(HyLoError, match=words):
+            tokenizer_identity(source)
+        return
+    got, want = (
+        AutoTokenizer.from_pretrained(exported(source, tmp_path / "out")),
+        AutoTokenizer.from_pretrained(source),
+    )
+    assert [got(text).input_ids for text in kinds.PROBES] == [want(text).input_ids for text in kinds.PROBES]
+    assert got("ships").input_ids[0] == got.bos_token_id == 1
+    assert tokenizer_identity(source) == tokenizer_identity(tmp_path / "out")
+
+
 def test_a_folder_that_needs_no_change_is_copied_byte_for_byte(trained, tmp_path):
     source = kinds.write(tmp_path / "hf", trained["byte_level"], "PreTrainedTokenizerFast")
     exported(source, tmp_path / "out")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
+
+
+@pytest.mark.parametrize("named", ["OwnTokenizer", "PreTrainedTokenizerFast"])
+def test_a_tokenizer_with_code_of_its_own_is_read_from_tokenizer_json(trained, named, tmp_path):
+    own = {"AutoTokenizer": [None, "tokenization_own.OwnTokenizer"]}
+    source = kinds.write(tmp_path / "hf", trained["byte_level"], named, "llama", auto_map=own)
+    (source / "tokenization_own.py").write_text("raise SystemExit")
+    folder = exported(source, tmp_path / "out")
+    assert "auto_map" not in json.loads((folder / "tokenizer_config.json").read_text())
+    got = AutoTokenizer.from_pretrained(folder)
+    assert got(kinds.CORPUS[1]).input_ids == trained["byte_level"].encode(kinds.CORPUS[1]).ids
 
 
 def test_tokens_that_only_the_config_adds_count(trained, tmp_path):
@@ -119,7 +156,11 @@ def test_named_templates_travel_from_the_base_to_the_exported_folder(tmp_path):
     (hf / "additional_chat_templates" / "notes.txt").write_text("read by nobody")
     (hf / "modeling_own.py").write_text("raise SystemExit")
     hf_to_megatron.convert(hf, tmp_path / "teacher")
-    megatron_to_hf.convert(tmp_path / "teacher", tmp_path / "out")
+    upcycle(tmp_path / "teacher", tmp_path / "student", ("mla",), init="svd", log=lambda line: None)
+    run = dict(hylo_student=tmp_path / "student", save=tmp_path / "run", hylo_rope=None, seq_length=64)
+    write_companions(SimpleNamespace(**run))  # what training leaves beside its weights
+    shutil.copytree(tmp_path / "student", tmp_path / "run", ignore=shutil.ignore_patterns("hf"), dirs_exist_ok=True)
+    megatron_to_hf.convert(tmp_path / "run", tmp_path / "out")
     want = {"default": TEMPLATE, "tool_use": "tools" + TEMPLATE}
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == want
     found = {path.name for path in (tmp_path / "out").rglob("*")}

@@ -30,7 +30,8 @@ from hylo_megatron.errors import HyLoError
 from hylo_megatron.json_file import read_json
 
 TEMPLATES = "additional_chat_templates"
-SOURCES = ("tokenizer.model", "vocab.json", "vocab.txt", "tiktoken.model")  # of folders without a tokenizer.json
+SENTENCEPIECE = "tokenizer.model"
+SOURCES = (SENTENCEPIECE, "vocab.json", "vocab.txt", "tiktoken.model")  # of folders without a tokenizer.json
 COPIED = (
     FAST, CONFIG, *SOURCES, "merges.txt", SPECIAL, ADDED, "chat_template.jinja",
     "chat_template.json", "generation_config.json",
@@ -104,7 +105,20 @@ def open_tokenizer(folder: str | os.PathLike):
     if not tokenizer.is_fast:
         raise HyLoError(f"{path}: this tokenizer has no fast form: save it with {FAST}")
     check_claimed_ids(path, config, tokenizer.backend_tokenizer)
+    if not plain and (path / SENTENCEPIECE).is_file():
+        _check_conversion(path / SENTENCEPIECE, tokenizer)
     return tokenizer
+
+
+def _check_conversion(path: Path, tokenizer) -> None:
+    """transformers knows some of sentencepiece's settings, and drops the others without a word."""
+    processor = _sentencepiece(path)
+    for text in ("Hello, world 123", "two  spaces", "a\nb\tc", "ﬁve ½ １２", "naïve 你好 🙂"):
+        if tokenizer(text, add_special_tokens=False).input_ids != processor.encode(text):
+            raise HyLoError(
+                f"{path}: the tokenizer that transformers builds from it makes other ids of {text!r} than"
+                f" sentencepiece; put the {FAST} beside it that the model was published with"
+            )
 
 
 def check_tokenizer(folder: str | os.PathLike, vocab_size: int) -> None:
@@ -152,14 +166,14 @@ def copy_companions(source: Path, target: Path, with_config: bool = True) -> Non
 
 def _write_plain_class(source: Path, target: Path) -> None:
     config = read_config(source)
-    if (source / FAST).is_file() and config.get("tokenizer_class") in PLAIN_CLASSES:
+    own_code = config.pop("auto_map", None)  # names Python files, which are not copied
+    if (source / FAST).is_file() and config.get("tokenizer_class") in PLAIN_CLASSES and not own_code:
         return
     tokenizer = open_tokenizer(source)
     if not (source / FAST).is_file():
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
         tokenizer.backend_tokenizer.save(str(target / FAST))
-    config.pop("auto_map", None)
     special = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
     known = {name: token for name, token in special.items() if token is not None and name not in config}
     if (source / SPECIAL).is_file():  # transformers reads it after the config
@@ -198,12 +212,16 @@ def _fingerprint(content: dict) -> str:
 
 
 def _sentencepiece_identity(path: Path) -> TokenizerIdentity:
+    size = _sentencepiece(path).vocab_size()
+    return TokenizerIdentity(size, size - 1, hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+def _sentencepiece(path: Path):
     try:
         from sentencepiece import SentencePieceProcessor
     except ImportError as error:
         raise HyLoError(f"{path}: reading it needs the package sentencepiece: pip install sentencepiece") from error
     try:
-        size = SentencePieceProcessor(model_file=str(path)).vocab_size()
+        return SentencePieceProcessor(model_file=str(path))
     except (OSError, RuntimeError) as error:
         raise HyLoError(f"{path}: not a sentencepiece model ({first_line(error)})") from error
-    return TokenizerIdentity(size, size - 1, hashlib.sha256(path.read_bytes()).hexdigest())
