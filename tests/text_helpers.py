@@ -32,6 +32,38 @@ MARKED = (
 )
 
 
+WEATHER = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}}}
+CALL = {"id": "call_1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Bern"}'}}
+HELLO = {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day."}]}
+ASKED = {
+    "messages": [
+        {"role": "user", "content": "Weather in Bern?"},
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "12 degrees"},
+        {"role": "assistant", "content": "It is 12 degrees."},
+    ],
+    "tools": [WEATHER],
+}
+SHAREGPT = {"conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Good day."}]}
+THOUGHTS = {
+    "messages": [
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "<think>\nFirst.\n</think>\n\nYes."},
+        {"role": "user", "content": "More."},
+        {"role": "assistant", "content": "<think>\nSecond.\n</think>\n\nNo."},
+    ]
+}
+
+
+def chat_of(*turns) -> dict:
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+def write(path, *values):
+    path.write_text("".join(json.dumps(value) + "\n" for value in values))
+    return path
+
+
 def make_tokenizer(folder: Path, template: str | dict | None = CHATML) -> Path:
     """A byte-level tokenizer in ``folder``: tokens of one byte, a few merges and three special tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

@@ -156,8 +156,8 @@ def _undecodable(path: Path, line: int, error: UnicodeDecodeError) -> HyLoError:
     where = f"{path}:{line + before.count(chr(10))}"
     if error.encoding != "utf-8":
         return HyLoError(f"{where}: not {error.encoding}, which the file's byte-order mark names ({error.reason})")
-    byte = error.object[error.start]
+    packed = path.suffix.lower() in PACKED_SUFFIXES
     return HyLoError(
-        f"{where}: byte 0x{byte:02x} is not UTF-8: convert the file, for example from Latin-1 with"
-        f" iconv -f latin1 -t utf-8 {path.name}"
+        f"{where}: byte 0x{error.object[error.start]:02x} is not UTF-8: {'unpack and ' * packed}convert the file, for"
+        f" example from Latin-1 with iconv -f latin1 -t utf-8 {path.stem if packed else path.name}"
     )
