@@ -107,18 +107,18 @@ def check_tokens(args) -> None:
 
 
 def save_room(args, arch: Architecture):
-    """Room for this training's checkpoints, on rank 0. Raises ``HyLoError`` when the first one cannot fit."""
+    """Room for this training's checkpoints. Raises ``HyLoError`` on rank 0 when the first one cannot fit."""
     from hylo_megatron.convert.iterations import trained_to
     from hylo_megatron.distill.save_room import SaveRoom, checkpoint_bytes
     from hylo_megatron.platform import peers
 
-    if not args.save or args.rank != 0:
+    if not args.save:
         return None
     train = args.hylo_train or ("mixers" if args.hylo_stage == "ild" else "all")
     need = checkpoint_bytes(arch, args.hylo_stage, train, args.bf16, not args.no_save_optim)
     room = SaveRoom(Path(args.save), need, peers.fail)
     steps = args.train_iters or 0
-    if steps and not trained_to(args.save, steps):
+    if args.rank == 0 and steps and not trained_to(args.save, steps):
         room.check_start(-(-steps // (args.save_interval or steps)), args.hylo_keep_last)
     return room
 

@@ -13,6 +13,7 @@ import re
 import resource
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -212,16 +213,19 @@ def test_a_writer_answers_whichever_file_fails(bad, tmp_path):
     assert sorted(results.get(timeout=1)) == [0, 1, 2]
 
 
-def test_a_dead_writer_is_seen(monkeypatch):
+@pytest.mark.parametrize("need", [1000, 2**60], ids=["room", "no room"])
+def test_a_dead_writer_is_seen(need, tmp_path, monkeypatch):
     said = queue.Queue()
     monkeypatch.setattr(peers, "fail", said.put)
     process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
     process.start()
-    import threading
-
-    threading.Thread(target=checkpoint_writer._watch, args=(process, threading.Event()), daemon=True).start()
+    threading.Thread(
+        target=checkpoint_writer._watch, args=(process, threading.Event(), tmp_path, need), daemon=True
+    ).start()
     process.kill()
-    assert "the process that writes checkpoints is gone (signal 9" in said.get(timeout=10)
+    line = said.get(timeout=10)
+    assert "the process that writes checkpoints is gone (killed by SIGKILL" in line
+    assert bool(re.search(ROOM, line)) == (need > 1000)
 
 
 def test_what_cannot_be_handed_to_a_writer(monkeypatch):
@@ -256,7 +260,7 @@ if __name__ == "__main__":
 
     fill(0)
     save_room.SaveRoom.begin = begin_on_a_full_disk
-    save_room.checkpoint_bytes = lambda *_, **__: 0
+    save_room.SaveRoom._refuse_unless_room = lambda *_: None
     from hylo_megatron.train import main
     main()
 """

@@ -24,6 +24,8 @@ if sys.platform != "linux":
     pytest.skip("the kernel's signal at a parent's death is Linux's", allow_module_level=True)
 import train_helpers as helpers  # noqa: E402
 
+from hylo_megatron.platform.parent import LAUNCHERS  # noqa: E402
+
 SECONDS = 10  # until everything is gone; a data worker looks for its parent every 5
 START = 300  # seconds for a start on a busy machine
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -34,7 +36,8 @@ class Tree:
 
     def __init__(self, command: list, output: Path, **variables):
         self.mark, self.output = processes.mark(), output
-        environment = helpers.environment(**{processes.VARIABLE: self.mark}, **variables)
+        environment = {name: text for name, text in helpers.environment().items() if name not in LAUNCHERS}
+        environment |= {processes.VARIABLE: self.mark, **variables}
         with output.open("w") as file:
             self.top = subprocess.Popen(list(map(str, command)), env=environment, stdout=file, stderr=file)
 
@@ -74,7 +77,7 @@ class Tree:
 # ---- trees of light processes, started as a recipe starts its own ----
 
 PROGRAM = """
-import os, sys, time
+import functools, sys, time
 from pathlib import Path
 
 CHILD = '''
@@ -104,7 +107,7 @@ if __name__ == "__main__":
     if how == "alone":
         child.write_text(CHILD)
         background = Background(folder, beside=True)
-        background.start("evaluation", print_and_sleep := __import__("functools").partial(time.sleep, 600))
+        background.start("evaluation", functools.partial(time.sleep, 600))
         process = start_own([str(child), str(folder)], Layout(1, 1, 2), folder / "log")
         while process.poll() is None:
             time.sleep(0.1)

@@ -92,9 +92,9 @@ def _is_the_one_loaded(args, iteration: int) -> bool:
 
 
 def install(room: SaveRoom | None = None) -> None:
-    """Called once, before ``pretrain``. ``room``: of the disk that is saved to, on rank 0."""
+    """Called once, before ``pretrain``. ``room``: of the disk that is saved to. Rank 0 looks after it."""
     load, save = training.load_checkpoint, training.save_checkpoint
-    checkpoint_writer.install()
+    checkpoint_writer.install(room and room.folder, room.need if room else 0)
 
     def committed(folder: Path, word: str) -> None:
         if room and word.isdecimal():

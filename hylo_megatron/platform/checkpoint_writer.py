@@ -10,6 +10,7 @@ asks for a GPU (``async_utils.py:565``).
 
 import os
 import queue
+import signal
 import threading
 import traceback
 from multiprocessing.connection import wait
@@ -117,12 +118,16 @@ def writer(*args):
 # ---- the trainer's side ----
 
 
-def _watch(process, closing: threading.Event) -> None:
+def _watch(process, closing: threading.Event, folder: str | None, need: int) -> None:
     wait([process.sentinel])
-    if not closing.is_set():
-        process.join(1)
-        how = f"signal {-process.exitcode}" if (process.exitcode or 0) < 0 else f"exit code {process.exitcode}"
-        peers.fail(f"the process that writes checkpoints is gone ({how}; 9: killed, or out of memory); {peers.AGAIN}")
+    if closing.is_set():
+        return
+    process.join(1)
+    code = process.exitcode or 0
+    how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    if folder and disk.free(folder) < need:  # torch's zip writer sometimes crashes on a full disk (SIGSEGV)
+        peers.fail(disk.line(folder, need, f"no space left, and the process that writes checkpoints is gone ({how})"))
+    peers.fail(f"the process that writes checkpoints is gone ({how}; SIGKILL: out of memory?); {peers.AGAIN}")
 
 
 def _not_sent(error: Exception, _) -> NoReturn:
@@ -144,7 +149,8 @@ def _close(caller, closing: threading.Event) -> None:
     shared._persistent_queue = shared._persistent_preload_q = shared._persistent_comp_q = None
 
 
-def install() -> None:
+def install(folder: str | None = None, need: int = 0) -> None:
+    """``folder``: where checkpoints go; ``need``: bytes of one."""
     caller = async_utils.PersistentAsyncCaller
     start = caller._get_process.__func__
     closing = threading.Event()
@@ -156,7 +162,7 @@ def install() -> None:
             closing.clear()
             for each in (cls._persistent_queue, cls._persistent_preload_q):
                 each._on_queue_feeder_error = _not_sent
-            threading.Thread(target=_watch, args=(process, closing), daemon=True).start()
+            threading.Thread(target=_watch, args=(process, closing, folder, need), daemon=True).start()
         return process
 
     def close(self, abort=False):
