@@ -34,6 +34,10 @@ def test_trainer_with_and_without_gradient_checkpointing(kind, tmp_path):
     assert plain == again and plain[1] < plain[0] and plain[0] == pytest.approx(want, rel=1e-4)
     for name, parameter in parameters.items():
         torch.testing.assert_close(parameter, others[name])
+    smoothed, _ = trained(model_of(**HYBRIDS[kind]), tmp_path, label_smoothing_factor=0.1)
+    log_p = model_of(**HYBRIDS[kind])(ids).logits[:, :-1].log_softmax(-1)
+    want = 0.9 * want - 0.1 * log_p.mean().item()
+    assert smoothed[0] == pytest.approx(want, rel=1e-4), "labels are shifted"
     mixed, kept = trained(model_of(**HYBRIDS[kind]), tmp_path, bf16=True)
     assert mixed == pytest.approx(plain, rel=0.02) and {p.dtype for p in kept.values()} == {torch.float32}
 
