@@ -11,6 +11,7 @@ from hylo_megatron.config import parse_plan, plan_name
 from hylo_megatron.config.layout import ParallelLayout, Work, check_parallel_layout
 from hylo_megatron.config.pair import check_vocabularies
 from hylo_megatron.convert.hf_folder import read_architecture
+from hylo_megatron.data.documents import detect_format
 from hylo_megatron.data.token_files import check_token_files, read_summary
 from hylo_megatron.errors import HyLoError, command_line
 from hylo_megatron.flags import readable_number, short
@@ -98,6 +99,8 @@ def data_files() -> tuple[tuple[Path, ...], tuple[Path, ...]]:
     for path in paths:
         if path not in tokens + inputs:
             raise HyLoError(f"DATA={path}: no such file, and no {path}.idx of tools/prepare_data.py either")
+    for path in inputs:
+        detect_format(path)
     for path in tokens:
         check_token_files(path)
         if Path(f"{path}.json").is_file() and read_summary(path).get("pack_length"):
