@@ -1,10 +1,13 @@
 """Whether a teacher can teach a student; no torch in here."""
 
-import json
 from pathlib import Path
+from typing import Any, NotRequired
+
+from typing_extensions import TypedDict
 
 from hylo_megatron.config import Architecture
 from hylo_megatron.errors import HyLoError
+from hylo_megatron.json_file import Count, read_json
 
 
 def padded_rows(student: Architecture, teacher: Architecture, tp: int) -> int:
@@ -12,12 +15,25 @@ def padded_rows(student: Architecture, teacher: Architecture, tp: int) -> int:
     return -(-max(student.vocab_size, teacher.vocab_size) // tp) * tp
 
 
+class _Named(TypedDict):
+    id: Count
+
+
+class _Vocabulary(TypedDict):
+    vocab: dict[str, Count] | list[Any]
+
+
+class _Tokenizer(TypedDict):
+    model: _Vocabulary
+    added_tokens: NotRequired[list[_Named]]
+
+
 def _tokens(tokenizer: Path) -> int:
     """One more than the largest token id."""
-    values = json.loads(tokenizer.read_text())
+    values = read_json(tokenizer, _Tokenizer, "expected the base model's tokenizer.json")
     vocabulary = values["model"]["vocab"]
     ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else [len(vocabulary) - 1]
-    return 1 + max(ids + [token["id"] for token in values.get("added_tokens", ())])
+    return 1 + max(ids + [token["id"] for token in values.get("added_tokens", ())], default=-1)
 
 
 def check_vocabularies(student: Architecture, teacher: Architecture, tokenizers: tuple[Path, Path]) -> None:
