@@ -35,14 +35,23 @@ def documents(tmp_path):
     return write_documents(tmp_path / "train", [list(range(a, b)) for a, b in zip(starts, starts[1:], strict=False)])
 
 
-def dataset(prefix, samples=None, seed=1, answer_weight=0.0) -> PackedDataset:
+def dataset(prefix, samples=None, seed=1, answer_weight=0.0, rows=1000) -> PackedDataset:
     config = SimpleNamespace(
         random_seed=seed, sequence_length=LENGTH - 1, mmap_bin_files=True, tokenizer=None, answer_weight=answer_weight,
-        split=None, split_matrix=None, allow_ambiguous_pad_tokens=True,
+        split=None, split_matrix=None, allow_ambiguous_pad_tokens=True, rows=rows,
     )  # fmt: skip
     low = PackedDataset.build_low_level_dataset(str(prefix), config)
     split = SimpleNamespace(name="train")
     return PackedDataset(low, str(prefix), np.arange(len(low)), samples, split, config)
+
+
+def test_a_token_beyond_the_rows_of_the_models_is_refused(documents, tmp_path):
+    pack(documents, tmp_path / "packed", LENGTH)
+    everything = dataset(tmp_path / "packed")
+    largest = max(int(everything[i][key].max()) for i in range(len(everything)) for key in ("tokens", "labels"))
+    found = dataset(tmp_path / "packed", rows=largest)
+    with pytest.raises(HyLoError, match=f"packed: token {largest}, the models have {largest}"):
+        [found[i] for i in range(len(found))]
 
 
 def test_packed_text_is_the_text(documents, tmp_path):

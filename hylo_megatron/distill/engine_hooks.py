@@ -44,7 +44,7 @@ def learning_rate_groups(args) -> dict:
 def _step_of(line: str) -> float:
     try:
         return json.loads(line)["iteration"]
-    except ValueError:  # half a line, the last that a crash left
+    except (ValueError, KeyError, TypeError):  # half a line, the last that a crash left
         return math.inf
 
 
@@ -61,7 +61,7 @@ class StepLog:
         """Drops lines of steps that an interrupted run took after its last checkpoint; they are taken again."""
         if not self.writes or not self.path.is_file():
             return
-        kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= iteration]
+        kept = [line for line in self.path.read_text(errors="replace").splitlines() if _step_of(line) <= iteration]
         scratch = self.path.with_name(self.path.name + ".partial")
         scratch.write_text("".join(line + "\n" for line in kept))
         os.replace(scratch, self.path)

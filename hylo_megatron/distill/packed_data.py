@@ -82,11 +82,21 @@ class PackedDataset(MegatronDataset):
         super().__init__(dataset, dataset_path, indices, num_samples, index_split, config)
         self.seed = [config.random_seed, zlib.crc32(Path(dataset_path).name.encode())]
         answers = Path(f"{dataset_path}.answers.npy")
-        self.answers = np.load(answers, mmap_mode="r", allow_pickle=False) if answers.is_file() else None
-        if self.answers is not None and self.answers.shape != (len(dataset), len(dataset[0])):
-            raise HyLoError(f"{answers}: shape {self.answers.shape}, expected {(len(dataset), len(dataset[0]))}")
+        self.answers = self._read_answers(answers, (len(dataset), len(dataset[0])))
         self.learnt = self._read_mask(Path(f"{dataset_path}{MASK}"), (len(dataset), len(dataset[0])))
         self._epoch, self._order = -1, indices
+
+    @staticmethod
+    def _read_answers(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
+        if not path.is_file():
+            return None
+        try:
+            answers = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise HyLoError(f"{path}: damaged ({error}): make the samples again") from None
+        if answers.dtype != np.uint8 or answers.shape != shape:
+            raise HyLoError(f"{path}: {answers.dtype} of shape {answers.shape}, expected uint8 of {shape}")
+        return answers
 
     @staticmethod
     def _read_mask(path: Path, shape: tuple[int, int]) -> np.ndarray | None:

@@ -254,7 +254,7 @@ def load_array(path, mmap_mode=None, **_) -> np.ndarray:
     """``safe_numpy_load`` of megatron-core, which takes pickles: its indices of samples are numbers, and hold none."""
     try:
         return np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
-    except ValueError as error:
+    except (ValueError, EOFError) as error:  # an empty file
         raise HyLoError(f"{path}: no array of numbers ({_line(error)}): remove the file, it is made again") from None
 
 
