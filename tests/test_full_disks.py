@@ -213,6 +213,20 @@ def test_a_writer_answers_whichever_file_fails(bad, tmp_path):
     assert sorted(results.get(timeout=1)) == [0, 1, 2]
 
 
+def test_a_failed_writer_leaves_nothing_to_garbage_collection(tmp_path, monkeypatch):
+    """The unfinished zip writer in the frames of the error crashed the process: ``test_small_disks`` shows it."""
+    errors, said = [], checkpoint_writer._said
+    monkeypatch.setattr(checkpoint_writer, "_said", lambda error, bucket: errors.append(error) or said(error, bucket))
+    checkpoint_writer._install_writing()
+    with largest_file(100_000):
+        buckets = [bucket(tmp_path / "file", 400_000)]
+        checkpoint_writer.write_buckets([_StorageWriterTransforms()], False, 0, buckets, queue.Queue())
+    error = errors[0]
+    while error is not None:
+        assert error.__traceback__ is None
+        error = error.__cause__ or error.__context__
+
+
 @pytest.mark.parametrize("need", [1000, 2**60], ids=["room", "no room"])
 def test_a_dead_writer_is_seen(need, tmp_path, monkeypatch):
     said = queue.Queue()

@@ -145,7 +145,10 @@ def write_checkpoint(folder: str | os.PathLike, arch: Architecture, tensors: dic
     except BaseException as error:
         shutil.rmtree(scratch, ignore_errors=True)
         # torch wraps what a planner raises; the message that says what to do is inside.
-        raise _said(_cause(error, (HyLoError, OSError)) or error, folder, need) from None
+        said = _said(_cause(error, (HyLoError, OSError)) or error, folder, need)
+        if said is not error:
+            disk.drop_tracebacks(error)
+        raise said from None
     return None
 
 

@@ -67,6 +67,7 @@ def write_bucket(transforms, *, local_proc_idx, write_bucket, results_queue, cou
         result = error
     if isinstance(result, Exception):
         _failures.append(_said(result, write_bucket))
+        disk.drop_tracebacks(result)
         result = []
     if results_queue is not None:
         results_queue.put((local_proc_idx, result))

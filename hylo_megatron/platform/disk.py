@@ -52,6 +52,20 @@ def cause_of(error: BaseException) -> BaseException | None:
     return None
 
 
+def drop_tracebacks(error: BaseException | None) -> None:
+    """Free what the frames of ``error``, and of the errors behind it, hold: torch's unfinished zip writer.
+
+    It has to go before the file it writes to. Garbage collection takes them in any order, and then crashes (SIGSEGV).
+    """
+    seen = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        error.__traceback__ = None
+        for failure in (getattr(error, "failures", None) or {}).values():
+            drop_tracebacks(failure[0] if isinstance(failure, tuple) else failure)
+        error = error.__cause__ or error.__context__
+
+
 def line(path: str | os.PathLike, need: int | None, reason: str = "no space left") -> str:
     needs = f"it needs {text(need)}, " if need is not None else ""
     return f"{path}: {reason}: {needs}{text(free(path))} is free on its disk; {WHAT_TO_DO}"
