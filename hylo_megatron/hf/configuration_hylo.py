@@ -9,8 +9,6 @@ from hylo_megatron.config import Architecture, GDNGeometry, Geometry, Mamba2Geom
 from hylo_megatron.errors import HyLoError
 
 MIXERS = ("mla", "gdn", "mamba2")
-LOADER = "hylo_megatron_loader"  # the module in exported folders for processes that never imported this package
-_AUTO_MAP = {"AutoConfig": "HyLoConfig", "AutoModel": "HyLoModel", "AutoModelForCausalLM": "HyLoForCausalLM"}
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -96,16 +94,6 @@ class HyLoConfig(PretrainedConfig):
         self.architecture_extra = dict(architecture_extra or {})
         super().__init__(**kwargs)
 
-    def save_pretrained(self, save_directory, **kwargs) -> None:
-        """Writes ``config.json`` and the file that it names for processes that do not know ``model_type: hylo``."""
-        self.auto_map = {auto: f"{LOADER}.{name}" for auto, name in _AUTO_MAP.items()}
-        super().save_pretrained(save_directory, **kwargs)
-        shutil.copyfile(Path(__file__).with_name("in_folder.py"), Path(save_directory) / f"{LOADER}.py")
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class="AutoConfig") -> None:
-        """Nothing: ``save_pretrained`` writes the loader, where transformers would copy this module."""
-
     @classmethod
     def from_architecture(cls, arch: Architecture, **kwargs) -> "HyLoConfig":
         """Config of a hybrid; token ids come from ``arch.extra`` where it has them."""
@@ -185,3 +173,14 @@ class HyLoConfig(PretrainedConfig):
             geometry=self.geometry(),
             extra=dict(self.architecture_extra),
         )
+
+    def save_pretrained(self, save_directory, **kwargs) -> None:
+        """Writes ``config.json`` and the file that it names for processes that do not know ``model_type: hylo``."""
+        classes = {"AutoConfig": "HyLoConfig", "AutoModel": "HyLoModel", "AutoModelForCausalLM": "HyLoForCausalLM"}
+        self.auto_map = {auto: f"hylo_megatron_loader.{name}" for auto, name in classes.items()}
+        super().save_pretrained(save_directory, **kwargs)
+        shutil.copyfile(Path(__file__).with_name("in_folder.py"), Path(save_directory) / "hylo_megatron_loader.py")
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class="AutoConfig") -> None:
+        """Nothing: ``save_pretrained`` writes the loader, where transformers would copy this module."""
