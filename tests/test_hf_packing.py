@@ -129,7 +129,9 @@ def test_arguments_that_would_be_wrong_are_refused(message):
         model(numbers(1, 8), **REFUSED_PACKING[message])
     if message == "packed documents cannot be cached":
         past = model(numbers(1, 8), use_cache=True).past_key_values
-        for arguments in (dict(position_ids=packed([3, 5]) + 0), dict(cu_seq_lens_q=torch.tensor([0, 3, 8]))):
+        with pytest.raises(ValueError, match=message):
+            model(numbers(1, 8), past_key_values=HyLoCache(2), position_ids=packed([3, 5]))
+        for arguments in (dict(position_ids=packed([3, 5])), dict(cu_seq_lens_q=torch.tensor([0, 3, 8]))):
             with pytest.raises(ValueError, match=message):
                 model(numbers(1, 8), past_key_values=past, **arguments)
         with pytest.raises(ValueError, match="holds 1 sequences"):

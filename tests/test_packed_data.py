@@ -116,7 +116,7 @@ def test_answers_weigh_a_share_of_the_sample(documents, tmp_path):
     assert dataset(tmp_path / "packed", answer_weight=0.01)[0]["answer_weight"].max() == 1.0  # never below a token's
     assert not dataset(tmp_path / "packed")[0]["answer_weight"].any()
     np.save(tmp_path / "packed.answers.npy", answers[1:])
-    with pytest.raises(HyLoError, match=r"answers.npy: shape .* expected"):
+    with pytest.raises(HyLoError, match=r"answers.npy: uint8 of shape .* expected"):
         dataset(tmp_path / "packed")
 
 

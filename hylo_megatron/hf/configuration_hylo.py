@@ -11,8 +11,6 @@ from hylo_megatron.config.rope import checked_rope
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.hf.config_values import DEFAULT_ROPE, MIXERS, check_complete, check_values
 
-LOADER = "hylo_megatron_loader"  # the module in exported folders for processes that never imported this package
-_AUTO_MAP = {"AutoConfig": "HyLoConfig", "AutoModel": "HyLoModel", "AutoModelForCausalLM": "HyLoForCausalLM"}
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -98,16 +96,6 @@ class HyLoConfig(PretrainedConfig):
         if reason := misfit(self.to_architecture()):
             raise HyLoError(f"config.json: {reason}")
         super().__init__(**kwargs)
-
-    def save_pretrained(self, save_directory, **kwargs) -> None:
-        """Writes ``config.json`` and the file that it names for processes that do not know ``model_type: hylo``."""
-        self.auto_map = {auto: f"{LOADER}.{name}" for auto, name in _AUTO_MAP.items()}
-        super().save_pretrained(save_directory, **kwargs)
-        shutil.copyfile(Path(__file__).with_name("in_folder.py"), Path(save_directory) / f"{LOADER}.py")
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class="AutoConfig") -> None:
-        """Nothing: ``save_pretrained`` writes the loader, where transformers would copy this module."""
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
@@ -201,3 +189,14 @@ class HyLoConfig(PretrainedConfig):
             geometry=self.geometry(),
             extra=dict(self.architecture_extra),
         )
+
+    def save_pretrained(self, save_directory, **kwargs) -> None:
+        """Writes ``config.json`` and the file that it names for processes that do not know ``model_type: hylo``."""
+        classes = {"AutoConfig": "HyLoConfig", "AutoModel": "HyLoModel", "AutoModelForCausalLM": "HyLoForCausalLM"}
+        self.auto_map = {auto: f"hylo_megatron_loader.{name}" for auto, name in classes.items()}
+        super().save_pretrained(save_directory, **kwargs)
+        shutil.copyfile(Path(__file__).with_name("in_folder.py"), Path(save_directory) / "hylo_megatron_loader.py")
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class="AutoConfig") -> None:
+        """Nothing: ``save_pretrained`` writes the loader, where transformers would copy this module."""

@@ -40,7 +40,7 @@ def refuse_holes(mask: torch.Tensor | None) -> None:
         raise ValueError("HyLoModel: attention_mask has padding between real tokens: pad a row on one side only")
 
 
-def checked_positions(position_ids: torch.Tensor | None, batch: int, length: int) -> None:
+def check_positions(position_ids: torch.Tensor | None, batch: int, length: int) -> None:
     if position_ids is not None and tuple(position_ids.shape) not in ((batch, length), (1, length)):
         raise ValueError(
             f"HyLoModel: position_ids has shape {tuple(position_ids.shape)}, expected [{batch}, {length}]"

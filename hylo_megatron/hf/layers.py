@@ -25,10 +25,10 @@ class HyLoGateNorm(HyLoRMSNorm):
 
 
 class HyLoKeyNorm(HyLoRMSNorm):
-    """Holds a norm's weight that is applied in parts; calling it returns the weight."""
+    """A norm whose weight is also applied in parts: called without ``x``, it returns the weight."""
 
-    def forward(self) -> torch.Tensor:
-        return self.weight
+    def forward(self, x: torch.Tensor | None = None) -> torch.Tensor:
+        return self.weight if x is None else super().forward(x)
 
 
 class HyLoConv1d(nn.Conv1d):

@@ -133,43 +133,48 @@ class HyLoModel(HyLoPreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         x_BSD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        batch, length, device = *x_BSD.shape[:2], x_BSD.device
-        cache = self._cache(past_key_values, use_cache, batch)
+        cache = self._cache(past_key_values, use_cache, len(x_BSD))
         past = cache.length if cache is not None else 0
-        mask = inputs.checked_mask(attention_mask, batch, past + length)
-        inputs.checked_positions(position_ids, batch, length)
-        real_BS = None if mask is None else mask[:, past:]
+        mask = inputs.checked_mask(attention_mask, len(x_BSD), past + x_BSD.shape[1])
+        inputs.check_positions(position_ids, *x_BSD.shape[:2])
         starts_BS = None
-        if length > 1 or cu_seq_lens_q is not None or cu_seq_lens_k is not None or seq_idx is not None:
-            lengths = (cu_seq_lens_q, cu_seq_lens_k)
-            starts_BS = document_starts((batch, length), position_ids, real_BS, lengths, seq_idx)
+        if x_BSD.shape[1] > 1 or cu_seq_lens_q is not None or cu_seq_lens_k is not None or seq_idx is not None:
+            shape, real_BS = x_BSD.shape[:2], None if mask is None else mask[:, past:]
+            starts_BS = document_starts(shape, position_ids, real_BS, (cu_seq_lens_q, cu_seq_lens_k), seq_idx)
         if starts_BS is None:
             inputs.refuse_holes(mask)
-        elif past or use_cache:
+        elif use_cache or past_key_values is not None:
             raise ValueError(
                 "HyLoModel: packed documents cannot be cached: set use_cache=False, without past_key_values"
             )
-        if position_ids is None:
-            unpacked = starts_BS is None
-            position_ids = inputs.counted(mask, past, length, device) if unpacked else restarted(starts_BS)
-        rotation, documents = self.rotation(position_ids), None
-        if starts_BS is not None:
-            documents, cache = Documents(starts_BS, rotation), None
-        allowed = None if documents else inputs.allowed(mask, past, length, device)
-        real_BS1 = None if documents else real_tokens(real_BS)
+        else:
+            cache = None
+        *beside, documents = self._beside(x_BSD, mask, position_ids, past, starts_BS)
         states = []
         for layer in self.layers:
             if output_hidden_states:
                 states.append(x_BSD)
-            x_BSD = layer(x_BSD, rotation, allowed, real_BS1, cache, documents)
+            x_BSD = layer(x_BSD, *beside, cache, documents)
         if cache is not None:
-            cache.length += length
+            cache.length += x_BSD.shape[1]
         x_BSD = self.norm(x_BSD)
         return BaseModelOutputWithPast(
             last_hidden_state=x_BSD,
             past_key_values=cache,
             hidden_states=(*states, x_BSD) if output_hidden_states else None,
         )
+
+    def _beside(self, x_BSD, mask, position_ids, past: int, starts_BS):
+        """What the layers need beside ``x_BSD``: cos and sin, what MLA may see, real tokens, packed documents."""
+        length, device = x_BSD.shape[1], x_BSD.device
+        if position_ids is None:
+            unpacked = starts_BS is None
+            position_ids = inputs.counted(mask, past, length, device) if unpacked else restarted(starts_BS)
+        rotation = self.rotation(position_ids)
+        if starts_BS is not None:
+            return rotation, None, None, Documents(starts_BS, rotation)
+        real_BS1 = real_tokens(None if mask is None else mask[:, past:])
+        return rotation, inputs.allowed(mask, past, length, device), real_BS1, None
 
     def _cache(self, given, use_cache: bool | None, batch: int) -> HyLoCache | None:
         """The cache that this call reads and writes."""
