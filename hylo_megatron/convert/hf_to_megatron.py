@@ -59,7 +59,7 @@ def convert(
     tensors = megatron_tensors(arch, weights)
     total = sum(torch.empty(t.shape, dtype=t.dtype, device="meta").nbytes for t in tensors.values())
     progress = ByteProgress(total, "convert")
-    with whole_folder(out) as scratch:
+    with whole_folder(out, total) as scratch:
         write_checkpoint(scratch, arch, tensors, functools.partial(copy_companions, hf), progress)
         progress.close()
         if model and check:
