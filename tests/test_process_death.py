@@ -26,7 +26,7 @@ import train_helpers as helpers  # noqa: E402
 
 from hylo_megatron.platform.parent import LAUNCHERS  # noqa: E402
 
-SECONDS = 10  # until everything is gone; a data worker looks for its parent every 5
+SECONDS = 20  # until everything is gone, on a busy machine; a data worker looks for its parent every 5
 START = 300  # seconds for a start on a busy machine
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
