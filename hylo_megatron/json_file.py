@@ -19,6 +19,7 @@ Object = dict[str, Any]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Size = Annotated[int, Field(ge=1, lt=2**63)]
 Dimension = Annotated[int, Field(ge=1, lt=2**31)]  # of a model
+PartDimension = Annotated[int, Field(ge=0, lt=2**31)]  # of a part that may be absent
 Number = Annotated[float, Field(allow_inf_nan=False)]
 AtLeastZero = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]

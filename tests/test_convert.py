@@ -380,7 +380,7 @@ class TestBadCheckpoint:
         tiny.write_hybrid(tmp_path / "ckpt", HYBRIDS["gdn"])
         data = next((tmp_path / "ckpt" / "release").glob("*.distcp"))
         data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
-        refused(self.export(tmp_path), tmp_path, "release", "truncated or damaged")
+        refused(self.export(tmp_path), tmp_path, "release", "it is truncated; copy the checkpoint again")
 
 
 # ---- plans ----

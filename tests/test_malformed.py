@@ -333,27 +333,6 @@ def test_summary_of_tokens(tmp_path):
     run()
 
 
-def test_a_tokenizer_that_sizes_are_read_from(tmp_path):
-    from hylo_megatron.config.pair import _tokens
-
-    good = dict(model={"vocab": {"a": 0, "b": 1}}, added_tokens=[{"id": 2}])
-    path = tmp_path / "tokenizer.json"
-
-    @FEW
-    @given(mutations.json_texts(good))
-    def run(text):
-        path.write_bytes(text)
-        refused_or_equal(lambda: _tokens(path), 3, lambda got, _: type(got) is int and got >= 0)
-
-    run()
-
-
-ANSWERS = {
-    "empty": b"", "no array": b"answers", "a pickle": pickle.dumps([1]), "cut": None,
-    "floats": np.zeros((4, 4), np.float32), "another shape": np.zeros((4, 5), np.uint8),
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("kind", ANSWERS)
 def test_marks_of_answers(kind, tmp_path):
     from hylo_megatron.distill.packed_data import PackedDataset

@@ -11,7 +11,7 @@ from hylo_megatron.errors import HyLoError
 from hylo_megatron.kernels.rope import rotate
 from hylo_megatron.vllm.geometry import serve
 from hylo_megatron.vllm.pages import Pages, expanded_bytes, pages
-from hylo_megatron.vllm.weights import Padding, pad, served_weights, spread
+from hylo_megatron.vllm.weights import Padding, check_parts, conv_loader, pad, served_weights, spread
 
 MAMBA2 = Mamba2Geometry(4, 16, 16, 4)
 SMALL = Geometry(MLAGeometry(6, 6, 4, 5), GDNGeometry(2, 2, 4, 8), MAMBA2)
@@ -89,12 +89,14 @@ def test_every_tensor_finds_its_place_or_is_an_error():
     weights = [(f"model.layers.3.mixer.{part}_conv1d.weight", torch.full((n, 1, 4), n)) for part, n in parts.items()]
     weights += [("model.layers.3.mixer.A_log", torch.tensor([1.0, 2.0])), ("model.norm.weight", torch.ones(2))]
     for order in itertools.permutations(weights):
-        found = {name: tensor for name, tensor, _ in served_weights(order, padding, "gdn")}
-        assert set(found) == {
-            "model.layers.3.mixer.conv1d.weight", "model.layers.3.mixer.A_log", "model.norm.weight"
-        }  # fmt: skip
-        assert found["model.layers.3.mixer.conv1d.weight"][:, 0, 0].tolist() == [8] * 16 + [16] * 16
-        assert found["model.layers.3.mixer.A_log"].tolist() == [1, 1, 2, 2]  # a head became two
+        found = {(name, part): tensor for name, tensor, part in served_weights(order, padding, "gdn")}
+        conv = torch.zeros(32, 1, 4)
+        load = conv_loader([8, 8, 16], ranks=1, rank=0)
+        for part in range(3):
+            load(conv, found.pop(("model.layers.3.mixer.conv1d.weight", part)), part)
+        assert set(found) == {("model.layers.3.mixer.A_log", None), ("model.norm.weight", None)}
+        assert conv[:, 0, 0].tolist() == [8] * 16 + [16] * 16
+        assert found["model.layers.3.mixer.A_log", None].tolist() == [1, 1, 2, 2]  # a head became two
     with pytest.raises(HyLoError, match="model.layers.0.self_attn.other.weight"):
         list(served_weights([("model.layers.0.self_attn.other.weight", torch.ones(1))], padding, "gdn"))
 
@@ -109,10 +111,14 @@ def test_every_tensor_finds_its_place_or_is_an_error():
 def test_a_parameter_of_several_tensors_needs_them_all(linear, merged):
     padding = Padding(SMALL, WIDE, HEADS)
     weights = [(f"model.layers.3.{name}.weight", torch.ones(2, 4)) for name in merged]
-    assert list(served_weights(weights, padding, linear))
+
+    def loaded(given) -> set:
+        return {(name, part) for name, _, part in served_weights(given, padding, linear)}
+
+    check_parts(loaded(weights), linear)
     for missing, _ in weights:
         with pytest.raises(HyLoError, match=f"{missing} is missing"):
-            list(served_weights([(name, x) for name, x in weights if name != missing], padding, linear))
+            check_parts(loaded([(name, x) for name, x in weights if name != missing]), linear)
 
 
 def test_pages_are_those_that_vllm_reported():

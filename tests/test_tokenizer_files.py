@@ -28,6 +28,7 @@ from hylo_megatron.data import prepare  # noqa: E402
 from hylo_megatron.data.tokenizers import load_tokenizer  # noqa: E402
 from hylo_megatron.errors import HyLoError  # noqa: E402
 from hylo_megatron.evaluate import models as evaluated  # noqa: E402
+from hylo_megatron.hf import HyLoConfig  # noqa: E402
 from hylo_megatron.init.calibration import calibration_tokens  # noqa: E402
 from hylo_megatron.init.upcycle import upcycle  # noqa: E402
 from hylo_megatron.train import write_companions  # noqa: E402
@@ -44,7 +45,7 @@ def exported(source: Path, target: Path) -> Path:
     """What export writes of a checkpoint's ``hf`` folder, beside a hybrid's config."""
     copy_companions(source, target.with_name("checkpoint"))
     copy_companions(target.with_name("checkpoint"), target, with_config=False)
-    (target / "config.json").write_text(json.dumps({"model_type": "hylo"}))
+    HyLoConfig(mixers=["mla", "gdn"]).save_pretrained(target)
     return target
 
 
@@ -223,7 +224,7 @@ def test_tokens_of_another_tokenizer_do_not_calibrate(tmp_path):
     made = prepare.prepare(text, tmp_path / "other", tmp_path / "tokens")
     assert made["tokenizer_fingerprint"] == tokenizer_identity(tmp_path / "other").fingerprint
     assert calibration_tokens(tmp_path / "tokens", tmp_path / "other", 64, 32).shape == (2, 32)
-    with pytest.raises(HyLoError, match="tokens.*made with another tokenizer.*prepare"):
+    with pytest.raises(HyLoError, match="tokens.*made with another tokenizer.*make the tokens again"):
         calibration_tokens(tmp_path / "tokens", tmp_path / "one", 64, 32)
 
 

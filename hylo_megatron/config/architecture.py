@@ -118,8 +118,6 @@ def misfit(arch: Architecture) -> str | None:
     """Which fields contradict one another."""
     if not arch.plan:
         return "plan has no layers"
-    if {"gdn", "mamba2"} <= set(arch.plan):
-        return "plan has both gdn and mamba2 layers, expected one linear kind in a model"
     if arch.is_hybrid != (arch.geometry is not None):
         return "geometry is missing" if arch.is_hybrid else "geometry is set, but all layers of the plan are attention"
     norms = arch.extra.get("ild_norms")

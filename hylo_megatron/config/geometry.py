@@ -6,7 +6,7 @@ from typing import ClassVar
 from pydantic import ConfigDict
 
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.json_file import Dimension, Positive, check
+from hylo_megatron.json_file import Dimension, PartDimension, Positive, check
 
 
 class _Known:
@@ -20,7 +20,7 @@ class MLAGeometry(_Known):
     """Multi-head latent attention; one cached row holds ``kv_lora_rank + qk_rope_head_dim`` values."""
 
     kv_lora_rank: Dimension
-    qk_nope_head_dim: Dimension
+    qk_nope_head_dim: PartDimension
     qk_rope_head_dim: Dimension
     v_head_dim: Dimension
     q_lora_rank: Dimension | None = None

@@ -112,8 +112,12 @@ def whole_folder(out: Path, need: int | None = None) -> Iterator[Path]:
 
 def write_checkpoint(folder: str | os.PathLike, arch: Architecture, tensors: dict[str, LazyTensor],
                      companions: Callable[[Path], None] | None = None,
-                     progress: Callable[[int], None] = lambda _: None) -> None:  # fmt: skip
-    """Writes ``folder`` as a release checkpoint; under its final name only when it is whole."""
+                     progress: Callable[[int], None] = lambda _: None,
+                     verify: Callable[[Path], object] = lambda _: None) -> None:  # fmt: skip
+    """Writes ``folder`` as a release checkpoint; under its final name only when it is whole.
+
+    ``verify`` gets the folder of the whole checkpoint before that, and may raise.
+    """
     folder = Path(folder)
     check_empty(folder)
     need = sum(prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors.values())
@@ -139,6 +143,7 @@ def write_checkpoint(folder: str | os.PathLike, arch: Architecture, tensors: dic
         if companions:
             companions(scratch / "hf")
         arch.save(scratch)
+        verify(scratch)
         if folder.exists():
             folder.rmdir()
         os.replace(scratch, folder)

@@ -10,7 +10,7 @@ import torch
 
 from hylo_megatron.config import Architecture, plan_name
 from hylo_megatron.config.geometry import rotary_width
-from hylo_megatron.convert.checkpoint import LazyTensor, check_empty, whole_folder, write_checkpoint
+from hylo_megatron.convert.checkpoint import LazyTensor, check_empty, write_checkpoint
 from hylo_megatron.convert.hf_folder import HFWeights, read_architecture
 from hylo_megatron.convert.progress import ByteProgress, peak_memory_gib
 from hylo_megatron.convert.self_check import check_frequencies, self_check, transformers_model
@@ -59,11 +59,13 @@ def convert(
     tensors = megatron_tensors(arch, weights)
     total = sum(torch.empty(t.shape, dtype=t.dtype, device="meta").nbytes for t in tensors.values())
     progress = ByteProgress(total, "convert")
-    with whole_folder(out, total) as scratch:
-        write_checkpoint(scratch, arch, tensors, functools.partial(copy_companions, hf), progress)
+
+    def verify(written: Path) -> None:
         progress.close()
         if model and check:
-            log(_said(self_check(weights, arch, scratch, model)))
+            log(_said(self_check(weights, arch, written, model)))
+
+    write_checkpoint(out, arch, tensors, functools.partial(copy_companions, hf), progress, verify)
     return arch
 
 

@@ -10,6 +10,7 @@ from hylo_megatron.config import Architecture
 from hylo_megatron.config.rope import checked_rope
 from hylo_megatron.distill.kl import KLSettings
 from hylo_megatron.flags import json_object, positive, size, weight
+from hylo_megatron.json_file import Object, check
 
 
 def add_hylo_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -84,7 +85,7 @@ def run_architecture(path: str, rope: dict | None = None, seq_length: int = 0) -
     """A checkpoint's model as this run uses it: with the rotary embedding asked for, and room for its sequences."""
     arch, rope = Architecture.load(path), rope or {}
     where = "--hylo-rope, --hylo-teacher-rope"
-    kept = arch.rope_parameters
+    rope, kept = check(rope, Object, where), arch.rope_parameters
     if rope.get("rope_type", kept.get("rope_type")) != kept.get("rope_type"):  # what scales one kind is not another's
         kept = {"rope_theta": kept["rope_theta"]}
     # Scaling starts from the checkpoint's own maximum unless it says otherwise, never from this run's sequences.

@@ -7,7 +7,7 @@ from typing_extensions import TypedDict
 
 from hylo_megatron.config.architecture import MODEL_TYPES, Extra
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.json_file import AtLeastZero, Dimension, Positive, check
+from hylo_megatron.json_file import AtLeastZero, Dimension, PartDimension, Positive, check
 
 MIXERS = ("mla", "gdn", "mamba2")
 DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
@@ -34,7 +34,7 @@ class Values(TypedDict):
     linear_type: Literal["gdn", "mamba2"] | None
     q_lora_rank: Dimension | None
     kv_lora_rank: Dimension
-    qk_nope_head_dim: Dimension
+    qk_nope_head_dim: PartDimension
     qk_rope_head_dim: Dimension
     v_head_dim: Dimension
     qk_norm: bool
