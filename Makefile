@@ -2,6 +2,7 @@
 VENV   ?= .venv
 EXTRAS ?= train,eval,dev
 PYTEST_ARGS ?=
+WORKERS ?= 2
 
 # A full path, not a bare `python`: a pyenv or conda shim could win over the environment. No $(abspath): it splits at
 # spaces.
@@ -16,7 +17,7 @@ MODEL ?= runs/smollm2-3MLA27GDN/hf-distill
 
 help:
 	@echo "make env                          the Python environment in $(VENV) (HYLO_PYTHON=... picks the interpreter)"
-	@echo "make test                         env, then the tests (PYTEST_ARGS=... for more)"
+	@echo "make test                         env, then the tests (WORKERS=2 at a time; PYTEST_ARGS=... for more)"
 	@echo "make test-parallel                every parallel layout, up to 16 processes, and 40 killed runs"
 	@echo "make demo PLAN= TP= PP= OUT=      env, then examples/upcycle_smollm2.sh; each variable is optional"
 	@echo "make test-serve                   vLLM's CPU build in $(SERVE_VENV), then the tests of serving"
@@ -28,8 +29,9 @@ help:
 env:
 	@tools/make_env.sh "$(VENV)" "$(EXTRAS)"
 
+# Files of tests go to WORKERS processes: most tests keep one core busy.
 test: env
-	"$(PY)" -m pytest -q $(PYTEST_ARGS)
+	"$(PY)" -m pytest -q -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 # Up to sixteen processes, and forty kills and full disks: for an idle machine. Writes the table of docs/parallelism.md.
 test-parallel: env

@@ -333,6 +333,12 @@ def test_summary_of_tokens(tmp_path):
     run()
 
 
+ANSWERS = {
+    "empty": b"", "no array": b"answers", "a pickle": pickle.dumps([1]), "cut": None,
+    "floats": np.zeros((4, 4), np.float32), "another shape": np.zeros((4, 5), np.uint8),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("kind", ANSWERS)
 def test_marks_of_answers(kind, tmp_path):
     from hylo_megatron.distill.packed_data import PackedDataset

@@ -6,6 +6,8 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers.trainers import BpeTrainer, UnigramTrainer, WordLevelTrainer
 
+from hylo_megatron.hf import HyLoConfig
+
 SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>"]
 CORPUS = [
     "The quick brown fox jumps over the lazy dog.", "In 2024 there were 12345 ships, and 7 sails.\n\n  def f(x):",
@@ -75,6 +77,8 @@ def write(folder: Path, tokenizer: Tokenizer, named: str | None = None, model_ty
     tokenizer.save(str(folder / "tokenizer.json"))
     written = {"tokenizer_class": named} if named else {}
     (folder / "tokenizer_config.json").write_text(json.dumps(written | {"eos_token": "</s>"} | config))
-    if model_type:
+    if model_type == "hylo":
+        HyLoConfig(mixers=["mla", "gdn"]).save_pretrained(folder)
+    elif model_type:
         (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
     return folder

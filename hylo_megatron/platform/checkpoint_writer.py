@@ -111,6 +111,8 @@ def writer(*args):
         torch.cuda.device_count = lambda: 1
     try:
         _write(*args)
+    except (ConnectionError, EOFError, FileNotFoundError):  # of the queue of results: the trainer is ending
+        os._exit(1)
     except BaseException:
         traceback.print_exc()
         os._exit(1)  # at its own exit a process of multiprocessing waits for its queues
