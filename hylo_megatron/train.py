@@ -86,15 +86,17 @@ def wait_for_student(args) -> None:
 
 def parsed_arguments():
     """Megatron's arguments. Raises ``HyLoError`` where Megatron asserts that two of them do not go together."""
-    from megatron.training.arguments import parse_and_validate_args
+    from megatron.training.arguments import core_transformer_config_from_args, parse_and_validate_args
 
     from hylo_megatron.distill.arguments import add_hylo_arguments
 
     try:
-        return parse_and_validate_args(extra_args_provider=add_hylo_arguments)
+        args = parse_and_validate_args(extra_args_provider=add_hylo_arguments)
+        core_transformer_config_from_args(args)  # has checks of its own, which the models would meet later
     except (AssertionError, ValueError) as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
-        raise HyLoError(f"Megatron refuses these flags: {error or where.line}") from error
+        raise HyLoError(f"Megatron refuses these flags: {str(error) or where.line}") from error
+    return args
 
 
 def check_tokens(args) -> None:

@@ -135,6 +135,15 @@ def test_what_a_training_cannot_do_without_is_asked_for(world):
         rest = whole[:at] + whole[at + 2 :]
         with pytest.raises(HyLoError, match=f"^{flag} is missing"):
             command_line.check_given(command_line.user_flags(rest), rest)
+    for more, words in (
+        (["--eval-iters", "2"], "--eval-iters 2: no data to validate on"),
+        (["--transformer-impl", "local"], "--hylo-backend says which layers are built"),
+        (["--data-path", "nan", "a", "1", "b"], "--data-path: weight nan, expected a number above 0"),
+        (["--data-path", "1", "a", "-2", "b"], "--data-path: weight -2, expected"),
+    ):
+        longer = [*whole, *more]
+        with pytest.raises(HyLoError, match=words):
+            command_line.check_given(command_line.user_flags(longer), longer)
     with pytest.raises(HyLoError, match="--lr-warmup-iters 4: expected fewer than the 4 steps"):
         command_line.check_given(command_line.user_flags([*whole, "--lr-warmup-iters", "4"]), whole)
 
@@ -192,6 +201,18 @@ def refusal(done) -> str:
 
 def rates(folder) -> list[float]:
     return [line["lr"] for line in helpers.read_log(folder / "train_log.jsonl")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags, words", [
+    (dict(recompute_granularity="full"), "recompute_method must be"),
+    (dict(fp16=True, bf16=True), "assert not args.bf16"),
+    (dict(multi_latent_attention=True), "mutually exclusive"),
+], ids=lambda value: next(iter(value)) if isinstance(value, dict) else "")  # fmt: skip
+def test_what_megatron_asserts_is_one_line(world, tmp_path, flags, words):
+    said = refusal(helpers.train(*helpers.train_flags(world, "distill", tmp_path / "run", **flags)))
+    assert said.startswith("error: Megatron refuses these flags: ") and words in said
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

@@ -212,7 +212,7 @@ def _twice(folder):
 
 @pytest.mark.parametrize("change, words", [
     (_moved(f"../{SECOND}"), [INDEX, f"../{SECOND}", "file of the same folder"]),
-    (_moved(f"/tmp/{SECOND}"), [INDEX, "file of the same folder"]),
+    (_moved(f"/elsewhere/{SECOND}"), [INDEX, "file of the same folder"]),
     (_moved(f"..\\{SECOND}"), [INDEX, "file of the same folder"]),
     (_moved(".."), [INDEX, "file of the same folder"]), (_moved(5), [INDEX, "weight_map", "string"]),
     (_unlisted, ["model-0000", UP, "nowhere"]), (_twice, ["model-0000", UP, "model-0000"]),

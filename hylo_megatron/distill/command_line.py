@@ -1,6 +1,8 @@
 """The command line of training before anything starts: what it lacks is filled in, what cannot work is refused."""
 
 import argparse
+import contextlib
+import math
 import os
 import sys
 from pathlib import Path
@@ -47,6 +49,16 @@ def _data(known: argparse.Namespace) -> object:
     return next(filter(None, (getattr(known, name) for name in names)), known.mock_data or None)
 
 
+def _check_blends(known: argparse.Namespace) -> None:
+    """Megatron takes every other word of a blend for its weight, if all of these are numbers."""
+    for flag in ("data_path", "train_data_path", "valid_data_path", "test_data_path"):
+        words = getattr(known, flag) or ()
+        for word in words[::2] if len(words) % 2 == 0 else ():
+            with contextlib.suppress(ValueError):
+                if not 0 < float(word) < math.inf:
+                    raise HyLoError(f"--{flag.replace('_', '-')}: weight {word}, expected a number above 0")
+
+
 def check_given(known: argparse.Namespace, user: list[str]) -> None:
     missing = {
         "--hylo-student": (known.hylo_student, "the student checkpoint made by upcycle.py"),
@@ -61,6 +73,15 @@ def check_given(known: argparse.Namespace, user: list[str]) -> None:
     for flag, (value, what) in missing.items():
         if value is None:
             raise HyLoError(f"{flag} is missing: {what}")
+    if (
+        "--eval-iters" in user
+        and known.eval_iters
+        and not (known.split or known.valid_data_path or known.per_split_data_args_path)
+    ):
+        raise HyLoError(f"--eval-iters {known.eval_iters}: no data to validate on; give --split, such as 99,1,0")
+    if "--transformer-impl" in user:
+        raise HyLoError("--transformer-impl has no effect here: --hylo-backend says which layers are built")
+    _check_blends(known)
     steps = known.lr_decay_iters or known.train_iters or 0
     if steps and (known.lr_warmup_iters or 0) >= steps:
         raise HyLoError(f"--lr-warmup-iters {known.lr_warmup_iters}: expected fewer than the {steps} steps of the run")
