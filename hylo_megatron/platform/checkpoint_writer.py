@@ -12,6 +12,7 @@ import os
 import queue
 import signal
 import threading
+import time
 import traceback
 from multiprocessing.connection import wait
 from multiprocessing.managers import SyncManager
@@ -25,6 +26,7 @@ from hylo_megatron.errors import HyLoError
 from hylo_megatron.platform import cpu, disk, peers
 from hylo_megatron.platform.parent import end_with_parent
 
+CAUSE_SECONDS = 2  # torchrun ends writers too when a rank is lost: time for the line that says which
 CLOSING_SECONDS = 20
 _Writer = filesystem_async.FileSystemWriterAsync
 _write, _write_bucket = async_utils.PersistentAsyncCaller.async_loop, _Writer.write_preloaded_data
@@ -123,6 +125,7 @@ def writer(*args):
 
 def _watch(process, closing: threading.Event, folder: str | None, need: int) -> None:
     wait([process.sentinel])
+    time.sleep(CAUSE_SECONDS)
     if closing.is_set():
         return
     process.join(1)
