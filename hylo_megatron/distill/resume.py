@@ -79,14 +79,14 @@ def learning_rates(path: Path, optimizer, scheduler, args) -> Iterator[None]:
     if not saved:
         yield
         return
-    new_of, was = {}, saved["args"]
+    old_of, was = {}, saved["args"]
     for factor in (1.0, args.hylo_copied_lr_mult, args.hylo_decay_lr_mult):
-        old = was.lr * factor, (was.min_lr or 0.0) * factor
-        new_of[old] = args.lr * factor, (args.min_lr or 0.0) * factor
-    old_of = {new: old for old, new in new_of.items()}
-    for group in optimizer.param_groups:
-        group["max_lr"], group["min_lr"] = old_of[group["max_lr"], group["min_lr"]]
+        new = args.lr * factor, (args.min_lr or 0.0) * factor
+        old_of[new] = was.lr * factor, (was.min_lr or 0.0) * factor
+    rates = [(group["max_lr"], group["min_lr"]) for group in optimizer.param_groups]
+    for group, new in zip(optimizer.param_groups, rates, strict=True):
+        group["max_lr"], group["min_lr"] = old_of[new]
     yield
-    if args.override_opt_param_scheduler:
-        for group in optimizer.param_groups:
-            group["max_lr"], group["min_lr"] = new_of[group["max_lr"], group["min_lr"]]
+    if args.override_opt_param_scheduler:  # the engine keeps the order of the groups
+        for group, new in zip(optimizer.param_groups, rates, strict=True):
+            group["max_lr"], group["min_lr"] = new
