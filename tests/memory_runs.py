@@ -16,7 +16,7 @@ import tiny
 from megatron.training import training
 from megatron.training.global_vars import get_args
 
-from hylo_megatron.platform import checkpoint_writer
+from hylo_megatron.engine import checkpoint_writer
 from hylo_megatron.train import main as train
 
 

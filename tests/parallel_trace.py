@@ -12,7 +12,7 @@ import torch.distributed as dist
 import train_helpers as helpers
 from megatron.core import parallel_state
 
-from hylo_megatron.distill import teacher_fed
+from hylo_megatron.parallel import teacher_fed
 
 STEPS = 3
 

@@ -6,14 +6,14 @@ import sys
 import pytest
 import torch
 
-from hylo_megatron.platform.capabilities import has
+from hylo_megatron.capabilities import has
 
 if not has("megatron-core"):
     pytest.skip("megatron-core is not installed", allow_module_level=True)
 import train_helpers as helpers  # noqa: E402
 from train_helpers import everything, read_log  # noqa: E402
 
-from hylo_megatron.convert.iterations import TRACKER  # noqa: E402
+from hylo_megatron.checkpoint.iterations import TRACKER  # noqa: E402
 
 HALF, END = 4, 8
 AT_ONCE = 6  # runs of a launch: the threads of every run's process groups stay, and poll

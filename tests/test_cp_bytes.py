@@ -6,7 +6,7 @@ import cp_bytes
 import pytest
 import train_helpers as helpers
 
-from hylo_megatron.platform.capabilities import has
+from hylo_megatron.capabilities import has
 
 
 @pytest.mark.skipif(not has("megatron-core"), reason="megatron-core is not installed")

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from hylo_megatron import capabilities as machine
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.platform import capabilities as machine
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -51,7 +51,7 @@ def test_doctor_reports_every_package_and_each_kind_of_work():
 
 def test_looking_imports_nothing():
     code = (
-        "import sys; from hylo_megatron.platform.capabilities import capabilities; capabilities()\n"
+        "import sys; from hylo_megatron.capabilities import capabilities; capabilities()\n"
         "print([m for m in ('torch', 'megatron', 'fla', 'triton', 'transformers') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 import train_helpers as helpers
 
-from hylo_megatron.layers import latent_ring
+from hylo_megatron.parallel import latent_ring
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

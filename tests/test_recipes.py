@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import pytest
 
-from hylo_megatron.platform.capabilities import has
+from hylo_megatron.capabilities import has
 
 if not has("megatron-core"):
     pytest.skip("megatron-core is not installed", allow_module_level=True)
@@ -22,10 +22,10 @@ import train_helpers as helpers  # noqa: E402
 
 from hylo_megatron.data.prepare import prepare  # noqa: E402
 from hylo_megatron.errors import HyLoError  # noqa: E402
-from hylo_megatron.recipes.background import Background  # noqa: E402
 from hylo_megatron.recipes.proxy import write_tokenizer  # noqa: E402
 from hylo_megatron.recipes.smollm2 import smollm2_cpu, smollm2_gpu  # noqa: E402
 from hylo_megatron.recipes.stage import Evaluation  # noqa: E402
+from hylo_megatron.run.background import Background  # noqa: E402
 
 SHORT = {2048: 512, 8192: 640, 32768: 768}  # retrieval samples need 512 tokens
 STEPS = 6
@@ -36,8 +36,8 @@ import sys
 sys.path[:0] = sys.argv[2:]
 import test_recipes
 from pathlib import Path
-from hylo_megatron.recipes.runner import Run
-from hylo_megatron.recipes.launch import Layout
+from hylo_megatron.run.recipe_run import Run
+from hylo_megatron.run.launch import Layout
 
 if __name__ == "__main__":
     Run(test_recipes.toy_recipe(), Path(sys.argv[1]), Layout.found(1, 1)).execute()
