@@ -10,8 +10,8 @@ from torch import Tensor
 
 from hylo_megatron.checkpoint.folder import whole_folder
 from hylo_megatron.config import Architecture, plan_name
-from hylo_megatron.convert.amd_release.convert.config import FLA_NORM_EPS, Release, Unsaid, read_release
-from hylo_megatron.convert.amd_release.convert.tables import EMBEDDING, OUTPUT, source_shapes, takes
+from hylo_megatron.convert.amd_release.config import FLA_NORM_EPS, Release, Unsaid, read_release
+from hylo_megatron.convert.amd_release.tables import EMBEDDING, OUTPUT, source_shapes, takes
 from hylo_megatron.convert.hf_folder import HFWeights
 from hylo_megatron.convert.megatron_to_hf import ShardWriter, write_hybrid_config
 from hylo_megatron.convert.progress import ByteProgress, peak_memory_gib

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hylo_megatron.convert.amd_release.convert.config import Release
+from hylo_megatron.convert.amd_release.config import Release
 from hylo_megatron.convert.shapes import Shapes, hf_shapes
 
 
