@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from hylo_megatron.config.geometry import GDNGeometry, Geometry, Mamba2Geometry, geometry_preset
+from hylo_megatron.config import GDNGeometry, Geometry, Mamba2Geometry, geometry_preset
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "parallelism.md"
 STATE = 4  # bytes: states, and the ring's gradients, travel in fp32
