@@ -14,11 +14,12 @@ from hylo_megatron.checkpoint.folder import FINITE, CheckpointReader, whole_fold
 from hylo_megatron.config import Architecture, plan_name
 from hylo_megatron.convert.hf_folder import save_tensors
 from hylo_megatron.convert.progress import ByteProgress, peak_memory_gib
-from hylo_megatron.convert.shapes import FP32_SUFFIXES, hf_shapes
+from hylo_megatron.convert.shapes import hf_shapes
 from hylo_megatron.convert.tables import mappings
 from hylo_megatron.convert.tokenizer_files import check_tokenizer, copy_companions
 from hylo_megatron.errors import HyLoError, command_line
 from hylo_megatron.json_file import read_json
+from hylo_megatron.mixers import FP32_SUFFIXES
 
 SHARD_BYTES = 4 * 2**30
 README = """# {plan}: a hybrid of MLA and linear attention, made with hylo-megatron

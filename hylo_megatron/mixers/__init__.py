@@ -15,6 +15,6 @@ What several mixers share stands beside the folders. To add a mixer: write its f
 """
 
 from hylo_megatron.mixers.mixer import BaseHeads, Mixer
-from hylo_megatron.mixers.registry import LINEAR, MIXERS, mixer
+from hylo_megatron.mixers.registry import FAST_SUFFIXES, FP32_SUFFIXES, LINEAR, MIXERS, mixer
 
-__all__ = ["LINEAR", "MIXERS", "BaseHeads", "Mixer", "mixer"]
+__all__ = ["FAST_SUFFIXES", "FP32_SUFFIXES", "LINEAR", "MIXERS", "BaseHeads", "Mixer", "mixer"]

@@ -11,7 +11,8 @@ from math import prod
 
 from hylo_megatron.config import Architecture
 from hylo_megatron.config.plan import megatron_pattern
-from hylo_megatron.convert.shapes import FP32_SUFFIXES, hf_shapes
+from hylo_megatron.convert.shapes import hf_shapes
+from hylo_megatron.mixers import FP32_SUFFIXES
 
 # What every tensor-parallel rank has whole; everything else is cut.
 WHOLE = (

@@ -15,9 +15,10 @@ from hylo_megatron.convert.amd_release.tables import EMBEDDING, OUTPUT, source_s
 from hylo_megatron.convert.hf_folder import HFWeights
 from hylo_megatron.convert.megatron_to_hf import ShardWriter, write_hybrid_config
 from hylo_megatron.convert.progress import ByteProgress, peak_memory_gib
-from hylo_megatron.convert.shapes import FP32_SUFFIXES, hf_shapes
+from hylo_megatron.convert.shapes import hf_shapes
 from hylo_megatron.convert.tokenizer_files import check_tokenizer, copy_companions
 from hylo_megatron.errors import HyLoError, command_line
+from hylo_megatron.mixers import FP32_SUFFIXES
 
 SHARD_BYTES = 2**30
 COMPARED_ROWS = 4096

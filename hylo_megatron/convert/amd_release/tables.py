@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from hylo_megatron.convert.amd_release.config import Release
-from hylo_megatron.convert.shapes import Shapes, hf_shapes
+from hylo_megatron.convert.shapes import hf_shapes
+from hylo_megatron.mixers.mapping import Shapes
 
 
 @dataclass(frozen=True)
