@@ -23,44 +23,28 @@ from hylo_megatron.convert.tables import mappings
 from hylo_megatron.convert.tokenizer_files import check_tokenizer, copy_companions
 from hylo_megatron.errors import HyLoError, command_line
 from hylo_megatron.flags import Parser, count, size
-from hylo_megatron.init import linear_blocks, mla
 from hylo_megatron.init.calibration import calibration_tokens
 from hylo_megatron.init.linear_algebra import relative_error, ridge_correction
-from hylo_megatron.init.mixer_forward import OUTPUT_PROJECTION, MixerRunner
+from hylo_megatron.init.mixer_forward import MixerRunner
 from hylo_megatron.init.teacher import BaseModel
-from hylo_megatron.mixers import FP32_SUFFIXES
+from hylo_megatron.mixers import FP32_SUFFIXES, LINEAR, MIXERS
 
 REPORT = "init_report.json"
 
 
 def initial_mixer(layer, arch: Architecture, how: str, frequencies, generator) -> dict[str, Tensor]:
-    """Weights of layer ``layer.index``'s new mixer under Hugging Face names (without the layer's prefix)."""
-    kind = arch.plan[layer.index]
-    if how == "data":
-        table = {
-            "mla": lambda: mla.data_init(layer, arch, frequencies),
-            "gdn": lambda: linear_blocks.gdn_data_init(layer, arch),
-            "mamba2": lambda: linear_blocks.mamba2_data_init(layer, arch),
-        }
-    else:
-        table = {
-            # norms that MLA keeps are not in its weights too
-            "mla": lambda: mla.svd_init(layer, replace(arch, qk_norm=arch.qk_norm and not arch.mla_qk_norm)),
-            "gdn": lambda: linear_blocks.gdn_copy_init(layer, arch, generator),
-            "mamba2": lambda: linear_blocks.mamba2_copy_init(layer, arch, generator),
-        }
-    weights = table[kind]()
-    if arch.mla_qk_norm and kind == "mla":
-        weights |= mla.kept_norms(layer, arch)
+    """Return the weights of layer ``layer.index``'s new mixer, Hugging Face names without the layer's prefix."""
+    mixer = MIXERS[arch.plan[layer.index]].part("initialise")
+    weights = mixer.calibrated(layer, arch, frequencies) if how == "data" else mixer.from_rows(layer, arch, generator)
     return {key: tensor.float().cpu().contiguous() for key, tensor in weights.items()}
 
 
 def _fit_and_measure(layer, arch, weights, device, ridge: bool) -> tuple[dict[str, Tensor], dict]:
-    """Refits the output projection where that helps on held-out rows; relative errors before and after."""
-    kind, rows = arch.plan[layer.index], len(layer.inputs_BSD)
+    """Refit the output projection where that helps on held-out rows; return weights and relative errors."""
+    mixer, rows = MIXERS[arch.plan[layer.index]].part("initialise"), len(layer.inputs_BSD)
     fit = max(1, rows * 3 // 4)
     held = slice(fit, None) if rows > 1 else slice(None)
-    runner, name = MixerRunner(arch, layer.index, device), OUTPUT_PROJECTION[kind]
+    runner, name = MixerRunner(arch, layer.index, device), mixer.OUTPUT_PROJECTION
     runner.load(weights)
     features, target = runner.features(layer.inputs_BSD), layer.output_BSD
 
@@ -69,7 +53,7 @@ def _fit_and_measure(layer, arch, weights, device, ridge: bool) -> tuple[dict[st
 
     projection = weights[name].to(device)
     errors = {"error": error(projection)}
-    if ridge and rows > 1 and kind != "mla":
+    if ridge and rows > 1 and mixer.REFIT:
         fitted = ridge_correction(features[:fit].flatten(0, 1), target[:fit].flatten(0, 1), projection)
         errors |= {"error_transferred": errors["error"], "error_ridge": error(fitted)}
         if errors["error_ridge"] < errors["error"]:
@@ -193,7 +177,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--teacher", required=True, help="checkpoint of the base Transformer (convert_hf_to_megatron.py)")
     add("--out", required=True, help="student checkpoint to write")
     add("--mla-layers", required=True, help="1,5,10,14 | uniform:K | all | none | a name such as 4MLA12GDN")
-    add("--linear", choices=("gdn", "mamba2"), help="what the other layers become (default: gdn, or the plan's name)")
+    add("--linear", choices=LINEAR, help=f"what the other layers become (default: {LINEAR[0]}, or the plan's name)")
     add("--init", default="data", choices=("data", "svd"), help="calibrated on text, or the paper's (default: data)")
     add("--geometry", default="native", choices=("native", "published"))
     add("--calibration", help="text as prepare_data.py takes it, or tokens; with svd it only measures the errors")
