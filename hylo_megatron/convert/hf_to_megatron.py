@@ -11,12 +11,12 @@ import torch
 from hylo_megatron.checkpoint.folder import LazyTensor, check_empty, write_checkpoint
 from hylo_megatron.config import Architecture, plan_name
 from hylo_megatron.convert.hf_folder import HFWeights, read_architecture
-from hylo_megatron.convert.progress import ByteProgress, peak_memory_gib
 from hylo_megatron.convert.self_check import check_frequencies, self_check, transformers_model
 from hylo_megatron.convert.tables import Mapping, mappings
 from hylo_megatron.convert.tokenizer_files import check_tokenizer, copy_companions
 from hylo_megatron.errors import command_line
 from hylo_megatron.mixers.mla.geometry import rotary_width
+from hylo_megatron.progress import byte_progress, peak_memory_gib
 
 
 def _lazy(mapping: Mapping, index: int, weights, shape, dtype) -> LazyTensor:
@@ -58,14 +58,16 @@ def convert(
     weights = HFWeights(hf, arch, allow_nan)
     tensors = megatron_tensors(arch, weights)
     total = sum(torch.empty(t.shape, dtype=t.dtype, device="meta").nbytes for t in tensors.values())
-    progress = ByteProgress(total, "convert")
+    differences = []
 
     def verify(written: Path) -> None:
-        progress.close()
         if model and check:
-            log(_said(self_check(weights, arch, written, model)))
+            differences.append(self_check(weights, arch, written, model))
 
-    write_checkpoint(out, arch, tensors, functools.partial(copy_companions, hf), progress, verify)
+    with byte_progress(total, "convert") as advance:
+        write_checkpoint(out, arch, tensors, functools.partial(copy_companions, hf), advance, verify)
+    for difference in differences:
+        log(_said(difference))
     return arch
 
 

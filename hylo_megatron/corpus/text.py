@@ -3,7 +3,6 @@
 import argparse
 import itertools
 import json
-import os
 import time
 import zipfile
 from collections.abc import Iterable
@@ -17,6 +16,7 @@ from hylo_megatron.corpus.large_mix import LARGE_MIX
 from hylo_megatron.corpus.readers import Archive, read_source
 from hylo_megatron.corpus.sources import SMALL_MIX, Source
 from hylo_megatron.errors import HyLoError, command_line
+from hylo_megatron.files import whole_file
 
 ROLES = ("train", "eval_prose", "eval_code", "eval_c", "eval_long")
 MIXES = {"small": SMALL_MIX, "large": LARGE_MIX}
@@ -191,15 +191,11 @@ def sources_page(rows: list[dict]) -> str:
 
 
 def _write(path: Path, lines: Iterable[str]) -> None:
-    partial = path.with_name(f"{path.name}.partial")
     try:
-        with open(partial, "w", encoding="utf-8", newline="\n") as file:
+        with whole_file(path) as scratch, scratch.open("w", encoding="utf-8", newline="\n") as file:
             file.writelines(lines)
-        os.replace(partial, path)
     except OSError as error:
         raise HyLoError(f"cannot write {path} ({error.strerror}): free space, or choose another --out") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @command_line

@@ -14,10 +14,10 @@ from hylo_megatron.convert.amd_release.config import FLA_NORM_EPS, Release, Unsa
 from hylo_megatron.convert.amd_release.tables import EMBEDDING, OUTPUT, source_shapes, takes
 from hylo_megatron.convert.hf_folder import HFWeights
 from hylo_megatron.convert.megatron_to_hf import ShardWriter, write_hybrid_config
-from hylo_megatron.convert.progress import ByteProgress, peak_memory_gib
 from hylo_megatron.convert.shapes import FP32_SUFFIXES, hf_shapes
 from hylo_megatron.convert.tokenizer_files import check_tokenizer, copy_companions
 from hylo_megatron.errors import HyLoError, command_line
+from hylo_megatron.progress import byte_progress, peak_memory_gib
 
 SHARD_BYTES = 2**30
 COMPARED_ROWS = 4096
@@ -75,12 +75,12 @@ def convert(folder: str | Path, out: str | Path, dtype: torch.dtype | None = Non
         copy_companions(folder, scratch, with_config=False)
         writer = ShardWriter(scratch, SHARD_BYTES)
         stored = dtype or weights.dtype(EMBEDDING)
-        progress = ByteProgress(stored.itemsize * sum(map(math.prod, hf_shapes(release.arch).values())), "convert")
-        for key, tensor in converted(release, weights, dtype):
-            writer.add(key, tensor)
-            progress(tensor.nbytes)
+        total = stored.itemsize * sum(map(math.prod, hf_shapes(release.arch).values()))
+        with byte_progress(total, "convert") as advance:
+            for key, tensor in converted(release, weights, dtype):
+                writer.add(key, tensor)
+                advance(tensor.nbytes)
         writer.finish()
-        progress.close()
         write_hybrid_config(release.arch, scratch, stored)
     return release.arch
 
