@@ -1,6 +1,5 @@
 """Hugging Face folder -> Megatron distributed checkpoint that loads at any parallel layout."""
 
-import argparse
 import functools
 import math
 import time
@@ -15,6 +14,7 @@ from hylo_megatron.convert.self_check import check_frequencies, self_check, tran
 from hylo_megatron.convert.tables import Mapping, mappings
 from hylo_megatron.convert.tokenizer_files import check_tokenizer, copy_companions
 from hylo_megatron.errors import command_line
+from hylo_megatron.flags import Parser
 from hylo_megatron.mixers.mla.geometry import rotary_width
 from hylo_megatron.progress import byte_progress, peak_memory_gib
 
@@ -79,7 +79,7 @@ def _said(difference: float) -> str:
 
 @command_line
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--hf", required=True, help="folder with config.json, *.safetensors and the tokenizer")
     parser.add_argument("--out", required=True, help="Megatron checkpoint folder to write")
     parser.add_argument("--allow-nan", action="store_true", help="let NaN and Inf in weights pass")

@@ -1,6 +1,5 @@
 """Megatron distributed checkpoint, saved on any layout -> Hugging Face folder."""
 
-import argparse
 import json
 import math
 import os
@@ -17,6 +16,7 @@ from hylo_megatron.convert.shapes import FP32_SUFFIXES, hf_shapes
 from hylo_megatron.convert.tables import mappings
 from hylo_megatron.convert.tokenizer_files import check_tokenizer, copy_companions
 from hylo_megatron.errors import HyLoError, command_line
+from hylo_megatron.flags import Parser
 from hylo_megatron.json_file import read_json
 from hylo_megatron.progress import byte_progress, peak_memory_gib
 
@@ -127,7 +127,7 @@ def convert(checkpoint: str | Path, out: str | Path, dtype: torch.dtype | None =
 
 @command_line
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--ckpt", required=True, help="Megatron checkpoint folder (its latest iteration is taken)")
     parser.add_argument("--out", required=True, help="Hugging Face folder to write")
     parser.add_argument("--dtype", choices=("keep", "bfloat16", "float16", "float32"), default="keep")

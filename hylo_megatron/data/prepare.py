@@ -23,6 +23,7 @@ from hylo_megatron.data.documents import (
 from hylo_megatron.data.token_writer import Counts, TokenWriter, token_files
 from hylo_megatron.data.tokenizers import TextTokenizer, load_tokenizer
 from hylo_megatron.errors import HyLoError, command_line
+from hylo_megatron.flags import Parser
 from hylo_megatron.progress import byte_progress
 
 MASK = ".learnt.bin"  # a byte for each token of packed sequences
@@ -178,7 +179,7 @@ def _nothing_written(inputs: list[Path], counts: Counts, pack_length: int | None
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line of ``tools/prepare_data.py``."""
-    parser = argparse.ArgumentParser(description="Tokenize text into Megatron's .bin and .idx files.")
+    parser = Parser(description="Tokenize text into Megatron's .bin and .idx files.")
     parser.add_argument("--input", required=True, nargs="+", type=Path, metavar="FILE")
     parser.add_argument("--tokenizer", required=True, type=Path, help="Hugging Face folder or sentencepiece .model")
     parser.add_argument("--out", required=True, type=Path, metavar="PREFIX", help="writes PREFIX.bin, .idx and .json")

@@ -194,7 +194,12 @@ def main(argv: list[str] | None = None) -> None:
     add("--mla-layers", required=True, help="1,5,10,14 | uniform:K | all | none | a name such as 4MLA12GDN")
     add("--linear", choices=("gdn", "mamba2"), help="what the other layers become (default: gdn, or the plan's name)")
     add("--init", default="data", choices=("data", "svd"), help="calibrated on text, or the paper's (default: data)")
-    add("--geometry", default="native", choices=("native", "published"))
+    add(
+        "--geometry",
+        default="native",
+        choices=("native", "published"),
+        help="dimensions of the new mixers: what serving engines run unpadded, or the paper's",
+    )
     add("--calibration", help="text as prepare_data.py takes it, or tokens; with svd it only measures the errors")
     add("--calibration-tokens", type=size, default=16384)
     add("--calibration-length", type=size, default=1024, help="tokens per row")

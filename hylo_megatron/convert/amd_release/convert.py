@@ -1,6 +1,5 @@
 """AMD's HyLo release -> Hugging Face folder of ours, which transformers and convert_hf_to_megatron.py read."""
 
-import argparse
 import math
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ from hylo_megatron.convert.megatron_to_hf import ShardWriter, write_hybrid_confi
 from hylo_megatron.convert.shapes import FP32_SUFFIXES, hf_shapes
 from hylo_megatron.convert.tokenizer_files import check_tokenizer, copy_companions
 from hylo_megatron.errors import HyLoError, command_line
+from hylo_megatron.flags import Parser
 from hylo_megatron.progress import byte_progress, peak_memory_gib
 
 SHARD_BYTES = 2**30
@@ -99,7 +99,7 @@ def assumptions(arch: Architecture, unsaid: Unsaid) -> list[str]:
 
 @command_line
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--release", required=True, help="folder with hybrid_config.json, config.json, *.safetensors")
     parser.add_argument("--out", required=True, help="Hugging Face folder to write")
     parser.add_argument("--dtype", choices=("keep", "bfloat16", "float16", "float32"), default="keep")
