@@ -10,7 +10,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from folders import write_folder
+from helpers.serving import write_folder
 
 from hylo_megatron.serve.demo import Server
 
