@@ -10,17 +10,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import tiny
 import torch
-import train_helpers as helpers
 
+import hylo_megatron.checkpoint.folder
 import hylo_megatron.config
-import hylo_megatron.convert.checkpoint
 import hylo_megatron.convert.hf_to_megatron
 import hylo_megatron.convert.shapes
 import hylo_megatron.data.token_writer
+from helpers import tiny
+from helpers import train as helpers
+from helpers.paths import ROOT
 
-FOLDER = Path(__file__).resolve().parent / "losses"
+FOLDER = ROOT / "tests" / "golden" / "losses"
 KINDS, STAGES = ("gdn", "mamba2"), ("ild", "distill")
 LAYOUTS = {  # name in a file's name: processes, flags
     "single": (1, {}),
@@ -69,7 +70,7 @@ def write_checkpoint(folder: Path, arch: hylo_megatron.config.Architecture, seed
         tiny.write_tokenizer(hf, arch.vocab_size)
 
     tensors = hylo_megatron.convert.hf_to_megatron.megatron_tensors(arch, SeededWeights(arch, seed))
-    hylo_megatron.convert.checkpoint.write_checkpoint(folder, arch, tensors, companions)
+    hylo_megatron.checkpoint.folder.write_checkpoint(folder, arch, tensors, companions)
     return folder
 
 
