@@ -17,6 +17,7 @@ import hylo_megatron.config
 import hylo_megatron.convert.hf_to_megatron
 import hylo_megatron.convert.shapes
 import hylo_megatron.data.token_writer
+import hylo_megatron.mixers
 from helpers import tiny
 from helpers import train as helpers
 from helpers.paths import ROOT
@@ -53,7 +54,7 @@ class SeededWeights:
 
     def __getitem__(self, key: str) -> torch.Tensor:
         noise = stream(self.seed, key).standard_normal(self.expected[key])
-        if key.endswith(hylo_megatron.convert.shapes.FP32_SUFFIXES):
+        if key.endswith(hylo_megatron.mixers.FP32_SUFFIXES):
             noise = noise.clip(-1.5, 1.5) * 0.7
         elif "norm" in key:
             noise = 1 + 0.2 * noise
