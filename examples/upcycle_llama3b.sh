@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from hylo_megatron.recipes.examples import main
+from hylo_megatron.run.examples import main
 
 main("llama3b")
 # The end of the last word that bash sees: '

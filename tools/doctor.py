@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from hylo_megatron.platform.capabilities import main  # noqa: E402
+from hylo_megatron.capabilities import main  # noqa: E402
 
 if __name__ == "__main__":
     main()

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Write the demo text files from pinned packages."""
 
-from hylo_megatron.data.text import main
+from hylo_megatron.corpus.text import main
 
 if __name__ == "__main__":
     main()

@@ -25,9 +25,9 @@ from hylo_megatron.convert.shapes import hf_shapes  # noqa: E402
 from hylo_megatron.errors import HyLoError, command_line  # noqa: E402
 from hylo_megatron.flags import Parser, count, positive, share, size  # noqa: E402
 from hylo_megatron.json_file import read_json  # noqa: E402
-from hylo_megatron.memory.training import Peak, Training, peaks  # noqa: E402
-from hylo_megatron.vllm.geometry import serve  # noqa: E402
-from hylo_megatron.vllm.pages import Pages, expanded_bytes, pages, row_bytes, state_bytes  # noqa: E402
+from hylo_megatron.planner.pages import Pages, expanded_bytes, pages, row_bytes, state_bytes  # noqa: E402
+from hylo_megatron.planner.training import Peak, Training, peaks  # noqa: E402
+from hylo_megatron.serve.geometry import serve  # noqa: E402
 
 LENGTHS = (2048, 32768, 1 << 20)
 GIB = 1 << 30

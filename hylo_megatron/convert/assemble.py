@@ -5,9 +5,9 @@ import functools
 from dataclasses import replace
 from pathlib import Path
 
+from hylo_megatron.checkpoint.folder import FINITE, CheckpointReader, LazyTensor, write_checkpoint
 from hylo_megatron.config import Architecture, parse_plan, plan_name
 from hylo_megatron.config.pair import check_vocabularies
-from hylo_megatron.convert.checkpoint import FINITE, CheckpointReader, LazyTensor, write_checkpoint
 from hylo_megatron.convert.tables import mappings
 from hylo_megatron.convert.tokenizer_files import copy_companions
 from hylo_megatron.errors import HyLoError, command_line

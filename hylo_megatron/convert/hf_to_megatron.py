@@ -8,15 +8,15 @@ from pathlib import Path
 
 import torch
 
+from hylo_megatron.checkpoint.folder import LazyTensor, check_empty, write_checkpoint
 from hylo_megatron.config import Architecture, plan_name
-from hylo_megatron.config.geometry import rotary_width
-from hylo_megatron.convert.checkpoint import LazyTensor, check_empty, write_checkpoint
 from hylo_megatron.convert.hf_folder import HFWeights, read_architecture
 from hylo_megatron.convert.progress import ByteProgress, peak_memory_gib
 from hylo_megatron.convert.self_check import check_frequencies, self_check, transformers_model
 from hylo_megatron.convert.tables import Mapping, mappings
 from hylo_megatron.convert.tokenizer_files import check_tokenizer, copy_companions
 from hylo_megatron.errors import command_line
+from hylo_megatron.mixers.mla.geometry import rotary_width
 
 
 def _lazy(mapping: Mapping, index: int, weights, shape, dtype) -> LazyTensor:

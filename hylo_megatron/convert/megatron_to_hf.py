@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hylo_megatron.checkpoint.folder import FINITE, CheckpointReader, whole_folder
 from hylo_megatron.config import Architecture, plan_name
-from hylo_megatron.convert.checkpoint import FINITE, CheckpointReader, whole_folder
 from hylo_megatron.convert.hf_folder import save_tensors
 from hylo_megatron.convert.progress import ByteProgress, peak_memory_gib
 from hylo_megatron.convert.shapes import FP32_SUFFIXES, hf_shapes

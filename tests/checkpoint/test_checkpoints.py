@@ -7,14 +7,14 @@ import pytest
 import torch
 from helpers.paths import PROGRAMS
 
-from hylo_megatron.platform.capabilities import has
+from hylo_megatron.capabilities import has
 
 if not has("megatron-core"):
     pytest.skip("megatron-core is not installed", allow_module_level=True)
 from helpers import train as helpers  # noqa: E402
 from helpers.train import everything, read_log  # noqa: E402
 
-from hylo_megatron.convert.iterations import TRACKER  # noqa: E402
+from hylo_megatron.checkpoint.iterations import TRACKER  # noqa: E402
 
 HALF, END = 4, 8
 AT_ONCE = 6  # runs of a launch: the threads of every run's process groups stay, and poll

@@ -6,8 +6,8 @@ import os
 
 import pytest
 
-from hylo_megatron.convert import iterations
-from hylo_megatron.convert.iterations import TRACKER, latest, reading, repair, retire_older
+from hylo_megatron.checkpoint import iterations
+from hylo_megatron.checkpoint.iterations import TRACKER, latest, reading, repair, retire_older
 from hylo_megatron.errors import HyLoError
 
 

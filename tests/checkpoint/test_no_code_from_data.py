@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from hylo_megatron.platform.capabilities import has
+from hylo_megatron.capabilities import has
 
 if not has("megatron-core"):
     pytest.skip("megatron-core is not installed", allow_module_level=True)
@@ -19,10 +19,10 @@ from helpers import (
 from helpers import train as helpers  # noqa: E402
 from torch.distributed.checkpoint import metadata as names  # noqa: E402
 
+from hylo_megatron.checkpoint import safe_pickles  # noqa: E402
 from hylo_megatron.convert import assemble, megatron_to_hf  # noqa: E402
 from hylo_megatron.errors import HyLoError  # noqa: E402
 from hylo_megatron.init.upcycle import upcycle  # noqa: E402
-from hylo_megatron.platform import safe_pickles  # noqa: E402
 
 PLAN = ("mla", "gdn", "gdn", "mla")
 

@@ -10,7 +10,7 @@ from helpers import tiny  # noqa: E402
 from programs.logits import logits  # noqa: E402
 
 from hylo_megatron.config import MLAGeometry, geometry_preset  # noqa: E402
-from hylo_megatron.config.geometry import check_heads, rotary_width  # noqa: E402
+from hylo_megatron.config.geometry import check_heads  # noqa: E402
 from hylo_megatron.convert import hf_to_megatron, megatron_to_hf  # noqa: E402
 from hylo_megatron.errors import HyLoError  # noqa: E402
 from hylo_megatron.hf import HyLoForCausalLM  # noqa: E402
@@ -19,7 +19,8 @@ from hylo_megatron.init.teacher import BaseModel  # noqa: E402
 from hylo_megatron.init.upcycle import upcycle  # noqa: E402
 from hylo_megatron.kernels.rope import rope_frequencies  # noqa: E402
 from hylo_megatron.layers.load import load_model, start_process_groups  # noqa: E402
-from hylo_megatron.vllm.geometry import LATENT_RANKS, PREFILL, ROPE, serve  # noqa: E402
+from hylo_megatron.mixers.mla.geometry import rotary_width  # noqa: E402
+from hylo_megatron.serve.geometry import LATENT_RANKS, PREFILL, ROPE, serve  # noqa: E402
 
 # head dim: (hidden size, heads, key-value heads); most heads are wider than hidden size / heads
 MODELS = {

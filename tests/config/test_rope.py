@@ -11,8 +11,7 @@ from helpers import tiny  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 import hylo_megatron.hf  # noqa: E402, F401  registers the model type
-from hylo_megatron.config import Architecture, MLAGeometry  # noqa: E402
-from hylo_megatron.config.geometry import GDNGeometry, Geometry, Mamba2Geometry  # noqa: E402
+from hylo_megatron.config import Architecture, GDNGeometry, Geometry, Mamba2Geometry, MLAGeometry  # noqa: E402  # noqa: E402
 from hylo_megatron.config.rope import same_at_any_width  # noqa: E402
 from hylo_megatron.convert import hf_to_megatron, megatron_to_hf  # noqa: E402
 from hylo_megatron.distill.arguments import run_architecture  # noqa: E402

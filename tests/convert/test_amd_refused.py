@@ -8,7 +8,7 @@ from helpers import amd_reference as reference  # noqa: E402
 from helpers import tiny  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
-from hylo_megatron.convert import amd  # noqa: E402
+from hylo_megatron.convert.amd_release import convert as amd  # noqa: E402
 from hylo_megatron.errors import HyLoError  # noqa: E402
 
 HYBRID, TENSORS = "hybrid_config.json", "model.safetensors"

@@ -16,9 +16,10 @@ pytest.importorskip("transformers")
 from helpers import tiny  # noqa: E402
 from helpers.paths import ROOT
 
+from hylo_megatron.checkpoint import folder as checkpoint
 from hylo_megatron.config import Architecture, geometry_preset, parse_plan, plan_name  # noqa: E402
 from hylo_megatron.config.plan import megatron_pattern, uniform_layers  # noqa: E402
-from hylo_megatron.convert import checkpoint, hf_to_megatron, megatron_to_hf  # noqa: E402
+from hylo_megatron.convert import hf_to_megatron, megatron_to_hf  # noqa: E402
 from hylo_megatron.convert.hf_folder import HFWeights, read_architecture  # noqa: E402
 from hylo_megatron.errors import HyLoError  # noqa: E402
 

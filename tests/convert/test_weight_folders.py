@@ -15,8 +15,9 @@ from helpers import weight_folders as folders  # noqa: E402
 from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
+from hylo_megatron.checkpoint import folder as checkpoint
 from hylo_megatron.config import Architecture  # noqa: E402
-from hylo_megatron.convert import checkpoint, hf_to_megatron, self_check  # noqa: E402
+from hylo_megatron.convert import hf_to_megatron, self_check  # noqa: E402
 from hylo_megatron.convert.hf_folder import HFWeights, read_architecture  # noqa: E402
 from hylo_megatron.errors import HyLoError  # noqa: E402
 

@@ -9,9 +9,9 @@ import types
 import pytest
 from helpers.package_files import ar_bytes, cached_deb, deb_bytes, tar_bytes
 
-from hylo_megatron.data.debian import Deb, DebFile, fetch_deb
-from hylo_megatron.data.html_text import plain_html, without_frame
-from hylo_megatron.data.readers import read_source
+from hylo_megatron.corpus.debian import Deb, DebFile, fetch_deb
+from hylo_megatron.corpus.html_text import plain_html, without_frame
+from hylo_megatron.corpus.readers import read_source
 from hylo_megatron.errors import HyLoError
 
 GOOD = deb_bytes({"a.txt": "a"})

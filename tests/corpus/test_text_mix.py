@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from helpers.package_files import cached_deb, cached_wheel
 
-from hylo_megatron.data import readers, text
-from hylo_megatron.data.large_mix import LARGE_MIX
-from hylo_megatron.data.sources import SMALL_MIX, Source
+from hylo_megatron.corpus import readers, text
+from hylo_megatron.corpus.large_mix import LARGE_MIX
+from hylo_megatron.corpus.sources import SMALL_MIX, Source
 from hylo_megatron.errors import HyLoError
 
 WORDS = "the quick brown fox jumps over one lazy dog while seven tall ships sail past a small green island"

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hylo_megatron import flags
-from hylo_megatron.platform.capabilities import has
+from hylo_megatron.capabilities import has
 
 if not has("megatron-core"):
     pytest.skip("megatron-core is not installed", allow_module_level=True)
@@ -18,12 +18,13 @@ from helpers import tiny  # noqa: E402
 from helpers import train as helpers  # noqa: E402
 
 from hylo_megatron.config import Architecture  # noqa: E402
+from hylo_megatron.data.data_check import check_data  # noqa: E402
 from hylo_megatron.data.prepare import MASK, prepare  # noqa: E402
-from hylo_megatron.distill import command_line, waiting  # noqa: E402
-from hylo_megatron.distill.data_check import check_data  # noqa: E402
+from hylo_megatron.distill import command_line
+from hylo_megatron.engine import waiting  # noqa: E402
 from hylo_megatron.errors import HyLoError  # noqa: E402
-from hylo_megatron.recipes import examples  # noqa: E402
-from hylo_megatron.recipes.launch import Layout  # noqa: E402
+from hylo_megatron.run import examples  # noqa: E402
+from hylo_megatron.run.launch import Layout  # noqa: E402
 
 NUMBERS = st.one_of(
     st.integers().map(str), st.floats().map(str), st.text(max_size=8),

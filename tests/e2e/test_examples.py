@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from hylo_megatron.platform.capabilities import has
+from hylo_megatron.capabilities import has
 
 if not has("megatron-core"):
     pytest.skip("megatron-core is not installed", allow_module_level=True)
@@ -139,8 +139,8 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
 from hylo_megatron.errors import HyLoError, command_line
-from hylo_megatron.recipes.launch import Layout
-from hylo_megatron.recipes.world import World, exit_on_signals
+from hylo_megatron.run.launch import Layout
+from hylo_megatron.run.world import World, exit_on_signals
 
 CHILD = '''
 import os, pathlib, sys, time

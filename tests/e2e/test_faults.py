@@ -14,14 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from hylo_megatron.platform.capabilities import has
+from hylo_megatron.capabilities import has
 
 if not has("megatron-core"):
     pytest.skip("megatron-core is not installed", allow_module_level=True)
 import psutil  # noqa: E402
 from helpers import train as helpers  # noqa: E402
 
-from hylo_megatron.convert import iterations  # noqa: E402
+from hylo_megatron.checkpoint import iterations  # noqa: E402
 
 SEED, SAVE_EVERY = 20260, 3
 SLOWEST = 600  # seconds without what a kill waits for; a start takes 20 on two idle cores

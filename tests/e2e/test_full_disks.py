@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hylo_megatron.platform.capabilities import has
+from hylo_megatron.capabilities import has
 
 if not has("megatron-core"):
     pytest.skip("megatron-core is not installed", allow_module_level=True)
@@ -29,20 +29,24 @@ from helpers import tiny  # noqa: E402
 from helpers import train as helpers  # noqa: E402
 from torch.distributed.checkpoint.filesystem import _StorageWriterTransforms  # noqa: E402
 
+from hylo_megatron.checkpoint import (
+    disk,  # noqa: E402
+    iterations,  # noqa: E402
+    save_room,  # noqa: E402
+)
+from hylo_megatron.checkpoint.save_room import SaveRoom, checkpoint_bytes  # noqa: E402
 from hylo_megatron.config import Architecture  # noqa: E402
-from hylo_megatron.convert import hf_to_megatron, iterations, megatron_to_hf  # noqa: E402
+from hylo_megatron.convert import hf_to_megatron, megatron_to_hf
 from hylo_megatron.data.prepare import prepare  # noqa: E402
-from hylo_megatron.distill import save_room  # noqa: E402
-from hylo_megatron.distill.save_room import SaveRoom, checkpoint_bytes  # noqa: E402
+from hylo_megatron.engine import checkpoint_writer, peers
 from hylo_megatron.errors import HyLoError, command_line  # noqa: E402
 from hylo_megatron.init.upcycle import student_architecture, upcycle  # noqa: E402
-from hylo_megatron.platform import checkpoint_writer, disk, peers  # noqa: E402
-from hylo_megatron.recipes import disk_need  # noqa: E402
-from hylo_megatron.recipes.launch import Layout  # noqa: E402
 from hylo_megatron.recipes.proxy import proxy  # noqa: E402
 from hylo_megatron.recipes.published import BASES, published  # noqa: E402
-from hylo_megatron.recipes.runner import Run  # noqa: E402
-from hylo_megatron.recipes.source import Source  # noqa: E402
+from hylo_megatron.run import disk_need  # noqa: E402
+from hylo_megatron.run.launch import Layout  # noqa: E402
+from hylo_megatron.run.recipe_run import Run  # noqa: E402
+from hylo_megatron.run.source import Source  # noqa: E402
 
 ROOM = r"it needs [\d.]+ [KMG]iB, [\d.]+ [KMG]iB is free on its disk; free space or choose another folder"
 
@@ -259,7 +263,7 @@ PROGRAM = """
 import resource, sys
 if __name__ == "__main__":
     import hylo_megatron.distill
-    from hylo_megatron.distill import save_room
+    from hylo_megatron.checkpoint import save_room
     first, limit = int(sys.argv.pop(1)), int(sys.argv.pop(1))
     begin, saves = save_room.SaveRoom.begin, []
 

@@ -13,15 +13,16 @@ from helpers.mutations import FEW, refused_or_equal
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hylo_megatron.checkpoint import iterations
+from hylo_megatron.checkpoint.folder import CheckpointReader, write_checkpoint
 from hylo_megatron.config import Architecture, parse_plan
-from hylo_megatron.convert import iterations, megatron_to_hf
-from hylo_megatron.convert.checkpoint import CheckpointReader, write_checkpoint
+from hylo_megatron.convert import megatron_to_hf
 from hylo_megatron.convert.hf_to_megatron import megatron_tensors
 from hylo_megatron.data.token_files import Summary, check_token_files, read_summary
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.hf import HyLoConfig
 from hylo_megatron.json_file import check, parse, read_json
-from hylo_megatron.recipes import records
+from hylo_megatron.run import records
 
 ARCH = replace(tiny.hybrid(), extra={"eos_token_id": 2, "ild_norms": [[1.5, 0.5]] * 4})
 YARN = replace(ARCH, rope_parameters=tiny.YARN)
@@ -340,7 +341,7 @@ ANSWERS = {
 
 @pytest.mark.parametrize("kind", ANSWERS)
 def test_marks_of_answers(kind, tmp_path):
-    from hylo_megatron.distill.packed_data import PackedDataset
+    from hylo_megatron.data.packed_data import PackedDataset
 
     path, value = tmp_path / "data.answers.npy", ANSWERS[kind]
     np.save(path, np.zeros((4, 4), np.uint8) if value is None or isinstance(value, bytes) else value)

@@ -16,7 +16,7 @@ import psutil
 import pytest
 from helpers import processes
 
-from hylo_megatron.platform.capabilities import has
+from hylo_megatron.capabilities import has
 
 if not has("megatron-core"):
     pytest.skip("megatron-core is not installed", allow_module_level=True)
@@ -24,7 +24,7 @@ if sys.platform != "linux":
     pytest.skip("the kernel's signal at a parent's death is Linux's", allow_module_level=True)
 from helpers import train as helpers  # noqa: E402
 
-from hylo_megatron.platform.parent import LAUNCHERS  # noqa: E402
+from hylo_megatron.run.parent import LAUNCHERS  # noqa: E402
 
 SECONDS = 20  # until everything is gone, on a busy machine; a data worker looks for its parent every 5
 START = 300  # seconds for a start on a busy machine
@@ -82,7 +82,7 @@ from pathlib import Path
 
 CHILD = '''
 import multiprocessing, os, pathlib, sys, time
-from hylo_megatron.platform.parent import bind_forks, die_with_parent, end_with_parent
+from hylo_megatron.run.parent import bind_forks, die_with_parent, end_with_parent
 from multiprocessing.managers import SyncManager
 if __name__ == "__main__":
     die_with_parent()
@@ -95,10 +95,10 @@ if __name__ == "__main__":
 '''
 
 if __name__ == "__main__":
-    from hylo_megatron.platform.parent import bind_forks, die_with_parent
-    from hylo_megatron.recipes.background import Background
-    from hylo_megatron.recipes.launch import Layout, start_own
-    from hylo_megatron.recipes.world import World, exit_on_signals
+    from hylo_megatron.run.parent import bind_forks, die_with_parent
+    from hylo_megatron.run.background import Background
+    from hylo_megatron.run.launch import Layout, start_own
+    from hylo_megatron.run.world import World, exit_on_signals
     die_with_parent()
     bind_forks()
     exit_on_signals()
@@ -160,7 +160,7 @@ def test_every_level_killed(tmp_path):
 def test_a_run_by_itself_outlives_its_shell(tmp_path):
     """As after a logout: the parent of torchrun, or of a training without one, is none of the run's business."""
     program = (
-        "import os, time, sys\nfrom hylo_megatron.platform.parent import die_with_parent\ndie_with_parent()\n"
+        "import os, time, sys\nfrom hylo_megatron.run.parent import die_with_parent\ndie_with_parent()\n"
         "open(sys.argv[1], 'w').close()\nwhile os.path.exists(sys.argv[1]): time.sleep(0.05)\n"
         "open(sys.argv[1] + '.end', 'w').close()\n"
     )

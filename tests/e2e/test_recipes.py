@@ -8,15 +8,15 @@ import subprocess
 
 import pytest
 
-from hylo_megatron.platform.capabilities import has
+from hylo_megatron.capabilities import has
 
 if not has("megatron-core"):
     pytest.skip("megatron-core is not installed", allow_module_level=True)
 from helpers.recipes import STEPS, losses, start, toy_recipe, wait_for_step, write_inputs  # noqa: E402
 
 from hylo_megatron.errors import HyLoError  # noqa: E402
-from hylo_megatron.recipes.background import Background  # noqa: E402
 from hylo_megatron.recipes.smollm2 import smollm2_cpu, smollm2_gpu  # noqa: E402
+from hylo_megatron.run.background import Background  # noqa: E402
 
 
 def test_every_stage_of_the_gpu_recipe_and_a_kill(tmp_path):

@@ -8,8 +8,8 @@ import zipfile
 import zlib
 from pathlib import Path
 
-from hylo_megatron.data.debian import Deb
-from hylo_megatron.data.download import Wheel
+from hylo_megatron.corpus.debian import Deb
+from hylo_megatron.corpus.download import Wheel
 
 Members = dict[str, str | bytes]
 

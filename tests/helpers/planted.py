@@ -91,7 +91,7 @@ KINDS = {
 
 def plant(source: Path, target: Path, kind: str, marker: Path) -> Path:
     """A copy of the checkpoint ``source`` whose latest iteration would make ``marker``."""
-    from hylo_megatron.convert.iterations import latest
+    from hylo_megatron.checkpoint.iterations import latest
 
     shutil.copytree(source, target)
     KINDS[kind](latest(target), Touch(marker))

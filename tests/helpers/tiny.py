@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from hylo_megatron.checkpoint.folder import write_checkpoint
 from hylo_megatron.config import Architecture, GDNGeometry, Geometry, Mamba2Geometry, MLAGeometry
-from hylo_megatron.convert.checkpoint import write_checkpoint
 from hylo_megatron.convert.hf_to_megatron import megatron_tensors
 from hylo_megatron.convert.shapes import FP32_SUFFIXES, hf_shapes
 

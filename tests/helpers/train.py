@@ -14,11 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-
-import hylo_megatron.distill  # noqa: F401  the engine, before megatron
 from helpers import tiny
 from helpers.paths import PROGRAMS, ROOT
-from hylo_megatron.convert.checkpoint import write_checkpoint as write
+
+import hylo_megatron.distill  # noqa: F401  the engine, before megatron
+from hylo_megatron.checkpoint.folder import write_checkpoint as write
 from hylo_megatron.convert.hf_to_megatron import megatron_tensors
 
 SEQ = 64
@@ -214,7 +214,7 @@ def single() -> dict[str, str]:
 
 
 def trained_weights(folder: Path) -> dict[str, torch.Tensor]:
-    from hylo_megatron.convert.checkpoint import CheckpointReader
+    from hylo_megatron.checkpoint.folder import CheckpointReader
 
     reader = CheckpointReader(folder)
     return {key: reader[key] for key in reader.entries}

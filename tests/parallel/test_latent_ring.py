@@ -7,7 +7,7 @@ import torch
 from helpers import train as helpers
 from programs import latents as shapes
 
-from hylo_megatron.layers import latent_ring
+from hylo_megatron.parallel import latent_ring
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

@@ -12,7 +12,7 @@ from helpers.paths import ROOT
 from hylo_megatron.config import geometry_preset, parse_plan
 from hylo_megatron.config.layout import ParallelLayout, Work
 from hylo_megatron.convert.hf_folder import read_architecture
-from hylo_megatron.memory.training import Training, peak
+from hylo_megatron.planner.training import Training, peak
 
 LLAMA_3B = dict(
     model_type="llama", architectures=["LlamaForCausalLM"], vocab_size=128256,

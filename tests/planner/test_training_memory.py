@@ -1,4 +1,4 @@
-"""``hylo_megatron.memory`` against what autograd saves, what a step has alive and what the engine allocates."""
+"""``hylo_megatron.planner`` against what autograd saves, what a step has alive and what the engine allocates."""
 
 import json
 import subprocess
@@ -12,7 +12,7 @@ from helpers.paths import PROGRAMS
 
 from hylo_megatron.config import Architecture
 from hylo_megatron.config.layout import ParallelLayout, Work
-from hylo_megatron.memory.training import Peak, Training, in_flight, logit_rows, peak, stage_halves
+from hylo_megatron.planner.training import Peak, Training, in_flight, logit_rows, peak, stage_halves
 
 
 @pytest.fixture(scope="module")

@@ -116,8 +116,9 @@ def pretend_gpu() -> None:
 
     from hylo_megatron.distill import kl_fused
     from hylo_megatron.kernels import choose, norm
-    from hylo_megatron.layers import core_attention, latent_ring
+    from hylo_megatron.layers import core_attention
     from hylo_megatron.layers import norm as layer_norm
+    from hylo_megatron.parallel import latent_ring
 
     jit.KernelInterface.__getitem__ = lambda self, grid: lambda *args, **kwargs: None
     choose.ops = lambda *_: choose._fused()
@@ -256,7 +257,7 @@ def count_pipeline(stage: str, rank: int, micro_batches: int) -> int:
     """Of one rank, with the schedules that training takes; what other ranks would send is whatever is there."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    from hylo_megatron.distill import teacher_fed
+    from hylo_megatron.parallel import teacher_fed
 
     start(pp=PP, rank=rank)
     model = distill_model(Step("", "gdn", stage, "all"), pre_process=rank == 0, post_process=rank == PP - 1)

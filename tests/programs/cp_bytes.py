@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from helpers.paths import DOCS
 
-from hylo_megatron.config.geometry import GDNGeometry, Geometry, Mamba2Geometry, geometry_preset
+from hylo_megatron.config import GDNGeometry, Geometry, Mamba2Geometry, geometry_preset
 
 TABLE = DOCS / "parallelism.md"
 STATE = 4  # bytes: states, and the ring's gradients, travel in fp32

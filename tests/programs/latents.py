@@ -12,9 +12,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from hylo_megatron.layers import latent_ring
 from hylo_megatron.layers.core_attention import CoreAttention
-from hylo_megatron.layers.zigzag import zigzag_positions
+from hylo_megatron.parallel import latent_ring
+from hylo_megatron.parallel.zigzag import zigzag_positions
 
 LOCAL, B, H, K, V, R, P, SCALE = 32, 2, 3, 24, 16, 20, 8, 0.3
 SHARED = 2  # query heads of a key head

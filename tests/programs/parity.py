@@ -24,12 +24,12 @@ from torch.utils._pytree import tree_leaves
 from hylo_megatron.config import Architecture
 from hylo_megatron.config.pair import padded_rows
 from hylo_megatron.distill import batches
-from hylo_megatron.distill.engine_hooks import StepLog
 from hylo_megatron.distill.kl import KLSettings
 from hylo_megatron.distill.model import DistillModel, DistillSettings
-from hylo_megatron.distill.teacher_fed import TeacherFed
+from hylo_megatron.engine import distributed_optimizer
+from hylo_megatron.engine.training_hooks import StepLog
 from hylo_megatron.layers.load import has_layout, layout_config, load_model, start_process_groups
-from hylo_megatron.platform import distributed_optimizer
+from hylo_megatron.parallel.teacher_fed import TeacherFed
 
 ROWS = 4
 # kl and ce together, tempered, in chunks that do not divide the tokens, with a teacher for the first two thirds

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from hylo_megatron.config import GDNGeometry, Mamba2Geometry
 from hylo_megatron.kernels import Ops, mamba_split_conv1d_scan_combined, recurrent_gated_delta_rule, recurrent_ssd
-from hylo_megatron.layers import specs, state_passing
+from hylo_megatron.layers import specs
 from hylo_megatron.layers.load import layout_config, start_process_groups
-from hylo_megatron.layers.zigzag import zigzag_positions
+from hylo_megatron.parallel import state_passing
+from hylo_megatron.parallel.zigzag import zigzag_positions
 
 B = 2
 

@@ -33,7 +33,7 @@ def main() -> None:
     from megatron.training import pretrain  # noqa: F401
 
     from hylo_megatron import train
-    from hylo_megatron.distill import batches, checkpoint_hooks, engine_hooks, model  # noqa: F401
+    from hylo_megatron.engine import checkpoint_hooks  # noqa: F401
 
     for line in sys.stdin:
         order = json.loads(line)

@@ -10,10 +10,12 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from hylo_megatron.data import haystack, prepare, retrieval, templates
-from hylo_megatron.data.chat_format import PLAIN, ChatFormat
-from hylo_megatron.data.samples import Row
+from hylo_megatron.data import prepare
 from hylo_megatron.errors import HyLoError
+from hylo_megatron.retrieval import haystack, templates
+from hylo_megatron.retrieval import make as retrieval
+from hylo_megatron.retrieval.chat_format import PLAIN, ChatFormat
+from hylo_megatron.retrieval.samples import Row
 
 SYLLABLES = ("ba", "ker", "lo", "min", "tas", "ru", "ven", "sil", "dor", "fe", "gan", "pi")
 TEMPLATE = (

@@ -9,9 +9,9 @@ import torch
 from hylo_megatron.config import GDNGeometry, Geometry, Mamba2Geometry, MLAGeometry, geometry_preset
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.kernels.rope import rotate
-from hylo_megatron.vllm.geometry import serve
-from hylo_megatron.vllm.pages import Pages, expanded_bytes, pages
-from hylo_megatron.vllm.weights import Padding, check_parts, conv_loader, pad, served_weights, spread
+from hylo_megatron.planner.pages import Pages, expanded_bytes, pages
+from hylo_megatron.serve.geometry import serve
+from hylo_megatron.serve.weights import Padding, check_parts, conv_loader, pad, served_weights, spread
 
 MAMBA2 = Mamba2Geometry(4, 16, 16, 4)
 SMALL = Geometry(MLAGeometry(6, 6, 4, 5), GDNGeometry(2, 2, 4, 8), MAMBA2)

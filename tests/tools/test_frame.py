@@ -12,8 +12,8 @@ from dataclasses import replace
 import pytest
 from helpers.paths import ROOT
 
+from hylo_megatron import capabilities as machine
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.platform import capabilities as machine
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_doctor_reports_every_package_and_each_kind_of_work():
 
 def test_looking_imports_nothing():
     code = (
-        "import sys; from hylo_megatron.platform.capabilities import capabilities; capabilities()\n"
+        "import sys; from hylo_megatron.capabilities import capabilities; capabilities()\n"
         "print([m for m in ('torch', 'megatron', 'fla', 'triton', 'transformers') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -25,10 +25,10 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 from hylo_megatron.config import Architecture  # noqa: E402
 from hylo_megatron.convert.shapes import hf_shapes  # noqa: E402
 from hylo_megatron.errors import HyLoError, command_line  # noqa: E402
-from hylo_megatron.recipes.datasets import data_path  # noqa: E402
-from hylo_megatron.recipes.launch import Layout  # noqa: E402
 from hylo_megatron.recipes.stage import Stage  # noqa: E402
-from hylo_megatron.recipes.training_process import Training  # noqa: E402
+from hylo_megatron.run.datasets import data_path  # noqa: E402
+from hylo_megatron.run.launch import Layout  # noqa: E402
+from hylo_megatron.run.training_process import Training  # noqa: E402
 
 STEPS, PROFILED = 14, 2  # the last but one are profiled, those before them timed
 GROUPS = {  # the first that matches a kernel's name
