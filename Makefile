@@ -47,7 +47,7 @@ test-serve: serve-env
 	"$(SERVE_PY)" -m pytest -q $(PYTEST_ARGS) tests/serve
 
 serve-demo: serve-env
-	"$(SERVE_PY)" tools/serve_demo.py "$(MODEL)"
+	"$(SERVE_PY)" -m hylo_megatron serve-demo "$(MODEL)"
 
 # PLAN, TP, PP and OUT given on the command line reach the script as environment variables; the ones left out
 # keep the script's defaults.

