@@ -11,6 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from helpers import tiny
+from helpers import train as helpers
+from helpers.paths import ROOT
 
 import hylo_megatron.checkpoint.folder
 import hylo_megatron.config
@@ -18,9 +21,6 @@ import hylo_megatron.convert.hf_to_megatron
 import hylo_megatron.convert.shapes
 import hylo_megatron.data.token_writer
 import hylo_megatron.mixers
-from helpers import tiny
-from helpers import train as helpers
-from helpers.paths import ROOT
 
 FOLDER = ROOT / "tests" / "golden" / "losses"
 KINDS, STAGES = ("gdn", "mamba2"), ("ild", "distill")
