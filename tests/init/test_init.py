@@ -476,7 +476,7 @@ def test_calibration_tokens_come_from_everywhere_and_are_the_same_each_time(base
     assert rows.flatten()[32].item() == 2  # the end of a document, of which a stretch of one row is taken
     plain = tmp_path / "text.txt"
     plain.write_text(" ".join(f"w{i}" for i in range(64)))
-    with pytest.raises(HyLoError, match="text.txt: holds 33 tokens, calibration wants 64"):
+    with pytest.raises(HyLoError, match="text.txt: holds 33 tokens, calibration needs 64"):
         calibration_tokens(plain, folder, 32, 32)
     plain.write_text(" ".join(f"w{i}" for i in range(90)) * 2)
     assert calibration_tokens(plain, folder, 64, 32).shape == (2, 32)
