@@ -7,14 +7,18 @@ A mixer's folder has the same few files, each imported only where its library is
     mapping.py           weights: Hugging Face names and shapes, Megatron names
     initialise.py        the mixer from a base model's attention
     megatron_module.py   the layer for megatron-core, with tensor and context parallelism
+    state_passing.py     linear blocks: their recurrence over a sequence that ranks share
     hf_module.py         the layer for transformers
     vllm_module.py       the layer for vLLM, its weights and its cache
     memory.py            bytes of training and of serving; no torch
 
-What several mixers share stands beside the folders. To add a mixer: write its folder and name it in ``registry.py``.
+What several mixers share stands beside the folders: ``mapping.py`` (kinds of mappings), ``initialise.py``,
+``memory.py``, and ``megatron_*.py`` (norms, rotary embeddings, core attention, linear blocks).
+
+To add a mixer: write its folder and name it in ``registry.py``.
 """
 
 from hylo_megatron.mixers.mixer import BaseHeads, Mixer
-from hylo_megatron.mixers.registry import LINEAR, MIXERS, mixer
+from hylo_megatron.mixers.registry import FAST_SUFFIXES, FP32_SUFFIXES, LINEAR, MIXERS, mixer
 
-__all__ = ["LINEAR", "MIXERS", "BaseHeads", "Mixer", "mixer"]
+__all__ = ["FAST_SUFFIXES", "FP32_SUFFIXES", "LINEAR", "MIXERS", "BaseHeads", "Mixer", "mixer"]

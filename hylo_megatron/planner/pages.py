@@ -6,6 +6,7 @@ page of latents holds. Layers are put into groups of one size; a group's blocks 
 
 from dataclasses import dataclass
 
+from hylo_megatron.mixers import MIXERS
 from hylo_megatron.serve.geometry import Served
 
 ALIGNMENT = 16  # positions
@@ -41,16 +42,10 @@ class Pages:
 
 
 def state_bytes(served: Served, linear: str, itemsize: int = 2, state_itemsize: int = 4, tp: int = 1) -> int:
-    """One linear layer's state of one request on one rank: the convolution's window and the recurrent state."""
-    if linear == "mamba2":
-        m = served.geometry.mamba2
-        channels = m.num_heads * m.head_dim + 2 * m.num_groups * m.state_size
-        state, taps = m.num_heads * m.head_dim * m.state_size, m.conv_kernel
-    else:
-        g = served.geometry.gdn
-        channels = 2 * g.num_key_heads * g.key_head_dim + g.num_value_heads * g.value_head_dim
-        state, taps = g.num_value_heads * g.key_head_dim * g.value_head_dim, g.conv_kernel
-    return (channels * (taps - 1) * itemsize + state * state_itemsize) // tp
+    """Return bytes of one linear layer's state of one request on one rank."""
+    entry = MIXERS[linear]
+    window, state = entry.part("memory").state(entry.dimensions(served.geometry))
+    return (window * itemsize + state * state_itemsize) // tp
 
 
 def row_bytes(served: Served, heads: int, itemsize: int = 2, tp: int = 1) -> int:
@@ -61,8 +56,8 @@ def row_bytes(served: Served, heads: int, itemsize: int = 2, tp: int = 1) -> int
 
 
 def pages(served: Served, plan: tuple[str, ...], heads: int, itemsize=2, state_itemsize=4, tp=1) -> Pages:
-    row, attention = row_bytes(served, heads, itemsize, tp), sum(kind == "mla" for kind in plan)
-    linear = next((kind for kind in plan if kind != "mla"), None)
+    row, attention = row_bytes(served, heads, itemsize, tp), sum(not MIXERS[kind].linear for kind in plan)
+    linear = next((kind for kind in plan if MIXERS[kind].linear), None)
     block = ALIGNMENT
     if linear:
         state = state_bytes(served, linear, itemsize, state_itemsize, tp)

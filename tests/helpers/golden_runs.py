@@ -20,6 +20,7 @@ import hylo_megatron.config
 import hylo_megatron.convert.hf_to_megatron
 import hylo_megatron.convert.shapes
 import hylo_megatron.data.token_writer
+import hylo_megatron.mixers
 
 FOLDER = ROOT / "tests" / "golden" / "losses"
 KINDS, STAGES = ("gdn", "mamba2"), ("ild", "distill")
@@ -53,7 +54,7 @@ class SeededWeights:
 
     def __getitem__(self, key: str) -> torch.Tensor:
         noise = stream(self.seed, key).standard_normal(self.expected[key])
-        if key.endswith(hylo_megatron.convert.shapes.FP32_SUFFIXES):
+        if key.endswith(hylo_megatron.mixers.FP32_SUFFIXES):
             noise = noise.clip(-1.5, 1.5) * 0.7
         elif "norm" in key:
             noise = 1 + 0.2 * noise
