@@ -1,13 +1,10 @@
-"""``HyLoForCausalLM``: pre-norm decoder layers with an MLA, Gated DeltaNet or Mamba-2 mixer and a SwiGLU MLP.
+"""``HyLoForCausalLM``: pre-norm decoder layers with a mixer of the registry and a SwiGLU MLP.
 
-Start here; the mixers are in mla.py, gdn.py and mamba2.py. Legend: B batch, S new positions, T all positions, D model.
+Start here; each mixer is in ``mixers/<name>/hf_module.py``. Legend: B batch, S new positions, T all positions, D model.
 """
-
-import math
 
 import torch
 from torch import nn
-from transformers import initialization as init
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -23,12 +20,11 @@ from hylo_megatron import kernels
 from hylo_megatron.hf import inputs
 from hylo_megatron.hf.cache import HyLoCache
 from hylo_megatron.hf.configuration_hylo import HyLoConfig
-from hylo_megatron.hf.gdn import HyLoGatedDeltaNet
-from hylo_megatron.hf.layers import HyLoRMSNorm, Rotation, real_tokens
-from hylo_megatron.hf.mamba2 import HyLoMamba2
-from hylo_megatron.hf.mla import HyLoMLA
+from hylo_megatron.hf.layers import HyLoRMSNorm, KeepsFp32, Rotation, real_tokens
 from hylo_megatron.hf.packing import Documents, document_starts, restarted
+from hylo_megatron.mixers import LINEAR, MIXERS
 
+_FP32 = sorted({rf"{MIXERS[kind].module}\.{name}$" for kind in LINEAR for name in MIXERS[kind].fp32})
 LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index", "shift_labels")
 
 
@@ -44,30 +40,25 @@ class HyLoMLP(nn.Module):
 
 
 class HyLoDecoderLayer(GradientCheckpointingLayer):
+    """A mixer, named ``self_attn`` or ``mixer``, and an MLP."""
+
     def __init__(self, config: HyLoConfig, layer: int):
         super().__init__()
-        self.is_mla = config.mixers[layer] == "mla"
-        if self.is_mla:
-            self.self_attn = HyLoMLA(config, layer)
-        else:
-            self.mixer = {"gdn": HyLoGatedDeltaNet, "mamba2": HyLoMamba2}[config.mixers[layer]](config, layer)
+        entry = MIXERS[config.mixers[layer]]
+        self.mixer_name = entry.module
+        setattr(self, entry.module, entry.part("hf_module").LAYER(config, layer))
         self.mlp = HyLoMLP(config)
         self.input_layernorm = HyLoRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = HyLoRMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x_BSD, rotation, allowed, real_BS1, cache, documents=None) -> torch.Tensor:
-        normed = self.input_layernorm(x_BSD)
+        mix, normed = getattr(self, self.mixer_name), self.input_layernorm(x_BSD)
         if documents is None:
-            mixed = self._mix(normed, rotation, allowed, real_BS1, cache)
+            mixed = mix(normed, rotation, allowed, real_BS1, cache)
         else:
-            mixed = documents.apply(self._mix, normed)
+            mixed = documents.apply(mix, normed)
         x_BSD = x_BSD + mixed
         return x_BSD + self.mlp(self.post_attention_layernorm(x_BSD))
-
-    def _mix(self, x_BSD, rotation, allowed=None, real_BS1=None, cache=None) -> torch.Tensor:
-        if self.is_mla:
-            return self.self_attn(x_BSD, rotation, allowed, cache)
-        return self.mixer(x_BSD, real_BS1, cache)
 
 
 class HyLoPreTrainedModel(PreTrainedModel):
@@ -77,7 +68,7 @@ class HyLoPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["HyLoDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
-    _keep_in_fp32_modules_strict = ["A_log", "dt_bias", r"mixer\.D$"]
+    _keep_in_fp32_modules_strict = _FP32
     _supports_sdpa = True
     _is_stateful = True  # generate refuses assisted decoding: states cannot be rolled back
 
@@ -88,14 +79,8 @@ class HyLoPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, HyLoGatedDeltaNet | HyLoMamba2):
-            init.copy_(module.A_log, torch.empty(module.A_log.shape).uniform_(1, 16).log_())
-        if isinstance(module, HyLoGatedDeltaNet):
-            init.ones_(module.dt_bias)
-        elif isinstance(module, HyLoMamba2):
-            dt = torch.empty(module.dt_bias.shape).uniform_(math.log(1e-3), math.log(1e-1)).exp_()
-            init.copy_(module.dt_bias, dt + torch.log(-torch.expm1(-dt)))  # softplus of it is dt
-            init.ones_(module.D)
+        if isinstance(module, KeepsFp32):
+            module.initial_values()
 
 
 class HyLoModel(HyLoPreTrainedModel):
