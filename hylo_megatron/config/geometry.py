@@ -11,8 +11,7 @@ _KINDS = {name: entry for name, entry in MIXERS.items() if entry.geometry}
 # Files of earlier versions have these three always, and lack the mixers that came later.
 ALWAYS = ("mla", "gdn", "mamba2")
 _FIELDS = [
-    (name, entry.geometry) if name in ALWAYS else (name, entry.geometry | None, None)
-    for name, entry in _KINDS.items()
+    (name, entry.geometry) if name in ALWAYS else (name, entry.geometry | None, None) for name, entry in _KINDS.items()
 ]
 
 

@@ -59,7 +59,7 @@ def is_plain_linear(layer: nn.Module) -> bool:
 
 
 class KeepsFp32(nn.Module):
-    """Base of linear mixers. The parameters in ``fp32_names`` stay fp32 in ``.to(bfloat16)``: rounding changes decays."""
+    """Base of linear mixers. Parameters in ``fp32_names`` stay fp32 in ``.to(bfloat16)``: rounding changes decays."""
 
     fp32_names: tuple[str, ...] = ()
 

@@ -1,6 +1,8 @@
 """``HyLoForCausalLM``: pre-norm decoder layers with a mixer of the registry and a SwiGLU MLP.
 
-Start here; each mixer is in ``mixers/<name>/hf_module.py``. Legend: B batch, S new positions, T all positions, D model.
+Start here; each mixer is in ``mixers/<name>/hf_module.py``.
+
+Legend: B batch, S new positions, T all positions, D model.
 """
 
 import torch
@@ -52,12 +54,10 @@ class HyLoDecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = HyLoRMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x_BSD, rotation, allowed, real_BS1, cache, documents=None) -> torch.Tensor:
-        mix, normed = getattr(self, self.mixer_name), self.input_layernorm(x_BSD)
-        if documents is None:
-            mixed = mix(normed, rotation, allowed, real_BS1, cache)
-        else:
-            mixed = documents.apply(mix, normed)
-        x_BSD = x_BSD + mixed
+        mix = getattr(self, self.mixer_name)
+        beside = (rotation, allowed, real_BS1, cache)
+        normed = self.input_layernorm(x_BSD)
+        x_BSD = x_BSD + (mix(normed, *beside) if documents is None else documents.apply(mix, normed))
         return x_BSD + self.mlp(self.post_attention_layernorm(x_BSD))
 
 

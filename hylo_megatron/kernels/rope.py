@@ -1,4 +1,4 @@
-"""Rotary embeddings of training, of the exported model and of vLLM: frequencies, their cosines and sines, the rotation.
+"""Rotary embeddings of training, transformers and vLLM: frequencies, their cosines and sines, the rotation.
 
 Half-split ("rotate_half", neox) order: pair i consists of dimensions i and i + d/2.
 """
@@ -52,7 +52,7 @@ def cos_and_sin(positions: Tensor, frequencies: Tensor, scaling: float) -> tuple
 
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the P = d/2 pairs of the last dimension of ``x``, in fp32. ``cos`` and ``sin`` broadcast to ``[..., P]``."""
+    """Rotate the P = d/2 pairs of ``x [..., d]`` in fp32. ``cos`` and ``sin`` broadcast to ``[..., P]``."""
     first, second = (half.to(torch.promote_types(x.dtype, torch.float32)) for half in x.chunk(2, -1))
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
 

@@ -1,24 +1,15 @@
-"""Gated DeltaNet and Mamba-2 as vLLM's own layers run them, with what differs in ours."""
+"""Gated DeltaNet as vLLM's own layer runs it, with what differs in ours."""
 
-from torch import Tensor, nn
+from torch import Tensor
 from vllm.model_executor.layers.layernorm import RMSNormGated
 from vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn import QwenGatedDeltaNetAttention
-from vllm.model_executor.layers.mamba.mamba_mixer2 import MambaMixer2
+from vllm.model_executor.layers.mamba.mamba_utils import MambaStateDtypeCalculator, MambaStateShapeCalculator
 from vllm.platforms import current_platform
 
-from hylo_megatron.hf.mamba2 import NORM_EPS
+from hylo_megatron.mixers.gdn import MIXER
 from hylo_megatron.serve.config import trained_geometry
-from hylo_megatron.serve.versions import GDNBackend, Mamba2Backend, sound_chunk_scan
-from hylo_megatron.serve.weights import conv_loader
-
-
-def keep_fp32(module: nn.Module, *names: str) -> None:
-    """vLLM makes them in the model's dtype; rounding them changes every decay."""
-    for name in names:
-        parameter = getattr(module, name)
-        wide = nn.Parameter(parameter.data.float(), requires_grad=False)
-        wide.weight_loader = parameter.weight_loader
-        setattr(module, name, wide)
+from hylo_megatron.serve.versions import GDNBackend
+from hylo_megatron.serve.weights import conv_loader, keep_fp32
 
 
 class HyLoGatedDeltaNet(QwenGatedDeltaNetAttention):
@@ -26,22 +17,23 @@ class HyLoGatedDeltaNet(QwenGatedDeltaNetAttention):
 
     def __init__(self, config, vllm_config, prefix: str):
         super().__init__(config, vllm_config, prefix=prefix, gqa_interleaved_layout=False)
-        keep_fp32(self, "dt_bias")
+        keep_fp32(self, MIXER.fp32)
         parts = [self.key_dim, self.key_dim, self.value_dim]
         self.conv1d.weight.weight_loader = conv_loader(parts, self.tp_size, self.tp_rank)
         self.norm_dim = trained_geometry(config).gdn.value_head_dim
         eps = config.linear_norm_eps or self.layer_norm_epsilon
         if (self.norm_dim, eps) != (self.head_v_dim, self.layer_norm_epsilon):
-            self.layer_norm_epsilon = eps  # the engine's fused norm takes it from here
-            self.norm = RMSNormGated(
-                self.norm_dim, eps=eps, group_size=None, norm_before_gate=True,
-                device=current_platform.current_device(),
-            )  # fmt: skip
+            self.layer_norm_epsilon = eps  # vLLM's fused norm reads it
+            device = current_platform.current_device()
+            self.norm = RMSNormGated(self.norm_dim, eps=eps, group_size=None, norm_before_gate=True, device=device)
         if current_platform.is_cpu():
             self._forward_method = self._forward_plain
 
     def get_attn_backend(self):
         return GDNBackend
+
+    def mix(self, hidden_TD: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        return self(hidden_TD)
 
     def _output_projection(self, core_attn_out: Tensor, z: Tensor) -> Tensor:
         tokens = z.shape[0]
@@ -49,7 +41,7 @@ class HyLoGatedDeltaNet(QwenGatedDeltaNetAttention):
         return self.out_proj(out.reshape(tokens, -1))[0]
 
     def _forward_plain(self, hidden_TD: Tensor) -> Tensor:
-        from hylo_megatron.serve.cpu import gated_delta_net
+        from hylo_megatron.mixers.gdn.vllm_cpu import gated_delta_net
 
         values = self.value_dim // self.tp_size
         qkvz, ba = self.in_proj_qkvz(hidden_TD)[0], self.in_proj_ba(hidden_TD)[0]
@@ -60,22 +52,25 @@ class HyLoGatedDeltaNet(QwenGatedDeltaNetAttention):
         return self._output_projection(out, z)
 
 
-class HyLoMamba2(MambaMixer2):
-    def __init__(self, config, vllm_config, prefix: str):
-        sound_chunk_scan()
-        super().__init__(
-            hidden_size=config.hidden_size, ssm_state_size=config.mamba_state_size,
-            conv_kernel_size=config.mamba_conv_kernel,
-            intermediate_size=config.mamba_num_heads * config.mamba_head_dim, use_conv_bias=True, use_bias=False,
-            n_groups=config.mamba_num_groups, num_heads=config.mamba_num_heads, head_dim=config.mamba_head_dim,
-            rms_norm_eps=NORM_EPS, activation="silu", model_config=vllm_config.model_config,
-            cache_config=vllm_config.cache_config, quant_config=vllm_config.quant_config, prefix=prefix,
-        )  # fmt: skip
-        keep_fp32(self, "dt_bias", "D")
-
-    def get_attn_backend(self):
-        return Mamba2Backend
+def state_dtypes(vllm_config):
+    """Types of a request's states: the window of the convolutions and the recurrent state."""
+    cache = vllm_config.cache_config
+    return MambaStateDtypeCalculator.gated_delta_net_state_dtype(
+        vllm_config.model_config.dtype, cache.mamba_cache_dtype, cache.mamba_ssm_cache_dtype
+    )
 
 
-def linear_block(config, vllm_config, prefix: str) -> nn.Module:
-    return (HyLoMamba2 if config.linear_type == "mamba2" else HyLoGatedDeltaNet)(config, vllm_config, prefix)
+def state_shapes(vllm_config):
+    """Shapes of the same states on one rank."""
+    gdn = vllm_config.model_config.hf_config.geometry().gdn
+    return MambaStateShapeCalculator.gated_delta_net_state_shape(
+        vllm_config.parallel_config.tensor_parallel_size,
+        gdn.num_key_heads,
+        gdn.num_value_heads,
+        gdn.key_head_dim,
+        gdn.value_head_dim,
+        gdn.conv_kernel,
+    )
+
+
+LAYER = HyLoGatedDeltaNet
