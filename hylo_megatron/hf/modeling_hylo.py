@@ -74,7 +74,7 @@ class HyLoPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoModel") -> None:
-        """Nothing, as in ``HyLoConfig``."""
+        """Do nothing, as ``HyLoConfig`` does."""
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -150,7 +150,7 @@ class HyLoModel(HyLoPreTrainedModel):
         )
 
     def _beside(self, x_BSD, mask, position_ids, past: int, starts_BS):
-        """What the layers need beside ``x_BSD``: cos and sin, what MLA may see, real tokens, packed documents."""
+        """Return what layers need beside ``x_BSD``: cos and sin, what a query sees, real tokens, packed documents."""
         length, device = x_BSD.shape[1], x_BSD.device
         if position_ids is None:
             unpacked = starts_BS is None
@@ -162,7 +162,7 @@ class HyLoModel(HyLoPreTrainedModel):
         return rotation, inputs.allowed(mask, past, length, device), real_BS1, None
 
     def _cache(self, given, use_cache: bool | None, batch: int) -> HyLoCache | None:
-        """The cache that this call reads and writes."""
+        """Return the cache that this call reads and writes, None without one."""
         checkpointed = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         if given is None:
             use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
@@ -188,7 +188,7 @@ class HyLoForCausalLM(HyLoPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *_, **__) -> None:
-        """Gives ``generate`` its cache. transformers' caches, static ones included, do not hold these states."""
+        """Give ``generate`` its cache. transformers' caches, static ones included, do not hold these states."""
         kind = generation_config.cache_implementation
         if kind not in (None, "dynamic", "dynamic_full"):
             raise ValueError(f"HyLoForCausalLM: cache_implementation {kind!r} is not supported: leave it out")
@@ -221,7 +221,7 @@ class HyLoForCausalLM(HyLoPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
     ) -> CausalLMOutputWithPast:
-        """Logits, and with ``labels`` the loss; ``kwargs`` are ``HyLoModel.forward``'s and the loss function's."""
+        """Return logits, and with ``labels`` the loss. ``kwargs``: of ``HyLoModel.forward`` and the loss function."""
         for_loss = {name: kwargs.pop(name) for name in LOSS_ARGUMENTS if name in kwargs}
         out = self.model(
             input_ids=input_ids,

@@ -1,4 +1,4 @@
-"""What vLLM is told of a hybrid: its geometry as the engine runs it, and settings that fit it."""
+"""What vLLM is told about a hybrid: the geometry that it runs, and settings that fit."""
 
 import os
 
@@ -16,7 +16,7 @@ from hylo_megatron.mixers.config_fields import geometry_to_config
 from hylo_megatron.serve.geometry import serve
 
 logger = init_logger("vllm.hylo_megatron")  # below vllm's own logger, so that its level and format apply
-# Tests run a GPU's geometry on a CPU with it.
+# Set by tests that run a GPU's geometry on a CPU.
 GEOMETRY_OF = "HYLO_SERVE_GEOMETRY"
 # Methods of --quantization that need no quantised folder. vLLM's int8 ones leave linear layers as they are.
 ONLINE_FP8 = ("fp8", "fp8_per_tensor", "fp8_per_block", "fp8_per_channel")
@@ -25,12 +25,16 @@ MAMBA_CHUNK = 256  # vLLM's default for a config without the field is Mamba-1's
 
 
 def on_gpu() -> bool:
+    """Return whether the geometry is to fit the kernels of a GPU."""
     return os.environ.get(GEOMETRY_OF, "cpu" if current_platform.is_cpu() else "gpu") == "gpu"
 
 
 def apply(config: HyLoConfig) -> None:
-    """Puts the served geometry in the place of the trained one, which moves to ``config.trained_geometry``: vLLM reads
-    sizes from many places. Once only: a config is copied and sent to other processes afterwards."""
+    """Write the served geometry into the fields of the trained one, which moves to ``config.trained_geometry``.
+
+    vLLM reads sizes from many places. A config that was changed already stays as it is: vLLM copies configs and sends
+    them to other processes.
+    """
     if getattr(config, "trained_geometry", None):
         return
     trained = config.geometry()
@@ -47,6 +51,7 @@ def apply(config: HyLoConfig) -> None:
 
 
 def trained_geometry(config: HyLoConfig) -> Geometry:
+    """Return the geometry of the exported weights."""
     return Geometry.from_dict(config.trained_geometry)
 
 
@@ -55,7 +60,7 @@ def _keeps_latents(config: HyLoConfig) -> bool:
 
 
 class HyLoArchConvertor(ModelArchConfigConvertorBase):
-    """vLLM takes latents for known model types only and guesses the rotary size where it equals the other."""
+    """Tells vLLM whether a hybrid caches latents, which it assumes for known model types only, and the head sizes."""
 
     def __init__(self, hf_config, hf_text_config, *args, **kwargs):
         super().__init__(hf_config, hf_text_config, *args, **kwargs)
@@ -75,17 +80,19 @@ class HyLoArchConvertor(ModelArchConfigConvertorBase):
 
 
 class EngineSettings(VerifyAndUpdateConfig):
+    """Settings of vLLM that a hybrid needs."""
+
     @staticmethod
     def verify_and_update_config(vllm_config) -> None:
-        """States in fp32, as in training, unless the user says otherwise; kernels that take our head sizes."""
+        """Keep states in fp32, as in training, unless the user chose a type; let each mixer change what it needs."""
         refuse(vllm_config)
         cache = vllm_config.cache_config
         if cache.mamba_ssm_cache_dtype == "auto":
             cache.mamba_ssm_cache_dtype = "float32"
-        if current_platform.is_cpu():  # vLLM takes it back for latents on a CPU, but too late for its block sizes
+        if current_platform.is_cpu():  # vLLM switches it off for latents on a CPU, but too late for its block sizes
             cache.enable_prefix_caching = False
-        # Products padded to aligned widths have padded rows, which the next compiled piece does not expect: Mamba-2's
-        # projection with heads that are no multiple of 8 on a rank gave wrong tokens.
+        # Matrix products padded to aligned widths have padded rows, which the next compiled piece does not expect:
+        # Mamba-2's projection gave wrong tokens where a rank's heads were no multiple of 8.
         vllm_config.compilation_config.inductor_compile_config.setdefault("shape_padding", False)
         for name in dict.fromkeys(vllm_config.model_config.hf_config.mixers):
             MIXERS[name].part("serving").settings(vllm_config, on_gpu=on_gpu(), warn=logger.warning_once)
@@ -96,19 +103,37 @@ def refuse(vllm_config) -> None:
     model, dtype = vllm_config.model_config, vllm_config.cache_config.cache_dtype
     weights = ONLINE_FP8[-1:] if current_platform.is_cpu() else ONLINE_FP8
     refused = (
-        ("--speculative-config", vllm_config.speculative_config,
-         "rejected drafts would stay in the recurrent states; leave it out"),
-        ("--enable-lora", vllm_config.lora_config,
-         "adapters are not applied; merge them into the weights (peft: merge_and_unload) and serve the result"),
-        ("quantization_config in config.json", getattr(model.hf_config, "quantization_config", None),
-         f"export the model unquantised, then choose --quantization {weights[0]}"),
-        (f"--quantization {model.quantization}", model.quantization not in (None, *weights),
-         f"expected {' or '.join(weights)}, with which vLLM quantises an exported folder while it loads"),
-        ("--decode-context-parallel-size", vllm_config.parallel_config.decode_context_parallel_size > 1,
-         "recurrent states cannot be split by position; use --tensor-parallel-size"),
-        (f"--kv-cache-dtype {dtype}", current_platform.is_cpu() and dtype not in CPU_CACHES,
-         f"a CPU keeps {', '.join(CPU_CACHES)}; leave it out"),
-    )  # fmt: skip
+        (
+            "--speculative-config",
+            vllm_config.speculative_config,
+            "rejected drafts would stay in the recurrent states; leave it out",
+        ),
+        (
+            "--enable-lora",
+            vllm_config.lora_config,
+            "adapters are not applied; merge them into the weights (peft: merge_and_unload) and serve the result",
+        ),
+        (
+            "quantization_config in config.json",
+            getattr(model.hf_config, "quantization_config", None),
+            f"export the model unquantised, then choose --quantization {weights[0]}",
+        ),
+        (
+            f"--quantization {model.quantization}",
+            model.quantization not in (None, *weights),
+            f"expected {' or '.join(weights)}, with which vLLM quantises an exported folder while it loads",
+        ),
+        (
+            "--decode-context-parallel-size",
+            vllm_config.parallel_config.decode_context_parallel_size > 1,
+            "recurrent states cannot be split by position; use --tensor-parallel-size",
+        ),
+        (
+            f"--kv-cache-dtype {dtype}",
+            current_platform.is_cpu() and dtype not in CPU_CACHES,
+            f"a CPU keeps {', '.join(CPU_CACHES)}; leave it out",
+        ),
+    )
     for option, given, advice in refused:
         if given:
             raise HyLoError(f"{option}: not supported for a hybrid: {advice}")

@@ -108,7 +108,7 @@ class HyLoModel(nn.Module):
 
 if current_platform.is_cpu():
     from hylo_megatron.serve.cpu import keep_weights
-else:  # the CPU's own paths read the engine's metadata, which a compiled graph cannot
+else:  # our code for CPUs reads vLLM's metadata, which a compiled graph cannot
     HyLoModel = support_torch_compile(HyLoModel)
 
 
@@ -118,7 +118,7 @@ class HyLoForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
-        refuse(vllm_config)  # once more: as somebody's draft it was not asked
+        refuse(vllm_config)  # once more: vLLM asks no EngineSettings for a draft model
         self.config = config = vllm_config.model_config.hf_config
         self.quantized, self.dtype = vllm_config.quant_config is not None, vllm_config.model_config.dtype
         self.model = HyLoModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
@@ -164,8 +164,10 @@ class HyLoForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
         return self.logits_processor(self.lm_head, hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load a whole folder when the engine starts, and any part of one into an engine that runs: trainers send
-        updates tensor by tensor, in any order. vLLM calls ``eval`` between the two."""
+        """Load a whole folder when vLLM starts, and any part of one afterwards.
+
+        Trainers send updates tensor by tensor, in any order. vLLM calls ``eval`` after the first load.
+        """
         starting, reloading = self.training, under_reload(self)
         if self.quantized and not starting and not reloading:
             raise HyLoError(
@@ -183,7 +185,7 @@ class HyLoForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
         return loaded
 
     def _write(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, str | int | None]]:
-        """Write each tensor into its parameter. Yields the parameter's name and which part of it was written."""
+        """Write each tensor into its parameter, and yield the parameter's name and the part that was written."""
         config, parameters = self.config, dict(self.named_parameters())
         padding = Padding(
             trained=trained_geometry(config),
@@ -209,7 +211,7 @@ class HyLoForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
             self._check_tied(head)
 
     def _check_tied(self, head: Tensor) -> None:
-        """Refuse a head of its own. vLLM 0.32 unties such a model before it comes here, 0.26 would drop the head."""
+        """Refuse a head that differs from the embedding: vLLM 0.32 unties the two before, 0.26 would drop the head."""
         rows = self.model.embed_tokens.shard_indices
         own = head[rows.org_vocab_start_index : rows.org_vocab_end_index]
         embedding = self.model.embed_tokens.weight[: len(own)]
@@ -220,7 +222,10 @@ class HyLoForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
             )
 
     def _check_complete(self, loaded: set[str], parts: set) -> None:
-        """vLLM overlooks what its linear layers miss, and takes a merged parameter for loaded when one part came."""
+        """Raise ``HyLoError`` for parameters without a tensor.
+
+        vLLM overlooks those of its linear layers, and takes a merged parameter for loaded when one part has arrived.
+        """
         check_parts(parts, self.config.mixers)
         # Quantised layers have scales that no folder of ours has.
         missing = [] if self.quantized else sorted(dict(self.named_parameters()).keys() - loaded)
@@ -239,5 +244,5 @@ def _linear(vllm_config: VllmConfig):
 
 
 def under_reload(model: nn.Module) -> bool:
-    """Whether vLLM's own reload is under way, which gathers a layer's tensors and processes them at its end."""
+    """Return whether vLLM's own reload is under way, which gathers a layer's tensors and processes them at its end."""
     return any(get_layerwise_info(module).can_load() for module in model.modules())
