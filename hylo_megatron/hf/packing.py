@@ -26,7 +26,8 @@ class Documents:
         groups = defaultdict(list)
         for start, end in zip(first, [*first[1:], starts_BS.numel()], strict=True):
             groups[max(end - start - 1, SHORT - 1).bit_length()].append((start, end - start))
-        self.shape, self.groups, place, filled = starts_BS.shape, [], torch.empty(starts_BS.numel()).long(), 0
+        self.shape, self.groups = starts_BS.shape, []
+        place, filled = torch.empty(starts_BS.numel()).long(), 0  # where each token is among those of all groups
         for members in groups.values():
             start, length = (torch.tensor(column)[:, None] for column in zip(*members, strict=True))
             offset = torch.arange(int(length.max()))[None]

@@ -35,7 +35,8 @@ class HyLoMLA(nn.Module):
 
     def __init__(self, config, vllm_config, prefix: str):
         super().__init__()
-        quant, self.config, trained = vllm_config.quant_config, config, trained_geometry(config).mla
+        self.config = config
+        quant, trained = vllm_config.quant_config, trained_geometry(config).mla
         heads, self.value_dim = config.num_attention_heads, trained.v_head_dim
         self.heads = heads // get_tensor_model_parallel_world_size()
         self.key_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
