@@ -10,7 +10,7 @@ import importlib.util
 import os
 import sys
 
-STARTED_BY = os.getppid()  # as early as possible: see platform/parent.py
+STARTED_BY = os.getppid()  # as early as possible: see run/parent.py
 
 
 def _register_config() -> None:

@@ -9,7 +9,7 @@ class HyLoError(Exception):
 
 
 def _of_a_file(error: OSError) -> str:
-    from hylo_megatron.platform import disk
+    from hylo_megatron.checkpoint import disk
 
     if error.filename and (full := disk.explained(error, error.filename)):
         return str(full)

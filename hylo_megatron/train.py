@@ -12,7 +12,7 @@ from pathlib import Path
 
 from hylo_megatron.config import Architecture
 from hylo_megatron.errors import HyLoError, command_line
-from hylo_megatron.platform.parent import bind_forks, die_with_parent, own_store
+from hylo_megatron.run.parent import bind_forks, die_with_parent, own_store
 
 
 def model_provider(models: list, pre_process=True, post_process=True, vp_stage=None, config=None, pg_collection=None):
@@ -23,9 +23,9 @@ def model_provider(models: list, pre_process=True, post_process=True, vp_stage=N
     from hylo_megatron.config.pair import padded_rows
     from hylo_megatron.distill.arguments import kl_settings, run_architecture
     from hylo_megatron.distill.model import DistillModel, DistillSettings
+    from hylo_megatron.engine import peers
     from hylo_megatron.layers.load import load_weights
     from hylo_megatron.layers.model import UNFUSED, build_model, model_fields
-    from hylo_megatron.platform import peers
 
     peers.connect()
     args = get_args()
@@ -73,8 +73,8 @@ def write_companions(args) -> None:
 
 def wait_for_student(args) -> None:
     """Returns when the student's checkpoint is complete; everything slow about starting is done by then."""
-    from hylo_megatron.convert.iterations import trained_to
-    from hylo_megatron.distill.waiting import check_still_trains
+    from hylo_megatron.checkpoint.iterations import trained_to
+    from hylo_megatron.engine.waiting import check_still_trains
 
     parent = os.getppid()
     while not trained_to(args.hylo_student, args.hylo_student_iteration):
@@ -100,8 +100,8 @@ def parsed_arguments():
 
 
 def check_tokens(args) -> None:
+    from hylo_megatron.data.data_check import check_data
     from hylo_megatron.distill.batches import prefixes
-    from hylo_megatron.distill.data_check import check_data
 
     student, teacher = Architecture.load(args.hylo_student), Architecture.load(args.hylo_teacher)
     args.hylo_rows = min(student.vocab_size, teacher.vocab_size)
@@ -110,9 +110,9 @@ def check_tokens(args) -> None:
 
 def save_room(args, arch: Architecture):
     """Room for this training's checkpoints. Raises ``HyLoError`` on rank 0 when the first one cannot fit."""
-    from hylo_megatron.convert.iterations import trained_to
-    from hylo_megatron.distill.save_room import SaveRoom, checkpoint_bytes
-    from hylo_megatron.platform import peers
+    from hylo_megatron.checkpoint.iterations import trained_to
+    from hylo_megatron.checkpoint.save_room import SaveRoom, checkpoint_bytes
+    from hylo_megatron.engine import peers
 
     if not args.save:
         return None
@@ -139,11 +139,11 @@ def main() -> None:
     from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-    from hylo_megatron.distill import checkpoint_hooks, engine_hooks
     from hylo_megatron.distill.batches import datasets, forward_step
+    from hylo_megatron.engine import checkpoint_hooks, peers
+    from hylo_megatron.engine import training_hooks as engine_hooks
+    from hylo_megatron.engine.checkpoint_writer import start_results_queue
     from hylo_megatron.kernels.self_test import self_test
-    from hylo_megatron.platform import peers
-    from hylo_megatron.platform.checkpoint_writer import start_results_queue
 
     args = parsed_arguments()
     check_tokens(args)

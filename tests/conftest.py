@@ -13,7 +13,7 @@ def pytest_addoption(parser):
 
 
 def pytest_terminal_summary(terminalreporter):
-    parity = sys.modules.get("parity_table")
+    parity = sys.modules.get("helpers.parity_table")
     if parity and parity.MEASURED:
         terminalreporter.section("parallel layouts against one process: largest relative difference")
         terminalreporter.write_line(parity.table())

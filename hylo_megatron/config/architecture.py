@@ -1,6 +1,5 @@
 """``Architecture``: everything that defines a model, teacher or hybrid; ``hylo.json`` beside each checkpoint."""
 
-import json
 import os
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -10,10 +9,11 @@ from pydantic import ConfigDict, Field
 from typing_extensions import TypedDict
 
 from hylo_megatron.config.geometry import Geometry
-from hylo_megatron.config.plan import SYMBOLS
 from hylo_megatron.config.rope import checked_rope
 from hylo_megatron.errors import HyLoError
+from hylo_megatron.files import write_json
 from hylo_megatron.json_file import Dimension, Positive, check, read_json
+from hylo_megatron.mixers import LINEAR, MIXERS
 
 FILE_NAME = "hylo.json"
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -54,7 +54,7 @@ class Architecture:
     max_position_embeddings: Dimension
     rope_parameters: dict[str, Any]
     tie_word_embeddings: bool
-    plan: tuple[Literal[tuple(SYMBOLS)], ...]
+    plan: tuple[Literal[tuple(MIXERS)], ...]
     attention_bias: bool = False
     qk_norm: bool = False
     mla_qk_norm: bool = False
@@ -71,7 +71,8 @@ class Architecture:
 
     @property
     def linear_kind(self) -> str:
-        return "mamba2" if "mamba2" in self.plan else "gdn"
+        """The linear mixer of the plan, the registry's last where there are several."""
+        return next((name for name in reversed(LINEAR) if name in self.plan), LINEAR[0])
 
     def as_teacher(self) -> "Architecture":
         return replace(self, plan=("attention",) * self.num_layers, geometry=None)
@@ -99,10 +100,7 @@ class Architecture:
         return replace(arch, rope_parameters=rope)
 
     def save(self, folder: str | os.PathLike) -> None:
-        path = Path(folder) / FILE_NAME
-        scratch = path.with_suffix(".json.partial")
-        scratch.write_text(json.dumps(self.to_dict(), indent=1))
-        os.replace(scratch, path)
+        write_json(Path(folder) / FILE_NAME, self.to_dict())
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> "Architecture":
@@ -124,12 +122,16 @@ def misfit(arch: Architecture) -> str | None:
     if norms is not None and len(norms) != arch.num_layers:
         return f"extra.ild_norms has {len(norms)} entries for {arch.num_layers} layers"
     shared = [("num_attention_heads", arch.num_attention_heads, "num_key_value_heads", arch.num_key_value_heads)]
-    if "gdn" in arch.plan:
-        g = arch.geometry.gdn
-        shared.append(("gdn.num_value_heads", g.num_value_heads, "gdn.num_key_heads", g.num_key_heads))
-    if "mamba2" in arch.plan:
-        g = arch.geometry.mamba2
-        shared.append(("mamba2.num_heads", g.num_heads, "mamba2.num_groups", g.num_groups))
+    for name in dict.fromkeys(arch.plan):
+        if MIXERS[name].geometry and getattr(arch.geometry, name) is None:
+            return f"geometry.{name} is missing, and the plan has such layers"
+        for many, few in MIXERS[name].multiples:
+            part = getattr(arch.geometry, name)
+            shared.append((f"{name}.{many}", getattr(part, many), f"{name}.{few}", getattr(part, few)))
+    letters = {}
+    for name in dict.fromkeys(arch.plan):
+        if (other := letters.setdefault(MIXERS[name].symbol, name)) != name:
+            return f"plan has {other} and {name} layers, which megatron-core cannot tell apart in one model"
     for many, count, few, divisor in shared:
         if count % divisor:
             return f"{many} is {count}, expected a multiple of {few} ({divisor})"

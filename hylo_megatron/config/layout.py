@@ -6,6 +6,7 @@ from math import log2
 
 from hylo_megatron.config.architecture import Architecture
 from hylo_megatron.errors import HyLoError
+from hylo_megatron.mixers import LINEAR, MIXERS
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,12 @@ def _heads(arch: Architecture, at: ParallelLayout) -> Iterable[tuple[str, int, s
     yield "attention heads", arch.num_attention_heads, "TP", at.tp
     if "attention" in arch.plan:
         yield "key-value heads", arch.num_key_value_heads, "TP", at.tp
-    for kind, name in (("gdn", "GDN key heads"), ("mamba2", "Mamba-2 groups")):
-        if kind in arch.plan:
-            count = arch.geometry.gdn.num_key_heads if kind == "gdn" else arch.geometry.mamba2.num_groups
+    for name in LINEAR:
+        if name in arch.plan:
+            title, field = MIXERS[name].heads
+            count = getattr(MIXERS[name].dimensions(arch.geometry), field)
             dealt = at.cp > 1 and not passes_states(at.linear_cp, count, at.tp, at.cp)
-            yield name, count, "TP x CP" if dealt else "TP", at.tp * (at.cp if dealt else 1)
+            yield title, count, "TP x CP" if dealt else "TP", at.tp * (at.cp if dealt else 1)
 
 
 def misfits(arch: Architecture, at: ParallelLayout, work: Work = Work()) -> list[str]:  # noqa: B008

@@ -7,10 +7,9 @@ takes a string instead, two symbols a layer (mixer, MLP) and ``|`` between pipel
 import re
 
 from hylo_megatron.errors import HyLoError
+from hylo_megatron.mixers import LINEAR, MIXERS
 
-LINEAR_KINDS = ("gdn", "mamba2")
-SYMBOLS = {"attention": "*", "mla": "+", "gdn": "G", "mamba2": "M"}
-_LINEAR_NAMES = {"GDN": "gdn", "M2": "mamba2", "MAMBA2": "mamba2"}
+_LINEAR_NAMES = {short: name for name in LINEAR for short in (MIXERS[name].short, *MIXERS[name].aliases)}
 
 _NUMBER = "([0-9]{1,6})"
 
@@ -65,7 +64,8 @@ def parse_plan(num_layers: int, mla_layers: str, linear: str | None = None) -> t
     if match := re.fullmatch(f"{_NUMBER}MLA{_NUMBER}([A-Za-z][A-Za-z0-9]*)", mla_layers):
         count, rest, kind = int(match[1]), int(match[2]), match[3].upper()
         if kind not in _LINEAR_NAMES:
-            raise HyLoError(f"plan {mla_layers}: unknown linear kind {match[3]!r}, expected GDN or M2")
+            known = " or ".join(MIXERS[name].short for name in LINEAR)
+            raise HyLoError(f"plan {mla_layers}: unknown linear kind {match[3]!r}, expected {known}")
         if count + rest != num_layers:
             raise HyLoError(f"plan {mla_layers} has {count + rest} layers; the base model has {num_layers}")
         if linear not in (None, _LINEAR_NAMES[kind]):
@@ -77,16 +77,15 @@ def parse_plan(num_layers: int, mla_layers: str, linear: str | None = None) -> t
             layers = PUBLISHED_MLA_LAYERS.get((num_layers, count)) or uniform_layers(num_layers, count)
     else:
         layers = _mla_layers(mla_layers, num_layers)
-    linear = linear or LINEAR_KINDS[0]
-    if linear not in LINEAR_KINDS:
-        raise HyLoError(f"--linear {linear!r}: expected one of {', '.join(LINEAR_KINDS)}")
+    linear = linear or LINEAR[0]
+    if linear not in LINEAR:
+        raise HyLoError(f"--linear {linear!r}: expected one of {', '.join(LINEAR)}")
     return tuple("mla" if i in layers else linear for i in range(num_layers))
 
 
 def plan_name(plan: tuple[str, ...]) -> str:
     """``4MLA12GDN`` for a hybrid, ``30ATT`` for a Transformer."""
-    names = {"attention": "ATT", "mla": "MLA", "gdn": "GDN", "mamba2": "M2"}
-    return "".join(f"{plan.count(kind)}{name}" for kind, name in names.items() if kind in plan)
+    return "".join(f"{plan.count(name)}{entry.short}" for name, entry in MIXERS.items() if name in plan)
 
 
 def megatron_pattern(plan: tuple[str, ...], pipeline_stages: int = 1) -> str:
@@ -99,7 +98,7 @@ def megatron_pattern(plan: tuple[str, ...], pipeline_stages: int = 1) -> str:
         raise HyLoError(
             f"--pipeline-model-parallel-size {pipeline_stages}: the model has {len(plan)} layers; at most that many"
         )
-    symbols = [SYMBOLS[kind] + "-" for kind in plan]
+    symbols = [MIXERS[kind].symbol + "-" for kind in plan]
     base, extra = divmod(len(plan), pipeline_stages)
     stages, start = [], 0
     for stage in range(pipeline_stages):

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from typing_extensions import TypedDict
 
+from hylo_megatron.checkpoint import disk
 from hylo_megatron.config import Architecture
 from hylo_megatron.convert.hf_config import read_architecture  # noqa: F401  others import it from here
 from hylo_megatron.convert.shapes import hf_shapes
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.json_file import Object, check, read_json
-from hylo_megatron.platform import disk
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

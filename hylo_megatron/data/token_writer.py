@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
+from hylo_megatron.checkpoint import disk
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.platform import disk
 
 
 @dataclass
@@ -147,7 +147,7 @@ def token_files(out: Path, vocab_size: int, others: tuple[str, ...]) -> Iterator
 
 def _indexed_dataset(vocab_size: int):
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime is found"
-    from hylo_megatron.platform.cpu import without_compiler
+    from hylo_megatron.engine.cpu import without_compiler
 
     with warnings.catch_warnings(), without_compiler():
         warnings.simplefilter("ignore")  # about Transformer Engine and Apex, which play no part here

@@ -11,7 +11,7 @@ from megatron.core.datasets.utils import get_blend_from_list
 from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank
 from megatron.training import get_args, get_tokenizer
 
-from hylo_megatron.distill.packed_data import (
+from hylo_megatron.data.packed_data import (
     DocumentConfig,
     DocumentDataset,
     PackedConfig,

@@ -17,7 +17,7 @@ from hylo_megatron.flags import Parser, share, size, weight
 
 def async_flags() -> list[str]:
     """The engine turns ``--async-save`` off without the first. Its default, nvidia-resiliency-ext, has another
-    writer, which nobody would see die; ``platform/checkpoint_writer.py`` watches this one."""
+    writer, which nobody would see die; ``engine/checkpoint_writer.py`` watches this one."""
     return ["--use-persistent-ckpt-worker", "--async-strategy", "mcore"]
 
 

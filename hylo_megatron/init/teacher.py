@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hylo_megatron.checkpoint.folder import CheckpointReader
 from hylo_megatron.config import Architecture
-from hylo_megatron.convert.checkpoint import CheckpointReader
 from hylo_megatron.convert.tables import mappings
 from hylo_megatron.kernels.norm import rms_norm
 from hylo_megatron.kernels.rope import rope_frequencies

@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from hylo_megatron.layers.latent_ring import latent_attention
 from hylo_megatron.layers.rope import Rotary
+from hylo_megatron.parallel.latent_ring import latent_attention
 
 
 class CoreAttention(MegatronModule):

@@ -15,8 +15,8 @@ from hylo_megatron.config.layout import passes_states
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.kernels import mamba_split_conv1d_scan_combined, ops_for
 from hylo_megatron.kernels.norm import wide
-from hylo_megatron.layers.state_passing import kernels_across, without_context_parallelism
-from hylo_megatron.layers.zigzag import from_rows, to_rows
+from hylo_megatron.parallel.state_passing import kernels_across, without_context_parallelism
+from hylo_megatron.parallel.zigzag import from_rows, to_rows
 
 
 class _FP32Decay:

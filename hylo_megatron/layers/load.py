@@ -10,12 +10,12 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.distributed.checkpoint.api import CheckpointException
 
+from hylo_megatron.checkpoint.iterations import reading
+from hylo_megatron.checkpoint.safe_pickles import check_pickles, explain
 from hylo_megatron.config import Architecture
 from hylo_megatron.config.layout import check_layout
-from hylo_megatron.convert.iterations import reading
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.layers.model import UNFUSED, build_model, model_fields
-from hylo_megatron.platform.safe_pickles import check_pickles, explain
 
 
 def start_process_groups(tp: int = 1, pp: int = 1, cp: int = 1, seed: int = 1234) -> None:

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from hylo_megatron.config import MLAGeometry
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.layers.latent_ring import latent_attention
 from hylo_megatron.layers.norm import HeadRMSNorm
 from hylo_megatron.layers.rope import Rotary
+from hylo_megatron.parallel.latent_ring import latent_attention
 
 
 class ReplicatedLinear(nn.Module):

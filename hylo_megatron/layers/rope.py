@@ -5,7 +5,7 @@ from torch import Tensor
 
 from hylo_megatron.kernels import ops_for
 from hylo_megatron.kernels.rope import rope_frequencies
-from hylo_megatron.layers.zigzag import zigzag_positions
+from hylo_megatron.parallel.zigzag import zigzag_positions
 
 
 class Rotary:

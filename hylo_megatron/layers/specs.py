@@ -18,6 +18,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
 
+from hylo_megatron.capabilities import require
 from hylo_megatron.config import Architecture
 from hylo_megatron.kernels import mamba_split_conv1d_scan_combined, ops_for
 from hylo_megatron.layers.core_attention import CoreAttention
@@ -25,7 +26,6 @@ from hylo_megatron.layers.linear_blocks import AlignedColumnParallelLinear, GDNM
 from hylo_megatron.layers.mla import MLASelfAttention
 from hylo_megatron.layers.norm import HeadRMSNorm, RMSNorm
 from hylo_megatron.layers.rope import Rotary
-from hylo_megatron.platform.capabilities import require
 
 
 @dataclass(frozen=True)

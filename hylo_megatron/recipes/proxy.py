@@ -10,8 +10,8 @@ from pathlib import Path
 
 from hylo_megatron.config import Architecture, GDNGeometry, Geometry, Mamba2Geometry, MLAGeometry, geometry_preset
 from hylo_megatron.recipes.published import Base, yarn
-from hylo_megatron.recipes.source import Source, Step
 from hylo_megatron.recipes.stage import Evaluation, Recipe
+from hylo_megatron.run.source import Source, Step
 
 LENGTHS = {2048: 64, 8192: 128, 65536: 256}
 WINDOWS = {2048: 64, 32768: 128}  # as each lies among the lengths
@@ -126,7 +126,7 @@ def write_tokenizer(folder: Path, texts: list[str]) -> int:
     """Byte-level, with a chat template; returns how many tokens it has."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    from hylo_megatron.data import templates
+    from hylo_megatron.retrieval import templates
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

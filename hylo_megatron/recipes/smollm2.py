@@ -9,9 +9,9 @@ import torch
 from hylo_megatron.config import parse_plan, plan_name
 from hylo_megatron.errors import command_line
 from hylo_megatron.flags import Parser, count, size
-from hylo_megatron.recipes.launch import Layout
-from hylo_megatron.recipes.runner import Run
 from hylo_megatron.recipes.stage import Evaluation, Recipe, Stage
+from hylo_megatron.run.launch import Layout
+from hylo_megatron.run.recipe_run import Run
 
 TEACHER_LENGTH = 6144  # of the teacher's 8,192: near its end it is already worse
 ROPE_THETA = 100_000 * 4 ** (64 / 62)  # the base model's, with the slowest of 32 frequencies four times slower (NTK)

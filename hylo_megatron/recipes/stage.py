@@ -11,7 +11,7 @@ from hylo_megatron.config import Geometry
 class Stage:
     """One training run. Tokens: ``steps * global_batch * seq_length``; ``lr`` is the peak of a cosine.
 
-    ``mix``: shares of the packed datasets named in ``recipes/datasets.py``; empty: the training text as it is.
+    ``mix``: shares of the packed datasets named in ``run/datasets.py``; empty: the training text as it is.
     ``rope``, ``teacher_rope``: what changes in the rotary embeddings. ``teacher_length``: the teacher's own context,
     beyond which the text itself teaches (``ce_beyond``). ``recompute``: layers whose activations are computed twice.
     """

@@ -9,11 +9,11 @@ import json
 
 import pytest
 
-from hylo_megatron.platform.capabilities import has
+from hylo_megatron.capabilities import has
 
 if not has("megatron-core"):
     pytest.skip("megatron-core is not installed", allow_module_level=True)
-import golden_runs as golden  # noqa: E402
+from helpers import golden_runs as golden  # noqa: E402
 
 each_kind = pytest.mark.parametrize("kind", golden.KINDS)
 each_stage = pytest.mark.parametrize("stage", golden.STAGES)

@@ -7,13 +7,13 @@ import sys
 import pytest
 import torch
 
-from hylo_megatron.platform.capabilities import has
+from hylo_megatron.capabilities import has
 
 if not has("megatron-core"):
     pytest.skip("megatron-core is not installed", allow_module_level=True)
-import golden_runs as golden  # noqa: E402
-import old_files as old  # noqa: E402
-import train_helpers as helpers  # noqa: E402
+from helpers import golden_runs as golden  # noqa: E402
+from helpers import old_files as old  # noqa: E402
+from helpers import train as helpers  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 import hylo_megatron.convert.megatron_to_hf  # noqa: E402

@@ -5,12 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from folders import write_folder
+from helpers.serving import write_folder
 from vllm.engine.arg_utils import EngineArgs
 
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.vllm import config as plugin
-from hylo_megatron.vllm.model import HyLoForCausalLM
+from hylo_megatron.serve import config as plugin
+from hylo_megatron.serve.model import HyLoForCausalLM
 
 
 @pytest.fixture(scope="module")

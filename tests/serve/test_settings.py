@@ -1,16 +1,16 @@
-"""Settings of the engine that the plugin changes, for a GPU (vllm/config.py)."""
+"""Settings of the engine that the plugin changes, for a GPU (serve/config.py)."""
 
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from folders import GEOMETRIES, SMALL, sizes
+from helpers.serving import GEOMETRIES, SMALL, sizes
 
 from hylo_megatron.config import GDNGeometry
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.hf import HyLoConfig
-from hylo_megatron.vllm import config as plugin
-from hylo_megatron.vllm.config import EngineSettings, apply
+from hylo_megatron.serve import config as plugin
+from hylo_megatron.serve.config import EngineSettings, apply
 
 NATIVE = GEOMETRIES["native"]
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from vllm.model_executor.layers.mamba import ops
 
-from hylo_megatron.vllm import versions
-from hylo_megatron.vllm.linear_blocks import HyLoGatedDeltaNet, HyLoMamba2
-from hylo_megatron.vllm.versions import FreshStates
+from hylo_megatron.serve import versions
+from hylo_megatron.serve.linear_blocks import HyLoGatedDeltaNet, HyLoMamba2
+from hylo_megatron.serve.versions import FreshStates
 
 
 class Metadata(SimpleNamespace):

@@ -1,0 +1,1 @@
+"""Checkpoint folders: iterations, complete or absent writes, room on the disk, pickles without code."""

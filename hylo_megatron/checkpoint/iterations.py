@@ -1,0 +1,220 @@
+"""Which iteration of a checkpoint folder counts, which are whole, and which may go.
+
+The tracker (``latest_checkpointed_iteration.txt``) names the checkpoint that counts. Where a crash left it empty,
+missing or naming something incomplete, the newest complete iteration counts. Complete means that ``metadata.json``
+can be read, which the engine writes after everything else, and that torch renamed ``.metadata`` into its place.
+"""
+
+import contextlib
+import fcntl
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from hylo_megatron.errors import HyLoError
+from hylo_megatron.files import write_text
+from hylo_megatron.json_file import read_json
+
+TRACKER = "latest_checkpointed_iteration.txt"
+INCOMPLETE, DROPPED = ".incomplete", ".dropped"  # suffixes of folders that are no checkpoints (any more)
+
+
+def is_complete(path: Path) -> bool:
+    try:
+        described = read_json(path / "metadata.json")
+        return "sharded_backend" in described and (path / ".metadata").stat().st_size > 0
+    except (OSError, HyLoError):
+        return False
+
+
+def iteration_folder(folder: Path, iteration: int) -> Path:
+    return Path(folder) / f"iter_{iteration:07d}"
+
+
+def _number(path: Path) -> int:
+    return int(path.name.removeprefix("iter_"))
+
+
+def _iteration_folders(folder: Path) -> list[Path]:
+    return sorted((p for p in Path(folder).glob("iter_*") if re.fullmatch(r"iter_[0-9]{7,18}", p.name)), key=_number)
+
+
+def complete_iterations(folder: Path) -> list[Path]:
+    """Oldest first."""
+    return [path for path in _iteration_folders(folder) if is_complete(path)]
+
+
+def _tracked(folder: Path) -> Path | None:
+    """What the tracker names, there or not; None when it names nothing."""
+    try:
+        word = (folder / TRACKER).read_text().strip()
+    except (OSError, ValueError):
+        return None
+    if word == "release":
+        return folder / word
+    return iteration_folder(folder, int(word)) if re.fullmatch("[0-9]{1,18}", word) else None
+
+
+def latest_number(folder: str | os.PathLike) -> int | None:
+    """The iteration that the tracker names, 0 for a checkpoint that no training wrote; None when it names nothing."""
+    path = _tracked(Path(folder))
+    return path and (0 if path.name == "release" else _number(path))
+
+
+def latest(folder: str | os.PathLike) -> Path:
+    """The folder of the checkpoint that counts in ``folder``. Raises ``HyLoError``."""
+    folder = Path(folder)
+    path = _tracked(folder)
+    if path and is_complete(path):
+        return path
+    whole = complete_iterations(folder)
+    if whole:
+        found = f"names {path.name}, which is incomplete" if path else "is missing or empty"
+        print(f"warning: {folder / TRACKER} {found}: taking {whole[-1].name}", file=sys.stderr, flush=True)
+        return whole[-1]
+    if path:
+        raise HyLoError(f"{path}: {TRACKER} names it, but it is incomplete, and no other iteration is there")
+    if (folder / TRACKER).exists():
+        raise HyLoError(f"{folder / TRACKER} names no iteration, and no complete one is there")
+    raise HyLoError(f"{folder / TRACKER} not found: expected a Megatron checkpoint folder")
+
+
+def asked_for(found: Path, step: int | None) -> Path:
+    """The iteration that the engine loads from the folder of ``found``. ``step``: ``--ckpt-step``."""
+    return iteration_folder(found.parent, step) if step else found
+
+
+def trained_to(folder: str | os.PathLike, iteration: int) -> bool:
+    """Whether the checkpoint that counts is ``iteration``, and whole. Says nothing and raises nothing."""
+    path = _tracked(Path(folder))
+    return path is not None and path == iteration_folder(folder, iteration) and is_complete(path)
+
+
+# ---- changes: by one process, the one that saves ----
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_tracker(folder: Path, word: str) -> None:
+    """On the disk or not at all, and after the files that it vouches for."""
+    folder = Path(folder)
+    target = folder / "release" if word == "release" else iteration_folder(folder, int(word))
+    for path in (target / ".metadata", target / "metadata.json", target):
+        if path.exists():
+            _sync(path)
+    write_text(folder / TRACKER, word, synced=True)
+    _sync(folder)
+
+
+def set_aside(path: Path) -> Path:
+    """Renames what is no checkpoint; a crash at the same iteration before left a folder of that name, which goes."""
+    target = path.with_name(path.name + INCOMPLETE)
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(path, target)
+    return target
+
+
+def repair(folder: str | os.PathLike, own: bool) -> None:
+    """Makes the tracker name what ``latest`` finds. In a folder of our ``own`` also sets aside what is incomplete.
+
+    Only where nobody is saving into ``folder``. Raises ``HyLoError`` when the tracker is there but no checkpoint.
+    """
+    folder = Path(folder)
+    if own:
+        for path in _iteration_folders(folder):
+            if not is_complete(path):
+                kept = set_aside(path)
+                print(f"warning: {path} is incomplete: set aside as {kept.name}", file=sys.stderr, flush=True)
+        for path in folder.glob("iter_*" + DROPPED):
+            shutil.rmtree(path, ignore_errors=True)
+    if not (folder / TRACKER).exists() and not complete_iterations(folder):
+        return
+    found = latest(folder)
+    if found != _tracked(folder):
+        write_tracker(folder, str(_number(found)))
+
+
+def retire_older(folder: str | os.PathLike, keep: int = 1) -> list[Path]:
+    """Renames the complete iterations before the last ``keep``, and returns what may be deleted.
+
+    Counted from the one that the tracker names: while that is incomplete nothing goes, and never what somebody reads.
+    """
+    folder = Path(folder)
+    newest = _tracked(folder)
+    if newest is None or newest.name == "release" or not is_complete(newest):
+        return []
+    older = [path for path in complete_iterations(folder) if _number(path) < _number(newest)]
+    for path in older[: max(0, len(older) - keep + 1)]:
+        _retire(path)
+    return leftovers(folder)
+
+
+def leftovers(folder: str | os.PathLike) -> list[Path]:
+    """Folders that are no checkpoints, or none any more, and may be deleted."""
+    return [*Path(folder).glob("iter_*" + DROPPED), *Path(folder).glob("iter_*" + INCOMPLETE)]
+
+
+def drop_older_checkpoints(folder: str | os.PathLike, keep: int = 1) -> None:
+    for path in retire_older(folder, keep):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _retire(path: Path) -> None:
+    if path.is_symlink():  # somebody else's
+        return
+    with contextlib.suppress(FileNotFoundError), (path / "metadata.json").open("r+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:  # being read; it goes at a later save
+            return
+        except OSError:  # a file system without locks
+            pass
+        os.replace(path, path.with_name(path.name + DROPPED))
+
+
+# ---- reading: what is held open stays ----
+
+
+def _hold(path: Path) -> IO | None:
+    """A lock that keeps ``path`` from being dropped until it is closed; None when it is being dropped already."""
+    try:
+        file = (path / "metadata.json").open()
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    except OSError:
+        pass
+    if not (path / "metadata.json").exists():  # renamed between opening and locking
+        file.close()
+        return None
+    return file
+
+
+def hold_latest(folder: str | os.PathLike) -> tuple[Path, IO]:
+    """``latest``, and a file to close when it has been read."""
+    while True:
+        path = latest(folder)
+        if (file := _hold(path)) is not None:
+            return path, file
+
+
+@contextlib.contextmanager
+def reading(folder: str | os.PathLike) -> Iterator[Path]:
+    """``latest``; nobody drops it meanwhile."""
+    path, file = hold_latest(folder)
+    with file:
+        yield path

@@ -1,0 +1,87 @@
+"""Room for a training's checkpoints: their size is known before it starts, checked before each save, and watched."""
+
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable
+from math import prod
+from pathlib import Path
+
+from hylo_megatron.checkpoint import disk, iterations
+from hylo_megatron.config import Architecture
+from hylo_megatron.convert.shapes import hf_shapes
+from hylo_megatron.errors import HyLoError
+from hylo_megatron.planner.weights import is_trained
+
+STATE_BYTES = 12  # of a trained parameter: the optimizer's main copy and two moments, in fp32
+ENTRY_BYTES = 2048  # of each tensor in a file, for torch's header around it
+STALLED_SECONDS, LOOK_SECONDS = 30, 2
+CERTAIN = 0.9  # of a checkpoint: what has that size may be complete, and wait for its last step
+
+
+def checkpoint_bytes(arch: Architecture, stage: str, train: str, bf16: bool, optimizer: bool = True) -> int:
+    """Bytes of one checkpoint of a training on any layout. ``stage``: ild or distill; ``train``: all or mixers."""
+    total, trained, stored = 0, is_trained(stage, train), 0
+    for name, shape in hf_shapes(arch).items():
+        states = 3 if optimizer and trained(name) else 0
+        stored += 1 + states
+        total += prod(shape) * ((2 if bf16 else 4) + STATE_BYTES // 3 * states)
+    return total + ENTRY_BYTES * stored
+
+
+class SaveRoom:
+    """What the saves into ``folder`` need. ``need``: bytes of a checkpoint. One per training, on rank 0."""
+
+    def __init__(self, folder: Path, need: int, fail: Callable[[str], object]):
+        self.folder, self.need, self._fail = folder, need, fail
+        self._saving: Path | None = None
+        self._watching = False
+
+    def _line(self, what: str, need: int) -> str:
+        return disk.line(self.folder, need, what)
+
+    def _refuse_unless_room(self, need: int, what: str) -> None:
+        if disk.free(self.folder) >= need:
+            return
+        for path in iterations.leftovers(self.folder):  # of saves that came to nothing: room for one that may
+            shutil.rmtree(path, ignore_errors=True)
+        if disk.free(self.folder) < need:
+            raise HyLoError(self._line(what, need))
+
+    def check_start(self, saves: int, keep: int | None) -> None:
+        """Raises ``HyLoError`` when the first of ``saves`` cannot fit; warns when they cannot all stay."""
+        self._refuse_unless_room(self.need, "no room for the first checkpoint")
+        kept = min(saves, keep + 1) if keep else saves
+        if disk.free(self.folder) < kept * self.need:
+            what = f"no room for all {saves} checkpoints (--hylo-keep-last deletes old ones)"
+            if keep:
+                what = f"no room for {keep} checkpoints and the next one"
+            print(f"warning: {self._line(what, kept * self.need)}", file=sys.stderr, flush=True)
+
+    def begin(self, place: Path) -> None:
+        """Called before a save into ``place``. Raises ``HyLoError`` when it cannot fit beside one that still runs."""
+        running = max(0, self.need - disk.used(self._saving)) if self._saving else 0
+        self._refuse_unless_room(self.need + running, f"no room for {place.name}")
+        self._saving = place
+        if not self._watching:
+            self._watching = True
+            threading.Thread(target=self._watch, daemon=True).start()
+
+    def end(self, place: Path) -> None:
+        if self._saving == place:
+            self._saving = None
+
+    def _watch(self) -> None:
+        """Ends the run when a save stands still on a disk that has no room for the rest of it."""
+        place, before, since = None, -1, time.monotonic()
+        while True:
+            time.sleep(LOOK_SECONDS)
+            saving = self._saving
+            written = disk.used(saving) if saving else 0
+            if (saving, written) != (place, before):
+                place, before, since = saving, written, time.monotonic()
+                continue
+            stalled = saving and time.monotonic() - since > STALLED_SECONDS
+            if stalled and disk.free(self.folder) < CERTAIN * self.need - written:
+                self._fail(disk.line(saving, self.need, f"{disk.text(written)} written, and no space left"))

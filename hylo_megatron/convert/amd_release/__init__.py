@@ -1,0 +1,1 @@
+"""AMD's released HyLo checkpoints, as ours."""

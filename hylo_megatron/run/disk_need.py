@@ -1,0 +1,68 @@
+"""What a recipe's run still needs on its disk, step by step, before it starts."""
+
+import sys
+from math import prod
+from pathlib import Path
+
+from hylo_megatron.checkpoint import disk
+from hylo_megatron.checkpoint.iterations import complete_iterations, trained_to
+from hylo_megatron.checkpoint.save_room import checkpoint_bytes
+from hylo_megatron.config import Architecture
+from hylo_megatron.convert.hf_folder import read_architecture
+from hylo_megatron.convert.shapes import hf_shapes
+from hylo_megatron.errors import HyLoError
+from hylo_megatron.run.training_process import fast_bf16
+
+EXPORTED = 2  # bytes of a parameter in an exported folder
+
+
+def elements(arch: Architecture) -> int:
+    return sum(prod(shape) for shape in hf_shapes(arch).values())
+
+
+def weights_bytes(folder: Path) -> int:
+    """Bytes of the weights of a Hugging Face folder; a converted checkpoint has the same."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def needs(run, student: Architecture, optimizer: bool = True) -> list[tuple[str, int, int]]:
+    """``(what, bytes that stay, bytes while it is made)`` of everything of ``run`` that is not there yet, in order."""
+    source, found = run.source, []
+
+    def add(what: str, path: Path, stays: int) -> None:
+        if not path.exists():
+            found.append((what, stays, stays))
+
+    base = weights_bytes(source.base)
+    add("the base model's checkpoint", run.base, base)
+    if source.teacher:
+        add("the teacher's checkpoint", run.teacher, weights_bytes(source.teacher))
+    width = base / elements(read_architecture(source.base))  # bytes of a parameter
+    add("the student", run.out / "student", int(elements(student) * width))
+    for stage in run.recipe.stages:
+        folder = run.out / stage.name
+        size = checkpoint_bytes(student, stage.kind, stage.train, fast_bf16(), optimizer)
+        there = bool(complete_iterations(folder)) if folder.is_dir() else False
+        if not trained_to(folder, stage.steps):
+            several = there or stage.steps > run.recipe.save_every  # the old one stays until the new one is complete
+            found.append((f"{stage.name}", 0 if there else size, size * (1 if there else 1 + several)))
+        if source.judged or stage is run.recipe.stages[-1]:
+            add(f"hf-{stage.name}", run.out / f"hf-{stage.name}", EXPORTED * elements(student))
+    return found
+
+
+def check(run, student: Architecture) -> None:
+    """Refuse a run whose next training cannot save; warn when it will not come to its end. ``run``: a ``Run``."""
+    free, taken, least, most, last = disk.free(run.out), 0, None, 0, ""
+    stages = {stage.name for stage in run.recipe.stages}
+    for what, stays, meanwhile in needs(run, student, "--no-save-optim" not in map(str, run.flags)):
+        if taken + meanwhile > most:
+            most, last = taken + meanwhile, what
+        if least is None and what in stages:
+            least = most
+        taken += stays
+    if least is not None and least > free:
+        raise HyLoError(disk.line(run.out, least, "no room for the run's next checkpoint"))
+    if most > free:
+        text = disk.line(run.out, most, f"no room for the whole run, which will stop at {last}")
+        print(f"warning: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,175 @@
+"""What ``examples/upcycle_llama1b.sh`` and its sisters do, however they are started: ``docs/examples.md``."""
+
+import os
+import shlex
+import sys
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from hylo_megatron.config import parse_plan, plan_name
+from hylo_megatron.config.layout import ParallelLayout, Work, check_parallel_layout
+from hylo_megatron.config.pair import check_vocabularies
+from hylo_megatron.convert.hf_folder import read_architecture
+from hylo_megatron.data.documents import detect_format
+from hylo_megatron.data.token_files import check_token_files, read_summary
+from hylo_megatron.errors import HyLoError, command_line
+from hylo_megatron.flags import readable_number, short
+from hylo_megatron.init.upcycle import student_architecture
+from hylo_megatron.recipes.proxy import STEPS, ProxySource, proxy
+from hylo_megatron.recipes.published import BASES, TOKENS, published
+from hylo_megatron.recipes.stage import Recipe
+from hylo_megatron.run.launch import Layout, start_own
+from hylo_megatron.run.parent import bind_forks, die_with_parent
+from hylo_megatron.run.recipe_run import Run
+from hylo_megatron.run.source import Source
+from hylo_megatron.run.world import World, exit_on_signals, under_torchrun
+
+# Before its time is up the scheduler sends SIGTERM: training saves and leaves. Only the newest checkpoint is kept.
+FLAGS = ("--exit-signal-handler",)
+
+
+def value(name: str, default: str | None = None) -> str | None:
+    return os.environ.get(name) or default
+
+
+def number(name: str, default: int) -> int:
+    """10000000, 1e7 or 10M alike."""
+    text = value(name, str(default))
+    try:
+        return readable_number(text)
+    except ValueError:
+        raise HyLoError(f"{name}={short(text)}: expected a whole number of 1 or more, such as {default}") from None
+
+
+def words(name: str) -> list[str]:
+    """The variable as a shell splits it."""
+    try:
+        return shlex.split(value(name, ""))
+    except ValueError as error:  # open quotes
+        raise HyLoError(f"{name}={short(value(name))}: {str(error).lower()}; close them") from None
+
+
+def folder(name: str) -> Path | None:
+    path = Path(value(name)) if value(name) else None
+    if path and not path.is_dir():
+        raise HyLoError(f"{name}={path}: no such folder")
+    return path
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe and what it runs on, as the variables say."""
+
+    recipe: Recipe
+    out: Path
+    source: Source
+    flags: tuple
+
+    def check(self, layout: Layout) -> None:
+        """What would otherwise go wrong hours later."""
+        base = self.source.architecture()
+        if base.num_layers != self.recipe.layers:
+            raise HyLoError(
+                f"HF_MODEL={self.source.base} has {base.num_layers} layers, this recipe is for {self.recipe.layers}"
+                f" ({BASES[self.recipe.name.removeprefix('proxy-')].name})"
+            )
+        plan = parse_plan(self.recipe.layers, self.recipe.plan, self.recipe.linear)
+        teacher = read_architecture(self.source.teacher) if self.source.teacher else base
+        models = {"student": student_architecture(base, plan, self.recipe.geometry), "base": base, "teacher": teacher}
+        for stage in self.recipe.stages:
+            work = Work(layout.ranks, stage.seq_length, stage.micro_batch, stage.global_batch)
+            check_parallel_layout(models, ParallelLayout(layout.tp, layout.pp, layout.cp), work)
+        if self.source.base.is_dir():  # a proxy's is made later
+            check_vocabularies(base, teacher, (self.source.base, self.source.teacher or self.source.base))
+        if value("FLAGS"):
+            from hylo_megatron.distill.command_line import user_flags  # Megatron's parser: seconds to import
+
+            for stage in self.recipe.stages:
+                user_flags([*stage.flags(), *map(str, self.flags)])
+
+
+def data_files() -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+    """``DATA`` as ``(text files, token prefixes)``, one of them empty."""
+    paths = [Path(part) for part in words("DATA")]
+    if not paths:
+        raise HyLoError("DATA is not set: jsonl or text files, or the prefix of tokens made by tools/prepare_data.py")
+    tokens = tuple(path for path in paths if Path(f"{path}.idx").is_file())
+    inputs = tuple(path for path in paths if path.is_file())
+    for path in paths:
+        if path not in tokens + inputs:
+            raise HyLoError(f"DATA={path}: no such file, and no {path}.idx of tools/prepare_data.py either")
+    for path in inputs:
+        detect_format(path)
+    for path in tokens:
+        check_token_files(path)
+        if Path(f"{path}.json").is_file() and read_summary(path).get("pack_length"):
+            raise HyLoError(f"DATA={path} is packed to one length, the stages have three: prepare whole documents")
+    if tokens and inputs:
+        raise HyLoError(f"DATA has text ({inputs[0]}) and tokens ({tokens[0]}): give only one of the two kinds")
+    return inputs, tokens
+
+
+def source_of(out: Path, name: str, small: bool) -> Source:
+    teacher, judged, tokens = folder("TEACHER"), folder("EVAL"), out / "data" / "train"
+    if judged and not (judged / "eval_prose.jsonl").is_file():
+        raise HyLoError(f"EVAL={judged}: has no eval_prose.jsonl; expected a folder as tools/fetch_text.py makes it")
+    if small:
+        if value("HF_MODEL") or value("DATA"):
+            raise HyLoError("PROXY=1 makes a model and text of its own: leave out HF_MODEL and DATA")
+        return ProxySource(out / "proxy", BASES[name], tokens, teacher, judged)
+    if not value("HF_MODEL"):
+        raise HyLoError(
+            f"HF_MODEL is not set: the folder of {BASES[name].name} as downloaded (config.json, *.safetensors,"
+            " tokenizer), e.g. HF_MODEL=models/base DATA=text.jsonl; PROXY=1 tries the recipe without it"
+        )
+    base = folder("HF_MODEL")
+    inputs, prefixes = data_files()
+    return Source(base, prefixes or (tokens,), inputs, teacher, judged)
+
+
+def job_of(name: str) -> Job:
+    small = value("PROXY", "0") != "0"
+    linear = value("LINEAR")
+    if not linear:  # the plan's name may say it
+        linear = "mamba2" if value("PLAN", "").upper().endswith(("M2", "MAMBA2")) else "gdn"
+    geometry = value("GEOMETRY", "published")
+    if linear not in ("gdn", "mamba2") or geometry not in ("published", "native"):
+        raise HyLoError(f"LINEAR={linear} GEOMETRY={geometry}: expected gdn or mamba2, and published or native")
+    recipe = published(name, value("PLAN"), linear, number("TOKENS", TOKENS), number("SEED", 1234), geometry)
+    plan = plan_name(parse_plan(recipe.layers, recipe.plan, recipe.linear))
+    if small:
+        recipe = proxy(recipe, BASES[name], number("STEPS", STEPS))
+    elif value("STEPS"):
+        recipe = replace(recipe, stages=tuple(replace(s, steps=number("STEPS", 1)) for s in recipe.stages))
+    out = Path(value("OUT", os.path.join("runs", f"{recipe.name}-{plan}")))
+    flags = (*FLAGS, "--data-cache-path", out / "data" / "cache", *words("FLAGS"))
+    return Job(recipe, out, source_of(out, name, small), flags)
+
+
+def run(name: str, world: World | None) -> None:
+    """On all ranks of ``world``; without one, in this process, or under a torchrun that takes its place."""
+    job, sizes = job_of(name), (number("TP", 1), number("PP", 1), False, number("CP", 1))
+    layout = Layout.of(world.size, "ranks of torchrun", *sizes) if world else Layout.found(*sizes)
+    job.check(layout)
+    if not world and layout.ranks > 1:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        os.execv(launcher[0], [*launcher, "--nproc-per-node", str(layout.ranks), sys.argv[0]])
+    start = world.start if world else start_own
+    Run(job.recipe, job.out, layout, job.source, start, job.flags, beside=False).execute()
+
+
+@command_line
+def main(name: str) -> None:
+    warnings.simplefilter("ignore")
+    die_with_parent()
+    bind_forks()
+    exit_on_signals()
+    world = World() if under_torchrun() else None
+    if world is None:
+        run(name, None)
+    elif world.rank:
+        world.follow()
+    else:
+        with world.leading():
+            run(name, world)

@@ -1,0 +1,208 @@
+"""Runs a recipe: source -> convert -> upcycle -> train stages -> export -> evaluate -> generate.
+
+Every step writes its result under its final name only when it is whole, so the same command goes on where it stopped.
+"""
+
+import contextlib
+import functools
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from hylo_megatron.checkpoint import disk
+from hylo_megatron.checkpoint.iterations import trained_to
+from hylo_megatron.config import Architecture, parse_plan, plan_name
+from hylo_megatron.convert import hf_to_megatron, megatron_to_hf
+from hylo_megatron.convert.hf_folder import read_architecture
+from hylo_megatron.errors import HyLoError
+from hylo_megatron.files import write_text
+from hylo_megatron.json_file import read_json
+from hylo_megatron.recipes.stage import Recipe, Stage
+from hylo_megatron.run import disk_need
+from hylo_megatron.run.background import Background
+from hylo_megatron.run.datasets import data_path, make_datasets
+from hylo_megatron.run.launch import Layout, start_own
+from hylo_megatron.run.measurements import Measurement
+from hylo_megatron.run.sample import write_sample
+from hylo_megatron.run.source import FetchedSource, Source
+from hylo_megatron.run.table import closing_table
+from hylo_megatron.run.training_process import Training
+
+
+class Run:
+    """One run of ``recipe`` in folder ``out``; ``execute()`` does what is not done yet.
+
+    ``start`` starts trainings (``launch.start_own``, or a ``World``'s); ``flags`` are for each of them. ``beside``:
+    whether evaluations, and the start of the next stage, go on beside a training (None: where there is a GPU).
+    """
+
+    def __init__(self, recipe: Recipe, out: Path, layout: Layout, source: Source | None = None, start=start_own,
+                 flags: tuple = (), beside: bool | None = None):  # fmt: skip
+        self.recipe, self.out, self.layout, self.start, self.flags = recipe, out, layout, start, flags
+        self.source = source or FetchedSource(out, recipe.text)
+        self.logs, self.started, self.number = out / "logs", time.time(), 0
+        self.hf, self.base, self.data = self.source.base, out / "teacher", out / "data"
+        # The ILD stage compares with the base model layer by layer; another teacher takes over afterwards.
+        self.teacher = out / "other-teacher" if self.source.teacher else self.base
+        self.plan = parse_plan(recipe.layers, recipe.plan, recipe.linear)
+        self.total = 4 + len(self.source.steps()) + len(recipe.stages) + (self.teacher != self.base)
+        self.total += 2 + len(recipe.stages) if self.source.judged else 0
+        self.background = Background(self.logs, beside)
+        self.trainings: list[Training] = []
+        self.next_training: Training | None = None
+
+    def _claim(self) -> None:
+        """The folder belongs to one recipe: going on with another one would mix two runs."""
+        self.logs.mkdir(parents=True, exist_ok=True)
+        self.data.mkdir(exist_ok=True)
+        path, mine = self.out / "recipe.json", self.recipe.to_dict() | self.source.to_dict()
+        if path.is_file() and read_json(path, advice="choose another OUT, or remove it") != mine:
+            raise HyLoError(f"{self.out} holds a run with other settings ({path}); choose another OUT, or remove it")
+        path.write_text(json.dumps(mine, indent=1))
+
+    def step(self, what: str, action: Callable[[], object], done: Path | None = None) -> None:
+        """Runs ``action`` unless ``done`` exists; what it prints goes to the log."""
+        self.number += 1
+        label = f"[{self.number:2d}/{self.total}] {what}"
+        if done and done.exists():
+            print(f"{label}: done before", flush=True)
+            return
+        print(label, flush=True)
+        started = time.time()
+        with (
+            (self.logs / "steps.log").open("a") as log,
+            contextlib.redirect_stdout(log),
+            contextlib.redirect_stderr(log),
+        ):
+            action()
+        print(f"      {time.time() - started:.0f} s", flush=True)
+
+    def measure(self, name: str, model: Path, full: bool = False, report: Path | None = None) -> None:
+        """Perplexity, and with ``full`` everything else; on a GPU the next steps do not wait for it."""
+        if not self.source.judged:
+            return
+        if report:
+            self.background.wait("teacher")  # its figures stand beside the student's
+        job = Measurement(name, model, self.out, self.source.judged, self.recipe, full, report)
+        self.step(f"evaluate {name}", lambda: self.background.start(name, job), job.result)
+
+    def prepare(self) -> None:
+        """Tokens, and the packed datasets of the stages."""
+        self.source.make_tokens()
+        self.background.start("datasets", functools.partial(make_datasets, self.recipe, self.data, self.hf))
+
+    def upcycle(self) -> None:
+        from hylo_megatron.init.calibration import calibration_tokens
+        from hylo_megatron.init.upcycle import upcycle
+
+        recipe, device = self.recipe, "cuda" if torch.cuda.is_available() else "cpu"
+        tokens = calibration_tokens(
+            self.source.tokens[0], self.hf, recipe.calibration_tokens, recipe.calibration_length
+        )
+        upcycle(
+            self.base, self.out / "student", self.plan, init=recipe.init, geometry=recipe.geometry, tokens_BS=tokens,
+            qk_norm=recipe.init == "svd" and Architecture.load(self.base).qk_norm, device=device,
+        )  # fmt: skip
+
+    def _trained(self, stage: Stage) -> bool:
+        return trained_to(self.out / stage.name, stage.steps)
+
+    def _start(self, index: int) -> Training:
+        """The processes of a stage; they wait for the stage before it to end."""
+        stages = self.recipe.stages
+        stage, save = stages[index], self.out / stages[index].name
+        student = self.out / (stages[index - 1].name if index else "student")
+        teacher = self.base if stage.kind == "ild" else self.teacher
+        flags = [*stage.flags(), *self.flags, "--hylo-student", student, "--hylo-teacher", teacher, "--save", save,
+                 "--save-interval", self.recipe.save_every, "--hylo-keep-last", 1, "--seed", self.recipe.seed,
+                 "--data-path", *data_path(self.data, stage, self.source.tokens)]  # fmt: skip
+        if index:
+            flags += ["--hylo-student-iteration", stages[index - 1].steps]
+        self.trainings.append(Training(stage, flags, save, self.layout, self.logs / f"{stage.name}.log", self.start))
+        return self.trainings[-1]
+
+    def train(self, index: int) -> Path:
+        """The stage's checkpoint folder, trained to its last step. The next stage starts up meanwhile on a GPU."""
+        self.number += 1
+        stage = self.recipe.stages[index]
+        save, label = self.out / stage.name, f"[{self.number:2d}/{self.total}] {stage.name}"
+        if self._trained(stage):
+            print(f"{label}: done before", flush=True)
+            return save
+        print(f"{label}: {stage.steps} steps, {stage.tokens:,} tokens of {stage.seq_length}", flush=True)
+        started = time.time()
+        self.background.wait("datasets")
+        torch.cuda.empty_cache()  # what calibration or an evaluation left
+        training = self.next_training or self._start(index)
+        self.next_training = None
+
+        def start_next():
+            if self.background.beside and index + 1 < len(self.recipe.stages):
+                self.next_training = self._start(index + 1)
+
+        training.wait(start_next)
+        if not self._trained(stage):
+            raise HyLoError(f"{stage.name} was stopped by a signal; the same command goes on from its checkpoint")
+        print(f"      {time.time() - started:.0f} s", flush=True)
+        return save
+
+    def export(self, name: str, checkpoint: Path) -> Path:
+        folder = self.out / f"hf-{name}"
+        if not folder.exists():
+            with (self.logs / "steps.log").open("a") as log, contextlib.redirect_stderr(log):
+                megatron_to_hf.convert(checkpoint, folder, torch.bfloat16)
+        return folder
+
+    def execute(self) -> None:
+        with disk.writing(self.out):
+            self._claim()
+        print(f"{self.recipe.name}: {plan_name(self.plan)}, {self.layout}, in {self.out}", flush=True)
+        try:
+            with disk.writing(self.out):
+                self._execute()
+        except BaseException:
+            self.background.stop()
+            for training in self.trainings:
+                training.stop()
+            raise
+
+    def _execute(self) -> None:
+        for step in self.source.steps():
+            self.step(*step)
+        self._check_disk()
+        self.measure("teacher", self.hf, full=True)
+        self.step("tokens", self.prepare)
+        self.step("convert to Megatron", lambda: hf_to_megatron.convert(self.hf, self.base), self.base)
+        if self.source.teacher:
+            convert = functools.partial(hf_to_megatron.convert, self.source.teacher, self.teacher)
+            self.step("convert the teacher", convert, self.teacher)
+        student = self.out / "student"
+        self.step(f"upcycle to {plan_name(self.plan)}", self.upcycle, student)
+        if self.source.judged:
+            self.measure("init", self.export("init", student))
+        for index, stage in enumerate(self.recipe.stages):
+            checkpoint, last = self.train(index), stage is self.recipe.stages[-1]
+            if last or self.source.judged:
+                folder = self.export(stage.name, checkpoint)
+                self.measure(stage.name, folder, full=last, report=self.out / "report" if last else None)
+        sample = self.out / "sample.json"
+        self.step("generate", lambda: write_sample(self.hf, folder, sample), sample)
+        self.background.wait()
+        self._close(folder)
+
+    def _check_disk(self) -> None:
+        from hylo_megatron.init.upcycle import student_architecture
+
+        student = student_architecture(read_architecture(self.hf), self.plan, self.recipe.geometry)
+        disk_need.check(self, student)
+
+    def _close(self, folder: Path) -> None:
+        if not self.source.judged:
+            print(f"model: {folder}   {(time.time() - self.started) / 60:.1f} minutes", flush=True)
+            return
+        table = closing_table(self.out, self.recipe, self.layout, time.time() - self.started)
+        write_text(self.out / "report" / "run.md", table + "\n")
+        print(table)

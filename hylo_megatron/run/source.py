@@ -1,0 +1,68 @@
+"""What a run starts from: the base model, perhaps another teacher, text to train on, text to judge by."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from hylo_megatron.config import Architecture
+from hylo_megatron.convert.hf_folder import read_architecture
+from hylo_megatron.corpus import smollm2, text
+from hylo_megatron.data import prepare
+
+
+class Step(NamedTuple):
+    """Something to do before anything else; it is done when ``done`` exists."""
+
+    what: str
+    action: Callable[[], object]
+    done: Path
+
+
+@dataclass
+class Source:
+    """Files that are there. ``tokens``: prefixes of token files, which ``make_tokens`` writes if ``inputs`` are given;
+    ``teacher``: None for the base model itself; ``judged``: a folder as ``tools/fetch_text.py`` writes, or None."""
+
+    base: Path
+    tokens: tuple[Path, ...]
+    inputs: tuple[Path, ...] = ()
+    teacher: Path | None = None
+    judged: Path | None = None
+
+    def steps(self) -> list[Step]:
+        return []
+
+    def architecture(self) -> Architecture:
+        """Of the base model. Raises ``HyLoError``."""
+        return read_architecture(self.base)
+
+    def make_tokens(self) -> None:
+        if self.inputs and not self.tokens[0].with_name(self.tokens[0].name + ".json").is_file():
+            prepare.prepare(list(self.inputs), self.base, self.tokens[0], workers=os.cpu_count() or 1)
+
+    def to_dict(self) -> dict:
+        """What has to stay the same when a run goes on."""
+        values = {"base": self.base, "teacher": self.teacher or self.base, "data": self.inputs or self.tokens}
+        return json.loads(json.dumps(values, default=lambda path: str(path.resolve())))
+
+
+class FetchedSource(Source):
+    """SmolLM2-135M-Instruct and free text, fetched into the run's folder."""
+
+    def __init__(self, out: Path, mix: str):
+        folder = out / "text"
+        super().__init__(out / "hf", (out / "data" / "train",), (folder / "train.jsonl",), judged=folder)
+        self.mix = mix
+
+    def steps(self) -> list[Step]:
+        base, folder = self.base, self.judged
+        return [
+            Step("fetch SmolLM2-135M-Instruct", lambda: smollm2.main(["--out", str(base)]), base),
+            Step("fetch text", lambda: text.main(["--out", str(folder), "--mix", self.mix]), folder / "SOURCES.md"),
+        ]
+
+    def to_dict(self) -> dict:
+        return {}  # always the same, wherever the run's folder lies

@@ -1,0 +1,85 @@
+"""A stage's training: its command line, and how far it is."""
+
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from hylo_megatron.errors import HyLoError
+from hylo_megatron.recipes.stage import Stage
+from hylo_megatron.run.launch import Layout, start_own
+from hylo_megatron.run.records import StepLine, step_line
+
+POLL_SECONDS = 0.2
+
+
+def fast_bf16() -> bool:
+    """Whether bf16 products beat fp32 here: any recent GPU, or a CPU with AVX-512 BF16 or AMX."""
+    if torch.cuda.is_available():
+        return True
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def last_line(log: Path) -> StepLine | None:
+    """Of a log that another process may be writing to at this moment."""
+    lines = log.read_bytes().split(b"\n")[:-1] if log.is_file() else []
+    return step_line(lines[-1], f"{log}:{len(lines)}") if lines else None
+
+
+def _show(stage: Stage, line: dict | None, started: float, terminal: bool) -> None:
+    if line is None:
+        text = f"      {stage.name}: starting, {time.time() - started:.0f} s"
+    else:
+        rate = stage.global_batch * stage.seq_length / (line["seconds"] or math.inf)
+        text = (
+            f"      {stage.name}: step {line['iteration']}/{stage.steps}, loss {line['loss']:.3f}, {rate:.0f} tokens/s"
+        )
+    print(f"\r{text:<78}" if terminal else text, end="" if terminal else "\n", flush=True)
+
+
+GPU_FLAGS = ("--num-workers", "2", "--hylo-kl-chunk", "4096")
+# The whole step as one CUDA graph: a small model's step is otherwise as long as launching its kernels takes.
+GRAPH_FLAGS = ("--cuda-graph-impl", "full_iteration", "--cuda-graph-warmup-steps", "2",
+               "--no-check-for-nan-in-loss-and-grad")  # fmt: skip
+
+
+class Training:
+    """A stage's training, as processes that may be started before the student they wait for is there.
+
+    ``start(arguments, layout, log)`` starts them: ``launch.start_own``, or a ``World``'s.
+    """
+
+    def __init__(self, stage: Stage, flags: list, save: Path, layout: Layout, log: Path, start=start_own):
+        self.stage, self.steps, self.log = stage, save / "train_log.jsonl", log
+        trainer = ["-m", "hylo_megatron.train", *map(str, flags), *layout.flags()]
+        trainer += ["--bf16"] if fast_bf16() else []
+        if torch.cuda.is_available():
+            trainer += GPU_FLAGS + (GRAPH_FLAGS if layout.cuda_graph and layout.ranks == 1 else ())
+        self.process = start(trainer, layout, log)
+
+    def wait(self, running: Callable[[], object] = lambda: None) -> None:
+        """Until the last step, showing how far it is; ``running`` is called once when the first step is done."""
+        terminal, started, shown, told = sys.stdout.isatty(), time.time(), time.time(), False
+        before = last_line(self.steps)
+        while (code := self.process.poll()) is None:
+            time.sleep(POLL_SECONDS)
+            line = last_line(self.steps)
+            if not told and line != before:
+                told = True
+                running()
+            if time.time() - shown > (1 if terminal else 30):
+                shown = time.time()
+                _show(self.stage, line, started, terminal)
+        if terminal:
+            print("\r" + " " * 78 + "\r", end="", flush=True)
+        if code:
+            raise HyLoError(
+                f"{self.stage.name} stopped ({self.process.reason()}); see {self.log}."
+                " The same command goes on from the last checkpoint"
+            )
+
+    def stop(self) -> None:
+        self.process.stop()

@@ -1,0 +1,133 @@
+"""What the serving engine runs for a trained geometry: exact padding, and refusals. No vLLM needed."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+
+from hylo_megatron.config import GDNGeometry, Geometry, Mamba2Geometry, MLAGeometry, geometry_preset
+from hylo_megatron.errors import HyLoError
+from hylo_megatron.kernels.rope import rotate
+from hylo_megatron.planner.pages import Pages, expanded_bytes, pages
+from hylo_megatron.serve.geometry import serve
+from hylo_megatron.serve.weights import Padding, check_parts, conv_loader, pad, served_weights, spread
+
+MAMBA2 = Mamba2Geometry(4, 16, 16, 4)
+SMALL = Geometry(MLAGeometry(6, 6, 4, 5), GDNGeometry(2, 2, 4, 8), MAMBA2)
+WIDE = Geometry(MLAGeometry(8, 8, 8, 8), GDNGeometry(2, 4, 4, 4), MAMBA2)
+HEADS = 3
+
+
+def test_native_geometry_keeps_its_cache_and_published_ones_are_padded():
+    native = geometry_preset("native", 2048, 16, 128)
+    found = serve(native, {"mla", "gdn"}, 16, False, on_gpu=True)
+    assert found.geometry == native and not found.notes
+    published = geometry_preset("published", 2048, 32, 64)
+    found = serve(published, {"mla", "gdn"}, 32, False, on_gpu=True)
+    assert found.geometry.mla == MLAGeometry(256, 64, 64, 128, q_lora_rank=1344)
+    assert found.geometry.gdn == GDNGeometry(6, 12, 256, 256)
+    assert "640 bytes" in found.notes[0] and "instead of 320" in found.notes[0] and "share keys" in found.notes[1]
+    assert serve(published, {"mla", "gdn"}, 32, False, on_gpu=False).geometry == published  # a CPU takes it as it is
+
+
+def test_a_norm_on_keys_expands_the_cache_and_says_so():
+    qwen = geometry_preset("published", 2048, 16, 128)
+    found = serve(qwen, {"mla", "mamba2"}, 16, True, on_gpu=True)
+    assert found.expanded == 128 and found.geometry == qwen and "8,192 bytes" in found.notes[0]
+
+
+@pytest.mark.parametrize("change, kind, word", [
+    (dict(mla=MLAGeometry(640, 64, 64, 128)), "mla", "kv_lora_rank 640"),
+    (dict(mla=MLAGeometry(256, 64, 128, 128)), "mla", "qk_rope_head_dim 128"),
+    (dict(mla=MLAGeometry(256, 64, 64, 512)), "mla", "512 value"),
+    (dict(gdn=GDNGeometry(2, 2, 512, 512)), "gdn", "512 key"),
+    (dict(gdn=GDNGeometry(2, 2, 128, 192)), "gdn", "not a multiple"),
+])  # fmt: skip
+def test_what_no_kernel_reaches_is_refused_on_a_gpu_only(change, kind, word):
+    geometry = replace(geometry_preset("native", 2048, 16, 128), **change)
+    with pytest.raises(HyLoError, match=word):
+        serve(geometry, {kind}, 16, False, on_gpu=True)
+    serve(geometry, {kind}, 16, False, on_gpu=False)
+
+
+def scores_and_values(geometry: Geometry, query, latent, key_value, x):
+    """Attention scores ``[H, T, T]`` after rotation and values ``[T, H, V]`` of inputs ``[T, D]``."""
+    mla, (tokens, _) = geometry.mla, x.shape
+    q = (x @ query.T).unflatten(-1, (HEADS, -1))
+    c, k_rope = (x @ latent.T).split([mla.kv_lora_rank, mla.qk_rope_head_dim], -1)
+    k_nope, value = (c @ key_value.T).unflatten(-1, (HEADS, -1)).split([mla.qk_nope_head_dim, mla.v_head_dim], -1)
+    angles = torch.arange(tokens)[:, None] * pad(torch.tensor([1.0, 0.3]), 0, mla.qk_rope_head_dim // 2)
+
+    def turn(part):
+        return rotate(part.unsqueeze(1), angles.cos(), angles.sin())[:, 0]
+
+    q = torch.cat([q[..., : mla.qk_nope_head_dim], turn(q[..., mla.qk_nope_head_dim :])], -1)
+    key = torch.cat([k_nope, turn(k_rope.unsqueeze(1)).expand(-1, HEADS, -1)], -1)
+    return torch.einsum("shk,thk->hst", q, key), value
+
+
+def test_padded_latent_attention_is_the_same():
+    torch.manual_seed(0)
+    mla, hidden = SMALL.mla, 7
+    query = torch.randn(HEADS * (mla.qk_nope_head_dim + mla.qk_rope_head_dim), hidden)
+    latent = torch.randn(mla.kv_lora_rank + mla.qk_rope_head_dim, hidden)
+    key_value = torch.randn(HEADS * (mla.qk_nope_head_dim + mla.v_head_dim), mla.kv_lora_rank)
+    x, padding = torch.randn(5, hidden), Padding(SMALL, WIDE, HEADS)
+    scores, values = scores_and_values(SMALL, query, latent, key_value, x)
+    wide = padding.query(query), padding.latent(latent), padding.key_value(key_value)
+    wide_scores, wide_values = scores_and_values(WIDE, *wide, x)
+    torch.testing.assert_close(wide_scores, scores)
+    torch.testing.assert_close(wide_values[..., : mla.v_head_dim], values)
+    assert not wide_values[..., mla.v_head_dim :].any()
+    assert spread(torch.arange(1, 5), 0, 8).tolist() == [1, 2, 0, 0, 3, 4, 0, 0]
+
+
+def test_every_tensor_finds_its_place_or_is_an_error():
+    padding = Padding(SMALL, WIDE, HEADS)
+    parts = {"q": 8, "k": 8, "v": 16}
+    weights = [(f"model.layers.3.mixer.{part}_conv1d.weight", torch.full((n, 1, 4), n)) for part, n in parts.items()]
+    weights += [("model.layers.3.mixer.A_log", torch.tensor([1.0, 2.0])), ("model.norm.weight", torch.ones(2))]
+    for order in itertools.permutations(weights):
+        found = {(name, part): tensor for name, tensor, part in served_weights(order, padding, "gdn")}
+        conv = torch.zeros(32, 1, 4)
+        load = conv_loader([8, 8, 16], ranks=1, rank=0)
+        for part in range(3):
+            load(conv, found.pop(("model.layers.3.mixer.conv1d.weight", part)), part)
+        assert set(found) == {("model.layers.3.mixer.A_log", None), ("model.norm.weight", None)}
+        assert conv[:, 0, 0].tolist() == [8] * 16 + [16] * 16
+        assert found["model.layers.3.mixer.A_log", None].tolist() == [1, 1, 2, 2]  # a head became two
+    with pytest.raises(HyLoError, match="model.layers.0.self_attn.other.weight"):
+        list(served_weights([("model.layers.0.self_attn.other.weight", torch.ones(1))], padding, "gdn"))
+
+
+@pytest.mark.parametrize("linear, merged", [
+    ("gdn", ("mlp.gate_proj", "mlp.up_proj")),
+    ("mamba2", ("mlp.gate_proj", "mlp.up_proj")),
+    ("gdn", tuple(f"mixer.{part}_proj" for part in "qkvg")),
+    ("gdn", ("mixer.b_proj", "mixer.a_proj")),
+    ("gdn", tuple(f"mixer.{part}_conv1d" for part in "qkv")),
+])  # fmt: skip
+def test_a_parameter_of_several_tensors_needs_them_all(linear, merged):
+    padding = Padding(SMALL, WIDE, HEADS)
+    weights = [(f"model.layers.3.{name}.weight", torch.ones(2, 4)) for name in merged]
+
+    def loaded(given) -> set:
+        return {(name, part) for name, _, part in served_weights(given, padding, linear)}
+
+    check_parts(loaded(weights), linear)
+    for missing, _ in weights:
+        with pytest.raises(HyLoError, match=f"{missing} is missing"):
+            check_parts(loaded([(name, x) for name, x in weights if name != missing]), linear)
+
+
+def test_pages_are_those_that_vllm_reported():
+    """vLLM 0.26 on an H200, Llama-3.2-3B's shape, 6MLA22GDN, native: its block size, and what it had fit."""
+    served = serve(geometry_preset("native", 3072, 24, 128), {"mla", "gdn"}, 24, False, on_gpu=True)
+    found = pages(served, ("mla",) * 6 + ("gdn",) * 22, 24)
+    cache = 124_263_628_800
+    assert found.block == 3776 and cache == 8570 * found.block_bytes
+    assert [found.requests(cache, n) for n in (2048, 32768, 1 << 20)] == [1713, 659, 30]
+    assert [Pages(16, 1, layers).group for layers in ((6, 22), (12, 16), (14, 14), (4, 0))] == [6, 16, 14, 4]
+    asked = 1024 * found.block * expanded_bytes(served, 24)
+    assert round(asked / 2**30, 2) == 33.19
