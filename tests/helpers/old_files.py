@@ -1,7 +1,7 @@
 """``tests/golden/old``: checkpoints and exports that every later release has to read.
 
-``python -m helpers.old_files KIND`` (with the repository and ``tests`` in PYTHONPATH) writes ``old/KIND``. Run it for a
-new kind of linear block only: files that the code of the day has just written say nothing about old ones.
+``python -m helpers.old_files KIND`` (with the repository and ``tests`` in PYTHONPATH) writes ``old/KIND``. Run it for
+a new kind of linear block only: files that the code of the day has just written say nothing about old ones.
 
 - ``gdn/checkpoint``: a release checkpoint in bf16, as upcycle.py leaves it.
 - ``mamba2/checkpoint``: the same after two steps of training in fp32, with the optimizer's state.
