@@ -17,15 +17,15 @@ from pathlib import Path
 
 import torch
 import transformers
+from helpers import golden_runs as golden
+from helpers import tiny
+from helpers import train as helpers
+from helpers.paths import ROOT
 
 import hylo_megatron.config
 import hylo_megatron.convert.megatron_to_hf
 import hylo_megatron.hf  # noqa: F401  registers the model
 import hylo_megatron.init.upcycle
-from helpers import golden_runs as golden
-from helpers import tiny
-from helpers import train as helpers
-from helpers.paths import ROOT
 
 OLD = ROOT / "tests" / "golden" / "old"
 VOCAB, STEPS_BEFORE = 48, {"gdn": 0, "mamba2": 2}
