@@ -50,7 +50,7 @@ class SeededWeights:
         self.expected, self.seed, self.most = hylo_megatron.convert.shapes.hf_shapes(arch), seed, dtype
 
     def dtype(self, key: str) -> torch.dtype:
-        return torch.float32 if key.endswith(hylo_megatron.convert.shapes.FP32_SUFFIXES) else self.most
+        return torch.float32 if key.endswith(hylo_megatron.mixers.FP32_SUFFIXES) else self.most
 
     def __getitem__(self, key: str) -> torch.Tensor:
         noise = stream(self.seed, key).standard_normal(self.expected[key])
