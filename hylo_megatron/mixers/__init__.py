@@ -14,7 +14,8 @@ A mixer's folder has the same few files, each imported only where its library is
     vllm_module.py       the layer for vLLM and the shapes of its states
     memory.py            bytes of training and of serving; no torch
 
-What several mixers share stands beside the folders. To add a mixer: write its folder and name it in ``registry.py``.
+What several mixers share stands beside the folders: ``config_fields.py``, ``hf_layers.py``, ``serving.py``,
+``vllm_weights.py`` and ``vllm_cpu.py``. To add a mixer: write its folder and name it in ``registry.py``.
 """
 
 from hylo_megatron.mixers.mixer import BaseHeads, Mixer
