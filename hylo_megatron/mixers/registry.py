@@ -8,6 +8,8 @@ FOLDERS = ("attention", "mla", "gdn", "mamba2")
 
 MIXERS: dict[str, Mixer] = {name: importlib.import_module(f"hylo_megatron.mixers.{name}").MIXER for name in FOLDERS}
 LINEAR: tuple[str, ...] = tuple(name for name, entry in MIXERS.items() if entry.linear)  # the first is the default
+# Mixers of a hybrid whose cache grows with the text. Code for serving expects that there is one.
+CACHED: tuple[str, ...] = tuple(name for name, entry in MIXERS.items() if entry.geometry and not entry.linear)
 
 # Modules of a layer that hold its mixer, in Megatron and in Hugging Face checkpoints. A mixer's parameters are told by
 # the last two parts of their names.

@@ -20,7 +20,8 @@ from hylo_megatron.kernels.rope import rope_frequencies  # noqa: E402
 from hylo_megatron.layers.load import load_model, start_process_groups  # noqa: E402
 from hylo_megatron.mixers.mla.geometry import rotary_width  # noqa: E402
 from hylo_megatron.mixers.mla.initialise import _nope_rows, _pair_rows, from_rows, rope_pairs  # noqa: E402
-from hylo_megatron.serve.geometry import LATENT_RANKS, PREFILL, ROPE, serve  # noqa: E402
+from hylo_megatron.mixers.mla.serving import LATENT_RANKS, PREFILL, ROPE  # noqa: E402
+from hylo_megatron.serve.geometry import serve  # noqa: E402
 
 # head dim: (hidden size, heads, key-value heads); most heads are wider than hidden size / heads
 MODELS = {

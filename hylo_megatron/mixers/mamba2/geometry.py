@@ -6,6 +6,8 @@ from hylo_megatron.json_file import Dimension
 from hylo_megatron.mixers.dimensions import Dimensions
 from hylo_megatron.mixers.mixer import BaseHeads
 
+NORM_EPS = 1e-5  # of the norm behind the scan: MambaMixer's own, whatever the model's rms_norm_eps
+
 
 @dataclass(frozen=True)
 class Mamba2Geometry(Dimensions):

@@ -6,16 +6,16 @@ Legend: B batch, S new positions, T all positions, H heads, N nope dims, P rope 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache
 
-from hylo_megatron.hf.cache import HyLoCache
-from hylo_megatron.hf.configuration_hylo import HyLoConfig
-from hylo_megatron.hf.layers import HyLoKeyNorm, HyLoRMSNorm, held, is_plain_linear, rotate
+from hylo_megatron.mixers.hf_layers import HyLoKeyNorm, HyLoRMSNorm, held, is_plain_linear, rotate
 
 
 class HyLoMLA(nn.Module):
     """One rope key is shared by all heads. Cached per token: the latent and the rotated shared key."""
 
-    def __init__(self, config: HyLoConfig, layer: int):
+    def __init__(self, config: PreTrainedConfig, layer: int):
         super().__init__()
         self.layer, self.heads = layer, config.num_attention_heads
         self.nope, self.rope = config.qk_nope_head_dim, config.qk_rope_head_dim
@@ -39,10 +39,14 @@ class HyLoMLA(nn.Module):
         self,
         x_BSD: torch.Tensor,
         rotation: tuple[torch.Tensor, torch.Tensor],
-        allowed: torch.Tensor | None,
-        cache: HyLoCache | None = None,
+        allowed: torch.Tensor | None = None,
+        real_BS1: torch.Tensor | None = None,
+        cache: Cache | None = None,
     ) -> torch.Tensor:
-        """``allowed`` [B,1,S,T] bool: which positions a query sees. None: all before it, and that S is T or 1."""
+        """``allowed`` [B,1,S,T] bool: which positions a query sees. None: all before it; S is T or 1.
+
+        ``real_BS1`` is not read: ``allowed`` leaves padding out.
+        """
         query = self.q_b_proj(self.q_a_proj(x_BSD)) if hasattr(self, "q_a_proj") else self.q_proj(x_BSD)
         query_BSHK = query.unflatten(-1, (self.heads, -1))
         if self.qk_norm:
@@ -58,8 +62,11 @@ class HyLoMLA(nn.Module):
         return self.o_proj(attend(q_nope, q_rope, rows, allowed).flatten(-2))
 
     def _rows(self, x_BSD, rotation) -> torch.Tensor:
-        """What is cached [B,S,R+P]. With ``qk_norm`` the shared key carries the norm's weight (which the rotation
-        does not commute with) and one more value: its sum of squares before that, which each head's norm needs."""
+        """Return what is cached, [B,S,R+P].
+
+        With ``qk_norm`` the shared key is multiplied by the norm's weight, with which the rotation does not commute,
+        and a row has one more value: the key's sum of squares before that product, which each head's norm needs.
+        """
         latent, key = self.kv_a_proj_with_mqa(x_BSD).split([self.rank, self.rope], -1)
         if not self.qk_norm:
             return torch.cat([latent, rotate(key.unsqueeze(2), *rotation).squeeze(2)], -1)
@@ -69,8 +76,11 @@ class HyLoMLA(nn.Module):
         return torch.cat(rows, -1)
 
     def _expanded(self, q_nope, q_rope, rows_BTR, allowed) -> torch.Tensor:
-        """Keys and values of every head written out: [B,S,H,V]. For whole sequences, and where ``kv_b_proj`` has an
-        adapter or quantised weights: then only its own forward is right."""
+        """Attend with keys and values of every head, [B,S,H,V].
+
+        For whole sequences, and where ``kv_b_proj`` has an adapter or quantised weights, so that only its own forward
+        is right.
+        """
         dtype = q_nope.dtype
         latent, k_rope = rows_BTR[..., : self.rank].to(dtype), rows_BTR[..., self.rank : self.rank + self.rope]
         k_nope, value = self.kv_b_proj(latent).unflatten(-1, (self.heads, -1)).split([self.nope, self.value], -1)
@@ -90,7 +100,7 @@ class HyLoMLA(nn.Module):
         return out[..., : self.value].transpose(1, 2)
 
     def _absorbed(self, q_nope, q_rope, rows_BTR, allowed) -> torch.Tensor:
-        """The same for one token, in latent space: kv_b_proj is applied to the query and to the result instead."""
+        """Attend from one token in latent space: ``kv_b_proj`` is applied to the query and to the result."""
         up_k, up_v = self.kv_b_proj.weight.view(self.heads, -1, self.rank).split([self.nope, self.value], 1)
         q_latent = torch.einsum("bhn,hnr->bhr", q_nope[:, 0], up_k)
         query_BHR = torch.cat([q_latent, q_rope[:, 0]], -1)
@@ -100,3 +110,6 @@ class HyLoMLA(nn.Module):
             query_BHR, rows_BTR, rows_BTR[..., : self.rank], mask, scale=self.scale
         )
         return torch.einsum("bhr,hvr->bhv", latent, up_v).unsqueeze(1)
+
+
+LAYER = HyLoMLA

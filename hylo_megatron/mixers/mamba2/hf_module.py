@@ -3,38 +3,56 @@
 Legend: B batch, S sequence, D model; rows of ``in_proj`` are [z, x, B, C, dt].
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import PreTrainedConfig
+from transformers import initialization as init
+from transformers.cache_utils import Cache
 
 from hylo_megatron import kernels
-from hylo_megatron.hf.cache import HyLoCache
-from hylo_megatron.hf.configuration_hylo import HyLoConfig
-from hylo_megatron.hf.layers import HyLoConv1d, KeepsFp32, fp32_parameter, held
-
-NORM_EPS = 1e-5  # MambaMixer's own, whatever the model's rms_norm_eps
+from hylo_megatron.mixers.hf_layers import HyLoConv1d, KeepsFp32, fp32_parameter, held
+from hylo_megatron.mixers.mamba2 import MIXER
+from hylo_megatron.mixers.mamba2.geometry import NORM_EPS, Mamba2Geometry
 
 
 class HyLoMamba2(KeepsFp32):
-    fp32_names = ("A_log", "D", "dt_bias")
+    """``in_proj`` makes all that the scan reads; ``D`` adds the scan's input to its output."""
 
-    def __init__(self, config: HyLoConfig, layer: int):
+    fp32_names = MIXER.fp32
+
+    def __init__(self, config: PreTrainedConfig, layer: int):
         super().__init__()
-        self.layer, self.heads, self.head_dim = layer, config.mamba_num_heads, config.mamba_head_dim
-        self.groups, inner = config.mamba_num_groups, config.mamba_num_heads * config.mamba_head_dim
-        bc = self.groups * config.mamba_state_size
+        mamba2: Mamba2Geometry = config.geometry().mamba2
+        self.layer = layer
+        self.heads, self.groups = mamba2.num_heads, mamba2.num_groups
+        inner, bc = self.heads * mamba2.head_dim, self.groups * mamba2.state_size
         self.sizes = [inner, inner + 2 * bc, self.heads]
         self.conv_sizes = [inner, bc, bc]
         self.in_proj = nn.Linear(config.hidden_size, sum(self.sizes), bias=False)
-        self.conv1d = HyLoConv1d(inner + 2 * bc, config.mamba_conv_kernel, True)
+        self.conv1d = HyLoConv1d(inner + 2 * bc, mamba2.conv_kernel, True)
         self.A_log, self.D = fp32_parameter(self.heads), fp32_parameter(self.heads)
         self.dt_bias = fp32_parameter(self.heads)
         self.norm = kernels.RMSNormGated(inner, NORM_EPS, inner // self.groups, norm_before_gate=False)
         self.out_proj = nn.Linear(inner, config.hidden_size, bias=False)
 
+    def initial_values(self) -> None:
+        init.copy_(self.A_log, torch.empty(self.A_log.shape).uniform_(1, 16).log_())
+        dt = torch.empty(self.dt_bias.shape).uniform_(math.log(1e-3), math.log(1e-1)).exp_()
+        init.copy_(self.dt_bias, dt + torch.log(-torch.expm1(-dt)))  # softplus of it is dt
+        init.ones_(self.D)
+
     def forward(
-        self, x_BSD: torch.Tensor, real_BS1: torch.Tensor | None = None, cache: HyLoCache | None = None
+        self,
+        x_BSD: torch.Tensor,
+        rotation: tuple[torch.Tensor, torch.Tensor] | None = None,
+        allowed: torch.Tensor | None = None,
+        real_BS1: torch.Tensor | None = None,
+        cache: Cache | None = None,
     ) -> torch.Tensor:
+        """``real_BS1``: True at tokens that are no padding. ``rotation`` and ``allowed`` are not read."""
         ops = kernels.ops_for(x_BSD)
         if real_BS1 is not None:
             x_BSD = x_BSD * real_BS1
@@ -65,3 +83,6 @@ class HyLoMamba2(KeepsFp32):
         if cache is not None:
             cache.keep(self.layer, conv_state, state)
         return self.out_proj(self.norm(y.flatten(-2), z))
+
+
+LAYER = HyLoMamba2

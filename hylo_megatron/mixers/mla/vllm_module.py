@@ -1,4 +1,4 @@
-"""MLA as vLLM's MLAAttention runs it; with a norm on its keys, as ordinary attention over expanded keys and values.
+"""MLA on vLLM's MLAAttention, or, with a norm on its keys, on ordinary attention over expanded keys and values.
 
 Legend: T tokens of all requests together, H this rank's heads, K nope + rope dimensions, P rotary ones.
 """
@@ -10,36 +10,33 @@ from vllm.model_executor.layers.attention import Attention, MLAAttention
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
 
-from hylo_megatron.kernels.rope import rope_frequencies
-from hylo_megatron.serve.config import trained_geometry
-from hylo_megatron.serve.weights import pad
+from hylo_megatron.kernels.rope import cos_and_sin, rope_frequencies, turn
+from hylo_megatron.mixers.serving import trained_geometry
+from hylo_megatron.mixers.vllm_weights import pad
 
 
 class Rotation(nn.Module):
-    """cos and sin ``[T, 1, P]`` of positions ``[T]``, fp32, as training made them; padded pairs do not turn."""
+    """Cosines and sines ``[T, 1, P/2]`` of positions ``[T]``, fp32, as in training. Pairs of padding do not turn."""
 
     def __init__(self, config):
         super().__init__()
         rope = trained_geometry(config).mla.qk_rope_head_dim
-        frequencies, self.factor = rope_frequencies(config.rope_parameters, rope, config.max_position_embeddings)
+        frequencies, self.scaling = rope_frequencies(config.rope_parameters, rope, config.max_position_embeddings)
         frequencies = pad(frequencies, 0, config.qk_rope_head_dim // 2)
         device = torch.get_default_device()
         self.register_buffer("frequencies", frequencies.to(device), persistent=False)
 
     def forward(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
-        angles = (positions_T[:, None].float() * self.frequencies).repeat(1, 2).unsqueeze(1)
-        return angles.cos() * self.factor, angles.sin() * self.factor
-
-
-def rotate(x_THP: Tensor, cos_TP: Tensor, sin_TP: Tensor) -> Tensor:
-    first, second = x_THP.float().chunk(2, -1)
-    return (x_THP.float() * cos_TP + torch.cat([-second, first], -1) * sin_TP).to(x_THP.dtype)
+        return cos_and_sin(positions_T.unsqueeze(1), self.frequencies, self.scaling)
 
 
 class HyLoMLA(nn.Module):
+    """MLA without latent norms, at the served sizes; scale and output projection are of the trained ones."""
+
     def __init__(self, config, vllm_config, prefix: str):
         super().__init__()
-        quant, self.config, trained = vllm_config.quant_config, config, trained_geometry(config).mla
+        self.config = config
+        quant, trained = vllm_config.quant_config, trained_geometry(config).mla
         heads, self.value_dim = config.num_attention_heads, trained.v_head_dim
         self.heads = heads // get_tensor_model_parallel_world_size()
         self.key_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
@@ -69,10 +66,25 @@ class HyLoMLA(nn.Module):
             self.attn = Attention(self.heads, config.expanded_head_size, scale, self.heads, **common)
         else:
             self.attn = MLAAttention(
-                num_heads=self.heads, scale=scale, qk_nope_head_dim=config.qk_nope_head_dim,
-                qk_rope_head_dim=config.qk_rope_head_dim, v_head_dim=config.v_head_dim, q_lora_rank=rank,
-                kv_lora_rank=config.kv_lora_rank, kv_b_proj=self.kv_b_proj, **common, **_backend(vllm_config),
-            )  # fmt: skip
+                num_heads=self.heads,
+                scale=scale,
+                qk_nope_head_dim=config.qk_nope_head_dim,
+                qk_rope_head_dim=config.qk_rope_head_dim,
+                v_head_dim=config.v_head_dim,
+                q_lora_rank=rank,
+                kv_lora_rank=config.kv_lora_rank,
+                kv_b_proj=self.kv_b_proj,
+                **common,
+                **_backend(vllm_config),
+            )
+
+    def mix(self, hidden_TD: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        return self(hidden_TD, *rotation)
+
+    def derive(self, name: str, loaded: set[str], dtype: torch.dtype) -> None:
+        """Compute anew, in place, what vLLM's latent attention derived from ``kv_b_proj`` when it started."""
+        if f"{name}.kv_b_proj.weight" in loaded and not self.config.qk_norm:
+            self.attn.process_weights_after_loading(dtype)
 
     def forward(self, hidden_TD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         config = self.config
@@ -90,12 +102,12 @@ class HyLoMLA(nn.Module):
 
     def _turn(self, x_THK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         nope, rope = x_THK.split([self.config.qk_nope_head_dim, self.config.qk_rope_head_dim], -1)
-        return torch.cat([nope, rotate(rope, cos, sin)], -1)
+        return torch.cat([nope, turn(rope, cos, sin)], -1)
 
     def _latent(self, query_THK, latent, k_rope, cos, sin) -> Tensor:
         width = self.config.v_head_dim
-        out = self.attn(self._turn(query_THK, cos, sin), latent, rotate(k_rope, cos, sin),
-                        output_shape=(latent.shape[0], self.heads * width))  # fmt: skip
+        shape = (latent.shape[0], self.heads * width)
+        out = self.attn(self._turn(query_THK, cos, sin), latent, turn(k_rope, cos, sin), output_shape=shape)
         return out.unflatten(-1, (self.heads, width))
 
     def _expanded(self, query_THK, latent, k_rope, cos, sin) -> Tensor:
@@ -112,6 +124,9 @@ class HyLoMLA(nn.Module):
 def _backend(vllm_config) -> dict:
     if vllm_config.device_config.device_type != "cpu":
         return {}
-    from hylo_megatron.serve.cpu import LatentBackend
+    from hylo_megatron.mixers.mla.vllm_cpu import LatentBackend
 
     return {"attn_backend": LatentBackend}
+
+
+LAYER = HyLoMLA
