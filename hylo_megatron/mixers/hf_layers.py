@@ -1,7 +1,8 @@
 """Layers that the transformers modules of mixers share.
 
 A mixer's ``LAYER(config, layer_number)`` is called with the normed input [B,S,D], the rotation, which positions a
-query sees (``hf/inputs.py:allowed``), which tokens are real, and the ``HyLoCache`` of ``hf/cache.py``. Each may be None.
+query sees (``hf/inputs.py:allowed``), which tokens are real, and the ``HyLoCache`` of ``hf/cache.py``. Each may be
+None.
 """
 
 import torch
