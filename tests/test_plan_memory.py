@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hylo_megatron.config import geometry_preset, parse_plan
+from hylo_megatron.config import Plan, geometry_preset
 from hylo_megatron.config.layout import ParallelLayout, Work
 from hylo_megatron.convert.hf_folder import read_architecture
 from hylo_megatron.planner.training import Training, peak
@@ -77,7 +77,7 @@ def total(text: str) -> float:
 def test_training_peaks_are_those_measured(tmp_path, measured, layers, stage, length, rows, taught, recompute):
     (tmp_path / "config.json").write_text(json.dumps(SMOLLM2))
     base = read_architecture(tmp_path)
-    student = replace(base, plan=parse_plan(30, layers), geometry=geometry_preset("native", 576, 9, 64))
+    student = replace(base, plan=Plan.parse(30, layers), geometry=geometry_preset("native", 576, 9, 64))
     train = "mixers" if stage == "ild" else "all"
     run = Training(student, base, stage, ParallelLayout(), Work(1, length, rows, rows), train, recompute,
                    teacher_length=taught)  # fmt: skip

@@ -12,14 +12,11 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePred
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.training import training
 
+from hylo_megatron.config.decisions import is_new, learns_fast, stays_fp32
+from hylo_megatron.config.stage_kind import stage_kind
 from hylo_megatron.distill.batches import LEARNT, NO_TOKENS
-from hylo_megatron.distill.model import is_mixer_parameter
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.parallel.teacher_fed import TeacherFed
-
-
-def _is_decay(name: str) -> bool:
-    return name.endswith((".A_log", ".dt_bias"))
 
 
 def learning_rate_groups(args) -> dict:
@@ -35,9 +32,9 @@ def learning_rate_groups(args) -> dict:
         groups[key] = {"max_lr": args.lr * factor, "min_lr": (args.min_lr or 0.0) * factor}
 
     if args.hylo_copied_lr_mult != 1.0:
-        add("hylo_copied", lambda name: not is_mixer_parameter(name), args.hylo_copied_lr_mult)
-    add("hylo_decay", _is_decay, args.hylo_decay_lr_mult)
-    add("hylo_skip", lambda name: name.endswith(".mixer.D"), 1.0)
+        add("hylo_copied", lambda name: not is_new(name), args.hylo_copied_lr_mult)
+    add("hylo_decay", learns_fast, args.hylo_decay_lr_mult)
+    add("hylo_skip", lambda name: stays_fp32(name) and not learns_fast(name), 1.0)
     return groups
 
 
@@ -67,7 +64,7 @@ class StepLog:
         os.replace(scratch, self.path)
 
     def layer_means(self) -> list[list[float]] | None:
-        if self.stage != "ild":
+        if not stage_kind(self.stage).layerwise:
             return None
         means = torch.zeros(self.model[0].arch.num_layers, 2, device=torch.cuda.current_device())
         everyone = parallel_state.get_data_parallel_group(with_context_parallel=True)
@@ -128,7 +125,7 @@ def install(models: list) -> None:
         return logged(loss_dict, total, learning_rate, iteration, scale, report, skipped, grad_norm, *rest, **kwargs)
 
     args = training.get_args()
-    teacher_fed = args.hylo_stage == "ild" and args.pipeline_model_parallel_size > 1
+    teacher_fed = stage_kind(args.hylo_stage).layerwise and args.pipeline_model_parallel_size > 1
     schedule = TeacherFed()  # training and evaluation ask for it apart, and share it
     training.get_forward_backward_func = (lambda **_: schedule) if teacher_fed else get_forward_backward_func
     training.get_megatron_optimizer_config = with_groups

@@ -11,9 +11,8 @@ Legend: M key heads, H heads (value heads), K key, V value dim, G groups, N stat
 from dataclasses import dataclass
 
 from hylo_megatron.config import Architecture
+from hylo_megatron.config.decisions import CHUNK
 from hylo_megatron.config.layout import ParallelLayout, passes_states
-
-CHUNK = 64  # positions of fla's chunks
 
 
 @dataclass(frozen=True)

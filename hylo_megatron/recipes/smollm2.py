@@ -6,11 +6,12 @@ from pathlib import Path
 
 import torch
 
-from hylo_megatron.config import parse_plan, plan_name
+from hylo_megatron.config import Plan
+from hylo_megatron.config.layout import ParallelLayout
 from hylo_megatron.errors import command_line
 from hylo_megatron.flags import Parser, count, size
 from hylo_megatron.recipes.stage import Evaluation, Recipe, Stage
-from hylo_megatron.run.launch import Layout
+from hylo_megatron.run.launch import Processes
 from hylo_megatron.run.recipe_run import Run
 
 TEACHER_LENGTH = 6144  # of the teacher's 8,192: near its end it is already worse
@@ -81,9 +82,10 @@ def main(argv: list[str] | None = None) -> None:
     add("--out", help="folder of the run (default: runs/smollm2-PLAN)")
     options = parser.parse_args(argv)
     recipe = found_recipe(options.plan, options.linear, options.seed)
-    plan = plan_name(parse_plan(recipe.layers, recipe.plan, recipe.linear))
+    plan = Plan.parse(recipe.layers, recipe.plan, recipe.linear).name
     out = Path(options.out or os.path.join("runs", f"smollm2-{plan}"))
-    Run(recipe, out, Layout.found(options.tp, options.pp, not options.no_cuda_graph)).execute()
+    layout = ParallelLayout(tp=options.tp, pp=options.pp)
+    Run(recipe, out, Processes.found(layout, not options.no_cuda_graph)).execute()
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("serve_one.py")
 sys.path[0] = str(ROOT)
 
-from hylo_megatron.config import Architecture, geometry_preset, parse_plan  # noqa: E402
+from hylo_megatron.config import Architecture, Plan, geometry_preset  # noqa: E402
 from hylo_megatron.errors import HyLoError, command_line  # noqa: E402
 from hylo_megatron.evaluate.plots import new_figure  # noqa: E402
 from hylo_megatron.planner.pages import state_bytes  # noqa: E402
@@ -44,7 +44,7 @@ def architectures(shape: str, plan: str, longest: int) -> dict[str, Architecture
         num_key_value_heads=kv_heads, head_dim=head_dim, rms_norm_eps=1e-5, max_position_embeddings=longest,
         rope_parameters={"rope_type": "default", "rope_theta": 500000.0}, tie_word_embeddings=tied,
     )  # fmt: skip
-    kinds = parse_plan(layers, plan)
+    kinds = Plan.parse(layers, plan)
     geometry = geometry_preset("native", hidden, heads, head_dim)
     return {
         "hybrid": Architecture(**common, plan=kinds, geometry=geometry),
