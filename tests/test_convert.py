@@ -435,7 +435,7 @@ def test_names_put_mla_where_the_paper_does(layers, name, mla, linear):
     [
         (16, "1,5,16", "gdn", "16"), (16, "1,-2", "gdn", "-2"), (16, "1,1", "gdn", "differ"),
         (16, "1;2", "gdn", "expected layer numbers"), (16, "", "gdn", "expected layer numbers"),
-        (16, "4MLA12GDN", "mamba2", "different things"), (4, "uniform:5", "gdn", "only 4 layers"),
+        (16, "4MLA12GDN", "mamba2", "contradict"), (4, "uniform:5", "gdn", "only 4 layers"),
         (4, "uniform:0", "rwkv", "rwkv"),
         (16, "4MLA10GDN", "gdn", "has 14 layers"), (16, "4MLA12RWKV", "gdn", "RWKV"),
     ],

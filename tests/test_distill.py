@@ -16,38 +16,37 @@ if not has("megatron-core"):
 import parallel_parity as parity  # noqa: E402
 import train_helpers as helpers  # noqa: E402
 
+from hylo_megatron.distill.head import HeadInputs, TokenWeights, reference_loss, token_weights  # noqa: E402
 from hylo_megatron.distill.ild import layer_losses  # noqa: E402
-from hylo_megatron.distill.kl import KLSettings, hidden_state_kl, reference_loss, token_weights  # noqa: E402
+from hylo_megatron.distill.losses import KL  # noqa: E402
 from hylo_megatron.layers.load import load_model, start_process_groups  # noqa: E402
 
 ROWS, VOCAB = 40, 33  # of the heads: the last seven rows are padding
-PLAIN = KLSettings()
+PLAIN = KL()
 
 
-def kl_inputs(length: int, settings: KLSettings = PLAIN, rows: int = ROWS, vocab: int = VOCAB, width: int = 12,
-              teacher_width: int = 20) -> dict:  # fmt: skip
+def kl_inputs(length: int, loss: KL = PLAIN, rows: int = ROWS, vocab: int = VOCAB, width: int = 12,
+              teacher_width: int = 20) -> HeadInputs:  # fmt: skip
     def random(*shape):
         return torch.randn(*shape, generator=generator)
 
     generator = torch.Generator().manual_seed(0)
     mask_T = (torch.rand(length, generator=generator) > 0.4).float()
-    answers_T = 5.0 * (torch.rand(length, generator=generator) > 0.8) if settings.teacher_length else None
-    kl_weight_T, ce_weight_T = token_weights(settings, torch.arange(length), mask_T, answers_T)
-    return dict(
+    answers_T = 5.0 * (torch.rand(length, generator=generator) > 0.8) if loss.teacher_length else None
+    return HeadInputs(
         h_TD=random(length, width).requires_grad_(), head_ND=random(rows, width).requires_grad_(),
-        t_TC=random(min(length, settings.teacher_length or length), teacher_width),
+        t_TC=random(min(length, loss.teacher_length or length), teacher_width),
         teacher_head_NC=random(rows, teacher_width) * 0.7,
         labels_T=torch.randint(vocab, (length,), generator=generator),
-        mask_T=mask_T, kl_weight_T=kl_weight_T, ce_weight_T=ce_weight_T, vocab_size=vocab,
+        mask_T=mask_T, position_T=torch.arange(length), answer_weight_T=answers_T, vocab_size=vocab,
     )  # fmt: skip
 
 
-def whole_logits(x: dict, settings: KLSettings):
-    student, vocab = x["h_TD"] @ x["head_ND"].T, x["vocab_size"]
+def whole_logits(x: HeadInputs, loss: KL):
+    student, vocab = x.h_TD @ x.head_ND.T, x.vocab_size
     teacher = torch.zeros_like(student)
-    teacher[: len(x["t_TC"])] = x["t_TC"] @ x["teacher_head_NC"].T
-    per_token = (x[name] for name in ("labels_T", "mask_T", "kl_weight_T", "ce_weight_T"))
-    return reference_loss(student[:, :vocab], teacher[:, :vocab], *per_token, settings)
+    teacher[: len(x.t_TC)] = x.t_TC @ x.teacher_head_NC.T
+    return reference_loss(student[:, :vocab], teacher[:, :vocab], token_weights(x, loss), loss)
 
 
 def gradients(loss, *tensors):
@@ -60,34 +59,36 @@ def gradients(loss, *tensors):
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 @pytest.mark.parametrize("teacher_length", [None, 21], ids=["taught", "partly"])
 def test_chunked_loss_equals_whole_logits(teacher_length, reverse, temperature, weights, chunk):
-    settings = KLSettings(*weights, temperature, reverse, chunk, teacher_length, ce_beyond=0.6)
+    settings = KL(
+        kl_weight=weights[0], ce_weight=weights[1], temperature=temperature, reverse=reverse, chunk=chunk,
+        teacher_length=teacher_length, ce_beyond=0.6,
+    )  # fmt: skip
     x = kl_inputs(32, settings)
-    assert 0 < x["mask_T"].sum() < 32
-    loss, kl, ce = hidden_state_kl(**x, settings=settings)
+    assert 0 < x.mask_T.sum() < 32
+    loss, kl, ce = settings(x)
     want, want_kl, want_ce = whole_logits(x, settings)
     torch.testing.assert_close(loss, want, rtol=2e-6, atol=1e-5)
     torch.testing.assert_close(ce, want_ce, rtol=2e-6, atol=1e-5)
     torch.testing.assert_close(kl, want_kl if settings.kl_weight else torch.zeros(()), rtol=2e-6, atol=1e-5)
-    got = gradients(loss, x["h_TD"], x["head_ND"])
-    for gradient, expected in zip(got, gradients(want, x["h_TD"], x["head_ND"]), strict=True):
+    got = gradients(loss, x.h_TD, x.head_ND)
+    for gradient, expected in zip(got, gradients(want, x.h_TD, x.head_ND), strict=True):
         torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-5)
     assert not got[1][VOCAB:].any()
-    assert not got[0][x["mask_T"] == 0].any()
+    assert not got[0][x.mask_T == 0].any()
 
 
 def test_loss_without_a_gradient_for_the_head():
     x = kl_inputs(32)
-    x["head_ND"].requires_grad_(False)
-    (got,) = gradients(hidden_state_kl(**x)[0], x["h_TD"])
-    (want,) = gradients(whole_logits(x, KLSettings())[0], x["h_TD"])
+    x.head_ND.requires_grad_(False)
+    (got,) = gradients(PLAIN(x)[0], x.h_TD)
+    (want,) = gradients(whole_logits(x, PLAIN)[0], x.h_TD)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 def test_weights_follow_the_teachers_reach_and_the_answers():
-    settings = KLSettings(0.9, 0.1, teacher_length=2, ce_beyond=0.5)
-    kl, ce = token_weights(
-        settings, torch.arange(4), torch.tensor([1.0, 1.0, 1.0, 0.0]), torch.tensor([0.0, 3.0, 3.0, 3.0])
-    )
+    settings = KL(kl_weight=0.9, ce_weight=0.1, teacher_length=2, ce_beyond=0.5)
+    mask, answers = torch.tensor([1.0, 1.0, 1.0, 0.0]), torch.tensor([0.0, 3.0, 3.0, 3.0])
+    kl, ce = settings.token_weights(torch.arange(4), mask, answers)
     assert kl.tolist() == pytest.approx([0.9, 0.9, 0.0, 0.0])
     assert ce.tolist() == pytest.approx([0.1, 3.1, 3.5, 0.0])
 
@@ -99,15 +100,17 @@ import triton
 from triton.runtime import interpreter
 sys.path[:0] = sys.argv[1:]
 import test_distill as here
-from hylo_megatron.distill import kl, kl_fused
+from hylo_megatron.distill import kl_fused
+from hylo_megatron.distill.losses import KL
 
 kl_fused.BLOCK = 16  # several blocks a row
-settings, results = kl.KLSettings(0.8, 0.2, chunk=7, teacher_length=9), []  # rows with and without a teacher
+settings = KL(kl_weight=0.8, ce_weight=0.2, chunk=7, teacher_length=9)  # rows with and without a teacher
+results = []
 for fits in (False, True):
     kl_fused.fits = lambda *_, fits=fits: fits
     x = here.kl_inputs(16, settings)
-    loss = kl.hidden_state_kl(**x, settings=settings)
-    results.append([*loss, *here.gradients(loss[0], x["h_TD"], x["head_ND"])])
+    loss = settings(x)
+    results.append([*loss, *here.gradients(loss[0], x.h_TD, x.head_ND)])
 for fused, plain in zip(*results, strict=True):
     torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-5)
 print("equal")
@@ -135,18 +138,18 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
-def largest(loss, settings: KLSettings, length: int) -> int:
+def largest(loss, settings: KL, length: int) -> int:
     x = kl_inputs(length, settings, rows=500, vocab=490, width=4, teacher_width=6)
     with LargestTensor() as seen:
-        gradients(loss(x), x["h_TD"], x["head_ND"])
+        gradients(loss(x), x.h_TD, x.head_ND)
     return seen.elements
 
 
 @pytest.mark.parametrize("weights", [(1.0, 0.0), (0.5, 0.5)])
 def test_no_tensor_grows_with_tokens_times_vocabulary(weights):
-    settings = KLSettings(*weights, temperature=2.0, chunk=16)
+    settings = KL(kl_weight=weights[0], ce_weight=weights[1], temperature=2.0, chunk=16)
     for length in (64, 1024):
-        assert largest(lambda x: hidden_state_kl(**x, settings=settings)[0], settings, length) == 16 * 500
+        assert largest(lambda x: settings(x)[0], settings, length) == 16 * 500
         assert largest(lambda x: whole_logits(x, settings)[0], settings, length) >= length * 490
 
 
@@ -196,15 +199,17 @@ def pair(request, tmp_path_factory):
 @pytest.mark.parametrize("wide", [False, True], ids=["same teacher", "wider teacher"])
 def test_distill_equals_the_two_models_logits(pair, wide, tmp_path):
     teacher = helpers.big_teacher(tmp_path / "big") if wide else pair[1]
-    settings = KLSettings(0.7, 0.3, 2.0, chunk=50, teacher_length=11, ce_beyond=0.5)
-    model = parity.distill_model(pair[0], teacher, "distill", "all", kl=settings)
+    settings = KL(kl_weight=0.7, ce_weight=0.3, temperature=2.0, chunk=50, teacher_length=11, ce_beyond=0.5)
+    model = parity.distill_model(pair[0], teacher, "distill", "all", loss=settings)
     x = helpers.token_batch(3, 16)
     loss, kl, ce = model(*x.values())
     models = (model.student, model.teacher)  # the wide teacher has rows beyond the tokens
     logits = [m(x["tokens"], x["position_ids"], None)[..., : helpers.ODD_VOCAB].float() for m in models]
-    weights = token_weights(settings, x["position_ids"], x["loss_mask"], x["answer_weight"])
-    flat = (value.flatten(0, 1) for value in (*logits, x["labels"], x["loss_mask"], *weights))
-    want, want_kl, want_ce = reference_loss(*flat, settings)
+    weights = settings.token_weights(x["position_ids"], x["loss_mask"], x["answer_weight"])
+    names = ("labels_T", "mask_T", "kl_T", "ce_T")
+    per_token = (value.flatten() for value in (x["labels"], x["loss_mask"], *weights))
+    weights = TokenWeights(**dict(zip(names, per_token, strict=True)))
+    want, want_kl, want_ce = reference_loss(*(value.flatten(0, 1) for value in logits), weights, settings)
     torch.testing.assert_close(torch.stack([loss, kl, ce]), torch.stack([want, want_kl, want_ce]), rtol=1e-5, atol=0)
     parameters = dict(model.named_parameters())
     got = torch.autograd.grad(loss, parameters.values(), retain_graph=True)
@@ -214,7 +219,7 @@ def test_distill_equals_the_two_models_logits(pair, wide, tmp_path):
 
 @pytest.mark.parametrize("stage", ["ild", "distill"])
 def test_the_engine_sees_the_student_only(pair, stage):
-    model = parity.distill_model(*pair, stage, "all")
+    model = parity.distill_model(*pair, stage, "all", KL())
     student, _ = load_model(pair[0])
     metadata = {"dp_cp_group": parity.parallel_state.get_data_parallel_group(with_context_parallel=True)}
 
@@ -233,7 +238,7 @@ COPIED = re.compile(r"embedding|output_layer|final_norm|\.mlp\.|layernorm|layers
 
 @pytest.mark.parametrize("stage", ["ild", "distill"])
 def test_mixers_only_freezes_exactly_what_was_copied(pair, stage):
-    model = parity.distill_model(*pair, stage, "mixers")
+    model = parity.distill_model(*pair, stage, "mixers", KL())
     frozen = {name for name, p in model.student.named_parameters() if not p.requires_grad}
     names = {name for name, _ in model.student.named_parameters()}
     assert frozen == {name for name in names if COPIED.search(name)}
@@ -252,7 +257,7 @@ def test_recompute_with_a_frozen_embedding_changes_no_gradient(pair, halves):
     again = dict(recompute_granularity="full", recompute_method="block", recompute_num_layers=halves)
     x, found = helpers.token_batch(2, 16), []
     for config in ({}, again):
-        model = parity.distill_model(*pair, "distill", "mixers", config=config)
+        model = parity.distill_model(*pair, "distill", "mixers", KL(), config=config)
         model.train()  # the engine recomputes then only
         model(*x.values())[0].backward()
         found.append({name: parameter.grad for name, parameter in model.student.named_parameters()})

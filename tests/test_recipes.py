@@ -37,10 +37,10 @@ sys.path[:0] = sys.argv[2:]
 import test_recipes
 from pathlib import Path
 from hylo_megatron.run.recipe_run import Run
-from hylo_megatron.run.launch import Layout
+from hylo_megatron.run.launch import Processes
 
 if __name__ == "__main__":
-    Run(test_recipes.toy_recipe(), Path(sys.argv[1]), Layout.found(1, 1)).execute()
+    Run(test_recipes.toy_recipe(), Path(sys.argv[1]), Processes.found()).execute()
 """
 
 

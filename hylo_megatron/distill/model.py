@@ -94,7 +94,7 @@ class DistillModel(MegatronModule):
         return taught_length(length, self.settings.loss.teacher_reads, shared)
 
     def forward(self, tokens: Tensor, position_ids: Tensor, labels: Tensor, loss_mask: Tensor,
-        """Return the states around this pipeline stage's teacher layers, and the state for the next stage.
+                answer_weight: Tensor | None = None, teacher_states: list | None = None) -> Tensor:  # fmt: skip
         """All tensors are ``[B, S]``; ``teacher_states`` are what ``teach`` returned, if it was called before."""
         if self.settings.kind.layerwise:
             return self._layer_loss(teacher_states or self.teach(tokens, position_ids, None)[0], loss_mask)
@@ -116,7 +116,7 @@ class DistillModel(MegatronModule):
 
     @torch.no_grad()
     def teach(self, tokens_BS: Tensor, positions_BS: Tensor, hidden_SBC: Tensor | None) -> tuple[list[Tensor], Tensor]:
-        """Return the states between this stage's teacher layers, and the state for the next stage.
+        """Return the states around this pipeline stage's teacher layers, and the state for the next stage.
 
         ``hidden_SBC`` is what the stage before has sent.
         """

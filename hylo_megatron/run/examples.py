@@ -154,13 +154,17 @@ def job_of(name: str) -> Job:
     return Job(recipe, out, source_of(out, name, small), flags)
 
 
+def processes_of(world: World | None) -> Processes:
+    """Return the ranks of ``world`` or of this machine, with the layout that the variables say."""
+    layout = ParallelLayout(tp=number("TP", 1), pp=number("PP", 1), cp=number("CP", 1))
+    if world:
+        return Processes.among(world.size, "ranks of torchrun", layout, cuda_graph=False)
+    return Processes.found(layout, cuda_graph=False)
+
+
 def run(name: str, world: World | None) -> None:
     """On all ranks of ``world``; without one, in this process, or under a torchrun that takes its place."""
-    job, layout = job_of(name), ParallelLayout(tp=number("TP", 1), pp=number("PP", 1), cp=number("CP", 1))
-    if world:
-        processes = Processes.among(world.size, "ranks of torchrun", layout, cuda_graph=False)
-    else:
-        processes = Processes.found(layout, cuda_graph=False)
+    job, processes = job_of(name), processes_of(world)
     job.check(processes)
     if not world and processes.ranks > 1:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
