@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from helpers import train as helpers
+from helpers.paths import PROGRAMS
 
 from hylo_megatron.config import Architecture
 from hylo_megatron.config.layout import ParallelLayout, Work
@@ -15,8 +16,6 @@ from hylo_megatron.config.stage_kind import stage_kind
 from hylo_megatron.distill.losses import KL, LayerDistance
 from hylo_megatron.distill.losses.kl import logit_rows
 from hylo_megatron.planner.training import Peak, TrainingRun, in_flight, peak, stage_halves
-
-HERE = Path(__file__).resolve().parent
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +25,7 @@ def counting(tmp_path_factory):
     pytest.importorskip("fla")
     folder = tmp_path_factory.mktemp("counting")
     with (folder / "out").open("w") as out, (folder / "err").open("w") as err:
-        process = subprocess.Popen([sys.executable, "-W", "ignore", HERE / "activation_bytes.py"],
+        process = subprocess.Popen([sys.executable, "-W", "ignore", PROGRAMS / "activation_bytes.py"],
                                    env=helpers.environment(), stdout=out, stderr=err)  # fmt: skip
     yield process, folder
     process.kill()
@@ -81,7 +80,7 @@ def test_weights_gradients_and_optimizer_are_the_engines(tmp_path, counting):
         count: [_command_line(name, tmp_path, world) for name in RUNS if RUNS[name][0] == count] for count in (1, 2)
     }
     (tmp_path / "runs.json").write_text(json.dumps(runs))
-    done = subprocess.run([sys.executable, "-W", "ignore", HERE / "memory_runs.py", tmp_path / "runs.json"],
+    done = subprocess.run([sys.executable, "-W", "ignore", PROGRAMS / "memory_runs.py", tmp_path / "runs.json"],
                           env=helpers.environment(), capture_output=True, text=True, timeout=300)  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     for name, (processes, *_) in RUNS.items():
