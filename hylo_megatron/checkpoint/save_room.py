@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hylo_megatron.checkpoint import disk, iterations
 from hylo_megatron.config import Architecture
-from hylo_megatron.config.stage_kind import StageKind
+from hylo_megatron.config.stages import StageKind
 from hylo_megatron.convert.shapes import hf_shapes
 from hylo_megatron.errors import HyLoError
 

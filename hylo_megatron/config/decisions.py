@@ -1,7 +1,7 @@
 """Decisions that the trainer carries out and the planner counts with, each made in one place. No torch in here.
 
 Names are those of parameters, in Megatron's or in Hugging Face's spelling. What a kind of stage trains and how it is
-scheduled is in ``stage_kind.py``, how layers are split over pipeline stages in ``plan.py``, and who passes states
+scheduled is in ``stages.py``, how layers are split over pipeline stages in ``plan.py``, and who passes states
 between context-parallel ranks in ``layout.py``.
 """
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from hylo_megatron.config import Architecture
-from hylo_megatron.config.stage_kind import StageKind
+from hylo_megatron.config.stages import StageKind
 from hylo_megatron.convert.tokenizer_files import check_rows, has_tokenizer, tokenizer_identity
 from hylo_megatron.errors import HyLoError
 

@@ -8,7 +8,7 @@ import torch
 
 from hylo_megatron.config import Architecture
 from hylo_megatron.config.rope import checked_rope
-from hylo_megatron.config.stage_kind import STAGE_KINDS, TRAIN
+from hylo_megatron.config.stages import STAGE_KINDS, TRAIN
 from hylo_megatron.distill.losses import LOSSES
 from hylo_megatron.flags import json_object, size, weight
 from hylo_megatron.json_file import Object, check

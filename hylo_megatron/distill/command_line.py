@@ -10,7 +10,7 @@ from pathlib import Path
 from hylo_megatron.config import Architecture
 from hylo_megatron.config.layout import ParallelLayout, Work, check_parallel_layout
 from hylo_megatron.config.pair import check_pair
-from hylo_megatron.config.stage_kind import STAGE_KINDS, stage_kind
+from hylo_megatron.config.stages import STAGE_KINDS, stage_kind
 from hylo_megatron.distill.arguments import add_hylo_arguments, engine_flags, run_architecture
 from hylo_megatron.distill.losses import loss_class
 from hylo_megatron.errors import HyLoError

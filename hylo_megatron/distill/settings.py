@@ -3,7 +3,7 @@
 import argparse
 from dataclasses import dataclass
 
-from hylo_megatron.config.stage_kind import StageKind, stage_kind
+from hylo_megatron.config.stages import StageKind, stage_kind
 from hylo_megatron.distill.losses import Loss, loss_of
 
 

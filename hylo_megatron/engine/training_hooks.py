@@ -13,7 +13,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.training import training
 
 from hylo_megatron.config.decisions import is_new, learns_fast, stays_fp32
-from hylo_megatron.config.stage_kind import stage_kind
+from hylo_megatron.config.stages import stage_kind
 from hylo_megatron.distill.batches import LEARNT, NO_TOKENS
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.parallel.teacher_fed import TeacherFed

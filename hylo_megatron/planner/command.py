@@ -18,7 +18,7 @@ from pathlib import Path
 from hylo_megatron.config import Architecture, Plan, geometry_preset
 from hylo_megatron.config.layout import ParallelLayout, Work, check_parallel_layout
 from hylo_megatron.config.pair import check_teacher, check_vocabularies
-from hylo_megatron.config.stage_kind import STAGE_KINDS, TRAIN, stage_kind
+from hylo_megatron.config.stages import STAGE_KINDS, TRAIN, stage_kind
 from hylo_megatron.convert.shapes import hf_shapes
 from hylo_megatron.distill.losses import KL, LayerDistance
 from hylo_megatron.errors import HyLoError, command_line

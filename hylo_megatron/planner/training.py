@@ -11,7 +11,7 @@ from hylo_megatron.config import Architecture
 from hylo_megatron.config.decisions import taught_length
 from hylo_megatron.config.layout import ParallelLayout, Work
 from hylo_megatron.config.pair import padded_rows
-from hylo_megatron.config.stage_kind import StageKind
+from hylo_megatron.config.stages import StageKind
 from hylo_megatron.distill.losses import HeadShape, Loss
 from hylo_megatron.planner.activations import MIXERS, Half, Share, mlp, teacher_work
 from hylo_megatron.planner.weights import HEAD, Shards, Weights, rank_elements, weights

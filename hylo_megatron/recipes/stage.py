@@ -18,7 +18,7 @@ class Stage:
     """
 
     name: str
-    kind: str  # a name in config/stage_kind.py
+    kind: str  # a name in config/stages.py
     seq_length: int
     global_batch: int
     steps: int

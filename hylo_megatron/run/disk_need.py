@@ -8,7 +8,7 @@ from hylo_megatron.checkpoint import disk
 from hylo_megatron.checkpoint.iterations import complete_iterations, trained_to
 from hylo_megatron.checkpoint.save_room import checkpoint_bytes
 from hylo_megatron.config import Architecture
-from hylo_megatron.config.stage_kind import stage_kind
+from hylo_megatron.config.stages import stage_kind
 from hylo_megatron.convert.hf_folder import read_architecture
 from hylo_megatron.convert.shapes import hf_shapes
 from hylo_megatron.errors import HyLoError

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: E402
 
 import hylo_megatron  # noqa: E402, F401
 from hylo_megatron.config.pair import check_pair  # noqa: E402
-from hylo_megatron.config.stage_kind import stage_kind  # noqa: E402
+from hylo_megatron.config.stages import stage_kind  # noqa: E402
 from hylo_megatron.convert import hf_to_megatron, megatron_to_hf  # noqa: E402
 from hylo_megatron.convert.tokenizer_files import (  # noqa: E402
     check_tokenizer,

@@ -36,7 +36,7 @@ from hylo_megatron.checkpoint import (
 )
 from hylo_megatron.checkpoint.save_room import SaveRoom, checkpoint_bytes  # noqa: E402
 from hylo_megatron.config import Architecture  # noqa: E402
-from hylo_megatron.config.stage_kind import stage_kind  # noqa: E402
+from hylo_megatron.config.stages import stage_kind  # noqa: E402
 from hylo_megatron.convert import hf_to_megatron, megatron_to_hf
 from hylo_megatron.data.prepare import prepare  # noqa: E402
 from hylo_megatron.engine import checkpoint_writer, peers

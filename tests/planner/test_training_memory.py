@@ -12,7 +12,7 @@ from helpers.paths import PROGRAMS
 
 from hylo_megatron.config import Architecture
 from hylo_megatron.config.layout import ParallelLayout, Work
-from hylo_megatron.config.stage_kind import stage_kind
+from hylo_megatron.config.stages import stage_kind
 from hylo_megatron.distill.losses import KL, LayerDistance
 from hylo_megatron.distill.losses.kl import logit_rows
 from hylo_megatron.planner.training import Peak, TrainingRun, in_flight, peak, stage_halves

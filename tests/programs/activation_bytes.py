@@ -226,7 +226,7 @@ def drop_gradient(parameter) -> None:
 
 
 def distill_model(step: Step, **overrides):
-    from hylo_megatron.config.stage_kind import stage_kind
+    from hylo_megatron.config.stages import stage_kind
     from hylo_megatron.distill.model import DistillModel
     from hylo_megatron.distill.settings import DistillSettings
 

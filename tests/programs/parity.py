@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from hylo_megatron.config import Architecture
 from hylo_megatron.config.pair import padded_rows
-from hylo_megatron.config.stage_kind import stage_kind
+from hylo_megatron.config.stages import stage_kind
 from hylo_megatron.distill import batches
 from hylo_megatron.distill.losses import KL, LayerDistance, loss_class
 from hylo_megatron.distill.model import DistillModel

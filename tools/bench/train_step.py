@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from hylo_megatron.config import Architecture
-from hylo_megatron.config.stage_kind import stage_kind
+from hylo_megatron.config.stages import stage_kind
 from hylo_megatron.convert.shapes import hf_shapes
 from hylo_megatron.errors import HyLoError, command_line
 from hylo_megatron.recipes.stage import Stage

@@ -7,14 +7,14 @@ and name it in ``LOSSES``; ``--hylo-loss`` then offers it in the kinds of stage 
 
 import argparse
 
-from hylo_megatron.config.stage_kind import StageKind
+from hylo_megatron.config.stages import StageKind
+from hylo_megatron.distill.losses.ild import LayerDistance
 from hylo_megatron.distill.losses.kl import KL
-from hylo_megatron.distill.losses.layers import LayerDistance
 from hylo_megatron.distill.losses.loss import HeadLoss, HeadShape, LayerLoss, Loss
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.options import from_options
 
-LOSSES: dict[str, type[Loss]] = {"layers": LayerDistance, "kl": KL}
+LOSSES: dict[str, type[Loss]] = {"ild": LayerDistance, "kl": KL}
 
 __all__ = ["KL", "LOSSES", "HeadLoss", "HeadShape", "LayerDistance", "LayerLoss", "Loss", "loss_class", "loss_of"]
 

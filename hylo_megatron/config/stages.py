@@ -36,7 +36,7 @@ class StageKind:
 
 
 _KINDS = (
-    StageKind(name="ild", help="layer by layer", loss="layers", train="mixers", layerwise=True),
+    StageKind(name="ild", help="layer by layer", loss="ild", train="mixers", layerwise=True),
     StageKind(name="distill", help="end to end", loss="kl", train="all"),
 )
 STAGE_KINDS: dict[str, StageKind] = {kind.name: kind for kind in _KINDS}

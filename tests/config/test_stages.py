@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hylo_megatron.config.decisions import is_new, learns_fast, stays_fp32, taught_length, token_chunks
-from hylo_megatron.config.stage_kind import STAGE_KINDS, TRAIN, stage_kind
+from hylo_megatron.config.stages import STAGE_KINDS, TRAIN, stage_kind
 from hylo_megatron.convert.tables import mappings
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.mixers import LINEAR
@@ -67,7 +67,7 @@ def test_a_teacher_reads_everything_that_is_shared():
 
 
 def test_configuration_needs_no_torch():
-    modules = "architecture decisions layout plan stage_kind geometry"
+    modules = "architecture decisions layout plan stages geometry"
     code = "; ".join(f"import hylo_megatron.config.{name}" for name in modules.split())
     code += "; import sys; assert not {'torch', 'megatron', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
