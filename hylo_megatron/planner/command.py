@@ -25,7 +25,7 @@ from hylo_megatron.errors import HyLoError, command_line
 from hylo_megatron.flags import Parser, count, positive, share, size
 from hylo_megatron.json_file import read_json
 from hylo_megatron.planner.pages import Pages, expanded_bytes, pages, row_bytes, state_bytes
-from hylo_megatron.planner.training import Peak, TrainingRun, peaks
+from hylo_megatron.planner.training import Peak, PlannedRun, peaks
 from hylo_megatron.serve.geometry import serve
 
 LENGTHS = (2048, 32768, 1 << 20)
@@ -77,7 +77,7 @@ def rows(arch: Architecture, known) -> list[tuple[str, str]]:
     return found
 
 
-def training(student: Architecture, known) -> TrainingRun:
+def training(student: Architecture, known) -> PlannedRun:
     """Return the run that the flags describe. Raises ``HyLoError``, as the trainer, where it would not start."""
     kind = stage_kind(known.train)
     if not student.is_hybrid:
@@ -102,7 +102,7 @@ def training(student: Architecture, known) -> TrainingRun:
         global_batch=batch,
     )
     check_parallel_layout({"student": student, "teacher": teacher}, layout, work)
-    return TrainingRun(
+    return PlannedRun(
         student=student,
         teacher=teacher,
         kind=kind,
@@ -125,7 +125,7 @@ def parts(found: Peak) -> list[tuple[str, int]]:
     ]  # fmt: skip
 
 
-def print_training(run: TrainingRun, gpu_gib: float) -> None:
+def print_training(run: PlannedRun, gpu_gib: float) -> None:
     found, work, layout = peaks(run), run.work, run.layout
     print(f"{run.kind.name} of {run.student.plan.name}, {layout} DP {work.processes // layout.ranks}:"
           f" {run.micro_batches} micro-batches of {work.micro_batch} x {work.seq_length:,} tokens a step")  # fmt: skip

@@ -22,7 +22,7 @@ WORKSPACES = 4 * 32 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingRun:
+class PlannedRun:
     """A run as its flags describe it.
 
     ``recompute`` is ``--recompute-num-layers`` of method block: the sub-layers of a pipeline stage that are computed
@@ -89,7 +89,7 @@ class Peak:
 # ---- layers ----
 
 
-def stage_halves(run: TrainingRun, layers: range) -> list[Half]:
+def stage_halves(run: PlannedRun, layers: range) -> list[Half]:
     """Return mixer and MLP of each layer in turn.
 
     In a layer-wise kind of stage each mixer reads the teacher's hidden state, and both outputs are compared with the
@@ -130,7 +130,7 @@ def backward_bytes(halves: list[Half], recompute: int) -> int:
 # ---- pipeline ----
 
 
-def warm_up(run: TrainingRun, pipeline_stage: int) -> int:
+def warm_up(run: PlannedRun, pipeline_stage: int) -> int:
     """Return the micro-batches that a pipeline stage reads before its first backward pass.
 
     This is the 1F1B schedule's number. Layer-wise stages have a schedule without (``parallel/teacher_fed.py``).
@@ -138,12 +138,12 @@ def warm_up(run: TrainingRun, pipeline_stage: int) -> int:
     return 0 if run.kind.layerwise else min(run.micro_batches, run.layout.pp - 1 - pipeline_stage)
 
 
-def in_flight(run: TrainingRun, pipeline_stage: int) -> int:
+def in_flight(run: PlannedRun, pipeline_stage: int) -> int:
     """Return the micro-batches whose activations a pipeline stage holds at once."""
     return min(run.micro_batches, warm_up(run, pipeline_stage) + 1)
 
 
-def layer_states_bytes(run: TrainingRun, pipeline_stage: int, layers: range) -> int:
+def layer_states_bytes(run: PlannedRun, pipeline_stage: int, layers: range) -> int:
     """Return the bytes of the teacher's states in a layer-wise kind of stage.
 
     Counts the input of the first layer and the output of each sub-layer, of this micro-batch and of those that the
@@ -156,7 +156,7 @@ def layer_states_bytes(run: TrainingRun, pipeline_stage: int, layers: range) -> 
     return run.share.outer(run.teacher.hidden_size) * tensors
 
 
-def payload_bytes(run: TrainingRun, pipeline_stage: int) -> int:
+def payload_bytes(run: PlannedRun, pipeline_stage: int) -> int:
     """Return the bytes of what pipeline stages send: states of student and teacher (``distill/payload.py``).
 
     Counts one received payload for each micro-batch in flight, and a copy of the teacher's part of one; the payload
@@ -173,7 +173,7 @@ def payload_bytes(run: TrainingRun, pipeline_stage: int) -> int:
 # ---- the whole ----
 
 
-def head_shape(run: TrainingRun) -> HeadShape:
+def head_shape(run: PlannedRun) -> HeadShape:
     return HeadShape(
         tokens=run.share.tokens,
         taught=run.taught,
@@ -186,13 +186,13 @@ def head_shape(run: TrainingRun) -> HeadShape:
     )
 
 
-def _weights(run: TrainingRun, arch: Architecture, pipeline_stage: int, trained: Callable[[str], bool]) -> Weights:
+def _weights(run: PlannedRun, arch: Architecture, pipeline_stage: int, trained: Callable[[str], bool]) -> Weights:
     shards = Shards(rows=run.rows, tp=run.layout.tp, pp=run.layout.pp, pipeline_stage=pipeline_stage)
     sharers = run.work.processes // (run.layout.tp * run.layout.pp)
     return weights(rank_elements(arch, shards), trained, sharers)
 
 
-def peak(run: TrainingRun, pipeline_stage: int) -> Peak:
+def peak(run: PlannedRun, pipeline_stage: int) -> Peak:
     """Return the peak of a rank of ``pipeline_stage``, counted from 0."""
     layout, at, d = run.layout, run.share, run.student.hidden_size
     layers = run.student.plan.stages(layout.pp)[pipeline_stage]
@@ -221,6 +221,6 @@ def peak(run: TrainingRun, pipeline_stage: int) -> Peak:
     )
 
 
-def peaks(run: TrainingRun) -> list[Peak]:
+def peaks(run: PlannedRun) -> list[Peak]:
     """Return the peak of each pipeline stage."""
     return [peak(run, pipeline_stage) for pipeline_stage in range(run.layout.pp)]

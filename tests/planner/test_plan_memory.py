@@ -14,7 +14,7 @@ from hylo_megatron.config.layout import ParallelLayout, Work
 from hylo_megatron.config.stages import stage_kind
 from hylo_megatron.convert.hf_folder import read_architecture
 from hylo_megatron.distill.losses import KL, LayerDistance
-from hylo_megatron.planner.training import TrainingRun, peak
+from hylo_megatron.planner.training import PlannedRun, peak
 
 LLAMA_3B = dict(
     model_type="llama", architectures=["LlamaForCausalLM"], vocab_size=128256,
@@ -80,7 +80,7 @@ def test_training_peaks_are_those_measured(tmp_path, measured, layers, stage, le
     base = read_architecture(tmp_path)
     student = replace(base, plan=Plan.parse(30, layers), geometry=geometry_preset("native", 576, 9, 64))
     kind = stage_kind(stage)
-    run = TrainingRun(
+    run = PlannedRun(
         student=student, teacher=base, kind=kind, layout=ParallelLayout(),
         loss=LayerDistance() if kind.layerwise else KL(chunk=4096, teacher_length=taught),
         work=Work(processes=1, seq_length=length, micro_batch=rows, global_batch=rows),

@@ -15,7 +15,7 @@ from hylo_megatron.config.layout import ParallelLayout, Work
 from hylo_megatron.config.stages import stage_kind
 from hylo_megatron.distill.losses import KL, LayerDistance
 from hylo_megatron.distill.losses.kl import logit_rows
-from hylo_megatron.planner.training import Peak, TrainingRun, in_flight, peak, stage_halves
+from hylo_megatron.planner.training import Peak, PlannedRun, in_flight, peak, stage_halves
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def _planned(name: str, world: dict[str, Path], stage: int) -> Peak:
     processes, student, flags = RUNS[name]
     tp, pp = (flags.get(f"{name}_model_parallel_size", 1) for name in ("tensor", "pipeline"))
     kind = stage_kind(flags["hylo_stage"])
-    run = TrainingRun(
+    run = PlannedRun(
         student=Architecture.load(world[student]),
         teacher=Architecture.load(world[f"{student}-teacher"]),
         kind=kind,
@@ -106,7 +106,7 @@ def test_layers_keep_what_autograd_saves(counted):
     assert len(counted["halves"]) == len(known.HALVES)
     for (layout, kind, wide, train), got in zip(known.HALVES, counted["halves"], strict=True):
         arch, at = known.half_arch(kind, wide), ParallelLayout(**known.LAYOUTS[layout])
-        run = TrainingRun(
+        run = PlannedRun(
             student=arch, teacher=arch.as_teacher(), kind=stage_kind("distill"), loss=KL(), layout=at,
             work=Work(processes=2, seq_length=known.LENGTH, micro_batch=known.ROWS), train=train,
         )  # fmt: skip
@@ -114,9 +114,9 @@ def test_layers_keep_what_autograd_saves(counted):
         assert planned == pytest.approx(got, rel=5e-3 if at.cp > 1 else 1e-4), (layout, kind, wide, train)
 
 
-def _step_run(known, step, layout: ParallelLayout, global_batch: int) -> TrainingRun:
+def _step_run(known, step, layout: ParallelLayout, global_batch: int) -> PlannedRun:
     student, teacher = known.step_models(step)
-    return TrainingRun(
+    return PlannedRun(
         student=student, teacher=teacher, kind=stage_kind(step.stage), loss=known.step_loss(step), layout=layout,
         work=Work(processes=layout.ranks, seq_length=known.STEP_LENGTH, micro_batch=known.ROWS,
                   global_batch=global_batch),
@@ -150,7 +150,7 @@ def test_logits_of_three_chunks_at_most():
 
 def test_micro_batches_in_flight():
     arch = helpers.tiny.hybrid()
-    run = TrainingRun(
+    run = PlannedRun(
         student=arch, teacher=arch.as_teacher(), kind=stage_kind("distill"), loss=KL(), layout=ParallelLayout(pp=4),
         work=Work(processes=8, seq_length=64, micro_batch=1, global_batch=6),
     )  # fmt: skip
