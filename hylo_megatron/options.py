@@ -29,5 +29,6 @@ def add_options(parser: argparse._ActionsContainer, kind: type) -> None:
 
 
 def from_options(kind: type, values: argparse.Namespace) -> Any:
-    """Return a ``kind`` whose fields have the values of its flags."""
-    return kind(**{each.name: getattr(values, _destination(each.metadata["flag"])) for each in _declared(kind)})
+    """Return a ``kind`` whose fields have the values of its flags, or their defaults where ``values`` lack a flag."""
+    named = {each.name: (_destination(each.metadata["flag"]), each.default) for each in _declared(kind)}
+    return kind(**{name: getattr(values, flag, default) for name, (flag, default) in named.items()})

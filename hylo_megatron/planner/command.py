@@ -20,7 +20,7 @@ from hylo_megatron.config.layout import ParallelLayout, Work, check_parallel_lay
 from hylo_megatron.config.pair import check_teacher, check_vocabularies
 from hylo_megatron.config.stages import STAGE_KINDS, TRAIN, stage_kind
 from hylo_megatron.convert.shapes import hf_shapes
-from hylo_megatron.distill.losses import KL, LayerDistance
+from hylo_megatron.distill.losses import LOSSES, loss_of
 from hylo_megatron.errors import HyLoError, command_line
 from hylo_megatron.flags import Parser, count, positive, share, size
 from hylo_megatron.json_file import read_json
@@ -106,7 +106,7 @@ def training(student: Architecture, known) -> PlannedRun:
         student=student,
         teacher=teacher,
         kind=kind,
-        loss=LayerDistance() if kind.layerwise else KL(chunk=known.kl_chunk, teacher_length=known.teacher_length),
+        loss=loss_of(kind, known),
         layout=layout,
         work=work,
         train=known.hylo_train or kind.train,
@@ -159,8 +159,10 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
         default=0,
         help="--recompute-num-layers of method block: halves of layers of a stage",
     )
-    add("--kl-chunk", type=size, default=4096, help="--hylo-kl-chunk; the recipes' is the default")
-    add("--teacher-length", type=size, help="--hylo-teacher-length")
+    # The losses read these under the names of the trainer's flags.
+    add("--loss", dest="hylo_loss", choices=tuple(LOSSES), help="--hylo-loss")
+    add("--kl-chunk", dest="hylo_kl_chunk", type=size, default=4096, help="--hylo-kl-chunk (default: the recipes')")
+    add("--teacher-length", dest="hylo_teacher_length", type=size, help="--hylo-teacher-length")
 
 
 @command_line

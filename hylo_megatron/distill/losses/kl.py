@@ -27,7 +27,7 @@ class KL(HeadLoss):
     ``teacher_length`` is the context that the teacher was trained for (None: no limit). Beyond it the loss is
     ``ce_beyond`` times the cross-entropy. ``reverse`` is the direction of the paper's formula; the paper's code
     computes the other one. A loss with another divergence derives from this class and replaces ``divergence``,
-    ``reference_divergence``, ``fused_chunk`` and ``parts``.
+    ``reference_divergence`` and ``parts``; the kernels are this divergence's only.
     """
 
     parts = ("loss", "kl", "ce")
@@ -77,7 +77,8 @@ class KL(HeadLoss):
         """Kernels for these settings on the device of ``h_TD``, with the signature of ``head.torch_chunk``."""
         from hylo_megatron.distill import kl_fused
 
-        return kl_fused.chunk if kl_fused.fits(h_TD, self) else None
+        same = type(self).divergence is KL.divergence
+        return kl_fused.chunk if same and kl_fused.fits(h_TD, self) else None
 
     def divergence(self, log_s: Tensor, log_t: Tensor, shard: Shard) -> tuple[Tensor, Tensor]:
         """Divergence of each token over the whole vocabulary, and its gradient by the student's logits ``[T, N]``.
