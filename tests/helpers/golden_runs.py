@@ -11,15 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from helpers import tiny
+from helpers import train as helpers
+from helpers.paths import ROOT
 
 import hylo_megatron.checkpoint.folder
 import hylo_megatron.config
 import hylo_megatron.convert.hf_to_megatron
 import hylo_megatron.convert.shapes
 import hylo_megatron.data.token_writer
-from helpers import tiny
-from helpers import train as helpers
-from helpers.paths import ROOT
 
 FOLDER = ROOT / "tests" / "golden" / "losses"
 KINDS, STAGES = ("gdn", "mamba2"), ("ild", "distill")

@@ -14,10 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-
-import hylo_megatron.distill  # noqa: F401  the engine, before megatron
 from helpers import tiny
 from helpers.paths import PROGRAMS, ROOT
+
+import hylo_megatron.distill  # noqa: F401  the engine, before megatron
 from hylo_megatron.checkpoint.folder import write_checkpoint as write
 from hylo_megatron.convert.hf_to_megatron import megatron_tensors
 
