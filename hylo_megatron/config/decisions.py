@@ -1,32 +1,20 @@
 """Decisions that the trainer carries out and the planner counts with, each made in one place. No torch in here.
 
 Names are those of parameters, in Megatron's or in Hugging Face's spelling. What a kind of stage trains and how it is
-scheduled is in ``stages.py``, how layers are split over pipeline stages in ``plan.py``, and who passes states
-between context-parallel ranks in ``layout.py``.
+scheduled is in ``stages.py``, how layers are split over pipeline stages in ``plan.py``, who passes states between
+context-parallel ranks in ``layout.py``, and which parameters stay fp32 in ``mixers/registry.py``.
 """
 
-from hylo_megatron.mixers import MIXERS
+from hylo_megatron.mixers.registry import HOLDERS
 
 CHUNK = 64  # positions that the kernels of linear blocks work on at once
 
-_MIXER_MODULES = (".self_attention.", ".self_attn.", ".mixer.")  # Megatron, Hugging Face, both
-_FP32 = frozenset(name for entry in MIXERS.values() for name in entry.fp32)
-_FAST = frozenset(name for entry in MIXERS.values() for name in entry.fast)
+_MIXER_MODULES = tuple(f".{holder}." for holder in HOLDERS)
 
 
 def is_new(name: str) -> bool:
     """Whether a student's parameter belongs to a new mixer. Every other parameter is a copy of the base model's."""
     return any(module in name for module in _MIXER_MODULES)
-
-
-def stays_fp32(name: str) -> bool:
-    """Whether a parameter stays fp32 in a 16-bit model."""
-    return name.rpartition(".")[2] in _FP32
-
-
-def learns_fast(name: str) -> bool:
-    """Whether a parameter learns at ``--hylo-decay-lr-mult`` times the learning rate."""
-    return name.rpartition(".")[2] in _FAST
 
 
 def taught_length(length: int, teacher_length: int | None, shared: bool) -> int:

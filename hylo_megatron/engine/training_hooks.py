@@ -12,18 +12,28 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePred
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.training import training
 
-from hylo_megatron.config.decisions import is_new, learns_fast, stays_fp32
+from hylo_megatron.config.decisions import is_new
 from hylo_megatron.config.stages import stage_kind
 from hylo_megatron.distill.batches import LEARNT, NO_TOKENS
 from hylo_megatron.errors import HyLoError
+from hylo_megatron.mixers import FAST_SUFFIXES, FP32_SUFFIXES
 from hylo_megatron.parallel.teacher_fed import TeacherFed
 
 
-def learning_rate_groups(args) -> dict:
-    """Copied weights learn slowly; the decay parameters, which start far from where they end, fast.
+def _is_decay(name: str) -> bool:
+    return name.endswith(FAST_SUFFIXES)
 
-    The fp32 parameters (decay, and Mamba-2's D) get groups of their own always: in one with bf16 parameters
-    the distributed optimizer mixes up their order, and the checkpoint cannot be saved (``distrib_optimizer.py:1353``).
+
+def _is_other_fp32(name: str) -> bool:
+    return name.endswith(FP32_SUFFIXES) and not _is_decay(name)
+
+
+def learning_rate_groups(args) -> dict:
+    """Return parameter groups: copied weights learn slowly, decay parameters, which start far from their end, fast.
+
+    The fp32 parameters (decay, and others such as the skip connection of Mamba-2) always get groups of their own: in
+    one with bf16 parameters the distributed optimizer mixes up their order, and the checkpoint cannot be saved
+    (``distrib_optimizer.py:1353``).
     """
     groups = {}
 
@@ -33,8 +43,8 @@ def learning_rate_groups(args) -> dict:
 
     if args.hylo_copied_lr_mult != 1.0:
         add("hylo_copied", lambda name: not is_new(name), args.hylo_copied_lr_mult)
-    add("hylo_decay", learns_fast, args.hylo_decay_lr_mult)
-    add("hylo_skip", lambda name: stays_fp32(name) and not learns_fast(name), 1.0)
+    add("hylo_decay", _is_decay, args.hylo_decay_lr_mult)
+    add("hylo_skip", _is_other_fp32, 1.0)
     return groups
 
 

@@ -1,11 +1,11 @@
-"""What all mixers share: norms, convolutions, the rotation, parameters that stay in fp32, and the padding mask."""
+"""Layers that mixers share: norms, convolutions, the rotation, parameters that stay in fp32, and the padding mask."""
 
 import torch
 from torch import nn
 
 from hylo_megatron import kernels
 from hylo_megatron.hf.configuration_hylo import HyLoConfig
-from hylo_megatron.kernels.rope import rope_frequencies
+from hylo_megatron.kernels.rope import cos_and_sin, rope_frequencies, turn
 
 
 class HyLoRMSNorm(nn.Module):
@@ -42,7 +42,7 @@ class HyLoConv1d(nn.Conv1d):
 
 
 def held(layer: nn.Module, kind: type[HyLoKeyNorm | HyLoConv1d]):
-    """What the layer holds. It is called rather than read, so that hooks run that bring weights back from a disk.
+    """Return what the layer holds. The layer is called, so that hooks run that bring offloaded weights back.
 
     Raises ``ValueError`` where an adapter has taken the layer's place.
     """
@@ -53,15 +53,19 @@ def held(layer: nn.Module, kind: type[HyLoKeyNorm | HyLoConv1d]):
 
 
 def is_plain_linear(layer: nn.Module) -> bool:
-    """True where ``layer.weight`` says all about the layer: no adapter, quantised or sharded weight, and no hook."""
+    """Return whether ``layer.weight`` is all of the layer: no adapter, quantised or sharded weight and no hook."""
     hooked = "forward" in vars(layer) or layer._forward_hooks or layer._forward_pre_hooks
     return type(layer) is nn.Linear and type(layer.weight) is nn.Parameter and layer.bias is None and not hooked
 
 
 class KeepsFp32(nn.Module):
-    """Parameters named in ``fp32_names`` keep fp32 through ``.to(bfloat16)``: rounding them changes every decay."""
+    """Base of linear mixers. Parameters in ``fp32_names`` stay fp32 in ``.to(bfloat16)``: rounding changes decays."""
 
     fp32_names: tuple[str, ...] = ()
+
+    def initial_values(self) -> None:
+        """Fill the parameters in ``fp32_names`` through ``transformers.initialization``, for a model that is new."""
+        raise NotImplementedError
 
     def _apply(self, fn, recurse=True):
         kept = {id(getattr(self, name)) for name in self.fp32_names}
@@ -80,7 +84,7 @@ def fp32_parameter(size: int) -> nn.Parameter:
 
 
 class Rotation:
-    """cos and sin [B,S,P] of positions [B,S]. Frequencies are made on first use and never saved."""
+    """Cosines and sines [B,S,P/2] of positions [B,S]. Frequencies are computed on first use and never saved."""
 
     def __init__(self, config: HyLoConfig):
         self.config, self.by_device = config, {}
@@ -88,22 +92,18 @@ class Rotation:
     def __call__(self, positions_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         device, config = positions_BS.device, self.config
         if device not in self.by_device:
-            frequencies, factor = rope_frequencies(
+            frequencies, scaling = rope_frequencies(
                 config.rope_parameters, config.qk_rope_head_dim, config.max_position_embeddings
             )
-            self.by_device[device] = frequencies.to(device), factor
-        frequencies, factor = self.by_device[device]
-        angles_BSP = (positions_BS[..., None].float() * frequencies).repeat(1, 1, 2)
-        return angles_BSP.cos() * factor, angles_BSP.sin() * factor
+            self.by_device[device] = frequencies.to(device), scaling
+        return cos_and_sin(positions_BS, *self.by_device[device])
 
 
-def rotate(x_BSHP: torch.Tensor, cos_BSP: torch.Tensor, sin_BSP: torch.Tensor) -> torch.Tensor:
-    """Half-split (NeoX) rotation of the last dimension, in fp32."""
-    first, second = x_BSHP.float().chunk(2, -1)
-    turned = torch.cat([-second, first], -1)
-    return (x_BSHP.float() * cos_BSP.unsqueeze(2) + turned * sin_BSP.unsqueeze(2)).to(x_BSHP.dtype)
+def rotate(x_BSHP: torch.Tensor, cos_BSp: torch.Tensor, sin_BSp: torch.Tensor) -> torch.Tensor:
+    """Rotate the last dimension of ``x``; all heads of a position turn alike."""
+    return turn(x_BSHP, cos_BSp.unsqueeze(2), sin_BSp.unsqueeze(2))
 
 
 def real_tokens(real_BS: torch.Tensor | None) -> torch.Tensor | None:
-    """[B,S,1], True at real tokens; None where none of these positions is padded."""
+    """Return [B,S,1], True at real tokens, or None where no position is padding."""
     return None if real_BS is None or real_BS.all() else real_BS.unsqueeze(-1)

@@ -13,7 +13,9 @@ from hylo_megatron.config.layout import ParallelLayout, Work
 from hylo_megatron.config.pair import padded_rows
 from hylo_megatron.config.stages import StageKind
 from hylo_megatron.distill.losses import HeadShape, Loss
-from hylo_megatron.planner.activations import MIXERS, Half, Share, mlp, teacher_work
+from hylo_megatron.mixers.memory import Half, Share
+from hylo_megatron.planner.activations import mixer as mixer_bytes
+from hylo_megatron.planner.activations import mlp, tables, teacher_work
 from hylo_megatron.planner.weights import HEAD, Shards, Weights, rank_elements, weights
 
 # cuBLAS gets 32 MiB from torch for each stream and thread that multiplies: the main thread and autograd's, each on the
@@ -100,7 +102,7 @@ def stage_halves(run: PlannedRun, layers: range) -> list[Half]:
     hidden = at.outer(run.student.hidden_size)
     freed = hidden * (2 if run.layout.pp == 1 else 1)
     for layer in layers:
-        mixer, rest = MIXERS[run.student.plan[layer]](run.student, at), mlp(run.student, at, copied)
+        mixer, rest = mixer_bytes(run.student.plan[layer], run.student, at), mlp(run.student, at, copied)
         if run.kind.layerwise:
             compared = hidden + at.outer(run.loss.values_kept)
             rest = replace(rest, kept=rest.kept + compared, work=rest.work - freed)
@@ -207,13 +209,15 @@ def peak(run: PlannedRun, pipeline_stage: int) -> Peak:
             loss = run.loss.memory(head_shape(run))
             if run.trains(HEAD):  # the head's gradient is kept until the embedding's is computed
                 backward += 2 * run.rows // layout.tp * d
+    kinds = {run.student.plan[layer] for layer in layers}
+    shared = tables(run.student, kinds, at) + tables(run.teacher, set(run.teacher.plan), at)
     reading = teacher_work(run.teacher, at) - held  # the teacher reads before the student does
     gathered = at.inner(max(d, run.teacher.hidden_size)) if layout.sequence_parallel else 0  # megatron's buffer
     return Peak(
         layers=layers,
         student=_weights(run, run.student, pipeline_stage, run.trains),
         teacher=_weights(run, run.teacher, pipeline_stage, lambda _: False).parameters,
-        activations=held * in_flight(run, pipeline_stage),
+        activations=held * in_flight(run, pipeline_stage) + shared,
         teacher_states=states,
         loss=loss,
         backward=max(backward, reading),

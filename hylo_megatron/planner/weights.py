@@ -11,14 +11,15 @@ from dataclasses import dataclass
 from math import prod
 
 from hylo_megatron.config import Architecture
-from hylo_megatron.config.decisions import stays_fp32
 from hylo_megatron.convert.shapes import hf_shapes
+from hylo_megatron.mixers import FP32_SUFFIXES, MIXERS
 
 # Parameters that every tensor-parallel rank has whole; all others are split.
 WHOLE = (
-    "layernorm.weight", "model.norm.weight", "q_norm.weight", "k_norm.weight", "o_norm.weight", "q_a_proj.weight",
-    "kv_a_proj_with_mqa.weight",
-)  # fmt: skip
+    "layernorm.weight",
+    "model.norm.weight",
+    *(name for entry in MIXERS.values() for name in entry.part("memory").UNSPLIT),
+)
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -72,7 +73,7 @@ def weights(elements: dict[str, int], trained: Callable[[str], bool], sharers: i
     """Return the bytes of ``elements``. ``sharers``: DP x CP, the ranks that share the optimizer's states."""
     parameters = gradients = optimizer = 0
     for name, count in elements.items():
-        fp32 = stays_fp32(name)
+        fp32 = name.endswith(FP32_SUFFIXES)
         parameters += (4 if fp32 else 2) * count
         if trained(name):
             gradients += 4 * count

@@ -8,11 +8,11 @@ from helpers import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hylo_megatron.config.decisions import is_new, learns_fast, stays_fp32, taught_length, token_chunks
+from hylo_megatron.config.decisions import is_new, taught_length, token_chunks
 from hylo_megatron.config.stages import STAGE_KINDS, TRAIN, stage_kind
 from hylo_megatron.convert.tables import mappings
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.mixers import LINEAR
+from hylo_megatron.mixers import FAST_SUFFIXES, FP32_SUFFIXES, LINEAR
 
 
 @pytest.mark.parametrize("linear", LINEAR)
@@ -22,11 +22,13 @@ def test_both_names_of_a_parameter_get_the_same_answer(linear, changes):
     entries = mappings(tiny.hybrid(linear, **changes))
     assert entries
     for entry in entries:
-        for decide in (is_new, stays_fp32, learns_fast):
-            assert len({decide(name) for name in (*entry.megatron, *entry.hf)}) == 1, entry
+        names = (*entry.megatron, *entry.hf)
+        assert len({is_new(name) for name in names}) == 1, entry
+        for suffixes in (FP32_SUFFIXES, FAST_SUFFIXES):
+            assert len({name.endswith(suffixes) for name in names}) == 1, entry
         for kind in STAGE_KINDS.values():
             for train in TRAIN:
-                assert len({kind.trains(name, train) for name in (*entry.megatron, *entry.hf)}) == 1, entry
+                assert len({kind.trains(name, train) for name in names}) == 1, entry
 
 
 def test_what_each_kind_trains():
