@@ -6,7 +6,6 @@ __all__ = [
     "HyLoModel",
     "register",
     "register_config",
-    "register_models",
     "register_tokenizer",
 ]
 
@@ -26,7 +25,7 @@ def __getattr__(name: str):
 
 
 def register_config() -> None:
-    """``AutoConfig`` knows ``model_type: hylo``."""
+    """Let ``AutoConfig`` know ``model_type: hylo``."""
     from transformers.models.auto.configuration_auto import AutoConfig
 
     from hylo_megatron.hf.configuration_hylo import HyLoConfig
@@ -34,24 +33,16 @@ def register_config() -> None:
     AutoConfig.register("hylo", HyLoConfig, exist_ok=True)
 
 
-def register_models() -> None:
-    """``AutoModel`` and ``AutoModelForCausalLM`` know ``HyLoConfig``: the module does it when it is imported, since
-    some versions of transformers import the auto classes in the middle of that."""
-    import hylo_megatron.hf.modeling_hylo  # noqa: F401
-
-
 def register_tokenizer() -> None:
-    """``AutoTokenizer`` takes a hybrid's ``tokenizer.json`` as it is, whatever class its folder names.
+    """Let ``AutoTokenizer`` take a hybrid's ``tokenizer.json`` as it is, whatever class its folder names."""
+    from hylo_megatron.engine.register import install
 
-    transformers 5.19 rebuilds it for ``LlamaTokenizerFast``, which folders of earlier exports may name.
-    """
-    from transformers.models.auto import tokenization_auto
-
-    tokenization_auto.TOKENIZER_MAPPING_NAMES["hylo"] = "TokenizersBackend"
+    install("transformers")
 
 
 def register() -> None:
-    """All of them. ``import hylo_megatron`` does the same as soon as transformers' auto classes are imported."""
+    """Let all auto classes know the hybrid. ``import hylo_megatron`` calls this, except in this package's programs."""
+    import hylo_megatron.hf.modeling_hylo  # noqa: F401  registers the models
+
     register_config()
-    register_models()
     register_tokenizer()

@@ -6,9 +6,10 @@ from vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn import QwenGatedD
 from vllm.model_executor.layers.mamba.mamba_mixer2 import MambaMixer2
 from vllm.platforms import current_platform
 
+from hylo_megatron.engine.register import install
 from hylo_megatron.hf.mamba2 import NORM_EPS
 from hylo_megatron.serve.config import trained_geometry
-from hylo_megatron.serve.versions import GDNBackend, Mamba2Backend, sound_chunk_scan
+from hylo_megatron.serve.versions import GDNBackend, Mamba2Backend
 from hylo_megatron.serve.weights import conv_loader
 
 
@@ -62,7 +63,7 @@ class HyLoGatedDeltaNet(QwenGatedDeltaNetAttention):
 
 class HyLoMamba2(MambaMixer2):
     def __init__(self, config, vllm_config, prefix: str):
-        sound_chunk_scan()
+        install("vllm model")
         super().__init__(
             hidden_size=config.hidden_size, ssm_state_size=config.mamba_state_size,
             conv_kernel_size=config.mamba_conv_kernel,
