@@ -36,8 +36,9 @@ test: env
 # Up to sixteen processes, and forty kills and full disks: for an idle machine. Writes the table of docs/parallelism.md.
 test-parallel: env
 	HYLO_WRITE_PARITY=1 "$(PY)" -m pytest -q -m "parallel or not parallel" $(PYTEST_ARGS) \
-	  tests/test_parallel_parity.py tests/test_teacher_fed.py tests/test_faults.py tests/test_checkpoints.py \
-	  tests/test_full_disks.py tests/test_process_death.py
+	  tests/parallel/test_parallel_parity.py tests/parallel/test_teacher_fed.py tests/e2e/test_faults.py \
+	  tests/checkpoint/test_checkpoints.py \
+	  tests/e2e/test_full_disks.py tests/e2e/test_process_death.py
 
 serve-env:
 	@tools/make_env.sh "$(SERVE_VENV)" "serve-cpu,test"
@@ -46,7 +47,7 @@ test-serve: serve-env
 	"$(SERVE_PY)" -m pytest -q $(PYTEST_ARGS) tests/serve
 
 serve-demo: serve-env
-	"$(SERVE_PY)" tools/serve_demo.py "$(MODEL)"
+	"$(SERVE_PY)" -m hylo_megatron serve-demo "$(MODEL)"
 
 # PLAN, TP, PP and OUT given on the command line reach the script as environment variables; the ones left out
 # keep the script's defaults.

@@ -3,12 +3,8 @@
 # Variables: HF_MODEL DATA | PROXY=1, TEACHER OUT PLAN LINEAR TOKENS TP PP CP SEED EVAL ...: docs/examples.md.
 # bash runs the line after the next one. torchrun gives the file to Python, to which that line is a string.
 ''':'
-exec "${PYTHON:-python3}" -W ignore "$0" "$@"
+PYTHONPATH="$(dirname "$0")/..:${PYTHONPATH:-}" exec "${PYTHON:-python3}" -W ignore "$0" "$@"
 '''
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from hylo_megatron.run.examples import main
 
 main("qwen1p7b")

@@ -9,8 +9,22 @@ from hylo_megatron.errors import HyLoError
 LARGEST = 2**53  # every whole number up to it is exact as a float too
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows each flag's default, where there is one and the help text does not say it already."""
+
+    def _get_help_string(self, action):
+        if action.default in (None, False, (), []) or "default" in (action.help or ""):
+            return action.help
+        if action.help is None:
+            return "(default: %(default)s)"
+        return super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """An ``ArgumentParser`` whose refusal is a ``HyLoError``, without the usage of every flag in front of it."""
+
+    def __init__(self, *args, formatter_class=_Help, **kwargs):
+        super().__init__(*args, formatter_class=formatter_class, **kwargs)
 
     def error(self, message: str):
         raise HyLoError(message)

@@ -8,8 +8,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--rewrite-golden", action="store_true", help="write the golden losses of tests/golden again")
+
+
 def pytest_terminal_summary(terminalreporter):
-    parity = sys.modules.get("parity_table")
+    parity = sys.modules.get("helpers.parity_table")
     if parity and parity.MEASURED:
         terminalreporter.section("parallel layouts against one process: largest relative difference")
         terminalreporter.write_line(parity.table())

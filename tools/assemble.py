@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""See ``--help``; the code is in hylo_megatron/convert/assemble.py."""
+"""``hylo assemble`` under its earlier name."""
 
-from hylo_megatron.convert.assemble import main
+from hylo_megatron.cli import run
 
 if __name__ == "__main__":
-    main()
+    run("assemble")

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""See ``--help``; the code is in hylo_megatron/convert/megatron_to_hf.py."""
+"""``hylo export`` under its earlier name."""
 
-from hylo_megatron.convert.megatron_to_hf import main
+from hylo_megatron.cli import run
 
 if __name__ == "__main__":
-    main()
+    run("export")

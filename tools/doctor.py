@@ -1,14 +1,11 @@
 #!/usr/bin/env python3
-"""What this machine has, and what each missing package would bring: ``python tools/doctor.py``.
+"""``hylo doctor`` for a clone in which nothing is installed."""
 
-Runs with nothing installed, also from a clone that was never set up."""
-
+import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from hylo_megatron.capabilities import main  # noqa: E402
-
 if __name__ == "__main__":
-    main()
+    root = str(Path(__file__).resolve().parent.parent)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    os.execv(sys.executable, [sys.executable, "-m", "hylo_megatron", "doctor", *sys.argv[1:]])

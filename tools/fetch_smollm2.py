@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Make a Hugging Face folder of SmolLM2-135M-Instruct."""
+"""``hylo fetch-smollm2`` under its earlier name."""
 
-from hylo_megatron.corpus.smollm2 import main
+from hylo_megatron.cli import run
 
 if __name__ == "__main__":
-    main()
+    run("fetch-smollm2")

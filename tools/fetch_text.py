@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Write the demo text files from pinned packages."""
+"""``hylo fetch-text`` under its earlier name."""
 
-from hylo_megatron.corpus.text import main
+from hylo_megatron.cli import run
 
 if __name__ == "__main__":
-    main()
+    run("fetch-text")

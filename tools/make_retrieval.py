@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Make packed training samples that ask for what is hidden in a text."""
+"""``hylo make-retrieval`` under its earlier name."""
 
-from hylo_megatron.retrieval.make import main
+from hylo_megatron.cli import run
 
 if __name__ == "__main__":
-    main()
+    run("make-retrieval")

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Tokenize text into Megatron .bin and .idx files."""
+"""``hylo prepare-data`` under its earlier name."""
 
-from hylo_megatron.data.prepare import main
+from hylo_megatron.cli import run
 
 if __name__ == "__main__":
-    main()
+    run("prepare-data")

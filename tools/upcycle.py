@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""See ``--help``; the code is in hylo_megatron/init/upcycle.py."""
+"""``hylo upcycle`` under its earlier name."""
 
-from hylo_megatron.init.upcycle import main
+from hylo_megatron.cli import run
 
 if __name__ == "__main__":
-    main()
+    run("upcycle")

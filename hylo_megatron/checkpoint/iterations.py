@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO
 
 from hylo_megatron.errors import HyLoError
+from hylo_megatron.files import write_text
 from hylo_megatron.json_file import read_json
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -111,12 +112,7 @@ def write_tracker(folder: Path, word: str) -> None:
     for path in (target / ".metadata", target / "metadata.json", target):
         if path.exists():
             _sync(path)
-    scratch = folder / (TRACKER + ".partial")
-    with scratch.open("w") as file:
-        file.write(word)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(scratch, folder / TRACKER)
+    write_text(folder / TRACKER, word, synced=True)
     _sync(folder)
 
 

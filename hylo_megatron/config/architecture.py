@@ -1,6 +1,5 @@
 """``Architecture``: everything that defines a model, teacher or hybrid; ``hylo.json`` beside each checkpoint."""
 
-import json
 import os
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing_extensions import TypedDict
 from hylo_megatron.config.geometry import Geometry
 from hylo_megatron.config.rope import checked_rope
 from hylo_megatron.errors import HyLoError
+from hylo_megatron.files import write_json
 from hylo_megatron.json_file import Dimension, Positive, check, read_json
 from hylo_megatron.mixers import LINEAR, MIXERS
 
@@ -100,10 +100,7 @@ class Architecture:
         return replace(arch, rope_parameters=rope)
 
     def save(self, folder: str | os.PathLike) -> None:
-        path = Path(folder) / FILE_NAME
-        scratch = path.with_suffix(".json.partial")
-        scratch.write_text(json.dumps(self.to_dict(), indent=1))
-        os.replace(scratch, path)
+        write_json(Path(folder) / FILE_NAME, self.to_dict())
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> "Architecture":

@@ -1,6 +1,5 @@
 """All-MLA student + all-linear student -> the hybrid that takes each layer from the student of its kind."""
 
-import argparse
 import functools
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from hylo_megatron.config.pair import check_vocabularies
 from hylo_megatron.convert.tables import mappings
 from hylo_megatron.convert.tokenizer_files import copy_companions
 from hylo_megatron.errors import HyLoError, command_line
+from hylo_megatron.flags import Parser
 
 
 def assemble(mla: str | Path, linear: str | Path, plan: tuple[str, ...], out: str | Path) -> Architecture:
@@ -43,7 +43,7 @@ def assemble(mla: str | Path, linear: str | Path, plan: tuple[str, ...], out: st
 
 @command_line
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--mla", required=True, help="checkpoint of the all-MLA student (--mla-layers all)")
     parser.add_argument(
         "--linear-student", required=True, help="checkpoint of the all-linear student (--mla-layers none)"

@@ -1,6 +1,5 @@
 """Hugging Face folder -> Megatron distributed checkpoint that loads at any parallel layout."""
 
-import argparse
 import functools
 import math
 import time
@@ -11,12 +10,13 @@ import torch
 from hylo_megatron.checkpoint.folder import LazyTensor, check_empty, write_checkpoint
 from hylo_megatron.config import Architecture, plan_name
 from hylo_megatron.convert.hf_folder import HFWeights, read_architecture
-from hylo_megatron.convert.progress import ByteProgress, peak_memory_gib
 from hylo_megatron.convert.self_check import check_frequencies, self_check, transformers_model
 from hylo_megatron.convert.tables import Mapping, mappings
 from hylo_megatron.convert.tokenizer_files import check_tokenizer, copy_companions
 from hylo_megatron.errors import command_line
+from hylo_megatron.flags import Parser
 from hylo_megatron.mixers.mla.geometry import rotary_width
+from hylo_megatron.progress import byte_progress, peak_memory_gib
 
 
 def _lazy(mapping: Mapping, index: int, weights, shape, dtype) -> LazyTensor:
@@ -58,14 +58,16 @@ def convert(
     weights = HFWeights(hf, arch, allow_nan)
     tensors = megatron_tensors(arch, weights)
     total = sum(torch.empty(t.shape, dtype=t.dtype, device="meta").nbytes for t in tensors.values())
-    progress = ByteProgress(total, "convert")
+    differences = []
 
     def verify(written: Path) -> None:
-        progress.close()
         if model and check:
-            log(_said(self_check(weights, arch, written, model)))
+            differences.append(self_check(weights, arch, written, model))
 
-    write_checkpoint(out, arch, tensors, functools.partial(copy_companions, hf), progress, verify)
+    with byte_progress(total, "convert") as advance:
+        write_checkpoint(out, arch, tensors, functools.partial(copy_companions, hf), advance, verify)
+    for difference in differences:
+        log(_said(difference))
     return arch
 
 
@@ -77,7 +79,7 @@ def _said(difference: float) -> str:
 
 @command_line
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--hf", required=True, help="folder with config.json, *.safetensors and the tokenizer")
     parser.add_argument("--out", required=True, help="Megatron checkpoint folder to write")
     parser.add_argument("--allow-nan", action="store_true", help="let NaN and Inf in weights pass")

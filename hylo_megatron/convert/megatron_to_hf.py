@@ -1,6 +1,5 @@
 """Megatron distributed checkpoint, saved on any layout -> Hugging Face folder."""
 
-import argparse
 import json
 import math
 import os
@@ -13,12 +12,13 @@ from torch import Tensor
 from hylo_megatron.checkpoint.folder import FINITE, CheckpointReader, whole_folder
 from hylo_megatron.config import Architecture, plan_name
 from hylo_megatron.convert.hf_folder import save_tensors
-from hylo_megatron.convert.progress import ByteProgress, peak_memory_gib
 from hylo_megatron.convert.shapes import FP32_SUFFIXES, hf_shapes
 from hylo_megatron.convert.tables import mappings
 from hylo_megatron.convert.tokenizer_files import check_tokenizer, copy_companions
 from hylo_megatron.errors import HyLoError, command_line
+from hylo_megatron.flags import Parser
 from hylo_megatron.json_file import read_json
+from hylo_megatron.progress import byte_progress, peak_memory_gib
 
 SHARD_BYTES = 4 * 2**30
 README = """# {plan}: a hybrid of MLA and linear attention, made with hylo-megatron
@@ -116,19 +116,18 @@ def convert(checkpoint: str | Path, out: str | Path, dtype: torch.dtype | None =
     with whole_folder(out, total) as scratch:
         copy_companions(checkpoint / "hf", scratch, with_config=False)
         writer = ShardWriter(scratch, SHARD_BYTES)
-        progress = ByteProgress(total, "export")
-        for key, tensor in hf_tensors(arch, reader, dtype):
-            writer.add(key, tensor)
-            progress(tensor.nbytes)
+        with byte_progress(total, "export") as advance:
+            for key, tensor in hf_tensors(arch, reader, dtype):
+                writer.add(key, tensor)
+                advance(tensor.nbytes)
         writer.finish()
-        progress.close()
         _write_config(arch, checkpoint, scratch, dtype or reader.dtype("embedding.word_embeddings.weight"))
     return arch
 
 
 @command_line
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--ckpt", required=True, help="Megatron checkpoint folder (its latest iteration is taken)")
     parser.add_argument("--out", required=True, help="Hugging Face folder to write")
     parser.add_argument("--dtype", choices=("keep", "bfloat16", "float16", "float32"), default="keep")

@@ -3,7 +3,6 @@
 import hashlib
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -122,11 +121,3 @@ def replace_folder(partial: Path, out: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
         os.replace(out, Path(folder) / "old")
         os.replace(partial, out)
-
-
-def fresh_partial(out: Path) -> Path:
-    """An empty ``out``.partial beside ``out``; what an interrupted run left there is removed."""
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    return partial

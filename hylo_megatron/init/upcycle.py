@@ -17,7 +17,6 @@ from hylo_megatron.config.geometry import check_heads
 from hylo_megatron.config.rope import same_at_any_width
 from hylo_megatron.convert.hf_folder import save_tensors
 from hylo_megatron.convert.hf_to_megatron import megatron_tensors
-from hylo_megatron.convert.progress import peak_memory_gib
 from hylo_megatron.convert.shapes import FP32_SUFFIXES, hf_shapes
 from hylo_megatron.convert.tables import mappings
 from hylo_megatron.convert.tokenizer_files import check_tokenizer, copy_companions
@@ -28,6 +27,7 @@ from hylo_megatron.init.calibration import calibration_tokens
 from hylo_megatron.init.linear_algebra import relative_error, ridge_correction
 from hylo_megatron.init.mixer_forward import OUTPUT_PROJECTION, MixerRunner
 from hylo_megatron.init.teacher import BaseModel
+from hylo_megatron.progress import peak_memory_gib
 
 REPORT = "init_report.json"
 
@@ -194,7 +194,12 @@ def main(argv: list[str] | None = None) -> None:
     add("--mla-layers", required=True, help="1,5,10,14 | uniform:K | all | none | a name such as 4MLA12GDN")
     add("--linear", choices=("gdn", "mamba2"), help="what the other layers become (default: gdn, or the plan's name)")
     add("--init", default="data", choices=("data", "svd"), help="calibrated on text, or the paper's (default: data)")
-    add("--geometry", default="native", choices=("native", "published"))
+    add(
+        "--geometry",
+        default="native",
+        choices=("native", "published"),
+        help="dimensions of the new mixers: what serving engines run unpadded, or the paper's",
+    )
     add("--calibration", help="text as prepare_data.py takes it, or tokens; with svd it only measures the errors")
     add("--calibration-tokens", type=size, default=16384)
     add("--calibration-length", type=size, default=1024, help="tokens per row")

@@ -1,10 +1,9 @@
 """What a run measures of each of its models, and where the figures go."""
 
-import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from hylo_megatron.files import write_json
 from hylo_megatron.recipes.stage import Recipe
 from hylo_megatron.run.records import read_report
 from hylo_megatron.run.training_process import fast_bf16
@@ -45,6 +44,4 @@ class Measurement:
             curves=[self.out / s.name / "train_log.jsonl" for s in self.recipe.stages] if self.report else (),
             settings=settings, **{kind: file for kind, file in files.items() if file.is_file()},
         )  # fmt: skip
-        scratch = self.result.with_suffix(".json.partial")
-        scratch.write_text(json.dumps(report, indent=1, default=str))
-        os.replace(scratch, self.result)
+        write_json(self.result, report, default=str)

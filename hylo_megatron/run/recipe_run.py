@@ -6,7 +6,6 @@ Every step writes its result under its final name only when it is whole, so the 
 import contextlib
 import functools
 import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ from hylo_megatron.config import Architecture, parse_plan, plan_name
 from hylo_megatron.convert import hf_to_megatron, megatron_to_hf
 from hylo_megatron.convert.hf_folder import read_architecture
 from hylo_megatron.errors import HyLoError
+from hylo_megatron.files import write_text
 from hylo_megatron.json_file import read_json
 from hylo_megatron.recipes.stage import Recipe, Stage
 from hylo_megatron.run import disk_need
@@ -204,7 +204,5 @@ class Run:
             print(f"model: {folder}   {(time.time() - self.started) / 60:.1f} minutes", flush=True)
             return
         table = closing_table(self.out, self.recipe, self.layout, time.time() - self.started)
-        scratch = self.out / "report" / "run.md.partial"
-        scratch.write_text(table + "\n")
-        os.replace(scratch, self.out / "report" / "run.md")
+        write_text(self.out / "report" / "run.md", table + "\n")
         print(table)

@@ -1,12 +1,11 @@
 """One greedy answer of teacher and student, through transformers."""
 
-import json
-import os
 from pathlib import Path
 
 import torch
 
 from hylo_megatron.convert.tokenizer_files import open_tokenizer
+from hylo_megatron.files import write_json
 
 PROMPT = "What is the capital of France?"
 
@@ -32,6 +31,4 @@ def answer(folder: Path, prompt: str = PROMPT, tokens: int = 24) -> str:
 def write_sample(teacher: Path, student: Path, out: Path) -> None:
     """``out``: JSON with the prompt and both answers."""
     answers = {"prompt": PROMPT, "teacher": answer(teacher), "student": answer(student)}
-    scratch = out.with_suffix(".json.partial")
-    scratch.write_text(json.dumps(answers, indent=1))
-    os.replace(scratch, out)
+    write_json(out, answers)

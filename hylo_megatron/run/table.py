@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from hylo_megatron.markdown import table
 from hylo_megatron.recipes.stage import Recipe, Stage
 from hylo_megatron.run.records import read_report, read_sample, read_steps
 
@@ -26,20 +27,6 @@ def speed(log: Path, stage: Stage) -> tuple[float, float]:
     return tokens / statistics.median(seconds) if seconds else 0.0, max(line["memory_gib"] for line in lines)
 
 
-def _aligned(rows: list[list[str]]) -> list[str]:
-    """Markdown lines; the first row is the head, the first column left-aligned."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [
-            row[0].ljust(widths[0]),
-            *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    rule = ["-" * (width + 2) if i == 0 else "-" * (width + 1) + ":" for i, width in enumerate(widths)]
-    return [lines[0], "|" + "|".join(rule) + "|", *lines[1:]]
-
-
 def _perplexities(name: str, tokens: int, figures: dict, teacher: dict) -> list[str]:
     cells = []
     for kind, part in figures["perplexity"].items():
@@ -48,7 +35,7 @@ def _perplexities(name: str, tokens: int, figures: dict, teacher: dict) -> list[
     return [name, f"{tokens:,}", *cells, f"{both(figures):.3f}"]
 
 
-def _stages_table(out: Path, recipe: Recipe, reports: dict, teacher: dict) -> list[str]:
+def _stages_table(out: Path, recipe: Recipe, reports: dict, teacher: dict) -> str:
     head = ["held-out perplexity", "tokens", *teacher["perplexity"], "loss", "tokens/s", "peak GiB"]
     rows, tokens = [head, [*_perplexities("teacher", 0, teacher, teacher), "", ""]], 0
     rows.append([*_perplexities("student, initialised", 0, reports["init"]["model"], teacher), "", ""])
@@ -57,17 +44,17 @@ def _stages_table(out: Path, recipe: Recipe, reports: dict, teacher: dict) -> li
         rate, memory = speed(out / stage.name / "train_log.jsonl", stage)
         cells = _perplexities(f"after {stage.name}", tokens, reports[stage.name]["model"], teacher)
         rows.append([*cells, f"{rate:,.0f}", f"{memory:.1f}" if memory else ""])
-    return _aligned(rows)
+    return table(rows, aligned=True)
 
 
-def _needle_table(final: dict) -> list[str]:
+def _needle_table(final: dict) -> str:
     found = {role: {row["length"]: row for row in final[role]["needle"]["by_length"]} for role in ("teacher", "model")}
     lengths = sorted(found["model"])
     rows = [["needles found", *(f"{length:,}" for length in lengths)]]
     for name, role in (("teacher", "teacher"), ("student", "model")):
         cells = [found[role].get(length) for length in lengths]
         rows.append([name, *(f"{cell['hits']}/{cell['samples']}" if cell else "not run" for cell in cells)])
-    return _aligned(rows)
+    return table(rows, aligned=True)
 
 
 def closing_table(out: Path, recipe: Recipe, layout, seconds: float) -> str:
@@ -81,7 +68,7 @@ def closing_table(out: Path, recipe: Recipe, layout, seconds: float) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in final["versions"].items())
     device = f"{torch.cuda.device_count()} x {final['device']}" if torch.cuda.is_available() else "CPU"
     return "\n".join([
-        "", *_stages_table(out, recipe, reports, teacher), "", *_needle_table(final), "",
+        "", _stages_table(out, recipe, reports, teacher), "", _needle_table(final), "",
         f"perplexity left of what there was after initialisation: {left:.0%}",
         f"KV cache per token, bf16: teacher {cache[0]:,} bytes, student {cache[1]:,} ({cache[1] / cache[0]:.1%})",
         f"{sample['prompt']}  teacher: {sample['teacher']!r}  student: {sample['student']!r}",

@@ -1,4 +1,6 @@
-"""vLLM in bf16 on a GPU against transformers: python tests/serve/parity_gpu.py WORK [CASE ...] [--engine JSON]
+"""vLLM in bf16 on a GPU against transformers.
+
+``PYTHONPATH=.:tests python tests/serve/parity_gpu.py WORK [CASE ...] [--engine JSON]``
 
 CASE: the folder of an exported model, or geometry:linear[:norms] for random weights. For each the share of 64 x 64
 greedy tokens that are transformers' (fp32, same rounded weights; and bf16), or within 1e-3 of it in log probability,
@@ -12,13 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from folders import GEOMETRIES, log_probabilities, prompt, write_folder
-from generate import generate
+from helpers.paths import ROOT
+from helpers.serving import GEOMETRIES, log_probabilities, prompt, write_folder
+from programs.generate import generate
 
 from hylo_megatron.config import GDNGeometry
 from hylo_megatron.hf import HyLoForCausalLM
 
-ROOT = Path(__file__).resolve().parents[2]
 LENGTHS = [1, 2, 5, 63, 64, 65, 129, 1000, 4095, 4097, 7900, 20000, *(37 * i % 1900 + 1 for i in range(52))]
 TOKENS, TIE = 64, 1e-3
 # Heads as the native geometry has them for 128-wide attention: FlashInfer's kernel for prompts takes these.

@@ -4,11 +4,11 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from helpers.paths import ROOT
 
-SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "bench" / "serve.py"
+SCRIPT = ROOT / "tools" / "bench" / "serve.py"
 ENGINE = json.dumps(dict(max_num_batched_tokens=2048, max_num_seqs=4, enforce_eager=True, gpu_memory_utilization=0.2))
 
 

@@ -10,8 +10,9 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from folders import write_folder
-from serve_demo import Server
+from helpers.serving import write_folder
+
+from hylo_megatron.serve.demo import Server
 
 LIMIT = 512
 

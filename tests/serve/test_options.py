@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from folders import write_folder
+from helpers.serving import write_folder
 from vllm.engine.arg_utils import EngineArgs
 
 from hylo_megatron.errors import HyLoError

@@ -4,8 +4,8 @@ import os
 
 import pytest
 import torch
-from folders import GEOMETRIES, log_probabilities, prompt, write_folder
-from generate import generate, start
+from helpers.serving import GEOMETRIES, log_probabilities, prompt, write_folder
+from programs.generate import generate, start
 from safetensors.torch import load_file, save_file
 
 from hylo_megatron.hf import HyLoForCausalLM

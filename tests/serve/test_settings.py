@@ -4,7 +4,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from folders import GEOMETRIES, SMALL, sizes
+from helpers.serving import GEOMETRIES, SMALL, sizes
 
 from hylo_megatron.config import GDNGeometry
 from hylo_megatron.errors import HyLoError

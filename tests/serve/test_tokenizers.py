@@ -1,16 +1,11 @@
 """The transformers that vLLM brings makes of an exported folder the ids that training saw."""
 
-import sys
-from pathlib import Path
-
 import pytest
+from helpers import tokenizer_kinds as kinds
 from transformers import AutoTokenizer
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import tokenizer_kinds as kinds  # noqa: E402
-
-import hylo_megatron  # noqa: E402, F401
-from hylo_megatron.convert.tokenizer_files import copy_companions, tokenizer_identity  # noqa: E402
+import hylo_megatron  # noqa: F401
+from hylo_megatron.convert.tokenizer_files import copy_companions, tokenizer_identity
 
 
 @pytest.mark.parametrize("named", kinds.CLASSES)

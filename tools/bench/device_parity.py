@@ -12,9 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[2])
-
-from hylo_megatron.errors import HyLoError, command_line  # noqa: E402
+from hylo_megatron.errors import HyLoError, command_line
 
 LIMITS = {"bf16": 1e-2, "fp32": 1e-4}
 STAGES = {"ild": ["--lr", "2e-4"], "distill": ["--lr", "3e-5"]}

@@ -17,16 +17,13 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from hylo_megatron.config import Architecture, geometry_preset, parse_plan
+from hylo_megatron.errors import HyLoError, command_line
+from hylo_megatron.evaluate.plots import new_figure
+from hylo_megatron.planner.pages import state_bytes
+from hylo_megatron.serve.geometry import serve
+
 WORKER = Path(__file__).with_name("serve_one.py")
-sys.path[0] = str(ROOT)
-
-from hylo_megatron.config import Architecture, geometry_preset, parse_plan  # noqa: E402
-from hylo_megatron.errors import HyLoError, command_line  # noqa: E402
-from hylo_megatron.evaluate.plots import new_figure  # noqa: E402
-from hylo_megatron.planner.pages import state_bytes  # noqa: E402
-from hylo_megatron.serve.geometry import serve  # noqa: E402
-
 SHAPES = {  # layers, hidden, intermediate, heads, key-value heads, head dimension, vocabulary, tied embeddings
     "llama1b": (16, 2048, 8192, 32, 8, 64, 128256, True),
     "llama3b": (28, 3072, 8192, 24, 8, 128, 128256, True),

@@ -6,8 +6,6 @@ import sys
 import time
 from pathlib import Path
 
-# Not this folder: its kernels.py would be taken for the package of that name, for which vLLM looks.
-sys.path[0] = str(Path(__file__).resolve().parents[2])
 DECODED = 65
 
 

@@ -12,7 +12,6 @@ import gzip
 import json
 import re
 import statistics
-import sys
 from collections import defaultdict
 from dataclasses import replace
 from math import prod
@@ -20,15 +19,13 @@ from pathlib import Path
 
 import torch
 
-sys.path[0] = str(Path(__file__).resolve().parents[2])
-
-from hylo_megatron.config import Architecture  # noqa: E402
-from hylo_megatron.convert.shapes import hf_shapes  # noqa: E402
-from hylo_megatron.errors import HyLoError, command_line  # noqa: E402
-from hylo_megatron.recipes.stage import Stage  # noqa: E402
-from hylo_megatron.run.datasets import data_path  # noqa: E402
-from hylo_megatron.run.launch import Layout  # noqa: E402
-from hylo_megatron.run.training_process import Training  # noqa: E402
+from hylo_megatron.config import Architecture
+from hylo_megatron.convert.shapes import hf_shapes
+from hylo_megatron.errors import HyLoError, command_line
+from hylo_megatron.recipes.stage import Stage
+from hylo_megatron.run.datasets import data_path
+from hylo_megatron.run.launch import Layout
+from hylo_megatron.run.training_process import Training
 
 STEPS, PROFILED = 14, 2  # the last but one are profiled, those before them timed
 GROUPS = {  # the first that matches a kernel's name

@@ -1,6 +1,5 @@
 """AMD's HyLo release -> Hugging Face folder of ours, which transformers and convert_hf_to_megatron.py read."""
 
-import argparse
 import math
 import time
 from pathlib import Path
@@ -14,10 +13,11 @@ from hylo_megatron.convert.amd_release.config import FLA_NORM_EPS, Release, Unsa
 from hylo_megatron.convert.amd_release.tables import EMBEDDING, OUTPUT, source_shapes, takes
 from hylo_megatron.convert.hf_folder import HFWeights
 from hylo_megatron.convert.megatron_to_hf import ShardWriter, write_hybrid_config
-from hylo_megatron.convert.progress import ByteProgress, peak_memory_gib
 from hylo_megatron.convert.shapes import FP32_SUFFIXES, hf_shapes
 from hylo_megatron.convert.tokenizer_files import check_tokenizer, copy_companions
 from hylo_megatron.errors import HyLoError, command_line
+from hylo_megatron.flags import Parser
+from hylo_megatron.progress import byte_progress, peak_memory_gib
 
 SHARD_BYTES = 2**30
 COMPARED_ROWS = 4096
@@ -75,12 +75,12 @@ def convert(folder: str | Path, out: str | Path, dtype: torch.dtype | None = Non
         copy_companions(folder, scratch, with_config=False)
         writer = ShardWriter(scratch, SHARD_BYTES)
         stored = dtype or weights.dtype(EMBEDDING)
-        progress = ByteProgress(stored.itemsize * sum(map(math.prod, hf_shapes(release.arch).values())), "convert")
-        for key, tensor in converted(release, weights, dtype):
-            writer.add(key, tensor)
-            progress(tensor.nbytes)
+        total = stored.itemsize * sum(map(math.prod, hf_shapes(release.arch).values()))
+        with byte_progress(total, "convert") as advance:
+            for key, tensor in converted(release, weights, dtype):
+                writer.add(key, tensor)
+                advance(tensor.nbytes)
         writer.finish()
-        progress.close()
         write_hybrid_config(release.arch, scratch, stored)
     return release.arch
 
@@ -99,7 +99,7 @@ def assumptions(arch: Architecture, unsaid: Unsaid) -> list[str]:
 
 @command_line
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--release", required=True, help="folder with hybrid_config.json, config.json, *.safetensors")
     parser.add_argument("--out", required=True, help="Hugging Face folder to write")
     parser.add_argument("--dtype", choices=("keep", "bfloat16", "float16", "float32"), default="keep")

@@ -1,0 +1,171 @@
+"""Memory that serving or training a model takes, and what fits on a GPU. No weights are loaded.
+
+    hylo plan FOLDER [--gpu-gib 141] [--tp 1]              an exported or a base model's folder
+    hylo plan FOLDER --plan 6MLA22GDN --geometry native    the hybrid that a base model would become
+    hylo plan FOLDER --plan 6MLA22GDN --train distill --tp 2 --cp 2 --dp 4 --sequence 32768
+
+Serving is planned beside the base Transformer, with bytes as vLLM lays them out: all layers have pages of one size,
+and a recurrent state takes a page (docs/serving.md compares with vLLM's log). Training is the peak of torch's
+allocator on a rank in bf16 with the kernels of a GPU (docs/gpu.md compares); CUDA's context and NCCL's buffers, some
+tenths of a GiB, come on top.
+"""
+
+import argparse
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+
+from hylo_megatron.config import Architecture, geometry_preset, parse_plan, plan_name
+from hylo_megatron.config.layout import ParallelLayout, Work, check_parallel_layout
+from hylo_megatron.config.pair import check_teacher, check_vocabularies
+from hylo_megatron.convert.shapes import hf_shapes
+from hylo_megatron.errors import HyLoError, command_line
+from hylo_megatron.flags import Parser, count, positive, share, size
+from hylo_megatron.json_file import read_json
+from hylo_megatron.planner.pages import Pages, expanded_bytes, pages, row_bytes, state_bytes
+from hylo_megatron.planner.training import Peak, Training, peaks
+from hylo_megatron.serve.geometry import serve
+
+LENGTHS = (2048, 32768, 1 << 20)
+GIB = 1 << 30
+ACTIVATIONS = GIB  # what vLLM's profile run of 16K tokens left of a 3B model
+
+
+def read(folder: Path) -> Architecture:
+    path = folder / "config.json"
+    if not path.exists():
+        raise HyLoError(f"{path} is missing: give the folder of an exported model or of its base model")
+    if read_json(path).get("model_type") == "hylo":
+        from hylo_megatron.hf import HyLoConfig
+
+        return HyLoConfig.from_pretrained(folder).to_architecture()
+    from hylo_megatron.convert.hf_folder import read_architecture
+
+    return read_architecture(folder)
+
+
+def weight_bytes(arch: Architecture, tp: int) -> int:
+    """bf16; what is not cut by tensor parallelism is small beside the rest."""
+    return 2 * sum(prod(shape) for shape in hf_shapes(arch).values()) // tp
+
+
+def rows(arch: Architecture, known) -> list[tuple[str, str]]:
+    budget = int(known.gpu_gib * GIB * known.utilization) - weight_bytes(arch, known.tp) - ACTIVATIONS
+    heads, found = arch.num_attention_heads, [("weights", f"{weight_bytes(arch, known.tp) / GIB:.2f} GiB")]
+    if arch.is_hybrid:
+        served = serve(arch.geometry, set(arch.plan), heads, arch.mla_qk_norm, on_gpu=True)
+        found += [("as served", note) for note in served.notes]
+        itemsize = 4 if known.state_dtype == "float32" else 2
+        layout = pages(served, arch.plan, heads, state_itemsize=itemsize, tp=known.tp)
+        row = row_bytes(served, heads, tp=known.tp) * layout.layers[0]
+        states = state_bytes(served, arch.linear_kind, state_itemsize=itemsize, tp=known.tp) * layout.layers[1]
+        space = max(known.requests * layout.block, 64 * 1024) * expanded_bytes(served, heads, tp=known.tp)
+        found += [("states of a request", f"{states / 2**20:.1f} MiB"),
+                  ("work space", f"{space / GIB:.2f} GiB for {known.requests} requests at once")]  # fmt: skip
+        budget -= space
+    else:
+        row = arch.kv_bytes_per_token() // known.tp
+        layout = Pages(16, 16 * row // arch.num_layers, (arch.num_layers, 0))
+    found += [("cache of a token", f"{row:,} bytes"), ("block", f"{layout.block:,} tokens"),
+              ("left for caches", f"{budget / GIB:.1f} GiB")]  # fmt: skip
+    for length in LENGTHS:
+        requests = layout.requests(max(0, budget), length)
+        each = f"{budget / (requests * length):,.0f} bytes a token with its pages" if requests else "none fits"
+        found.append((f"requests of {length:,}", f"{requests:,} ({requests * length:,} tokens; {each})"))
+    return found
+
+
+def training(student: Architecture, known) -> Training:
+    """The run that the flags describe. Raises ``HyLoError`` with the trainer's own words where it would not start."""
+    if not student.is_hybrid:
+        raise HyLoError(f"{known.folder} holds a Transformer: say with --plan what it becomes")
+    if known.train == "ild" and known.recompute:
+        raise HyLoError("--recompute: layers are trained apart in ild, and none of them is computed twice")
+    teacher = read(known.teacher).as_teacher() if known.teacher else replace(student.as_teacher(), mla_qk_norm=False)
+    check_teacher(student, teacher, known.train)
+    check_vocabularies(student, teacher, (known.folder, known.teacher or known.folder))
+    layout = ParallelLayout(known.tp, known.pp, known.cp, known.sequence_parallel and known.tp > 1, known.linear_cp)
+    batch = known.global_batch or known.micro_batch * known.dp * known.pp  # enough to fill the pipeline
+    work = Work(layout.ranks * known.dp, known.sequence, known.micro_batch, batch)
+    check_parallel_layout({"student": student, "teacher": teacher}, layout, work)
+    trained = known.hylo_train or ("mixers" if known.train == "ild" else "all")
+    return Training(student, teacher, known.train, layout, work, trained, known.recompute, known.kl_chunk,
+                    known.teacher_length)  # fmt: skip
+
+
+def parts(found: Peak) -> list[tuple[str, int]]:
+    """``loss`` or ``backward``: the one of the two that makes the peak."""
+    last = ("loss", found.loss) if found.loss >= found.backward else ("backward pass", found.backward)
+    return [
+        ("student parameters", found.student.parameters), ("teacher parameters", found.teacher),
+        ("gradients", found.student.gradients), ("optimizer", found.student.optimizer),
+        ("activations", found.activations), ("teacher's states", found.teacher_states), last,
+        ("work spaces", found.workspaces), ("total", found.total),
+    ]  # fmt: skip
+
+
+def print_training(run: Training, gpu_gib: float) -> None:
+    found, work, layout = peaks(run), run.work, run.layout
+    print(f"{run.stage} of {plan_name(run.student.plan)}, {layout} DP {work.processes // layout.ranks}:"
+          f" {run.micro_batches} micro-batches of {work.micro_batch} x {work.seq_length:,} tokens a step")  # fmt: skip
+    for stage, each in enumerate(found if len(found) > 1 else ()):
+        where = f"stage {stage}, layers {each.layers.start}-{each.layers.stop - 1}"
+        print(f"  {where:24} {each.total / GIB:.2f} GiB")
+    heaviest = max(found, key=lambda each: each.total)
+    print(f"a rank of stage {found.index(heaviest)}" if len(found) > 1 else "each rank")
+    for what, amount in parts(heaviest):
+        print(f"  {what:24} {amount / GIB:.2f} GiB")
+    verdict = "fits" if heaviest.total <= gpu_gib * GIB else "does not fit"
+    print(f"{verdict} {gpu_gib:g} GiB ({heaviest.total / GIB / gpu_gib:.0%})")
+
+
+def add_training_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("training", "as the flags of hylo_megatron.train").add_argument
+    add("--train", choices=("ild", "distill"), help="plan this stage of training, not serving")
+    add("--teacher", type=Path, help="folder of another teacher than the base model (distill)")
+    add("--pp", type=size, default=1)
+    add("--cp", type=size, default=1)
+    add("--dp", type=size, default=1)
+    add("--sequence", type=size, default=2048, help="--seq-length")
+    add("--micro-batch", type=size, default=1)
+    add("--global-batch", type=size, help="(default: a micro-batch for each pipeline stage)")
+    add("--sequence-parallel", action="store_true")
+    add("--linear-cp", choices=("auto", "a2a", "states"), default="auto", help="--hylo-linear-cp")
+    add("--hylo-train", choices=("all", "mixers"), help="(default: mixers for ild, all for distill)")
+    add(
+        "--recompute",
+        type=count,
+        default=0,
+        help="--recompute-num-layers of method block: halves of layers of a stage",
+    )
+    add("--kl-chunk", type=size, default=4096, help="--hylo-kl-chunk; the recipes' is the default")
+    add("--teacher-length", type=size, help="--hylo-teacher-length")
+
+
+@command_line
+def main() -> None:
+    parser = Parser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--plan", help="layers of the hybrid that a base model would become, such as 6MLA22GDN")
+    parser.add_argument("--geometry", default="native")
+    parser.add_argument("--gpu-gib", type=positive, default=139.8, help="memory of the GPU (default: an H200's)")
+    parser.add_argument("--utilization", type=share, default=0.9, help="vLLM's --gpu-memory-utilization")
+    parser.add_argument("--tp", type=size, default=1)
+    parser.add_argument("--requests", type=size, default=64, help="vLLM's --max-num-seqs")
+    parser.add_argument("--state-dtype", choices=("float32", "bfloat16"), default="float32")
+    add_training_flags(parser)
+    known = parser.parse_args()
+    arch = read(known.folder)
+    if known.plan:
+        if arch.is_hybrid:
+            raise HyLoError("--plan is for a base model; this folder holds a hybrid")
+        geometry = geometry_preset(known.geometry, arch.hidden_size, arch.num_attention_heads, arch.head_dim)
+        arch = replace(arch, plan=parse_plan(arch.num_layers, known.plan), geometry=geometry)
+    if known.train:
+        print_training(training(arch, known), known.gpu_gib)
+        return
+    models = {"hybrid": arch, "base": arch.as_teacher()} if arch.is_hybrid else {"base": arch}
+    for name, model in models.items():
+        print(f"{name}: {model.num_layers} layers, {sum(kind == 'mla' for kind in model.plan)} of them MLA")
+        for what, value in rows(model, known):
+            print(f"  {what:24} {value}")

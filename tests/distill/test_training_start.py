@@ -1,0 +1,255 @@
+"""What is refused before a training starts, and a run that goes on with another schedule."""
+
+import argparse
+import json
+import math
+import shutil
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hylo_megatron import flags
+from hylo_megatron.capabilities import has
+
+if not has("megatron-core"):
+    pytest.skip("megatron-core is not installed", allow_module_level=True)
+from helpers import tiny  # noqa: E402
+from helpers import train as helpers  # noqa: E402
+
+from hylo_megatron.config import Architecture  # noqa: E402
+from hylo_megatron.data.data_check import check_data  # noqa: E402
+from hylo_megatron.data.prepare import MASK, prepare  # noqa: E402
+from hylo_megatron.distill import command_line
+from hylo_megatron.engine import waiting  # noqa: E402
+from hylo_megatron.errors import HyLoError  # noqa: E402
+from hylo_megatron.run import examples  # noqa: E402
+from hylo_megatron.run.launch import Layout  # noqa: E402
+
+NUMBERS = st.one_of(
+    st.integers().map(str), st.floats().map(str), st.text(max_size=8),
+    st.sampled_from(["1e400", "-0", "9" * 5000, "٣", "1_0", "", " 2", "0x10", "True", "1e7", "10M", "infinity"]),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return helpers.make_world(tmp_path_factory.mktemp("world"))
+
+
+# ---- numbers ----
+
+
+@settings(max_examples=60, deadline=None)
+@given(NUMBERS)
+def test_every_number_is_within_its_limits_or_refused(text):
+    kinds = {flags.count: (0, flags.LARGEST), flags.size: (1, flags.LARGEST), flags.weight: (0, math.inf),
+             flags.share: (0, 1), flags.positive: (5e-324, math.inf)}  # fmt: skip
+    for kind, (low, high) in kinds.items():
+        try:
+            value = kind(text)
+        except argparse.ArgumentTypeError as error:
+            assert len(str(error)) < 200 and "expected a" in str(error)
+            continue
+        assert math.isfinite(value) and low <= value <= high
+
+
+@settings(max_examples=60, deadline=None)
+@given(NUMBERS.filter(lambda text: "\0" not in text and text))
+def test_a_variable_is_a_whole_number_or_refused(text):
+    with pytest.MonkeyPatch.context() as patch:
+        try:
+            patch.setenv("STEPS", text)
+        except UnicodeEncodeError:  # no environment can hold it
+            return
+        try:
+            value = examples.number("STEPS", 3)
+        except HyLoError as error:
+            assert str(error).startswith("STEPS=") and len(str(error)) < 200
+            return
+        assert isinstance(value, int) and 1 <= value <= flags.LARGEST
+
+
+BAD_VARIABLES = [
+    (dict(TP="17"), "TP = 17 does not divide 8 attention heads"),
+    (dict(TP="0"), "TP='0': expected a whole number of 1 or more"),
+    (dict(PP="17"), "PP = 17 stages for 16 layers"),
+    (dict(CP="3"), "do not divide into 2 x CP"),
+    (dict(STEPS="inf"), "STEPS='inf'"),
+    (dict(TOKENS="1e400"), "TOKENS='1e400'"),
+    (dict(SEED="9" * 5000), "SEED='999"),
+    (dict(FLAGS='--hylo-log "x'), "no closing quotation"),
+    (dict(FLAGS="--lr nan"), "argument --lr: 'nan': expected a number of 0 or more"),
+    (dict(FLAGS="--no-such-flag 3"), "unrecognized arguments: --no-such-flag"),
+    (dict(PLAN="1,1"), "numbers must differ"),
+]
+
+
+@pytest.mark.parametrize("variables, words", BAD_VARIABLES, ids=lambda v: next(iter(v)) if isinstance(v, dict) else "")
+def test_a_proxy_is_checked_like_the_real_thing(monkeypatch, tmp_path, variables, words):
+    for name, text in {"PROXY": "1", "OUT": str(tmp_path / "out"), **variables}.items():
+        monkeypatch.setenv(name, text)
+    with pytest.raises(HyLoError) as refused:
+        job = examples.job_of("llama1b")
+        sizes = (examples.number("TP", 1), examples.number("PP", 1), False, examples.number("CP", 1))
+        job.check(Layout.found(*sizes))
+    assert words in str(refused.value) and "\n" not in str(refused.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_proxy_is_checked_as_the_model_that_is_made_later(monkeypatch, tmp_path):
+    """The architecture that layouts are checked with is that of the model which is made."""
+    from hylo_megatron.convert.hf_folder import read_architecture
+    from hylo_megatron.recipes.proxy import made_up_texts, write_model
+    from hylo_megatron.recipes.published import BASES
+
+    monkeypatch.setenv("PROXY", "1")
+    for name in ("llama1b", "qwen1p7b"):
+        early = examples.source_of(tmp_path, name, True).architecture()
+        write_model(tmp_path / name, BASES[name], made_up_texts(4))
+        late = read_architecture(tmp_path / name)
+        for field in ("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size", "plan", "qk_norm"):
+            assert getattr(early, field) == getattr(late, field), field
+
+
+BAD_FLAGS = [
+    ("--lr", "nan"), ("--lr", "-1"), ("--min-lr", "inf"), ("--train-iters", "0"), ("--train-iters", "1e3"),
+    ("--tensor-model-parallel-size", "0"), ("--micro-batch-size", "-2"), ("--seq-length", "9" * 5000),
+    ("--lr-warmup-fraction", "1.5"), ("--hylo-temperature", "-1"), ("--hylo-temperature", "0"),
+    ("--hylo-decay-lr-mult", "nan"), ("--hylo-kl-chunk", "0"), ("--hylo-keep-last", "0"),
+    ("--hylo-rope", '{"factor": Infinity}'), ("--hylo-rope", "[1]"), ("--hylo-student-iteration", "0"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("flag, value", BAD_FLAGS)
+def test_values_that_no_training_can_run_with_are_refused(flag, value):
+    with pytest.raises(HyLoError, match=f"argument {flag}: .*expected|argument {flag}: .*JSON|should be"):
+        command_line.user_flags([flag, value])
+
+
+def test_what_a_training_cannot_do_without_is_asked_for(world):
+    """Without data Megatron would train on made-up tokens; a warm-up as long as the run it asserts against."""
+    whole = list(map(str, helpers.train_flags(world, "ild", "x", lr_warmup_iters=3)))
+    command_line.check_given(command_line.user_flags(whole), whole)
+    for flag in ("--data-path", "--lr", "--seq-length", "--train-iters", "--micro-batch-size", "--hylo-stage"):
+        at = whole.index(flag)
+        rest = whole[:at] + whole[at + 2 :]
+        with pytest.raises(HyLoError, match=f"^{flag} is missing"):
+            command_line.check_given(command_line.user_flags(rest), rest)
+    for more, words in (
+        (["--eval-iters", "2"], "--eval-iters 2: no data to validate on"),
+        (["--transformer-impl", "local"], "--hylo-backend says which layers are built"),
+        (["--data-path", "nan", "a", "1", "b"], "--data-path: weight nan, expected a number above 0"),
+        (["--data-path", "1", "a", "-2", "b"], "--data-path: weight -2, expected"),
+    ):
+        longer = [*whole, *more]
+        with pytest.raises(HyLoError, match=words):
+            command_line.check_given(command_line.user_flags(longer), longer)
+    with pytest.raises(HyLoError, match="--lr-warmup-iters 4: expected fewer than the 4 steps"):
+        command_line.check_given(command_line.user_flags([*whole, "--lr-warmup-iters", "4"]), whole)
+
+
+# ---- tokens ----
+
+
+def test_tokens_belong_to_the_models_and_their_tokenizer(world, tmp_path):
+    student, teacher = (Architecture.load(world[name]) for name in ("student", "teacher"))
+    hf = world["student"] / "hf"
+    check_data([str(world["data"])], student, teacher, hf)
+    text = tmp_path / "text.jsonl"
+    text.write_text(json.dumps({"text": " ".join(f"w{i % tiny.VOCAB}" for i in range(500))}))
+    # another tokenizer of the same size: two words have changed places
+    shutil.copytree(hf, tmp_path / "other")
+    content = json.loads((hf / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["w7"], vocabulary["w8"] = vocabulary["w8"], vocabulary["w7"]
+    (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(content))
+    prepare([text], tmp_path / "other", tmp_path / "other-tokens")
+    with pytest.raises(HyLoError, match="made with another tokenizer"):
+        check_data([str(world["data"]), str(tmp_path / "other-tokens")], student, teacher, hf)
+    # a larger one, and the files of a program that writes no PREFIX.json
+    (tmp_path / "other" / "config.json").unlink()  # its vocab_size would be held against the tokenizer at once
+    tiny.write_tokenizer(tmp_path / "other", tiny.VOCAB + 20)
+    (tmp_path / "last.jsonl").write_text(json.dumps({"text": f"w5 w{tiny.VOCAB + 10} w6"}))
+    prepare([tmp_path / "last.jsonl"], tmp_path / "other", tmp_path / "larger")
+    (tmp_path / "larger.json").unlink()
+    with pytest.raises(HyLoError, match=f"larger.bin: token .* is .*, expected 0 to {tiny.VOCAB - 1}"):
+        check_data([str(tmp_path / "larger")], student, teacher, hf)
+
+
+def test_a_student_that_nobody_trains_is_not_waited_for(world, tmp_path):
+    with pytest.raises(HyLoError, match="it is a finished student"):
+        waiting.check_still_trains(world["student"], 4)
+    waiting.check_still_trains(tmp_path / "not-there-yet", 4)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("8")
+    with pytest.raises(HyLoError, match="is at iteration 8 already"):
+        waiting.check_still_trains(tmp_path, 4)
+    waiting.check_still_trains(tmp_path, 12)
+    written = (tmp_path / "latest_checkpointed_iteration.txt").stat().st_mtime
+    with pytest.raises(HyLoError, match="nothing was written there for 60 minutes"):
+        waiting.check_still_trains(tmp_path, 12, now=written + 3600)
+
+
+# ---- a run that goes on ----
+
+
+def refusal(done) -> str:
+    assert done.returncode == 2, (done.returncode, done.stdout[-1000:], done.stderr[-3000:])
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in done.stderr, done.stderr[-3000:]
+    return lines[0]
+
+
+def rates(folder) -> list[float]:
+    return [line["lr"] for line in helpers.read_log(folder / "train_log.jsonl")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags, words", [
+    (dict(recompute_granularity="full"), "recompute_method must be"),
+    (dict(fp16=True, bf16=True), "assert not args.bf16"),
+    (dict(multi_latent_attention=True), "mutually exclusive"),
+], ids=lambda value: next(iter(value)) if isinstance(value, dict) else "")  # fmt: skip
+def test_what_megatron_asserts_is_one_line(world, tmp_path, flags, words):
+    said = refusal(helpers.train(*helpers.train_flags(world, "distill", tmp_path / "run", **flags)))
+    assert said.startswith("error: Megatron refuses these flags: ") and words in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_resume_with_another_schedule(world, tmp_path):
+    run, first = tmp_path / "run", dict(train_iters=4, lr_decay_style="linear", lr_warmup_iters=0)
+    start = helpers.train(*helpers.train_flags(world, "distill", run, **first))
+    assert start.returncode == 0, start.stderr[-3000:]
+
+    def again(**changes):
+        return helpers.train(*helpers.train_flags(world, "distill", run, **{**first, **changes}))
+
+    said = refusal(again(train_iters=6, lr=2e-3))
+    assert "--lr (max_lr 0.002, was 0.001)" in said and "--train-iters (lr_decay_steps 24, was 16)" in said
+    assert "--override-opt_param-scheduler" in said and len(rates(run)) == 4
+    assert "--hylo-copied-lr-mult is 0.5, the run in" in refusal(again(train_iters=6, hylo_copied_lr_mult=0.5))
+
+    shutil.copytree(run, kept := tmp_path / "kept")
+    done = again(train_iters=6, lr=2e-3, override_opt_param_scheduler=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert rates(run)[4:] == pytest.approx([2e-3 * 1 / 6, 0.0], abs=1e-9)  # the new peak, on the new way down
+    flags = {**first, "train_iters": 6, "lr": 2e-3, "use_checkpoint_opt_param_scheduler": True}
+    done = helpers.train(*helpers.train_flags(world, "distill", kept, **flags))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert rates(kept)[4:] == [0.0, 0.0]  # the old one was at its end
+
+
+@pytest.mark.slow
+def test_steps_without_a_token_to_learn_count_zero(world, tmp_path):
+    prepare([world["data"].parent / "text.jsonl"], world["student"] / "hf", tmp_path / "packed", pack_length=65)
+    sequences = json.loads((tmp_path / "packed.json").read_text())["sequences"]
+    (tmp_path / f"packed{MASK}").write_bytes(bytes(65 * sequences))
+    for stage in ("ild", "distill"):
+        run = tmp_path / stage
+        flags = helpers.train_flags(world, stage, run, train_iters=2, lr_warmup_iters=0, data_path=tmp_path / "packed")
+        done = helpers.train(*flags, "--micro-batch-size", "4")
+        assert done.returncode == 0, done.stderr[-3000:]
+        lines = helpers.read_log(run / "train_log.jsonl")
+        assert [(line["loss"], line["learnt"], line["grad_norm"]) for line in lines] == [(0.0, 0.0, 0.0)] * 2
+        assert "no token of step 1 is in the loss" in done.stdout

@@ -1,0 +1,348 @@
+"""A full disk ends a run in one line that says file, need and free space, and what was there before stays.
+
+Most disks here are full because of a limit on the size of files, which needs no rights. ``test_small_disks`` mounts.
+"""
+
+import contextlib
+import functools
+import json
+import multiprocessing
+import os
+import queue
+import re
+import resource
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from hylo_megatron.capabilities import has
+
+if not has("megatron-core"):
+    pytest.skip("megatron-core is not installed", allow_module_level=True)
+from helpers import tiny  # noqa: E402
+from helpers import train as helpers  # noqa: E402
+from torch.distributed.checkpoint.filesystem import _StorageWriterTransforms  # noqa: E402
+
+from hylo_megatron.checkpoint import (
+    disk,  # noqa: E402
+    iterations,  # noqa: E402
+    save_room,  # noqa: E402
+)
+from hylo_megatron.checkpoint.save_room import SaveRoom, checkpoint_bytes  # noqa: E402
+from hylo_megatron.config import Architecture  # noqa: E402
+from hylo_megatron.convert import hf_to_megatron, megatron_to_hf
+from hylo_megatron.data.prepare import prepare  # noqa: E402
+from hylo_megatron.engine import checkpoint_writer, peers
+from hylo_megatron.errors import HyLoError, command_line  # noqa: E402
+from hylo_megatron.init.upcycle import student_architecture, upcycle  # noqa: E402
+from hylo_megatron.recipes.proxy import proxy  # noqa: E402
+from hylo_megatron.recipes.published import BASES, published  # noqa: E402
+from hylo_megatron.run import disk_need  # noqa: E402
+from hylo_megatron.run.launch import Layout  # noqa: E402
+from hylo_megatron.run.recipe_run import Run  # noqa: E402
+from hylo_megatron.run.source import Source  # noqa: E402
+
+ROOM = r"it needs [\d.]+ [KMG]iB, [\d.]+ [KMG]iB is free on its disk; free space or choose another folder"
+
+
+@contextlib.contextmanager
+def largest_file(size: int):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return helpers.random_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return tiny.save_model(tiny.teacher_model("llama"), tmp_path_factory.mktemp("model") / "hf")
+
+
+# ---- conversion, upcycling, export, tokens ----
+
+
+def test_tools_name_file_need_and_free_space(model, world, tmp_path, monkeypatch):
+    checkpoint, text = tmp_path / "base", tmp_path / "text.jsonl"
+    hf_to_megatron.convert(model, checkpoint)
+    text.write_text("".join(json.dumps({"text": "w3 " * 4000}) + "\n" for _ in range(10)))
+    plan = ("mla", "gdn", "gdn", "mla")
+    jobs = {
+        "convert": functools.partial(hf_to_megatron.convert, model),
+        "upcycle": lambda out: upcycle(checkpoint, out, plan, init="svd", log=str),
+        "export": functools.partial(megatron_to_hf.convert, world["gdn"]),
+    }
+    for name, job in jobs.items():
+        with largest_file(20_000), pytest.raises(HyLoError, match=f"{name}.*: file too large: {ROOM}"):
+            job(tmp_path / name)
+        assert not list(tmp_path.glob(f"{name}*")), name
+    with largest_file(20_000), pytest.raises(HyLoError, match=r"tokens: no space left after .* free on its disk"):
+        prepare([text], model, tmp_path / "tokens")
+    monkeypatch.setattr(disk, "free", lambda _: 1000)  # known before anything is written
+    for name in ("convert", "export"):
+        with pytest.raises(HyLoError, match=f"{name}: no space left: it needs .*, 1 KiB is free"):
+            jobs[name](tmp_path / name)
+    assert not list(tmp_path.glob("convert*")) and not list(tmp_path.glob("export*"))
+
+
+def test_any_tool_says_one_line(tmp_path, capsys):
+    @command_line
+    def main():
+        with largest_file(100):
+            (tmp_path / "file").write_text("x" * 1000)
+
+    with pytest.raises(SystemExit):
+        main()
+    assert re.fullmatch(r"error: File too large: .*free space.*\n", capsys.readouterr().err)
+
+
+# ---- what is known before a training ----
+
+
+def test_the_estimate_is_what_a_checkpoint_takes(world):
+    arch = Architecture.load(world["gdn"])
+    assert checkpoint_bytes(arch, "distill", "all", True) > checkpoint_bytes(arch, "ild", "mixers", True)
+    weights = sum(path.stat().st_size for path in (world["gdn"] / "release").iterdir())
+    assert checkpoint_bytes(arch, "distill", "all", False, optimizer=False) == pytest.approx(weights, rel=0.15)
+
+
+def test_room_before_a_save(tmp_path, monkeypatch):
+    room, free = SaveRoom(tmp_path, 2**20, pytest.fail), [2**22]
+    monkeypatch.setattr(disk, "free", lambda _: free[0])
+    room.check_start(3, keep=1)
+    old, first, second = (iterations.iteration_folder(tmp_path, n) for n in (1, 2, 3))
+    old.mkdir()
+    set_aside = iterations.set_aside(old)
+    room.begin(first)
+    first.mkdir()
+    (first / "data").write_bytes(b"x" * 2**18)
+    free[0] = 2**20 + 2**19  # enough for one, not for the rest of the first too
+    with pytest.raises(HyLoError, match=f"no room for {second.name}: it needs 1.[78] MiB, 1.5 MiB is free"):
+        room.begin(second)
+    assert not set_aside.exists() and (first / "data").exists()  # what is no checkpoint made room
+    room.end(first)
+    room.begin(second)
+    room.end(second)
+    free[0] = 2**19
+    with pytest.raises(HyLoError, match="no room for the first checkpoint: it needs 1.0 MiB, 512 KiB is free"):
+        room.check_start(3, keep=1)
+
+
+def test_not_all_checkpoints_fit(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(disk, "free", lambda _: 2 * 2**20)
+    room = SaveRoom(tmp_path, 2**20, pytest.fail)
+    room.check_start(3, keep=1)
+    assert not capsys.readouterr().err
+    room.check_start(3, keep=None)
+    assert "warning" in (said := capsys.readouterr().err) and "--hylo-keep-last" in said and said.count("\n") == 1
+
+
+def test_a_save_that_stands_still_on_a_full_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(save_room, "STALLED_SECONDS", 0.3)
+    monkeypatch.setattr(save_room, "LOOK_SECONDS", 0.05)
+    free, said = [2**30], queue.Queue()
+    monkeypatch.setattr(disk, "free", lambda _: free[0])
+    room, place = SaveRoom(tmp_path, 2**20, said.put), tmp_path / "iter_0000002"
+    place.mkdir()
+    room.begin(place)
+    time.sleep(1)
+    assert said.empty()  # slow, but there is room
+    free[0] = 4096
+    assert "iter_0000002: 0 KiB written, and no space left: it needs 1.0 MiB, 4 KiB is free" in said.get(timeout=10)
+    room.end(place)
+
+
+@pytest.fixture
+def recipe_run(model, tmp_path) -> Run:
+    recipe = proxy(published("llama1b", None, "gdn"), BASES["llama1b"])
+    geometry = student_architecture(hf_to_megatron.read_architecture(model), ("mla",) * 4, "native").geometry
+    recipe = replace(recipe, layers=4, plan="0,3", geometry=geometry)
+    return Run(recipe, tmp_path / "out", Layout(1, 1, 1), Source(model, (tmp_path / "tokens",)))
+
+
+def test_the_need_of_a_recipe(recipe_run, monkeypatch, capsys):
+    run = recipe_run
+    student = student_architecture(hf_to_megatron.read_architecture(run.hf), run.plan, run.recipe.geometry)
+    needs = {what: (stays, meanwhile) for what, stays, meanwhile in disk_need.needs(run, student)}
+    stages = [stage.name for stage in run.recipe.stages]
+    assert list(needs) == ["the base model's checkpoint", "the student", *stages, f"hf-{stages[-1]}"]
+    assert all(needs[name][1] == 2 * needs[name][0] for name in stages)  # two while a newer one is written
+    free = [2**40]
+    monkeypatch.setattr(disk, "free", lambda _: free[0])
+    run._check_disk()
+    assert not capsys.readouterr().err
+    free[0] = sum(stays for stays, _ in needs.values()) - 1000
+    run._check_disk()
+    assert "no room for the whole run" in (said := capsys.readouterr().err) and said.count("\n") == 1
+    free[0] = sum(needs[what][0] for what in list(needs)[:2])
+    with pytest.raises(HyLoError, match=f"no room for the run's next checkpoint: {ROOM}"):
+        run._check_disk()
+
+
+# ---- writers ----
+
+
+def bucket(file: Path, size: int):
+    from torch.distributed.checkpoint.metadata import MetadataIndex
+    from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
+
+    item = WriteItem(MetadataIndex("tensor"), WriteItemType.TENSOR, tensor_data=None)
+    return str(file), file.name, ([], [(item, torch.zeros(size // 4))])
+
+
+@pytest.mark.parametrize("bad", range(3))
+def test_a_writer_answers_whichever_file_fails(bad, tmp_path):
+    """The engine writes the last file first, and the others in threads, whose failure ends the process unanswered."""
+    results = queue.Queue()
+    buckets = [bucket(tmp_path / f"file{i}", 400_000 if i == bad else 4000) for i in range(3)]
+    checkpoint_writer._install_writing()
+    with largest_file(100_000):
+        checkpoint_writer.write_buckets([_StorageWriterTransforms()], False, 0, buckets, results)
+    error = results.get(timeout=1)
+    assert isinstance(error, HyLoError)
+    assert re.search(rf"file{bad}: .*: it needs 391 KiB, .* is free on its disk", str(error))
+    checkpoint_writer.write_buckets([_StorageWriterTransforms()], False, 0, buckets, results)
+    assert sorted(results.get(timeout=1)) == [0, 1, 2]
+
+
+def test_a_failed_writer_leaves_nothing_to_garbage_collection(tmp_path, monkeypatch):
+    """The unfinished zip writer in the frames of the error crashed the process: ``test_small_disks`` shows it."""
+    errors, said = [], checkpoint_writer._said
+    monkeypatch.setattr(checkpoint_writer, "_said", lambda error, bucket: errors.append(error) or said(error, bucket))
+    checkpoint_writer._install_writing()
+    with largest_file(100_000):
+        buckets = [bucket(tmp_path / "file", 400_000)]
+        checkpoint_writer.write_buckets([_StorageWriterTransforms()], False, 0, buckets, queue.Queue())
+    error = errors[0]
+    while error is not None:
+        assert error.__traceback__ is None
+        error = error.__cause__ or error.__context__
+
+
+@pytest.mark.parametrize("need", [1000, 2**60], ids=["room", "no room"])
+def test_a_dead_writer_is_seen(need, tmp_path, monkeypatch):
+    said = queue.Queue()
+    monkeypatch.setattr(peers, "fail", said.put)
+    process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
+    process.start()
+    threading.Thread(
+        target=checkpoint_writer._watch, args=(process, threading.Event(), tmp_path, need), daemon=True
+    ).start()
+    process.kill()
+    line = said.get(timeout=10)
+    assert "the process that writes checkpoints is gone (killed by SIGKILL" in line
+    assert bool(re.search(ROOM, line)) == (need > 1000)
+
+
+def test_what_cannot_be_handed_to_a_writer(monkeypatch):
+    """As when shared memory is full: the queue's thread would drop the request, and the trainer wait for ever."""
+    said = queue.Queue()
+    monkeypatch.setattr(peers, "fail", said.put)
+    requests = multiprocessing.get_context("spawn").JoinableQueue()
+    requests._on_queue_feeder_error = checkpoint_writer._not_sent
+    requests.put(lambda: None)
+    assert "a checkpoint cannot be handed to its writer" in said.get(timeout=10)
+
+
+# ---- real trainings ----
+
+# A save of rank 0 finds a disk that has become full after it was looked at. 0: so does every process of the run.
+PROGRAM = """
+import resource, sys
+if __name__ == "__main__":
+    import hylo_megatron.distill
+    from hylo_megatron.checkpoint import save_room
+    first, limit = int(sys.argv.pop(1)), int(sys.argv.pop(1))
+    begin, saves = save_room.SaveRoom.begin, []
+
+    def fill(at):
+        if limit and at == first:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    def begin_on_a_full_disk(self, place):
+        begin(self, place)
+        saves.append(place)
+        fill(len(saves))
+
+    fill(0)
+    save_room.SaveRoom.begin = begin_on_a_full_disk
+    save_room.SaveRoom._refuse_unless_room = lambda *_: None
+    from hylo_megatron.train import main
+    main()
+"""
+CONSTANT = dict(async_save=True, dist_ckpt_workers=4, ckpt_assume_constant_structure=True)
+
+
+class Limited:
+    """A training on a disk that is full at save number ``first``, or always if that is 0."""
+
+    def __init__(self, world, folder: Path, first: int, limit: int, processes: int = 1, **flags):
+        self.folder, program = folder, folder.with_suffix(".py")
+        program.write_text(PROGRAM)
+        argv = helpers.train_flags(world, "distill", folder, save_interval=2, train_iters=8, **flags)
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        command = [sys.executable, *(launcher if processes > 1 else []), program, first, limit, *argv]
+        environment = helpers.environment() if processes > 1 else helpers.single()
+        self.process = subprocess.Popen(list(map(str, command)), env=environment, stdout=subprocess.PIPE,
+                                        stderr=subprocess.STDOUT, text=True)  # fmt: skip
+
+    def said(self) -> str:
+        """The one line; torchrun's own report of its ranks comes after it."""
+        try:
+            printed = self.process.communicate(timeout=300)[0]
+        finally:
+            self.process.kill()
+        assert self.process.returncode != 0
+        errors = re.findall(r"^error: .*", printed, re.MULTILINE)
+        assert len(errors) == 1, printed[-4000:]
+        assert printed.count("Traceback (most recent") == printed.count("errors.ChildFailedError: "), printed[-4000:]
+        return errors[0]
+
+
+def test_full_disks_in_training(world, tmp_path):
+    """Synchronously on two ranks after a checkpoint that stays; and by a writer's process, from the first save on."""
+    runs = (
+        Limited(world, tmp_path / "sync", 2, 100_000, processes=2),
+        Limited(world, tmp_path / "async", 0, 200_000, **CONSTANT),
+    )
+    where = {"sync": "iter_0000004", "async": "iter_0000002"}
+    for run, (name, iteration) in zip(runs, where.items(), strict=True):
+        assert re.fullmatch(rf"error: .*{name}/{iteration}/__0_\d.distcp: .*: {ROOM}.*", run.said())
+    assert iterations.trained_to(tmp_path / "sync", 2)
+    assert not (tmp_path / "async" / iterations.TRACKER).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parallel
+@pytest.mark.parametrize("flags", [{}, dict(async_save=True), CONSTANT], ids=["sync", "async", "constant"])
+@pytest.mark.parametrize("kib", [2800, 4000, 5900, 7000])
+def test_small_disks(kib, flags, world, tmp_path):
+    """Checkpoints of 2,900 KiB on disks of ``kib``: full at the first, in the second's data, its metadata, the log."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount a small disk")
+    small = tmp_path / "small"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", small]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        began = time.monotonic()
+        said = Limited(world, small / "run", 1, 0, **flags).said()
+        print(f"FULL {kib} KiB, {flags or 'sync'}: {time.monotonic() - began:.0f} s, {said}", flush=True)
+        assert str(small) in said and "is free on its disk" in said
+        if (tracker := small / "run" / iterations.TRACKER).exists():
+            assert iterations.trained_to(small / "run", int(tracker.read_text()))
+    finally:
+        subprocess.run(["umount", "-l", small], check=True)

@@ -1,0 +1,74 @@
+"""The GPU recipe's own stages at toy size, on a CPU, through the whole runner: killed in the middle, and resumed."""
+
+import functools
+import os
+import shutil
+import signal
+import subprocess
+
+import pytest
+
+from hylo_megatron.capabilities import has
+
+if not has("megatron-core"):
+    pytest.skip("megatron-core is not installed", allow_module_level=True)
+from helpers.recipes import STEPS, losses, start, toy_recipe, wait_for_step, write_inputs  # noqa: E402
+
+from hylo_megatron.errors import HyLoError  # noqa: E402
+from hylo_megatron.recipes.smollm2 import smollm2_cpu, smollm2_gpu  # noqa: E402
+from hylo_megatron.run.background import Background  # noqa: E402
+
+
+def test_every_stage_of_the_gpu_recipe_and_a_kill(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    write_inputs(whole)
+    process = start(whole)
+    printed = process.communicate(timeout=900)[0]
+    assert process.returncode == 0, printed[-3000:]
+    names = [stage.name for stage in toy_recipe().stages]
+    assert [name for name in names if f"after {name}" in printed] == names
+    assert "| needles found | 256 |" in printed
+    assert "(whole) the student" not in printed
+    assert {"evaluation.md", "evaluation.json", "run.md"} <= {path.name for path in (whole / "report").iterdir()}
+
+    # the same again, its third stage killed after the checkpoint at step 3
+    shutil.copytree(whole, killed, ignore=shutil.ignore_patterns(
+        "distill-8k", "distill-32k", "hf-distill-*k", "eval-distill-*k.json", "sample.json", "report"
+    ))  # fmt: skip
+    shutil.copytree(whole / "hf-distill-2k", killed / "hf-distill-2k")
+    shutil.copy(whole / "eval-distill-2k.json", killed)
+    process = start(killed)
+    wait_for_step(killed / "distill-8k" / "train_log.jsonl", 4, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    subprocess.run(["pkill", "-9", "-f", f"hylo_megatron.train.*{killed}"], check=False)
+    process = start(killed)
+    printed = process.communicate(timeout=900)[0]
+    assert process.returncode == 0, printed[-3000:]
+    assert "distill-2k: done before" in printed
+    for name in names:
+        assert losses(killed, name) == losses(whole, name), name
+        assert [line[0] for line in losses(whole, name)] == list(range(1, STEPS + 1))
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["at once", "beside"])
+def test_work_in_the_background(tmp_path, beside):
+    background = Background(tmp_path, beside)
+    background.start("good", functools.partial(print, "done"))
+    background.wait()
+    assert (tmp_path / "good.log").read_text() == "done\n"
+    error, message = (HyLoError, "bad failed: ZeroDivisionError") if beside else (ZeroDivisionError, "by zero")
+    with pytest.raises(error, match=message):
+        background.start("bad", functools.partial(divmod, 1, 0))
+        background.wait("bad")
+
+
+def test_recipes_are_declared_as_the_readme_says():
+    gpu, cpu = smollm2_gpu(), smollm2_cpu()
+    assert sum(stage.tokens for stage in gpu.stages) <= 30e6
+    assert [stage.seq_length for stage in gpu.stages] == [2048, 2048, 8192, 32768]
+    assert [stage.kind for stage in cpu.stages] == ["ild", "distill"]
+    for recipe in (gpu, cpu):
+        for stage in recipe.stages:
+            assert not stage.mix or sum(share for _, share in stage.mix) == pytest.approx(1)
+            assert stage.global_batch % stage.micro_batch == 0

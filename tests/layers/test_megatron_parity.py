@@ -1,0 +1,153 @@
+"""The Megatron model computes what transformers computes, teacher and hybrid, on one rank and on two."""
+
+import functools
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.paths import PROGRAMS
+
+pytest.importorskip("transformers")
+from helpers import tiny  # noqa: E402
+from programs.logits import LAYOUTS, logits  # noqa: E402
+
+from hylo_megatron.config import Geometry, MLAGeometry  # noqa: E402
+from hylo_megatron.convert import hf_to_megatron, megatron_to_hf  # noqa: E402
+from hylo_megatron.errors import HyLoError  # noqa: E402
+from hylo_megatron.hf import HyLoForCausalLM  # noqa: E402
+from hylo_megatron.layers.load import layout_config, load_model, start_process_groups  # noqa: E402
+
+TOLERANCE = 1e-4
+_QK_NORM = Geometry(MLAGeometry(24, 16, 16, 32, q_lora_rank=40), tiny.GEOMETRY.gdn, tiny.GEOMETRY.mamba2)
+_NORM_EPS = replace(tiny.GEOMETRY, gdn=replace(tiny.GEOMETRY.gdn, norm_eps=1e-2))
+HYBRIDS = {
+    "gdn": tiny.hybrid("gdn"),
+    "gdn-norm_eps": tiny.hybrid("gdn", geometry=_NORM_EPS),
+    "mamba2": tiny.hybrid("mamba2", tie_word_embeddings=False),
+    "gdn-q_lora-yarn": tiny.hybrid("gdn", geometry=tiny.GEOMETRY_Q_LORA, rope_parameters=tiny.YARN),
+    "mamba2-q_lora-linear": tiny.hybrid("mamba2", geometry=tiny.GEOMETRY_Q_LORA, rope_parameters=tiny.LINEAR),
+    "gdn-qk_norm": tiny.hybrid(
+        "gdn", model_type="qwen3", head_dim=32, qk_norm=True, mla_qk_norm=True, geometry=_QK_NORM, rms_norm_eps=1e-6
+    ),
+    "mamba2-llama3-padded": tiny.hybrid("mamba2", rope_parameters=tiny.LLAMA3, vocab_size=301),
+    "no-mla": tiny.hybrid("mamba2", plan=("mamba2",) * 4),
+    "all-mla": tiny.hybrid(plan=("mla",) * 3),  # an odd number of layers for the pipeline
+}
+TEACHERS = [*tiny.SHAPES, "llama-LINEAR", "llama-YARN", "llama-LLAMA3"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_groups():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MASTER_PORT", tiny.free_port())
+        for key, value in dict(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1").items():
+            patch.setenv(key, value)
+        start_process_groups()
+        yield
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("parity")
+
+
+@functools.cache
+def teacher(folder: Path, shape: str) -> torch.Tensor:
+    """transformers' logits of a teacher whose checkpoint is ``folder / shape``."""
+    base, _, rope = shape.partition("-")
+    model = tiny.teacher_model(base, **({"rope_parameters": getattr(tiny, rope)} if rope else {}))
+    hf_to_megatron.convert(tiny.save_model(model, folder / f"{shape}.hf"), folder / shape)
+    with torch.no_grad():
+        return model(tiny.tokens()).logits
+
+
+@functools.cache
+def hybrid(folder: Path, kind: str) -> torch.Tensor:
+    """HyLoForCausalLM's logits of the exported checkpoint ``folder / kind``."""
+    tiny.write_hybrid(folder / kind, HYBRIDS[kind])
+    megatron_to_hf.convert(folder / kind, folder / f"{kind}.hf")
+    model = HyLoForCausalLM.from_pretrained(folder / f"{kind}.hf", dtype=torch.float32).eval()
+    with torch.no_grad():
+        return model(tiny.tokens()).logits
+
+
+def close(got: torch.Tensor, want: torch.Tensor) -> None:
+    assert want.std() > 0.2, "the logits say too little to compare"
+    assert (got - want).abs().max().item() <= TOLERANCE
+
+
+@pytest.mark.parametrize("shape", TEACHERS)
+def test_teacher_logits_equal_transformers(folder, shape):
+    want = teacher(folder, shape)
+    close(logits(load_model(folder / shape)[0], tiny.tokens()), want)
+
+
+@pytest.mark.parametrize("kind", HYBRIDS)
+def test_hybrid_logits_equal_the_exported_model(folder, kind):
+    want = hybrid(folder, kind)
+    close(logits(load_model(folder / kind)[0], tiny.tokens()), want)
+
+
+@pytest.mark.parametrize(
+    "kind, other",
+    [
+        ("gdn-norm_eps", dict(geometry=tiny.GEOMETRY)),
+        ("gdn-q_lora-yarn", dict(rope_parameters=tiny.DEFAULT)),
+        ("mamba2-q_lora-linear", dict(rope_parameters=tiny.DEFAULT)),
+        ("mamba2-llama3-padded", dict(rope_parameters={**tiny.DEFAULT, "rope_theta": 5e5})),
+    ],
+)
+def test_rope_scaling_and_norm_eps_show_in_the_logits(folder, kind, other):
+    """Else the comparison above would not see what both sides leave out."""
+    want = hybrid(folder, kind)
+    changed = folder / f"{kind}-plain"
+    tiny.write_hybrid(changed, replace(HYBRIDS[kind], **other))
+    assert (logits(load_model(changed)[0], tiny.tokens()) - want).abs().max() > 100 * TOLERANCE
+
+
+def test_bf16_keeps_decay_parameters_fp32(folder):
+    hybrid(folder, "gdn"), hybrid(folder, "mamba2")
+    for kind in ("gdn", "mamba2"):
+        model, _ = load_model(folder / kind, layout_config(HYBRIDS[kind], torch.bfloat16))
+        dtypes = {name: p.dtype for name, p in model.bfloat16().named_parameters()}
+        decay = [name for name in dtypes if name.endswith(("A_log", "dt_bias", ".D"))]
+        assert len(decay) == {"gdn": 4, "mamba2": 6}[kind]
+        assert all((dtype == torch.float32) == (name in decay) for name, dtype in dtypes.items())
+
+
+def test_a_checkpoint_of_other_sizes_is_refused(folder, tmp_path):
+    tiny.write_hybrid(tmp_path / "ckpt", HYBRIDS["gdn"])
+    replace(HYBRIDS["gdn"], intermediate_size=128).save(tmp_path / "ckpt")
+    with pytest.raises(HyLoError) as caught:
+        load_model(tmp_path / "ckpt")
+    message = str(caught.value)
+    assert "release does not fit the model that its hylo.json describes" in message and "\n" not in message
+    assert "decoder.layers.1.mlp.linear_fc1.weight" in message
+
+
+@pytest.mark.slow
+def test_two_ranks_give_the_logits_of_one(folder, tmp_path):
+    """Tensor parallel, sequence parallel and pipeline parallel in one launch; every hybrid and two teachers."""
+    shapes = ("llama", "qwen2", "qwen3")
+    want = {kind: hybrid(folder, kind) for kind in HYBRIDS} | {shape: teacher(folder, shape) for shape in shapes}
+    own = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    env = {key: value for key, value in os.environ.items() if key not in own} | {"OMP_NUM_THREADS": "1"}
+    script = PROGRAMS / "logits.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
+               tiny.free_port(), script, tmp_path, *(folder / name for name in want)]  # fmt: skip
+    done = subprocess.run([str(part) for part in command], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    worst = {
+        f"{layout} {name}": (torch.load(tmp_path / f"{layout}-{name}.pt") - logits_).abs().max().item()
+        for layout in LAYOUTS
+        for name, logits_ in want.items()
+    }
+    assert not {where: error for where, error in worst.items() if not error <= TOLERANCE}

@@ -1,0 +1,23 @@
+"""What context parallelism sends is what its formulas say, and the table in the docs is made of them."""
+
+import json
+
+import pytest
+from helpers import train as helpers
+from programs import cp_bytes
+
+from hylo_megatron.capabilities import has
+
+
+@pytest.mark.skipif(not has("megatron-core"), reason="megatron-core is not installed")
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_every_choice_sends_what_its_formula_says(ranks):
+    run = helpers.torchrun(cp_bytes.__file__, processes=ranks)
+    assert run.returncode == 0, run.stderr[-3000:]
+    lines = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
+    assert len(lines) == 2 * len(cp_bytes.FORMULAS)
+    assert not [line for line in lines if line["sent"] != line["formula"]]
+
+
+def test_the_docs_have_the_table():
+    assert cp_bytes.in_docs(cp_bytes.TABLE.read_text()) == cp_bytes.table()

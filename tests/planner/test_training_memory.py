@@ -1,0 +1,137 @@
+"""``hylo_megatron.planner`` against what autograd saves, what a step has alive and what the engine allocates."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from helpers import train as helpers
+
+from hylo_megatron.config import Architecture
+from hylo_megatron.config.layout import ParallelLayout, Work
+from hylo_megatron.planner.training import Peak, Training, in_flight, logit_rows, peak, stage_halves
+
+HERE = Path(__file__).resolve().parent
+
+
+@pytest.fixture(scope="module")
+def counting(tmp_path_factory):
+    """``activation_bytes.py``, started: the engine's runs go on beside it."""
+    pytest.importorskip("triton")
+    pytest.importorskip("fla")
+    folder = tmp_path_factory.mktemp("counting")
+    with (folder / "out").open("w") as out, (folder / "err").open("w") as err:
+        process = subprocess.Popen([sys.executable, "-W", "ignore", HERE / "activation_bytes.py"],
+                                   env=helpers.environment(), stdout=out, stderr=err)  # fmt: skip
+    yield process, folder
+    process.kill()
+    process.wait()
+
+
+@pytest.fixture(scope="module")
+def counted(counting) -> dict:
+    process, folder = counting
+    assert process.wait(300) == 0, (folder / "err").read_text()[-2000:]
+    return json.loads((folder / "out").read_text().splitlines()[-1])
+
+
+RUNS = {  # processes, student, flags
+    "alone": (1, "gdn", dict(hylo_stage="distill")),
+    "tp": (2, "untied", dict(hylo_stage="distill", tensor_model_parallel_size=2, sequence_parallel=True)),
+    "pp": (2, "gdn", dict(hylo_stage="distill", pipeline_model_parallel_size=2)),
+    "dp": (2, "gdn", dict(hylo_stage="ild")),
+}
+
+
+def _planned(name: str, world: dict[str, Path], stage: int) -> Peak:
+    processes, student, flags = RUNS[name]
+    at = ParallelLayout(flags.get("tensor_model_parallel_size", 1), flags.get("pipeline_model_parallel_size", 1))
+    models = (Architecture.load(world[key]) for key in (student, f"{student}-teacher"))
+    work = Work(processes, helpers.SEQ, 2, 4)
+    train = "mixers" if flags["hylo_stage"] == "ild" else "all"
+    return peak(Training(*models, flags["hylo_stage"], at, work, train), stage)
+
+
+def _command_line(name: str, work: Path, world: dict[str, Path]) -> list[str]:
+    _, student, flags = RUNS[name]
+    flags = flags | dict(student=student, teacher=f"{student}-teacher", bf16=True, train_iters=1, lr_warmup_iters=0)
+    return [*map(str, helpers.train_flags(world, flags.pop("hylo_stage"), work / name, **flags))]
+
+
+@pytest.mark.slow
+def test_weights_gradients_and_optimizer_are_the_engines(tmp_path, counting):
+    """Exactly, but for the padding of gradient buffers and of the optimizer's shares (1 %)."""
+    world = helpers.random_world(tmp_path)
+    changes = dict(tie_word_embeddings=False, mla_qk_norm=True)
+    world["untied"], world["untied-teacher"] = helpers.write_pair(tmp_path / "untied", "mamba2", **changes)
+    helpers.shutil.copytree(world["gdn"] / "hf", world["untied"] / "hf", dirs_exist_ok=True)
+    runs = {
+        count: [_command_line(name, tmp_path, world) for name in RUNS if RUNS[name][0] == count] for count in (1, 2)
+    }
+    (tmp_path / "runs.json").write_text(json.dumps(runs))
+    done = subprocess.run([sys.executable, "-W", "ignore", HERE / "memory_runs.py", tmp_path / "runs.json"],
+                          env=helpers.environment(), capture_output=True, text=True, timeout=300)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    for name, (processes, *_) in RUNS.items():
+        for rank in range(processes):
+            got = json.loads((tmp_path / name / f"memory-{rank}.json").read_text())
+            found = _planned(name, world, rank if name == "pp" else 0)
+            assert found.student.parameters == got["parameters"], (name, rank)
+            assert found.teacher == got["teacher"], (name, rank)
+            assert found.student.gradients == got["gradients"], (name, rank)
+            assert found.student.gradients == pytest.approx(got["buffers"], rel=0.01)
+            shares = 0.01 if name == "dp" else 0  # cut anywhere, but for padding
+            assert found.student.optimizer == pytest.approx(got["optimizer"], rel=shares), (name, rank)
+
+
+def _beside_weights(found: Peak) -> int:
+    return found.activations + found.teacher_states + max(found.loss, found.backward)
+
+
+def test_layers_keep_what_autograd_saves(counted):
+    """To the halo and the indices of context parallelism, which are left out."""
+    from programs import activation_bytes as known
+
+    assert len(counted["halves"]) == len(known.HALVES)
+    for (layout, kind, wide, train), got in zip(known.HALVES, counted["halves"], strict=True):
+        arch, at = known.half_arch(kind, wide), ParallelLayout(**known.LAYOUTS[layout])
+        run = Training(arch, arch.as_teacher(), "distill", at, Work(2, known.LENGTH, known.ROWS), train)
+        planned = [half.kept for half in stage_halves(run, range(1))]
+        assert planned == pytest.approx(got, rel=5e-3 if at.cp > 1 else 1e-4), (layout, kind, wide, train)
+
+
+def test_steps_peak_where_they_are_planned_to(counted):
+    from programs import activation_bytes as known
+
+    for step, got in zip(known.STEPS, counted["steps"], strict=True):
+        work = Work(1, known.STEP_LENGTH, known.ROWS, known.ROWS)
+        run = Training(*known.step_models(step), step.stage, ParallelLayout(), work, step.train, step.recompute,
+                       known.CHUNK, step.teacher_length)  # fmt: skip
+        assert _beside_weights(peak(run, 0)) == pytest.approx(got, rel=0.02), step
+
+
+def test_pipeline_stages_peak_where_they_are_planned_to(counted):
+    from programs import activation_bytes as known
+
+    for (stage, rank, micro_batches), got in zip(known.PIPELINES, counted["pipelines"], strict=True):
+        models = known.step_models(known.Step("", "gdn", stage, "all"))
+        work = Work(known.PP, known.STEP_LENGTH, known.ROWS, known.ROWS * micro_batches)
+        run = Training(*models, stage, ParallelLayout(pp=known.PP), work, kl_chunk=known.CHUNK)
+        assert _beside_weights(peak(run, rank)) == pytest.approx(got, rel=0.02), (stage, rank, micro_batches)
+
+
+def test_logits_of_three_chunks_at_most():
+    assert logit_rows(tokens=4096, taught=4096, chunk=1024) == 3 * 1024
+    assert logit_rows(tokens=1024, taught=1024, chunk=4096) == 2 * 1024
+    assert logit_rows(tokens=4096, taught=1500, chunk=1024) == 2 * 1024 + 476
+    assert logit_rows(tokens=4096, taught=0, chunk=1024) == 2 * 1024
+
+
+def test_micro_batches_in_flight():
+    arch = helpers.tiny.hybrid()
+    run = Training(arch, arch.as_teacher(), "distill", ParallelLayout(pp=4), Work(8, 64, 1, 6))
+    assert run.micro_batches == 3
+    assert [in_flight(run, stage) for stage in range(4)] == [3, 3, 2, 1]
+    assert [in_flight(replace(run, stage="ild"), stage) for stage in range(4)] == [1, 1, 1, 1]

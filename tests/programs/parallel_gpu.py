@@ -1,0 +1,76 @@
+"""The cells of two processes on what this machine has, with NCCL on two GPUs.
+
+``PYTHONPATH=.:tests python tests/programs/parallel_gpu.py WORK [fp32 bf16]``
+
+Prints a table: each layout against one process of the same precision; the kernels are those that training takes. What
+one process computes and what two do are launched beside each other: on a new machine kernels take minutes to compile.
+"""
+
+import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from helpers import parity_table
+from helpers import train as helpers
+
+from hylo_megatron.config import GDNGeometry, Geometry, Mamba2Geometry, MLAGeometry
+from programs import parity
+
+SIZES = dict(hidden_size=256, intermediate_size=512, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
+             geometry=Geometry(MLAGeometry(64, 32, 32, 64), GDNGeometry(4, 8, 64, 64), Mamba2Geometry(4, 64, 64, 4)),
+             max_position_embeddings=512)  # fmt: skip
+LENGTH = 512
+
+
+def cells(work: Path, linear: str, dtype: str):
+    """``(layout, what, one process's cell, two processes' cell)``."""
+    folders = [str(folder) for folder in helpers.write_pair(work / f"{linear}-{dtype}", linear, **SIZES)]
+    for stage in ("ild", "distill"):
+        what = f"{linear}-{stage}-{dtype}"
+        alone = parity.Cell(f"alone-{what}", *folders, stage, "all", dtype=dtype, length=LENGTH)
+        for layout, sizes in parity.LAYOUTS[2].items():
+            name = f"{layout}-{what}".replace(" ", "_")
+            two = parity.Cell(name, *folders, stage, "all", dtype=dtype, length=LENGTH, **sizes)
+            yield f"{layout}, {dtype}", f"{linear} {stage}", alone, two
+
+
+def launch(work: Path, name: str, found: list[parity.Cell], processes: int) -> bool:
+    (work / f"cells-{name}.json").write_text(json.dumps([asdict(cell) for cell in found]))
+    done = helpers.torchrun(parity.__file__, work, name, processes=processes, timeout=900)
+    if done.returncode:
+        (work / f"{name}.err").write_text(done.stdout + done.stderr)
+        print(name, *[line for line in done.stderr.splitlines() if "Error" in line][:3], sep="\n  ")
+    return done.returncode == 0
+
+
+def measure(work: Path, layout: str, what: str, alone: parity.Cell, two: parity.Cell) -> None:
+    got, want = (torch.load(work / f"{cell.name}.pt")["gradients"] for cell in (two, alone))
+    loss = parity.loss_gap(*(helpers.read_log(work / f"{cell.name}.jsonl")[0] for cell in (two, alone)))
+    gaps = parity.gradient_gaps(got, want)
+    decay = {key: gap for key, gap in gaps.items() if key.endswith((".A_log", ".dt_bias"))}
+    others = max(gap for key, gap in gaps.items() if key not in decay)
+    parity_table.MEASURED[layout, what] = (loss, others, max(decay.values()))
+
+
+def main(work: Path, dtypes: list[str]) -> None:
+    work.mkdir(parents=True)
+    groups = {(linear, dtype): list(cells(work, linear, dtype)) for dtype in dtypes for linear in ("gdn", "mamba2")}
+    with ThreadPoolExecutor() as pool:
+        jobs = []
+        for (linear, dtype), found in groups.items():
+            alone = list({one.name: one for *_, one, _ in found}.values())
+            jobs += [pool.submit(launch, work, f"{linear}-{dtype}-1", alone, 1),
+                     pool.submit(launch, work, f"{linear}-{dtype}-2", [two for *_, two in found], 2)]  # fmt: skip
+    for cell in (cell for found in groups.values() for cell in found):
+        if all((work / f"{part.name}.pt").exists() for part in cell[2:]):
+            measure(work, *cell)
+    parity_table.HEAD = "loss / gradient / that of A_log and dt_bias"
+    print(parity_table.table())
+    sys.exit(not all(job.result() for job in jobs))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:] or ["fp32", "bf16"])

@@ -1,0 +1,284 @@
+"""Training steps on any parallel layout: losses and whole gradients, as numbers to compare.
+
+``python parity.py WORK N`` under torchrun runs every cell of WORK/cells-N.json and writes WORK/NAME.pt.
+"""
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+from helpers import train as helpers  # before megatron: it starts the engine
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.training.global_vars import set_args, unset_global_variables
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from hylo_megatron.config import Architecture
+from hylo_megatron.config.pair import padded_rows
+from hylo_megatron.distill import batches
+from hylo_megatron.distill.kl import KLSettings
+from hylo_megatron.distill.model import DistillModel, DistillSettings
+from hylo_megatron.engine import distributed_optimizer
+from hylo_megatron.engine.training_hooks import StepLog
+from hylo_megatron.layers.load import has_layout, layout_config, load_model, start_process_groups
+from hylo_megatron.parallel.teacher_fed import TeacherFed
+
+ROWS = 4
+# kl and ce together, tempered, in chunks that do not divide the tokens, with a teacher for the first two thirds
+KL = KLSettings(kl_weight=0.7, ce_weight=0.3, temperature=2.0, chunk=50, teacher_length=40, ce_beyond=0.5)
+DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16}
+
+LAYOUTS = {  # processes: name: sizes
+    2: {
+        "TP2": dict(tp=2),
+        "TP2 SP": dict(tp=2, sp=True),
+        "PP2": dict(pp=2),
+        "CP2": dict(cp=2),
+        "CP2 ring, states": dict(cp=2, cp_comm_type="p2p", linear_cp="states"),
+        "DP2": {},
+        "DP2 optimizer": dict(distributed_optimizer=True),
+    },
+    4: {
+        "PP4": dict(pp=4),
+        "TP2 PP2": dict(tp=2, pp=2),
+        "TP2 SP DP2 optimizer": dict(tp=2, sp=True, distributed_optimizer=True),
+        "CP4 ring, states": dict(cp=4, cp_comm_type="p2p"),
+        "TP2 SP CP2, states": dict(tp=2, cp=2, sp=True),
+        "PP2 CP2 ring": dict(pp=2, cp=2, cp_comm_type="p2p"),
+        "CP2 DP2 optimizer": dict(cp=2, distributed_optimizer=True),
+    },
+    8: {"TP2 PP2 CP2, states": dict(tp=2, pp=2, cp=2)},
+    16: {"TP2 SP PP2 CP2 DP2 optimizer": dict(tp=2, pp=2, cp=2, sp=True, micro=1, distributed_optimizer=True)},
+}
+
+
+@dataclass
+class Cell:
+    """``student`` and ``teacher`` are checkpoints; ``train``: see ``DistillSettings``. ``steps``: of the optimizer,
+    after the one whose gradient is kept: SGD, or Adam (which the distributed optimizer wants) with a large epsilon,
+    since Adam proper turns rounding errors of gradients near zero into whole steps. ``noise``: see ``perturb``."""
+
+    name: str
+    student: str
+    teacher: str
+    stage: str
+    train: str
+    tp: int = 1
+    pp: int = 1
+    cp: int = 1
+    sp: bool = False
+    micro: int = 2
+    cp_comm_type: str = "all_gather"
+    linear_cp: str = "auto"
+    distributed_optimizer: bool = False
+    adam: bool = False
+    dtype: str = "fp32"
+    steps: int = 0
+    length: int = helpers.SEQ
+    noise: float = 0.0
+
+
+def distill_model(student, teacher, stage, train, config=None, dtype=torch.float32, linear_cp="auto",
+                  **settings) -> DistillModel:  # fmt: skip
+    """A ``DistillModel`` of two checkpoints on the current process groups; ``config``: fields of both configs."""
+    archs = [Architecture.load(folder) for folder in (student, teacher)]
+    rows = padded_rows(*archs, parallel_state.get_tensor_model_parallel_world_size())
+    models = [
+        load_model(folder, layout_config(arch, dtype, **(config or {})), rows, linear_cp=linear_cp)
+        for folder, arch in zip((student, teacher), archs, strict=True)
+    ]
+    for model, _ in models:
+        if dtype == torch.float64:  # not model.double(): the decay parameters would stay as they are
+            for parameter in model.parameters():
+                parameter.data = parameter.data.double()
+        elif dtype == torch.bfloat16:
+            model.bfloat16()
+    (a, a_arch), (b, b_arch) = models
+    return DistillModel(a, b, a_arch, b_arch, DistillSettings(stage, train, **settings))
+
+
+def perturb(model: DistillModel, relative: float) -> None:
+    """Moves every weight by noise of that size: 3e-8 is about what storing it in fp32 may change."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1 + relative * torch.randn(parameter.shape, generator=generator))
+
+
+def sample_rows(rank: int, size: int, micro: int, length: int = helpers.SEQ):
+    """Micro-batches of one data-parallel rank, step after step, with a mask that differs from row to row."""
+    step = 0
+    while True:
+        batch = helpers.token_batch(ROWS, length, seed=3 + step)
+        for start in range(rank * micro, ROWS, size * micro):
+            yield {key: value[start : start + micro] for key, value in batch.items()}
+        step += 1
+
+
+def _whole_main_grads(wrapped: DistributedDataParallel) -> None:
+    """Undoes the distributed optimizer's reduce-scatter."""
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    for buffer in wrapped.buffers:
+        for bucket in buffer.buckets:
+            shards = list(bucket.grad_data.clone().chunk(group.size()))
+            dist.all_gather(shards, shards[group.rank()].clone(), group=group)
+            bucket.grad_data.copy_(torch.cat(shards))
+
+
+def whole_gradients(model: DistillModel) -> tuple[dict, float]:
+    """Gradients put together from all ranks under checkpoint names, and by how much replicas differ at most."""
+    kept = {parameter: parameter.data for parameter in model.student.parameters()}
+    for parameter in kept:
+        parameter.data = parameter.main_grad if parameter.requires_grad else torch.full_like(parameter, torch.nan)
+    metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    sharded = model.sharded_state_dict(metadata=metadata)
+    apply_factories(sharded)
+    shards, queue = [], list(sharded.values())
+    while queue:
+        item = queue.pop()
+        if isinstance(item, ShardedTensor):
+            place = tuple(slice(o, o + n) for o, n in zip(item.global_offset, item.local_shape, strict=True))
+            data = item.data.reshape(item.local_shape).cpu().double()
+            shards.append((item.key, tuple(item.global_shape), place, data))
+        elif isinstance(item, dict | list):
+            queue += item.values() if isinstance(item, dict) else item
+    for parameter, data in kept.items():
+        parameter.data = data
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, shards)
+    whole, spread = {}, 0.0
+    for key, shape, place, data in (shard for rank in everyone for shard in rank):
+        if data.isnan().all():  # frozen
+            continue
+        target = whole.setdefault(key, torch.full(shape, torch.nan, dtype=torch.float64))
+        seen = target[place]
+        if not seen.isnan().any():
+            spread = max(spread, ((seen - data).abs().max() / data.abs().max().clamp_min(1e-30)).item())
+        target[place] = data
+    return whole, spread
+
+
+def build(cell: Cell):
+    """``(DistillModel, what DDP made of it, optimizer)`` as ``megatron.training`` has them."""
+    if not has_layout(cell.tp, cell.pp, cell.cp):
+        helpers.close_groups()
+    start_process_groups(cell.tp, cell.pp, cell.cp)
+    unset_global_variables()
+    set_args(SimpleNamespace(hylo_stage=cell.stage, hylo_teacher_length=KL.teacher_length))
+    dtype = DTYPES[cell.dtype]
+    model = distill_model(
+        cell.student, cell.teacher, cell.stage, cell.train, kl=KL, dtype=dtype, linear_cp=cell.linear_cp,
+        config=dict(sequence_parallel=cell.sp, cp_comm_type=cell.cp_comm_type, calculate_per_token_loss=True,
+                    deallocate_pipeline_outputs=True, finalize_model_grads_func=finalize_model_grads),
+    ).to(torch.cuda.current_device())  # fmt: skip
+    if cell.noise:
+        perturb(model, cell.noise)
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=dtype != torch.float64, use_distributed_optimizer=cell.distributed_optimizer,
+        overlap_grad_reduce=cell.distributed_optimizer, bucket_size=4000 if cell.distributed_optimizer else None,
+    )  # fmt: skip
+    wrapped = DistributedDataParallel(model.config, settings, model)
+    if cell.distributed_optimizer:
+        model.config.no_sync_func = wrapped.no_sync
+    kind = dict(optimizer="adam", adam_eps=1.0) if cell.adam else dict(optimizer="sgd", sgd_momentum=0.9)
+    optimizer = cell.steps and get_megatron_optimizer(
+        OptimizerConfig(**kind, lr=2.0 if cell.adam else 0.2, clip_grad=1.0, weight_decay=0.01,
+                        use_distributed_optimizer=cell.distributed_optimizer),
+        [wrapped],
+    )  # fmt: skip
+    return model, wrapped, optimizer
+
+
+def logged_losses(stored: list[dict]) -> dict:
+    """Means over everybody's tokens, as ``megatron.training`` makes them."""
+    losses = {}
+    for name in stored[0] if stored else ():
+        total = torch.stack([entry[name] for entry in stored]).sum(0)
+        dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        losses[name] = total[0] / total[1]
+    return losses
+
+
+def run_cell(cell: Cell, log_path: Path) -> dict:
+    """Steps as ``megatron.training`` takes them: schedule, loss function, gradient reduction, optimizer, log line."""
+    model, wrapped, optimizer = build(cell)
+    rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    arguments = dict(hylo_stage=cell.stage, global_batch_size=ROWS, seq_length=cell.length, hylo_log=str(log_path))
+    weights = dict(hylo_ild_attention_weight=1.0, hylo_ild_hidden_weight=1.0)
+    log = StepLog(SimpleNamespace(save=None, **arguments, **weights), [model])
+    schedule = TeacherFed() if cell.stage == "ild" and cell.pp > 1 else get_forward_backward_func()
+    rows, result = sample_rows(rank, size, cell.micro, cell.length), {"cell": asdict(cell)}
+    for step in range(1 + cell.steps):
+        wrapped.zero_grad_buffer()
+        if optimizer:
+            optimizer.zero_grad()
+        stored = schedule(
+            forward_step_func=batches.forward_step, data_iterator=rows, model=[wrapped],
+            num_microbatches=ROWS // cell.micro // size, seq_length=cell.length, micro_batch_size=cell.micro,
+            forward_only=False,
+        )  # fmt: skip
+        if step == 0:  # with all their digits, which the log does not have
+            sums, tokens = model.layer_sums.clone(), model.layer_tokens.clone()
+            result["layers"] = log.layer_means()
+            model.layer_sums += sums
+            model.layer_tokens += tokens
+        log.write(logged_losses(stored), step + 1, 0.1, None)
+        if step == 0:
+            if cell.distributed_optimizer:
+                _whole_main_grads(wrapped)
+            result["gradients"], result["spread"] = whole_gradients(model)
+        if optimizer:
+            optimizer.step()
+    return result
+
+
+def gradient_gaps(got: dict, want: dict) -> dict[str, float]:
+    """Largest difference of each parameter's gradient, relative to its largest entry."""
+    assert got.keys() == want.keys()
+    assert any(gradient.any() for gradient in want.values())
+    gaps = {}
+    for key, gradient in want.items():
+        here, padding = got[key].split([len(gradient), len(got[key]) - len(gradient)])
+        assert not padding.any(), key
+        gaps[key] = ((here - gradient).abs().max() / gradient.abs().max().clamp_min(1e-30)).item()
+    return gaps
+
+
+def loss_gap(line: dict, expected: dict) -> float:
+    names = {key for key in expected if key == "loss" or key in batches.PARTS[expected["stage"]]}
+    assert len(names) == 3
+    return max(abs(line[key] - expected[key]) / expected[key] for key in names)
+
+
+class RefuseViews(TorchDispatchMode):
+    """Collectives of tensors that are not contiguous are errors, as with NCCL; gloo takes them."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            leaves = tree_leaves((args, kwargs))
+            assert all(x.is_contiguous() for x in leaves if isinstance(x, torch.Tensor)), f"{func} of a view"
+        return func(*args, **(kwargs or {}))
+
+
+def main(work: Path, launch: str) -> None:
+    distributed_optimizer.install()
+    for values in json.loads((work / f"cells-{launch}.json").read_text()):
+        cell = Cell(**values)
+        with RefuseViews():
+            result = run_cell(cell, work / f"{cell.name}.jsonl")
+        if dist.get_rank() == 0:
+            torch.save(result, work / f"{cell.name}.pt")
+            print(f"done {cell.name}", flush=True)
+    helpers.end_processes()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -1,0 +1,53 @@
+"""The ``hylo`` command: every subcommand and every script in ``tools/`` leads to a ``main``."""
+
+import ast
+import re
+import subprocess
+import sys
+
+import pytest
+from helpers.paths import ROOT
+
+from hylo_megatron import cli
+
+
+def hylo(*argv: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "hylo_megatron", *argv], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_a_command_has_a_main(name):
+    path = ROOT / "hylo_megatron" / (cli.COMMANDS[name].module.replace(".", "/") + ".py")
+    functions = [node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)]
+    assert "main" in functions
+
+
+@pytest.mark.parametrize("tool", sorted(path.name for path in (ROOT / "tools").glob("*.py")))
+def test_a_tool_is_an_alias_of_a_command(tool):
+    called = re.findall(r'run\("([a-z0-9-]+)"\)|"hylo_megatron", "([a-z0-9-]+)"', (ROOT / "tools" / tool).read_text())
+    assert len(called) == 1 and "".join(called[0]) in cli.COMMANDS
+
+
+def test_help_lists_the_commands():
+    printed = hylo("--help").stdout
+    assert all(f"  {name} " in printed for name in cli.COMMANDS)
+    assert hylo().stdout == printed
+
+
+def test_completion_is_what_bash_takes():
+    script = hylo("--completion").stdout + "complete -p hylo"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0 and "upcycle" in done.stdout
+
+
+def test_an_unknown_command_is_refused_in_one_line():
+    done = hylo("upcycled")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "hylo upcycled: no such command, expected one of fetch-smollm2" in done.stderr
+
+
+def test_help_of_a_command_shows_its_defaults():
+    printed = " ".join(hylo("prepare-data", "--help").stdout.split())
+    assert printed.startswith("usage: hylo prepare-data") and "--text-key" in printed
+    planned = " ".join(hylo("plan", "--help").stdout.split())
+    assert "(default: 0.9)" in planned and "(default: an H200's)" in planned and "None" not in planned
