@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from hylo_megatron.engine.training_run import TrainingRun
 
 
-def model_provider(run: "TrainingRun", pre_process=True, post_process=True, vp_stage=None, config=None, pg_collection=None):
+def model_provider(
+    run: "TrainingRun", pre_process=True, post_process=True, vp_stage=None, config=None, pg_collection=None
+):
     import torch
     from megatron.training import get_args
     from megatron.training.arguments import core_transformer_config_from_args

@@ -1,8 +1,6 @@
 """Names that are replaced while megatron-core is imported, so that the import takes a third of its time."""
 
-import importlib.util
 import sys
-from functools import partial
 
 from hylo_megatron.engine.cpu import without_cuda
 from hylo_megatron.engine.patch import Patch, instead

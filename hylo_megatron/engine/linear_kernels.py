@@ -52,8 +52,14 @@ _mamba = partial(_megatron, needed=_without_mamba_ssm, why="mamba-ssm is not ins
 
 PATCHES = (
     _gdn(target=f"{_GDN}.common:HAVE_FLA", replacement=instead(True), expects="bool"),
-    _gdn(target=f"{_GDN}.common:l2norm", replacement=_reference("l2norm"), expects="NoneType or (x, eps, output_dtype)"),
-    _gdn(target=f"{_GDN}.gdn:causal_conv1d", replacement=convolve, expects="NoneType or (x, weight, bias, residual, initial_state, ... 13, dd467e87)"),
+    _gdn(
+        target=f"{_GDN}.common:l2norm", replacement=_reference("l2norm"), expects="NoneType or (x, eps, output_dtype)"
+    ),
+    _gdn(
+        target=f"{_GDN}.gdn:causal_conv1d",
+        replacement=convolve,
+        expects="NoneType or (x, weight, bias, residual, initial_state, ... 13, dd467e87)",
+    ),
     _gdn(
         target=f"{_GDN}.gdn:chunk_gated_delta_rule",  # named at construction; the layer of this product replaces it
         replacement=_reference("chunk_gated_delta_rule"),
@@ -65,6 +71,14 @@ PATCHES = (
         replacement=_reference("mamba_split_conv1d_scan_combined"),
         expects="NoneType",
     ),
-    _mamba(target=f"{_MAMBA}:RMSNormGated", replacement=lambda original, run: sharded_norm(), expects="NoneType or (*args, **kwargs)"),
-    _mamba(target=f"{_MAMBA}:ExtendedRMSNorm", replacement=lambda original, run: sharded_norm(), expects="NoneType or (*args, **kwargs)"),
+    _mamba(
+        target=f"{_MAMBA}:RMSNormGated",
+        replacement=lambda original, run: sharded_norm(),
+        expects="NoneType or (*args, **kwargs)",
+    ),
+    _mamba(
+        target=f"{_MAMBA}:ExtendedRMSNorm",
+        replacement=lambda original, run: sharded_norm(),
+        expects="NoneType or (*args, **kwargs)",
+    ),
 )

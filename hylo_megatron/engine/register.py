@@ -126,9 +126,14 @@ def original(target: str) -> Any:
     return getattr(value, "__func__", value) if isinstance(value, staticmethod | classmethod) else value
 
 
+def lists(patch: Patch, version: str) -> bool:
+    """Whether the entry was written for this version of its package."""
+    return SpecifierSet(patch.versions).contains(version, prereleases=True)
+
+
 def _check_version(patch: Patch) -> None:
     found = installed_version(patch.package)
-    if found is None or SpecifierSet(patch.versions).contains(found, prereleases=True):
+    if found is None or lists(patch, found):
         return
     what = f"{patch.package} {found}: {patch.target} is replaced in {patch.versioned()} only"
     if os.environ.get(ALLOW) != "1":

@@ -30,10 +30,12 @@ def become(order: dict) -> None:
 
 
 def main() -> None:
-    from megatron.training import pretrain  # noqa: F401
-
     from hylo_megatron import train
-    from hylo_megatron.engine import checkpoint_hooks  # noqa: F401
+    from hylo_megatron.engine.register import install, patches
+
+    install("megatron")
+    for patch in patches("writing", "training"):
+        patch.place()  # imports the module that holds the name
 
     for line in sys.stdin:
         order = json.loads(line)
@@ -46,6 +48,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    import hylo_megatron.distill  # noqa: F401  the engine, before megatron
-
     main()
