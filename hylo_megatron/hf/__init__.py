@@ -25,7 +25,7 @@ def __getattr__(name: str):
 
 
 def register_config() -> None:
-    """Let ``AutoConfig`` know ``model_type: hylo``."""
+    """Make ``AutoConfig`` know ``model_type: hylo``."""
     from transformers.models.auto.configuration_auto import AutoConfig
 
     from hylo_megatron.hf.configuration_hylo import HyLoConfig
@@ -34,14 +34,17 @@ def register_config() -> None:
 
 
 def register_tokenizer() -> None:
-    """Let ``AutoTokenizer`` take a hybrid's ``tokenizer.json`` as it is, whatever class its folder names."""
+    """Make ``AutoTokenizer`` take a hybrid's ``tokenizer.json`` as it is, whatever class its folder names."""
     from hylo_megatron.engine.register import install
 
     install("transformers")
 
 
 def register() -> None:
-    """Let all auto classes know the hybrid. ``import hylo_megatron`` calls this, except in this package's programs."""
+    """Register config, models and tokenizer with transformers' auto classes.
+
+    ``import hylo_megatron`` calls this, except in the programs of this package.
+    """
     import hylo_megatron.hf.modeling_hylo  # noqa: F401  registers the models
 
     register_config()

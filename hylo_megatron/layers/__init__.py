@@ -1,1 +1,1 @@
-"""Mixers and layer specs for megatron-core's ``HybridModel``."""
+"""The model as megatron-core's ``HybridModel``."""

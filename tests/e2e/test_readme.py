@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hylo_megatron.capabilities import has
+from hylo_megatron.packages import has
 
 if not has("megatron-core"):
     pytest.skip("megatron-core is not installed", allow_module_level=True)
@@ -16,7 +16,7 @@ from helpers import recipes  # noqa: E402
 from helpers import train as helpers  # noqa: E402
 
 README = (helpers.ROOT / "README.md").read_text()
-NEEDS_NETWORK = ("fetch_smollm2", "fetch_text")  # tests/corpus/test_fetch.py runs them with a downloader of its own
+NEEDS_NETWORK = ("fetch-smollm2", "fetch-text")  # tests/corpus/test_fetch.py runs them with a downloader of its own
 
 
 def block(heading: str, language: str) -> str:

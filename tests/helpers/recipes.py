@@ -11,6 +11,7 @@ from dataclasses import replace
 from helpers import tiny
 from helpers.paths import PROGRAMS
 from helpers.train import environment, read_log
+
 from hylo_megatron.data.prepare import prepare
 from hylo_megatron.recipes.proxy import write_tokenizer
 from hylo_megatron.recipes.smollm2 import smollm2_gpu

@@ -14,9 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-
 from helpers import tiny
 from helpers.paths import PROGRAMS, ROOT
+
 from hylo_megatron.checkpoint.folder import write_checkpoint as write
 from hylo_megatron.convert.hf_to_megatron import megatron_tensors
 from hylo_megatron.engine.register import install

@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import torch
+from helpers import tiny
 from hypothesis import strategies as st
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from helpers import tiny
 from hylo_megatron.init.teacher import BaseModel
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")

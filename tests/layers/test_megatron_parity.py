@@ -1,9 +1,6 @@
 """The Megatron model computes what transformers computes, teacher and hybrid, on one rank and on two."""
 
 import functools
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +10,7 @@ from helpers.paths import PROGRAMS
 
 pytest.importorskip("transformers")
 from helpers import tiny  # noqa: E402
+from helpers import train as helpers  # noqa: E402
 from programs.logits import LAYOUTS, logits  # noqa: E402
 
 from hylo_megatron.config import Geometry, MLAGeometry  # noqa: E402
@@ -138,12 +136,7 @@ def test_two_ranks_give_the_logits_of_one(folder, tmp_path):
     """Tensor parallel, sequence parallel and pipeline parallel in one launch; every hybrid and two teachers."""
     shapes = ("llama", "qwen2", "qwen3")
     want = {kind: hybrid(folder, kind) for kind in HYBRIDS} | {shape: teacher(folder, shape) for shape in shapes}
-    own = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    env = {key: value for key, value in os.environ.items() if key not in own} | {"OMP_NUM_THREADS": "1"}
-    script = PROGRAMS / "logits.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
-               tiny.free_port(), script, tmp_path, *(folder / name for name in want)]  # fmt: skip
-    done = subprocess.run([str(part) for part in command], env=env, capture_output=True, text=True, timeout=300)
+    done = helpers.torchrun(PROGRAMS / "logits.py", tmp_path, *(folder / name for name in want), timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     worst = {
         f"{layout} {name}": (torch.load(tmp_path / f"{layout}-{name}.pt") - logits_).abs().max().item()

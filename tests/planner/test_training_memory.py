@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 from helpers import train as helpers
+from helpers.paths import PROGRAMS
 
 from hylo_megatron.config import Architecture
 from hylo_megatron.config.layout import ParallelLayout, Work
+from hylo_megatron.planner.activations import tables
 from hylo_megatron.planner.training import Peak, Training, in_flight, logit_rows, peak, stage_halves
-
-HERE = Path(__file__).resolve().parent
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def counting(tmp_path_factory):
     pytest.importorskip("fla")
     folder = tmp_path_factory.mktemp("counting")
     with (folder / "out").open("w") as out, (folder / "err").open("w") as err:
-        process = subprocess.Popen([sys.executable, "-W", "ignore", HERE / "activation_bytes.py"],
+        process = subprocess.Popen([sys.executable, "-W", "ignore", PROGRAMS / "activation_bytes.py"],
                                    env=helpers.environment(), stdout=out, stderr=err)  # fmt: skip
     yield process, folder
     process.kill()
@@ -71,7 +71,7 @@ def test_weights_gradients_and_optimizer_are_the_engines(tmp_path, counting):
         count: [_command_line(name, tmp_path, world) for name in RUNS if RUNS[name][0] == count] for count in (1, 2)
     }
     (tmp_path / "runs.json").write_text(json.dumps(runs))
-    done = subprocess.run([sys.executable, "-W", "ignore", HERE / "memory_runs.py", tmp_path / "runs.json"],
+    done = subprocess.run([sys.executable, "-W", "ignore", PROGRAMS / "memory_runs.py", tmp_path / "runs.json"],
                           env=helpers.environment(), capture_output=True, text=True, timeout=300)  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     for name, (processes, *_) in RUNS.items():
@@ -99,6 +99,7 @@ def test_layers_keep_what_autograd_saves(counted):
         arch, at = known.half_arch(kind, wide), ParallelLayout(**known.LAYOUTS[layout])
         run = Training(arch, arch.as_teacher(), "distill", at, Work(2, known.LENGTH, known.ROWS), train)
         planned = [half.kept for half in stage_halves(run, range(1))]
+        planned[0] += tables(arch, {kind}, run.share)
         assert planned == pytest.approx(got, rel=5e-3 if at.cp > 1 else 1e-4), (layout, kind, wide, train)
 
 

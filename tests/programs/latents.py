@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from hylo_megatron.engine.register import install
-from hylo_megatron.layers.core_attention import CoreAttention
+from hylo_megatron.mixers.megatron_attention import CoreAttention
 from hylo_megatron.parallel import latent_ring
 from hylo_megatron.parallel.zigzag import zigzag_positions
 

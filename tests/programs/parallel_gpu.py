@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from helpers import parity_table
 from helpers import train as helpers
+from programs import parity
 
 from hylo_megatron.config import GDNGeometry, Geometry, Mamba2Geometry, MLAGeometry
-from programs import parity
 
 SIZES = dict(hidden_size=256, intermediate_size=512, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
              geometry=Geometry(MLAGeometry(64, 32, 32, 64), GDNGeometry(4, 8, 64, 64), Mamba2Geometry(4, 64, 64, 4)),

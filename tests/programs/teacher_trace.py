@@ -10,9 +10,9 @@ from pathlib import Path
 import torch.distributed as dist
 from helpers import train as helpers
 from megatron.core import parallel_state
+from programs import parity
 
 from hylo_megatron.parallel import teacher_fed
-from programs import parity
 
 STEPS = 3
 

@@ -49,7 +49,7 @@ def test_doctor_reports_every_package_and_each_kind_of_work():
 
 def test_looking_imports_nothing():
     code = (
-        "import sys; from hylo_megatron.capabilities import capabilities; capabilities()\n"
+        "import sys; from hylo_megatron.packages import capabilities; capabilities()\n"
         "print([m for m in ('torch', 'megatron', 'fla', 'triton', 'transformers') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
