@@ -20,7 +20,8 @@ def _is_own_program() -> bool:
         words = sys.orig_argv
         return words[words.index("-m") + 1].partition(".")[0] == package.name
     folders = [package, *(package.parent / name for name in ("tools", "examples", "tests"))]
-    return program.name.partition(" ")[0] in ("hylo", "hylo-doctor") or any(program.is_relative_to(folder) for folder in folders)
+    command = program.name.partition(" ")[0]
+    return command in ("hylo", "hylo-doctor") or any(program.is_relative_to(folder) for folder in folders)
 
 
 if not _is_own_program() and importlib.util.find_spec("transformers") and importlib.util.find_spec("torch"):

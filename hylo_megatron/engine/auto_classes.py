@@ -9,7 +9,7 @@ PATCHES = (
     _transformers(
         target="transformers.models.auto.tokenization_auto:TOKENIZER_MAPPING_NAMES[hylo]",
         replacement=instead("TokenizersBackend"),
-        why="transformers 5.19 rebuilds tokenizer.json for LlamaTokenizerFast, which folders of earlier exports may name",
+        why="transformers 5.19 rebuilds tokenizer.json for LlamaTokenizerFast, which folders of old exports may name",
     ),
     _transformers(
         target="transformers.models.auto.modeling_auto:MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[hylo]",

@@ -171,7 +171,7 @@ PATCHES = (
     _training(
         target="megatron.training.training:load_checkpoint",
         replacement=load_checked,
-        why="does not repair what a crash left, runs no check of pickles, and ends without an error on an empty tracker",
+        why="repairs nothing that a crash left, checks no pickles, and ends without an error on an empty tracker",
         upstream="megatron/training/checkpointing.py",
         expects="(ddp_model, optimizer, opt_param_scheduler, load_arg, strict, ... 13, 01787541)",
     ),

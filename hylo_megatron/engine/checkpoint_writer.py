@@ -1,10 +1,10 @@
-"""How checkpoints are written: no failure of a writer makes a trainer wait, and each names file, need and free space.
+"""How checkpoints are written: no failure of a writer makes a trainer wait, and each names file, need, free space.
 
-megatron-core 0.19.2 waits without end in these cases. Where several threads write, the failure of one ends the writer's
-process before it answers (``filesystem_async.py:291``). A writer that is killed answers nothing (``async_utils.py:424,
-462, 507``). The queue's thread drops a request that cannot be pickled, such as one whose tensors do not fit into shared
-memory. A trainer that fails waits at its exit for a dead writer (``__del__``). The queue of results is a process of its
-own, which a killed trainer leaves behind, as it does a writer.
+megatron-core 0.19.2 waits without end in these cases. Where several threads write, the failure of one ends the
+writer's process before it answers (``filesystem_async.py:291``). A writer that is killed answers nothing
+(``async_utils.py:424, 462, 507``). The queue's thread drops a request that cannot be pickled, such as one whose
+tensors do not fit into shared memory. A trainer that fails waits at its exit for a dead writer (``__del__``). The
+queue of results is a process of its own, which a killed trainer leaves behind, as it does a writer.
 """
 
 import os

@@ -1,9 +1,9 @@
 """Megatron's distributed optimizer over torch's AdamW, which is what runs without TransformerEngine and Apex.
 
 torch's AdamW keeps a tensor ``step`` in each parameter's state, which megatron-core 0.19.2 does not expect. Its
-``distrib_optimizer.py:839`` asserts on a fresh optimizer. Line 1223 raises ``KeyError: step``, or an autograd error for
-fp32 parameters, and sets the step to zero. Line 1028 gives all parameters one shared step tensor, so that Adam's step
-count jumps by the number of parameters at each iteration.
+``distrib_optimizer.py:839`` asserts on a fresh optimizer. Line 1223 raises ``KeyError: step``, or an autograd error
+for fp32 parameters, and sets the step to zero. Line 1028 gives all parameters one shared step tensor, so that Adam's
+step count jumps by the number of parameters at each iteration.
 
 On a GPU the optimizer's step also takes 20 ms of a 141 ms step of a 135M model: hundreds of small launches follow the
 gradient's norm. torch's fused AdamW is one launch, and the copy to the 16-bit weights is one more.
@@ -145,25 +145,52 @@ def _has_torch_adam() -> bool:
     return not distrib_optimizer.HAVE_APEX_OR_TE
 
 
-def _entry(name: str, expects: str, replacement, why: str, line: int | None, needed=None) -> Patch:
-    return Patch(
-        group="megatron", package="megatron-core", versions="==0.19.2",
-        target=f"{_MODULE}:DistributedOptimizer.{name}", expects=expects, replacement=replacement, why=why,
-        upstream=f"megatron/core/optimizer/distrib_optimizer.py:{line}" if line else "", **needed or {},
-    )  # fmt: skip
+_optimizer = partial(Patch, group="megatron", package="megatron-core", versions="==0.19.2")
+_adam = partial(_optimizer, needed=_has_torch_adam)
+_CLASS = f"{_MODULE}:DistributedOptimizer"
+_LINE = "megatron/core/optimizer/distrib_optimizer.py"
 
-
-_adam = partial(_entry, needed={"needed": _has_torch_adam})
 PATCHES = (
-    _entry(
-        "sharded_param_state_fully_reshardable", "(self, model_sharded_state_dict, is_loading, metadata)", slice_without_gaps,
-        "line 1740 gathers the states without the gaps between buckets, line 1755 cuts them as if the gaps were there:"
-        " with several buckets (tied embeddings in a pipeline, overlapped gradient reduction) a checkpoint would hold"
-        " the states of one parameter under the name of another", 1755,
+    _optimizer(
+        target=f"{_CLASS}.sharded_param_state_fully_reshardable",
+        replacement=slice_without_gaps,
+        why="line 1740 gathers the states without the gaps between buckets, line 1755 cuts them as if the gaps were"
+        " there: with several buckets (tied embeddings in a pipeline, overlapped gradient reduction) a checkpoint"
+        " would hold the states of one parameter under the name of another",
+        upstream=f"{_LINE}:1755",
+        expects="(self, model_sharded_state_dict, is_loading, metadata)",
     ),
-    _adam("__init__", "(self, optimizer, config, grad_scaler, init_state_fn, ... 11, 444b93a3)", initialise_fused, "torch's AdamW runs hundreds of small kernels", None),
-    _adam("_copy_main_params_to_model_params", "(self)", copy_at_once, "one copy for each parameter", None),
-    _adam("_set_main_param_and_optimizer_states", "(self, model_param, tensors)", set_without_step, "KeyError: step, or a step of zero", 1223),
-    _adam("sharded_state_dict", "(self, model_sharded_state_dict, is_loading, sharding_type, ... 5, 27589f72)", shard_fresh_states, "asserts on a fresh optimizer", 839),
-    _adam("load_state_dict", "(self, state_dict)", load_own_steps, "gives all parameters one shared step tensor", 1028),
-)  # fmt: skip
+    _adam(
+        target=f"{_CLASS}.__init__",
+        replacement=initialise_fused,
+        why="torch's AdamW runs hundreds of small kernels",
+        expects="(self, optimizer, config, grad_scaler, init_state_fn, ... 11, 444b93a3)",
+    ),
+    _adam(
+        target=f"{_CLASS}._copy_main_params_to_model_params",
+        replacement=copy_at_once,
+        why="one copy for each parameter",
+        expects="(self)",
+    ),
+    _adam(
+        target=f"{_CLASS}._set_main_param_and_optimizer_states",
+        replacement=set_without_step,
+        why="KeyError: step, an autograd error, or a step of zero",
+        upstream=f"{_LINE}:1223",
+        expects="(self, model_param, tensors)",
+    ),
+    _adam(
+        target=f"{_CLASS}.sharded_state_dict",
+        replacement=shard_fresh_states,
+        why="asserts on a fresh optimizer",
+        upstream=f"{_LINE}:839",
+        expects="(self, model_sharded_state_dict, is_loading, sharding_type, ... 5, 27589f72)",
+    ),
+    _adam(
+        target=f"{_CLASS}.load_state_dict",
+        replacement=load_own_steps,
+        why="gives all parameters one shared step tensor",
+        upstream=f"{_LINE}:1028",
+        expects="(self, state_dict)",
+    ),
+)

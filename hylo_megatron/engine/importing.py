@@ -8,7 +8,7 @@ from hylo_megatron.errors import HyLoError
 
 
 def import_megatron() -> None:
-    """Import what of megatron-core the replacements are made in. Raises ``HyLoError`` when megatron does not import."""
+    """Import the parts of megatron-core that are changed. Raises ``HyLoError`` when megatron does not import."""
     from hylo_megatron.engine.register import installed
 
     try:

@@ -41,8 +41,8 @@ GROUPS = {
         before=import_megatron,
     ),
     "megatron": Group(
-        what="models and optimizers of megatron-core", modules=("cpu_generators", "linear_kernels", "distributed_optimizer", "datasets"),
-        needs=("reading",),
+        what="models and optimizers of megatron-core",
+        modules=("cpu_generators", "linear_kernels", "distributed_optimizer", "datasets"), needs=("reading",),
     ),
     "results": Group(what="the queue of what was written", modules=("checkpoint_writer",)),
     "writing": Group(what="writes of checkpoints", modules=("checkpoint_writer",), needs=("cpu",)),

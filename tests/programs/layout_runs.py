@@ -54,7 +54,7 @@ def main(runs: Path) -> None:
         uninstall("training")  # of the run before
         forget_run()
         save_what_was_loaded()
-        sys.argv = ["train", *argv]
+        sys.argv = [sys.argv[0], *argv]
         with contextlib.suppress(SystemExit):  # the engine's way out of --exit-interval
             train()
         print("done", argv[argv.index("--save") + 1], flush=True)

@@ -64,7 +64,7 @@ def run_all(lines: list[list[str]], rank: int, processes: int, port: str) -> Non
     for argv in lines:
         uninstall("training")
         layout_runs.forget_run()
-        sys.argv = ["train", *argv]
+        sys.argv = [sys.argv[0], *argv]
         with contextlib.suppress(SystemExit):
             train()
 

@@ -10,6 +10,8 @@ import os
 import sys
 import threading
 
+from hylo_megatron import train
+
 
 def wait_for(child: int) -> None:
     _, status = os.waitpid(child, 0)
@@ -26,11 +28,10 @@ def become(order: dict) -> None:
         os.dup2(target, descriptor)
         os.close(target)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    sys.argv = ["hylo_megatron.train", *order["argv"]]
+    sys.argv = [train.__file__, *order["argv"]]
 
 
 def main() -> None:
-    from hylo_megatron import train
     from hylo_megatron.engine.register import install, patches
 
     install("megatron")
