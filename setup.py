@@ -53,7 +53,7 @@ setup(
         "dev": ["pytest>=8", "pytest-xdist", "hypothesis", "ruff", "matplotlib", "peft", "accelerate"],
     },
     entry_points={
-        "console_scripts": ["hylo = hylo_megatron.cli:main", "hylo-doctor = hylo_megatron.capabilities:main"],
+        "console_scripts": ["hylo = hylo_megatron.cli:main", "hylo-doctor = hylo_megatron.doctor:main"],
         "vllm.general_plugins": ["hylo = hylo_megatron.serve:register"],
     },
 )

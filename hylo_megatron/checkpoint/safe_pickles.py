@@ -7,7 +7,6 @@ does; ``install`` makes torch's and megatron-core's own reads as strict. No mega
 
 import os
 import pickle
-import sys
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -256,13 +255,3 @@ def load_array(path, mmap_mode=None, **_) -> np.ndarray:
         return np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
     except (ValueError, EOFError) as error:  # an empty file
         raise HyLoError(f"{path}: no array of numbers ({_line(error)}): remove the file, it is made again") from None
-
-
-def install() -> None:
-    """Once, when megatron-core is imported. Child processes inherit the first part."""
-    os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
-    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # torch's planner asks for weights_only=False
-    dcp.FileSystemReader.read_metadata = read_metadata
-    for module in ("safe_globals", "datasets.gpt_dataset", "datasets.blended_dataset", "datasets.masked_dataset"):
-        if module := sys.modules.get(f"megatron.core.{module}"):
-            module.safe_numpy_load = load_array

@@ -15,12 +15,12 @@ from safetensors.torch import save_file  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 import hylo_megatron  # noqa: E402, F401  (registers the model)
-from hylo_megatron.capabilities import has  # noqa: E402
 from hylo_megatron.convert import hf_to_megatron, megatron_to_hf  # noqa: E402
 from hylo_megatron.convert.amd_release import convert as amd
 from hylo_megatron.convert.amd_release.config import Unsaid, read_release  # noqa: E402
 from hylo_megatron.convert.amd_release.tables import source_shapes  # noqa: E402
 from hylo_megatron.convert.hf_folder import read_architecture  # noqa: E402
+from hylo_megatron.packages import has  # noqa: E402
 
 TOLERANCE = 1e-4
 TOKENS = tiny.tokens(1, 40)[0]

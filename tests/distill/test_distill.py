@@ -10,7 +10,7 @@ from helpers.paths import PROGRAMS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hylo_megatron.capabilities import has
+from hylo_megatron.packages import has
 
 if not has("megatron-core"):
     pytest.skip("megatron-core is not installed", allow_module_level=True)

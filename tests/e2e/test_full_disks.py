@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hylo_megatron.capabilities import has
+from hylo_megatron.packages import has
 
 if not has("megatron-core"):
     pytest.skip("megatron-core is not installed", allow_module_level=True)
@@ -40,6 +40,7 @@ from hylo_megatron.config.stages import stage_kind  # noqa: E402
 from hylo_megatron.convert import hf_to_megatron, megatron_to_hf
 from hylo_megatron.data.prepare import prepare  # noqa: E402
 from hylo_megatron.engine import checkpoint_writer, peers
+from hylo_megatron.engine.register import install
 from hylo_megatron.errors import HyLoError, command_line  # noqa: E402
 from hylo_megatron.init.upcycle import student_architecture, upcycle  # noqa: E402
 from hylo_megatron.recipes.proxy import proxy  # noqa: E402
@@ -208,7 +209,7 @@ def test_a_writer_answers_whichever_file_fails(bad, tmp_path):
     """The engine writes the last file first, and the others in threads, whose failure ends the process unanswered."""
     results = queue.Queue()
     buckets = [bucket(tmp_path / f"file{i}", 400_000 if i == bad else 4000) for i in range(3)]
-    checkpoint_writer._install_writing()
+    install("writing")
     with largest_file(100_000):
         checkpoint_writer.write_buckets([_StorageWriterTransforms()], False, 0, buckets, results)
     error = results.get(timeout=1)
@@ -222,7 +223,7 @@ def test_a_failed_writer_leaves_nothing_to_garbage_collection(tmp_path, monkeypa
     """The unfinished zip writer in the frames of the error crashed the process: ``test_small_disks`` shows it."""
     errors, said = [], checkpoint_writer._said
     monkeypatch.setattr(checkpoint_writer, "_said", lambda error, bucket: errors.append(error) or said(error, bucket))
-    checkpoint_writer._install_writing()
+    install("writing")
     with largest_file(100_000):
         buckets = [bucket(tmp_path / "file", 400_000)]
         checkpoint_writer.write_buckets([_StorageWriterTransforms()], False, 0, buckets, queue.Queue())
@@ -263,7 +264,6 @@ def test_what_cannot_be_handed_to_a_writer(monkeypatch):
 PROGRAM = """
 import resource, sys
 if __name__ == "__main__":
-    import hylo_megatron.distill
     from hylo_megatron.checkpoint import save_room
     first, limit = int(sys.argv.pop(1)), int(sys.argv.pop(1))
     begin, saves = save_room.SaveRoom.begin, []

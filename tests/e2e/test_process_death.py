@@ -16,7 +16,7 @@ import psutil
 import pytest
 from helpers import processes
 
-from hylo_megatron.capabilities import has
+from hylo_megatron.packages import has
 
 if not has("megatron-core"):
     pytest.skip("megatron-core is not installed", allow_module_level=True)

@@ -17,9 +17,11 @@ import torch
 from helpers import tiny
 from helpers.paths import PROGRAMS, ROOT
 
-import hylo_megatron.distill  # noqa: F401  the engine, before megatron
 from hylo_megatron.checkpoint.folder import write_checkpoint as write
 from hylo_megatron.convert.hf_to_megatron import megatron_tensors
+from hylo_megatron.engine.register import install
+
+install("megatron")
 
 SEQ = 64
 ODD_VOCAB = 301  # does not divide by two: tensor parallelism pads it
@@ -69,7 +71,7 @@ def environment(**changes) -> dict[str, str]:
 
 
 def close_groups() -> None:
-    """Of the layout at hand. The engine only forgets them, and their threads poll on: soon there are hundreds."""
+    """End the groups of the current layout. Megatron only forgets them, and their threads poll on: soon hundreds."""
     from megatron.core import parallel_state
     from torch.distributed import distributed_c10d
 

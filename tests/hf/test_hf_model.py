@@ -327,16 +327,26 @@ def test_bad_configs_are_refused():
 
 
 @pytest.mark.parametrize("first", ["hylo_megatron", "transformers"])
-def test_import_is_light_and_registers(first, tmp_path):
-    tiny_config().save_pretrained(tmp_path)
+def test_import_registers(first, tmp_path):
+    model_of(("mla", "gdn")).save_pretrained(tmp_path)
     code = f"""
 import sys
 import {first}
 import hylo_megatron
-assert {first == "transformers"} or not [m for m in ("torch", "transformers", "megatron") if m in sys.modules]
 from transformers import AutoConfig, AutoModelForCausalLM
 model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained({str(tmp_path)!r}))
 assert type(model).__name__ == "HyLoForCausalLM" and "megatron" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("program", ["hylo", "-m hylo_megatron plan"])
+def test_import_is_light_in_own_programs(program):
+    code = f"""
+import sys
+sys.argv[0], sys.orig_argv = {program.split()[0]!r}, {["python", *program.split()]!r}
+import hylo_megatron
+assert not [m for m in ("torch", "transformers", "megatron") if m in sys.modules]
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -6,7 +6,7 @@ import pytest
 from helpers import train as helpers
 from programs import cp_bytes
 
-from hylo_megatron.capabilities import has
+from hylo_megatron.packages import has
 
 
 @pytest.mark.skipif(not has("megatron-core"), reason="megatron-core is not installed")

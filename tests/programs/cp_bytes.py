@@ -155,11 +155,12 @@ def main() -> None:
     import torch
     import torch.distributed as dist
     from helpers import tiny
-    from helpers import train as train_helpers  # noqa: F401  starts the engine
     from megatron.core.process_groups_config import ProcessGroupCollection
 
+    from hylo_megatron.engine.register import install
     from hylo_megatron.layers.load import start_process_groups
 
+    install("megatron")
     dist.init_process_group("gloo")
     size, tokens, batch = dist.get_world_size(), 20, 2
     start_process_groups(cp=size)

@@ -10,6 +10,8 @@ import os
 import sys
 import threading
 
+from hylo_megatron import train
+
 
 def wait_for(child: int) -> None:
     _, status = os.waitpid(child, 0)
@@ -26,14 +28,15 @@ def become(order: dict) -> None:
         os.dup2(target, descriptor)
         os.close(target)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    sys.argv = ["hylo_megatron.train", *order["argv"]]
+    sys.argv = [train.__file__, *order["argv"]]
 
 
 def main() -> None:
-    from megatron.training import pretrain  # noqa: F401
+    from hylo_megatron.engine.register import install, patches
 
-    from hylo_megatron import train
-    from hylo_megatron.engine import checkpoint_hooks  # noqa: F401
+    install("megatron")
+    for patch in patches("writing", "training"):
+        patch.place()  # imports the module that holds the name
 
     for line in sys.stdin:
         order = json.loads(line)
@@ -46,6 +49,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    import hylo_megatron.distill  # noqa: F401  the engine, before megatron
-
     main()

@@ -12,7 +12,8 @@ from dataclasses import replace
 import pytest
 from helpers.paths import ROOT
 
-from hylo_megatron import capabilities as machine
+from hylo_megatron import doctor
+from hylo_megatron import packages as machine
 from hylo_megatron.errors import HyLoError
 
 
@@ -43,13 +44,13 @@ def test_doctor_reports_every_package_and_each_kind_of_work():
     done = subprocess.run([sys.executable, "tools/doctor.py"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     first_words = [line.split()[0] for line in done.stdout.splitlines() if line]
-    for name in [known.name for known in machine.PACKAGES] + list(machine.PURPOSES) + ["cores", "memory", "device"]:
+    for name in [known.name for known in machine.PACKAGES] + list(doctor.PURPOSES) + ["cores", "memory", "device"]:
         assert name in first_words
 
 
 def test_looking_imports_nothing():
     code = (
-        "import sys; from hylo_megatron.capabilities import capabilities; capabilities()\n"
+        "import sys; sys.argv[0] = 'hylo'; from hylo_megatron.packages import capabilities; capabilities()\n"
         "print([m for m in ('torch', 'megatron', 'fla', 'triton', 'transformers') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -106,7 +107,7 @@ def test_wrong_gradients_on_hopper_are_announced(triton, tilelang, capability, w
     found["flash-linear-attention"] = replace(found["flash-linear-attention"], present=True, version="0.6.0")
     found["triton"] = replace(found["triton"], present=True, version=triton)
     found["tilelang"] = replace(found["tilelang"], present=tilelang)
-    problems = machine.known_problems(found, [machine.Device("a GPU", 80.0, capability)])
+    problems = doctor.known_problems(found, [doctor.Device("a GPU", 80.0, capability)])
     assert any("gradients would be wrong" in problem for problem in problems) == wrong
 
 
