@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from helpers import tiny
 from helpers.paths import PROGRAMS, ROOT
+from helpers.waits import PATIENCE
 
 import hylo_megatron.distill  # noqa: F401  the engine, before megatron
 from hylo_megatron.checkpoint.folder import write_checkpoint as write
@@ -86,7 +87,7 @@ def end_processes() -> None:
     torch.distributed.destroy_process_group()
 
 
-def torchrun(*argv, processes: int = 2, timeout: float = 600) -> subprocess.CompletedProcess:
+def torchrun(*argv, processes: int = 2, timeout: float = PATIENCE) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     return subprocess.run([*command, *map(str, argv)], env=environment(), capture_output=True, text=True,
                           timeout=timeout)  # fmt: skip
@@ -175,7 +176,7 @@ class Zygote:
             self.ended[answer[0]] = answer[1]
         return answer
 
-    def wait(self, child: int, timeout: float = 300) -> int:
+    def wait(self, child: int, timeout: float = PATIENCE) -> int:
         timer = threading.Timer(timeout, lambda: os.killpg(child, signal.SIGKILL))
         timer.start()
         while child not in self.ended:
@@ -190,12 +191,12 @@ def zygote() -> Zygote:
     return Zygote()
 
 
-def train(*argv, processes: int = 1) -> subprocess.CompletedProcess:
-    """A training to its end, as ``processes`` ranks of this machine."""
+def train(*argv, processes: int = 1, **variables: str) -> subprocess.CompletedProcess:
+    """Run a training to its end, as ``processes`` ranks of this machine, with more variables in its environment."""
     with tempfile.TemporaryDirectory() as folder:
         files = [(Path(folder) / f"{rank}.out", Path(folder) / f"{rank}.err") for rank in range(processes)]
         shared = dict(WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=tiny.free_port())  # fmt: skip
+                      MASTER_PORT=tiny.free_port(), **variables)  # fmt: skip
         ranks = [
             zygote().start(argv, environment(RANK=str(rank), LOCAL_RANK=str(rank), **shared), *paths)
             for rank, paths in enumerate(files)

@@ -7,8 +7,11 @@ time of a training of a few steps.
 
 import json
 import os
+import signal
 import sys
 import threading
+
+KILL_AT = "HYLO_TEST_KILL_AT"  # in a training's environment: the step after which it gets SIGKILL
 
 
 def wait_for(child: int) -> None:
@@ -29,6 +32,20 @@ def become(order: dict) -> None:
     sys.argv = ["hylo_megatron.train", *order["argv"]]
 
 
+def die_at(step: int) -> None:
+    """Make this process kill itself, as the kernel would when memory runs out, once ``step`` is in the log."""
+    from hylo_megatron.engine.training_hooks import StepLog
+
+    write = StepLog.write
+
+    def write_and_die(log, losses, iteration, *more):
+        write(log, losses, iteration, *more)
+        if iteration == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    StepLog.write = write_and_die
+
+
 def main() -> None:
     from megatron.training import pretrain  # noqa: F401
 
@@ -39,6 +56,8 @@ def main() -> None:
         order = json.loads(line)
         if (child := os.fork()) == 0:
             become(order)
+            if KILL_AT in os.environ:
+                die_at(int(os.environ[KILL_AT]))
             train.main()
             return
         print(child, flush=True)
