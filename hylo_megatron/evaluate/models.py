@@ -1,6 +1,5 @@
 """Loading a Hugging Face folder for evaluation, and the facts about it that need no forward pass."""
 
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,23 +95,17 @@ def _first_line(error: BaseException) -> str:
 
 
 def layer_plan(config) -> list[str]:
-    """The token mixer of every layer: ``attention``, ``mla``, ``gdn`` or ``mamba2``."""
-    if config.model_type == "hylo":
-        return list(config.mixers)
-    return ["attention"] * config.num_hidden_layers
+    """Return the name of every layer's mixer."""
+    return list(config.mixers) if config.model_type == "hylo" else ["attention"] * config.num_hidden_layers
 
 
 def kv_bytes_per_token(config, bytes_per_value: int = 2) -> int:
-    """Bytes that one more token adds to the cache (bf16 by default; states of fixed size not counted)."""
-    plan = Counter(layer_plan(config))
-    values = 0
-    if plan["attention"]:
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        values += plan["attention"] * 2 * kv_heads * head_dim
-    if plan["mla"]:
-        values += plan["mla"] * (config.kv_lora_rank + config.qk_rope_head_dim)
-    return bytes_per_value * values
+    """Return the bytes that one more token adds to the cache (bf16 by default; states of fixed size not counted)."""
+    if config.model_type == "hylo":
+        return config.to_architecture().kv_bytes_per_token(bytes_per_value)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return bytes_per_value * config.num_hidden_layers * 2 * kv_heads * head_dim
 
 
 def describe(loaded: Loaded) -> dict:

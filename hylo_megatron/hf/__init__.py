@@ -26,7 +26,7 @@ def __getattr__(name: str):
 
 
 def register_config() -> None:
-    """``AutoConfig`` knows ``model_type: hylo``."""
+    """Make ``AutoConfig`` know ``model_type: hylo``."""
     from transformers.models.auto.configuration_auto import AutoConfig
 
     from hylo_megatron.hf.configuration_hylo import HyLoConfig
@@ -35,13 +35,15 @@ def register_config() -> None:
 
 
 def register_models() -> None:
-    """``AutoModel`` and ``AutoModelForCausalLM`` know ``HyLoConfig``: the module does it when it is imported, since
-    some versions of transformers import the auto classes in the middle of that."""
+    """Make ``AutoModel`` and ``AutoModelForCausalLM`` know ``HyLoConfig``.
+
+    The module does so while it is imported, since some versions of transformers import the auto classes meanwhile.
+    """
     import hylo_megatron.hf.modeling_hylo  # noqa: F401
 
 
 def register_tokenizer() -> None:
-    """``AutoTokenizer`` takes a hybrid's ``tokenizer.json`` as it is, whatever class its folder names.
+    """Make ``AutoTokenizer`` take a hybrid's ``tokenizer.json`` as it is, whatever class its folder names.
 
     transformers 5.19 rebuilds it for ``LlamaTokenizerFast``, which folders of earlier exports may name.
     """
@@ -51,7 +53,7 @@ def register_tokenizer() -> None:
 
 
 def register() -> None:
-    """All of them. ``import hylo_megatron`` does the same as soon as transformers' auto classes are imported."""
+    """Register config, models and tokenizer with transformers' auto classes."""
     register_config()
     register_models()
     register_tokenizer()

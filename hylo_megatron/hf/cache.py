@@ -1,14 +1,14 @@
-"""The cache of a hybrid: latents that grow in MLA layers, states of fixed size in the others."""
+"""The cache of a hybrid: rows that grow with the text in some layers, states of fixed size in the others."""
 
 import torch
 from transformers.cache_utils import Cache
 
 
 class HyLoCache(Cache):
-    """One dictionary of tensors per layer, batch first; the layers write them, this class reorders and counts.
+    """One dictionary of tensors per layer, batch first. The layers write them; this class reorders and counts them.
 
-    MLA: ``latent`` [B,S,R+P] (latent and roped shared key; one value more with ``qk_norm``). Gated DeltaNet and
-    Mamba-2: ``conv`` [B,W-1,C] and ``state`` (fp32), whatever the length.
+    MLA has ``latent`` [B,S,R+P], the latent and the rotated shared key, and one more value with ``qk_norm``. Linear
+    mixers have ``conv`` [B,W-1,C] and ``state`` (fp32) for every length of text.
     """
 
     def __init__(self, num_layers: int):
@@ -19,17 +19,17 @@ class HyLoCache(Cache):
         return self.layers[layer]
 
     def append(self, layer: int, rows_BSR: torch.Tensor) -> torch.Tensor:
-        """Adds rows to an MLA layer and returns all of its rows."""
+        """Add rows to a layer whose cache grows, and return all of the layer's rows."""
         past = self.layers[layer].get("latent")
         self.layers[layer]["latent"] = rows_BSR if past is None else torch.cat([past, rows_BSR], 1)
         return self.layers[layer]["latent"]
 
     def keep(self, layer: int, conv: torch.Tensor, state: torch.Tensor) -> None:
-        """The states of a linear layer. ``conv`` is copied: as a view it would keep its whole sequence in memory."""
+        """Keep the states of a linear layer. ``conv`` is copied: a view would keep its whole sequence in memory."""
         self.layers[layer].update(conv=conv.clone(), state=state)
 
     def check_fits(self, num_layers: int, batch: int) -> None:
-        """Raises ``ValueError`` where the cache is another model's or another batch's."""
+        """Raise ``ValueError`` where the cache is another model's or another batch's."""
         if len(self.layers) != num_layers:
             raise ValueError(f"HyLoCache has {len(self.layers)} layers, the model has {num_layers}: start a new cache")
         rows = next((len(tensor) for layer in self.layers for tensor in layer.values()), batch)

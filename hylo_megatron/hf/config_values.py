@@ -1,67 +1,79 @@
-"""Which values a hybrid's ``config.json`` may have. No torch in here."""
+"""Fields of a hybrid's ``config.json``: what they may hold, and what ``HyLoConfig`` takes for those left out.
 
+No torch in here. The fields of a mixer's dimensions come from its folder.
+"""
+
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
 from hylo_megatron.config.architecture import MODEL_TYPES, Extra
+from hylo_megatron.config.geometry import ALWAYS
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.json_file import AtLeastZero, Dimension, PartDimension, Positive, check
+from hylo_megatron.json_file import AtLeastZero, Dimension, Positive, check
+from hylo_megatron.mixers import CACHED, LINEAR, MIXERS, Mixer
+from hylo_megatron.mixers.config_fields import config_defaults, config_fields, config_types
 
-MIXERS = ("mla", "gdn", "mamba2")
-DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
-# Left out, these would take defaults that are another model's, and the weights would fit all the same.
+HYBRID = (*CACHED, *LINEAR)  # the mixers that a hybrid may have
+# A default for any of these would be another model's, and the weights would fit all the same.
 NEEDED = ("mixers", "num_attention_heads", "rms_norm_eps", "max_position_embeddings", "rope_parameters")
 
+# Fields that are not a mixer's dimensions: (type, default).
+_MODEL = {
+    "vocab_size": (Dimension, 49152),
+    "hidden_size": (Dimension, 576),
+    "intermediate_size": (Dimension, 1536),
+    "num_hidden_layers": (Dimension | None, None),
+    "num_attention_heads": (Dimension, 9),
+    "num_key_value_heads": (Dimension | None, None),
+    "head_dim": (Dimension | None, None),
+    "hidden_act": (Literal["silu"], "silu"),
+    "rms_norm_eps": (Positive, 1e-5),
+    "max_position_embeddings": (Dimension, 8192),
+    "rope_parameters": (dict[str, Any], {"rope_type": "default", "rope_theta": 10000.0}),
+    "tie_word_embeddings": (bool, False),
+    "mixers": (list[Literal[HYBRID]] | None, None),
+    "linear_type": (Literal[LINEAR] | None, None),
+    "qk_norm": (bool, False),
+    "base_model_type": (Literal[MODEL_TYPES], "llama"),
+    "base_qk_norm": (bool, False),
+    "attention_bias": (bool, False),
+    "architecture_extra": (Extra | None, None),
+    "initializer_range": (AtLeastZero, 0.02),
+    "use_cache": (bool, True),
+}
+_TYPES = {name: kind for name, (kind, _) in _MODEL.items()}
+DEFAULTS = {name: default for name, (_, default) in _MODEL.items()}
+for _name in HYBRID:
+    _TYPES |= config_types(MIXERS[_name])
+    DEFAULTS |= config_defaults(MIXERS[_name])
 
-class Values(TypedDict):
-    __pydantic_config__ = ConfigDict(extra="forbid")
+_Values = TypedDict("_Values", _TYPES)
+_Values.__pydantic_config__ = ConfigDict(extra="forbid")
 
-    vocab_size: Dimension
-    hidden_size: Dimension
-    intermediate_size: Dimension
-    num_hidden_layers: Dimension | None
-    num_attention_heads: Dimension
-    num_key_value_heads: Dimension | None
-    head_dim: Dimension | None
-    hidden_act: Literal["silu"]
-    rms_norm_eps: Positive
-    max_position_embeddings: Dimension
-    rope_parameters: dict[str, Any]
-    tie_word_embeddings: bool
-    mixers: list[Literal[MIXERS]] | None
-    linear_type: Literal["gdn", "mamba2"] | None
-    q_lora_rank: Dimension | None
-    kv_lora_rank: Dimension
-    qk_nope_head_dim: PartDimension
-    qk_rope_head_dim: Dimension
-    v_head_dim: Dimension
-    qk_norm: bool
-    linear_num_key_heads: Dimension
-    linear_num_value_heads: Dimension
-    linear_key_head_dim: Dimension
-    linear_value_head_dim: Dimension
-    linear_conv_kernel_dim: Dimension
-    linear_norm_eps: Positive | None
-    mamba_num_heads: Dimension
-    mamba_head_dim: Dimension
-    mamba_state_size: Dimension
-    mamba_num_groups: Dimension
-    mamba_conv_kernel: Dimension
-    base_model_type: Literal[MODEL_TYPES]
-    base_qk_norm: bool
-    attention_bias: bool
-    architecture_extra: Extra | None
-    initializer_range: AtLeastZero
-    use_cache: bool
+
+def described(plan: Iterable[str]) -> list[Mixer]:
+    """Return the mixers whose dimensions ``config.json`` has for the layers of ``plan``.
+
+    These are the mixers of the first version, always, and later ones where a layer has them.
+    """
+    plan = set(plan)
+    return [MIXERS[name] for name in HYBRID if name in ALWAYS or name in plan]
+
+
+def fields(plan: Iterable[str]) -> list[str]:
+    """Return the names of the fields of a model with the layers of ``plan``."""
+    return [*_MODEL, *(field for entry in described(plan) for field in config_fields(entry))]
 
 
 def check_values(values: dict) -> None:
-    """Raises ``HyLoError`` that names the first field that is of another type or out of range."""
-    check(values, Values, "config.json")
+    """Raise ``HyLoError`` that names the first field that is of another type or out of range."""
+    check(values, _Values, "config.json")
 
 
 def check_complete(config: dict) -> None:
+    """Raise ``HyLoError`` for a file that lacks a field in which exported models differ."""
     if missing := [name for name in NEEDED if name not in config]:
         raise HyLoError(f"config.json: field {missing[0]} is missing; export the checkpoint again")

@@ -1,15 +1,15 @@
-"""What a forward call is given beside tokens: masks, positions, and arguments that are accepted or refused.
+"""Arguments of a forward call other than tokens: masks, positions, and what is accepted or refused.
 
 Legend: B batch, S new positions, T all positions.
 """
 
 import torch
 
-_NO_EFFECT = {"cache_position", "max_length_q", "max_length_k"}  # they repeat what other arguments say
+_NO_EFFECT = {"cache_position", "max_length_q", "max_length_k"}  # other arguments say the same
 
 
 def refuse_unknown(arguments: dict) -> None:
-    """Raises ``ValueError`` for an argument that would change the result and that the model does not compute with."""
+    """Raise ``ValueError`` for an argument that would change the result and that the model does not compute with."""
     for name, value in arguments.items():
         if name == "is_causal" and value is False:
             raise ValueError("HyLoModel: is_causal=False is not supported: linear layers only look back")
@@ -23,7 +23,7 @@ def refuse_unknown(arguments: dict) -> None:
 
 
 def checked_mask(mask: torch.Tensor | None, batch: int, total: int) -> torch.Tensor | None:
-    """[B,T] bool, or None where nothing is padded."""
+    """Return the mask as [B,T] bool, or None where nothing is padded. Raises ``ValueError``."""
     if mask is None:
         return None
     if tuple(mask.shape) != (batch, total):
@@ -35,7 +35,7 @@ def checked_mask(mask: torch.Tensor | None, batch: int, total: int) -> torch.Ten
 
 
 def refuse_holes(mask: torch.Tensor | None) -> None:
-    """Raises ``ValueError`` for padding between real tokens, cached ones included: the convolutions would see it."""
+    """Raise ``ValueError`` for padding between real tokens, cached ones included: convolutions would read it."""
     if mask is not None and ((mask[:, 1:] & ~mask[:, :-1]).sum(1) + mask[:, 0] > 1).any():
         raise ValueError("HyLoModel: attention_mask has padding between real tokens: pad a row on one side only")
 
@@ -48,15 +48,16 @@ def check_positions(position_ids: torch.Tensor | None, batch: int, length: int) 
 
 
 def counted(mask: torch.Tensor | None, past: int, length: int, device: torch.device) -> torch.Tensor:
-    """[B,S]; the first real token of a row has position 0."""
+    """Return positions [B,S]. The first real token of a row has position 0."""
     if mask is None:
         return torch.arange(past, past + length, device=device).unsqueeze(0)
     return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
 
 
 def allowed(mask: torch.Tensor | None, past: int, length: int, device: torch.device) -> torch.Tensor | None:
-    """[B or 1,1,S,T] bool, or None where nothing but order limits what is seen: a whole sequence, or its last token.
+    """Return which positions each query sees, [B or 1,1,S,T] bool.
 
+    None for whole sequences and single last tokens without padding, where a query sees all that came before it.
     Padding sees itself, so that no row is empty.
     """
     if mask is None and (past == 0 or length == 1):

@@ -1,13 +1,12 @@
-"""``HyLoForCausalLM``: pre-norm decoder layers with an MLA, Gated DeltaNet or Mamba-2 mixer and a SwiGLU MLP.
+"""``HyLoForCausalLM``: pre-norm decoder layers with a mixer of the registry and a SwiGLU MLP.
 
-Start here; the mixers are in mla.py, gdn.py and mamba2.py. Legend: B batch, S new positions, T all positions, D model.
+Start here; each mixer is in ``mixers/<name>/hf_module.py``.
+
+Legend: B batch, S new positions, T all positions, D model.
 """
-
-import math
 
 import torch
 from torch import nn
-from transformers import initialization as init
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -23,12 +22,11 @@ from hylo_megatron import kernels
 from hylo_megatron.hf import inputs
 from hylo_megatron.hf.cache import HyLoCache
 from hylo_megatron.hf.configuration_hylo import HyLoConfig
-from hylo_megatron.hf.gdn import HyLoGatedDeltaNet
-from hylo_megatron.hf.layers import HyLoRMSNorm, Rotation, real_tokens
-from hylo_megatron.hf.mamba2 import HyLoMamba2
-from hylo_megatron.hf.mla import HyLoMLA
 from hylo_megatron.hf.packing import Documents, document_starts, restarted
+from hylo_megatron.mixers import LINEAR, MIXERS
+from hylo_megatron.mixers.hf_layers import HyLoRMSNorm, KeepsFp32, Rotation, real_tokens
 
+_FP32 = sorted({rf"{MIXERS[kind].module}\.{name}$" for kind in LINEAR for name in MIXERS[kind].fp32})
 LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index", "shift_labels")
 
 
@@ -44,30 +42,23 @@ class HyLoMLP(nn.Module):
 
 
 class HyLoDecoderLayer(GradientCheckpointingLayer):
+    """A mixer, named ``self_attn`` or ``mixer``, and an MLP."""
+
     def __init__(self, config: HyLoConfig, layer: int):
         super().__init__()
-        self.is_mla = config.mixers[layer] == "mla"
-        if self.is_mla:
-            self.self_attn = HyLoMLA(config, layer)
-        else:
-            self.mixer = {"gdn": HyLoGatedDeltaNet, "mamba2": HyLoMamba2}[config.mixers[layer]](config, layer)
+        entry = MIXERS[config.mixers[layer]]
+        self.mixer_name = entry.module
+        setattr(self, entry.module, entry.part("hf_module").LAYER(config, layer))
         self.mlp = HyLoMLP(config)
         self.input_layernorm = HyLoRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = HyLoRMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x_BSD, rotation, allowed, real_BS1, cache, documents=None) -> torch.Tensor:
+        mix = getattr(self, self.mixer_name)
+        beside = (rotation, allowed, real_BS1, cache)
         normed = self.input_layernorm(x_BSD)
-        if documents is None:
-            mixed = self._mix(normed, rotation, allowed, real_BS1, cache)
-        else:
-            mixed = documents.apply(self._mix, normed)
-        x_BSD = x_BSD + mixed
+        x_BSD = x_BSD + (mix(normed, *beside) if documents is None else documents.apply(mix, normed))
         return x_BSD + self.mlp(self.post_attention_layernorm(x_BSD))
-
-    def _mix(self, x_BSD, rotation, allowed=None, real_BS1=None, cache=None) -> torch.Tensor:
-        if self.is_mla:
-            return self.self_attn(x_BSD, rotation, allowed, cache)
-        return self.mixer(x_BSD, real_BS1, cache)
 
 
 class HyLoPreTrainedModel(PreTrainedModel):
@@ -77,25 +68,19 @@ class HyLoPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["HyLoDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
-    _keep_in_fp32_modules_strict = ["A_log", "dt_bias", r"mixer\.D$"]
+    _keep_in_fp32_modules_strict = _FP32
     _supports_sdpa = True
     _is_stateful = True  # generate refuses assisted decoding: states cannot be rolled back
 
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoModel") -> None:
-        """Nothing, as in ``HyLoConfig``."""
+        """Do nothing, as ``HyLoConfig`` does."""
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, HyLoGatedDeltaNet | HyLoMamba2):
-            init.copy_(module.A_log, torch.empty(module.A_log.shape).uniform_(1, 16).log_())
-        if isinstance(module, HyLoGatedDeltaNet):
-            init.ones_(module.dt_bias)
-        elif isinstance(module, HyLoMamba2):
-            dt = torch.empty(module.dt_bias.shape).uniform_(math.log(1e-3), math.log(1e-1)).exp_()
-            init.copy_(module.dt_bias, dt + torch.log(-torch.expm1(-dt)))  # softplus of it is dt
-            init.ones_(module.D)
+        if isinstance(module, KeepsFp32):
+            module.initial_values()
 
 
 class HyLoModel(HyLoPreTrainedModel):
@@ -165,7 +150,7 @@ class HyLoModel(HyLoPreTrainedModel):
         )
 
     def _beside(self, x_BSD, mask, position_ids, past: int, starts_BS):
-        """What the layers need beside ``x_BSD``: cos and sin, what MLA may see, real tokens, packed documents."""
+        """Return what layers need beside ``x_BSD``: cos and sin, what a query sees, real tokens, packed documents."""
         length, device = x_BSD.shape[1], x_BSD.device
         if position_ids is None:
             unpacked = starts_BS is None
@@ -177,7 +162,7 @@ class HyLoModel(HyLoPreTrainedModel):
         return rotation, inputs.allowed(mask, past, length, device), real_BS1, None
 
     def _cache(self, given, use_cache: bool | None, batch: int) -> HyLoCache | None:
-        """The cache that this call reads and writes."""
+        """Return the cache that this call reads and writes, None without one."""
         checkpointed = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         if given is None:
             use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
@@ -203,7 +188,7 @@ class HyLoForCausalLM(HyLoPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *_, **__) -> None:
-        """Gives ``generate`` its cache. transformers' caches, static ones included, do not hold these states."""
+        """Give ``generate`` its cache. transformers' caches, static ones included, do not hold these states."""
         kind = generation_config.cache_implementation
         if kind not in (None, "dynamic", "dynamic_full"):
             raise ValueError(f"HyLoForCausalLM: cache_implementation {kind!r} is not supported: leave it out")
@@ -236,7 +221,7 @@ class HyLoForCausalLM(HyLoPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
     ) -> CausalLMOutputWithPast:
-        """Logits, and with ``labels`` the loss; ``kwargs`` are ``HyLoModel.forward``'s and the loss function's."""
+        """Return logits, and with ``labels`` the loss. ``kwargs``: of ``HyLoModel.forward`` and the loss function."""
         for_loss = {name: kwargs.pop(name) for name in LOSS_ARGUMENTS if name in kwargs}
         out = self.model(
             input_ids=input_ids,

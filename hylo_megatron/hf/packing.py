@@ -16,8 +16,9 @@ Turn = tuple[torch.Tensor, torch.Tensor]  # cos and sin [B,S,P]
 class Documents:
     """The documents of packed rows, in groups of similar length.
 
-    A mixer runs once a group, on a right-padded batch with one document a row. Nothing that looks back sees padding on
-    the right, so no mask is needed. A group's lengths differ by less than a factor of two, which bounds the padding.
+    A mixer runs once for each group, on a right-padded batch with one document per row. Mixers only look back and so
+    never see padding on the right: no mask is needed. Lengths in a group differ by less than a factor of two, which
+    bounds the padding.
     """
 
     def __init__(self, starts_BS: torch.Tensor, rotation: Turn):
@@ -25,7 +26,8 @@ class Documents:
         groups = defaultdict(list)
         for start, end in zip(first, [*first[1:], starts_BS.numel()], strict=True):
             groups[max(end - start - 1, SHORT - 1).bit_length()].append((start, end - start))
-        self.shape, self.groups, place, filled = starts_BS.shape, [], torch.empty(starts_BS.numel()).long(), 0
+        self.shape, self.groups = starts_BS.shape, []
+        place, filled = torch.empty(starts_BS.numel()).long(), 0  # where each token is among those of all groups
         for members in groups.values():
             start, length = (torch.tensor(column)[:, None] for column in zip(*members, strict=True))
             offset = torch.arange(int(length.max()))[None]
@@ -39,7 +41,7 @@ class Documents:
         self.rotations = [tuple(turn[index_NL] for turn in turns) for index_NL in self.groups]
 
     def apply(self, mixer: Callable[[torch.Tensor, Turn], torch.Tensor], x_BSD: torch.Tensor) -> torch.Tensor:
-        """``mixer(x [N,L,D], rotation)`` of every group, back in the place where its documents lie in the rows."""
+        """Return ``mixer(x [N,L,D], rotation)`` of every group, put back where the documents lie in the rows."""
         flat = x_BSD.flatten(0, 1)
         outs = [
             mixer(flat[index], turn).flatten(0, 1) for index, turn in zip(self.groups, self.rotations, strict=True)
@@ -54,9 +56,9 @@ def document_starts(
     cu_seq_lens: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
     seq_idx: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
-    """[B,S], True where a document starts. None where every row is one document. ``mask_BS``: True for real tokens.
+    """Return [B,S], True where a document starts, or None where every row is one document.
 
-    Raises ``ValueError`` for boundaries that contradict each other or cannot be understood.
+    ``mask_BS``: True for real tokens. Raises ``ValueError`` for boundaries that contradict each other or are wrong.
     """
     given = [
         starts for starts in (_from_lengths(shape, *cu_seq_lens), _from_index(shape, seq_idx)) if starts is not None
@@ -78,7 +80,7 @@ def document_starts(
 
 
 def restarted(starts_BS: torch.Tensor) -> torch.Tensor:
-    """Positions [B,S] that count from 0 in every document."""
+    """Return positions [B,S] that count from 0 in every document."""
     index = torch.arange(starts_BS.shape[1], device=starts_BS.device).expand(starts_BS.shape)
     return index - torch.where(starts_BS, index, 0).cummax(1).values
 
@@ -113,8 +115,10 @@ def _from_index(shape, seq_idx: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def _from_positions(shape, position_ids: torch.Tensor, mask_BS: torch.Tensor | None) -> torch.Tensor:
-    """Where the positions of real tokens return to 0. They may go on after padding as if it were not there, or count
-    it; anything else is refused."""
+    """Return where the positions of real tokens return to 0.
+
+    After padding, positions may or may not have counted the padding. Everything else is refused.
+    """
     position = position_ids.expand(shape).long()
     index = torch.arange(shape[1], device=position.device).expand(shape)
     real = torch.ones_like(index, dtype=torch.bool) if mask_BS is None else mask_BS
@@ -133,7 +137,7 @@ def _from_positions(shape, position_ids: torch.Tensor, mask_BS: torch.Tensor | N
 
 
 def _with_padding(starts_BS: torch.Tensor, mask_BS: torch.Tensor) -> torch.Tensor:
-    """``starts_BS`` with a start wherever padding begins or ends: runs of padding become documents of their own."""
+    """Return ``starts_BS`` with a start wherever padding begins or ends: a run of padding becomes a document."""
     flips = torch.zeros_like(starts_BS)
     flips[:, 1:] = mask_BS[:, 1:] != mask_BS[:, :-1]
     seen = mask_BS.cumsum(1) > 1  # a real token lies before this one

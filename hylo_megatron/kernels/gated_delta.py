@@ -5,9 +5,15 @@ value heads h*H/M .. share key head h), K key dim, V value dim.
 """
 
 import torch
+import torch.nn.functional as F
 
 from hylo_megatron.kernels.chunked import chunked_scan, compute_dtype
-from hylo_megatron.kernels.norm import l2norm
+from hylo_megatron.kernels.norm import l2norm, wide
+
+
+def log_decay(a: torch.Tensor, A_log: torch.Tensor, dt_bias: torch.Tensor) -> torch.Tensor:
+    """Return the logarithm of the decay, ``-exp(A_log) * softplus(a + dt_bias)``, in fp32 or fp64."""
+    return -wide(A_log).exp() * F.softplus(wide(a) + wide(dt_bias))
 
 
 def chunk_gated_delta_rule(

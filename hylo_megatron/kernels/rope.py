@@ -1,5 +1,7 @@
-"""Rotary frequencies from transformers' rope dictionaries, one function for training and for the exported model; and
-the rotation in training. Half-split ("rotate_half", neox) order: pair i is made of dimensions i and i + d/2."""
+"""Rotary embeddings of training, transformers and vLLM: frequencies, their cosines and sines, the rotation.
+
+Half-split ("rotate_half", neox) order: pair i consists of dimensions i and i + d/2.
+"""
 
 import functools
 import json
@@ -29,8 +31,10 @@ def _frequencies(parameters: str, head_dim: int, max_positions: int) -> tuple[Te
 
 
 def rope_frequencies(rope_parameters: dict, head_dim: int, max_positions: int) -> tuple[Tensor, float]:
-    """``(inverse frequencies [head_dim / 2], attention scaling of cos and sin)``, fp32, made on the CPU whatever the
-    default device, so that every machine has the same bits. Raises ``HyLoError``."""
+    """Return ``(inverse frequencies [head_dim / 2], attention scaling of cos and sin)``, fp32. Raises ``HyLoError``.
+
+    They are computed on the CPU, whatever the default device is, so that every machine has the same bits.
+    """
     try:
         frequencies, scaling = _frequencies(json.dumps(rope_parameters, sort_keys=True), head_dim, max_positions)
     except ArithmeticError:
@@ -41,8 +45,18 @@ def rope_frequencies(rope_parameters: dict, head_dim: int, max_positions: int) -
     return frequencies.clone().float(), float(scaling)
 
 
+def cos_and_sin(positions: Tensor, frequencies: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """Return cosines and sines ``[..., P]`` of positions ``[...]`` for P frequencies, fp32."""
+    angles = positions[..., None].float() * frequencies
+    return angles.cos() * scaling, angles.sin() * scaling
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the P = d/2 pairs of ``x [..., d]`` in fp32. ``cos`` and ``sin`` broadcast to ``[..., P]``."""
+    first, second = (half.to(torch.promote_types(x.dtype, torch.float32)) for half in x.chunk(2, -1))
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
+
+
 def rotate(x_SBHd: Tensor, cos_SP: Tensor, sin_SP: Tensor) -> Tensor:
-    """``x`` with its P = d/2 pairs turned by the angles whose cosines and sines are given, fp32."""
-    first, second = (half.to(torch.promote_types(x_SBHd.dtype, torch.float32)) for half in x_SBHd.chunk(2, -1))
-    cos, sin = cos_SP[:, None, None], sin_SP[:, None, None]
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x_SBHd.dtype)
+    """Rotate ``x`` by the angles whose cosines and sines are given, fp32: the layout of training."""
+    return turn(x_SBHd, cos_SP[:, None, None], sin_SP[:, None, None])

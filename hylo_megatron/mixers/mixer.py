@@ -39,6 +39,11 @@ class Mixer:
     heads: tuple[str, str] = ("", "")  # (title, geometry field): what TP, and CP by all-to-all, must divide
     multiples: tuple[tuple[str, str], ...] = ()  # geometry fields (many, few): many must be a multiple of few
 
+    @property
+    def module(self) -> str:
+        """Name of the layer in exported models: ``model.layers.N.<module>.*``."""
+        return "mixer" if self.linear else "self_attn"
+
     def part(self, file: str) -> ModuleType:
         """Import a file of this mixer's folder, such as ``hf_module``."""
         return importlib.import_module(f"hylo_megatron.mixers.{self.name}.{file}")

@@ -69,7 +69,7 @@ def closing_table(out: Path, recipe: Recipe, layout, seconds: float) -> str:
     device = f"{torch.cuda.device_count()} x {final['device']}" if torch.cuda.is_available() else "CPU"
     return "\n".join([
         "", _stages_table(out, recipe, reports, teacher), "", _needle_table(final), "",
-        f"perplexity left of what there was after initialisation: {left:.0%}",
+        f"perplexity, relative to the freshly initialised student: {left:.0%}",
         f"KV cache per token, bf16: teacher {cache[0]:,} bytes, student {cache[1]:,} ({cache[1] / cache[0]:.1%})",
         f"{sample['prompt']}  teacher: {sample['teacher']!r}  student: {sample['student']!r}",
         f"{recipe.name} {recipe.plan}, seed {recipe.seed}, {layout}, {device}, {versions}",

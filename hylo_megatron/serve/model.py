@@ -1,4 +1,4 @@
-"""``HyLoForCausalLM`` for vLLM. Start here; the mixers are in mla.py and linear_blocks.py."""
+"""``HyLoForCausalLM`` for vLLM. Start here; each mixer is in ``mixers/<name>/vllm_module.py``."""
 
 from collections.abc import Iterable, Iterator
 
@@ -9,11 +9,7 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
-from vllm.model_executor.layers.mamba.mamba_utils import (
-    MambaStateCopyFuncCalculator,
-    MambaStateDtypeCalculator,
-    MambaStateShapeCalculator,
-)
+from vllm.model_executor.layers.mamba.mamba_utils import MambaStateCopyFuncCalculator
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
@@ -30,35 +26,37 @@ from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.serve.config import refuse, trained_geometry
-from hylo_megatron.serve.linear_blocks import linear_block
-from hylo_megatron.serve.mla import HyLoMLA, Rotation
+from hylo_megatron.mixers import CACHED, MIXERS
+from hylo_megatron.mixers.serving import trained_geometry
+from hylo_megatron.serve.config import refuse
 from hylo_megatron.serve.weights import Padding, check_parts, fits, served_weights
 
 
 class HyLoDecoderLayer(nn.Module):
     def __init__(self, config, vllm_config: VllmConfig, prefix: str):
         super().__init__()
-        self.is_mla = config.mixers[int(prefix.rsplit(".", 1)[1])] == "mla"
-        if self.is_mla:
-            self.self_attn = HyLoMLA(config, vllm_config, f"{prefix}.self_attn")
-        else:
-            self.mixer = linear_block(config, vllm_config, f"{prefix}.mixer")
+        entry = MIXERS[config.mixers[int(prefix.rsplit(".", 1)[1])]]
+        self.mixer_name = entry.module
+        layer = entry.part("vllm_module").LAYER(config, vllm_config, f"{prefix}.{entry.module}")
+        setattr(self, entry.module, layer)
         self.mlp = LlamaMLP(
-            config.hidden_size, config.intermediate_size, config.hidden_act, quant_config=vllm_config.quant_config,
+            config.hidden_size,
+            config.intermediate_size,
+            config.hidden_act,
+            quant_config=vllm_config.quant_config,
             prefix=f"{prefix}.mlp",
-        )  # fmt: skip
+        )
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
-        self, hidden_TD: Tensor, residual_TD: Tensor | None, cos: Tensor, sin: Tensor
+        self, hidden_TD: Tensor, residual_TD: Tensor | None, rotation: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
         if residual_TD is None:
             normed, residual_TD = self.input_layernorm(hidden_TD), hidden_TD
         else:
             normed, residual_TD = self.input_layernorm(hidden_TD, residual_TD)
-        mixed = self.self_attn(normed, cos, sin) if self.is_mla else self.mixer(normed)
+        mixed = getattr(self, self.mixer_name).mix(normed, rotation)
         normed, residual_TD = self.post_attention_layernorm(mixed, residual_TD)
         return self.mlp(normed), residual_TD
 
@@ -75,12 +73,13 @@ class HyLoModel(nn.Module):
         else:
             self.embed_tokens = PPMissingLayer()
         self.start_layer, self.end_layer, self.layers = make_layers(
-            config.num_hidden_layers, lambda prefix: HyLoDecoderLayer(config, vllm_config, prefix),
+            config.num_hidden_layers,
+            lambda prefix: HyLoDecoderLayer(config, vllm_config, prefix),
             prefix=f"{prefix}.layers",
-        )  # fmt: skip
+        )
         norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.norm = norm if pipeline.is_last_rank else PPMissingLayer()
-        self.rotation = Rotation(config)
+        self.rotation = MIXERS[CACHED[0]].part("vllm_module").Rotation(config)
         self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(
             ["hidden_states", "residual"], config.hidden_size
         )
@@ -89,17 +88,20 @@ class HyLoModel(nn.Module):
         return self.embed_tokens(input_ids)
 
     def forward(
-        self, input_ids: Tensor | None, positions: Tensor, intermediate_tensors: IntermediateTensors | None = None,
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: Tensor | None = None,
-    ) -> Tensor | IntermediateTensors:  # fmt: skip
+    ) -> Tensor | IntermediateTensors:
         if get_pp_group().is_first_rank:
             hidden = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
             residual = None
         else:
             hidden, residual = intermediate_tensors["hidden_states"], intermediate_tensors["residual"]
-        cos, sin = self.rotation(positions)
+        rotation = self.rotation(positions)
         for layer in self.layers[self.start_layer : self.end_layer]:
-            hidden, residual = layer(hidden, residual, cos, sin)
+            hidden, residual = layer(hidden, residual, rotation)
         if not get_pp_group().is_last_rank:
             return IntermediateTensors({"hidden_states": hidden, "residual": residual})
         return self.norm(hidden, residual)[0]
@@ -107,7 +109,7 @@ class HyLoModel(nn.Module):
 
 if current_platform.is_cpu():
     from hylo_megatron.serve.cpu import keep_weights
-else:  # the CPU's own paths read the engine's metadata, which a compiled graph cannot
+else:  # our code for CPUs reads vLLM's metadata, which a compiled graph cannot
     HyLoModel = support_torch_compile(HyLoModel)
 
 
@@ -117,15 +119,17 @@ class HyLoForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
-        refuse(vllm_config)  # once more: as somebody's draft it was not asked
+        refuse(vllm_config)  # once more: vLLM asks no EngineSettings for a draft model
         self.config = config = vllm_config.model_config.hf_config
         self.quantized, self.dtype = vllm_config.quant_config is not None, vllm_config.model_config.dtype
         self.model = HyLoModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         if get_pp_group().is_last_rank:
             self.lm_head = ParallelLMHead(
-                config.vocab_size, config.hidden_size, quant_config=vllm_config.quant_config,
+                config.vocab_size,
+                config.hidden_size,
+                quant_config=vllm_config.quant_config,
                 prefix=maybe_prefix(prefix, "lm_head"),
-            )  # fmt: skip
+            )
             if config.tie_word_embeddings:
                 self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
         else:
@@ -135,32 +139,19 @@ class HyLoForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
             keep_weights(self)
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
 
-    # ---- the recurrent states, as the engine's cache keeps them ----
+    # ---- the recurrent states, as vLLM's cache keeps them ----
 
     @classmethod
     def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig):
-        calculator, cache = MambaStateDtypeCalculator, vllm_config.cache_config
-        mamba2 = vllm_config.model_config.hf_config.linear_type == "mamba2"
-        dtypes = calculator.mamba2_state_dtype if mamba2 else calculator.gated_delta_net_state_dtype
-        return dtypes(vllm_config.model_config.dtype, cache.mamba_cache_dtype, cache.mamba_ssm_cache_dtype)
+        return _linear(vllm_config).state_dtypes(vllm_config)
 
     @classmethod
     def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig):
-        config, tp = vllm_config.model_config.hf_config, vllm_config.parallel_config.tensor_parallel_size
-        if config.linear_type == "mamba2":
-            return MambaStateShapeCalculator.mamba2_state_shape(
-                intermediate_size=config.mamba_num_heads * config.mamba_head_dim, tp_world_size=tp,
-                n_groups=config.mamba_num_groups, num_heads=config.mamba_num_heads, head_dim=config.mamba_head_dim,
-                state_size=config.mamba_state_size, conv_kernel=config.mamba_conv_kernel,
-            )  # fmt: skip
-        return MambaStateShapeCalculator.gated_delta_net_state_shape(
-            tp, config.linear_num_key_heads, config.linear_num_value_heads, config.linear_key_head_dim,
-            config.linear_value_head_dim, config.linear_conv_kernel_dim,
-        )  # fmt: skip
+        return _linear(vllm_config).state_shapes(vllm_config)
 
     @classmethod
     def get_mamba_state_copy_func(cls):
-        return MambaStateCopyFuncCalculator.mamba2_state_copy_func()  # Gated DeltaNet's too: a window and a state
+        return MambaStateCopyFuncCalculator.mamba2_state_copy_func()  # each linear mixer has a window and a state
 
     # ---- running ----
 
@@ -174,8 +165,10 @@ class HyLoForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
         return self.logits_processor(self.lm_head, hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load a whole folder when the engine starts, and any part of one into an engine that runs: trainers send
-        updates tensor by tensor, in any order. vLLM calls ``eval`` between the two."""
+        """Load a whole folder when vLLM starts, and any part of one afterwards.
+
+        Trainers send updates tensor by tensor, in any order. vLLM calls ``eval`` after the first load.
+        """
         starting, reloading = self.training, under_reload(self)
         if self.quantized and not starting and not reloading:
             raise HyLoError(
@@ -193,10 +186,16 @@ class HyLoForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
         return loaded
 
     def _write(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, str | int | None]]:
-        """Write each tensor into its parameter. Yields the parameter's name and which part of it was written."""
+        """Write each tensor into its parameter, and yield the parameter's name and the part that was written."""
         config, parameters = self.config, dict(self.named_parameters())
-        padding, head = Padding(trained_geometry(config), config.geometry(), config.num_attention_heads), None
-        for name, tensor, part in served_weights(weights, padding, config.linear_type):
+        padding = Padding(
+            trained=trained_geometry(config),
+            served=config.geometry(),
+            heads=config.num_attention_heads,
+            kinds=frozenset(config.mixers),
+        )
+        head = None
+        for name, tensor, part in served_weights(weights, padding):
             if is_pp_missing_parameter(name, self):
                 continue
             if name == "lm_head.weight" and config.tie_word_embeddings:
@@ -213,7 +212,7 @@ class HyLoForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
             self._check_tied(head)
 
     def _check_tied(self, head: Tensor) -> None:
-        """Refuse a head of its own. vLLM 0.32 unties such a model before it comes here, 0.26 would drop the head."""
+        """Refuse a head that differs from the embedding: vLLM 0.32 unties the two before, 0.26 would drop the head."""
         rows = self.model.embed_tokens.shard_indices
         own = head[rows.org_vocab_start_index : rows.org_vocab_end_index]
         embedding = self.model.embed_tokens.weight[: len(own)]
@@ -224,20 +223,27 @@ class HyLoForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
             )
 
     def _check_complete(self, loaded: set[str], parts: set) -> None:
-        """vLLM overlooks what its linear layers miss, and takes a merged parameter for loaded when one part came."""
-        check_parts(parts, self.config.linear_type)
+        """Raise ``HyLoError`` for parameters without a tensor.
+
+        vLLM overlooks those of its linear layers, and takes a merged parameter for loaded when one part has arrived.
+        """
+        check_parts(parts, self.config.mixers)
         # Quantised layers have scales that no folder of ours has.
         missing = [] if self.quantized else sorted(dict(self.named_parameters()).keys() - loaded)
         if missing:
             raise HyLoError(f"no tensor in the folder for {', '.join(missing[:5])} ({len(missing)} in all)")
 
     def _derive(self, loaded: set[str]) -> None:
-        """Make anew what vLLM's latent attention derived from ``kv_b_proj`` when the engine started, in place."""
+        """Let layers compute anew what they derived from weights that are now replaced."""
         for name, module in self.named_modules():
-            if isinstance(module, HyLoMLA) and f"{name}.kv_b_proj.weight" in loaded and not self.config.qk_norm:
-                module.attn.process_weights_after_loading(self.dtype)
+            if hasattr(module, "derive"):
+                module.derive(name, loaded, self.dtype)
+
+
+def _linear(vllm_config: VllmConfig):
+    return MIXERS[vllm_config.model_config.hf_config.linear_type].part("vllm_module")
 
 
 def under_reload(model: nn.Module) -> bool:
-    """Whether vLLM's own reload is under way, which gathers a layer's tensors and processes them at its end."""
+    """Return whether vLLM's own reload is under way, which gathers a layer's tensors and processes them at its end."""
     return any(get_layerwise_info(module).can_load() for module in model.modules())

@@ -17,7 +17,7 @@ from helpers import train as helpers  # noqa: E402
 from helpers.waits import PATIENCE  # noqa: E402
 
 README = (helpers.ROOT / "README.md").read_text()
-NEEDS_NETWORK = ("fetch_smollm2", "fetch_text")  # tests/corpus/test_fetch.py runs them with a downloader of its own
+NEEDS_NETWORK = ("fetch-smollm2", "fetch-text")  # tests/corpus/test_fetch.py runs them with a downloader of its own
 
 
 def block(heading: str, language: str) -> str:

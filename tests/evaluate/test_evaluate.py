@@ -398,8 +398,7 @@ def test_model_alone_without_needles(tmp_path, folder, prose):
 
 
 def test_cache_of_a_hybrid_counts_mla_rows():
-    mixers = ["gdn", "mla", "gdn", "mamba2", "mla"]
-    config = SimpleNamespace(model_type="hylo", mixers=mixers, kv_lora_rank=256, qk_rope_head_dim=64)
+    config = HyLoConfig(mixers=["gdn", "mla", "gdn", "gdn", "mla"], kv_lora_rank=256, qk_rope_head_dim=64)
     assert hf_models.kv_bytes_per_token(config) == 2 * 2 * (256 + 64)
 
 

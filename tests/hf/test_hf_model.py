@@ -19,12 +19,12 @@ from hylo_megatron.config import Architecture, geometry_preset  # noqa: E402
 from hylo_megatron.errors import HyLoError  # noqa: E402
 from hylo_megatron.hf.cache import HyLoCache  # noqa: E402
 from hylo_megatron.hf.configuration_hylo import HyLoConfig  # noqa: E402
-from hylo_megatron.hf.gdn import HyLoGatedDeltaNet  # noqa: E402
-from hylo_megatron.hf.layers import Rotation  # noqa: E402
-from hylo_megatron.hf.mamba2 import HyLoMamba2  # noqa: E402
-from hylo_megatron.hf.mla import HyLoMLA  # noqa: E402
 from hylo_megatron.hf.modeling_hylo import HyLoForCausalLM  # noqa: E402
 from hylo_megatron.kernels.rope import rope_frequencies  # noqa: E402
+from hylo_megatron.mixers.gdn.hf_module import HyLoGatedDeltaNet  # noqa: E402
+from hylo_megatron.mixers.hf_layers import Rotation  # noqa: E402
+from hylo_megatron.mixers.mamba2.hf_module import HyLoMamba2  # noqa: E402
+from hylo_megatron.mixers.mla.hf_module import HyLoMLA  # noqa: E402
 
 # ---- mixers against transformers' ----
 
@@ -111,7 +111,7 @@ def test_rope_scaling_uses_the_rope_dims(rope):
     expected, factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](of_rope_dims, "cpu")
     got = Rotation(tiny_config(rope_parameters=rope, head_dim=16, qk_rope_head_dim=8))
     positions = torch.arange(5).unsqueeze(0)
-    angles = (positions[..., None] * expected).repeat(1, 1, 2)
+    angles = positions[..., None] * expected
     assert torch.equal(got(positions)[0], angles.cos() * factor) and torch.equal(
         got(positions)[1], angles.sin() * factor
     )
@@ -134,7 +134,7 @@ def test_qk_norm_is_per_head_over_all_dims_before_the_rotation():
     latent, shared = mla.kv_a_proj_with_mqa(x).split([20, 8], -1)
     k_nope, v = mla.kv_b_proj(latent).view(1, 9, 4, 16).split([6, 10], -1)
     k = mla.k_norm(torch.cat([k_nope, shared.unsqueeze(2).expand(-1, -1, 4, -1)], -1))
-    cos, sin = (t.unsqueeze(2) for t in Rotation(config)(positions))
+    cos, sin = (t.repeat(1, 1, 2).unsqueeze(2) for t in Rotation(config)(positions))
 
     def turn(t):
         a, b = t[..., 6:10], t[..., 10:]

@@ -9,14 +9,17 @@ import torch
 from hylo_megatron.config import GDNGeometry, Geometry, Mamba2Geometry, MLAGeometry, geometry_preset
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.kernels.rope import rotate
+from hylo_megatron.mixers.mla import vllm_weights
+from hylo_megatron.mixers.vllm_weights import conv_loader, pad, spread
 from hylo_megatron.planner.pages import Pages, expanded_bytes, pages
 from hylo_megatron.serve.geometry import serve
-from hylo_megatron.serve.weights import Padding, check_parts, conv_loader, pad, served_weights, spread
+from hylo_megatron.serve.weights import Padding, check_parts, served_weights
 
 MAMBA2 = Mamba2Geometry(4, 16, 16, 4)
 SMALL = Geometry(MLAGeometry(6, 6, 4, 5), GDNGeometry(2, 2, 4, 8), MAMBA2)
 WIDE = Geometry(MLAGeometry(8, 8, 8, 8), GDNGeometry(2, 4, 4, 4), MAMBA2)
 HEADS = 3
+PADDING = Padding(trained=SMALL, served=WIDE, heads=HEADS, kinds=frozenset(("mla", "gdn")))
 
 
 def test_native_geometry_keeps_its_cache_and_published_ones_are_padded():
@@ -73,9 +76,10 @@ def test_padded_latent_attention_is_the_same():
     query = torch.randn(HEADS * (mla.qk_nope_head_dim + mla.qk_rope_head_dim), hidden)
     latent = torch.randn(mla.kv_lora_rank + mla.qk_rope_head_dim, hidden)
     key_value = torch.randn(HEADS * (mla.qk_nope_head_dim + mla.v_head_dim), mla.kv_lora_rank)
-    x, padding = torch.randn(5, hidden), Padding(SMALL, WIDE, HEADS)
+    x, sizes = torch.randn(5, hidden), PADDING.sizes("mla")
     scores, values = scores_and_values(SMALL, query, latent, key_value, x)
-    wide = padding.query(query), padding.latent(latent), padding.key_value(key_value)
+    rules = vllm_weights.query, vllm_weights.latent, vllm_weights.key_value
+    wide = [rule(x, sizes) for rule, x in zip(rules, (query, latent, key_value), strict=True)]
     wide_scores, wide_values = scores_and_values(WIDE, *wide, x)
     torch.testing.assert_close(wide_scores, scores)
     torch.testing.assert_close(wide_values[..., : mla.v_head_dim], values)
@@ -84,12 +88,11 @@ def test_padded_latent_attention_is_the_same():
 
 
 def test_every_tensor_finds_its_place_or_is_an_error():
-    padding = Padding(SMALL, WIDE, HEADS)
     parts = {"q": 8, "k": 8, "v": 16}
     weights = [(f"model.layers.3.mixer.{part}_conv1d.weight", torch.full((n, 1, 4), n)) for part, n in parts.items()]
     weights += [("model.layers.3.mixer.A_log", torch.tensor([1.0, 2.0])), ("model.norm.weight", torch.ones(2))]
     for order in itertools.permutations(weights):
-        found = {(name, part): tensor for name, tensor, part in served_weights(order, padding, "gdn")}
+        found = {(name, part): tensor for name, tensor, part in served_weights(order, PADDING)}
         conv = torch.zeros(32, 1, 4)
         load = conv_loader([8, 8, 16], ranks=1, rank=0)
         for part in range(3):
@@ -98,7 +101,7 @@ def test_every_tensor_finds_its_place_or_is_an_error():
         assert conv[:, 0, 0].tolist() == [8] * 16 + [16] * 16
         assert found["model.layers.3.mixer.A_log", None].tolist() == [1, 1, 2, 2]  # a head became two
     with pytest.raises(HyLoError, match="model.layers.0.self_attn.other.weight"):
-        list(served_weights([("model.layers.0.self_attn.other.weight", torch.ones(1))], padding, "gdn"))
+        list(served_weights([("model.layers.0.self_attn.other.weight", torch.ones(1))], PADDING))
 
 
 @pytest.mark.parametrize("linear, merged", [
@@ -109,16 +112,16 @@ def test_every_tensor_finds_its_place_or_is_an_error():
     ("gdn", tuple(f"mixer.{part}_conv1d" for part in "qkv")),
 ])  # fmt: skip
 def test_a_parameter_of_several_tensors_needs_them_all(linear, merged):
-    padding = Padding(SMALL, WIDE, HEADS)
+    kinds = frozenset(("mla", linear))
     weights = [(f"model.layers.3.{name}.weight", torch.ones(2, 4)) for name in merged]
 
     def loaded(given) -> set:
-        return {(name, part) for name, _, part in served_weights(given, padding, linear)}
+        return {(name, part) for name, _, part in served_weights(given, replace(PADDING, kinds=kinds))}
 
-    check_parts(loaded(weights), linear)
+    check_parts(loaded(weights), kinds)
     for missing, _ in weights:
         with pytest.raises(HyLoError, match=f"{missing} is missing"):
-            check_parts(loaded([(name, x) for name, x in weights if name != missing]), linear)
+            check_parts(loaded([(name, x) for name, x in weights if name != missing]), kinds)
 
 
 def test_pages_are_those_that_vllm_reported():

@@ -9,6 +9,7 @@ from helpers.serving import GEOMETRIES, SMALL, sizes
 from hylo_megatron.config import GDNGeometry
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.hf import HyLoConfig
+from hylo_megatron.mixers.gdn import serving as gdn
 from hylo_megatron.serve import config as plugin
 from hylo_megatron.serve.config import EngineSettings, apply
 
@@ -65,9 +66,9 @@ def test_prompts_take_vllms_own_kernel_where_it_fits(monkeypatch):
         geometry = replace(NATIVE, gdn=GDNGeometry(2, 4, key, value))
         return settings(monkeypatch, geometry=geometry, **more).additional_config["gdn_prefill_backend"]
 
-    monkeypatch.setattr(plugin, "find_spec", lambda name: name)
+    monkeypatch.setattr(gdn, "find_spec", lambda name: name)
     assert kernel() == kernel(value=256) == "auto"  # the latter served as twice as many heads of 128
     assert kernel(64, 64) == kernel(256, 512) == "triton"
     assert kernel(gdn_prefill_backend="triton") == "triton"  # somebody chose
-    monkeypatch.setattr(plugin, "find_spec", lambda name: None if name == "cutlass" else name)
+    monkeypatch.setattr(gdn, "find_spec", lambda name: None if name == "cutlass" else name)
     assert kernel() == "triton"

@@ -6,8 +6,9 @@ import pytest
 import torch
 from vllm.model_executor.layers.mamba import ops
 
+from hylo_megatron.mixers.gdn.vllm_module import HyLoGatedDeltaNet
+from hylo_megatron.mixers.mamba2.vllm_module import HyLoMamba2
 from hylo_megatron.serve import versions
-from hylo_megatron.serve.linear_blocks import HyLoGatedDeltaNet, HyLoMamba2
 from hylo_megatron.serve.versions import FreshStates
 
 

@@ -1,0 +1,69 @@
+"""Mamba-2 as vLLM's own layer runs it, with what differs in ours."""
+
+from torch import Tensor
+from vllm.model_executor.layers.mamba.mamba_mixer2 import MambaMixer2
+from vllm.model_executor.layers.mamba.mamba_utils import MambaStateDtypeCalculator, MambaStateShapeCalculator
+
+from hylo_megatron.mixers.mamba2 import MIXER
+from hylo_megatron.mixers.mamba2.geometry import NORM_EPS
+from hylo_megatron.mixers.vllm_weights import keep_fp32
+from hylo_megatron.serve.versions import Mamba2Backend, sound_chunk_scan
+
+VLLM_NAMES = {"A_log": "A"}
+
+
+class HyLoMamba2(MambaMixer2):
+    """vLLM's Mamba-2 with ``dt_bias`` and ``D`` in fp32."""
+
+    def __init__(self, config, vllm_config, prefix: str):
+        sound_chunk_scan()
+        mamba2 = config.geometry().mamba2
+        super().__init__(
+            hidden_size=config.hidden_size,
+            ssm_state_size=mamba2.state_size,
+            conv_kernel_size=mamba2.conv_kernel,
+            intermediate_size=mamba2.num_heads * mamba2.head_dim,
+            use_conv_bias=True,
+            use_bias=False,
+            n_groups=mamba2.num_groups,
+            num_heads=mamba2.num_heads,
+            head_dim=mamba2.head_dim,
+            rms_norm_eps=NORM_EPS,
+            activation="silu",
+            model_config=vllm_config.model_config,
+            cache_config=vllm_config.cache_config,
+            quant_config=vllm_config.quant_config,
+            prefix=prefix,
+        )
+        keep_fp32(self, (VLLM_NAMES.get(name, name) for name in MIXER.fp32))
+
+    def get_attn_backend(self):
+        return Mamba2Backend
+
+    def mix(self, hidden_TD: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        return self(hidden_TD)
+
+
+def state_dtypes(vllm_config):
+    """Types of a request's states: the window of the convolution and the recurrent state."""
+    cache = vllm_config.cache_config
+    return MambaStateDtypeCalculator.mamba2_state_dtype(
+        vllm_config.model_config.dtype, cache.mamba_cache_dtype, cache.mamba_ssm_cache_dtype
+    )
+
+
+def state_shapes(vllm_config):
+    """Shapes of the same states on one rank."""
+    mamba2 = vllm_config.model_config.hf_config.geometry().mamba2
+    return MambaStateShapeCalculator.mamba2_state_shape(
+        tp_world_size=vllm_config.parallel_config.tensor_parallel_size,
+        intermediate_size=mamba2.num_heads * mamba2.head_dim,
+        n_groups=mamba2.num_groups,
+        num_heads=mamba2.num_heads,
+        head_dim=mamba2.head_dim,
+        state_size=mamba2.state_size,
+        conv_kernel=mamba2.conv_kernel,
+    )
+
+
+LAYER = HyLoMamba2

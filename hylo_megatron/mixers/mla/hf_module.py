@@ -1,0 +1,115 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434) without latent norms.
+
+Legend: B batch, S new positions, T all positions, H heads, N nope dims, P rope dims, V value dim, R latent rank.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache
+
+from hylo_megatron.mixers.hf_layers import HyLoKeyNorm, HyLoRMSNorm, held, is_plain_linear, rotate
+
+
+class HyLoMLA(nn.Module):
+    """One rope key is shared by all heads. Cached per token: the latent and the rotated shared key."""
+
+    def __init__(self, config: PreTrainedConfig, layer: int):
+        super().__init__()
+        self.layer, self.heads = layer, config.num_attention_heads
+        self.nope, self.rope = config.qk_nope_head_dim, config.qk_rope_head_dim
+        self.rank, self.value = config.kv_lora_rank, config.v_head_dim
+        self.scale = (self.nope + self.rope) ** -0.5
+        hidden, queries = config.hidden_size, self.heads * (self.nope + self.rope)
+        if config.q_lora_rank:
+            self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=False)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, queries, bias=False)
+        else:
+            self.q_proj = nn.Linear(hidden, queries, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(hidden, self.rank + self.rope, bias=False)
+        self.kv_b_proj = nn.Linear(self.rank, self.heads * (self.nope + self.value), bias=False)
+        self.o_proj = nn.Linear(self.heads * self.value, hidden, bias=False)
+        self.qk_norm = config.qk_norm
+        if self.qk_norm:
+            self.q_norm = HyLoRMSNorm(self.nope + self.rope, config.rms_norm_eps)
+            self.k_norm = HyLoKeyNorm(self.nope + self.rope, config.rms_norm_eps)
+
+    def forward(
+        self,
+        x_BSD: torch.Tensor,
+        rotation: tuple[torch.Tensor, torch.Tensor],
+        allowed: torch.Tensor | None = None,
+        real_BS1: torch.Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> torch.Tensor:
+        """``allowed`` [B,1,S,T] bool: which positions a query sees. None: all before it; S is T or 1.
+
+        ``real_BS1`` is not read: ``allowed`` leaves padding out.
+        """
+        query = self.q_b_proj(self.q_a_proj(x_BSD)) if hasattr(self, "q_a_proj") else self.q_proj(x_BSD)
+        query_BSHK = query.unflatten(-1, (self.heads, -1))
+        if self.qk_norm:
+            query_BSHK = self.q_norm(query_BSHK)
+        q_nope, q_rope = query_BSHK.split([self.nope, self.rope], -1)
+        q_rope = rotate(q_rope, *rotation)
+        rows = self._rows(x_BSD, rotation)
+        decoding = cache is not None and cache.length > 0 and x_BSD.shape[1] == 1
+        if cache is not None:
+            rows = cache.append(self.layer, rows)
+        absorb = decoding and not self.qk_norm and is_plain_linear(self.kv_b_proj)
+        attend = self._absorbed if absorb else self._expanded
+        return self.o_proj(attend(q_nope, q_rope, rows, allowed).flatten(-2))
+
+    def _rows(self, x_BSD, rotation) -> torch.Tensor:
+        """Return what is cached, [B,S,R+P].
+
+        With ``qk_norm`` the shared key is multiplied by the norm's weight, with which the rotation does not commute,
+        and a row has one more value: the key's sum of squares before that product, which each head's norm needs.
+        """
+        latent, key = self.kv_a_proj_with_mqa(x_BSD).split([self.rank, self.rope], -1)
+        if not self.qk_norm:
+            return torch.cat([latent, rotate(key.unsqueeze(2), *rotation).squeeze(2)], -1)
+        wide = key.float()
+        weighted = (wide * held(self.k_norm, HyLoKeyNorm)[self.nope :].float()).unsqueeze(2)
+        rows = [latent.float(), rotate(weighted, *rotation).squeeze(2), wide.square().sum(-1, keepdim=True)]
+        return torch.cat(rows, -1)
+
+    def _expanded(self, q_nope, q_rope, rows_BTR, allowed) -> torch.Tensor:
+        """Attend with keys and values of every head, [B,S,H,V].
+
+        For whole sequences, and where ``kv_b_proj`` has an adapter or quantised weights, so that only its own forward
+        is right.
+        """
+        dtype = q_nope.dtype
+        latent, k_rope = rows_BTR[..., : self.rank].to(dtype), rows_BTR[..., self.rank : self.rank + self.rope]
+        k_nope, value = self.kv_b_proj(latent).unflatten(-1, (self.heads, -1)).split([self.nope, self.value], -1)
+        k_rope = k_rope.unsqueeze(2).expand(-1, -1, self.heads, -1)
+        if self.qk_norm:
+            squares = k_nope.float().square().sum(-1, keepdim=True) + rows_BTR[..., None, -1:]
+            inverse = torch.rsqrt(squares / (self.nope + self.rope) + self.k_norm.eps)
+            k_nope = k_nope.float() * inverse * held(self.k_norm, HyLoKeyNorm)[: self.nope].float()
+            k_rope = k_rope * inverse
+        query = torch.cat([q_nope, q_rope], -1)
+        key = torch.cat([k_nope.to(dtype), k_rope.to(dtype)], -1)
+        if self.value < key.shape[-1]:  # flash kernels want one width; others make [S,T] scores
+            value = F.pad(value, (0, key.shape[-1] - self.value))
+        query, key, value = (t.transpose(1, 2) for t in (query, key, value))
+        causal = allowed is None and query.shape[2] > 1  # a single last token sees everything
+        out = F.scaled_dot_product_attention(query, key, value, allowed, is_causal=causal, scale=self.scale)
+        return out[..., : self.value].transpose(1, 2)
+
+    def _absorbed(self, q_nope, q_rope, rows_BTR, allowed) -> torch.Tensor:
+        """Attend from one token in latent space: ``kv_b_proj`` is applied to the query and to the result."""
+        up_k, up_v = self.kv_b_proj.weight.view(self.heads, -1, self.rank).split([self.nope, self.value], 1)
+        q_latent = torch.einsum("bhn,hnr->bhr", q_nope[:, 0], up_k)
+        query_BHR = torch.cat([q_latent, q_rope[:, 0]], -1)
+        # All heads read the same rows: the heads take the place of the queries.
+        mask = None if allowed is None else allowed[:, 0]
+        latent = F.scaled_dot_product_attention(
+            query_BHR, rows_BTR, rows_BTR[..., : self.rank], mask, scale=self.scale
+        )
+        return torch.einsum("bhr,hvr->bhv", latent, up_v).unsqueeze(1)
+
+
+LAYER = HyLoMLA

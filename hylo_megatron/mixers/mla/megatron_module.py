@@ -1,0 +1,143 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1) without norms on the latents.
+
+Legend: S sequence, B batch, D model, H heads of this rank, R latent rank, P rope, K nope + rope, V value dims.
+Tensor parallelism: down-projections are replicated (a few hundred columns need not divide by the ranks),
+up-projections are split by heads. Under sequence parallelism the latents are gathered, not the hidden states. Context
+parallelism: the latents go from rank to rank (``latent_ring.py``; ``--cp-comm-type``: p2p or all_gather).
+"""
+
+import torch
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from torch import Tensor, nn
+
+from hylo_megatron.config import Architecture
+from hylo_megatron.errors import HyLoError
+from hylo_megatron.mixers.megatron_layers import Backend, HeadRMSNorm, ReplicatedLinear, Rotary, transformer_layer
+from hylo_megatron.parallel.latent_ring import latent_attention
+
+
+def config_fields(arch: Architecture) -> dict:
+    """Return what this mixer adds to a ``TransformerConfig``: nothing, its dimensions come from its own geometry."""
+    return {}
+
+
+def layer_spec(backend: Backend, arch: Architecture, linear_cp: str = "auto") -> ModuleSpec:
+    """Return the spec of the layer that holds this mixer."""
+    rotary = Rotary(arch, arch.geometry.mla.qk_rope_head_dim)  # one for all layers
+    mixer = ModuleSpec(module=MLASelfAttention, params={"arch": arch, "backend": backend, "rotary": rotary})
+    return transformer_layer(backend, mixer)
+
+
+class MLASelfAttention(MegatronModule):
+    """``hidden_SBD -> (out_SBD, None)``, a ``self_attention`` of megatron's ``TransformerLayer``.
+
+    ``arch.mla_qk_norm`` keeps Qwen3's per-head norms, over the nope and rope dimensions together, before the rotation.
+    """
+
+    def __init__(self, config, layer_number, arch: Architecture, backend: Backend, rotary: Rotary, pg_collection=None,
+                 cp_comm_type: str | None = None, **_):  # fmt: skip
+        super().__init__(config)
+        if cp_comm_type not in (None, "p2p", "all_gather"):
+            raise HyLoError(f"--cp-comm-type {cp_comm_type}: MLA layers have p2p (a ring of latents) and all_gather")
+        geometry = arch.geometry.mla
+        self.ring, self.cp_group = cp_comm_type == "p2p", pg_collection.cp
+        self.geometry, self.layer_number, self.tp_group = geometry, layer_number, pg_collection.tp
+        heads, self.key_dim = config.num_attention_heads, geometry.qk_nope_head_dim + geometry.qk_rope_head_dim
+        self.local_heads = heads // pg_collection.tp.size()
+
+        def column(inputs, outputs):
+            return build_module(
+                backend.column_linear, inputs, outputs, config=config, init_method=config.init_method,
+                gather_output=False, bias=False, skip_bias_add=False, is_expert=False, tp_group=pg_collection.tp,
+            )  # fmt: skip
+
+        if geometry.q_lora_rank:
+            self.linear_q_down_proj = ReplicatedLinear(config.hidden_size, geometry.q_lora_rank, config)
+            self.linear_q_up_proj = column(geometry.q_lora_rank, heads * self.key_dim)
+        else:
+            self.linear_q_proj = column(config.hidden_size, heads * self.key_dim)
+        latent = geometry.kv_lora_rank + geometry.qk_rope_head_dim
+        self.linear_kv_down_proj = ReplicatedLinear(config.hidden_size, latent, config)
+        self.linear_kv_up_proj = column(
+            geometry.kv_lora_rank, heads * (geometry.qk_nope_head_dim + geometry.v_head_dim)
+        )
+        self.linear_proj = build_module(
+            backend.row_linear, heads * geometry.v_head_dim, config.hidden_size, config=config,
+            init_method=config.output_layer_init_method, bias=False, input_is_parallel=True, skip_bias_add=True,
+            is_expert=False, tp_group=pg_collection.tp,
+        )  # fmt: skip
+        self.q_norm = self.k_norm = None
+        if arch.mla_qk_norm:
+            self.q_norm = HeadRMSNorm(config, self.key_dim, config.layernorm_epsilon)
+            self.k_norm = HeadRMSNorm(config, self.key_dim, config.layernorm_epsilon)
+        self.rotary = rotary
+        self.core_attention = build_module(
+            backend.core_attention, config=config, layer_number=layer_number, attn_mask_type=None,
+            attention_type="self", softmax_scale=self.key_dim**-0.5, pg_collection=pg_collection,
+        )  # fmt: skip
+
+    def project_query(self, hidden_SBD: Tensor) -> Tensor:
+        if self.geometry.q_lora_rank:
+            q, _ = self.linear_q_up_proj(self.linear_q_down_proj(hidden_SBD))
+        else:
+            q, _ = self.linear_q_proj(hidden_SBD)
+        return q.unflatten(-1, (self.local_heads, self.key_dim))
+
+    def project_latent(self, hidden_SBD: Tensor) -> tuple[Tensor, Tensor]:
+        """``(latent_SBR, k_rope_SBP)``: what a cache would hold, the key not yet rotated."""
+        g = self.geometry
+        latent_SBR, k_rope_SBP = self.linear_kv_down_proj(hidden_SBD).split([g.kv_lora_rank, g.qk_rope_head_dim], -1)
+        if self.config.sequence_parallel:
+            k_rope_SBP = gather_from_sequence_parallel_region(k_rope_SBP, group=self.tp_group)
+        else:
+            k_rope_SBP = copy_to_tensor_model_parallel_region(k_rope_SBP, group=self.tp_group)
+        return latent_SBR.contiguous(), k_rope_SBP  # NCCL gathers no views
+
+    def expand_latent(self, kv: Tensor, k_rope_SBP: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        """``(k_SBHK, v_SBHV)`` at the positions of context-parallel rank ``rank``; ``kv``: up-projected latents."""
+        g = self.geometry
+        kv = kv.unflatten(-1, (self.local_heads, g.qk_nope_head_dim + g.v_head_dim))
+        k_nope, v_SBHV = kv.split([g.qk_nope_head_dim, g.v_head_dim], -1)
+        k_rope = k_rope_SBP.unsqueeze(2).expand(-1, -1, self.local_heads, -1)
+        k_SBHK = torch.cat([k_nope, k_rope], -1)
+        if self.k_norm is not None:
+            k_SBHK = self.k_norm(k_SBHK)
+        return self._rotate(k_SBHK, rank), v_SBHV
+
+    def forward(self, hidden_states: Tensor, attention_mask=None, **_):
+        q_SBHK, rank = self.project_query(hidden_states), self.cp_group.rank()
+        if self.q_norm is not None:
+            q_SBHK = self.q_norm(q_SBHK)
+        q_SBHK = self._rotate(q_SBHK, rank)
+        latent_SBR, k_rope_SBP = self.project_latent(hidden_states)
+        if self.cp_group.size() > 1:
+            return self.linear_proj(self._attend_across_ranks(q_SBHK, latent_SBR, k_rope_SBP))
+        kv, _ = self.linear_kv_up_proj(latent_SBR)
+        return self.linear_proj(self.core_attention(q_SBHK, *self.expand_latent(kv, k_rope_SBP, rank)))
+
+    def _attend_across_ranks(self, q_SBHK: Tensor, latent_SBR: Tensor, k_rope_SBP: Tensor) -> Tensor:
+        """``[S, B, H*V]``: this rank's queries over the latents of all context-parallel ranks."""
+        of_all = (gather_from_sequence_parallel_region if self.config.sequence_parallel
+                  else copy_to_tensor_model_parallel_region)  # fmt: skip
+        latents = torch.cat([of_all(latent_SBR, group=self.tp_group), k_rope_SBP], -1)
+        weight = self.linear_kv_up_proj.weight
+
+        def expand(latents: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+            latent, k_rope = latents.split([self.geometry.kv_lora_rank, self.geometry.qk_rope_head_dim], -1)
+            k, v = self.expand_latent(nn.functional.linear(latent, weight), k_rope, rank)
+            return k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3)
+
+        parameters = [weight] + ([self.k_norm.weight] if self.k_norm is not None else [])
+        out_BHSV = latent_attention(
+            q_SBHK.permute(1, 2, 0, 3), latents, expand, parameters, self.cp_group, self.key_dim**-0.5, self.ring
+        )
+        return out_BHSV.permute(2, 0, 1, 3).flatten(2)
+
+    def _rotate(self, x_SBHK: Tensor, rank: int) -> Tensor:
+        nope, rope = x_SBHK.split([self.geometry.qk_nope_head_dim, self.geometry.qk_rope_head_dim], -1)
+        return torch.cat([nope, self.rotary(rope, self.cp_group.size(), rank)], -1)

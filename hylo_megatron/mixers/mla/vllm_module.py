@@ -1,0 +1,132 @@
+"""MLA on vLLM's MLAAttention, or, with a norm on its keys, on ordinary attention over expanded keys and values.
+
+Legend: T tokens of all requests together, H this rank's heads, K nope + rope dimensions, P rotary ones.
+"""
+
+import torch
+from torch import Tensor, nn
+from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.attention import Attention, MLAAttention
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
+
+from hylo_megatron.kernels.rope import cos_and_sin, rope_frequencies, turn
+from hylo_megatron.mixers.serving import trained_geometry
+from hylo_megatron.mixers.vllm_weights import pad
+
+
+class Rotation(nn.Module):
+    """Cosines and sines ``[T, 1, P/2]`` of positions ``[T]``, fp32, as in training. Pairs of padding do not turn."""
+
+    def __init__(self, config):
+        super().__init__()
+        rope = trained_geometry(config).mla.qk_rope_head_dim
+        frequencies, self.scaling = rope_frequencies(config.rope_parameters, rope, config.max_position_embeddings)
+        frequencies = pad(frequencies, 0, config.qk_rope_head_dim // 2)
+        device = torch.get_default_device()
+        self.register_buffer("frequencies", frequencies.to(device), persistent=False)
+
+    def forward(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
+        return cos_and_sin(positions_T.unsqueeze(1), self.frequencies, self.scaling)
+
+
+class HyLoMLA(nn.Module):
+    """MLA without latent norms, at the served sizes; scale and output projection are of the trained ones."""
+
+    def __init__(self, config, vllm_config, prefix: str):
+        super().__init__()
+        self.config = config
+        quant, trained = vllm_config.quant_config, trained_geometry(config).mla
+        heads, self.value_dim = config.num_attention_heads, trained.v_head_dim
+        self.heads = heads // get_tensor_model_parallel_world_size()
+        self.key_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
+
+        def linear(kind, inner: int, outer: int, name: str):
+            return kind(inner, outer, bias=False, quant_config=quant, prefix=f"{prefix}.{name}")
+
+        hidden, rank = config.hidden_size, config.q_lora_rank
+        if rank:
+            self.q_a_proj = linear(ReplicatedLinear, hidden, rank, "q_a_proj")
+            self.q_b_proj = linear(ColumnParallelLinear, rank, heads * self.key_dim, "q_b_proj")
+        else:
+            self.q_proj = linear(ColumnParallelLinear, hidden, heads * self.key_dim, "q_proj")
+        row = config.kv_lora_rank + config.qk_rope_head_dim
+        self.kv_a_proj_with_mqa = linear(ReplicatedLinear, hidden, row, "kv_a_proj_with_mqa")
+        self.kv_b_proj = linear(
+            ColumnParallelLinear,
+            config.kv_lora_rank,
+            heads * (config.qk_nope_head_dim + config.v_head_dim),
+            "kv_b_proj",
+        )
+        self.o_proj = linear(RowParallelLinear, heads * self.value_dim, hidden, "o_proj")
+        scale = (trained.qk_nope_head_dim + trained.qk_rope_head_dim) ** -0.5
+        common = dict(cache_config=vllm_config.cache_config, quant_config=quant, prefix=f"{prefix}.attn")
+        if config.qk_norm:
+            self.q_norm, self.k_norm = (RMSNorm(self.key_dim, eps=config.rms_norm_eps) for _ in range(2))
+            self.attn = Attention(self.heads, config.expanded_head_size, scale, self.heads, **common)
+        else:
+            self.attn = MLAAttention(
+                num_heads=self.heads,
+                scale=scale,
+                qk_nope_head_dim=config.qk_nope_head_dim,
+                qk_rope_head_dim=config.qk_rope_head_dim,
+                v_head_dim=config.v_head_dim,
+                q_lora_rank=rank,
+                kv_lora_rank=config.kv_lora_rank,
+                kv_b_proj=self.kv_b_proj,
+                **common,
+                **_backend(vllm_config),
+            )
+
+    def mix(self, hidden_TD: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        return self(hidden_TD, *rotation)
+
+    def derive(self, name: str, loaded: set[str], dtype: torch.dtype) -> None:
+        """Compute anew, in place, what vLLM's latent attention derived from ``kv_b_proj`` when it started."""
+        if f"{name}.kv_b_proj.weight" in loaded and not self.config.qk_norm:
+            self.attn.process_weights_after_loading(dtype)
+
+    def forward(self, hidden_TD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        config = self.config
+        if config.q_lora_rank:
+            query, _ = self.q_b_proj(self.q_a_proj(hidden_TD)[0])
+        else:
+            query, _ = self.q_proj(hidden_TD)
+        query_THK = query.unflatten(-1, (self.heads, self.key_dim))
+        latent, k_rope = self.kv_a_proj_with_mqa(hidden_TD)[0].split(
+            [config.kv_lora_rank, config.qk_rope_head_dim], -1
+        )
+        attend = self._expanded if config.qk_norm else self._latent
+        out_THV = attend(query_THK, latent.contiguous(), k_rope.unsqueeze(1), cos, sin)
+        return self.o_proj(out_THV[..., : self.value_dim].flatten(1))[0]
+
+    def _turn(self, x_THK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        nope, rope = x_THK.split([self.config.qk_nope_head_dim, self.config.qk_rope_head_dim], -1)
+        return torch.cat([nope, turn(rope, cos, sin)], -1)
+
+    def _latent(self, query_THK, latent, k_rope, cos, sin) -> Tensor:
+        width = self.config.v_head_dim
+        shape = (latent.shape[0], self.heads * width)
+        out = self.attn(self._turn(query_THK, cos, sin), latent, turn(k_rope, cos, sin), output_shape=shape)
+        return out.unflatten(-1, (self.heads, width))
+
+    def _expanded(self, query_THK, latent, k_rope, cos, sin) -> Tensor:
+        config = self.config
+        kv = self.kv_b_proj(latent)[0].unflatten(-1, (self.heads, -1))
+        k_nope, value = kv.split([config.qk_nope_head_dim, config.v_head_dim], -1)
+        key = torch.cat([k_nope, k_rope.expand(-1, self.heads, -1)], -1)
+        query, key = self.q_norm(query_THK.contiguous()), self.k_norm(key.contiguous())
+        parts = self._turn(query, cos, sin), self._turn(key, cos, sin), value
+        out = self.attn(*(pad(part, -1, config.expanded_head_size).flatten(1) for part in parts))
+        return out.unflatten(-1, (self.heads, config.expanded_head_size))
+
+
+def _backend(vllm_config) -> dict:
+    if vllm_config.device_config.device_type != "cpu":
+        return {}
+    from hylo_megatron.mixers.mla.vllm_cpu import LatentBackend
+
+    return {"attn_backend": LatentBackend}
+
+
+LAYER = HyLoMLA
