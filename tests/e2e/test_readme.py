@@ -49,10 +49,3 @@ def test_the_tour(tmp_path):
     assert (tmp_path / "w" / "report" / "evaluation.md").is_file()
     code = block("Five-minute tour", "python") + "print(model.num_parameters())"
     assert int(run([sys.executable, "-c", code], tmp_path)) > 1e6
-
-
-def test_what_make_runs_is_there():
-    targets = set(re.findall(r"^make (\w+)", block("Two commands", "bash"), re.MULTILINE))
-    assert targets == {"demo", "test"}
-    makefile = (helpers.ROOT / "Makefile").read_text()
-    assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
