@@ -31,9 +31,9 @@ help:
 env:
 	@tools/make_env.sh "$(VENV)" "$(EXTRAS)"
 
-# Files of tests go to WORKERS processes: most tests keep one core busy.
+# Files of tests go to WORKERS processes, since most tests keep one core busy; in the order of tests/conftest.py.
 test: env
-	"$(PY)" -m pytest -q -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+	"$(PY)" -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 # Up to sixteen processes, and forty kills and full disks: for an idle machine. Then writes docs/parallelism.md's tables.
 test-parallel: env

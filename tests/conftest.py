@@ -13,6 +13,15 @@ def pytest_addoption(parser):
     parser.addoption("--rewrite-golden", action="store_true", help="write the golden losses of tests/golden again")
 
 
+FIRST = ("e2e", "golden", "checkpoint", "parallel", "distill")  # rooms with few tests, most of which start processes
+
+
+def pytest_collection_modifyitems(items):
+    """Put the longest files first, so that no worker still has one when the other has run out of files."""
+    rooms = {room: place for place, room in enumerate(FIRST)}
+    items.sort(key=lambda item: rooms.get(item.path.parent.name, len(FIRST)))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def no_process_groups_left():
     """Fail a file that leaves process groups to the files after it: which those are depends on the worker."""

@@ -1,8 +1,8 @@
-"""A process that has imported everything a training imports, and forks one for each training that a test asks for.
+"""A process that has imported all that a training imports, and forks a child for each training that a test asks for.
 
-``python zygote.py``: reads lines of JSON ``{"argv", "environment", "out", "err"}``, answers each with the child's
-process number and, when it has ended, with ``[number, exit code]``. Importing torch and megatron takes most of the
-time of a training of a few steps.
+It reads lines of JSON, ``{"argv", "environment", "out", "err"}``, and answers each with the process number of the
+child and, when the child has ended, with ``[number, exit code]``. A training of a few steps spends most of its time on
+the import of torch and megatron-core, which this saves.
 """
 
 import json
@@ -20,7 +20,7 @@ def wait_for(child: int) -> None:
 
 
 def become(order: dict) -> None:
-    """In the child: what ``python -m hylo_megatron.train`` starts with."""
+    """Give a child what ``python -m hylo_megatron.train`` starts with: its arguments, environment and files."""
     os.environ.clear()
     os.environ.update(order["environment"])
     os.setsid()
