@@ -40,7 +40,7 @@ def token_batch(rows: int, length: int, vocab: int = ODD_VOCAB, seed: int = 3) -
 
 
 def write_checkpoint(folder: Path, arch, seed: int) -> Path:
-    """Write random weights, smaller than those of ``tiny``, which let one rounding error grow to 6e-5 of a gradient."""
+    """Write random weights, smaller than those of ``tiny``, with which a rounding error grows to 6e-5 of a gradient."""
     source = tiny.RandomWeights(arch, seed=seed)
     source.state = {key: value * (0.5 if value.dim() > 1 else 1.0) for key, value in source.state.items()}
     write(folder, arch, megatron_tensors(arch, source), lambda hf: hf.mkdir())
@@ -57,7 +57,7 @@ def write_pair(folder: Path, linear: str, **changes) -> tuple[Path, Path]:
 
 
 def big_teacher(folder: Path, **changes) -> Path:
-    """Write a Transformer that is wider and deeper than the students, with more vocabulary rows for the same tokens."""
+    """Write a Transformer wider and deeper than the students, with more vocabulary rows for the same tokens."""
     arch = tiny.hybrid(vocab_size=ODD_VOCAB + 8, hidden_size=80, intermediate_size=112, head_dim=20,
                        plan=("attention",) * 6, geometry=None, **changes)  # fmt: skip
     return write_checkpoint(folder, arch, 4)
@@ -105,7 +105,7 @@ def read_log(path: Path) -> list[dict]:
 
 def make_world(work: Path) -> dict[str, Path]:
     """Make teachers, a student and training data that the flags of ``train_flags`` fit."""
-    from hylo_megatron.config import parse_plan
+    from hylo_megatron.config import Plan
     from hylo_megatron.convert import hf_to_megatron
     from hylo_megatron.data.prepare import prepare
     from hylo_megatron.init.upcycle import upcycle
@@ -120,7 +120,7 @@ def make_world(work: Path) -> dict[str, Path]:
         model = tiny.teacher_model("llama", seed=seed, **changes)
         hf_to_megatron.convert(tiny.save_model(model, work / f"{name}-hf"), work / name)
     tiny.write_tokenizer(work / "foreign" / "hf", tiny.VOCAB + 20)
-    upcycle(work / "teacher", work / "student", parse_plan(4, "0,3", "gdn"), tokens_BS=tiny.tokens(4, SEQ), log=str)
+    upcycle(work / "teacher", work / "student", Plan.parse(4, "0,3", "gdn"), tokens_BS=tiny.tokens(4, SEQ), log=str)
     words = torch.randint(3, tiny.VOCAB, (60, 400), generator=torch.Generator().manual_seed(9)).tolist()
     (work / "text.jsonl").write_text("".join(json.dumps({"text": " ".join(f"w{i}" for i in d)}) + "\n" for d in words))
     prepare([work / "text.jsonl"], work / "teacher-hf", work / "data")
@@ -128,7 +128,7 @@ def make_world(work: Path) -> dict[str, Path]:
 
 
 def random_world(work: Path) -> dict[str, Path]:
-    """Make students of random weights that divide by two ranks, with teachers and data: ``gdn``, ``gdn-teacher``, ..."""
+    """Make random students that two ranks divide, with teachers and data: ``gdn``, ``gdn-teacher``, ..."""
     from hylo_megatron.data.prepare import prepare
 
     (work / "tokenizer").mkdir()
