@@ -40,7 +40,7 @@ def token_batch(rows: int, length: int, vocab: int = ODD_VOCAB, seed: int = 3) -
 
 
 def write_checkpoint(folder: Path, arch, seed: int) -> Path:
-    """Write random weights, smaller than those of ``tiny``, with which a rounding error grows to 6e-5 of a gradient."""
+    """Write random weights, smaller than those of ``tiny``, which let a rounding error grow to 6e-5 of a gradient."""
     source = tiny.RandomWeights(arch, seed=seed)
     source.state = {key: value * (0.5 if value.dim() > 1 else 1.0) for key, value in source.state.items()}
     write(folder, arch, megatron_tensors(arch, source), lambda hf: hf.mkdir())
