@@ -21,7 +21,7 @@ from programs import parity  # noqa: E402
 from hylo_megatron.distill.head import TokenWeights, reference_loss  # noqa: E402
 from hylo_megatron.distill.ild import layer_losses  # noqa: E402
 from hylo_megatron.distill.losses import KL  # noqa: E402
-from hylo_megatron.layers.load import load_model, start_process_groups  # noqa: E402
+from hylo_megatron.layers.load import load_model  # noqa: E402
 
 
 @pytest.mark.parametrize("chunk", [7, 16, 1024], ids="chunk{}".format)
@@ -137,8 +137,7 @@ def test_layer_losses_equal_a_loop_over_tokens():
 
 
 @pytest.fixture(scope="module", params=["gdn", "mamba2"])
-def pair(request, tmp_path_factory):
-    start_process_groups()
+def pair(request, tmp_path_factory, process_groups):
     return helpers.write_pair(tmp_path_factory.mktemp(request.param), request.param)
 
 
