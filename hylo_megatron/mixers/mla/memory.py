@@ -2,6 +2,7 @@
 
 from hylo_megatron.config import Architecture
 from hylo_megatron.mixers.memory import Half, Share, rotary_table
+from hylo_megatron.mixers.mla.geometry import MLAGeometry
 
 UNSPLIT = (
     "self_attn.q_norm.weight",
@@ -11,8 +12,13 @@ UNSPLIT = (
 )
 
 
+def row_values(mla: MLAGeometry) -> int:
+    """Return the values of one row of a cache of latents."""
+    return mla.kv_lora_rank + mla.qk_rope_head_dim
+
+
 def cached_values(arch: Architecture) -> int:
-    return arch.geometry.mla.kv_lora_rank + arch.geometry.mla.qk_rope_head_dim
+    return row_values(arch.geometry.mla)
 
 
 def tables(arch: Architecture, at: Share) -> int:
