@@ -11,31 +11,33 @@ from hylo_megatron.convert.tables import mappings
 from hylo_megatron.convert.tokenizer_files import copy_companions
 from hylo_megatron.errors import HyLoError, command_line
 from hylo_megatron.flags import Parser
+from hylo_megatron.mixers import LINEAR, MIXERS
 
 
 def assemble(mla: str | Path, linear: str | Path, plan: tuple[str, ...], out: str | Path) -> Architecture:
-    """Writes hybrid checkpoint ``out``; what is not a mixer comes from the MLA student. Raises ``HyLoError``."""
+    """Write hybrid checkpoint ``out``; what is not a mixer comes from the MLA student. Raises ``HyLoError``."""
     first, second = Architecture.load(mla), Architecture.load(linear)
     for name in ("hidden_size", "vocab_size", "intermediate_size", "geometry", "mla_qk_norm"):
         if getattr(first, name) != getattr(second, name):
             raise HyLoError(f"{mla} and {linear} differ in {name}: they must come from the same base and geometry")
     check_vocabularies(first, second, (Path(mla) / "hf", Path(linear) / "hf"))
     for layer, kind in enumerate(plan):
-        source, folder = (first, mla) if kind == "mla" else (second, linear)
+        source, folder = (second, linear) if MIXERS[kind].linear else (first, mla)
         if source.plan[layer] != kind:
-            raise HyLoError(f"layer {layer} shall be {kind}, but {folder} has {source.plan[layer]} there")
-    norms = {"mla": first.extra.get("ild_norms"), "linear": second.extra.get("ild_norms")}
+            raise HyLoError(f"layer {layer} should be {kind} in the plan, but {folder} has {source.plan[layer]} there")
+    is_linear = [MIXERS[kind].linear for kind in plan]
+    norms = first.extra.get("ild_norms"), second.extra.get("ild_norms")
     extra = dict(first.extra)
-    if all(norms.values()):
-        extra["ild_norms"] = [norms["mla" if kind == "mla" else "linear"][i] for i, kind in enumerate(plan)]
+    if all(norms):
+        extra["ild_norms"] = [norms[linear][layer] for layer, linear in enumerate(is_linear)]
     arch = replace(first, plan=plan, extra=extra)
-    readers = {"mla": CheckpointReader(mla, FINITE), "linear": CheckpointReader(linear, FINITE)}
-    mixer_of = {2 * layer: "mla" if kind == "mla" else "linear" for layer, kind in enumerate(plan)}
+    readers = CheckpointReader(mla, FINITE), CheckpointReader(linear, FINITE)
+    linear_layers = {2 * layer for layer, linear in enumerate(is_linear) if linear}  # as Megatron counts layers
     tensors = {}
     for mapping in mappings(arch):
         for key in mapping.megatron:
             layer = int(key.split(".")[2]) if key.startswith("decoder.layers.") else -1
-            reader = readers[mixer_of.get(layer, "mla")]
+            reader = readers[layer in linear_layers]
             tensors[key] = LazyTensor(reader.shape(key), reader.dtype(key), functools.partial(reader.__getitem__, key))
     write_checkpoint(out, arch, tensors, functools.partial(copy_companions, Path(mla) / "hf"))
     return arch
@@ -49,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
         "--linear-student", required=True, help="checkpoint of the all-linear student (--mla-layers none)"
     )
     parser.add_argument("--mla-layers", required=True, help="1,5,10,14 | uniform:K | a name such as 4MLA12GDN")
-    parser.add_argument("--linear", choices=("gdn", "mamba2"), help="default: gdn, or the plan's name")
+    parser.add_argument("--linear", choices=LINEAR, help=f"default: {LINEAR[0]}, or the plan's name")
     parser.add_argument("--out", required=True)
     options = parser.parse_args(argv)
     plan = parse_plan(Architecture.load(options.mla).num_layers, options.mla_layers, options.linear)

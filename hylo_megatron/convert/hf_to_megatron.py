@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 
 from hylo_megatron.checkpoint.folder import LazyTensor, check_empty, write_checkpoint
-from hylo_megatron.config import Architecture, plan_name
+from hylo_megatron.config import Architecture, geometry_preset, plan_name
 from hylo_megatron.convert.hf_folder import HFWeights, read_architecture
 from hylo_megatron.convert.self_check import check_frequencies, self_check, transformers_model
-from hylo_megatron.convert.tables import Mapping, mappings
+from hylo_megatron.convert.tables import mappings
 from hylo_megatron.convert.tokenizer_files import check_tokenizer, copy_companions
 from hylo_megatron.errors import command_line
 from hylo_megatron.flags import Parser
-from hylo_megatron.mixers.mla.geometry import rotary_width
+from hylo_megatron.mixers.mapping import Mapping
 from hylo_megatron.progress import byte_progress, peak_memory_gib
 
 
@@ -51,7 +51,7 @@ def convert(
     check_empty(out)
     arch, model = read_architecture(hf), None
     if not arch.is_hybrid:
-        rotary_width(arch.head_dim)  # else the first to refuse it would be upcycling
+        geometry_preset("native", arch.hidden_size, arch.num_attention_heads, arch.head_dim)  # refuses odd heads
         model = transformers_model(hf)
         check_frequencies(arch, model.rotary_emb, hf / "config.json")
     check_tokenizer(hf, arch.vocab_size)

@@ -12,12 +12,13 @@ from torch import Tensor
 from hylo_megatron.checkpoint.folder import FINITE, CheckpointReader, whole_folder
 from hylo_megatron.config import Architecture, plan_name
 from hylo_megatron.convert.hf_folder import save_tensors
-from hylo_megatron.convert.shapes import FP32_SUFFIXES, hf_shapes
+from hylo_megatron.convert.shapes import hf_shapes
 from hylo_megatron.convert.tables import mappings
 from hylo_megatron.convert.tokenizer_files import check_tokenizer, copy_companions
 from hylo_megatron.errors import HyLoError, command_line
 from hylo_megatron.flags import Parser
 from hylo_megatron.json_file import read_json
+from hylo_megatron.mixers import FP32_SUFFIXES
 from hylo_megatron.progress import byte_progress, peak_memory_gib
 
 SHARD_BYTES = 4 * 2**30

@@ -15,18 +15,24 @@ from megatron.training import training
 from hylo_megatron.distill.batches import LEARNT, NO_TOKENS
 from hylo_megatron.distill.model import is_mixer_parameter
 from hylo_megatron.errors import HyLoError
+from hylo_megatron.mixers import FAST_SUFFIXES, FP32_SUFFIXES
 from hylo_megatron.parallel.teacher_fed import TeacherFed
 
 
 def _is_decay(name: str) -> bool:
-    return name.endswith((".A_log", ".dt_bias"))
+    return name.endswith(FAST_SUFFIXES)
+
+
+def _is_other_fp32(name: str) -> bool:
+    return name.endswith(FP32_SUFFIXES) and not _is_decay(name)
 
 
 def learning_rate_groups(args) -> dict:
-    """Copied weights learn slowly; the decay parameters, which start far from where they end, fast.
+    """Return parameter groups: copied weights learn slowly, decay parameters, which start far from their end, fast.
 
-    The fp32 parameters (decay, and Mamba-2's D) get groups of their own always: in one with bf16 parameters
-    the distributed optimizer mixes up their order, and the checkpoint cannot be saved (``distrib_optimizer.py:1353``).
+    The fp32 parameters (decay, and others such as the skip connection of Mamba-2) always get groups of their own: in
+    one with bf16 parameters the distributed optimizer mixes up their order, and the checkpoint cannot be saved
+    (``distrib_optimizer.py:1353``).
     """
     groups = {}
 
@@ -37,7 +43,7 @@ def learning_rate_groups(args) -> dict:
     if args.hylo_copied_lr_mult != 1.0:
         add("hylo_copied", lambda name: not is_mixer_parameter(name), args.hylo_copied_lr_mult)
     add("hylo_decay", _is_decay, args.hylo_decay_lr_mult)
-    add("hylo_skip", lambda name: name.endswith(".mixer.D"), 1.0)
+    add("hylo_skip", _is_other_fp32, 1.0)
     return groups
 
 

@@ -18,7 +18,7 @@ from hylo_megatron.errors import HyLoError
 
 
 def _token_documents(prefix: Path, length: int, vocab_size: int):
-    """The beginnings of a token file's documents (tools/prepare_data.py), without the end-of-document token."""
+    """Yield the first ``length`` tokens of a token file's documents, without the end-of-document token."""
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     check_token_files(prefix, vocab_size)
@@ -28,9 +28,10 @@ def _token_documents(prefix: Path, length: int, vocab_size: int):
 
 
 def calibration_tokens(path: str | Path, tokenizer_folder: str | Path, count: int, length: int) -> Tensor:
-    """``[count / length, length]`` token ids, documents in a fixed order. Raises ``HyLoError`` when text runs out.
+    """Return ``[count / length, length]`` token ids, documents in a fixed order.
 
     ``path``: a file of text, rows or chats as ``tools/prepare_data.py`` takes them, or the prefix of a token file.
+    Raises ``HyLoError`` when it holds too few tokens.
     """
     path, rows = Path(path), max(2, count // length)
     tokenizer = open_tokenizer(tokenizer_folder)
@@ -43,15 +44,15 @@ def calibration_tokens(path: str | Path, tokenizer_folder: str | Path, count: in
         texts = itertools.islice(read_texts(path, tokenizer, window=8 * length), MOST_DOCUMENTS)
         documents = [text[: 8 * length] for text in texts]
     else:
-        raise HyLoError(f"{path}: no such file: --calibration wants a file of text, or tokens of prepare_data.py")
+        raise HyLoError(f"{path}: no such file; --calibration takes a file of text, or token files of prepare_data.py")
     ids: list[int] = []
     # Files are often sorted by source: take documents from everywhere, the same ones each time.
     random.Random(0).shuffle(documents)
     for document in documents:
         if isinstance(document, str):
             document = tokenizer(document, add_special_tokens=False)["input_ids"]
-        # A stretch of each document, so that a few long ones do not fill everything.
+        # Only the beginning of each document, so that a few long ones do not fill everything.
         ids += [*document[:length], tokenizer.eos_token_id or 0]
         if len(ids) >= rows * length:
             return torch.tensor(ids[: rows * length]).view(rows, length)
-    raise HyLoError(f"{path}: holds {len(ids)} tokens, calibration wants {rows * length}; lower --calibration-tokens")
+    raise HyLoError(f"{path}: holds {len(ids)} tokens, calibration needs {rows * length}; lower --calibration-tokens")

@@ -1,15 +1,14 @@
-"""Runs one mixer of the exported model on activations, from a dictionary of its weights."""
+"""One mixer of the exported model that runs on activations, from a dictionary of its weights."""
 
 import torch
 from torch import Tensor, nn
 
 from hylo_megatron.config import Architecture
-
-OUTPUT_PROJECTION = {"mla": "self_attn.o_proj.weight", "gdn": "mixer.o_proj.weight", "mamba2": "mixer.out_proj.weight"}
+from hylo_megatron.mixers import MIXERS
 
 
 class MixerRunner:
-    """``features [B, S, F]`` are what the mixer's output projection sees; computed row by row of the batch."""
+    """``features`` returns what the mixer's output projection sees, ``[B, S, F]``, computed one row at a time."""
 
     def __init__(self, arch: Architecture, layer: int, device: torch.device):
         from hylo_megatron.hf import HyLoConfig
@@ -17,9 +16,10 @@ class MixerRunner:
         from hylo_megatron.mixers.hf_layers import Rotation
 
         config = HyLoConfig.from_architecture(arch)
-        self.kind, self.rotation = arch.plan[layer], Rotation(config)
-        block = HyLoDecoderLayer(config, layer)
-        self.mixer: nn.Module = (block.self_attn if self.kind == "mla" else block.mixer).to(device).float().eval()
+        self.entry, self.rotation = MIXERS[arch.plan[layer]], Rotation(config)
+        name = self.entry.part("initialise").OUTPUT_PROJECTION.removesuffix(".weight")
+        holder, self.projection = name.split(".")
+        self.mixer: nn.Module = getattr(HyLoDecoderLayer(config, layer), holder).to(device).float().eval()
 
     def load(self, weights: dict[str, Tensor]) -> None:
         state = {key.split(".", 1)[1]: tensor for key, tensor in weights.items()}
@@ -28,7 +28,7 @@ class MixerRunner:
     @torch.no_grad()
     def features(self, x_BSD: Tensor) -> Tensor:
         captured = []
-        projection = self.mixer.get_submodule(OUTPUT_PROJECTION[self.kind].split(".")[1])
+        projection = self.mixer.get_submodule(self.projection)
         hook = projection.register_forward_pre_hook(lambda _, args: captured.append(args[0]))
         try:
             for row in x_BSD:
@@ -38,7 +38,7 @@ class MixerRunner:
         return torch.cat(captured)
 
     def _forward(self, x_BSD: Tensor) -> Tensor:
-        if self.kind != "mla":
+        if self.entry.linear:
             return self.mixer(x_BSD)
         positions = torch.arange(x_BSD.shape[1], device=x_BSD.device)[None]
         return self.mixer(x_BSD, self.rotation(positions), None)

@@ -1,6 +1,6 @@
 """The base model, one layer at a time: weights and activations of each attention layer on calibration text.
 
-Plain torch on whatever device is there; only one layer's weights are in memory, so an 8B model fits a small machine.
+This is plain torch on any device. Only one layer's weights are in memory, so an 8B model fits a small machine.
 Legend: B batch, S sequence, D model, H query heads, G key-value heads, K head dim.
 """
 
@@ -22,7 +22,7 @@ VOCABULARY_ROWS = 16384
 
 @dataclass
 class AttentionLayer:
-    """One attention layer and what it saw. ``q/k/v`` weights are fp32, biases or None."""
+    """One attention layer and its activations. ``layer[name]``: a weight in fp32, or None where there is none."""
 
     index: int
     weights: dict[str, Tensor]
@@ -45,7 +45,7 @@ def rotate(x_BSHK: Tensor, frequencies: Tensor, scaling: float = 1.0) -> Tensor:
 
 
 class BaseModel:
-    """Reads a converted checkpoint under Hugging Face names."""
+    """A converted checkpoint under Hugging Face names."""
 
     def __init__(self, checkpoint, device: torch.device):
         self.arch, self.reader, self.device = Architecture.load(checkpoint), CheckpointReader(checkpoint), device
@@ -55,10 +55,12 @@ class BaseModel:
         )
 
     def stored(self, key: str) -> Tensor:
+        """Return a tensor in the checkpoint's dtype, on the CPU."""
         mapping, index = self.by_key[key]
         return mapping.to_hf([self.reader[name] for name in mapping.megatron])[index]
 
     def tensor(self, key: str) -> Tensor:
+        """Return a tensor in fp32 on this model's device."""
         return self.stored(key).to(self.device, torch.float32)
 
     def layer_weights(self, layer: int) -> dict[str, Tensor]:
@@ -87,13 +89,13 @@ class BaseModel:
         return F.embedding(tokens_BS.cpu(), self.stored("model.embed_tokens.weight")).to(self.device, torch.float32)
 
     def logits(self, x_BSD: Tensor) -> Tensor:
-        """Logits in fp32, with a part of the head in fp32 at a time."""
+        """Return logits in fp32; only a part of the head is in fp32 at a time."""
         head = self.stored("model.embed_tokens.weight" if self.arch.tie_word_embeddings else "lm_head.weight")
         normed = rms_norm(x_BSD, self.tensor("model.norm.weight"), self.arch.rms_norm_eps)
         return torch.cat([F.linear(normed, rows.to(normed)) for rows in head.split(VOCABULARY_ROWS)], -1)
 
     def layer(self, index: int, x_BSD: Tensor) -> tuple[AttentionLayer, Tensor]:
-        """What layer ``index`` sees, and its output."""
+        """Return layer ``index`` with its activations, and its output."""
         w, eps = self.layer_weights(index), self.arch.rms_norm_eps
         normed = rms_norm(x_BSD, w["input_layernorm.weight"], eps)
         heads = torch.cat([self.attention(row[None], w) for row in normed])
@@ -107,7 +109,7 @@ class BaseModel:
 
     @torch.no_grad()
     def layers(self, tokens_BS: Tensor | None) -> Iterator[AttentionLayer]:
-        """Runs the model on ``tokens_BS`` and stops at each attention layer; without tokens only weights are given."""
+        """Run the model on ``tokens_BS`` and yield each attention layer; without tokens, with weights only."""
         empty = torch.empty(0)
         x_BSD = None if tokens_BS is None else self.embed(tokens_BS)
         for index in range(self.arch.num_layers):

@@ -17,49 +17,34 @@ from hylo_megatron.config.geometry import check_heads
 from hylo_megatron.config.rope import same_at_any_width
 from hylo_megatron.convert.hf_folder import save_tensors
 from hylo_megatron.convert.hf_to_megatron import megatron_tensors
-from hylo_megatron.convert.shapes import FP32_SUFFIXES, hf_shapes
+from hylo_megatron.convert.shapes import hf_shapes
 from hylo_megatron.convert.tables import mappings
 from hylo_megatron.convert.tokenizer_files import check_tokenizer, copy_companions
 from hylo_megatron.errors import HyLoError, command_line
 from hylo_megatron.flags import Parser, count, size
-from hylo_megatron.init import linear_blocks, mla
 from hylo_megatron.init.calibration import calibration_tokens
 from hylo_megatron.init.linear_algebra import relative_error, ridge_correction
-from hylo_megatron.init.mixer_forward import OUTPUT_PROJECTION, MixerRunner
+from hylo_megatron.init.mixer_forward import MixerRunner
 from hylo_megatron.init.teacher import BaseModel
+from hylo_megatron.mixers import FP32_SUFFIXES, LINEAR, MIXERS
 from hylo_megatron.progress import peak_memory_gib
 
 REPORT = "init_report.json"
 
 
 def initial_mixer(layer, arch: Architecture, how: str, frequencies, generator) -> dict[str, Tensor]:
-    """Weights of layer ``layer.index``'s new mixer under Hugging Face names (without the layer's prefix)."""
-    kind = arch.plan[layer.index]
-    if how == "data":
-        table = {
-            "mla": lambda: mla.data_init(layer, arch, frequencies),
-            "gdn": lambda: linear_blocks.gdn_data_init(layer, arch),
-            "mamba2": lambda: linear_blocks.mamba2_data_init(layer, arch),
-        }
-    else:
-        table = {
-            # norms that MLA keeps are not in its weights too
-            "mla": lambda: mla.svd_init(layer, replace(arch, qk_norm=arch.qk_norm and not arch.mla_qk_norm)),
-            "gdn": lambda: linear_blocks.gdn_copy_init(layer, arch, generator),
-            "mamba2": lambda: linear_blocks.mamba2_copy_init(layer, arch, generator),
-        }
-    weights = table[kind]()
-    if arch.mla_qk_norm and kind == "mla":
-        weights |= mla.kept_norms(layer, arch)
+    """Return the weights of layer ``layer.index``'s new mixer, Hugging Face names without the layer's prefix."""
+    mixer = MIXERS[arch.plan[layer.index]].part("initialise")
+    weights = mixer.calibrated(layer, arch, frequencies) if how == "data" else mixer.from_rows(layer, arch, generator)
     return {key: tensor.float().cpu().contiguous() for key, tensor in weights.items()}
 
 
 def _fit_and_measure(layer, arch, weights, device, ridge: bool) -> tuple[dict[str, Tensor], dict]:
-    """Refits the output projection where that helps on held-out rows; relative errors before and after."""
-    kind, rows = arch.plan[layer.index], len(layer.inputs_BSD)
+    """Refit the output projection where that helps on held-out rows; return weights and relative errors."""
+    mixer, rows = MIXERS[arch.plan[layer.index]].part("initialise"), len(layer.inputs_BSD)
     fit = max(1, rows * 3 // 4)
     held = slice(fit, None) if rows > 1 else slice(None)
-    runner, name = MixerRunner(arch, layer.index, device), OUTPUT_PROJECTION[kind]
+    runner, name = MixerRunner(arch, layer.index, device), mixer.OUTPUT_PROJECTION
     runner.load(weights)
     features, target = runner.features(layer.inputs_BSD), layer.output_BSD
 
@@ -68,7 +53,7 @@ def _fit_and_measure(layer, arch, weights, device, ridge: bool) -> tuple[dict[st
 
     projection = weights[name].to(device)
     errors = {"error": error(projection)}
-    if ridge and rows > 1 and kind != "mla":
+    if ridge and rows > 1 and mixer.REFIT:
         fitted = ridge_correction(features[:fit].flatten(0, 1), target[:fit].flatten(0, 1), projection)
         errors |= {"error_transferred": errors["error"], "error_ridge": error(fitted)}
         if errors["error_ridge"] < errors["error"]:
@@ -77,10 +62,12 @@ def _fit_and_measure(layer, arch, weights, device, ridge: bool) -> tuple[dict[st
 
 
 class _StudentWeights:
-    """New mixers from scratch files, the rest from the teacher; quacks like ``HFWeights``."""
+    """Weights of the student with the interface of ``HFWeights``: new mixers from files in ``scratch``, all others
+    from the teacher. ``mixer_keys``: the layer of each key of a new mixer."""
 
     def __init__(self, base: BaseModel, arch: Architecture, scratch: Path, mixer_keys: dict[str, int]):
-        self.base, self.expected, self.scratch, self.mixer_keys = base, hf_shapes(arch), scratch, mixer_keys
+        self.base, self.expected = base, hf_shapes(arch)
+        self.scratch, self.mixer_keys = scratch, mixer_keys
 
     def dtype(self, key: str) -> torch.dtype:
         if key.endswith(FP32_SUFFIXES):
@@ -91,13 +78,12 @@ class _StudentWeights:
         if key in self.mixer_keys:
             with safe_open(self.scratch / f"{self.mixer_keys[key]}.safetensors", framework="pt") as file:
                 return file.get_tensor(key)
-        mapping, index = self.base.by_key[key]
-        return mapping.to_hf([self.base.reader[name] for name in mapping.megatron])[index]
+        return self.base.stored(key)
 
 
 def student_architecture(teacher: Architecture, plan: tuple[str, ...], geometry: str | Geometry,
                          qk_norm: bool = False) -> Architecture:  # fmt: skip
-    """``geometry``: the name of a preset, or the dimensions themselves."""
+    """Return the architecture of a student. ``geometry``: the name of a preset, or the dimensions themselves."""
     if isinstance(geometry, str):
         geometry = geometry_preset(geometry, teacher.hidden_size, teacher.num_attention_heads, teacher.head_dim)
     check_heads(teacher.head_dim, geometry, set(plan))
@@ -113,10 +99,29 @@ def _line(entry: dict) -> str:
     return f"layer {entry['layer']:3d} {entry['kind']:7s} relative error {error}{ridge}"
 
 
+def _initialise(base: BaseModel, arch: Architecture, scratch: Path, tokens_BS: Tensor | None, *, init: str,
+                ridge: bool, seed: int, log) -> tuple[list[dict], dict[str, int]]:  # fmt: skip
+    """Write each layer's new mixer into ``scratch``; return the report's entries, and the layer of each key."""
+    generator, report, mixer_keys = torch.Generator().manual_seed(seed), [], {}
+    for layer in base.layers(tokens_BS):
+        weights = initial_mixer(layer, arch, init, base.frequencies, generator)
+        entry = {"layer": layer.index, "kind": arch.plan[layer.index]}
+        if tokens_BS is not None:
+            weights, errors = _fit_and_measure(layer, arch, weights, base.device, ridge and init == "data")
+            output_norm = layer.output_BSD.norm(dim=-1).mean().item()
+            entry |= errors | {"output_norm": output_norm, "update_norm": layer.update_norm}
+        prefixed = {f"model.layers.{layer.index}.{key}": tensor for key, tensor in weights.items()}
+        save_tensors(prefixed, scratch / f"{layer.index}.safetensors")
+        mixer_keys |= dict.fromkeys(prefixed, layer.index)
+        report.append(entry)
+        log(_line(entry))
+    return report, mixer_keys
+
+
 def upcycle(teacher: str | Path, out: str | Path, plan: tuple[str, ...], *, init: str = "data",
             geometry: str | Geometry = "native", qk_norm: bool = False, tokens_BS: Tensor | None = None,
             ridge: bool = True, seed: int = 0, device: str | torch.device = "cpu", log=print) -> dict:  # fmt: skip
-    """Writes student checkpoint ``out`` and returns the report (also saved in it). Raises ``HyLoError``."""
+    """Write student checkpoint ``out``; return the report, which is saved in it too. Raises ``HyLoError``."""
     out = Path(out)
     check_empty(out)
     base = BaseModel(teacher, torch.device(device))
@@ -128,24 +133,12 @@ def upcycle(teacher: str | Path, out: str | Path, plan: tuple[str, ...], *, init
     arch = student_architecture(base.arch, plan, geometry, qk_norm)
     check_tokenizer(Path(teacher) / "hf", arch.vocab_size)
     if init == "data" and tokens_BS is None:
-        raise HyLoError("--init data needs --calibration TEXT: some text like what the model will read")
+        raise HyLoError("--init data needs --calibration TEXT: a text file similar to the intended use")
     scratch = out.with_name(out.name + ".mixers")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    generator, report, mixer_keys = torch.Generator().manual_seed(seed), [], {}
     try:
-        for layer in base.layers(tokens_BS):
-            weights = initial_mixer(layer, arch, init, base.frequencies, generator)
-            entry = {"layer": layer.index, "kind": plan[layer.index]}
-            if tokens_BS is not None:
-                weights, errors = _fit_and_measure(layer, arch, weights, base.device, ridge and init == "data")
-                output_norm = layer.output_BSD.norm(dim=-1).mean().item()
-                entry |= errors | {"output_norm": output_norm, "update_norm": layer.update_norm}
-            prefixed = {f"model.layers.{layer.index}.{key}": tensor for key, tensor in weights.items()}
-            save_tensors(prefixed, scratch / f"{layer.index}.safetensors")
-            mixer_keys |= dict.fromkeys(prefixed, layer.index)
-            report.append(entry)
-            log(_line(entry))
+        report, mixer_keys = _initialise(base, arch, scratch, tokens_BS, init=init, ridge=ridge, seed=seed, log=log)
         arch.extra["ild_norms"] = [[e.get("output_norm", 1.0), e.get("update_norm", 1.0)] for e in report]
         result = {
             "plan": plan_name(plan),
@@ -165,7 +158,7 @@ def _write(base, arch, scratch, mixer_keys, out: Path, teacher: Path, report: di
     for mapping in mappings(arch):  # what is not a mixer is copied under Megatron's own name, bit for bit
         if not any(key in mixer_keys for key in mapping.hf):
             for key in mapping.megatron:
-                if key in base.reader:  # the norm before Mamba-2 is called otherwise there
+                if key in base.reader:  # Mamba-2 has another name for the norm before it
                     load = functools.partial(base.reader.__getitem__, key)
                     tensors[key] = LazyTensor(base.reader.shape(key), base.reader.dtype(key), load)
 
@@ -177,7 +170,7 @@ def _write(base, arch, scratch, mixer_keys, out: Path, teacher: Path, report: di
 
 
 def summary(report: dict) -> str:
-    """Mean relative error per kind of mixer."""
+    """Return the mean relative error of each kind of mixer."""
     kinds = {}
     for entry in report["layers"]:
         if "error" in entry:
@@ -192,7 +185,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--teacher", required=True, help="checkpoint of the base Transformer (convert_hf_to_megatron.py)")
     add("--out", required=True, help="student checkpoint to write")
     add("--mla-layers", required=True, help="1,5,10,14 | uniform:K | all | none | a name such as 4MLA12GDN")
-    add("--linear", choices=("gdn", "mamba2"), help="what the other layers become (default: gdn, or the plan's name)")
+    add("--linear", choices=LINEAR, help=f"what the other layers become (default: {LINEAR[0]}, or the plan's name)")
     add("--init", default="data", choices=("data", "svd"), help="calibrated on text, or the paper's (default: data)")
     add(
         "--geometry",

@@ -2,12 +2,13 @@
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
 from hylo_megatron.kernels.conv import causal_conv1d, split_convolve
 from hylo_megatron.kernels.gated_delta import chunk_gated_delta_rule, recurrent_gated_delta_rule
+from hylo_megatron.kernels.kda import chunk_kda, recurrent_kda
 from hylo_megatron.kernels.norm import distance, gated_rms_norm, rms_norm, swiglu, swiglu_packed
 from hylo_megatron.kernels.rope import rotate
 from hylo_megatron.kernels.ssd import recurrent_ssd, ssd_chunk_scan
@@ -20,6 +21,8 @@ class Ops:
     name: str
     chunk_gated_delta_rule: Callable = chunk_gated_delta_rule
     step_gated_delta_rule: Callable = recurrent_gated_delta_rule
+    chunk_kda: Callable = chunk_kda
+    step_kda: Callable = recurrent_kda
     chunk_ssd: Callable = ssd_chunk_scan
     step_ssd: Callable = recurrent_ssd
     causal_conv1d: Callable = causal_conv1d
@@ -42,9 +45,8 @@ def _fused() -> Ops | None:
         from hylo_megatron.kernels import fused
     except ImportError:
         return None
-    same = ("chunk_gated_delta_rule", "step_gated_delta_rule", "causal_conv1d", "split_convolve", "rotate", "rms_norm",
-            "gated_rms_norm", "swiglu", "swiglu_packed", "distance")  # fmt: skip
-    return Ops("fla", chunk_ssd=fused.ssd_chunk_scan, **{name: getattr(fused, name) for name in same})
+    names = {field.name for field in fields(Ops)} & set(fused.__all__)
+    return Ops("fla", **{name: getattr(fused, name) for name in names})
 
 
 def ops(device: torch.device | str, dtype: torch.dtype = torch.bfloat16) -> Ops:

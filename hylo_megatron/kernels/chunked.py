@@ -72,13 +72,13 @@ class _Chunk:
         return x_HC if self.groups == 1 else x_HC.unflatten(0, (-1, self.groups)).sum(1)
 
 
-def _unit_lower_inverse(strict_HCC: torch.Tensor) -> torch.Tensor:
+def unit_lower_inverse(strict_HCC: torch.Tensor) -> torch.Tensor:
     """Inverse of ``I + strict`` for strictly lower triangular ``strict``."""
     eye_CC = torch.eye(strict_HCC.shape[-1], dtype=strict_HCC.dtype, device=strict_HCC.device)
     return torch.linalg.solve_triangular(strict_HCC, eye_CC.expand_as(strict_HCC), upper=False, unitriangular=True)
 
 
-def _spans(length: int, size: int) -> list[slice]:
+def spans(length: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
@@ -88,11 +88,11 @@ class _ChunkedScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, g, beta, state, scale, size):
         out, kept = torch.empty_like(v, memory_format=torch.contiguous_format), []
-        for span in _spans(v.shape[1], size):
+        for span in spans(v.shape[1], size):
             x = _Chunk(span, q, k, v, g, beta, scale, state.dtype)
             inverse, u = None, x.v
             if beta is not None:
-                inverse = _unit_lower_inverse(x.system * x.beta)
+                inverse = unit_lower_inverse(x.system * x.beta)
                 u = inverse @ torch.baddbmm(x.v, x.key_head, state, alpha=-1).mul_(x.beta)
             kept += [state, u, inverse]
             x.put(torch.baddbmm(x.scores @ u, x.query_head, state), out)
@@ -111,9 +111,9 @@ class _ChunkedScan(torch.autograd.Function):
         d_beta = None if beta is None else torch.empty_like(beta, memory_format=torch.contiguous_format)
         d_out = torch.zeros_like(inputs[2]) if d_out is None else d_out
         d_state = torch.zeros_like(kept[0]) if d_state is None else d_state
-        spans = _spans(d_out.shape[1], ctx.size)
-        for i in reversed(range(len(spans))):
-            x = _Chunk(spans[i], *inputs, beta, ctx.scale, d_state.dtype)
+        chunks = spans(d_out.shape[1], ctx.size)
+        for i in reversed(range(len(chunks))):
+            x = _Chunk(chunks[i], *inputs, beta, ctx.scale, d_state.dtype)
             *d_chunk, d_chunk_beta, d_state = _chunk_backward(x, *kept[3 * i : 3 * i + 3], x.take(d_out), d_state)
             d_chunk[0] *= ctx.scale
             for d_part, d_whole in zip(d_chunk, d_inputs, strict=True):

@@ -13,6 +13,8 @@ from fla.ops.common.chunk_h import chunk_bwd_dh, chunk_fwd_h
 from fla.ops.common.chunk_o import chunk_bwd_dqkwg, chunk_bwd_dv, chunk_fwd_o
 from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 from fla.ops.gated_delta_rule import fused_recurrent_gated_delta_rule as step_gated_delta_rule
+from fla.ops.kda import chunk_kda as fla_chunk_kda
+from fla.ops.kda import fused_recurrent_kda
 from fla.ops.utils import chunk_local_cumsum
 from fla.ops.utils.constant import RCP_LN2
 
@@ -24,13 +26,15 @@ from hylo_megatron.kernels.triton_pointwise import distance, rotate, swiglu_pack
 __all__ = [
     "causal_conv1d",
     "chunk_gated_delta_rule",
+    "chunk_kda",
+    "chunk_ssd",
     "distance",
     "gated_rms_norm",
     "rms_norm",
     "rotate",
     "split_convolve",
-    "ssd_chunk_scan",
     "step_gated_delta_rule",
+    "step_kda",
     "swiglu",
     "swiglu_packed",
 ]
@@ -54,15 +58,28 @@ def rms_norm(x, weight, eps):
     return (triton_pointwise if trained and weight.dtype == x.dtype else norm).rms_norm(x, weight, eps)
 
 
-def gated_rms_norm(x, z, weight, eps, group_size=None, norm_before_gate=True):
+def gated_rms_norm(x, z, weight, eps, group_size=None, norm_before_gate=True, activation="silu"):
     """As ``norm.gated_rms_norm``.
 
-    Training repeats one shape and takes the kernel that is tuned for it; inference meets many, and takes the other.
+    Training repeats one shape and takes the kernel that is tuned for it. Inference meets many shapes and takes the
+    other kernel, which knows only SiLU.
     """
     tuned = torch.is_grad_enabled() and z is not None and norm_before_gate and group_size in (None, x.shape[-1])
     if tuned:
-        return rms_norm_gated(x, z, weight, None, "swish", eps=eps)
+        return rms_norm_gated(x, z, weight, None, {"silu": "swish"}.get(activation, activation), eps=eps)
+    if activation != "silu":
+        return norm.gated_rms_norm(x, z, weight, eps, group_size, norm_before_gate, activation)
     return rmsnorm_fn(x, weight, None, z, eps, group_size, norm_before_gate)
+
+
+def chunk_kda(q, k, v, g, beta, *, A_log=None, **kwargs):
+    """As ``kda.chunk_kda``: fla makes the decay in its kernel, and keeps for backward what it makes it from."""
+    return fla_chunk_kda(q, k, v, g, beta, A_log=A_log, use_gate_in_kernel=A_log is not None, **kwargs)
+
+
+def step_kda(q, k, v, g, beta, *, A_log=None, **kwargs):
+    """As ``kda.recurrent_kda``; no gradient."""
+    return fused_recurrent_kda(q, k, v, g, beta, A_log=A_log, use_gate_in_kernel=A_log is not None, **kwargs)
 
 
 class _GatedLinearAttention(torch.autograd.Function):
@@ -94,7 +111,7 @@ class _GatedLinearAttention(torch.autograd.Function):
         return d_q, d_k, d_v, d_g, d_state, None
 
 
-def ssd_chunk_scan(x, dt, A, B, C, chunk_size=64, D=None, initial_state=None, output_final_state=False):
+def chunk_ssd(x, dt, A, B, C, chunk_size=64, D=None, initial_state=None, output_final_state=False):
     """As ``ssd.ssd_chunk_scan``: state-space duality is gated linear attention with one decay a head, scale 1."""
     heads = x.shape[2] // B.shape[2]
     if heads > 1:

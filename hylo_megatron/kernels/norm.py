@@ -3,6 +3,8 @@
 import torch
 import torch.nn.functional as F
 
+ACTIVATIONS = {"silu": F.silu, "sigmoid": torch.sigmoid}
+
 
 def wide(x: torch.Tensor) -> torch.Tensor:
     """fp32, or fp64 as it is."""
@@ -30,10 +32,14 @@ def gated_rms_norm(
     eps: float,
     group_size: int | None = None,
     norm_before_gate: bool = True,
+    activation: str = "silu",
 ) -> torch.Tensor:
-    """RMSNorm per group of ``group_size`` and a SiLU gate, before or after it, as mamba_ssm's ``rmsnorm_fn``."""
+    """RMSNorm per group of ``group_size`` and a gate, before or after it, as mamba_ssm's ``rmsnorm_fn``.
+
+    ``activation`` of the gate: ``silu`` or ``sigmoid``.
+    """
     out = wide(x)
-    gate = None if z is None else F.silu(z.to(out.dtype))
+    gate = None if z is None else ACTIVATIONS[activation](z.to(out.dtype))
     if gate is not None and not norm_before_gate:
         out = out * gate
     size = group_size or x.shape[-1]

@@ -38,6 +38,21 @@ def gdn_case(arch: Architecture, tp: int, device) -> tuple[list[Tensor], Callabl
     return [q, k.roll(1, 1), v, decay, beta], run
 
 
+def kda_case(arch: Architecture, tp: int, device) -> tuple[list[Tensor], Callable]:
+    """The same for Kimi Delta Attention; the kernel makes the decay too."""
+    g = arch.geometry.kda
+    heads, dim = g.num_heads // tp, g.head_dim
+    q, k, v, raw = (_random(1, LENGTH, heads, dim, device=device).roll(i, 1) for i in range(4))
+    beta = _random(1, LENGTH, heads, device=device).sigmoid()
+    rate, bias = torch.linspace(-1, 1, heads, device=device), torch.linspace(-4, 2, heads * dim, device=device)
+
+    def run(kernels: Ops, q, k, v, raw, beta, rate, bias):
+        decay = dict(g=raw, A_log=rate, dt_bias=bias)
+        return kernels.chunk_kda(q, k, v, beta=beta, use_qk_l2norm_in_kernel=True, **decay)[0]
+
+    return [q, k, v, raw, beta, rate, bias], run
+
+
 def mamba2_case(arch: Architecture, tp: int, device) -> tuple[list[Tensor], Callable]:
     """The same for Mamba-2's scan."""
     g = arch.geometry.mamba2
@@ -62,15 +77,24 @@ def projection_case(arch: Architecture, tp: int, device) -> tuple[list[Tensor], 
     return [_random(LENGTH, 2, 224, device=device), _random(128, 4, device=device)], run
 
 
-def norm_case(arch: Architecture, tp: int, device) -> tuple[list[Tensor], Callable]:
+def _norm_case(dim: int, activation: str, device) -> tuple[list[Tensor], Callable]:
     """The gated norm within heads."""
 
     def run(kernels: Ops, x, gate, weight):
-        return kernels.gated_rms_norm(x, gate, weight, 1e-5)
+        return kernels.gated_rms_norm(x, gate, weight, 1e-5, activation=activation)
 
-    dim = arch.geometry.gdn.value_head_dim
     x, gate = (_random(1, LENGTH, 4, dim, device=device) for _ in range(2))
     return [x, gate.roll(1, 1), _random(dim, device=device) + 1], run
+
+
+def gdn_norm_case(arch: Architecture, tp: int, device) -> tuple[list[Tensor], Callable]:
+    """The gated norm of Gated DeltaNet."""
+    return _norm_case(arch.geometry.gdn.value_head_dim, "silu", device)
+
+
+def kda_norm_case(arch: Architecture, tp: int, device) -> tuple[list[Tensor], Callable]:
+    """The gated norm of Kimi Delta Attention."""
+    return _norm_case(arch.geometry.kda.head_dim, "sigmoid", device)
 
 
 def mlp_case(arch: Architecture, tp: int, device) -> tuple[list[Tensor], Callable]:
@@ -85,9 +109,12 @@ def mlp_case(arch: Architecture, tp: int, device) -> tuple[list[Tensor], Callabl
 
 
 CASES = {
-    "gdn": {"gated delta rule": gdn_case, "gated norm": norm_case, "projection": projection_case, "MLP": mlp_case},
+    "gdn": {"gated delta rule": gdn_case, "gated norm": gdn_norm_case, "projection": projection_case,
+            "MLP": mlp_case},
+    "kda": {"Kimi delta attention": kda_case, "gated norm": kda_norm_case, "projection": projection_case,
+            "MLP": mlp_case},
     "mamba2": {"state-space scan": mamba2_case, "projection": projection_case, "MLP": mlp_case},
-}
+}  # fmt: skip
 
 
 def errors_of(run: Callable, kernels: Ops, inputs: list[Tensor]) -> list[float]:

@@ -1,3 +1,3 @@
-"""Mixers and layer specs for megatron-core's ``HybridModel``."""
+"""The model as megatron-core's ``HybridModel``."""
 
 import hylo_megatron.engine.megatron_setup  # noqa: F401  before anything of megatron

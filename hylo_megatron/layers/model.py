@@ -8,6 +8,7 @@ from torch import nn
 from hylo_megatron.config import Architecture
 from hylo_megatron.config.plan import megatron_pattern
 from hylo_megatron.layers.specs import stack_spec
+from hylo_megatron.mixers import MIXERS
 
 
 def model_fields(arch: Architecture) -> dict:
@@ -24,14 +25,8 @@ def model_fields(arch: Architecture) -> dict:
         attention_dropout=0.0, is_hybrid_model=True,
         rotary_interleaved=False, multi_latent_attention=False,
     )  # fmt: skip
-    if arch.geometry:
-        gdn, mamba2 = arch.geometry.gdn, arch.geometry.mamba2
-        fields |= dict(
-            linear_conv_kernel_dim=gdn.conv_kernel, linear_key_head_dim=gdn.key_head_dim,
-            linear_value_head_dim=gdn.value_head_dim, linear_num_key_heads=gdn.num_key_heads,
-            linear_num_value_heads=gdn.num_value_heads, mamba_num_heads=mamba2.num_heads,
-            mamba_head_dim=mamba2.head_dim, mamba_state_dim=mamba2.state_size, mamba_num_groups=mamba2.num_groups,
-        )  # fmt: skip
+    for kind in dict.fromkeys(arch.plan):
+        fields |= MIXERS[kind].part("megatron_module").config_fields(arch)
     return fields
 
 

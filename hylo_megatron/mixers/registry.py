@@ -11,6 +11,19 @@ LINEAR: tuple[str, ...] = tuple(name for name, entry in MIXERS.items() if entry.
 # Mixers of a hybrid whose cache grows with the text. Code for serving expects that there is one.
 CACHED: tuple[str, ...] = tuple(name for name, entry in MIXERS.items() if entry.geometry and not entry.linear)
 
+# Modules of a layer that hold its mixer, in Megatron and in Hugging Face checkpoints. A mixer's parameters are told by
+# the last two parts of their names.
+HOLDERS = ("self_attention", "self_attn", "mixer")
+
+
+def _suffixes(field: str) -> tuple[str, ...]:
+    last = dict.fromkeys(name for entry in MIXERS.values() for name in getattr(entry, field))
+    return tuple(f".{holder}.{name}" for holder in HOLDERS for name in last)
+
+
+FP32_SUFFIXES = _suffixes("fp32")  # of parameters that stay fp32 in a 16-bit model, Megatron's names or Hugging Face's
+FAST_SUFFIXES = _suffixes("fast")  # of those that learn at --hylo-decay-lr-mult times the rate
+
 
 def mixer(name: str) -> Mixer:
     """Return the entry of ``name``."""

@@ -16,11 +16,11 @@ def zigzag_positions(local_length: int, cp_size: int, cp_rank: int) -> Tensor:
     return torch.cat([torch.arange(chunk * half, (chunk + 1) * half) for chunk in (cp_rank, last)])
 
 
-def to_rows(x_SB: Tensor, stretches: int = 1) -> Tensor:
-    """``[stretches S, B, ..] -> [stretches B, S, ..]``: each stretch of each sequence as a row of its own."""
-    return x_SB.unflatten(0, (stretches, -1)).transpose(1, 2).flatten(0, 1)
+def to_rows(x_SB: Tensor, chunks: int = 1) -> Tensor:
+    """``[chunks S, B, ..] -> [chunks B, S, ..]``: each chunk of each sequence becomes a row of its own."""
+    return x_SB.unflatten(0, (chunks, -1)).transpose(1, 2).flatten(0, 1)
 
 
-def from_rows(x_BS: Tensor, stretches: int = 1) -> Tensor:
-    """Undoes ``to_rows``."""
-    return x_BS.unflatten(0, (stretches, -1)).transpose(1, 2).flatten(0, 1)
+def from_rows(x_BS: Tensor, chunks: int = 1) -> Tensor:
+    """Undo ``to_rows``."""
+    return x_BS.unflatten(0, (chunks, -1)).transpose(1, 2).flatten(0, 1)

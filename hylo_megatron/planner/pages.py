@@ -43,16 +43,10 @@ class Pages:
 
 
 def state_bytes(served: Served, linear: str, itemsize: int = 2, state_itemsize: int = 4, tp: int = 1) -> int:
-    """One linear layer's state of one request on one rank: the convolution's window and the recurrent state."""
-    if linear == "mamba2":
-        m = served.geometry.mamba2
-        channels = m.num_heads * m.head_dim + 2 * m.num_groups * m.state_size
-        state, taps = m.num_heads * m.head_dim * m.state_size, m.conv_kernel
-    else:
-        g = served.geometry.gdn
-        channels = 2 * g.num_key_heads * g.key_head_dim + g.num_value_heads * g.value_head_dim
-        state, taps = g.num_value_heads * g.key_head_dim * g.value_head_dim, g.conv_kernel
-    return (channels * (taps - 1) * itemsize + state * state_itemsize) // tp
+    """Return bytes of one linear layer's state of one request on one rank."""
+    entry = MIXERS[linear]
+    window, state = entry.part("memory").state(entry.dimensions(served.geometry))
+    return (window * itemsize + state * state_itemsize) // tp
 
 
 def row_bytes(served: Served, heads: int, itemsize: int = 2, tp: int = 1) -> int:

@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 from hylo_megatron.config import Architecture
 from hylo_megatron.config.layout import ParallelLayout, Work
 from hylo_megatron.config.pair import padded_rows
-from hylo_megatron.planner.activations import MIXERS, Half, Share, mlp, teacher_work
+from hylo_megatron.mixers.memory import Half, Share
+from hylo_megatron.planner.activations import mixer as mixer_bytes
+from hylo_megatron.planner.activations import mlp, tables, teacher_work
 from hylo_megatron.planner.weights import HEAD, Weights, is_trained, rank_elements, stage_layers, weights
 
 # torch takes 32 MiB for cuBLAS from each stream and thread that multiplies: the main and autograd's thread, each on
@@ -69,7 +71,7 @@ def stage_halves(run: Training, layers: range) -> list[Half]:
     hidden = at.outer(run.student.hidden_size)
     dropped = hidden * (2 if run.layout.pp == 1 else 1)
     for layer in layers:
-        mixer, rest = MIXERS[run.student.plan[layer]](run.student, at), mlp(run.student, at, copied)
+        mixer, rest = mixer_bytes(run.student.plan[layer], run.student, at), mlp(run.student, at, copied)
         if run.stage == "ild":
             rest = replace(rest, kept=rest.kept + hidden + at.outer(4), work=rest.work - dropped)
         else:  # x, and its statistics where the norm's weight is not trained
@@ -174,11 +176,13 @@ def peak(run: Training, stage: int) -> Peak:
         held += at.outer(d + 2)  # of the last norm
         loss = loss_bytes(run, padded // layout.tp)
         backward += 2 * padded // layout.tp * d if trained(HEAD) else 0  # the head's gradient, until the embedding's
+    student_kinds = {run.student.plan[layer] for layer in layers}
+    shared = tables(run.student, student_kinds, at) + tables(run.teacher, set(run.teacher.plan), at)
     reading = teacher_work(run.teacher, at) - held  # while the teacher is at work, before the student
     gathered = at.inner(max(d, run.teacher.hidden_size)) if layout.sequence_parallel else 0  # the engine's buffer
     return Peak(
         layers, weights(student, trained, run.work.processes // (layout.tp * layout.pp)),
-        weights(teacher, lambda _: False, 1).parameters, held * in_flight(run, stage),
+        weights(teacher, lambda _: False, 1).parameters, held * in_flight(run, stage) + shared,
         states_bytes(run, stage, layers), loss, max(backward, reading), WORKSPACES + gathered,
     )  # fmt: skip
 

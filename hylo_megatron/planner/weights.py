@@ -11,13 +11,15 @@ from math import prod
 
 from hylo_megatron.config import Architecture
 from hylo_megatron.config.plan import megatron_pattern
-from hylo_megatron.convert.shapes import FP32_SUFFIXES, hf_shapes
+from hylo_megatron.convert.shapes import hf_shapes
+from hylo_megatron.mixers import FP32_SUFFIXES, MIXERS
 
 # What every tensor-parallel rank has whole; everything else is cut.
 WHOLE = (
-    "layernorm.weight", "model.norm.weight", "q_norm.weight", "k_norm.weight", "o_norm.weight", "q_a_proj.weight",
-    "kv_a_proj_with_mqa.weight",
-)  # fmt: skip
+    "layernorm.weight",
+    "model.norm.weight",
+    *(name for entry in MIXERS.values() for name in entry.part("memory").UNSPLIT),
+)
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 

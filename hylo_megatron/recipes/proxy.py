@@ -8,7 +8,8 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
-from hylo_megatron.config import Architecture, GDNGeometry, Geometry, Mamba2Geometry, MLAGeometry, geometry_preset
+from hylo_megatron.config import Architecture, Geometry, geometry_preset
+from hylo_megatron.mixers import MIXERS
 from hylo_megatron.recipes.published import Base, yarn
 from hylo_megatron.recipes.stage import Evaluation, Recipe
 from hylo_megatron.run.source import Source, Step
@@ -41,18 +42,13 @@ def proxy(recipe: Recipe, base: Base, steps: int = STEPS) -> Recipe:
 
 def small_geometry(base: Base) -> Geometry:
     g = geometry_preset("published", base.hidden, base.heads, base.head_dim)
-    mla, gdn, mamba2 = g.mla, g.gdn, g.mamba2
+    kinds = {name: entry for name, entry in MIXERS.items() if entry.geometry}
     return Geometry(
-        MLAGeometry(
-            mla.kv_lora_rank // HEADS, mla.qk_nope_head_dim // HEADS, mla.qk_rope_head_dim // HEADS,
-            mla.v_head_dim // HEADS, mla.q_lora_rank // WIDTH,
-        ),
-        GDNGeometry(gdn.num_key_heads, gdn.num_value_heads, gdn.key_head_dim // WIDTH, gdn.value_head_dim // WIDTH),
-        Mamba2Geometry(
-            mamba2.num_heads // HEADS, mamba2.head_dim // HEADS, mamba2.state_size // HEADS,
-            mamba2.num_groups // HEADS,
-        ),
-    )  # fmt: skip
+        **{
+            name: entry.part("geometry").shrunk(entry.dimensions(g), heads=HEADS, width=WIDTH)
+            for name, entry in kinds.items()
+        }
+    )
 
 
 class ProxySource(Source):

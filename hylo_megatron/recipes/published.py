@@ -7,6 +7,7 @@ the batches at 2K (as many tokens as at 8K), weight decay, and Qwen's teacher at
 
 from dataclasses import dataclass, replace
 
+from hylo_megatron.mixers import LINEAR
 from hylo_megatron.recipes.stage import Evaluation, Recipe, Stage
 
 TOKENS = 10_000_000_000
@@ -58,7 +59,7 @@ def sized(stage: Stage, tokens: float) -> Stage:
 
 
 def stages(base: Base, linear: str, tokens: int) -> tuple[Stage, ...]:
-    batch, batch_64k = base.batches[linear]
+    batch, batch_64k = base.batches.get(linear, base.batches[LINEAR[0]])  # the paper has two kinds
     ild = Stage(
         "ild", "ild", seq_length=2048, global_batch=4 * batch, micro_batch=4, steps=1, lr=2e-4, warmup=0.01,
         train="mixers", copied_lr_mult=1.0, decay_lr_mult=1.0,
@@ -79,7 +80,7 @@ def stages(base: Base, linear: str, tokens: int) -> tuple[Stage, ...]:
     )
 
 
-def published(name: str, plan: str | None = None, linear: str = "gdn", tokens: int = TOKENS, seed: int = 1234,
+def published(name: str, plan: str | None = None, linear: str = LINEAR[0], tokens: int = TOKENS, seed: int = 1234,
               geometry: str = "published") -> Recipe:  # fmt: skip
     """``plan``: another layer plan than the paper's first for this model. ``geometry``: the paper's, with its
     initialisation by SVD, or this project's ``native`` one, calibrated on data."""

@@ -9,6 +9,7 @@ import torch
 from hylo_megatron.config import parse_plan, plan_name
 from hylo_megatron.errors import command_line
 from hylo_megatron.flags import Parser, count, size
+from hylo_megatron.mixers import LINEAR, MIXERS
 from hylo_megatron.recipes.stage import Evaluation, Recipe, Stage
 from hylo_megatron.run.launch import Layout
 from hylo_megatron.run.recipe_run import Run
@@ -18,8 +19,8 @@ ROPE_THETA = 100_000 * 4 ** (64 / 62)  # the base model's, with the slowest of 3
 
 
 def default_plan(linear: str | None) -> str:
-    """8.3 % of the KV cache."""
-    return {"mamba2": "3MLA27M2"}.get(linear, "3MLA27GDN")
+    """Return the plan with 8.3 % of the base model's KV cache."""
+    return f"3MLA27{MIXERS[linear or LINEAR[0]].short}"
 
 
 def smollm2_cpu(plan: str | None = None, linear: str | None = None, seed: int = 1234) -> Recipe:
@@ -73,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--plan", help="a name such as 3MLA27GDN, or the MLA layers' numbers (default: 3 of the 30 layers)")
-    add("--linear", choices=("gdn", "mamba2"), help="what the other layers become (default: gdn, or the plan's name)")
+    add("--linear", choices=LINEAR, help=f"what the other layers become (default: {LINEAR[0]}, or the plan's name)")
     add("--tp", type=size, default=1, help="tensor-parallel ranks (SmolLM2 has 9 heads: 1 or 3)")
     add("--pp", type=size, default=1, help="pipeline stages; the GPUs that are left work data-parallel")
     add("--seed", type=count, default=1234)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hylo_megatron.config import parse_plan, plan_name
+from hylo_megatron.config.geometry import PRESETS
 from hylo_megatron.config.layout import ParallelLayout, Work, check_parallel_layout
 from hylo_megatron.config.pair import check_vocabularies
 from hylo_megatron.convert.hf_folder import read_architecture
@@ -16,6 +17,7 @@ from hylo_megatron.data.token_files import check_token_files, read_summary
 from hylo_megatron.errors import HyLoError, command_line
 from hylo_megatron.flags import readable_number, short
 from hylo_megatron.init.upcycle import student_architecture
+from hylo_megatron.mixers import LINEAR, MIXERS
 from hylo_megatron.recipes.proxy import STEPS, ProxySource, proxy
 from hylo_megatron.recipes.published import BASES, TOKENS, published
 from hylo_megatron.recipes.stage import Recipe
@@ -132,10 +134,14 @@ def job_of(name: str) -> Job:
     small = value("PROXY", "0") != "0"
     linear = value("LINEAR")
     if not linear:  # the plan's name may say it
-        linear = "mamba2" if value("PLAN", "").upper().endswith(("M2", "MAMBA2")) else "gdn"
+        plan = value("PLAN", "").upper()
+        named = (name for name in LINEAR if plan.endswith((MIXERS[name].short, *MIXERS[name].aliases)))
+        linear = next(named, LINEAR[0])
     geometry = value("GEOMETRY", "published")
-    if linear not in ("gdn", "mamba2") or geometry not in ("published", "native"):
-        raise HyLoError(f"LINEAR={linear} GEOMETRY={geometry}: expected gdn or mamba2, and published or native")
+    if linear not in LINEAR or geometry not in PRESETS:
+        raise HyLoError(
+            f"LINEAR={linear} GEOMETRY={geometry}: expected {' or '.join(LINEAR)}, and published or native"
+        )
     recipe = published(name, value("PLAN"), linear, number("TOKENS", TOKENS), number("SEED", 1234), geometry)
     plan = plan_name(parse_plan(recipe.layers, recipe.plan, recipe.linear))
     if small:

@@ -14,12 +14,12 @@ from hylo_megatron.config.geometry import check_heads  # noqa: E402
 from hylo_megatron.convert import hf_to_megatron, megatron_to_hf  # noqa: E402
 from hylo_megatron.errors import HyLoError  # noqa: E402
 from hylo_megatron.hf import HyLoForCausalLM  # noqa: E402
-from hylo_megatron.init.mla import _nope_rows, _pair_rows, rope_pairs, svd_init  # noqa: E402
 from hylo_megatron.init.teacher import BaseModel  # noqa: E402
 from hylo_megatron.init.upcycle import upcycle  # noqa: E402
 from hylo_megatron.kernels.rope import rope_frequencies  # noqa: E402
 from hylo_megatron.layers.load import load_model, start_process_groups  # noqa: E402
 from hylo_megatron.mixers.mla.geometry import rotary_width  # noqa: E402
+from hylo_megatron.mixers.mla.initialise import _nope_rows, _pair_rows, from_rows, rope_pairs  # noqa: E402
 from hylo_megatron.mixers.mla.serving import LATENT_RANKS, PREFILL, ROPE  # noqa: E402
 from hylo_megatron.serve.geometry import serve  # noqa: E402
 
@@ -152,7 +152,7 @@ def test_rows_in_both_parts_count_once(tmp_path):
     layer = next(iter(base.layers(tiny.tokens())))
     arch = replace(base.arch, plan=("mla", "mla"), geometry=geometry_preset("native", 64, 2, 80))
     arch = replace(arch, geometry=replace(arch.geometry, mla=MLAGeometry(160, 2, 80, 80)))
-    weights = svd_init(layer, arch)
+    weights = from_rows(layer, arch)
     query = weights["self_attn.q_proj.weight"].view(2, 82, 64) / (82 / 80) ** 0.5
     base_query = layer["self_attn.q_proj.weight"].view(2, 80, 64)
     first = [0, 40]  # the pair that is in both parts

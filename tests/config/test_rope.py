@@ -16,11 +16,12 @@ from hylo_megatron.config.rope import same_at_any_width  # noqa: E402
 from hylo_megatron.convert import hf_to_megatron, megatron_to_hf  # noqa: E402
 from hylo_megatron.distill.arguments import run_architecture  # noqa: E402
 from hylo_megatron.errors import HyLoError  # noqa: E402
-from hylo_megatron.init import mla, upcycle  # noqa: E402
+from hylo_megatron.init import upcycle  # noqa: E402
 from hylo_megatron.init.linear_algebra import relative_error  # noqa: E402
 from hylo_megatron.init.mixer_forward import MixerRunner  # noqa: E402
 from hylo_megatron.init.teacher import BaseModel  # noqa: E402
 from hylo_megatron.kernels.rope import rope_frequencies  # noqa: E402
+from hylo_megatron.mixers.mla import initialise as mla  # noqa: E402
 
 CPU, TOKENS = torch.device("cpu"), tiny.tokens(2, 64)
 OPEN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}  # no original_max_position_embeddings
@@ -160,7 +161,7 @@ def test_the_part_without_positions_carries_the_factor_too(base, rope, init, q_l
     still[mla.rope_pairs(arch)] = False
     read.frequencies[still] = 0.0
     layer = next(iter(read.layers(TOKENS)))  # its target is the attention with these pairs unrotated
-    how = mla.svd_init if init == "svd" else lambda layer, arch: mla.data_init(layer, arch, read.frequencies)
+    how = mla.from_rows if init == "svd" else lambda layer, arch: mla.calibrated(layer, arch, read.frequencies)
     weights = how(layer, arch)
     runner = MixerRunner(arch, 0, CPU)
     runner.load(weights)

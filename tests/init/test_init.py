@@ -16,17 +16,15 @@ from helpers import tiny  # noqa: E402
 from hylo_megatron.config import Architecture, GDNGeometry, Geometry, Mamba2Geometry, MLAGeometry  # noqa: E402
 from hylo_megatron.convert import hf_to_megatron, megatron_to_hf  # noqa: E402
 from hylo_megatron.errors import HyLoError  # noqa: E402
-from hylo_megatron.init import linear_blocks, mla, upcycle  # noqa: E402
+from hylo_megatron.init import upcycle  # noqa: E402
 from hylo_megatron.init.calibration import calibration_tokens  # noqa: E402
-from hylo_megatron.init.linear_algebra import (  # noqa: E402
-    constant_direction,
-    linearised_qkv,
-    relative_error,
-    ridge_correction,
-)
-from hylo_megatron.init.mixer_forward import OUTPUT_PROJECTION, MixerRunner  # noqa: E402
+from hylo_megatron.init.linear_algebra import relative_error, ridge_correction  # noqa: E402
+from hylo_megatron.init.mixer_forward import MixerRunner  # noqa: E402
 from hylo_megatron.init.teacher import BaseModel  # noqa: E402
 from hylo_megatron.kernels.rope import rope_frequencies  # noqa: E402
+from hylo_megatron.mixers import MIXERS  # noqa: E402
+from hylo_megatron.mixers.initialise import choose_heads, constant_direction, linearised_qkv  # noqa: E402
+from hylo_megatron.mixers.mla import initialise as mla  # noqa: E402
 
 CPU = torch.device("cpu")
 TOKENS, RUNS = tiny.tokens(4, 96), tiny.runs()
@@ -69,11 +67,15 @@ def student(base, kind="mla", **mla_geometry) -> Architecture:
     return replace(base.arch, plan=(kind,) * base.arch.num_layers, geometry=geometry)
 
 
+def initialise(kind: str):
+    return MIXERS[kind].part("initialise")
+
+
 def output(layer, arch, weights) -> torch.Tensor:
     weights = {key: tensor.float() for key, tensor in weights.items()}
     runner = MixerRunner(arch, layer.index, CPU)
     runner.load(weights)
-    return runner.features(layer.inputs_BSD) @ weights[OUTPUT_PROJECTION[arch.plan[layer.index]]].T
+    return runner.features(layer.inputs_BSD) @ weights[initialise(arch.plan[layer.index]).OUTPUT_PROJECTION].T
 
 
 def error(layer, arch, weights) -> float:
@@ -82,7 +84,7 @@ def error(layer, arch, weights) -> float:
 
 def data_error(layer, base, arch, source=None) -> float:
     """Error of MLA's calibrated start; ``source``: the architecture it is told."""
-    return error(layer, arch, mla.data_init(layer, source or arch, base.frequencies))
+    return error(layer, arch, mla.calibrated(layer, source or arch, base.frequencies))
 
 
 # ---- the base model, layer by layer ----
@@ -141,7 +143,7 @@ def test_queries_of_low_rank(bases):
 def test_data_init_beats_svd_with_several_groups(bases, groups, rank, rope):
     layer, base = bases.layer(num_key_value_heads=groups)
     arch = student(base, kv_lora_rank=rank, qk_rope_head_dim=rope, qk_nope_head_dim=16)
-    calibrated, plain = data_error(layer, base, arch), error(layer, arch, mla.svd_init(layer, arch))
+    calibrated, plain = data_error(layer, base, arch), error(layer, arch, mla.from_rows(layer, arch))
     assert calibrated < 0.9 * plain, (calibrated, plain)
 
 
@@ -185,7 +187,7 @@ def test_position_sensitivity_grows_with_frequency_and_reach():
 def test_svd_init_is_exact_when_every_pair_is_a_rope_pair(bases, q_lora_rank):
     layer, base = bases.layer(**MQA)
     arch = student(base, qk_nope_head_dim=0, kv_lora_rank=64, q_lora_rank=q_lora_rank)
-    assert error(layer, arch, mla.svd_init(layer, arch)) < 1e-4
+    assert error(layer, arch, mla.from_rows(layer, arch)) < 1e-4
 
 
 @pytest.mark.parametrize("rope", [4, 8])
@@ -204,7 +206,7 @@ def test_svd_init_keeps_rotary_pairs_whole(bases, rope):
     base.frequencies = frequencies
     heads = base.attention(layer.inputs_BSD, layer.weights)
     want = F.linear(heads.flatten(2), layer["self_attn.o_proj.weight"])
-    got = output(layer, arch, mla.svd_init(layer, arch))
+    got = output(layer, arch, mla.from_rows(layer, arch))
     assert relative_error(got, want) < 1e-4
     assert relative_error(want, layer.output_BSD) > 1e-2  # what leaving pairs unrotated costs
 
@@ -275,8 +277,8 @@ def test_ridge_correction_closed_form():
 def test_calibrated_linear_blocks_beat_the_row_copy(bases, kind, shape):
     layer, base = bases.layer(shape, tokens=RUNS, common=0.1)
     arch, generator = student(base, kind), torch.Generator().manual_seed(0)
-    calibrated = error(layer, arch, getattr(linear_blocks, f"{kind}_data_init")(layer, arch))
-    copied = error(layer, arch, getattr(linear_blocks, f"{kind}_copy_init")(layer, arch, generator))
+    calibrated = error(layer, arch, initialise(kind).calibrated(layer, arch, base.frequencies))
+    copied = error(layer, arch, initialise(kind).from_rows(layer, arch, generator))
     assert calibrated < 0.8 * copied, (calibrated, copied)
     assert calibrated < 0.85  # zeros give 1
 
@@ -288,11 +290,11 @@ def test_copied_rows_are_the_reference_ones(bases):
     k, v = (w[f"self_attn.{n}_proj.weight"].view(2, 16, 64).repeat_interleave(2, 0).flatten(0, 1) for n in "kv")
     q, o = w["self_attn.q_proj.weight"], w["self_attn.o_proj.weight"]
     wide = replace(arch.geometry, gdn=GDNGeometry(2, 2, 24, 48))
-    gdn = linear_blocks.gdn_copy_init(layer, replace(arch, geometry=wide), generator)
+    gdn = initialise("gdn").from_rows(layer, replace(arch, geometry=wide), generator)
     assert torch.equal(gdn["mixer.q_proj.weight"], q[:48]) and torch.equal(gdn["mixer.k_proj.weight"], k[:48])
     assert torch.equal(gdn["mixer.v_proj.weight"], torch.cat([v, v.new_zeros(32, 64)]))
     assert torch.equal(gdn["mixer.o_proj.weight"], torch.cat([o, o.new_zeros(64, 32)], 1))
-    m2 = linear_blocks.mamba2_copy_init(layer, student(base, "mamba2"), generator)
+    m2 = initialise("mamba2").from_rows(layer, student(base, "mamba2"), generator)
     assert torch.equal(m2["mixer.in_proj.weight"][64:256], torch.cat([v, k, q]))
     assert torch.equal(m2["mixer.out_proj.weight"], o)
     assert m2["mixer.A_log"].exp().min() >= 1 and m2["mixer.A_log"].exp().max() <= 16
@@ -305,15 +307,15 @@ def test_data_init_refuses_heads_unlike_the_base(bases, kind):
     layer, base = bases.layer()
     arch = replace(student(base, kind), geometry=tiny.GEOMETRY_Q_LORA)
     with pytest.raises(HyLoError, match="--geometry native.*--init svd"):
-        getattr(linear_blocks, f"{kind}_data_init")(layer, arch)
+        initialise(kind).calibrated(layer, arch, base.frequencies)
 
 
 def test_fewer_heads_keep_those_that_matter(bases):
     layer, base = bases.layer()
     layer.heads_BSHK[:, :, 1] = 0
     layer.heads_BSHK[:, :, 3] *= 1e-3
-    assert linear_blocks._choose_heads(layer, base.arch, 2).tolist() == [0, 2]
-    assert linear_blocks._choose_heads(layer, base.arch, 6).tolist() == [0, 1, 2, 3, 0, 1]
+    assert choose_heads(layer, base.arch, 2).tolist() == [0, 2]
+    assert choose_heads(layer, base.arch, 6).tolist() == [0, 1, 2, 3, 0, 1]
 
 
 # ---- a whole student ----
@@ -474,7 +476,7 @@ def test_calibration_tokens_come_from_everywhere_and_are_the_same_each_time(base
     assert rows.flatten()[32].item() == 2  # the end of a document, of which a stretch of one row is taken
     plain = tmp_path / "text.txt"
     plain.write_text(" ".join(f"w{i}" for i in range(64)))
-    with pytest.raises(HyLoError, match="text.txt: holds 33 tokens, calibration wants 64"):
+    with pytest.raises(HyLoError, match="text.txt: holds 33 tokens, calibration needs 64"):
         calibration_tokens(plain, folder, 32, 32)
     plain.write_text(" ".join(f"w{i}" for i in range(90)) * 2)
     assert calibration_tokens(plain, folder, 64, 32).shape == (2, 32)

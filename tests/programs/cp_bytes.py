@@ -134,16 +134,21 @@ def make(choice: str, geometry: Geometry, dtype, groups):
 
     from hylo_megatron.layers import specs
     from hylo_megatron.layers.load import layout_config
+    from hylo_megatron.mixers import MIXERS
 
-    arch, local, (kind, way) = tiny.hybrid(geometry=geometry), specs.backend("local"), choice.split(", ")
+    def layer(kind: str, linear_cp: str = "auto"):
+        return MIXERS[kind].part("megatron_module").layer_spec(specs.backend("local"), arch, linear_cp).submodules
+
+    kind, way = choice.split(", ")
+    arch = tiny.hybrid("mamba2" if kind == "Mamba-2" else "gdn", geometry=geometry)
     common = dict(config=layout_config(arch, dtype), layer_number=1, pg_collection=groups)
     if kind == "MLA":
         comm = {"all-gather": "all_gather", "ring": "p2p"}[way]
-        return build_module(specs._mla(local, arch), **common, cp_comm_type=comm)
+        return build_module(layer("mla").self_attention, **common, cp_comm_type=comm)
     linear_cp = {"all-to-all": "a2a", "states": "states"}[way]
     if kind == "GDN":
-        return build_module(specs._gdn(local, linear_cp), **common)
-    return build_module(specs._mamba2(local, linear_cp).submodules.mixer, **common, d_model=arch.hidden_size)
+        return build_module(layer("gdn", linear_cp).self_attention, **common)
+    return build_module(layer("mamba2", linear_cp).mixer, **common, d_model=arch.hidden_size)
 
 
 def main() -> None:

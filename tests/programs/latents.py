@@ -12,7 +12,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from hylo_megatron.layers.core_attention import CoreAttention
+import hylo_megatron.layers  # noqa: F401  starts the engine
+from hylo_megatron.mixers.megatron_attention import CoreAttention
 from hylo_megatron.parallel import latent_ring
 from hylo_megatron.parallel.zigzag import zigzag_positions
 

@@ -19,6 +19,7 @@ from hylo_megatron.config import GDNGeometry, Mamba2Geometry
 from hylo_megatron.kernels import Ops, mamba_split_conv1d_scan_combined, recurrent_gated_delta_rule, recurrent_ssd
 from hylo_megatron.layers import specs
 from hylo_megatron.layers.load import layout_config, start_process_groups
+from hylo_megatron.mixers import MIXERS
 from hylo_megatron.parallel import state_passing
 from hylo_megatron.parallel.zigzag import zigzag_positions
 
@@ -75,8 +76,8 @@ def architecture(kind: str, heads: int):
 def make_mixer(kind: str, heads: int, groups, linear_cp: str, dtype=torch.float64):
     """A mixer with random parameters; A_log and its kin are fp64 too where ``dtype`` is."""
     arch = architecture(kind, heads)
-    local = specs.backend("local")
-    spec = specs._gdn(local, linear_cp) if kind == "gdn" else specs._mamba2(local, linear_cp).submodules.mixer
+    layer = MIXERS[kind].part("megatron_module").layer_spec(specs.backend("local"), arch, linear_cp).submodules
+    spec = layer.self_attention if kind == "gdn" else layer.mixer
     extra = {} if kind == "gdn" else {"d_model": arch.hidden_size}
     mixer = build_module(spec, config=layout_config(arch), layer_number=1, pg_collection=groups, **extra).to(dtype)
     generator = torch.Generator().manual_seed(1)

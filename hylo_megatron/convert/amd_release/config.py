@@ -32,7 +32,7 @@ _FIXED_SSM = {
     "d_ssm": (None, "channels that bypass the state"),
     "dt_limit": ([0.0, math.inf], "clamped time steps"),
 }
-# flash-linear-attention's arguments, should the file name them as it names the two that it has to
+# flash-linear-attention's arguments, in case that the file has them beside the two that it must have
 _FIXED_GDN = {
     "gdn_expand_v": (2, "another ratio of value to key dimension"),
     "gdn_num_v_heads": (None, "value heads of another number"),
@@ -86,7 +86,7 @@ class Release:
 
 
 class _Fields:
-    """A JSON object that is emptied by asking for its fields; ``ignored``: names that need not be asked for."""
+    """A JSON object that is emptied by asking for its fields. ``ignored``: names that may be left in it."""
 
     def __init__(self, path: Path, values: dict, ignored: tuple[str, ...], within: str = ""):
         self.path, self.values, self.ignored, self.within = path, dict(values), ignored, within
@@ -128,18 +128,18 @@ class _Fields:
             self.values.pop(name, None)
 
     def finish(self) -> None:
-        """An unset field that nobody asked for passes. One set to false does not: it may switch a habit off."""
+        """Refuse fields that nobody asked for, unless they are null or empty: ``false`` may disable a default."""
         left = {self.within + name: found for name, found in self.values.items() if found not in (None, "", [], {})}
         if unknown := {name: found for name, found in left.items() if name not in self.ignored}:
             options = " ".join(f"--ignore-field {name}" for name in unknown)
             raise HyLoError(
-                f"{self.path}: fields {unknown} are unknown, expected none that may change what the model computes;"
-                f" give {options} for those that do not"
+                f"{self.path}: unknown fields {unknown}. They may change what the model computes; if you know that"
+                f" they do not, give {options}"
             )
 
 
 def trained_length(folder: Path, given: int | None) -> int:
-    """Tokens; ``config.json`` has the base model's, which is not what the release was trained at."""
+    """Return the trained length in tokens; ``config.json`` has the base model's, which is another one."""
     if given:
         return given
     if match := re.search(r"(?:^|[-_])(\d+)[Kk](?:[-_]|$)", folder.absolute().name):
@@ -151,7 +151,7 @@ def trained_length(folder: Path, given: int | None) -> int:
 
 
 def _rope(fields: _Fields) -> dict:
-    """transformers' dictionary. Their YaRN scales cos and sin by 0.1 ln(factor) + 1, as transformers' does."""
+    """Return transformers' dictionary. Their YaRN scales cos and sin by 0.1 ln(factor) + 1, as transformers does."""
     theta = fields.number("rope_theta")
     if fields.values.get("rope_scaling") is None:
         return {"rope_type": "default", "rope_theta": theta}
@@ -165,7 +165,7 @@ def _rope(fields: _Fields) -> dict:
     scaling.finish()
     if kind == "yarn":
         rope.setdefault("original_max_position_embeddings", 4096.0)  # their default
-        if rope["factor"] == 1:  # Qwen at 8K: nothing is stretched
+        if rope["factor"] == 1:  # Qwen at 8K: the base model's context
             return {"rope_type": "default", "rope_theta": theta}
     if "original_max_position_embeddings" in rope:
         rope["original_max_position_embeddings"] = int(rope["original_max_position_embeddings"])
@@ -184,7 +184,7 @@ def _plan(fields: _Fields, layers: int, keys: Iterable[str]) -> tuple[str, ...]:
 
 
 def _mla(fields: _Fields, heads: int) -> tuple[MLAGeometry, int]:
-    """The geometry, and how many heads ``kv_b_proj`` writes."""
+    """Return the geometry, and how many heads ``kv_b_proj`` writes."""
     rank = None if fields.values.get("q_lora_rank", 0) is None else fields.size("q_lora_rank")
     sizes = [fields.size(n) for n in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")]
     if sizes[2] % 2:
@@ -193,11 +193,15 @@ def _mla(fields: _Fields, heads: int) -> tuple[MLAGeometry, int]:
     if fields.values.pop("use_full_kv_head", False):
         kv_heads = heads
     fields.must_divide(heads, "num_key_value_heads", kv_heads)
-    return MLAGeometry(*sizes, q_lora_rank=rank), kv_heads
+    latent, nope, rope, value = sizes
+    geometry = MLAGeometry(
+        kv_lora_rank=latent, qk_nope_head_dim=nope, qk_rope_head_dim=rope, v_head_dim=value, q_lora_rank=rank
+    )
+    return geometry, kv_heads
 
 
 def _mamba2(fields: _Fields) -> tuple[Mamba2Geometry, int, bool]:
-    """The geometry with x and B repeated, how many heads x and B have, and whether the convolution has them all."""
+    """Return the geometry with x and B repeated, how many heads x and B have, and whether the convolution has all."""
     inner, xb = fields.size("d_inner"), fields.size("d_xb")
     ssm = fields.inner("ssm_cfg")
     heads, state = ssm.size("ngroups"), ssm.size("d_state")
@@ -210,7 +214,8 @@ def _mamba2(fields: _Fields) -> tuple[Mamba2Geometry, int, bool]:
     ssm.fixed(_FIXED_SSM)
     ssm.drop(_UNREAD_SSM)
     ssm.finish()
-    return Mamba2Geometry(heads, state, state, heads, width), xb // state, repeated
+    geometry = Mamba2Geometry(num_heads=heads, head_dim=state, state_size=state, num_groups=heads, conv_kernel=width)
+    return geometry, xb // state, repeated
 
 
 def _check_base(fields: _Fields, base: Architecture) -> None:
@@ -223,7 +228,7 @@ def _check_base(fields: _Fields, base: Architecture) -> None:
 
 
 def read_release(folder: Path, keys: Iterable[str], unsaid: Unsaid) -> Release:
-    """``config.json``, which is the base model's, and ``hybrid_config.json``. ``keys``: names of the tensors."""
+    """Read ``config.json``, which is the base model's, and ``hybrid_config.json``. ``keys``: names of the tensors."""
     path = folder / FILE_NAME
     if not path.is_file():
         raise HyLoError(
@@ -244,7 +249,10 @@ def read_release(folder: Path, keys: Iterable[str], unsaid: Unsaid) -> Release:
         fields.fixed(_FIXED_GDN)
         heads, dim = fields.size("gdn_num_heads"), fields.size("gdn_head_dim")
         eps = None if unsaid.gdn_norm_eps == base.rms_norm_eps else unsaid.gdn_norm_eps
-        geometry = replace(geometry, gdn=GDNGeometry(heads, heads, dim, 2 * dim, norm_eps=eps))
+        gdn = GDNGeometry(
+            num_key_heads=heads, num_value_heads=heads, key_head_dim=dim, value_head_dim=2 * dim, norm_eps=eps
+        )
+        geometry = replace(geometry, gdn=gdn)
     rope = _rope(fields)
     fields.drop((*_UNREAD, *_OF_MAMBA2))
     if "gdn" not in plan:

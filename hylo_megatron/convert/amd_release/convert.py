@@ -13,10 +13,11 @@ from hylo_megatron.convert.amd_release.config import FLA_NORM_EPS, Release, Unsa
 from hylo_megatron.convert.amd_release.tables import EMBEDDING, OUTPUT, source_shapes, takes
 from hylo_megatron.convert.hf_folder import HFWeights
 from hylo_megatron.convert.megatron_to_hf import ShardWriter, write_hybrid_config
-from hylo_megatron.convert.shapes import FP32_SUFFIXES, hf_shapes
+from hylo_megatron.convert.shapes import hf_shapes
 from hylo_megatron.convert.tokenizer_files import check_tokenizer, copy_companions
 from hylo_megatron.errors import HyLoError, command_line
 from hylo_megatron.flags import Parser
+from hylo_megatron.mixers import FP32_SUFFIXES
 from hylo_megatron.progress import byte_progress, peak_memory_gib
 
 SHARD_BYTES = 2**30
@@ -34,7 +35,7 @@ class ReleasedWeights(HFWeights):
         self.where = self._index()
 
     def check(self, release: Release) -> None:
-        """Every tensor that the table names is there with its shape, and no other. Raises ``HyLoError``."""
+        """Raise ``HyLoError`` unless the tensors are those of the table, with their shapes."""
         self.expected = source_shapes(release)
         if release.arch.tie_word_embeddings and OUTPUT in self.where:
             self.expected[OUTPUT] = self.expected[EMBEDDING]
@@ -46,14 +47,14 @@ class ReleasedWeights(HFWeights):
             )
 
     def _same(self, one: str, other: str) -> bool:
-        """A few rows at a time: embeddings are a model's largest tensors."""
+        """Compare a few rows at a time: embeddings are a model's largest tensors."""
         a, b = (self._open(self.where[key]).get_slice(key) for key in (one, other))
         rows = range(0, self.expected[one][0], COMPARED_ROWS)
         return all(torch.equal(a[i : i + COMPARED_ROWS], b[i : i + COMPARED_ROWS]) for i in rows)
 
 
 def converted(release: Release, weights: ReleasedWeights, dtype: torch.dtype | None):
-    """Yields ``(our key, tensor)``; decay parameters are fp32 whatever ``dtype``."""
+    """Yield ``(our key, tensor)``; decay parameters are fp32, whatever ``dtype`` is."""
     expected = hf_shapes(release.arch)
     for take in takes(release):
         tensor: Tensor = take(weights[take.source])
@@ -65,7 +66,7 @@ def converted(release: Release, weights: ReleasedWeights, dtype: torch.dtype | N
 
 def convert(folder: str | Path, out: str | Path, dtype: torch.dtype | None = None,
             unsaid: Unsaid = Unsaid()) -> Architecture:  # fmt: skip  # noqa: B008
-    """Writes ``out``, under its final name only when it is whole. ``dtype=None`` keeps what the release has."""
+    """Write folder ``out``, which gets its name when it is complete. ``dtype=None`` keeps what the release has."""
     folder, out = Path(folder), Path(out)
     weights = ReleasedWeights(folder)
     release = read_release(folder, weights.where, unsaid)
@@ -86,7 +87,7 @@ def convert(folder: str | Path, out: str | Path, dtype: torch.dtype | None = Non
 
 
 def assumptions(arch: Architecture, unsaid: Unsaid) -> list[str]:
-    """What was taken for granted because no file says it, and the option that changes it."""
+    """Return what was assumed because no file says it, with the option that changes it."""
     found = []
     if "mla" in arch.plan:
         pairs = "neighbours (--rope-pairs half if not)" if unsaid.interleaved else "half a head apart"

@@ -1,8 +1,9 @@
 """Weight mappings from AMD's HyLo releases to our Hugging Face names, as tables.
 
-Every target is rows of one source: taken as they are, reordered, or repeated. ``{i}`` is the layer. Names:
-``Zebra-Llama/hybrid`` in github.com/AMD-AGI/AMD-Hybrid-Models for MLA and Mamba-2, flash-linear-attention's
-``GatedDeltaNet`` for GDN. Number and sizes of these tensors give the releases' published parameter counts.
+Every target consists of rows of one source: as they are, reordered, or repeated. ``{i}`` is the layer. The names are
+those of ``Zebra-Llama/hybrid`` in github.com/AMD-AGI/AMD-Hybrid-Models for MLA and Mamba-2, and of
+flash-linear-attention's ``GatedDeltaNet`` for GDN. Number and sizes of these tensors give the releases' published
+parameter counts.
 """
 
 from dataclasses import dataclass
@@ -11,7 +12,9 @@ import torch
 from torch import Tensor
 
 from hylo_megatron.convert.amd_release.config import Release
-from hylo_megatron.convert.shapes import Shapes, hf_shapes
+from hylo_megatron.convert.shapes import hf_shapes
+from hylo_megatron.mixers.gdn import mapping as gdn_mapping
+from hylo_megatron.mixers.mapping import Shapes
 
 
 @dataclass(frozen=True)
@@ -30,17 +33,17 @@ class Take:
 
 
 def in_every_head(rows: Tensor, heads: int) -> Tensor:
-    """The same ``rows`` of each head."""
+    """Return the same ``rows`` of each head."""
     return (torch.arange(heads)[:, None] * len(rows) + rows).flatten()
 
 
 def repeated_heads(kv_heads: int, heads: int, size: int) -> Tensor:
-    """Rows of ``kv_heads`` heads of ``size``, each head ``heads / kv_heads`` times in a row."""
+    """Return the rows of ``kv_heads`` heads of ``size``, each head ``heads / kv_heads`` times in a row."""
     return torch.arange(kv_heads * size).view(kv_heads, size).repeat_interleave(heads // kv_heads, 0).flatten()
 
 
 def after_one_another(*sections: Tensor) -> Tensor:
-    """Rows of a tensor made of sections; each section's rows count from its own start."""
+    """Return the rows of a tensor made of sections; each section's rows count from its own start."""
     starts = [0]
     for section in sections:
         starts.append(starts[-1] + int(section.max()) + 1)
@@ -48,7 +51,7 @@ def after_one_another(*sections: Tensor) -> Tensor:
 
 
 def half_split(size: int, interleaved: bool) -> Tensor:
-    """Rotary rows with pairs half the head apart, which is our order; ``interleaved``: theirs are neighbours."""
+    """Return rotary rows in our order, pairs half the head apart. ``interleaved``: their pairs are neighbours."""
     rows = torch.arange(size)
     return rows.view(-1, 2).T.flatten() if interleaved else rows
 
@@ -75,19 +78,17 @@ def mla_table(release: Release) -> list[Take]:
             for theirs, ours, rows in table]  # fmt: skip
 
 
-GDN_NAMES = (
-    "q_proj.weight", "k_proj.weight", "v_proj.weight", "a_proj.weight", "b_proj.weight", "g_proj.weight",
-    "q_conv1d.weight", "k_conv1d.weight", "v_conv1d.weight", "A_log", "dt_bias", "o_norm.weight", "o_proj.weight",
-)  # fmt: skip
-
-
 def gdn_table(release: Release) -> list[Take]:
-    return [Take(f"model.layers.{{i}}.gdn.{name}", f"model.layers.{{i}}.mixer.{name}") for name in GDN_NAMES]
+    names = gdn_mapping.NAMES.values()  # both are flash-linear-attention's
+    return [Take(f"model.layers.{{i}}.gdn.{name}", f"model.layers.{{i}}.mixer.{name}") for name in names]
 
 
 def mamba2_table(release: Release) -> list[Take]:
-    """x and B have the width of the base model's keys; their heads are repeated here instead of in every forward
-    pass. The convolution is depthwise, so it may see them repeated as well."""
+    """Return the table of Mamba-2.
+
+    x and B have the width of the base model's keys; their heads are repeated here instead of in every forward pass.
+    The convolution is depthwise, so it may see them repeated as well.
+    """
     g, whole = release.arch.geometry.mamba2, torch.arange
     inner, xb = g.num_heads * g.head_dim, repeated_heads(release.mamba_kv_heads, g.num_heads, g.head_dim)
     conv = None if release.conv_repeated else after_one_another(xb, xb, whole(inner))
@@ -107,7 +108,7 @@ EMBEDDING = "model.embed_tokens.weight"
 
 
 def takes(release: Release) -> list[Take]:
-    """The whole table of a release, in the order of the model."""
+    """Return the table of a complete release, in the order of the model."""
     arch = release.arch
     by_kind = {kind: MIXER_TABLES[kind](release) + BLOCK_TABLE for kind in set(arch.plan)}
     layers = [
@@ -120,6 +121,6 @@ def takes(release: Release) -> list[Take]:
 
 
 def source_shapes(release: Release) -> Shapes:
-    """``{their name: shape}`` of what ``takes`` reads."""
+    """Return ``{their name: shape}`` of what ``takes`` reads."""
     ours = hf_shapes(release.arch)
     return {take.source: take.source_shape(ours[take.target]) for take in takes(release)}

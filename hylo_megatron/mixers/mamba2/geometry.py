@@ -1,6 +1,6 @@
 """Dimensions of Mamba-2 layers, and the presets for a base model."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hylo_megatron.json_file import Dimension
 from hylo_megatron.mixers.dimensions import Dimensions
@@ -31,6 +31,17 @@ def published(base: BaseHeads) -> Mamba2Geometry:
     """Return the dimensions of the method's paper: as many heads of the base model's width as the model is wide."""
     heads = base.hidden_size // base.head_dim
     return Mamba2Geometry(num_heads=heads, head_dim=base.head_dim, state_size=base.head_dim, num_groups=heads)
+
+
+def shrunk(g: Mamba2Geometry, *, heads: int, width: int) -> Mamba2Geometry:
+    """Return the dimensions for a small model: heads ``heads`` times and hidden states ``width`` times narrower."""
+    return replace(
+        g,
+        num_heads=g.num_heads // heads,
+        head_dim=g.head_dim // heads,
+        state_size=g.state_size // heads,
+        num_groups=g.num_groups // heads,
+    )
 
 
 def check(head_dim: int, mamba2: Mamba2Geometry) -> None:

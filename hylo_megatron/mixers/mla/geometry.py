@@ -88,6 +88,17 @@ def published(base: BaseHeads) -> MLAGeometry:
     return PUBLISHED[key]
 
 
+def shrunk(g: MLAGeometry, *, heads: int, width: int) -> MLAGeometry:
+    """Return the dimensions for a small model: heads ``heads`` times and hidden states ``width`` times narrower."""
+    return MLAGeometry(
+        kv_lora_rank=g.kv_lora_rank // heads,
+        qk_nope_head_dim=g.qk_nope_head_dim // heads,
+        qk_rope_head_dim=g.qk_rope_head_dim // heads,
+        v_head_dim=g.v_head_dim // heads,
+        q_lora_rank=g.q_lora_rank and g.q_lora_rank // width,
+    )
+
+
 def check(head_dim: int, mla: MLAGeometry) -> None:
     """Raise ``HyLoError`` for dimensions that a base model with heads of ``head_dim`` cannot become."""
     rope = mla.qk_rope_head_dim

@@ -2,8 +2,8 @@
 
 Legend: S sequence, B batch, D model, H heads of this rank, R latent rank, P rope, K nope + rope, V value dims.
 Tensor parallelism: down-projections are replicated (a few hundred columns need not divide by the ranks),
-up-projections split by heads. Under sequence parallelism the latents are gathered, not the hidden states. Context
-parallelism: the latents go from rank to rank (``latent_ring.py``; the engine's ``--cp-comm-type``: p2p or all_gather).
+up-projections are split by heads. Under sequence parallelism the latents are gathered, not the hidden states. Context
+parallelism: the latents go from rank to rank (``latent_ring.py``; ``--cp-comm-type``: p2p or all_gather).
 """
 
 import torch
@@ -12,43 +12,39 @@ from megatron.core.tensor_parallel.mappings import (
     gather_from_sequence_parallel_region,
 )
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from torch import Tensor, nn
 
-from hylo_megatron.config import MLAGeometry
+from hylo_megatron.config import Architecture
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.layers.norm import HeadRMSNorm
-from hylo_megatron.layers.rope import Rotary
+from hylo_megatron.mixers.megatron_layers import Backend, HeadRMSNorm, ReplicatedLinear, Rotary, transformer_layer
 from hylo_megatron.parallel.latent_ring import latent_attention
 
 
-class ReplicatedLinear(nn.Module):
-    """``y = x Wᵀ`` with the same weight on every tensor-parallel rank."""
+def config_fields(arch: Architecture) -> dict:
+    """Return what this mixer adds to a ``TransformerConfig``: nothing, its dimensions come from its own geometry."""
+    return {}
 
-    def __init__(self, in_features: int, out_features: int, config):
-        super().__init__()
-        self.weight = nn.Parameter(
-            torch.empty(out_features, in_features, dtype=config.params_dtype, device=torch.cuda.current_device())
-        )
-        config.init_method(self.weight)
-        self.weight.sequence_parallel = config.sequence_parallel
 
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.weight)
+def layer_spec(backend: Backend, arch: Architecture, linear_cp: str = "auto") -> ModuleSpec:
+    """Return the spec of the layer that holds this mixer."""
+    rotary = Rotary(arch, arch.geometry.mla.qk_rope_head_dim)  # one for all layers
+    mixer = ModuleSpec(module=MLASelfAttention, params={"arch": arch, "backend": backend, "rotary": rotary})
+    return transformer_layer(backend, mixer)
 
 
 class MLASelfAttention(MegatronModule):
     """``hidden_SBD -> (out_SBD, None)``, a ``self_attention`` of megatron's ``TransformerLayer``.
 
-    ``qk_norm`` keeps Qwen3's per-head norms, over the nope and rope dimensions together, before the rotation.
+    ``arch.mla_qk_norm`` keeps Qwen3's per-head norms, over the nope and rope dimensions together, before the rotation.
     """
 
-    def __init__(self, config, layer_number, geometry: MLAGeometry, rope_parameters: dict, max_positions: int,
-                 column_linear, row_linear, core_attention, qk_norm=False, pg_collection=None,
+    def __init__(self, config, layer_number, arch: Architecture, backend: Backend, rotary: Rotary, pg_collection=None,
                  cp_comm_type: str | None = None, **_):  # fmt: skip
         super().__init__(config)
         if cp_comm_type not in (None, "p2p", "all_gather"):
             raise HyLoError(f"--cp-comm-type {cp_comm_type}: MLA layers have p2p (a ring of latents) and all_gather")
+        geometry = arch.geometry.mla
         self.ring, self.cp_group = cp_comm_type == "p2p", pg_collection.cp
         self.geometry, self.layer_number, self.tp_group = geometry, layer_number, pg_collection.tp
         heads, self.key_dim = config.num_attention_heads, geometry.qk_nope_head_dim + geometry.qk_rope_head_dim
@@ -56,8 +52,8 @@ class MLASelfAttention(MegatronModule):
 
         def column(inputs, outputs):
             return build_module(
-                column_linear, inputs, outputs, config=config, init_method=config.init_method, gather_output=False,
-                bias=False, skip_bias_add=False, is_expert=False, tp_group=pg_collection.tp,
+                backend.column_linear, inputs, outputs, config=config, init_method=config.init_method,
+                gather_output=False, bias=False, skip_bias_add=False, is_expert=False, tp_group=pg_collection.tp,
             )  # fmt: skip
 
         if geometry.q_lora_rank:
@@ -71,16 +67,18 @@ class MLASelfAttention(MegatronModule):
             geometry.kv_lora_rank, heads * (geometry.qk_nope_head_dim + geometry.v_head_dim)
         )
         self.linear_proj = build_module(
-            row_linear, heads * geometry.v_head_dim, config.hidden_size, config=config,
+            backend.row_linear, heads * geometry.v_head_dim, config.hidden_size, config=config,
             init_method=config.output_layer_init_method, bias=False, input_is_parallel=True, skip_bias_add=True,
             is_expert=False, tp_group=pg_collection.tp,
         )  # fmt: skip
-        self.q_norm = HeadRMSNorm(config, self.key_dim, config.layernorm_epsilon) if qk_norm else None
-        self.k_norm = HeadRMSNorm(config, self.key_dim, config.layernorm_epsilon) if qk_norm else None
-        self.rotary = Rotary(rope_parameters, geometry.qk_rope_head_dim, max_positions)
+        self.q_norm = self.k_norm = None
+        if arch.mla_qk_norm:
+            self.q_norm = HeadRMSNorm(config, self.key_dim, config.layernorm_epsilon)
+            self.k_norm = HeadRMSNorm(config, self.key_dim, config.layernorm_epsilon)
+        self.rotary = rotary
         self.core_attention = build_module(
-            core_attention, config=config, layer_number=layer_number, attn_mask_type=None, attention_type="self",
-            softmax_scale=self.key_dim**-0.5, pg_collection=pg_collection,
+            backend.core_attention, config=config, layer_number=layer_number, attn_mask_type=None,
+            attention_type="self", softmax_scale=self.key_dim**-0.5, pg_collection=pg_collection,
         )  # fmt: skip
 
     def project_query(self, hidden_SBD: Tensor) -> Tensor:

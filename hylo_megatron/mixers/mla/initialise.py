@@ -1,4 +1,4 @@
-"""Attention -> MLA. ``svd_init`` is the method paper's transfer; ``data_init`` is calibrated on activations.
+"""Attention -> MLA. ``from_rows`` is the paper's transfer; ``calibrated`` fits activations.
 
 Legend: H query heads, G key-value heads, K head dim, D model, P rope pairs (rope dims / 2), R latent rank. Rotary
 pairs are half-split: pair i of a head is rows i and i + K/2, and is written as one complex row where that is simpler.
@@ -8,14 +8,18 @@ no-position part has it in the queries.
 """
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from hylo_megatron.config import Architecture
 from hylo_megatron.config.geometry import check_heads
-from hylo_megatron.init.linear_algebra import covariance, linearised_qkv
 from hylo_megatron.kernels.rope import rope_frequencies
+from hylo_megatron.mixers.initialise import covariance, linearised_qkv
+
+OUTPUT_PROJECTION = "self_attn.o_proj.weight"
+REFIT = False  # calibration fits all of its weights already
 
 
 def rope_pairs(arch: Architecture) -> Tensor:
@@ -69,8 +73,13 @@ def _query(q_HKD: Tensor, arch: Architecture, cov: Tensor | None) -> dict[str, T
     return {"q_a_proj.weight": down, "q_b_proj.weight": up * factors_Y1}
 
 
-def kept_norms(layer, arch: Architecture) -> dict[str, Tensor]:
-    """Qwen3's per-head norms for MLA. A norm takes the size of a query away: YaRN's factor goes into its weight."""
+def _kept_norms(layer, arch: Architecture) -> dict[str, Tensor]:
+    """Return Qwen3's per-head norms for MLA, if it keeps them.
+
+    A norm takes the size of a query away, so YaRN's factor goes into its weight.
+    """
+    if not arch.mla_qk_norm:
+        return {}
     pairs = rope_pairs(arch)
     g, rope, nope = arch.geometry.mla, _pair_rows(pairs, arch.head_dim), _nope_rows(arch, pairs)
     rows = torch.cat([nope, rope])[: g.qk_nope_head_dim + g.qk_rope_head_dim]
@@ -90,10 +99,11 @@ def _assemble(arch, q, latent_down, key_up_GnR, value_up_GvR, k_rope, out) -> di
     return {f"self_attn.{name}": tensor.float() for name, tensor in weights.items()}
 
 
-def svd_init(layer, arch: Architecture) -> dict[str, Tensor]:
-    """Truncated SVD with the head-averaged rope key (arXiv 2503.11132; section "MLA" of the method's paper)."""
+def from_rows(layer, arch: Architecture, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    """Return the paper's transfer: truncated SVD with the head-averaged rope key (arXiv 2503.11132)."""
     g = arch.geometry.mla
-    q, k, v = (w.double() for w in linearised_qkv(layer, arch))
+    norms_go_in = arch.qk_norm and not arch.mla_qk_norm
+    q, k, v = (w.double() for w in linearised_qkv(layer, replace(arch, qk_norm=norms_go_in)))
     pairs = rope_pairs(arch).to(q.device)
     rope, nope = _pair_rows(pairs, arch.head_dim), _nope_rows(arch, pairs).to(q.device)
     # Rows that appear in both parts count twice in the score.
@@ -110,10 +120,11 @@ def svd_init(layer, arch: Architecture) -> dict[str, Tensor]:
         queries = _query(torch.cat([q[:, nope], q[:, rope]], 1) * scale, arch, None)
     joint_up, joint_down = _factor(torch.cat([k[:, nope].flatten(0, 1), v.flatten(0, 1)]), g.kv_lora_rank)
     key_up, value_up = joint_up.split([k.shape[0] * len(nope), v.shape[0] * v.shape[1]])
-    return _assemble(
+    weights = _assemble(
         arch, queries, joint_down, key_up.unflatten(0, (k.shape[0], -1)), value_up.unflatten(0, (v.shape[0], -1)),
         k[:, rope].mean(0), layer["self_attn.o_proj.weight"],
     )  # fmt: skip
+    return weights | _kept_norms(layer, arch)
 
 
 def _complex(w_xKD: Tensor) -> Tensor:
@@ -188,11 +199,11 @@ def _latent(keys_GnD, values_GvD, q_HnD, cov, rank: int):
     return down, up[:n_keys].unflatten(0, (groups, -1)), up[n_keys:].unflatten(0, (groups, -1))
 
 
-def data_init(layer, arch: Architecture, frequencies: Tensor) -> dict[str, Tensor]:
-    """Calibrated MLA with plain rope frequencies. ``frequencies``: the base model's ``[K / 2]``.
+def calibrated(layer, arch: Architecture, frequencies: Tensor) -> dict[str, Tensor]:
+    """Return a calibrated MLA with plain rope frequencies. ``frequencies``: the base model's ``[K / 2]``.
 
-    Exact when the latent holds everything, rope dims equal the head dim and there is one key-value head; else what is
-    lost is the part of the groups' fast keys that one shared key cannot hold, and what the latent truncates.
+    It is exact when the latent holds everything, rope dims equal the head dim and there is one key-value head. Else it
+    loses what the latent truncates, and the part of the groups' fast keys that one shared key cannot hold.
     """
     g = arch.geometry.mla
     q, k, v = (w.double() for w in linearised_qkv(layer, arch))
@@ -202,4 +213,5 @@ def data_init(layer, arch: Architecture, frequencies: Tensor) -> dict[str, Tenso
     q_nope, k_nope = _remainder_part(q, remainder, position_sensitivity(frequencies), cov, g.qk_nope_head_dim)
     down, key_up, value_up = _latent(k_nope, v, q_nope, cov, g.kv_lora_rank)
     queries = _query(torch.cat([q_nope, q_rope], 1), arch, cov)
-    return _assemble(arch, queries, down, key_up, value_up, k_rope, layer["self_attn.o_proj.weight"])
+    weights = _assemble(arch, queries, down, key_up, value_up, k_rope, layer["self_attn.o_proj.weight"])
+    return weights | _kept_norms(layer, arch)

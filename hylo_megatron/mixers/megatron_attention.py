@@ -1,16 +1,19 @@
-"""Causal softmax attention over torch's SDPA: key and value widths may differ, context parallelism without a mask."""
+"""Causal softmax attention over torch's SDPA, with key and value widths that may differ and no attention mask.
+
+Legend: S sequence, B batch, H query heads, G key heads, K key dim, V value dim.
+"""
 
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from hylo_megatron.layers.rope import Rotary
+from hylo_megatron.mixers.megatron_layers import Rotary
 from hylo_megatron.parallel.latent_ring import latent_attention
 
 
 class CoreAttention(MegatronModule):
-    """Spec-compatible core attention; ``q_SBHK, k_SBGK, v_SBGV -> [S, B, H*V]`` key heads shared by H / G.
+    """Core attention for layer specs, ``q_SBHK, k_SBGK, v_SBGV -> [S, B, H*V]``; H / G heads share a key head.
 
     ``rotary`` turns queries and keys first, where the caller has not done so. Under context parallelism keys and
     values travel as MLA's latents do (``latent_ring.py``): a mask would keep torch from its fused kernels.

@@ -1,0 +1,33 @@
+"""Bytes of Gated DeltaNet. No torch."""
+
+from hylo_megatron.config import Architecture
+from hylo_megatron.mixers.gdn import MIXER
+from hylo_megatron.mixers.gdn.geometry import GDNGeometry
+from hylo_megatron.mixers.memory import CHUNK, Half, Share, projection, shares_states
+
+UNSPLIT = ("mixer.o_norm.weight",)
+
+
+def state(g: GDNGeometry) -> tuple[int, int]:
+    """Return values of one layer and request: the convolution's window, and the recurrent state."""
+    channels = 2 * g.num_key_heads * g.key_head_dim + g.num_value_heads * g.value_head_dim
+    return channels * (g.conv_kernel - 1), g.num_value_heads * g.key_head_dim * g.value_head_dim
+
+
+def activations(arch: Architecture, at: Share) -> Half:
+    """Return bytes of one layer. Legend: M key heads, H value heads, K key dim, V value dim.
+
+    Kept are the normed x, the projection, fla's q, k, v and triangular inverses (64 values a token and head), output,
+    gate and gated output; fp32 gates and norms' statistics.
+    """
+    g, tp, d = arch.geometry.gdn, at.layout.tp, arch.hidden_size
+    m, h, k, v = g.num_key_heads // tp, g.num_value_heads // tp, g.key_head_dim, g.value_head_dim
+    across = shares_states(MIXER, arch, at)
+    kept = at.outer(d) + projection(2 * m * k + 2 * h * v + 2 * h, arch, at, exact=at.layout.cp > 1 and not across)
+    kept += at.inner(2 * m * k + 4 * h * v + CHUNK * h)
+    kept += at.inner(h + 2 * (4 * h + 2 * m))  # beta; decay in three forms, three statistics
+    if across:  # K more values a head, which come out as ``read``; states of own chunks, transfers of the others
+        others = (2 * at.layout.cp - 1) / 2
+        kept += at.inner(2 * h * k) + at.states(int(h * k * (k + 2.5 * v + others * k)))
+    work = at.inner(2 * h * k * v / CHUNK + 4 * h * v + 4 * h * k)  # states and their gradients; dq, dk, dv, w, u, ..
+    return Half(kept, work, at.outer(d))

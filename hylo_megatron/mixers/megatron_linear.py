@@ -1,0 +1,91 @@
+"""What the Megatron modules of linear blocks share: fp32 decay parameters, aligned projections, context parallelism.
+
+Under context parallelism a linear block takes one of two ways. Either megatron-core's all-to-all gives each rank some
+heads of the complete sequence. Or each rank keeps its part of the sequence with all heads, and states come from the
+part before (``parallel/state_passing.py``); megatron-core's module then sees a context-parallel group of one rank.
+"""
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch.nn.functional as F
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+
+from hylo_megatron.config import Architecture
+from hylo_megatron.config.layout import passes_states
+from hylo_megatron.errors import HyLoError
+from hylo_megatron.kernels import ops_for
+from hylo_megatron.kernels.norm import wide
+from hylo_megatron.mixers.mixer import Mixer
+from hylo_megatron.parallel.state_passing import kernels_across, without_context_parallelism
+
+
+def sharing(entry: Mixer, arch: Architecture, linear_cp: str) -> dict:
+    """Return the parameters of ``SharedSequence`` for a mixer. ``linear_cp``: ``--hylo-linear-cp``."""
+    return {"heads": getattr(entry.dimensions(arch.geometry), entry.heads[1]), "linear_cp": linear_cp}
+
+
+class FP32Parameters:
+    """Base of modules whose parameters ``fp32_names`` stay fp32 in a 16-bit model.
+
+    Rounding A_log or dt_bias to bf16 changes the decay, and -inf in A_log has killed runs. ``Float16Module`` casts the
+    complete model; overriding ``_apply`` keeps the named parameters out of it.
+    """
+
+    fp32_names: tuple[str, ...] = ()
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        for name in self.fp32_names:
+            getattr(self, name).data = wide(getattr(self, name).data)
+
+    def _apply(self, fn, recurse=True):
+        kept = {name: getattr(self, name).data for name in self.fp32_names}
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            parameter = getattr(self, name)
+            if parameter.dtype != before.dtype:
+                parameter.data = before.to(parameter.device)
+        return self
+
+
+class AlignedColumnParallelLinear(ColumnParallelLinear):
+    """A column-parallel projection whose output ends in zeros that make its width a multiple of 16.
+
+    Tensor cores need aligned rows, and the projection of a linear block has two odd columns a head. (SmolLM2's took 50
+    of 320 ms a step without.) ``exact_width``: without the zeros, for megatron-core's all-to-all, which cuts the
+    projection by its own sizes.
+    """
+
+    exact_width = False
+
+    def _forward_impl(self, input, weight, *args, **kwargs):
+        missing = 0 if self.exact_width else -len(weight) % 16
+        return super()._forward_impl(input, F.pad(weight, (0, 0, 0, missing)) if missing else weight, *args, **kwargs)
+
+
+class SharedSequence:
+    """Base of linear blocks under context parallelism.
+
+    ``heads``: those that the all-to-all would deal out. ``across_ranks``: the mixer's own kernels with states that
+    pass between ranks, by their names in ``kernels.Ops``. Sets ``kernels``, which chooses kernels by tensor, and
+    ``chunks``, the parts of a sequence that a rank has: 2 where states are passed, else 1.
+    """
+
+    across_ranks: ClassVar[dict[str, Callable]] = {}
+
+    def __init__(self, config, *args, heads: int, pg_collection=None, linear_cp: str = "auto", **kwargs):
+        tp, cp = pg_collection.tp.size(), pg_collection.cp.size()
+        states = passes_states(linear_cp, heads, tp, cp)
+        groups = without_context_parallelism(pg_collection) if states else pg_collection
+        super().__init__(config, *args, pg_collection=groups, **kwargs)
+        self.chunks, self.kernels = 1, ops_for
+        if states:
+            self.chunks, self.kernels = 2, kernels_across(pg_collection.cp, self.across_ranks)
+        for module in self.modules():
+            if isinstance(module, AlignedColumnParallelLinear):
+                module.exact_width = cp > 1 and not states
+
+    def refuse_packed(self, packed_seq_params) -> None:
+        if packed_seq_params is not None:
+            raise HyLoError("packed sequences under context parallelism need --hylo-linear-cp a2a")

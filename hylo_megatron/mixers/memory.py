@@ -1,0 +1,85 @@
+"""Units in which mixers give the planner their bytes. No torch.
+
+A mixer's ``memory.py`` has
+
+    UNSPLIT          ends of the names of its weights that every tensor-parallel rank has in full; all others are split
+    activations      bytes of one layer in training (not attention, which no student trains)
+    state            linear blocks: values of the convolution's window and of the recurrent state of one request
+    cached_values    other mixers: values that one more token adds to a layer's cache
+    tables           other mixers: bytes that all layers of a model share in training
+
+Activations are counted in bf16, with the kernels of a GPU. Every term is a tensor that an autograd function of the
+layer saves: ``kernels/fused.py`` and ``triton_*.py``, fla 0.6.0's ``ChunkGatedDeltaRuleFunction``,
+``LayerNormGatedFunction`` and ``SwiGLUFunction``, torch's flash attention, megatron's linear layers (which save their
+input where their weight is trained).
+"""
+
+from dataclasses import dataclass
+
+from hylo_megatron.config import Architecture
+from hylo_megatron.config.layout import ParallelLayout, passes_states
+from hylo_megatron.mixers.mixer import Mixer
+
+CHUNK = 64  # positions of the scans' chunks
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one rank has of a micro-batch. ``length``: positions of a sequence on this rank."""
+
+    layout: ParallelLayout
+    sequences: int
+    length: int
+
+    @property
+    def tokens(self) -> int:
+        return self.sequences * self.length
+
+    def inner(self, width: float) -> int:
+        """Return bytes of a bf16 tensor of ``width`` values a token, which tensor parallelism has split."""
+        return int(2 * self.tokens * width)
+
+    def outer(self, width: int) -> int:
+        """Return bytes of a bf16 tensor between layers, which only sequence parallelism splits."""
+        return self.inner(width) // (self.layout.tp if self.layout.sequence_parallel else 1)
+
+    def states(self, size: int) -> int:
+        """Return bytes of an fp32 matrix of ``size`` values for each of a rank's two chunks of each sequence."""
+        return 4 * 2 * self.sequences * size
+
+
+@dataclass(frozen=True)
+class Half:
+    """Bytes of a sub-layer: a mixer or an MLP with its norm, which megatron-core counts and recomputes as a layer.
+
+    ``kept``: from the forward to the backward pass. ``work``: what the backward pass needs beside it. ``entry``: the
+    input, all that is kept where the sub-layer is recomputed.
+    """
+
+    kept: int
+    work: int
+    entry: int
+
+
+def aligned(width: int) -> int:
+    """Return the width of a projection of ``AlignedColumnParallelLinear``: a multiple of 16."""
+    return -(-width // 16) * 16
+
+
+def projection(width: int, arch: Architecture, at: Share, exact: bool) -> int:
+    """Return bytes that an aligned projection of ``width`` a rank keeps: its output, and the copy of its weight that
+    ends in zeros. ``exact``: the all-to-all takes it without."""
+    if exact:
+        return at.inner(width)
+    return at.inner(aligned(width)) + (2 * aligned(width) * arch.hidden_size if width % 16 else 0)
+
+
+def rotary_table(dim: int, at: Share) -> int:
+    """Return bytes of ``megatron_layers.Rotary``'s table for ``dim`` dimensions."""
+    return 4 * at.length * dim
+
+
+def shares_states(entry: Mixer, arch: Architecture, at: Share) -> bool:
+    """Return whether a linear mixer passes states between context-parallel ranks."""
+    heads = getattr(entry.dimensions(arch.geometry), entry.heads[1])
+    return passes_states(at.layout.linear_cp, heads, at.layout.tp, at.layout.cp)
