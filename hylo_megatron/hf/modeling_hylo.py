@@ -22,9 +22,9 @@ from hylo_megatron import kernels
 from hylo_megatron.hf import inputs
 from hylo_megatron.hf.cache import HyLoCache
 from hylo_megatron.hf.configuration_hylo import HyLoConfig
-from hylo_megatron.hf.layers import HyLoRMSNorm, KeepsFp32, Rotation, real_tokens
 from hylo_megatron.hf.packing import Documents, document_starts, restarted
 from hylo_megatron.mixers import LINEAR, MIXERS
+from hylo_megatron.mixers.hf_layers import HyLoRMSNorm, KeepsFp32, Rotation, real_tokens
 
 _FP32 = sorted({rf"{MIXERS[kind].module}\.{name}$" for kind in LINEAR for name in MIXERS[kind].fp32})
 LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index", "shift_labels")

@@ -12,8 +12,8 @@ class MixerRunner:
 
     def __init__(self, arch: Architecture, layer: int, device: torch.device):
         from hylo_megatron.hf import HyLoConfig
-        from hylo_megatron.hf.layers import Rotation
         from hylo_megatron.hf.modeling_hylo import HyLoDecoderLayer
+        from hylo_megatron.mixers.hf_layers import Rotation
 
         config = HyLoConfig.from_architecture(arch)
         self.entry, self.rotation = MIXERS[arch.plan[layer]], Rotation(config)

@@ -15,8 +15,8 @@ A mixer's folder has the same few files, each imported only where its library is
     vllm_module.py       the layer for vLLM and the shapes of its states
     memory.py            bytes of training and of serving; no torch
 
-What several mixers share stands beside the folders: ``mapping.py`` (kinds of mappings), ``initialise.py``,
-``memory.py``, and ``megatron_*.py`` (norms, rotary embeddings, core attention, linear blocks).
+What several mixers share stands beside the folders under the same names, and in ``megatron_*.py``, ``hf_layers.py``
+and ``vllm_*.py``.
 
 To add a mixer: write its folder and name it in ``registry.py``.
 """

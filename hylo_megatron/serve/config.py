@@ -7,17 +7,18 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
 
-from hylo_megatron.config import Geometry
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.hf.config_values import described
 from hylo_megatron.hf.configuration_hylo import HyLoConfig
 from hylo_megatron.mixers import CACHED, MIXERS
 from hylo_megatron.mixers.config_fields import geometry_to_config
-from hylo_megatron.serve.geometry import serve
+from hylo_megatron.planner.pages import expanded_bytes, pages
+from hylo_megatron.serve.geometry import Served, serve
 
 logger = init_logger("vllm.hylo_megatron")  # below vllm's own logger, so that its level and format apply
 # Set by tests that run a GPU's geometry on a CPU.
 GEOMETRY_OF = "HYLO_SERVE_GEOMETRY"
+WORKSPACE = 4 << 30  # bytes
 # Methods of --quantization that need no quantised folder. vLLM's int8 ones leave linear layers as they are.
 ONLINE_FP8 = ("fp8", "fp8_per_tensor", "fp8_per_block", "fp8_per_channel")
 CPU_CACHES = ("auto", "bfloat16", "float16", "float32")
@@ -48,11 +49,6 @@ def apply(config: HyLoConfig) -> None:
     for entry in described(config.mixers):
         for field, value in geometry_to_config(entry, entry.dimensions(found.geometry)).items():
             setattr(config, field, value)
-
-
-def trained_geometry(config: HyLoConfig) -> Geometry:
-    """Return the geometry of the exported weights."""
-    return Geometry.from_dict(config.trained_geometry)
 
 
 def _keeps_latents(config: HyLoConfig) -> bool:
@@ -94,8 +90,11 @@ class EngineSettings(VerifyAndUpdateConfig):
         # Matrix products padded to aligned widths have padded rows, which the next compiled piece does not expect:
         # Mamba-2's projection gave wrong tokens where a rank's heads were no multiple of 8.
         vllm_config.compilation_config.inductor_compile_config.setdefault("shape_padding", False)
-        for name in dict.fromkeys(vllm_config.model_config.hf_config.mixers):
-            MIXERS[name].part("serving").settings(vllm_config, on_gpu=on_gpu(), warn=logger.warning_once)
+        config = vllm_config.model_config.hf_config
+        if on_gpu() and _keeps_latents(config):
+            limit_requests(vllm_config)
+        for name in dict.fromkeys(config.mixers):
+            MIXERS[name].part("serving").settings(vllm_config, on_gpu=on_gpu())
 
 
 def refuse(vllm_config) -> None:
@@ -137,3 +136,26 @@ def refuse(vllm_config) -> None:
     for option, given, advice in refused:
         if given:
             raise HyLoError(f"{option}: not supported for a hybrid: {advice}")
+
+
+def limit_requests(vllm_config) -> None:
+    """Let no more requests run at once than there is work space for.
+
+    vLLM sets aside a page of expanded keys and values for each request that may run at once. A hybrid's pages are
+    long, and with vLLM's default of 1,024 requests that space alone may not fit.
+    """
+    config, scheduler = vllm_config.model_config.hf_config, vllm_config.scheduler_config
+    tp, state = vllm_config.parallel_config.tensor_parallel_size, vllm_config.cache_config.mamba_ssm_cache_dtype
+    heads, runs = config.num_attention_heads, Served(config.geometry())
+    block = pages(runs, tuple(config.mixers), heads, state_itemsize=4 if state == "float32" else 2, tp=tp).block
+    each = block * expanded_bytes(runs, heads, tp=tp)
+    fits = max(1, WORKSPACE // each)
+    if scheduler.max_num_seqs > fits:
+        logger.warning_once(
+            "HyLo: at most %d requests run at once: %d would take %.0f GiB of work space (--mamba-ssm-cache-dtype"
+            " bfloat16 halves it).",
+            fits,
+            scheduler.max_num_seqs,
+            scheduler.max_num_seqs * each / 2**30,
+        )
+        scheduler.max_num_seqs = fits

@@ -4,30 +4,10 @@ Kernels of a GPU take few sizes. What each mixer does about it, exactly, is in i
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 from hylo_megatron.config import Geometry
 from hylo_megatron.mixers import MIXERS
-
-
-@dataclass(frozen=True, kw_only=True)
-class Target:
-    """What a mixer has to know about the model and the machine. ``heads``: of attention; ``itemsize``: bytes of a
-    cached value."""
-
-    heads: int
-    qk_norm: bool
-    on_gpu: bool
-    itemsize: int = 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServedPart:
-    """One mixer's dimensions in vLLM. ``expanded`` and ``notes`` as in ``Served``."""
-
-    geometry: Any
-    expanded: int | None = None
-    notes: tuple[str, ...] = ()
+from hylo_megatron.mixers.serving import ServedPart, Target
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ from vllm.sequence import IntermediateTensors
 
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.mixers import CACHED, MIXERS
-from hylo_megatron.serve.config import refuse, trained_geometry
+from hylo_megatron.mixers.serving import trained_geometry
+from hylo_megatron.serve.config import refuse
 from hylo_megatron.serve.weights import Padding, check_parts, fits, served_weights
 
 

@@ -19,10 +19,10 @@ from hylo_megatron.config import Architecture, geometry_preset  # noqa: E402
 from hylo_megatron.errors import HyLoError  # noqa: E402
 from hylo_megatron.hf.cache import HyLoCache  # noqa: E402
 from hylo_megatron.hf.configuration_hylo import HyLoConfig  # noqa: E402
-from hylo_megatron.hf.layers import Rotation  # noqa: E402
 from hylo_megatron.hf.modeling_hylo import HyLoForCausalLM  # noqa: E402
 from hylo_megatron.kernels.rope import rope_frequencies  # noqa: E402
 from hylo_megatron.mixers.gdn.hf_module import HyLoGatedDeltaNet  # noqa: E402
+from hylo_megatron.mixers.hf_layers import Rotation  # noqa: E402
 from hylo_megatron.mixers.mamba2.hf_module import HyLoMamba2  # noqa: E402
 from hylo_megatron.mixers.mla.hf_module import HyLoMLA  # noqa: E402
 

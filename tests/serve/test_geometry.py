@@ -10,9 +10,10 @@ from hylo_megatron.config import GDNGeometry, Geometry, Mamba2Geometry, MLAGeome
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.kernels.rope import rotate
 from hylo_megatron.mixers.mla import vllm_weights
+from hylo_megatron.mixers.vllm_weights import conv_loader, pad, spread
 from hylo_megatron.planner.pages import Pages, expanded_bytes, pages
 from hylo_megatron.serve.geometry import serve
-from hylo_megatron.serve.weights import Padding, check_parts, conv_loader, pad, served_weights, spread
+from hylo_megatron.serve.weights import Padding, check_parts, served_weights
 
 MAMBA2 = Mamba2Geometry(4, 16, 16, 4)
 SMALL = Geometry(MLAGeometry(6, 6, 4, 5), GDNGeometry(2, 2, 4, 8), MAMBA2)

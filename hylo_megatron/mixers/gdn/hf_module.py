@@ -5,14 +5,14 @@ Legend: B batch, S sequence, D model, H value heads, C convolution channels.
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers import initialization as init
+from transformers.cache_utils import Cache
 
 from hylo_megatron import kernels
-from hylo_megatron.hf.cache import HyLoCache
-from hylo_megatron.hf.configuration_hylo import HyLoConfig
-from hylo_megatron.hf.layers import HyLoConv1d, HyLoGateNorm, KeepsFp32, fp32_parameter, held
 from hylo_megatron.mixers.gdn import MIXER
 from hylo_megatron.mixers.gdn.geometry import GDNGeometry
+from hylo_megatron.mixers.hf_layers import HyLoConv1d, HyLoGateNorm, KeepsFp32, fp32_parameter, held
 
 
 class HyLoGatedDeltaNet(KeepsFp32):
@@ -20,7 +20,7 @@ class HyLoGatedDeltaNet(KeepsFp32):
 
     fp32_names = MIXER.fp32
 
-    def __init__(self, config: HyLoConfig, layer: int):
+    def __init__(self, config: PreTrainedConfig, layer: int):
         super().__init__()
         gdn: GDNGeometry = config.geometry().gdn
         self.layer, hidden = layer, config.hidden_size
@@ -51,7 +51,7 @@ class HyLoGatedDeltaNet(KeepsFp32):
         rotation: tuple[torch.Tensor, torch.Tensor] | None = None,
         allowed: torch.Tensor | None = None,
         real_BS1: torch.Tensor | None = None,
-        cache: HyLoCache | None = None,
+        cache: Cache | None = None,
     ) -> torch.Tensor:
         """``real_BS1``: True at tokens that are no padding. ``rotation`` and ``allowed`` are not read."""
         ops = kernels.ops_for(x_BSD)

@@ -4,13 +4,12 @@ vLLM's kernel takes heads with as many value as key dimensions. A wider value he
 and decay, which computes the same numbers.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.mixers.gdn.geometry import GDNGeometry
-from hylo_megatron.serve.geometry import ServedPart, Target
+from hylo_megatron.mixers.serving import ServedPart, Target
 
 KEY_LIMIT = 256
 FLASHINFER_HEAD = 128
@@ -39,7 +38,7 @@ def split(gdn: GDNGeometry) -> GDNGeometry:
     return replace(gdn, num_value_heads=gdn.num_value_heads * (value // key), value_head_dim=key)
 
 
-def settings(vllm_config, *, on_gpu: bool, warn: Callable) -> None:
+def settings(vllm_config, *, on_gpu: bool) -> None:
     """Choose the kernel for prompts, unless the user did."""
     if isinstance(vllm_config.additional_config, dict):
         kernel = prompt_kernel(vllm_config.model_config.hf_config.geometry().gdn)

@@ -12,7 +12,7 @@ from hylo_megatron.kernels import (
     log_decay,
     recurrent_gated_delta_rule,
 )
-from hylo_megatron.serve.cpu import conv_weight, run_requests
+from hylo_megatron.mixers.vllm_cpu import conv_weight, run_requests
 
 
 def gated_delta_net(layer, qkv_TC: Tensor, beta_TH: Tensor, decay_TH: Tensor, out_THV: Tensor) -> None:

@@ -7,9 +7,9 @@ from vllm.model_executor.layers.mamba.mamba_utils import MambaStateDtypeCalculat
 from vllm.platforms import current_platform
 
 from hylo_megatron.mixers.gdn import MIXER
-from hylo_megatron.serve.config import trained_geometry
+from hylo_megatron.mixers.serving import trained_geometry
+from hylo_megatron.mixers.vllm_weights import conv_loader, keep_fp32
 from hylo_megatron.serve.versions import GDNBackend
-from hylo_megatron.serve.weights import conv_loader, keep_fp32
 
 
 class HyLoGatedDeltaNet(QwenGatedDeltaNetAttention):

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from hylo_megatron.serve.weights import Rule, Sizes
+from hylo_megatron.mixers.vllm_weights import Rule, Sizes
 
 
 def value_heads(x: Tensor, sizes: Sizes) -> Tensor:

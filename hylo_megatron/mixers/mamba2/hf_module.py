@@ -8,12 +8,12 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers import initialization as init
+from transformers.cache_utils import Cache
 
 from hylo_megatron import kernels
-from hylo_megatron.hf.cache import HyLoCache
-from hylo_megatron.hf.configuration_hylo import HyLoConfig
-from hylo_megatron.hf.layers import HyLoConv1d, KeepsFp32, fp32_parameter, held
+from hylo_megatron.mixers.hf_layers import HyLoConv1d, KeepsFp32, fp32_parameter, held
 from hylo_megatron.mixers.mamba2 import MIXER
 from hylo_megatron.mixers.mamba2.geometry import NORM_EPS, Mamba2Geometry
 
@@ -23,7 +23,7 @@ class HyLoMamba2(KeepsFp32):
 
     fp32_names = MIXER.fp32
 
-    def __init__(self, config: HyLoConfig, layer: int):
+    def __init__(self, config: PreTrainedConfig, layer: int):
         super().__init__()
         mamba2: Mamba2Geometry = config.geometry().mamba2
         self.layer = layer
@@ -50,7 +50,7 @@ class HyLoMamba2(KeepsFp32):
         rotation: tuple[torch.Tensor, torch.Tensor] | None = None,
         allowed: torch.Tensor | None = None,
         real_BS1: torch.Tensor | None = None,
-        cache: HyLoCache | None = None,
+        cache: Cache | None = None,
     ) -> torch.Tensor:
         """``real_BS1``: True at tokens that are no padding. ``rotation`` and ``allowed`` are not read."""
         ops = kernels.ops_for(x_BSD)

@@ -1,9 +1,7 @@
 """Mamba-2 in vLLM, whose kernels take all sizes. No torch or vLLM in here."""
 
-from collections.abc import Callable
-
 from hylo_megatron.mixers.mamba2.geometry import Mamba2Geometry
-from hylo_megatron.serve.geometry import ServedPart, Target
+from hylo_megatron.mixers.serving import ServedPart, Target
 
 
 def served(mamba2: Mamba2Geometry, target: Target) -> ServedPart:
@@ -11,5 +9,5 @@ def served(mamba2: Mamba2Geometry, target: Target) -> ServedPart:
     return ServedPart(geometry=mamba2)
 
 
-def settings(vllm_config, *, on_gpu: bool, warn: Callable) -> None:
+def settings(vllm_config, *, on_gpu: bool) -> None:
     """Change nothing."""

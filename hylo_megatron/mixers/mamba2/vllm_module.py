@@ -6,8 +6,8 @@ from vllm.model_executor.layers.mamba.mamba_utils import MambaStateDtypeCalculat
 
 from hylo_megatron.mixers.mamba2 import MIXER
 from hylo_megatron.mixers.mamba2.geometry import NORM_EPS
+from hylo_megatron.mixers.vllm_weights import keep_fp32
 from hylo_megatron.serve.versions import Mamba2Backend, sound_chunk_scan
-from hylo_megatron.serve.weights import keep_fp32
 
 VLLM_NAMES = {"A_log": "A"}
 

@@ -1,6 +1,6 @@
 """Exported tensors of Mamba-2 as vLLM's parameters. No vLLM in here."""
 
-from hylo_megatron.serve.weights import Rule
+from hylo_megatron.mixers.vllm_weights import Rule
 
 RULES = {
     "mixer.A_log": Rule("mixer.A"),

@@ -6,16 +6,16 @@ Legend: B batch, S new positions, T all positions, H heads, N nope dims, P rope 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache
 
-from hylo_megatron.hf.cache import HyLoCache
-from hylo_megatron.hf.configuration_hylo import HyLoConfig
-from hylo_megatron.hf.layers import HyLoKeyNorm, HyLoRMSNorm, held, is_plain_linear, rotate
+from hylo_megatron.mixers.hf_layers import HyLoKeyNorm, HyLoRMSNorm, held, is_plain_linear, rotate
 
 
 class HyLoMLA(nn.Module):
     """One rope key is shared by all heads. Cached per token: the latent and the rotated shared key."""
 
-    def __init__(self, config: HyLoConfig, layer: int):
+    def __init__(self, config: PreTrainedConfig, layer: int):
         super().__init__()
         self.layer, self.heads = layer, config.num_attention_heads
         self.nope, self.rope = config.qk_nope_head_dim, config.qk_rope_head_dim
@@ -41,7 +41,7 @@ class HyLoMLA(nn.Module):
         rotation: tuple[torch.Tensor, torch.Tensor],
         allowed: torch.Tensor | None = None,
         real_BS1: torch.Tensor | None = None,
-        cache: HyLoCache | None = None,
+        cache: Cache | None = None,
     ) -> torch.Tensor:
         """``allowed`` [B,1,S,T] bool: which positions a query sees. None: all before it; S is T or 1.
 

@@ -8,14 +8,12 @@ from dataclasses import replace
 
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.mixers.mla.geometry import MLAGeometry
-from hylo_megatron.planner.pages import expanded_bytes, pages
-from hylo_megatron.serve.geometry import Served, ServedPart, Target
+from hylo_megatron.mixers.serving import ServedPart, Target
 
 LATENT_RANKS, ROPE = (256, 512), 64  # latent caches of 320 and 576 values
 PREFILL = ((64, 128), (128, 128), (192, 256))  # (nope, v) beside a rope of 64 that flash attention has on Hopper
 HEAD_SIZES = (64, 96, 128, 192, 256)  # of attention whose keys and values are cached
 
-WORKSPACE = 4 << 30  # bytes
 DEFAULT_SPLITS = 32  # vLLM's flash_attn_max_num_splits_for_cuda_graph
 SPLITS, SPLITS_SPACE = 128, 1 << 30  # about a GPU's multiprocessors; bytes
 FP8_ROW = 576  # 512 + 64
@@ -87,35 +85,11 @@ def expanded_row_bytes(mla: MLAGeometry, heads: int, itemsize: int) -> int:
 # ---- settings of vLLM ----
 
 
-def settings(vllm_config, *, on_gpu: bool, warn: Callable) -> None:
+def settings(vllm_config, *, on_gpu: bool) -> None:
     """Change settings of vLLM for latents on a GPU. Raises ``HyLoError``."""
     if on_gpu and not vllm_config.model_config.hf_config.expanded_head_size:
-        limit_requests(vllm_config, warn)
         spread_attention(vllm_config)
         refuse_fp8(vllm_config)
-
-
-def limit_requests(vllm_config, warn: Callable) -> None:
-    """Let no more requests run at once than there is work space for.
-
-    vLLM sets aside a page of expanded keys and values for each request that may run at once. A hybrid's pages are
-    long, and with vLLM's default of 1,024 requests that space alone may not fit.
-    """
-    config, scheduler = vllm_config.model_config.hf_config, vllm_config.scheduler_config
-    tp, state = vllm_config.parallel_config.tensor_parallel_size, vllm_config.cache_config.mamba_ssm_cache_dtype
-    heads, runs = config.num_attention_heads, Served(config.geometry())
-    block = pages(runs, tuple(config.mixers), heads, state_itemsize=4 if state == "float32" else 2, tp=tp).block
-    each = block * expanded_bytes(runs, heads, tp=tp)
-    fits = max(1, WORKSPACE // each)
-    if scheduler.max_num_seqs > fits:
-        warn(
-            "HyLo: at most %d requests run at once: %d would take %.0f GiB of work space (--mamba-ssm-cache-dtype"
-            " bfloat16 halves it).",
-            fits,
-            scheduler.max_num_seqs,
-            scheduler.max_num_seqs * each / 2**30,
-        )
-        scheduler.max_num_seqs = fits
 
 
 def spread_attention(vllm_config) -> None:

@@ -10,7 +10,7 @@ from vllm.model_executor.layers.attention.mla_attention import MLACommonMetadata
 from vllm.v1.attention.backend import MultipleOf
 from vllm.v1.attention.backends.mla.cpu_mla import CPUMLABackend, CPUMLAImpl
 
-from hylo_megatron.serve.weights import pad
+from hylo_megatron.mixers.vllm_weights import pad
 
 
 class AnyHeadSize(MLACommonMetadata):

@@ -11,8 +11,8 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
 
 from hylo_megatron.kernels.rope import cos_and_sin, rope_frequencies, turn
-from hylo_megatron.serve.config import trained_geometry
-from hylo_megatron.serve.weights import pad
+from hylo_megatron.mixers.serving import trained_geometry
+from hylo_megatron.mixers.vllm_weights import pad
 
 
 class Rotation(nn.Module):

@@ -6,7 +6,7 @@ The padding functions take ``[rows, columns]`` with heads in rows.
 import torch
 from torch import Tensor
 
-from hylo_megatron.serve.weights import Rule, Sizes, pad, spread
+from hylo_megatron.mixers.vllm_weights import Rule, Sizes, pad, spread
 
 
 def query(rows: Tensor, sizes: Sizes) -> Tensor:

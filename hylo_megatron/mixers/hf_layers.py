@@ -1,10 +1,14 @@
-"""Layers that mixers share: norms, convolutions, the rotation, parameters that stay in fp32, and the padding mask."""
+"""Layers that the transformers modules of mixers share.
+
+A mixer's ``LAYER(config, layer_number)`` is called with the normed input [B,S,D], the rotation, which positions a
+query sees (``hf/inputs.py:allowed``), which tokens are real, and the ``HyLoCache`` of ``hf/cache.py``. Each may be None.
+"""
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from hylo_megatron import kernels
-from hylo_megatron.hf.configuration_hylo import HyLoConfig
 from hylo_megatron.kernels.rope import cos_and_sin, rope_frequencies, turn
 
 
@@ -86,7 +90,7 @@ def fp32_parameter(size: int) -> nn.Parameter:
 class Rotation:
     """Cosines and sines [B,S,P/2] of positions [B,S]. Frequencies are computed on first use and never saved."""
 
-    def __init__(self, config: HyLoConfig):
+    def __init__(self, config: PreTrainedConfig):
         self.config, self.by_device = config, {}
 
     def __call__(self, positions_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,36 @@
+"""What the mixers' ``serving.py`` share: what they are told, and what they return. No torch or vLLM in here."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from hylo_megatron.config.geometry import Geometry
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What a mixer has to know about the model and the machine to choose the dimensions that vLLM runs.
+
+    ``heads`` is the number of attention heads, ``itemsize`` the bytes of a cached value.
+    """
+
+    heads: int
+    qk_norm: bool
+    on_gpu: bool
+    itemsize: int = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedPart:
+    """One mixer's dimensions in vLLM, with ``notes`` for the log.
+
+    ``expanded`` is the head size of keys and values that are cached for every head, None where they are not.
+    """
+
+    geometry: Any
+    expanded: int | None = None
+    notes: tuple[str, ...] = ()
+
+
+def trained_geometry(config) -> Geometry:
+    """Return the geometry of the exported weights; ``config`` holds the served one in its own fields."""
+    return Geometry.from_dict(config.trained_geometry)
