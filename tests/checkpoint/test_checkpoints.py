@@ -16,6 +16,7 @@ if not has("megatron-core"):
     pytest.skip("megatron-core is not installed", allow_module_level=True)
 from helpers import train as helpers  # noqa: E402
 from helpers.train import everything, read_log  # noqa: E402
+from helpers.waits import PATIENCE  # noqa: E402
 
 from hylo_megatron.checkpoint.iterations import TRACKER  # noqa: E402
 
@@ -62,10 +63,10 @@ class Launches:
         path.write_text(json.dumps(runs))
         script = PROGRAMS / "layout_runs.py"
         if processes > 1:
-            done = helpers.torchrun(script, path, processes=processes, timeout=900)
+            done = helpers.torchrun(script, path, processes=processes)
         else:
             done = subprocess.run([sys.executable, script, path], env=helpers.single(), capture_output=True,
-                                          text=True, timeout=900)  # fmt: skip
+                                          text=True, timeout=PATIENCE)  # fmt: skip
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
     def first(self, layout: str) -> list[list[str]]:
