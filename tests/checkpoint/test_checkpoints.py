@@ -1,4 +1,4 @@
-"""Saved on one layout, resumed on another: the same losses from there on, and every optimizer state under its name."""
+"""Tests that a run saved on one layout resumes on another: equal losses, and every optimizer state under its name."""
 
 import functools
 import json
@@ -74,7 +74,7 @@ class Launches:
         return [self.flags(s, folder, layout, **flags) for folder, (s, flags) in runs.items()]
 
     def second(self, *layouts: str) -> list[list[str]]:
-        """Resumes of what was saved on other numbers of processes come in a launch of their own."""
+        """Return the runs that resume on these layouts. What another number of processes saved is in a launch before."""
         return [
             self.flags(s, case(s, on, then, flags), then, load=self.work / name(s, on, flags), ckpt_step=HALF, **flags)
             for s, on, then, flags in RESUMED
@@ -83,7 +83,7 @@ class Launches:
 
     @functools.cache  # noqa: B019
     def two_ranks(self) -> Path:
-        """The folder, with all runs of one and two processes."""
+        """Return the folder once it has all runs of one and two processes."""
         two, from_ild = ("tp2", "pp2", "cp2"), dict(student=str(self.work / "ild"), save_interval=1, train_iters=4)
         self.run(1, *self.first("one"))
         self.run(
@@ -121,7 +121,7 @@ def work(launches):
 
 
 def gaps(got, want) -> list[float]:
-    """Relative, of the losses of the steps that both have; what is not computed is equal."""
+    """Return relative differences of the losses of the steps that both logs have; the other fields are equal."""
     want = {line["iteration"]: line for line in want}
     for line in got:
         assert (line["lr"], line["tokens"]) == (want[line["iteration"]]["lr"], want[line["iteration"]]["tokens"])
@@ -158,7 +158,7 @@ def test_the_losses_go_on_and_every_state_has_its_name(student, first, second, f
 
 @pytest.mark.parametrize("student", ["gdn", "mamba2"])
 def test_every_layout_saves_the_same_state(student, work):
-    """Two layouts that resumed each other could still share a wrong name."""
+    """Compare the states themselves, since two layouts that resume each other could share a wrong name."""
     one = everything(iteration(work / f"{student}-cp2", HALF))
     for layout in ("tp2", "pp2"):
         other = everything(iteration(work / f"{student}-{layout}", HALF))
