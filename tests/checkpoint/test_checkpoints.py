@@ -74,7 +74,7 @@ class Launches:
         return [self.flags(s, folder, layout, **flags) for folder, (s, flags) in runs.items()]
 
     def second(self, *layouts: str) -> list[list[str]]:
-        """Return the runs that resume on these layouts. What another number of processes saved is in a launch before."""
+        """Return the runs that resume on these layouts, from what earlier launches saved."""
         return [
             self.flags(s, case(s, on, then, flags), then, load=self.work / name(s, on, flags), ckpt_step=HALF, **flags)
             for s, on, then, flags in RESUMED
