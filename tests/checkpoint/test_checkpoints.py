@@ -1,4 +1,4 @@
-"""Saved on one layout, resumed on another: the same losses from there on, and every optimizer state under its name."""
+"""Tests that a run saved on one layout resumes on another: equal losses, and every optimizer state under its name."""
 
 import functools
 import json
@@ -16,6 +16,7 @@ if not has("megatron-core"):
     pytest.skip("megatron-core is not installed", allow_module_level=True)
 from helpers import train as helpers  # noqa: E402
 from helpers.train import everything, read_log  # noqa: E402
+from helpers.waits import PATIENCE  # noqa: E402
 
 from hylo_megatron.checkpoint.iterations import TRACKER  # noqa: E402
 
@@ -62,10 +63,10 @@ class Launches:
         path.write_text(json.dumps(runs))
         script = PROGRAMS / "layout_runs.py"
         if processes > 1:
-            done = helpers.torchrun(script, path, processes=processes, timeout=900)
+            done = helpers.torchrun(script, path, processes=processes)
         else:
             done = subprocess.run([sys.executable, script, path], env=helpers.single(), capture_output=True,
-                                          text=True, timeout=900)  # fmt: skip
+                                          text=True, timeout=PATIENCE)  # fmt: skip
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
     def first(self, layout: str) -> list[list[str]]:
@@ -73,7 +74,7 @@ class Launches:
         return [self.flags(s, folder, layout, **flags) for folder, (s, flags) in runs.items()]
 
     def second(self, *layouts: str) -> list[list[str]]:
-        """Resumes of what was saved on other numbers of processes come in a launch of their own."""
+        """Return the runs that resume on these layouts, from what earlier launches saved."""
         return [
             self.flags(s, case(s, on, then, flags), then, load=self.work / name(s, on, flags), ckpt_step=HALF, **flags)
             for s, on, then, flags in RESUMED
@@ -82,7 +83,7 @@ class Launches:
 
     @functools.cache  # noqa: B019
     def two_ranks(self) -> Path:
-        """The folder, with all runs of one and two processes."""
+        """Return the folder once it has all runs of one and two processes."""
         two, from_ild = ("tp2", "pp2", "cp2"), dict(student=str(self.work / "ild"), save_interval=1, train_iters=4)
         self.run(1, *self.first("one"))
         self.run(
@@ -120,7 +121,7 @@ def work(launches):
 
 
 def gaps(got, want) -> list[float]:
-    """Relative, of the losses of the steps that both have; what is not computed is equal."""
+    """Return relative differences of the losses of the steps that both logs have; the other fields are equal."""
     want = {line["iteration"]: line for line in want}
     for line in got:
         assert (line["lr"], line["tokens"]) == (want[line["iteration"]]["lr"], want[line["iteration"]]["tokens"])
@@ -157,7 +158,7 @@ def test_the_losses_go_on_and_every_state_has_its_name(student, first, second, f
 
 @pytest.mark.parametrize("student", ["gdn", "mamba2"])
 def test_every_layout_saves_the_same_state(student, work):
-    """Two layouts that resumed each other could still share a wrong name."""
+    """Compare the states themselves, since two layouts that resume each other could share a wrong name."""
     one = everything(iteration(work / f"{student}-cp2", HALF))
     for layout in ("tp2", "pp2"):
         other = everything(iteration(work / f"{student}-{layout}", HALF))

@@ -16,6 +16,7 @@ if not has("megatron-core"):
     pytest.skip("megatron-core is not installed", allow_module_level=True)
 from helpers import train as helpers  # noqa: E402
 from helpers.kl import VOCAB, gradients, kl_inputs, whole_logits  # noqa: E402
+from helpers.waits import PATIENCE  # noqa: E402
 from programs import parity  # noqa: E402
 
 from hylo_megatron.distill.head import TokenWeights, reference_loss  # noqa: E402
@@ -68,7 +69,7 @@ def test_fused_chunk_equals_the_torch_one():
     pytest.importorskip("triton")
     command = [sys.executable, str(PROGRAMS / "fused_loss.py")]
     environment = helpers.environment(TRITON_INTERPRET="1")
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert result.stdout.strip().endswith("equal"), result.stderr[-2000:]
 
 

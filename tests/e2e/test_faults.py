@@ -36,7 +36,7 @@ def world(tmp_path_factory):
 
 
 class Run:
-    """A run of two processes under torchrun, and the command that starts it or goes on with it."""
+    """A run of two processes under torchrun; one command starts and resumes it."""
 
     def __init__(self, world, folder: Path, steps: int, layout: str):
         self.folder, self.output = folder, folder.with_suffix(".output")
@@ -55,7 +55,7 @@ class Run:
         return self.losses()
 
     def losses(self) -> list[tuple]:
-        """All that a step logs but how long it took."""
+        """Return all that a step logs, except how long it took."""
         lines = helpers.read_log(self.folder / "train_log.jsonl")
         return [tuple(value for key, value in line.items() if key != "seconds") for line in lines]
 
@@ -67,7 +67,7 @@ class Run:
 
 
 class Moments:
-    """When to kill: in the middle of saving (half of them), some steps on, or while starting."""
+    """Moments for a kill: half of them during a save, the others after some steps or during the start."""
 
     def __init__(self, run: Run, draw: random.Random):
         self.run, self.draw = run, draw
@@ -85,7 +85,7 @@ class Moments:
         }[kind])  # fmt: skip
 
     def _save_begins(self) -> Iterator[bool]:
-        """The first or the second save from now."""
+        """Yield whether the first, or the second, save from now has begun."""
         saves, before = self.draw.randint(1, 2), False
         while True:
             now = self.run.being_saved()
@@ -94,7 +94,7 @@ class Moments:
             yield now and saves <= 0
 
     def _has_gone_on(self) -> Iterator[bool]:
-        """Going on starts by dropping the lines after the checkpoint."""
+        """Yield whether the log has changed. A resumed run first drops the lines after its checkpoint."""
         before = self.run.steps_logged()
         while True:
             yield self.run.steps_logged() not in (before, 0)
@@ -106,7 +106,7 @@ class Moments:
 
 
 def kill_one(process: subprocess.Popen, draw: random.Random) -> float:
-    """Kills a rank; returns how long torchrun and everything it started took to end."""
+    """Kill a rank, and return how long torchrun and everything below it took to end."""
     launcher = psutil.Process(process.pid)
     wait_for(lambda: len(launcher.children()) >= 2, "two ranks", process=process)
     ranks = launcher.children()

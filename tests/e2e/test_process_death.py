@@ -1,4 +1,4 @@
-"""No process outlives its run: each level is killed in turn, and everything below it ends too.
+"""Tests that no process outlives its run: each level is killed in turn, and everything below it ends too.
 
 ``make test`` kills a real training under torchrun, and trees of light processes that are started as recipes start
 theirs; ``pytest -m parallel`` kills whole recipes too.
@@ -32,7 +32,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 class Tree:
-    """A run's processes, which are killed at the end of the test whatever happens."""
+    """The processes of a run, which are killed at the end of the test whatever happens."""
 
     def __init__(self, command: list, output: Path, **variables):
         self.mark, self.output = processes.mark(), output
@@ -52,7 +52,7 @@ class Tree:
         return wait_for(condition, what, process=self.top, output=self.output, every=0.05)
 
     def find(self, word: str, rank: str | None = None) -> int:
-        """The first process of the tree with ``word`` on its command line, of that rank if given."""
+        """Return the first process of the tree with ``word`` on its command line, and of that rank if one is given."""
         for pid in sorted(processes.alive(self.mark)):
             process = psutil.Process(pid)
             if word in " ".join(process.cmdline()) and rank in (None, process.environ().get("RANK")):
@@ -132,7 +132,7 @@ def ready(tree: Tree, folder: Path, ranks: str = "01"):
 
 
 def test_every_level_killed(tmp_path):
-    """torchrun, rank 0's recipe, a trainer; and a recipe by itself, which has a torchrun of its own."""
+    """Kill torchrun, the recipe of rank 0, and a trainer; and a recipe by itself, which has a torchrun of its own."""
     with (
         light_tree(tmp_path / "a", "torchrun") as torchrun, light_tree(tmp_path / "b", "torchrun") as recipe,
         light_tree(tmp_path / "c", "torchrun") as trainer, light_tree(tmp_path / "d", "alone") as alone,
@@ -152,7 +152,7 @@ def test_every_level_killed(tmp_path):
 
 
 def test_a_run_by_itself_outlives_its_shell(tmp_path):
-    """As after a logout: the parent of torchrun, or of a training without one, is none of the run's business."""
+    """A run goes on after a logout: it does not follow the process that started torchrun, or the training itself."""
     program = (
         "import os, time, sys\nfrom hylo_megatron.run.parent import die_with_parent\ndie_with_parent()\n"
         "open(sys.argv[1], 'w').close()\nwhile os.path.exists(sys.argv[1]): time.sleep(0.05)\n"
@@ -211,7 +211,7 @@ def test_a_lost_rank_and_a_lost_torchrun(world, tmp_path):
 @pytest.mark.parallel
 @pytest.mark.parametrize("lost", ["writer", "queue", "rank 0"])
 def test_helpers_and_rank_0_lost(lost, world, tmp_path):
-    """Without torchrun, as SLURM's srun starts tasks: nobody but the ranks themselves sees that one is gone."""
+    """Without torchrun, as under SLURM's srun, only the ranks themselves see that one of them is gone."""
     port, trees = str(helpers.tiny.free_port()), []
     folder = tmp_path / "run"
     argv = helpers.train_flags(world, "distill", folder, train_iters=100000, save_interval=3, async_save=True)

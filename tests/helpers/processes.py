@@ -9,7 +9,7 @@ from pathlib import Path
 from subprocess import Popen
 
 import psutil
-from helpers.waits import wait_for
+from helpers.waits import PATIENCE, wait_for
 
 VARIABLE = "HYLO_TEST_RUN"
 
@@ -59,6 +59,6 @@ def kill_tree(process: Popen) -> None:
     for one in everybody:
         with contextlib.suppress(psutil.NoSuchProcess):
             one.kill()
-    _, left = psutil.wait_procs(everybody, timeout=60)
+    _, left = psutil.wait_procs(everybody, timeout=PATIENCE)
     process.communicate()
     assert not left, described([one.pid for one in left])

@@ -1,4 +1,4 @@
-"""Every parallel layout computes what one process does: loss, every gradient, five steps of the optimizer.
+"""Tests that every parallel layout computes what one process does: loss, each gradient, five optimizer steps.
 
 In fp64 the gradients agree to 1e-10, which leaves no room for a missing term. In fp32 they have to agree to 1e-5, or
 for A_log and dt_bias, small sums of large terms, to four times what moving every weight by 3e-8 does to them.
@@ -65,7 +65,7 @@ class Cells:
         return parity.Cell(name, str(self.folders[model][0]), str(self.folders[teacher][1]), stage, train, **sizes)
 
     def variants(self, layout: str, processes: int, model: str, stage: str) -> list[parity.Cell]:
-        """fp32 with five steps, and one in fp64 (which the distributed optimizer cannot)."""
+        """Return a cell in fp32 with five steps, and one in fp64, which the distributed optimizer does not support."""
         sizes = parity.LAYOUTS[processes][layout]
         adam = sizes.get("distributed_optimizer", False)
         name = f"{layout}-{model}-{stage}".replace(" ", "_")
@@ -91,7 +91,7 @@ class Cells:
         return result, helpers.read_log(self.work / f"{name}.jsonl")
 
     def pair(self, cell: parity.Cell, processes: int, layout: str, model: str, stage: str):
-        """What the layout computed and what one process does: ``((result, log), (result, log))``."""
+        """Return what the layout and what one process computed: ``((result, log), (result, log))``."""
         done = self.launched(processes, in_make_test(processes, layout, model, stage))
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
         got = torch.load(self.work / f"{cell.name}.pt"), helpers.read_log(self.work / f"{cell.name}.jsonl")

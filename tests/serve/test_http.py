@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from helpers import processes
 from helpers.serving import write_folder
+from helpers.waits import PATIENCE
 
 from hylo_megatron.serve.demo import Server
 
@@ -103,7 +104,7 @@ def traffic(server, requests: int, seed: int) -> list[str]:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(180)
+            thread.join(PATIENCE)
             assert not thread.is_alive(), "a request hangs"
     return wrong
 

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 from helpers.paths import ROOT
+from helpers.waits import PATIENCE
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def test_every_group_finds_its_kernels(train_step):
 
 def test_kernel_benchmark_runs():
     command = [sys.executable, str(ROOT / "tools" / "bench" / "mixer_kernels.py"), "--tokens", "64", "--length", "32"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert result.returncode == 0, result.stderr[-2000:]
     for name in ("gated delta rule", "state-space scan", "projection, convolved", "rotary", "hidden-state KL"):
         assert name in result.stdout
