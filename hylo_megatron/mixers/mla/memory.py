@@ -1,7 +1,7 @@
 """Bytes of MLA. No torch."""
 
 from hylo_megatron.config import Architecture
-from hylo_megatron.mixers.memory import Half, Share, rotary_table
+from hylo_megatron.mixers.memory import Half, Share
 from hylo_megatron.mixers.mla.geometry import MLAGeometry
 
 UNSPLIT = (
@@ -22,8 +22,8 @@ def cached_values(arch: Architecture) -> int:
 
 
 def tables(arch: Architecture, at: Share) -> int:
-    """Return bytes of cosines and sines, fp32."""
-    return rotary_table(arch.geometry.mla.qk_rope_head_dim, at)
+    """Return bytes of the rotary table (``megatron_layers.Rotary``): fp32 cosines and sines of half the dimensions."""
+    return 4 * at.length * arch.geometry.mla.qk_rope_head_dim
 
 
 def activations(arch: Architecture, at: Share) -> Half:
