@@ -40,8 +40,8 @@ IDENTITY = """
 import importlib, json, sys
 sys.argv[0] = "hylo"
 from hylo_megatron.engine.register import GROUPS, patches
-kept = [patch for patch in patches(*json.loads(sys.argv[1])) if patch.group != "transformers" and "sys:modules" not in patch.target]
-before = {patch: patch.place().get() for patch in kept}
+chosen = [patch for patch in patches(*json.loads(sys.argv[1])) if patch.group != "transformers"]
+before = {patch: patch.place().get() for patch in chosen if "sys:modules" not in patch.target}
 finders = list(sys.meta_path)
 for module in sys.argv[2:]:
     importlib.import_module(module)
