@@ -1,1 +1,1 @@
-"""Distillation of the hybrid from its teacher: layer by layer (``ild``) and end to end (``distill``)."""
+"""Distillation of the hybrid from its teacher: model, losses, schedule and command line."""

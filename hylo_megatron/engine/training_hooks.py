@@ -2,6 +2,8 @@
 
 from functools import partial
 
+from hylo_megatron.config.decisions import is_new
+from hylo_megatron.config.stages import stage_kind
 from hylo_megatron.engine.patch import Patch
 from hylo_megatron.engine.training_run import TrainingRun
 from hylo_megatron.mixers import FAST_SUFFIXES, FP32_SUFFIXES
@@ -24,8 +26,6 @@ def learning_rate_groups(args) -> dict:
     """
     from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 
-    from hylo_megatron.distill.model import is_mixer_parameter
-
     groups = {}
 
     def add(label, matches, factor):
@@ -33,7 +33,7 @@ def learning_rate_groups(args) -> dict:
         groups[key] = {"max_lr": args.lr * factor, "min_lr": (args.min_lr or 0.0) * factor}
 
     if args.hylo_copied_lr_mult != 1.0:
-        add("hylo_copied", lambda name: not is_mixer_parameter(name), args.hylo_copied_lr_mult)
+        add("hylo_copied", lambda name: not is_new(name), args.hylo_copied_lr_mult)
     add("hylo_decay", _is_decay, args.hylo_decay_lr_mult)
     add("hylo_skip", _is_other_fp32, 1.0)
     return groups
@@ -65,7 +65,7 @@ def with_step_log(log, run: TrainingRun):
 
 
 def teacher_fed_schedule(choose, run: TrainingRun):
-    """megatron's choice of a schedule; ``ild`` in a pipeline has a schedule of its own."""
+    """megatron's choice of a schedule; a layerwise stage in a pipeline has its own."""
 
     def choose_schedule(**kwargs):
         from megatron.training import get_args
@@ -73,7 +73,7 @@ def teacher_fed_schedule(choose, run: TrainingRun):
         from hylo_megatron.parallel.teacher_fed import TeacherFed
 
         args = get_args()
-        if args.hylo_stage != "ild" or args.pipeline_model_parallel_size == 1:
+        if not stage_kind(args.hylo_stage).layerwise or args.pipeline_model_parallel_size == 1:
             return choose(**kwargs)
         run.schedule = run.schedule or TeacherFed()  # training and evaluation ask apart, and share it
         return run.schedule
