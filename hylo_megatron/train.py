@@ -1,6 +1,6 @@
 """``torchrun ... -m hylo_megatron.train --hylo-stage ild|distill --hylo-student CKPT --hylo-teacher CKPT --save OUT``
 
-The loop is megatron.training's, with all its flags. This file gives the loop its model, data and loss.
+The loop is megatron.training's, with all its flags. This file says which model, data and loss it runs.
 """
 
 import copy

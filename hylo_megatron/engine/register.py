@@ -63,6 +63,7 @@ class _Installed:
 
 
 _installed: dict[Patch, _Installed] = {}
+_groups: set[str] = set()
 _warned: set[str] = set()
 
 
@@ -97,6 +98,16 @@ def install(group: str, run: Any = None) -> None:
         for patch in patches(name):
             if patch.needed() and (patch not in _installed or (name == group and run is not None)):
                 _replace(patch, run)
+        _groups.add(name)
+
+
+def check_installed(group: str) -> None:
+    """Raises ``HyLoError`` when nobody has installed ``group`` in this process."""
+    if group not in _groups:
+        raise HyLoError(
+            f"{GROUPS[group].what}: the fixes of this package are not installed in this process; call"
+            f' hylo_megatron.engine.register.install("{group}") first'
+        )
 
 
 def uninstall(*groups: str) -> None:
@@ -106,12 +117,13 @@ def uninstall(*groups: str) -> None:
             patch.place().set(_installed[patch].undo)
     for patch in [patch for patch in _installed if patch.group in groups]:
         del _installed[patch]
+    _groups.difference_update(groups)
 
 
 @contextlib.contextmanager
 def installed(group: str) -> Iterator[None]:
     """Inside, the names of ``group`` are replaced; those that were replaced before stay so afterwards."""
-    before = {patch.group for patch in _installed}
+    before = set(_groups)
     install(group)
     try:
         yield

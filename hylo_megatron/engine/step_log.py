@@ -22,27 +22,29 @@ def _step_of(line: str) -> float:
 
 
 class StepLog:
-    """Appends one JSON line a step: global means of the losses, per layer for ``ild``, on every layout."""
+    """Appends one line of JSON for each step: global means of the losses, also per layer in a layerwise stage."""
 
-    def __init__(self, args, model):
-        self.stage, self.model, self.tokens = args.hylo_stage, model, args.global_batch_size * args.seq_length
+    def __init__(self, args, models: list):
+        self.stage, self.models = args.hylo_stage, models
+        self.tokens = args.global_batch_size * args.seq_length
         self.ild_weights = (args.hylo_ild_attention_weight, args.hylo_ild_hidden_weight)
         self.path = Path(args.hylo_log or Path(args.save or ".") / "train_log.jsonl")
         self.writes, self.last = torch.distributed.get_rank() == 0, None
 
     def truncate(self, iteration: int) -> None:
-        """Drops lines of steps that an interrupted run took after its last checkpoint; they are taken again."""
+        """Drop lines of steps that an interrupted run took after its last checkpoint: they are taken again."""
         if not self.writes or not self.path.is_file():
             return
         kept = [line for line in self.path.read_text(errors="replace").splitlines() if _step_of(line) <= iteration]
         write_text(self.path, "".join(line + "\n" for line in kept))
 
     def layer_means(self) -> list[list[float]] | None:
+        """Return both distances of each layer, averaged over all tokens of the step; None in other stages."""
         if not stage_kind(self.stage).layerwise:
             return None
-        means = torch.zeros(self.model[0].arch.num_layers, 2, device=torch.cuda.current_device())
+        means = torch.zeros(self.models[0].arch.num_layers, 2, device=torch.cuda.current_device())
         everyone = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        for module in self.model:
+        for module in self.models:
             sums, tokens = module.take_layer_sums()
             torch.distributed.all_reduce(sums, group=everyone)
             torch.distributed.all_reduce(tokens, group=everyone)
@@ -51,15 +53,11 @@ class StepLog:
         return means.tolist()
 
     def write(self, losses: dict, iteration: int, learning_rate, grad_norm) -> None:
+        """Append the line of a step. All ranks call this. Raises ``HyLoError`` when the loss is not finite."""
         layers = self.layer_means()
-        values = [{key: float(value) for key, value in losses.items()}]
-        stages = parallel_state.get_pipeline_model_parallel_group()
-        if stages.size() > 1:
-            last = parallel_state.get_pipeline_model_parallel_last_rank()
-            torch.distributed.broadcast_object_list(values, last, group=stages)
+        losses = self._of_last_stage(losses)
         if not self.writes:
             return
-        losses, now = values[0], time.time()
         learnt = losses.pop(LEARNT)
         if not learnt:
             print(f"warning: no token of step {iteration} is in the loss: all of them are masked", flush=True)
@@ -70,6 +68,7 @@ class StepLog:
             losses = {"loss": loss} | losses
         if not math.isfinite(losses["loss"]):
             raise HyLoError(f"loss {losses['loss']} at step {iteration}: lower --lr, or look at the data around it")
+        now = time.time()
         line = {"stage": self.stage, "iteration": iteration}
         line |= losses | {LEARNT: learnt, "lr": learning_rate, "grad_norm": grad_norm and float(grad_norm)}
         line |= {"tokens": iteration * self.tokens, "seconds": self.last and round(now - self.last, 4)}
@@ -80,3 +79,12 @@ class StepLog:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
+
+    def _of_last_stage(self, losses: dict) -> dict[str, float]:
+        """Return the losses, which only the last stage of a pipeline knows, on every stage."""
+        values = [{key: float(value) for key, value in losses.items()}]
+        stages = parallel_state.get_pipeline_model_parallel_group()
+        if stages.size() > 1:
+            last = parallel_state.get_pipeline_model_parallel_last_rank()
+            torch.distributed.broadcast_object_list(values, last, group=stages)
+        return values[0]

@@ -65,7 +65,7 @@ def with_step_log(log, run: TrainingRun):
 
 
 def teacher_fed_schedule(choose, run: TrainingRun):
-    """megatron's choice of a schedule; ``ild`` in a pipeline has a schedule of its own."""
+    """megatron's choice of a schedule; a layerwise stage in a pipeline has its own."""
 
     def choose_schedule(**kwargs):
         from megatron.training import get_args

@@ -40,9 +40,8 @@ IDENTITY = """
 import importlib, json, sys
 sys.argv[0] = "hylo"
 from hylo_megatron.engine.register import GROUPS, patches
-kept = [patch for patch in patches(*json.loads(sys.argv[1])) if patch.group != "transformers"]
-kept = [patch for patch in kept if "sys:modules" not in patch.target]
-before = {patch: patch.place().get() for patch in kept}
+chosen = [patch for patch in patches(*json.loads(sys.argv[1])) if patch.group != "transformers"]
+before = {patch: patch.place().get() for patch in chosen if "sys:modules" not in patch.target}
 finders = list(sys.meta_path)
 for module in sys.argv[2:]:
     importlib.import_module(module)
@@ -71,6 +70,7 @@ def made_up(monkeypatch):
     module.value, module.table = 1, {}
     monkeypatch.setitem(sys.modules, "made_up", module)
     monkeypatch.setattr(register, "_installed", {})
+    monkeypatch.setattr(register, "_groups", set())
     monkeypatch.setattr(register, "_warned", set())
 
     def choose(*patches: Patch):
@@ -153,6 +153,16 @@ def test_a_target_that_is_gone_is_refused_in_one_line(made_up, target):
     with pytest.raises(HyLoError, match=r"^torch 2.*: .* is not there") as refusal:
         register.install("cpu")
     assert target in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_a_model_needs_the_fixes_of_megatron(made_up):
+    made_up(entry(needed=lambda: False))
+    with pytest.raises(HyLoError, match='register.install."cpu"'):
+        register.check_installed("cpu")
+    with register.installed("cpu"):
+        register.check_installed("cpu")
+    with pytest.raises(HyLoError):
+        register.check_installed("cpu")
 
 
 def test_what_is_not_needed_stays(made_up):

@@ -331,7 +331,7 @@ def test_bad_configs_are_refused():
 
 @pytest.mark.parametrize("first", ["hylo_megatron", "transformers"])
 def test_import_registers(first, tmp_path):
-    model_of(("mla", "gdn")).save_pretrained(tmp_path)
+    tiny_config().save_pretrained(tmp_path)
     code = f"""
 import sys
 import {first}
