@@ -95,12 +95,12 @@ def stage_halves(run: PlannedRun, layers: range) -> list[Half]:
     """Return mixer and MLP of each layer in turn.
 
     In a layer-wise kind of stage each mixer reads the teacher's hidden state, and both outputs are compared with the
-    teacher's. The comparison frees both tensors before the MLP's backward pass, except in a pipeline, where the
-    schedule keeps the teacher's.
+    teacher's. Before the MLP's backward pass the comparisons have freed the MLP's output and the teacher's two states;
+    in a pipeline the schedule keeps the teacher's.
     """
     halves, at, copied = [], run.share, run.train == "all"
     hidden = at.outer(run.student.hidden_size)
-    freed = hidden * (2 if run.layout.pp == 1 else 1)
+    freed = hidden * (3 if run.layout.pp == 1 else 1)
     for layer in layers:
         mixer, rest = mixer_bytes(run.student.plan[layer], run.student, at), mlp(run.student, at, copied)
         if run.kind.layerwise:
