@@ -1,6 +1,6 @@
 """``torchrun ... -m hylo_megatron.train --hylo-stage ild|distill --hylo-student CKPT --hylo-teacher CKPT --save OUT``
 
-megatron.training's own loop, with all its flags; this file only says which model, data and loss it runs.
+The loop is megatron.training's, with all its flags. This file says which model, data and loss it runs.
 """
 
 import copy
@@ -21,8 +21,9 @@ def model_provider(models: list, pre_process=True, post_process=True, vp_stage=N
     from megatron.training.arguments import core_transformer_config_from_args
 
     from hylo_megatron.config.pair import padded_rows
-    from hylo_megatron.distill.arguments import kl_settings, run_architecture
-    from hylo_megatron.distill.model import DistillModel, DistillSettings
+    from hylo_megatron.distill.arguments import run_architecture
+    from hylo_megatron.distill.model import DistillModel
+    from hylo_megatron.distill.settings import DistillSettings
     from hylo_megatron.engine import peers
     from hylo_megatron.layers.load import load_weights
     from hylo_megatron.layers.model import UNFUSED, build_model, model_fields
@@ -47,17 +48,13 @@ def model_provider(models: list, pre_process=True, post_process=True, vp_stage=N
     student = build(student_arch)
     teacher = build(teacher_arch, recompute_granularity=None)
     load_weights(teacher.to(torch.cuda.current_device()), args.hylo_teacher)
-    settings = DistillSettings(
-        args.hylo_stage, args.hylo_train or ("mixers" if args.hylo_stage == "ild" else "all"),
-        not args.hylo_ild_raw_norms, args.hylo_ild_attention_weight, args.hylo_ild_hidden_weight, kl_settings(args),
-    )  # fmt: skip
-    model = DistillModel(student, teacher, student_arch, teacher_arch, settings)
+    model = DistillModel(student, teacher, student_arch, teacher_arch, DistillSettings.of(args))
     models.append(model)
     return model
 
 
 def write_companions(args) -> None:
-    """What makes the output folder a checkpoint like any other: the architecture and the tokenizer."""
+    """Write architecture and tokenizer to the output folder, so that it is a checkpoint like any other."""
     from hylo_megatron.distill.arguments import run_architecture
 
     source, target = Path(args.hylo_student), Path(args.save)
@@ -72,7 +69,7 @@ def write_companions(args) -> None:
 
 
 def wait_for_student(args) -> None:
-    """Returns when the student's checkpoint is complete; everything slow about starting is done by then."""
+    """Wait until the student's checkpoint is complete. Everything slow about starting is done before."""
     from hylo_megatron.checkpoint.iterations import trained_to
     from hylo_megatron.engine.waiting import check_still_trains
 
@@ -85,14 +82,14 @@ def wait_for_student(args) -> None:
 
 
 def parsed_arguments():
-    """Megatron's arguments. Raises ``HyLoError`` where Megatron asserts that two of them do not go together."""
+    """Return Megatron's arguments. Raises ``HyLoError`` where Megatron asserts that two of them contradict."""
     from megatron.training.arguments import core_transformer_config_from_args, parse_and_validate_args
 
     from hylo_megatron.distill.arguments import add_hylo_arguments
 
     try:
         args = parse_and_validate_args(extra_args_provider=add_hylo_arguments)
-        core_transformer_config_from_args(args)  # has checks of its own, which the models would meet later
+        core_transformer_config_from_args(args)  # has checks of its own, which would fail when models are built
     except (AssertionError, ValueError) as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         raise HyLoError(f"Megatron refuses these flags: {str(error) or where.line}") from error
@@ -109,15 +106,16 @@ def check_tokens(args) -> None:
 
 
 def save_room(args, arch: Architecture):
-    """Room for this training's checkpoints. Raises ``HyLoError`` on rank 0 when the first one cannot fit."""
+    """Return the room for this training's checkpoints. Raises ``HyLoError`` on rank 0 if the first one cannot fit."""
     from hylo_megatron.checkpoint.iterations import trained_to
     from hylo_megatron.checkpoint.save_room import SaveRoom, checkpoint_bytes
+    from hylo_megatron.distill.settings import DistillSettings
     from hylo_megatron.engine import peers
 
     if not args.save:
         return None
-    train = args.hylo_train or ("mixers" if args.hylo_stage == "ild" else "all")
-    need = checkpoint_bytes(arch, args.hylo_stage, train, args.bf16, not args.no_save_optim)
+    settings = DistillSettings.of(args)
+    need = checkpoint_bytes(arch, settings.kind, settings.train, args.bf16, not args.no_save_optim)
     room = SaveRoom(Path(args.save), need, peers.fail)
     steps = args.train_iters or 0
     if args.rank == 0 and steps and not trained_to(args.save, steps):

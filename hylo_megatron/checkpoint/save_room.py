@@ -10,9 +10,9 @@ from pathlib import Path
 
 from hylo_megatron.checkpoint import disk, iterations
 from hylo_megatron.config import Architecture
+from hylo_megatron.config.stages import StageKind
 from hylo_megatron.convert.shapes import hf_shapes
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.planner.weights import is_trained
 
 STATE_BYTES = 12  # of a trained parameter: the optimizer's main copy and two moments, in fp32
 ENTRY_BYTES = 2048  # of each tensor in a file, for torch's header around it
@@ -20,11 +20,11 @@ STALLED_SECONDS, LOOK_SECONDS = 30, 2
 CERTAIN = 0.9  # of a checkpoint: what has that size may be complete, and wait for its last step
 
 
-def checkpoint_bytes(arch: Architecture, stage: str, train: str, bf16: bool, optimizer: bool = True) -> int:
-    """Bytes of one checkpoint of a training on any layout. ``stage``: ild or distill; ``train``: all or mixers."""
-    total, trained, stored = 0, is_trained(stage, train), 0
+def checkpoint_bytes(arch: Architecture, kind: StageKind, train: str, bf16: bool, optimizer: bool = True) -> int:
+    """Bytes of one checkpoint of a training on any layout. ``train``: all or mixers."""
+    total = stored = 0
     for name, shape in hf_shapes(arch).items():
-        states = 3 if optimizer and trained(name) else 0
+        states = 3 if optimizer and kind.trains(name, train) else 0
         stored += 1 + states
         total += prod(shape) * ((2 if bf16 else 4) + STATE_BYTES // 3 * states)
     return total + ENTRY_BYTES * stored

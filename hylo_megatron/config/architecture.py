@@ -1,4 +1,4 @@
-"""``Architecture``: everything that defines a model, teacher or hybrid; ``hylo.json`` beside each checkpoint."""
+"""``Architecture``: everything that defines a model, Transformer or hybrid; ``hylo.json`` of each checkpoint."""
 
 import os
 from dataclasses import asdict, dataclass, field, replace
@@ -9,11 +9,12 @@ from pydantic import ConfigDict, Field
 from typing_extensions import TypedDict
 
 from hylo_megatron.config.geometry import Geometry
+from hylo_megatron.config.plan import Plan
 from hylo_megatron.config.rope import checked_rope
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.files import write_json
 from hylo_megatron.json_file import Dimension, Positive, check, read_json
-from hylo_megatron.mixers import LINEAR, MIXERS
+from hylo_megatron.mixers import MIXERS
 
 FILE_NAME = "hylo.json"
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -21,7 +22,7 @@ ADVICE = "expected a file that convert_hf_to_megatron.py, upcycle.py or training
 
 
 class Extra(TypedDict, total=False):
-    """What belongs to a model and not to its computation; other keys are carried along."""
+    """Entries that belong to a model and not to its computation. Other keys are kept as they are."""
 
     __pydantic_config__ = ConfigDict(extra="allow")
 
@@ -35,10 +36,10 @@ class Extra(TypedDict, total=False):
 class Architecture:
     """A pre-norm decoder with SwiGLU MLPs whose token mixers follow ``plan``.
 
-    ``rope_parameters`` is transformers' dictionary (``rope_type``, ``rope_theta``, scaling fields).
-    ``geometry`` is set when the plan has mixers other than ``attention``. ``qk_norm``: per-head RMSNorm on queries
-    and keys of attention (Qwen3); ``mla_qk_norm``: the same in MLA layers. ``extra`` is carried along untouched (token
-    ids, the layer norms that ILD divides by).
+    ``rope_parameters`` is transformers' dictionary (``rope_type``, ``rope_theta``, scaling fields). ``geometry`` is
+    set when the plan has mixers other than ``attention``. ``qk_norm`` is a per-head RMSNorm on queries and keys of
+    attention (Qwen3), ``mla_qk_norm`` the same in MLA layers. ``extra`` is kept as it is: token ids, and the norms of
+    the teacher's layers that ILD divides by.
     """
 
     __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
@@ -61,24 +62,27 @@ class Architecture:
     geometry: Geometry | None = None
     extra: Extra = field(default_factory=dict)
 
+    def __post_init__(self):
+        object.__setattr__(self, "plan", Plan(self.plan))  # files and transformers have a list
+
     @property
     def num_layers(self) -> int:
         return len(self.plan)
 
     @property
     def is_hybrid(self) -> bool:
-        return any(kind != "attention" for kind in self.plan)
+        return self.plan.is_hybrid
 
     @property
     def linear_kind(self) -> str:
-        """The linear mixer of the plan, the registry's last where there are several."""
-        return next((name for name in reversed(LINEAR) if name in self.plan), LINEAR[0])
+        return self.plan.linear_kind
 
     def as_teacher(self) -> "Architecture":
-        return replace(self, plan=("attention",) * self.num_layers, geometry=None)
+        """Return the architecture of a base model with the same sizes."""
+        return replace(self, plan=Plan.transformer(self.num_layers), geometry=None)
 
     def kv_bytes_per_token(self, bytes_per_value: int = 2) -> int:
-        """Bytes that one more token adds to the cache (states of fixed size not counted)."""
+        """Bytes that one more token adds to the cache. States of fixed size are not counted."""
         per_kind = {"attention": 2 * self.num_key_value_heads * self.head_dim}
         if self.geometry:
             per_kind["mla"] = self.geometry.mla.kv_lora_rank + self.geometry.mla.qk_rope_head_dim
@@ -91,7 +95,10 @@ class Architecture:
 
     @classmethod
     def from_dict(cls, values: dict, where: str = FILE_NAME) -> "Architecture":
-        """``where``: what to call ``values`` in a refusal. Raises ``HyLoError`` for what no model can be built of."""
+        """Return the architecture that ``values`` describe; ``where`` is their name in a refusal.
+
+        Raises ``HyLoError`` if no model can be built of them.
+        """
         arch = check(values, cls, where, ADVICE)
         # Checkpoints of earlier versions may lack the length that YaRN starts from.
         rope = checked_rope(arch.rope_parameters, arch.max_position_embeddings, f"{where}: rope_parameters")
@@ -113,7 +120,7 @@ class Architecture:
 
 
 def misfit(arch: Architecture) -> str | None:
-    """Which fields contradict one another."""
+    """Return which fields contradict one another, or None."""
     if not arch.plan:
         return "plan has no layers"
     if arch.is_hybrid != (arch.geometry is not None):
@@ -135,7 +142,10 @@ def misfit(arch: Architecture) -> str | None:
     for many, count, few, divisor in shared:
         if count % divisor:
             return f"{many} is {count}, expected a multiple of {few} ({divisor})"
-    pairs = [("head_dim", arch.head_dim)] + ([("mla.qk_rope_head_dim", arch.geometry.mla.qk_rope_head_dim)]
-                                             if "mla" in arch.plan else [])  # fmt: skip
-    return next((f"{name} is {size}, expected an even number: rotary embeddings turn pairs"
-                 for name, size in pairs if size % 2), None)  # fmt: skip
+    rotated = {"head_dim": arch.head_dim}
+    if "mla" in arch.plan:
+        rotated["mla.qk_rope_head_dim"] = arch.geometry.mla.qk_rope_head_dim
+    for name, size in rotated.items():
+        if size % 2:
+            return f"{name} is {size}, expected an even number: rotary embeddings turn pairs"
+    return None

@@ -1,4 +1,4 @@
-"""Whether models fit a parallel layout, and which layouts near it do: found out before any process starts to work."""
+"""Check that models fit a parallel layout, and name layouts near it that they fit, before any process starts."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -9,9 +9,9 @@ from hylo_megatron.errors import HyLoError
 from hylo_megatron.mixers import LINEAR, MIXERS
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ParallelLayout:
-    """Sizes as Megatron's flags give them. ``linear_cp``: ``--hylo-linear-cp``."""
+    """How the ranks of one copy of the model share it. ``linear_cp`` is ``--hylo-linear-cp``."""
 
     tp: int = 1
     pp: int = 1
@@ -24,13 +24,17 @@ class ParallelLayout:
 
     @property
     def ranks(self) -> int:
-        """Of one copy of the model."""
         return self.tp * self.pp * self.cp
 
+    def flags(self) -> list[str]:
+        """Megatron's flags for the sizes."""
+        sizes = ["--tensor-model-parallel-size", str(self.tp), "--pipeline-model-parallel-size", str(self.pp)]
+        return sizes + (["--context-parallel-size", str(self.cp)] if self.cp > 1 else [])
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class Work:
-    """What a layout has to share out; zero: not known, not checked."""
+    """What a layout has to divide among its ranks. Zero means: not known, not checked."""
 
     processes: int = 0
     seq_length: int = 0
@@ -38,14 +42,19 @@ class Work:
     global_batch: int = 0
 
 
+NO_WORK = Work()
+
+
 def passes_states(choice: str, heads: int, tp: int, cp: int) -> bool:
-    """Whether a linear block of ``heads`` passes states between context-parallel ranks; the engine's all-to-all deals
-    out its heads instead. ``choice``: ``--hylo-linear-cp``."""
+    """Return whether a linear block of ``heads`` passes states between context-parallel ranks.
+
+    Otherwise megatron's all-to-all distributes the heads. ``choice`` is ``--hylo-linear-cp``.
+    """
     return cp > 1 and (choice == "states" or (choice == "auto" and heads % (tp * cp) != 0))
 
 
 def _heads(arch: Architecture, at: ParallelLayout) -> Iterable[tuple[str, int, str, int]]:
-    """``(what, how many, by which sizes, how many ranks share them)``."""
+    """Yield ``(what, how many, the sizes that divide them, how many ranks that makes)``."""
     yield "attention heads", arch.num_attention_heads, "TP", at.tp
     if "attention" in arch.plan:
         yield "key-value heads", arch.num_key_value_heads, "TP", at.tp
@@ -53,12 +62,12 @@ def _heads(arch: Architecture, at: ParallelLayout) -> Iterable[tuple[str, int, s
         if name in arch.plan:
             title, field = MIXERS[name].heads
             count = getattr(MIXERS[name].dimensions(arch.geometry), field)
-            dealt = at.cp > 1 and not passes_states(at.linear_cp, count, at.tp, at.cp)
-            yield title, count, "TP x CP" if dealt else "TP", at.tp * (at.cp if dealt else 1)
+            distributed = at.cp > 1 and not passes_states(at.linear_cp, count, at.tp, at.cp)
+            yield title, count, "TP x CP" if distributed else "TP", at.tp * (at.cp if distributed else 1)
 
 
-def misfits(arch: Architecture, at: ParallelLayout, work: Work = Work()) -> list[str]:  # noqa: B008
-    """Why ``arch`` does not fit; empty if it does."""
+def misfits(arch: Architecture, at: ParallelLayout, work: Work = NO_WORK) -> list[str]:
+    """Return the reasons why ``arch`` does not fit."""
     found = []
     for what, count, sizes, ranks in _heads(arch, at):
         if count % ranks:
@@ -68,7 +77,7 @@ def misfits(arch: Architecture, at: ParallelLayout, work: Work = Work()) -> list
         found.append(f"PP = {at.pp} stages for {arch.num_layers} layers")
     chunks = 2 * at.cp if at.cp > 1 else 1
     if work.seq_length % chunks:
-        found.append(f"sequences of {work.seq_length} do not divide into 2 x CP = {chunks} stretches")
+        found.append(f"sequences of {work.seq_length} do not divide into 2 x CP = {chunks} chunks")
     elif at.sequence_parallel and (work.seq_length // at.cp) % at.tp:
         found.append(
             f"{work.seq_length // at.cp} tokens of a rank do not divide by TP = {at.tp} (--sequence-parallel)"
@@ -78,7 +87,7 @@ def misfits(arch: Architecture, at: ParallelLayout, work: Work = Work()) -> list
     elif work.processes and work.global_batch:
         together = work.micro_batch * (work.processes // at.ranks)
         if work.global_batch % together:
-            found.append(f"a global batch of {work.global_batch} does not divide by micro batch x DP = {together}")
+            found.append(f"a global batch of {work.global_batch} does not divide by micro-batch x DP = {together}")
     return found
 
 
@@ -87,7 +96,7 @@ def _sizes(processes: int) -> list[int]:
 
 
 def nearest(models: dict[str, Architecture], at: ParallelLayout, work: Work, count: int = 3) -> list[ParallelLayout]:
-    """Layouts of as many processes that every model fits, those first that change the sizes least."""
+    """Return layouts of the same number of processes that every model fits; the smallest change of sizes first."""
     sizes = _sizes(work.processes or at.ranks)
     candidates = [replace(at, tp=tp, pp=pp, cp=cp) for tp in sizes for pp in sizes for cp in sizes]
     fits = [c for c in candidates if not any(misfits(arch, c, work) for arch in models.values())]
@@ -98,17 +107,17 @@ def nearest(models: dict[str, Architecture], at: ParallelLayout, work: Work, cou
     return sorted(fits, key=distance)[:count]
 
 
-def check_parallel_layout(models: dict[str, Architecture], at: ParallelLayout, work: Work = Work()) -> None:  # noqa: B008
-    """Raises ``HyLoError`` with every reason, and layouts that would work. ``models``: by what a user calls them."""
+def check_parallel_layout(models: dict[str, Architecture], at: ParallelLayout, work: Work = NO_WORK) -> None:
+    """Raise ``HyLoError`` with every reason and with layouts that fit. ``models``: by the names that a user knows."""
     reasons = [f"{name}: {reason}" for name, arch in models.items() for reason in misfits(arch, at, work)]
     if not reasons:
         return
     reasons = list(dict.fromkeys(reasons))
     others = "; ".join(map(str, nearest(models, at, work)))
-    remedy = f"nearest layouts that fit: {others}" if others else "no layout of so many processes fits"
+    remedy = f"nearest layouts that fit: {others}" if others else "no layout of this many processes fits"
     raise HyLoError(f"{at} does not fit: {'; '.join(reasons)}. {remedy}")
 
 
 def check_layout(arch: Architecture, tp: int = 1, pp: int = 1, cp: int = 1, linear_cp: str = "auto") -> None:
-    """``check_parallel_layout`` of one model."""
-    check_parallel_layout({"model": arch}, ParallelLayout(tp, pp, cp, linear_cp=linear_cp))
+    """Raise ``HyLoError`` if one model does not fit."""
+    check_parallel_layout({"model": arch}, ParallelLayout(tp=tp, pp=pp, cp=cp, linear_cp=linear_cp))

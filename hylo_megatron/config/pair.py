@@ -1,22 +1,23 @@
-"""Whether a teacher can teach a student; no torch in here."""
+"""Check that a teacher can teach a student. No torch in here."""
 
 from pathlib import Path
 
 from hylo_megatron.config import Architecture
+from hylo_megatron.config.stages import StageKind
 from hylo_megatron.convert.tokenizer_files import check_rows, has_tokenizer, tokenizer_identity
 from hylo_megatron.errors import HyLoError
 
 
 def padded_rows(student: Architecture, teacher: Architecture, tp: int) -> int:
-    """Vocabulary rows of both heads: shards of student and teacher have to be of the same tokens."""
+    """Return the number of rows of both heads: a rank's shards of both have to hold the same tokens."""
     return -(-max(student.vocab_size, teacher.vocab_size) // tp) * tp
 
 
 def check_vocabularies(student: Architecture, teacher: Architecture, folders: tuple[Path, Path]) -> None:
-    """Raises ``HyLoError`` when the two do not have the same tokens. ``folders``: of their tokenizers.
+    """Raise ``HyLoError`` if student and teacher do not have the same tokens. ``folders`` hold their tokenizers.
 
-    Sizes may differ by padding: Qwen2.5's models have 151,936 or 152,064 rows for one tokenizer. Folders without a
-    tokenizer pass if the sizes are equal.
+    The numbers of rows may differ by padding: Qwen2.5's models have 151,936 or 152,064 rows for one tokenizer. Folders
+    without a tokenizer pass if the numbers are equal.
     """
     rows = (student.vocab_size, teacher.vocab_size)
     if not all(map(has_tokenizer, folders)):
@@ -38,18 +39,19 @@ def _differ(rows: tuple[int, int], why: str) -> str:
     )
 
 
-def check_teacher(student: Architecture, teacher: Architecture, stage: str) -> None:
-    """Raises ``HyLoError`` when a model of this shape cannot teach this student in this stage."""
+def check_teacher(student: Architecture, teacher: Architecture, kind: StageKind) -> None:
+    """Raise ``HyLoError`` if a model of this shape cannot teach the student in this kind of stage."""
     if teacher.is_hybrid:
         raise HyLoError("--hylo-teacher: expected a Transformer checkpoint (convert_hf_to_megatron.py)")
-    if stage == "ild" and (teacher.num_layers, teacher.hidden_size) != (student.num_layers, student.hidden_size):
+    same = (teacher.num_layers, teacher.hidden_size) == (student.num_layers, student.hidden_size)
+    if kind.layerwise and not same:
         raise HyLoError(
-            f"--hylo-stage ild compares layer by layer: the teacher must be the base model"
+            f"--hylo-stage {kind.name} compares layer by layer: the teacher must be the base model"
             f" ({student.num_layers} layers of {student.hidden_size}); another one can teach in --hylo-stage distill"
         )
 
 
-def check_pair(student: Architecture, teacher: Architecture, stage: str, folders: tuple[Path, Path]) -> None:
-    """``check_teacher``, and the vocabularies. ``folders``: of both."""
-    check_teacher(student, teacher, stage)
+def check_pair(student: Architecture, teacher: Architecture, kind: StageKind, folders: tuple[Path, Path]) -> None:
+    """Check shapes and vocabularies of the two checkpoints in ``folders``. Raises ``HyLoError``."""
+    check_teacher(student, teacher, kind)
     check_vocabularies(student, teacher, tuple(folder / "hf" for folder in folders))

@@ -1,7 +1,8 @@
-"""Layer plans: which base layer becomes which mixer.
+"""``Plan``: which base layer becomes which mixer.
 
-A plan is a tuple with one of ``attention``, ``mla``, ``gdn``, ``mamba2`` per base layer. Megatron's ``HybridModel``
-takes a string instead, two symbols a layer (mixer, MLP) and ``|`` between pipeline stages; it is made here.
+Files list a plan (``hylo.json``: "plan"; ``config.json``: "mixers"). Users name it (4MLA12GDN) or give the numbers of
+its MLA layers. Megatron's ``HybridModel`` takes a pattern: two symbols a layer (mixer, MLP) and ``|`` between pipeline
+stages.
 """
 
 import re
@@ -10,8 +11,8 @@ from hylo_megatron.errors import HyLoError
 from hylo_megatron.mixers import LINEAR, MIXERS
 
 _LINEAR_NAMES = {short: name for name in LINEAR for short in (MIXERS[name].short, *MIXERS[name].aliases)}
-
 _NUMBER = "([0-9]{1,6})"
+_PLAN_NAME = re.compile(f"{_NUMBER}MLA{_NUMBER}([A-Za-z][A-Za-z0-9]*)")
 
 # Where the method's paper puts its MLA layers (hybrids named KMLA(L-K)X): by (number of layers, number of MLA layers).
 PUBLISHED_MLA_LAYERS = {
@@ -22,9 +23,94 @@ PUBLISHED_MLA_LAYERS = {
 }
 
 
+class Plan(tuple[str, ...]):
+    """The mixer of every base layer, by its name in the registry: a tuple of ``attention``, ``mla``, ``gdn``, ..."""
+
+    __slots__ = ()
+
+    @classmethod
+    def parse(cls, num_layers: int, text: str, linear: str | None = None) -> "Plan":
+        """Read ``1,5,10,14`` | ``uniform:K`` | ``all`` | ``none`` | a plan's name such as ``4MLA12GDN``.
+
+        ``linear`` is the mixer of the layers that are not MLA (default: gdn). A plan's name says which mixer that is.
+        A name puts the MLA layers where the paper lists that split; on every other layer from 0 when half of the
+        layers are MLA; else uniformly. Raises ``HyLoError`` for what does not fit.
+        """
+        if match := _PLAN_NAME.fullmatch(text):
+            layers, linear = _named_layers(match, num_layers, linear)
+        else:
+            layers = _mla_layers(text, num_layers)
+        linear = linear or LINEAR[0]
+        if linear not in LINEAR:
+            raise HyLoError(f"--linear {linear!r}: expected one of {', '.join(LINEAR)}")
+        return cls("mla" if layer in layers else linear for layer in range(num_layers))
+
+    @classmethod
+    def transformer(cls, num_layers: int) -> "Plan":
+        """The plan of a base model."""
+        return cls(("attention",) * num_layers)
+
+    @property
+    def name(self) -> str:
+        """``4MLA12GDN`` for a hybrid, ``30ATT`` for a Transformer."""
+        return "".join(f"{self.count(kind)}{entry.short}" for kind, entry in MIXERS.items() if kind in self)
+
+    @property
+    def is_hybrid(self) -> bool:
+        return any(kind != "attention" for kind in self)
+
+    @property
+    def linear_kind(self) -> str:
+        """The linear mixer of the plan; the registry's last where the plan has several."""
+        return next((kind for kind in reversed(LINEAR) if kind in self), LINEAR[0])
+
+    def stages(self, pipeline_stages: int) -> list[range]:
+        """Layers of each pipeline stage. Earlier stages get the odd layers: the last one also has head and loss."""
+        if pipeline_stages > len(self):
+            raise HyLoError(
+                f"--pipeline-model-parallel-size {pipeline_stages}: expected at most {len(self)},"
+                f" since the model has {len(self)} layers"
+            )
+        base, extra = divmod(len(self), pipeline_stages)
+        starts = [stage * base + min(stage, extra) for stage in range(pipeline_stages + 1)]
+        return [range(start, stop) for start, stop in zip(starts, starts[1:], strict=False)]
+
+    def pattern(self, pipeline_stages: int = 1) -> str:
+        """Pattern of Megatron's ``HybridModel`` for a number of pipeline stages.
+
+        A pattern is never stored: at pipeline size 1 Megatron would build only the layers before the first ``|``, and
+        say nothing.
+        """
+        symbols = [MIXERS[kind].symbol + "-" for kind in self]
+        return "|".join("".join(symbols[layer] for layer in layers) for layers in self.stages(pipeline_stages))
+
+
+def linear_of_name(text: str) -> str | None:
+    """The linear mixer that a plan's name such as ``4MLA12M2`` states; None for any other text."""
+    match = _PLAN_NAME.fullmatch(text)
+    return _LINEAR_NAMES.get(match[3].upper()) if match else None
+
+
 def uniform_layers(num_layers: int, count: int) -> tuple[int, ...]:
-    """``count`` layers spread evenly over ``num_layers``, each in the middle of its stretch."""
+    """``count`` layers spread evenly over ``num_layers``, each in the middle of its share."""
     return tuple(int((i + 0.5) * num_layers / count) for i in range(count))
+
+
+def _named_layers(match: re.Match, num_layers: int, linear: str | None) -> tuple[tuple[int, ...], str]:
+    """Return the MLA layers and the linear mixer of a plan's name."""
+    text, count, rest, kind = match[0], int(match[1]), int(match[2]), match[3].upper()
+    if kind not in _LINEAR_NAMES:
+        known = " or ".join(MIXERS[name].short for name in LINEAR)
+        raise HyLoError(f"plan {text}: unknown linear kind {match[3]!r}, expected {known}")
+    if count + rest != num_layers:
+        raise HyLoError(f"plan {text} has {count + rest} layers; the base model has {num_layers}")
+    if linear not in (None, _LINEAR_NAMES[kind]):
+        raise HyLoError(f"plan {text} and --linear {linear} contradict each other: leave one out")
+    if 2 * count == num_layers:
+        layers = tuple(range(0, num_layers, 2))
+    else:
+        layers = PUBLISHED_MLA_LAYERS.get((num_layers, count)) or uniform_layers(num_layers, count)
+    return layers, _LINEAR_NAMES[kind]
 
 
 def _mla_layers(text: str, num_layers: int) -> tuple[int, ...]:
@@ -52,57 +138,3 @@ def _mla_layers(text: str, num_layers: int) -> tuple[int, ...]:
 def _shown(value: object, limit: int = 60) -> str:
     text = repr(value)
     return text if len(text) <= limit else text[:limit] + "..."
-
-
-def parse_plan(num_layers: int, mla_layers: str, linear: str | None = None) -> tuple[str, ...]:
-    """Plan from ``1,5,10,14`` | ``uniform:K`` | ``all`` | ``none`` | a name such as ``4MLA12GDN``.
-
-    ``linear``: what the other layers are, gdn if not said. A name says it itself; its MLA layers are the paper's
-    where it lists that split, else uniform, and every other layer from 0 when half of them are MLA (as published).
-    Raises ``HyLoError`` when it does not fit.
-    """
-    if match := re.fullmatch(f"{_NUMBER}MLA{_NUMBER}([A-Za-z][A-Za-z0-9]*)", mla_layers):
-        count, rest, kind = int(match[1]), int(match[2]), match[3].upper()
-        if kind not in _LINEAR_NAMES:
-            known = " or ".join(MIXERS[name].short for name in LINEAR)
-            raise HyLoError(f"plan {mla_layers}: unknown linear kind {match[3]!r}, expected {known}")
-        if count + rest != num_layers:
-            raise HyLoError(f"plan {mla_layers} has {count + rest} layers; the base model has {num_layers}")
-        if linear not in (None, _LINEAR_NAMES[kind]):
-            raise HyLoError(f"plan {mla_layers} and --linear {linear} say different things: leave one out")
-        linear = _LINEAR_NAMES[kind]
-        if 2 * count == num_layers:
-            layers = tuple(range(0, num_layers, 2))
-        else:
-            layers = PUBLISHED_MLA_LAYERS.get((num_layers, count)) or uniform_layers(num_layers, count)
-    else:
-        layers = _mla_layers(mla_layers, num_layers)
-    linear = linear or LINEAR[0]
-    if linear not in LINEAR:
-        raise HyLoError(f"--linear {linear!r}: expected one of {', '.join(LINEAR)}")
-    return tuple("mla" if i in layers else linear for i in range(num_layers))
-
-
-def plan_name(plan: tuple[str, ...]) -> str:
-    """``4MLA12GDN`` for a hybrid, ``30ATT`` for a Transformer."""
-    return "".join(f"{plan.count(name)}{entry.short}" for name, entry in MIXERS.items() if name in plan)
-
-
-def megatron_pattern(plan: tuple[str, ...], pipeline_stages: int = 1) -> str:
-    """``HybridModel``'s pattern, its pipes made for the pipeline size at hand.
-
-    A pattern with pipes at pipeline size 1 would silently build only its first segment, so they are never stored.
-    Earlier stages get the odd layers, since the last one also has the head and the loss.
-    """
-    if pipeline_stages > len(plan):
-        raise HyLoError(
-            f"--pipeline-model-parallel-size {pipeline_stages}: the model has {len(plan)} layers; at most that many"
-        )
-    symbols = [MIXERS[kind].symbol + "-" for kind in plan]
-    base, extra = divmod(len(plan), pipeline_stages)
-    stages, start = [], 0
-    for stage in range(pipeline_stages):
-        size = base + (stage < extra)
-        stages.append("".join(symbols[start : start + size]))
-        start += size
-    return "|".join(stages)

@@ -1,4 +1,4 @@
-"""Rotary embeddings as transformers' dictionaries: the kinds that we compute, and their fields. No torch in here."""
+"""Rotary embeddings as transformers' dictionaries: the kinds that we compute and their fields. No torch in here."""
 
 import math
 from typing import Annotated, NotRequired
@@ -38,15 +38,15 @@ class _YaRN(_Linear):
 
 
 KINDS = {"default": _Default, "linear": _Linear, "llama3": _Llama3, "yarn": _YaRN}
-# Fields that transformers does not read: other names of what is there, and notes of those who made the file.
+# Fields that transformers does not read: other names of the same settings, and notes of the file's authors.
 _UNREAD = ("type", "finetuned", "original_max_position_embeddings")
 
 
 def fix_original_length(rope: dict, max_positions: int) -> dict:
-    """``rope`` with the length that its scaling starts from, and YaRN's factor, written out where they are left open.
+    """Return ``rope`` with the length that its scaling starts from, and with YaRN's factor, if these are left open.
 
-    transformers takes the model's maximum then. We write it down, because training on longer sequences raises the
-    maximum, and the frequencies must not move.
+    transformers would take the model's maximum length. We write that length down, because training on longer sequences
+    raises the maximum, and the frequencies must not change.
     """
     kind = rope.get("rope_type", rope.get("type"))
     if kind not in ("llama3", "yarn"):
@@ -59,7 +59,7 @@ def fix_original_length(rope: dict, max_positions: int) -> dict:
 
 
 def checked_rope(rope: dict, max_positions: int, where: str) -> dict:
-    """``rope`` with its original length fixed and only the fields that its kind reads.
+    """Return ``rope`` with its original length written out and with only the fields that its kind reads.
 
     Raises ``HyLoError`` for kinds that we do not compute, and for values that are missing, null, zero or unknown.
     """
@@ -86,10 +86,11 @@ def checked_rope(rope: dict, max_positions: int, where: str) -> dict:
 
 
 def same_at_any_width(rope: dict, head_dim: int) -> dict:
-    """``rope`` whose frequencies for every n-th pair of a head are those of a head with that many pairs.
+    """Return ``rope`` such that a narrower rotary part has every n-th frequency of a head of ``head_dim``.
 
-    YaRN alone needs a change: it rounds the ends of its ramp to whole pairs, so that an MLA layer, whose rotary part
-    is narrower than the head, would round elsewhere. The result names the rounded ends and rounds no more.
+    Only YaRN needs a change. It rounds the ends of its ramp to whole pairs, and for an MLA layer, whose rotary part is
+    narrower than the head, it would round to other frequencies. The result has the rounded ends and switches rounding
+    off.
     """
     if rope["rope_type"] != "yarn" or not rope.get("truncate", True):
         return rope

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from hylo_megatron.checkpoint.folder import FINITE, CheckpointReader, LazyTensor, write_checkpoint
-from hylo_megatron.config import Architecture, parse_plan, plan_name
+from hylo_megatron.config import Architecture, Plan
 from hylo_megatron.config.pair import check_vocabularies
 from hylo_megatron.convert.tables import mappings
 from hylo_megatron.convert.tokenizer_files import copy_companions
@@ -54,6 +54,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--linear", choices=LINEAR, help=f"default: {LINEAR[0]}, or the plan's name")
     parser.add_argument("--out", required=True)
     options = parser.parse_args(argv)
-    plan = parse_plan(Architecture.load(options.mla).num_layers, options.mla_layers, options.linear)
+    plan = Plan.parse(Architecture.load(options.mla).num_layers, options.mla_layers, options.linear)
     arch = assemble(options.mla, options.linear_student, plan, options.out)
-    print(f"{plan_name(arch.plan)} -> {options.out}")
+    print(f"{arch.plan.name} -> {options.out}")

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from hylo_megatron.checkpoint.folder import LazyTensor, check_empty, write_checkpoint
-from hylo_megatron.config import Architecture, geometry_preset, plan_name
+from hylo_megatron.config import Architecture, geometry_preset
 from hylo_megatron.convert.hf_folder import HFWeights, read_architecture
 from hylo_megatron.convert.self_check import check_frequencies, self_check, transformers_model
 from hylo_megatron.convert.tables import mappings
@@ -88,6 +88,6 @@ def main(argv: list[str] | None = None) -> None:
     start = time.time()
     arch = convert(options.hf, options.out, allow_nan=options.allow_nan, check=not options.no_self_check)
     print(
-        f"{arch.model_type} {plan_name(arch.plan)} -> {options.out}  "
+        f"{arch.model_type} {arch.plan.name} -> {options.out}  "
         f"{time.time() - start:.1f} s, peak memory {peak_memory_gib():.2f} GiB"
     )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hylo_megatron.checkpoint.folder import FINITE, CheckpointReader, whole_folder
-from hylo_megatron.config import Architecture, plan_name
+from hylo_megatron.config import Architecture
 from hylo_megatron.convert.hf_folder import save_tensors
 from hylo_megatron.convert.shapes import hf_shapes
 from hylo_megatron.convert.tables import mappings
@@ -102,7 +102,7 @@ def write_hybrid_config(arch: Architecture, folder: Path, dtype: torch.dtype) ->
     config.dtype = dtype
     config.architectures = ["HyLoForCausalLM"]
     config.save_pretrained(folder)
-    (folder / "README.md").write_text(README.format(plan=plan_name(arch.plan)))
+    (folder / "README.md").write_text(README.format(plan=arch.plan.name))
 
 
 def convert(checkpoint: str | Path, out: str | Path, dtype: torch.dtype | None = None,
@@ -138,4 +138,4 @@ def main(argv: list[str] | None = None) -> None:
     dtype = None if options.dtype == "keep" else getattr(torch, options.dtype)
     arch = convert(options.ckpt, options.out, dtype, options.allow_nan)
     seconds, memory = time.time() - start, peak_memory_gib()
-    print(f"{plan_name(arch.plan)} -> {options.out}  {seconds:.1f} s, peak memory {memory:.2f} GiB")
+    print(f"{arch.plan.name} -> {options.out}  {seconds:.1f} s, peak memory {memory:.2f} GiB")

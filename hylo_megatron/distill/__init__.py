@@ -1,3 +1,3 @@
-"""Distillation of the hybrid from its teacher: layer by layer (``ild``) and end to end (``distill``)."""
+"""Distillation of the hybrid from its teacher: model, losses, schedule and command line."""
 
 import hylo_megatron.engine.megatron_setup  # noqa: F401  before anything of megatron

@@ -8,23 +8,17 @@ import torch
 
 from hylo_megatron.config import Architecture
 from hylo_megatron.config.rope import checked_rope
-from hylo_megatron.distill.kl import KLSettings
-from hylo_megatron.flags import json_object, positive, size, weight
+from hylo_megatron.config.stages import STAGE_KINDS, TRAIN
+from hylo_megatron.distill.losses import LOSSES
+from hylo_megatron.flags import json_object, size, weight
 from hylo_megatron.json_file import Object, check
+from hylo_megatron.options import add_options
 
 
-def add_hylo_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    add = parser.add_argument_group("hylo").add_argument
-    add("--hylo-stage", choices=("ild", "distill"), required=True, help="layer by layer, or end to end")
+def _add_model_arguments(add) -> None:
     add("--hylo-student", required=True, help="student checkpoint to start from (upcycle.py or an earlier stage)")
     add(
         "--hylo-teacher", required=True, help="teacher checkpoint; for distill it may be wider or deeper than the base"
-    )
-    add(
-        "--hylo-train",
-        choices=("all", "mixers"),
-        default=None,
-        help="mixers: weights copied from the base stay frozen (default: mixers for ild, all for distill)",
     )
     add("--hylo-backend", choices=("local", "te"), default="local", help="torch layers, or TransformerEngine's")
     add(
@@ -34,59 +28,64 @@ def add_hylo_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         help="context parallelism of linear blocks: all-to-all over heads, or states passed from rank to rank"
         " (auto: a2a where the heads divide by the ranks)",
     )
-    add("--hylo-copied-lr-mult", type=weight, default=0.2, help="learning rate of copied weights, as a factor")
-    add("--hylo-decay-lr-mult", type=weight, default=5.0, help="learning rate of A_log and dt_bias, as a factor")
-    add("--hylo-kl-weight", type=weight, default=1.0)
-    add("--hylo-ce-weight", type=weight, default=0.0)
-    add("--hylo-temperature", type=positive, default=1.0)
-    add("--hylo-reverse-kl", action="store_true", help="KL(student || teacher), the paper's formula")
-    add("--hylo-teacher-length", type=size, help="positions below it learn from the teacher, the others from the text")
-    add(
-        "--hylo-ce-beyond-teacher",
-        type=weight,
-        default=1.0,
-        help="weight of cross-entropy beyond --hylo-teacher-length",
-    )
-    add(
-        "--hylo-answer-weight",
-        type=weight,
-        default=0.0,
-        help="cross-entropy of the answers in packed data (make_retrieval.py), as a share of a sample's tokens",
-    )
     add("--hylo-rope", type=json_object, help='change the student\'s rotary embedding, e.g. {"rope_theta": 4e5}')
     add(
         "--hylo-teacher-rope",
         type=json_object,
         help="the same for the teacher's, beyond the length it was trained for",
     )
+
+
+def _add_run_arguments(add) -> None:
     add(
         "--hylo-student-iteration",
         type=size,
         help="wait until --hylo-student holds this iteration: an earlier stage may still be training it",
     )
     add("--no-self-test", action="store_true", help="do not compare the GPU kernels with their references at start-up")
-    add("--hylo-kl-chunk", type=size, default=1024, help="tokens whose logits are in memory at once")
-    add("--hylo-ild-raw-norms", action="store_true", help="do not divide layer losses by the teacher's norms")
-    add("--hylo-ild-attention-weight", type=weight, default=1.0)
-    add("--hylo-ild-hidden-weight", type=weight, default=1.0)
     add("--hylo-keep-last", type=size, help="checkpoints to keep, the newest; older ones are deleted (default: all)")
     add("--hylo-log", help="JSON lines with the losses of every step (default: SAVE/train_log.jsonl)")
-    return parser  # fmt: skip
 
 
-def kl_settings(args) -> KLSettings:
-    return KLSettings(
-        args.hylo_kl_weight, args.hylo_ce_weight, args.hylo_temperature, args.hylo_reverse_kl, args.hylo_kl_chunk,
-        args.hylo_teacher_length, args.hylo_ce_beyond_teacher,
-    )  # fmt: skip
+def add_hylo_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the ``--hylo-*`` flags: those of the stage, of the models and of the run, and those of every loss."""
+    group = parser.add_argument_group("hylo")
+    add = group.add_argument
+    add(
+        "--hylo-stage",
+        choices=tuple(STAGE_KINDS),
+        required=True,
+        help=", ".join(f"{kind.name}: {kind.help}" for kind in STAGE_KINDS.values()),
+    )
+    _add_model_arguments(add)
+    add(
+        "--hylo-train",
+        choices=TRAIN,
+        help="mixers: weights copied from the base stay frozen"
+        f" (default: {', '.join(f'{kind.train} for {kind.name}' for kind in STAGE_KINDS.values())})",
+    )
+    add("--hylo-copied-lr-mult", type=weight, default=0.2, help="learning rate of copied weights, as a factor")
+    add("--hylo-decay-lr-mult", type=weight, default=5.0, help="learning rate of A_log and dt_bias, as a factor")
+    add("--hylo-loss", choices=tuple(LOSSES), help="what student and teacher are compared by (default: the stage's)")
+    for loss in LOSSES.values():
+        add_options(group, loss)
+    add(
+        "--hylo-answer-weight",
+        type=weight,
+        default=0.0,
+        help="cross-entropy of the answers in packed data (make_retrieval.py), as a share of a sample's tokens",
+    )
+    _add_run_arguments(add)
+    return parser
 
 
 def run_architecture(path: str, rope: dict | None = None, seq_length: int = 0) -> Architecture:
-    """A checkpoint's model as this run uses it: with the rotary embedding asked for, and room for its sequences."""
+    """Return a checkpoint's architecture as this run uses it: with its changes of the rotary embedding, and with a
+    maximum length of at least ``seq_length``."""
     arch, rope = Architecture.load(path), rope or {}
     where = "--hylo-rope, --hylo-teacher-rope"
     rope, kept = check(rope, Object, where), arch.rope_parameters
-    if rope.get("rope_type", kept.get("rope_type")) != kept.get("rope_type"):  # what scales one kind is not another's
+    if rope.get("rope_type", kept.get("rope_type")) != kept.get("rope_type"):  # each has scaling fields of its own
         kept = {"rope_theta": kept["rope_theta"]}
     # Scaling starts from the checkpoint's own maximum unless it says otherwise, never from this run's sequences.
     rope = checked_rope(kept | rope, arch.max_position_embeddings, where)
@@ -94,7 +93,7 @@ def run_architecture(path: str, rope: dict | None = None, seq_length: int = 0) -
 
 
 def engine_flags(arch: Architecture, tokenizer: Path) -> list[str]:
-    """Megatron flags that follow from the student and the machine; what the user writes comes later and wins."""
+    """Return Megatron flags that follow from the student and the machine. The user's flags come later and win."""
     flags = [
         "--num-layers", 2 * arch.num_layers, "--hidden-size", arch.hidden_size,
         "--ffn-hidden-size", arch.intermediate_size, "--num-attention-heads", arch.num_attention_heads,
@@ -109,7 +108,8 @@ def engine_flags(arch: Architecture, tokenizer: Path) -> list[str]:
         "--ckpt-format", "torch_dist", "--dataloader-type", "single", "--num-workers", 0, "--seed", 1234,
         "--adam-beta2", 0.95, "--clip-grad", 1.0, "--log-interval", 1, "--save-interval", 1000,
         "--eval-iters", 0, "--eval-interval", 1000000,
-        # Without it, the bf16 optimizer cannot save a model that also has fp32 parameters (optimizer.py:1165).
+        # Without the distributed optimizer, megatron cannot save a bf16 model that also has fp32 parameters
+        # (optimizer.py:1165).
         "--split", "100,0,0", "--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable",
     ]  # fmt: skip
     if not arch.tie_word_embeddings:

@@ -18,15 +18,15 @@ from hylo_megatron.data.packed_data import (
     PackedDataset,
     check_packed,
 )
+from hylo_megatron.distill.losses import Loss
 
-PARTS = {"ild": ("ild attention", "ild hidden"), "distill": ("loss", "kl", "ce")}
-LEARNT = "learnt"  # the share of positions that are in the loss
-NO_TOKENS = 1e-30  # beside any count of tokens it vanishes in fp32
+LEARNT = "learnt"  # in the log: the share of positions that the loss mask leaves in the loss
+NO_TOKENS = 1e-30  # divisor in place of zero tokens; in fp32 no count of tokens is changed by a number so small
 KEYS = ("tokens", "labels", "loss_mask", "position_ids", "answer_weight")
 
 
 def prefixes(args) -> list[str]:
-    """The dataset files that ``--data-path`` and its kin name, without blend weights."""
+    """Return the dataset files that ``--data-path`` and its like name, without the weights of a blend."""
     blends = [get_blend_from_list(p) for p in (args.data_path, args.train_data_path, args.valid_data_path) if p]
     return [prefix for names, _ in blends for prefix in names]
 
@@ -50,7 +50,8 @@ def dataset_config(args, packed: bool) -> BlendedMegatronDatasetConfig:
 
 
 def datasets(num_samples, vp_stage=None):
-    """Every rank builds the same datasets: all pipeline stages and tensor-parallel ranks read the same samples."""
+    """Build the datasets. Every rank builds the same ones: all pipeline stages and tensor-parallel ranks read the same
+    samples."""
     args = get_args()
     packed = check_packed(prefixes(args), args.seq_length)
     config = dataset_config(args, packed)
@@ -61,8 +62,11 @@ def datasets(num_samples, vp_stage=None):
 datasets.is_distributed = True
 
 
-def next_batch(iterator, *default) -> dict[str, torch.Tensor]:
-    """``KEYS``, each ``[B, S / cp]``, of this context-parallel rank. ``default``: as of ``next``."""
+def next_batch(iterator, *default) -> dict[str, torch.Tensor] | None:
+    """Return ``KEYS`` of the next micro-batch, each ``[B, S / cp]``: the part of this context-parallel rank.
+
+    ``default`` is what ``next`` returns at the end of the data; None is passed on.
+    """
     device = torch.cuda.current_device()
     sample = next(iterator, *default)
     if sample is None:
@@ -72,31 +76,34 @@ def next_batch(iterator, *default) -> dict[str, torch.Tensor]:
     return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=group) if group.size() > 1 else batch
 
 
-def loss_function(args, sequence_parallel: bool, batch: dict, output: torch.Tensor):
-    """Sums over this rank's tokens, their number, and what is logged: the engine divides by the global number."""
-    stage, mask = args.hylo_stage, batch["loss_mask"]
+def loss_function(loss: Loss, tp_group, batch: dict, output: torch.Tensor):
+    """Return the loss and the number of tokens, both of this rank, and what is logged.
+
+    The loss is a sum over tokens: megatron divides it by the number of tokens of all ranks. ``tp_group`` is given
+    where its ranks share the tokens of a layer-wise loss.
+    """
+    mask = batch["loss_mask"]
     count = mask.sum().to(torch.int)
-    parts = dict(zip(PARTS[stage], output.detach()[-len(PARTS[stage]) :].clone(), strict=True))
-    if stage == "ild" and sequence_parallel:
+    parts = dict(zip(loss.parts, output.detach()[-len(loss.parts) :].clone(), strict=True))
+    if tp_group is not None:
         for part in parts.values():
-            torch.distributed.all_reduce(part, group=parallel_state.get_tensor_model_parallel_group())
-    counts = dict.fromkeys(parts, count.float())
-    if args.hylo_teacher_length and "kl" in parts:  # a mean over the tokens that have a teacher
-        counts["kl"] = (mask * (batch["position_ids"] < args.hylo_teacher_length)).sum().float()
-    # A step without any token to learn counts as a loss of zero: Megatron divides the sum by the count.
+            torch.distributed.all_reduce(part, group=tp_group)
+    counts = loss.token_counts(mask, batch["position_ids"])
+    # A step without any token in the loss counts as a loss of zero: megatron divides the sum by the count.
     logged = {name: torch.stack([part, counts[name].clamp_min(NO_TOKENS)]) for name, part in parts.items()}
-    logged[LEARNT] = torch.stack([count.float(), torch.full_like(counts[next(iter(parts))], mask.numel())])
+    logged[LEARNT] = torch.stack([count, torch.full_like(count, mask.numel())]).float()
     return output[0].clone(), count, logged  # the pipeline frees what it gets here, and cannot free a view
 
 
 def learn(batch: dict, model, teacher_states: list | None = None):
-    """What ``forward_step`` returns, for a batch at hand and perhaps what the teacher made of it."""
+    """Return what ``forward_step`` returns, for a given micro-batch and, if the teacher has read it, its states."""
     output = model(
         batch["tokens"], batch["position_ids"], batch["labels"], batch["loss_mask"], batch.get("answer_weight"),
         teacher_states,
     )  # fmt: skip
-    sequence_parallel = get_attr_wrapped_model(model, "config").sequence_parallel
-    return output, partial(loss_function, get_args(), sequence_parallel, batch)
+    inner = get_attr_wrapped_model(model, "settings", return_model_obj=True)
+    loss, shared = inner.settings.loss, inner.config.sequence_parallel and inner.settings.loss.layerwise
+    return output, partial(loss_function, loss, inner.tp_group if shared else None, batch)
 
 
 def forward_step(iterator, model):

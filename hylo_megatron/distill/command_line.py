@@ -1,4 +1,4 @@
-"""The command line of training before anything starts: what it lacks is filled in, what cannot work is refused."""
+"""The command line of training before anything starts: add flags that follow from the student, refuse what fails."""
 
 import argparse
 import contextlib
@@ -10,18 +10,23 @@ from pathlib import Path
 from hylo_megatron.config import Architecture
 from hylo_megatron.config.layout import ParallelLayout, Work, check_parallel_layout
 from hylo_megatron.config.pair import check_pair
+from hylo_megatron.config.stages import STAGE_KINDS, stage_kind
 from hylo_megatron.distill.arguments import add_hylo_arguments, engine_flags, run_architecture
+from hylo_megatron.distill.losses import loss_class
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.flags import Parser, share, size, weight
 
 
 def async_flags() -> list[str]:
-    """The engine turns ``--async-save`` off without the first. Its default, nvidia-resiliency-ext, has another
-    writer, which nobody would see die; ``engine/checkpoint_writer.py`` watches this one."""
+    """Return the flags that ``--async-save`` needs.
+
+    megatron turns ``--async-save`` off without the first flag. The default of the second, nvidia-resiliency-ext, has a
+    writer of its own, whose death would go unnoticed; ``engine/checkpoint_writer.py`` watches the writer of ``mcore``.
+    """
     return ["--use-persistent-ckpt-worker", "--async-strategy", "mcore"]
 
 
-# Megatron takes any number; these are the ones that a training can be run with.
+# Megatron accepts any number. A training needs numbers within these limits.
 LIMITS = {
     size: ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size", "micro_batch_size",
            "global_batch_size", "seq_length", "train_iters", "save_interval", "log_interval"),
@@ -31,7 +36,7 @@ LIMITS = {
 
 
 def user_flags(user: list[str]) -> argparse.Namespace:
-    """``user`` as Megatron's parser and ours read it. Raises ``HyLoError`` for a flag or a value that they refuse."""
+    """Return ``user`` as parsed by Megatron and by us. Raises ``HyLoError`` for a flag or value that is refused."""
     from megatron.training.arguments import add_megatron_arguments
 
     parser = Parser(add_help=False, allow_abbrev=False)
@@ -44,13 +49,13 @@ def user_flags(user: list[str]) -> argparse.Namespace:
 
 
 def _data(known: argparse.Namespace) -> object:
-    """What says where tokens come from. Without any Megatron trains on made-up ones, and does not say so."""
+    """Return the flag that says where tokens come from, or None: Megatron would train on random tokens unasked."""
     names = ("data_path", "train_data_path", "data_args_path", "per_split_data_args_path")
     return next(filter(None, (getattr(known, name) for name in names)), known.mock_data or None)
 
 
 def _check_blends(known: argparse.Namespace) -> None:
-    """Megatron takes every other word of a blend for its weight, if all of these are numbers."""
+    """Refuse weights that cannot work. Megatron reads every other word as a weight if all of these are numbers."""
     for flag in ("data_path", "train_data_path", "valid_data_path", "test_data_path"):
         words = getattr(known, flag) or ()
         for word in words[::2] if len(words) % 2 == 0 else ():
@@ -63,7 +68,7 @@ def check_given(known: argparse.Namespace, user: list[str]) -> None:
     missing = {
         "--hylo-student": (known.hylo_student, "the student checkpoint made by upcycle.py"),
         "--hylo-teacher": (known.hylo_teacher, "the Transformer's checkpoint made by convert_hf_to_megatron.py"),
-        "--hylo-stage": (known.hylo_stage, "ild or distill"),
+        "--hylo-stage": (known.hylo_stage, " or ".join(STAGE_KINDS)),
         "--lr": (known.lr, "the peak learning rate"),
         "--seq-length": (known.seq_length, "tokens of a sequence"),
         "--micro-batch-size": (known.micro_batch_size, "sequences of a rank at once"),
@@ -90,23 +95,32 @@ def check_given(known: argparse.Namespace, user: list[str]) -> None:
 
 
 def check_models(known: argparse.Namespace, student: Architecture) -> None:
-    """Teacher, and the layout for both. Raises ``HyLoError``."""
+    """Raise ``HyLoError`` for a teacher that does not fit, or a layout that student or teacher does not fit."""
     teacher = Architecture.load(known.hylo_teacher)
-    check_pair(student, teacher, known.hylo_stage, (Path(known.hylo_student), Path(known.hylo_teacher)))
+    kind = stage_kind(known.hylo_stage)
+    check_pair(student, teacher, kind, (Path(known.hylo_student), Path(known.hylo_teacher)))
+    loss_class(kind, known.hylo_loss)
     virtual_stages = known.num_layers_per_virtual_pipeline_stage or known.num_virtual_stages_per_pipeline_rank
-    if known.hylo_stage == "ild" and virtual_stages:
-        raise HyLoError("--hylo-stage ild has a pipeline schedule of its own: leave virtual pipeline stages out")
+    if kind.layerwise and virtual_stages:
+        raise HyLoError(f"--hylo-stage {kind.name} has a pipeline schedule of its own: omit virtual pipeline stages")
     layout = ParallelLayout(
-        known.tensor_model_parallel_size, known.pipeline_model_parallel_size, known.context_parallel_size,
-        known.sequence_parallel, known.hylo_linear_cp,
-    )  # fmt: skip
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    work = Work(processes, known.seq_length, known.micro_batch_size, known.global_batch_size or 0)
+        tp=known.tensor_model_parallel_size,
+        pp=known.pipeline_model_parallel_size,
+        cp=known.context_parallel_size,
+        sequence_parallel=known.sequence_parallel,
+        linear_cp=known.hylo_linear_cp,
+    )
+    work = Work(
+        processes=int(os.environ.get("WORLD_SIZE", 1)),
+        seq_length=known.seq_length,
+        micro_batch=known.micro_batch_size,
+        global_batch=known.global_batch_size or 0,
+    )
     check_parallel_layout({"student": student, "teacher": teacher}, layout, work)
 
 
 def prepare_command_line() -> Architecture:
-    """Puts the student's flags in front of the user's in ``sys.argv``. Raises ``HyLoError`` before anything starts."""
+    """Put the student's flags in front of the user's in ``sys.argv``. Raises ``HyLoError`` before anything starts."""
     user = sys.argv[1:]
     if {"-h", "--help"} & set(user):
         ours = add_hylo_arguments(argparse.ArgumentParser(add_help=False))
@@ -119,7 +133,7 @@ def prepare_command_line() -> Architecture:
         raise HyLoError(f"--hylo-student {known.hylo_student} is a Transformer; run upcycle.py on it first")
     check_models(known, arch)
     flags = engine_flags(arch, Path(known.hylo_student) / "hf") + (async_flags() if known.async_save else [])
-    # A run resumes from its own folder when that holds a checkpoint, else it starts from the student's weights.
+    # A run resumes from --save if that folder holds a checkpoint, else it starts from the student's weights.
     flags += ["--pretrained-checkpoint", known.hylo_student]
     if known.save and "--load" not in user:
         flags += ["--load", known.save]

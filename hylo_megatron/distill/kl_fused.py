@@ -1,7 +1,7 @@
-"""One chunk of the hidden-state KL in two Triton kernels: logits are read twice, the gradient takes their place.
+"""One chunk of the forward KL in two Triton kernels: logits are read twice, and the gradient overwrites them.
 
-Same results as ``kl.torch_chunk`` (tested against it, on a CPU in Triton's interpreter). Legend: T tokens,
-N vocabulary rows of this rank.
+``head.torch_chunk`` is the reference; a test compares the two in Triton's interpreter. Legend: T tokens, N vocabulary
+rows of this rank.
 """
 
 import functools
@@ -19,7 +19,7 @@ def _kernels():
 
     @triton.jit
     def statistics(x_ptr, top_ptr, sum_ptr, stride, valid, BLOCK: tl.constexpr):
-        """Maximum of a row, and the sum of exp(x - maximum)."""
+        """Maximum of a row, and sum of exp(x - maximum)."""
         row = tl.program_id(0).to(tl.int64)
         top = tl.full((), -float("inf"), tl.float32)
         total = tl.zeros((), tl.float32)
@@ -35,7 +35,7 @@ def _kernels():
     @triton.jit
     def gradient(s_ptr, t_ptr, norm_s_ptr, norm_t_ptr, label_ptr, wk_ptr, wc_ptr, kl_ptr, value_ptr, stride_s,
                  stride_t, columns_all, valid, TAUGHT: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-        """Sums of p_t (log p_t - log p_s), and log p_s at the label; the gradient overwrites the student's logits."""
+        """Sum of p_t (log p_t - log p_s), and log p_s at the label. The gradient overwrites the student's logits."""
         row = tl.program_id(0).to(tl.int64)
         norm_s, label, wc = tl.load(norm_s_ptr + row), tl.load(label_ptr + row), tl.load(wc_ptr + row)
         kl, value = tl.zeros((), tl.float32), tl.zeros((), tl.float32)
@@ -60,13 +60,13 @@ def _kernels():
     return statistics, gradient
 
 
-def fits(h_TD: Tensor, s) -> bool:
-    """On a GPU, for the forward KL at temperature 1; other settings take the torch path."""
-    return h_TD.is_cuda and not s.reverse and s.temperature == 1.0
+def fits(h_TD: Tensor, loss) -> bool:
+    """Whether the kernels run: on a GPU, for the forward KL at temperature 1."""
+    return h_TD.is_cuda and not loss.reverse and loss.temperature == 1.0
 
 
 def _log_normaliser(logits_TN: Tensor, shard) -> Tensor:
-    """``logsumexp`` over the whole vocabulary, fp32 ``[T]``."""
+    """Return ``logsumexp`` over the whole vocabulary, fp32 ``[T]``."""
     statistics, _ = _kernels()
     top, total = (torch.empty(len(logits_TN), dtype=torch.float32, device=logits_TN.device) for _ in range(2))
     statistics[(len(logits_TN),)](logits_TN, top, total, logits_TN.stride(0), shard.valid, BLOCK=BLOCK, num_warps=8)
@@ -74,8 +74,8 @@ def _log_normaliser(logits_TN: Tensor, shard) -> Tensor:
     return highest + shard.sum(total * (top - highest).exp()).log()
 
 
-def chunk(student_TN: Tensor, teacher_TN: Tensor | None, labels_T, kl_weight_T, ce_weight_T, shard, s):
-    """As ``kl.torch_chunk``; the gradient is ``student_TN`` itself, overwritten."""
+def chunk(student_TN: Tensor, teacher_TN: Tensor | None, weights, shard, loss):
+    """Do what ``head.torch_chunk`` does. The gradient overwrites ``student_TN``."""
     _, gradient = _kernels()
     norm_s = _log_normaliser(student_TN, shard)
     taught = teacher_TN is not None
@@ -83,7 +83,7 @@ def chunk(student_TN: Tensor, teacher_TN: Tensor | None, labels_T, kl_weight_T, 
     teacher = teacher_TN if taught else student_TN
     kl, value = torch.empty_like(norm_s), torch.empty_like(norm_s)
     gradient[(len(student_TN),)](
-        student_TN, teacher, norm_s, norm_t, labels_T - shard.first, kl_weight_T, ce_weight_T, kl, value,
+        student_TN, teacher, norm_s, norm_t, weights.labels_T - shard.first, weights.kl_T, weights.ce_T, kl, value,
         student_TN.stride(0), teacher.stride(0), student_TN.shape[1], shard.valid, TAUGHT=taught, BLOCK=BLOCK,
         num_warps=8,
     )  # fmt: skip

@@ -1,7 +1,10 @@
-"""``DistillModel``: the student that megatron trains, with a frozen teacher that nobody but this class sees."""
+"""``DistillModel``: the student that megatron trains, with a frozen teacher that only this class sees.
+
+Legend: S sequence, B batch, D student width, C teacher width, L layers of this rank, P parts of a layer's loss,
+T tokens (``S * B``).
+"""
 
 import copy
-from dataclasses import dataclass, field
 
 import torch
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
@@ -9,67 +12,58 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from hylo_megatron.config import Architecture
-from hylo_megatron.distill.ild import HiddenStates, layer_losses
-from hylo_megatron.distill.kl import KLSettings, hidden_state_kl, token_weights
+from hylo_megatron.config.decisions import taught_length
+from hylo_megatron.distill.head import HeadInputs
+from hylo_megatron.distill.ild import HiddenStates
+from hylo_megatron.distill.payload import Payload
+from hylo_megatron.distill.settings import DistillSettings
 from hylo_megatron.layers.load import load_state, model_tensors
 
 
-@dataclass(frozen=True)
-class DistillSettings:
-    stage: str  # "ild" | "distill"
-    train: str = "all"  # "all" | "mixers": what is not copied from the base model
-    normalize_ild: bool = True
-    attention_weight: float = 1.0
-    hidden_weight: float = 1.0
-    kl: KLSettings = field(default_factory=KLSettings)
-
-
-def is_mixer_parameter(name: str) -> bool:
-    """Whether a parameter belongs to a new mixer (everything else was copied from the base model)."""
-    return ".self_attention." in name or ".mixer." in name
-
-
-def _reaches_recomputed_layers(module, inputs, embedded: Tensor) -> Tensor:
-    """Of a frozen embedding: the engine's checkpoint of activations needs inputs with gradients."""
+def _give_gradient(module, inputs, embedded: Tensor) -> Tensor:
+    """Let a frozen embedding's output require a gradient: megatron recomputes layers only if their input does."""
     return embedded.requires_grad_(torch.is_grad_enabled())
 
 
 class DistillModel(MegatronModule):
-    """Returns ``[loss, *parts]``; in ``distill``, on stages before the last, what the next one needs.
+    """Returns ``[loss, *parts]``, or on pipeline stages before the last the ``Payload`` for the next stage.
 
-    There student and teacher states travel as one tensor, ``[S, B, D + C]``. The engine sizes its messages by
-    ``config.hidden_size``, so this module's own config carries that sum. ``ild``: see teacher_fed.py.
+    In a layer-wise kind of stage every pipeline stage has its own loss; ``parallel/teacher_fed.py`` sends the
+    teacher's states from stage to stage.
     """
 
     def __init__(self, student, teacher, arch: Architecture, teacher_arch: Architecture, settings: DistillSettings):
+        payload = Payload(student_width=arch.hidden_size, teacher_width=teacher_arch.hidden_size)
         config = copy.copy(student.config)
-        config.hidden_size = teacher_arch.hidden_size + arch.hidden_size
+        config.hidden_size = payload.width
         super().__init__(config)
-        self.teacher_width = teacher_arch.hidden_size
-        self.vocab_size = min(arch.vocab_size, teacher_arch.vocab_size)  # beyond are rows that no token has
+        self.payload = payload
+        self.vocab_size = min(arch.vocab_size, teacher_arch.vocab_size)  # no token has the rows beyond
         self.student, self.settings, self.arch = student, settings, arch
-        # In a plain list: unseen by DDP, the optimizer and checkpoints.
+        # In a plain list, so that DDP, the optimizer and checkpoints do not find the teacher.
         self._frozen = [teacher.eval().requires_grad_(False)]
-        self._states = HiddenStates(teacher.decoder) if settings.stage == "ild" else None
         for name in ("pre_process", "post_process", "share_embeddings_and_output_weights", "model_type", "vp_stage",
                      "pg_collection"):  # fmt: skip
             setattr(self, name, getattr(student, name, None))
         self.tp_group, self.cp_group = student.pg_collection.tp, student.pg_collection.cp
-        first = student.decoder.layers[0].layer_number // 2
-        norms = torch.tensor(arch.extra.get("ild_norms", [[1.0, 1.0]] * arch.num_layers), dtype=torch.float32)
-        norms = norms if settings.normalize_ild else torch.ones_like(norms)
-        self.first_layer, count = first, len(student.decoder.layers) // 2
-        device = torch.cuda.current_device()
-        self.norms_L2 = norms[first : first + count].clamp_min(1e-6).to(device)
-        self.term_weights = torch.tensor([settings.attention_weight, settings.hidden_weight]).to(device)
-        # Of this rank since the log last took them. Added to in place: a CUDA graph replays the addition.
-        self.layer_sums, self.layer_tokens = torch.zeros_like(self.norms_L2), torch.zeros((), device=device)
         for name, parameter in student.named_parameters():
-            # No layer's loss reaches embedding, last norm and head: in ild, weight decay would be all they get.
-            reached = settings.stage == "distill" or ".layers." in name
-            parameter.requires_grad_(reached and (settings.train == "all" or is_mixer_parameter(name)))
+            parameter.requires_grad_(settings.kind.trains(name, settings.train))
         if self.pre_process and settings.train == "mixers":
-            student.embedding.register_forward_hook(_reaches_recomputed_layers)
+            student.embedding.register_forward_hook(_give_gradient)
+        if settings.kind.layerwise:
+            self._prepare_layers()
+
+    def _prepare_layers(self) -> None:
+        """Tensors of a layer-wise loss are made once, on the device: a CUDA graph reads and adds to them in place."""
+        loss, layers, device = self.settings.loss, self.student.decoder.layers, torch.cuda.current_device()
+        self._states = HiddenStates(self.teacher.decoder)
+        self.first_layer = layers[0].layer_number // 2
+        here = slice(self.first_layer, self.first_layer + len(layers) // 2)
+        norms_LP = torch.tensor(loss.norms(self.arch), dtype=torch.float32)
+        self.norms_LP = norms_LP[here].clamp_min(1e-6).to(device)
+        self.weights_P = torch.tensor(loss.weights).to(device)
+        self.layer_sums_LP = torch.zeros_like(self.norms_LP)  # since the log took them
+        self.layer_tokens = torch.zeros((), device=device)
 
     @property
     def teacher(self):
@@ -79,95 +73,98 @@ class DistillModel(MegatronModule):
         return self.student.shared_embedding_or_output_weight()
 
     def set_input_tensor(self, input_tensor):
-        x = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
-        if x is None:
+        packed = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+        if packed is None:
             return
-        width = self.arch.hidden_size
-        self.student.set_input_tensor(x[..., :width].contiguous())
-        self.teacher.set_input_tensor(x[..., width:].detach().contiguous())
+        student_SBD, teacher_SBC = self.payload.unpack(packed)
+        self.student.set_input_tensor(student_SBD)
+        self.teacher.set_input_tensor(teacher_SBC)
 
     @staticmethod
-    def _hidden(model, tokens, positions) -> Tensor:
-        """The model's hidden states on this stage; after its final norm on the last."""
+    def _hidden(model, tokens_BS: Tensor, positions_BS: Tensor) -> Tensor:
+        """Return the model's hidden states on this pipeline stage; on the last stage, after the final norm."""
         last, model.post_process = model.post_process, False
         try:
-            return model(tokens, positions, None)
+            return model(tokens_BS, positions_BS, None)
         finally:
             model.post_process = last
 
     def _taught(self, length: int) -> int:
-        """How many of the first tokens the teacher has to read. All of them where ranks or stages share sequences."""
-        limit = self.settings.kl.teacher_length
-        alone = self.cp_group.size() == 1 and self.config.pipeline_model_parallel_size == 1
-        return min(length, limit) if limit and alone and self.settings.stage == "distill" else length
-
-    def empty_hidden(self, batch: int, length: int) -> Tensor:
-        """Room for the teacher's hidden states of ``length`` tokens, as a stage sends them (``ild``)."""
-        length //= self.tp_group.size() if self.config.sequence_parallel else 1
-        device = torch.cuda.current_device()
-        return torch.empty(length, batch, self.teacher_width, dtype=self.config.pipeline_dtype, device=device)
-
-    @torch.no_grad()
-    def teach(self, tokens: Tensor, position_ids: Tensor, hidden: Tensor | None) -> tuple[list[Tensor], Tensor]:
-        """``ild``: what enters this stage's teacher layers and leaves each, and what leaves the stage.
-
-        ``tokens``, ``position_ids`` ``[B, S]``; ``hidden`` ``[S, B, C]``: what left the stage before.
-        """
-        if hidden is not None:
-            self.teacher.set_input_tensor(hidden)
-        out = self._hidden(self.teacher, tokens, position_ids)
-        return self._states.take(), out
+        shared = self.cp_group.size() > 1 or self.config.pipeline_model_parallel_size > 1
+        return taught_length(length, self.settings.loss.teacher_reads, shared)
 
     def forward(self, tokens: Tensor, position_ids: Tensor, labels: Tensor, loss_mask: Tensor,
                 answer_weight: Tensor | None = None, teacher_states: list | None = None) -> Tensor:  # fmt: skip
-        """All arguments ``[B, S]``; ``teacher_states``: from ``teach``, where that was called before (``ild``)."""
-        if self.settings.stage == "ild":
-            return self._forward_ild(teacher_states or self.teach(tokens, position_ids, None)[0], loss_mask)
+        """All tensors are ``[B, S]``; ``teacher_states`` are what ``teach`` returned, if it was called before."""
+        if self.settings.kind.layerwise:
+            return self._layer_loss(teacher_states or self.teach(tokens, position_ids, None)[0], loss_mask)
         taught = self._taught(tokens.shape[1])
         with torch.no_grad():
-            teacher_hidden = self._hidden(self.teacher, tokens[:, :taught], position_ids[:, :taught])
-        hidden = self._hidden(self.student, tokens, position_ids)
+            teacher_SBC = self._hidden(self.teacher, tokens[:, :taught], position_ids[:, :taught])
+        student_SBD = self._hidden(self.student, tokens, position_ids)
         if not self.post_process:
-            return torch.cat([hidden, teacher_hidden], -1)
-        weights = token_weights(self.settings.kl, position_ids, loss_mask.float(), answer_weight)
-        return self._head_loss(hidden, teacher_hidden, labels, loss_mask, *weights)
+            return self.payload.pack(student_SBD, teacher_SBC)
+        return self._head_loss(student_SBD, teacher_SBC, labels, loss_mask, position_ids, answer_weight)
 
-    def _forward_ild(self, teacher_states: list[Tensor], loss_mask: Tensor) -> Tensor:
-        mask_SB = loss_mask.T.float()
+    # ---- layer by layer ----
+
+    def empty_hidden(self, batch: int, length: int) -> Tensor:
+        """Return room for the hidden states ``[S, B, C]`` that the stage before sends for ``length`` tokens."""
+        length //= self.tp_group.size() if self.config.sequence_parallel else 1
+        shape = (length, batch, self.payload.teacher_width)
+        return torch.empty(shape, dtype=self.config.pipeline_dtype, device=torch.cuda.current_device())
+
+    @torch.no_grad()
+    def teach(self, tokens_BS: Tensor, positions_BS: Tensor, hidden_SBC: Tensor | None) -> tuple[list[Tensor], Tensor]:
+        """Return the states around this pipeline stage's teacher layers, and the state for the next stage.
+
+        ``hidden_SBC`` is what the stage before has sent.
+        """
+        if hidden_SBC is not None:
+            self.teacher.set_input_tensor(hidden_SBC)
+        out_SBC = self._hidden(self.teacher, tokens_BS, positions_BS)
+        return self._states.take(), out_SBC
+
+    def _layer_loss(self, teacher_states: list[Tensor], mask_BS: Tensor) -> Tensor:
+        mask_SB = mask_BS.T.float()
         if self.config.sequence_parallel:
             mask_SB = mask_SB.chunk(self.tp_group.size())[self.tp_group.rank()]
-        losses_L2 = layer_losses(self.student.decoder.layers, teacher_states, mask_SB, self.norms_L2)
-        self._collect(losses_L2, mask_SB)
-        loss = (losses_L2 * self.term_weights).sum()
-        return torch.stack([loss, *losses_L2.detach().sum(0)])
+        losses_LP = self.settings.loss(self.student.decoder.layers, teacher_states, mask_SB, self.norms_LP)
+        self._collect(losses_LP, mask_SB)
+        loss = (losses_LP * self.weights_P).sum()
+        return torch.stack([loss, *losses_LP.detach().sum(0)])
 
-    def _collect(self, losses_L2: Tensor, mask_SB: Tensor) -> None:
-        sums, tokens = losses_L2.detach().clone(), mask_SB.sum()
+    def _collect(self, losses_LP: Tensor, mask_SB: Tensor) -> None:
+        sums_LP, tokens = losses_LP.detach().clone(), mask_SB.sum()
         if self.config.sequence_parallel:
-            torch.distributed.all_reduce(sums, group=self.tp_group)
+            torch.distributed.all_reduce(sums_LP, group=self.tp_group)
             torch.distributed.all_reduce(tokens, group=self.tp_group)
-        self.layer_sums += sums
+        self.layer_sums_LP += sums_LP
         self.layer_tokens += tokens
 
     def take_layer_sums(self) -> tuple[Tensor, Tensor]:
-        """``[L, 2]`` and the number of tokens they are of; begins anew."""
-        taken = self.layer_sums.clone(), self.layer_tokens.clone()
-        self.layer_sums.zero_(), self.layer_tokens.zero_()
+        """Return the losses ``[L, P]`` summed since the last call, and the number of tokens they are sums over."""
+        taken = self.layer_sums_LP.clone(), self.layer_tokens.clone()
+        self.layer_sums_LP.zero_()
+        self.layer_tokens.zero_()
         return taken
 
-    def _head_loss(self, hidden: Tensor, teacher_hidden: Tensor, *per_token: Tensor) -> Tensor:
-        """``[loss, kl, ce]``; ``per_token``: labels, mask, kl weight and ce weight, each ``[B, S]``."""
+    # ---- end to end ----
+
+    def _head_loss(self, student_SBD: Tensor, teacher_SBC: Tensor, labels_BS: Tensor, mask_BS: Tensor,
+                   positions_BS: Tensor, answer_weight_BS: Tensor | None) -> Tensor:  # fmt: skip
         if self.config.sequence_parallel:
-            hidden, teacher_hidden = (
-                gather_from_sequence_parallel_region(x, group=self.tp_group) for x in (hidden, teacher_hidden)
+            student_SBD, teacher_SBC = (
+                gather_from_sequence_parallel_region(x, group=self.tp_group) for x in (student_SBD, teacher_SBC)
             )
-        labels_T, mask_T, kl_weight_T, ce_weight_T = (x.T.flatten() for x in per_token)
-        loss, kl, ce = hidden_state_kl(
-            hidden.flatten(0, 1), self._head(self.student), teacher_hidden.flatten(0, 1), self._head(self.teacher),
-            labels_T, mask_T.float(), kl_weight_T, ce_weight_T, self.vocab_size, self.tp_group,
-            reduce_input_grad=not self.config.sequence_parallel, settings=self.settings.kl,
+        inputs = HeadInputs(
+            h_TD=student_SBD.flatten(0, 1), head_ND=self._head(self.student),
+            t_TC=teacher_SBC.flatten(0, 1), teacher_head_NC=self._head(self.teacher),
+            labels_T=labels_BS.T.flatten(), mask_T=mask_BS.T.flatten(), position_T=positions_BS.T.flatten(),
+            answer_weight_T=None if answer_weight_BS is None else answer_weight_BS.T.flatten(),
+            vocab_size=self.vocab_size, group=self.tp_group, reduce_input_grad=not self.config.sequence_parallel,
         )  # fmt: skip
-        return torch.stack([loss, kl, ce])
+        return self.settings.loss(inputs)
 
     @staticmethod
     def _head(model) -> Tensor:
@@ -175,8 +172,10 @@ class DistillModel(MegatronModule):
             return model.shared_embedding_or_output_weight()
         return model.output_layer.weight
 
+    # ---- checkpoints ----
+
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
-        """The student's, under its own names: checkpoints of every stage look like a converted model."""
+        """Return the student's tensors under its own names: checkpoints of every stage look like a converted model."""
         return model_tensors(self.student.sharded_state_dict(prefix, sharded_offsets, metadata))
 
     def state_dict_for_save_checkpoint(self, prefix: str = "", keep_vars: bool = False):

@@ -1,6 +1,6 @@
 """Resume a training with another schedule: more steps, another learning rate.
 
-Megatron asserts that the schedule of a checkpoint is the one on the command line, and pairs the optimizer's parameter
+Megatron asserts that the schedule of a checkpoint is the one on the command line. It pairs the optimizer's parameter
 groups by their learning rates, so that a new ``--lr`` finds no group (``distrib_optimizer.py:970``).
 """
 
@@ -12,7 +12,7 @@ from megatron.core import dist_checkpointing
 
 from hylo_megatron.errors import HyLoError
 
-# What the scheduler keeps, and the flags that it follows from.
+# Entries of the scheduler's state, and the flags that they follow from.
 FLAGS = {
     "max_lr": "--lr",
     "min_lr": "--min-lr",
@@ -24,7 +24,7 @@ FLAGS = {
     "wd_incr_style": "--weight-decay-incr-style",
     "wd_incr_steps": "--train-iters",
 }
-# What decides which parameters train together: no flag lets a run go on with others.
+# Settings that decide which parameters are trained, and in which groups. A run cannot change them on the way.
 FIXED = ("hylo_stage", "hylo_train", "hylo_copied_lr_mult", "hylo_decay_lr_mult")
 
 
@@ -43,7 +43,7 @@ def check_fixed(saved, args, path: Path) -> None:
 
 
 def changed_schedule(saved: dict, scheduler) -> list[str]:
-    """Which flags make another schedule than ``saved``, one phrase each: Megatron counts steps in sequences."""
+    """Return a phrase for each flag that makes another schedule than ``saved``. Megatron counts steps in sequences."""
     now = scheduler.state_dict()
     differ = [name for name in FLAGS if name in saved and saved[name] != now[name]]
     phrases = {FLAGS[name]: f"{FLAGS[name]} ({name} {now[name]}, was {saved[name]})" for name in reversed(differ)}
@@ -51,7 +51,7 @@ def changed_schedule(saved: dict, scheduler) -> list[str]:
 
 
 def _saved(path: Path, optimizer, scheduler, args) -> dict | None:
-    """What the checkpoint ``path`` says of its run; None where only weights are loaded."""
+    """Return what the checkpoint ``path`` says of its run, or None where only weights are loaded."""
     if optimizer is None or scheduler is None or args.finetune or args.no_load_optim:
         return None
     common = dist_checkpointing.load_common_state_dict(str(path))
@@ -59,7 +59,7 @@ def _saved(path: Path, optimizer, scheduler, args) -> dict | None:
 
 
 def check(path: Path, optimizer, scheduler, args) -> None:
-    """Raises ``HyLoError`` that names the flags by which this run differs from the one that saved ``path``."""
+    """Raise ``HyLoError`` with the flags by which this run differs from the one that saved ``path``, if any."""
     saved = _saved(path, optimizer, scheduler, args)
     if not saved:
         return
@@ -74,7 +74,7 @@ def check(path: Path, optimizer, scheduler, args) -> None:
 
 @contextlib.contextmanager
 def learning_rates(path: Path, optimizer, scheduler, args) -> Iterator[None]:
-    """Around the load of ``path``: lends the groups the checkpoint's learning rates, by which they are found."""
+    """Give the groups the checkpoint's learning rates while ``path`` is loaded: megatron finds groups by them."""
     saved = _saved(path, optimizer, scheduler, args)
     if not saved:
         yield
@@ -87,6 +87,6 @@ def learning_rates(path: Path, optimizer, scheduler, args) -> Iterator[None]:
     for group, new in zip(optimizer.param_groups, rates, strict=True):
         group["max_lr"], group["min_lr"] = old_of[new]
     yield
-    if args.override_opt_param_scheduler:  # the engine keeps the order of the groups
+    if args.override_opt_param_scheduler:  # megatron keeps the order of the groups
         for group, new in zip(optimizer.param_groups, rates, strict=True):
             group["max_lr"], group["min_lr"] = new

@@ -12,8 +12,9 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePred
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.training import training
 
+from hylo_megatron.config.decisions import is_new
+from hylo_megatron.config.stages import stage_kind
 from hylo_megatron.distill.batches import LEARNT, NO_TOKENS
-from hylo_megatron.distill.model import is_mixer_parameter
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.mixers import FAST_SUFFIXES, FP32_SUFFIXES
 from hylo_megatron.parallel.teacher_fed import TeacherFed
@@ -41,7 +42,7 @@ def learning_rate_groups(args) -> dict:
         groups[key] = {"max_lr": args.lr * factor, "min_lr": (args.min_lr or 0.0) * factor}
 
     if args.hylo_copied_lr_mult != 1.0:
-        add("hylo_copied", lambda name: not is_mixer_parameter(name), args.hylo_copied_lr_mult)
+        add("hylo_copied", lambda name: not is_new(name), args.hylo_copied_lr_mult)
     add("hylo_decay", _is_decay, args.hylo_decay_lr_mult)
     add("hylo_skip", _is_other_fp32, 1.0)
     return groups
@@ -73,7 +74,7 @@ class StepLog:
         os.replace(scratch, self.path)
 
     def layer_means(self) -> list[list[float]] | None:
-        if self.stage != "ild":
+        if not stage_kind(self.stage).layerwise:
             return None
         means = torch.zeros(self.model[0].arch.num_layers, 2, device=torch.cuda.current_device())
         everyone = parallel_state.get_data_parallel_group(with_context_parallel=True)
@@ -134,7 +135,7 @@ def install(models: list) -> None:
         return logged(loss_dict, total, learning_rate, iteration, scale, report, skipped, grad_norm, *rest, **kwargs)
 
     args = training.get_args()
-    teacher_fed = args.hylo_stage == "ild" and args.pipeline_model_parallel_size > 1
+    teacher_fed = stage_kind(args.hylo_stage).layerwise and args.pipeline_model_parallel_size > 1
     schedule = TeacherFed()  # training and evaluation ask for it apart, and share it
     training.get_forward_backward_func = (lambda **_: schedule) if teacher_fed else get_forward_backward_func
     training.get_megatron_optimizer_config = with_groups

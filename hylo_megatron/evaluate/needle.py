@@ -10,8 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.evaluate.greedy import end_tokens, greedy
-from hylo_megatron.evaluate.haystack import MAX_NEW_TOKENS, Haystack, Needle, make_needles
 from hylo_megatron.evaluate.models import rows_per_batch
+from hylo_megatron.evaluate.prompts import MAX_NEW_TOKENS, NeedlePrompt, Prose, make_needles
 
 NUMBER = re.compile(r"\d{1,3}(?:,\d{3})+|\d+")
 NUMBER_IS_OVER = re.compile(r"\d(?:[^\d,]|,\D)")
@@ -33,7 +33,7 @@ def wilson(hits: int, samples: int) -> tuple[float, float]:
     return max(0.0, low), min(1.0, high)
 
 
-def answer_batch(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, needles: list[Needle]) -> list[str]:
+def answer_batch(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, needles: list[NeedlePrompt]) -> list[str]:
     """Greedy continuations of prompts of one length, each up to the end of its first number."""
     ends = end_tokens(model, tokenizer)
 
@@ -44,7 +44,7 @@ def answer_batch(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, nee
     return tokenizer.batch_decode(answers, skip_special_tokens=True)
 
 
-def batches(needles: list[Needle], model: PreTrainedModel, batch_size: int | None) -> Iterator[list[int]]:
+def batches(needles: list[NeedlePrompt], model: PreTrainedModel, batch_size: int | None) -> Iterator[list[int]]:
     """Indices of needles whose prompts have exactly one length, as many at once as suit the device.
 
     The batches of a length are as equal as can be: GPU kernels are compiled anew for another number of rows.
@@ -93,7 +93,7 @@ def needles_of(
     if depths < 1 or samples < 1:
         raise HyLoError(f"{depths} depths and {samples} samples of needles: expected at least 1 of each")
     began = time.perf_counter()
-    needles = make_needles(Haystack(file, tokenizer), lengths, depths, samples, seed)
+    needles = make_needles(Prose(file, tokenizer), lengths, depths, samples, seed)
     made, answers, shown = time.perf_counter(), {}, 0.0
     for batch in batches(needles, model, batch_size):
         answers.update(zip(batch, answer_batch(model, tokenizer, [needles[i] for i in batch]), strict=True))

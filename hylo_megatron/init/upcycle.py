@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from hylo_megatron.checkpoint.folder import LazyTensor, check_empty, write_checkpoint
-from hylo_megatron.config import Architecture, Geometry, geometry_preset, parse_plan, plan_name
+from hylo_megatron.config import Architecture, Geometry, Plan, geometry_preset
 from hylo_megatron.config.geometry import check_heads
 from hylo_megatron.config.rope import same_at_any_width
 from hylo_megatron.convert.hf_folder import save_tensors
@@ -127,9 +127,7 @@ def upcycle(teacher: str | Path, out: str | Path, plan: tuple[str, ...], *, init
     base = BaseModel(teacher, torch.device(device))
     base.reader.finite = "convert it again from sound weights"
     if base.arch.is_hybrid:
-        raise HyLoError(
-            f"{teacher} is already a hybrid ({plan_name(base.arch.plan)}); give the Transformer it came from"
-        )
+        raise HyLoError(f"{teacher} is already a hybrid ({base.arch.plan.name}); give the Transformer it came from")
     arch = student_architecture(base.arch, plan, geometry, qk_norm)
     check_tokenizer(Path(teacher) / "hf", arch.vocab_size)
     if init == "data" and tokens_BS is None:
@@ -141,7 +139,7 @@ def upcycle(teacher: str | Path, out: str | Path, plan: tuple[str, ...], *, init
         report, mixer_keys = _initialise(base, arch, scratch, tokens_BS, init=init, ridge=ridge, seed=seed, log=log)
         arch.extra["ild_norms"] = [[e.get("output_norm", 1.0), e.get("update_norm", 1.0)] for e in report]
         result = {
-            "plan": plan_name(plan),
+            "plan": arch.plan.name,
             "init": init,
             "geometry": geometry if isinstance(geometry, str) else geometry.to_dict(),
             "seed": seed,
@@ -204,7 +202,7 @@ def main(argv: list[str] | None = None) -> None:
     arch = Architecture.load(options.teacher)
     if options.mla_qk_norm and not (arch.qk_norm and options.init == "svd"):
         raise HyLoError("--mla-qk-norm: needs a base model with per-head norms (Qwen3) and --init svd")
-    plan = parse_plan(arch.num_layers, options.mla_layers, options.linear)
+    plan = Plan.parse(arch.num_layers, options.mla_layers, options.linear)
     tokens = None
     if options.calibration:
         tokens = calibration_tokens(
@@ -216,4 +214,4 @@ def main(argv: list[str] | None = None) -> None:
         device="cuda" if torch.cuda.is_available() else "cpu",
     )  # fmt: skip
     print(f"relative error of the new mixers, mean: {summary(report)}")
-    print(f"{plan_name(plan)} -> {options.out}  {time.time() - start:.1f} s, peak memory {peak_memory_gib():.2f} GiB")
+    print(f"{plan.name} -> {options.out}  {time.time() - start:.1f} s, peak memory {peak_memory_gib():.2f} GiB")

@@ -18,6 +18,7 @@ from fla.ops.kda import fused_recurrent_kda
 from fla.ops.utils import chunk_local_cumsum
 from fla.ops.utils.constant import RCP_LN2
 
+from hylo_megatron.config.decisions import CHUNK
 from hylo_megatron.kernels import conv, norm, triton_pointwise
 from hylo_megatron.kernels.ssd import skip
 from hylo_megatron.kernels.triton_conv import split_convolve
@@ -38,8 +39,6 @@ __all__ = [
     "swiglu",
     "swiglu_packed",
 ]
-
-CHUNK = 64  # positions worked on at once
 
 
 def causal_conv1d(x, weight, bias=None, activation="silu", initial_state=None, output_final_state=False, **kwargs):

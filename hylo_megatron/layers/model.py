@@ -6,7 +6,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from hylo_megatron.config import Architecture
-from hylo_megatron.config.plan import megatron_pattern
 from hylo_megatron.layers.specs import stack_spec
 from hylo_megatron.mixers import MIXERS
 
@@ -45,7 +44,7 @@ def build_model(arch: Architecture, config: TransformerConfig, *, padded_vocab_s
     stages = pp * (config.virtual_pipeline_model_parallel_size or 1)
     return HybridModel(
         config, stack_spec(arch, backend, linear_cp), vocab_size=padded_vocab_size or arch.vocab_size,
-        max_sequence_length=arch.max_position_embeddings, hybrid_layer_pattern=megatron_pattern(arch.plan, stages),
+        max_sequence_length=arch.max_position_embeddings, hybrid_layer_pattern=arch.plan.pattern(stages),
         pre_process=pre_process, post_process=post_process, parallel_output=True,
         share_embeddings_and_output_weights=arch.tie_word_embeddings,
         position_embedding_type="none", vp_stage=vp_stage,  # our attention turns its own queries and keys

@@ -20,8 +20,6 @@ from hylo_megatron.config import Architecture
 from hylo_megatron.config.layout import ParallelLayout, passes_states
 from hylo_megatron.mixers.mixer import Mixer
 
-CHUNK = 64  # positions of the scans' chunks
-
 
 @dataclass(frozen=True)
 class Share:

@@ -1,9 +1,11 @@
-"""Pipeline schedule of layer-wise distillation: no gradient crosses stages, and nobody waits for one.
+"""Pipeline schedule of layer-wise distillation: no gradient crosses pipeline stages, and no stage waits for one.
 
-What goes down the pipeline is the teacher's hidden states; a stage's loss stays on that stage. So the teacher of stage
-p reads ``stages - 1 - p`` micro-batches ahead of the one that the student learns from: in each slot all stages learn
-from the same micro-batch, and what a stage's teacher needs left the stage before it one slot ago. The pipeline fills
-once in a run; the engine's 1F1B fills and drains at every step, and sends back gradients that would be zeros here.
+Stages send the teacher's hidden states; the loss of a stage stays on that stage. The teacher of stage p reads
+``stages - 1 - p`` micro-batches ahead of the student. So in each time slot all stages train on the same micro-batch,
+and the state that a stage's teacher needs has left the stage before it one slot earlier. The pipeline fills once in a
+run. megatron's 1F1B fills and drains in every step, and sends back gradients, which would be zeros here.
+
+Legend: S sequence, B batch, C teacher width.
 """
 
 import contextlib
@@ -20,60 +22,62 @@ from torch import Tensor
 from hylo_megatron.distill.batches import learn, next_batch
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class _Coming:
-    """The next micro-batch of a stage: None where the data has ended."""
+    """The next micro-batch of a pipeline stage; ``batch`` is None at the end of the data."""
 
     batch: dict[str, Tensor] | None
-    hidden: Tensor | None  # what the stage before sends; filled when ``works`` are done
+    hidden_SBC: Tensor | None  # from the stage before; complete when ``works`` are done
     works: list
-    outgoing: Tensor | None  # kept until it is sent
+    outgoing_SBC: Tensor | None  # kept until it is sent
 
 
 class TeacherAhead:
-    """Micro-batches with the teacher's states of this stage, in order; the teacher reads ahead of who takes them."""
+    """Micro-batches with the teacher's states of this pipeline stage, in order. The teacher reads ahead."""
 
     def __init__(self, model, iterator, group):
         self.model, self.iterator, self.group = model, iterator, group
         ranks = dist.get_process_group_ranks(group)
-        stage, self.ahead = group.rank(), group.size() - 1 - group.rank()
-        self.before = ranks[stage - 1] if stage else None
-        self.after = ranks[stage + 1] if self.ahead else None
+        pp_rank, self.ahead = group.rank(), group.size() - 1 - group.rank()
+        self.before = ranks[pp_rank - 1] if pp_rank else None
+        self.after = ranks[pp_rank + 1] if self.ahead else None
         self.ready: deque = deque()
         self.coming = self._request(None)
 
-    def _request(self, outgoing: Tensor | None) -> _Coming:
-        """Sends on what the teacher made, and asks for what its next micro-batch needs."""
-        batch, hidden, operations = next_batch(self.iterator, None), None, []
-        if self.after is not None and outgoing is not None:
-            operations.append(dist.P2POp(dist.isend, outgoing, self.after, self.group))
+    def _request(self, outgoing_SBC: Tensor | None) -> _Coming:
+        """Send the teacher's state to the next stage, and ask the stage before for that of the next micro-batch."""
+        batch, hidden_SBC, operations = next_batch(self.iterator, None), None, []
+        if self.after is not None and outgoing_SBC is not None:
+            operations.append(dist.P2POp(dist.isend, outgoing_SBC, self.after, self.group))
         if self.before is not None and batch is not None:
-            hidden = self.model.empty_hidden(*batch["tokens"].shape)
-            operations.append(dist.P2POp(dist.irecv, hidden, self.before, self.group))
-        return _Coming(batch, hidden, dist.batch_isend_irecv(operations) if operations else [], outgoing)
+            hidden_SBC = self.model.empty_hidden(*batch["tokens"].shape)
+            operations.append(dist.P2POp(dist.irecv, hidden_SBC, self.before, self.group))
+        works = dist.batch_isend_irecv(operations) if operations else []
+        return _Coming(batch=batch, hidden_SBC=hidden_SBC, works=works, outgoing_SBC=outgoing_SBC)
 
     def _teach(self) -> None:
         for work in self.coming.works:
             work.wait()
         batch = self.coming.batch
-        states, hidden = self.model.teach(batch["tokens"], batch["position_ids"], self.coming.hidden)
+        states, hidden_SBC = self.model.teach(batch["tokens"], batch["position_ids"], self.coming.hidden_SBC)
         self.ready.append((batch, states))
-        self.coming = self._request(hidden.contiguous())
+        self.coming = self._request(hidden_SBC.contiguous())
 
     def take(self) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """Return the next micro-batch and the teacher's states of it."""
         while len(self.ready) <= self.ahead and self.coming.batch is not None:
             self._teach()
         return self.ready.popleft()
 
 
 class TeacherFed:
-    """Called as the engine's schedules are; one for a whole run, since the teacher reads across steps."""
+    """A schedule with the signature of megatron's. One object serves a whole run: the teacher reads across steps."""
 
     def __init__(self):
         self.feed: TeacherAhead | None = None
 
     def _feed(self, model, iterator, limit: int | None) -> TeacherAhead:
-        """``limit``: an evaluation, which ends with its own micro-batches."""
+        """``limit`` is the number of micro-batches of an evaluation, beyond which the teacher must not read."""
         inner = get_attr_wrapped_model(model, "teach", return_model_obj=True)
         group = parallel_state.get_pipeline_model_parallel_group()
         if limit is not None:
@@ -84,7 +88,7 @@ class TeacherFed:
 
     def __call__(self, *, model, data_iterator, num_microbatches, forward_only=False, pg_collection=None,
                  force_all_reduce=False, **_):  # fmt: skip
-        """Sums to log for each micro-batch, on the last stage."""
+        """Run a step. Return what to log for each micro-batch on the last pipeline stage, else nothing."""
         model, iterator = (x[0] if isinstance(x, list) else x for x in (model, data_iterator))
         config, logged, tokens = get_model_config(model), [], 0
         feed = self._feed(model, iterator, num_microbatches if forward_only else None)

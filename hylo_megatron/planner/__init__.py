@@ -1,1 +1,1 @@
-"""How much GPU memory a training takes, from shapes and the parallel layout alone. No torch in here."""
+"""GPU memory of a training, from shapes and the parallel layout alone. No torch in here."""

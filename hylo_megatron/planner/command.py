@@ -15,15 +15,17 @@ from dataclasses import replace
 from math import prod
 from pathlib import Path
 
-from hylo_megatron.config import Architecture, geometry_preset, parse_plan, plan_name
+from hylo_megatron.config import Architecture, Plan, geometry_preset
 from hylo_megatron.config.layout import ParallelLayout, Work, check_parallel_layout
 from hylo_megatron.config.pair import check_teacher, check_vocabularies
+from hylo_megatron.config.stages import STAGE_KINDS, TRAIN, stage_kind
 from hylo_megatron.convert.shapes import hf_shapes
+from hylo_megatron.distill.losses import LOSSES, loss_of
 from hylo_megatron.errors import HyLoError, command_line
 from hylo_megatron.flags import Parser, count, positive, share, size
 from hylo_megatron.json_file import read_json
 from hylo_megatron.planner.pages import Pages, expanded_bytes, pages, row_bytes, state_bytes
-from hylo_megatron.planner.training import Peak, Training, peaks
+from hylo_megatron.planner.training import Peak, PlannedRun, peaks
 from hylo_megatron.serve.geometry import serve
 
 LENGTHS = (2048, 32768, 1 << 20)
@@ -75,22 +77,41 @@ def rows(arch: Architecture, known) -> list[tuple[str, str]]:
     return found
 
 
-def training(student: Architecture, known) -> Training:
-    """The run that the flags describe. Raises ``HyLoError`` with the trainer's own words where it would not start."""
+def training(student: Architecture, known) -> PlannedRun:
+    """Return the run that the flags describe. Raises ``HyLoError``, as the trainer, where it would not start."""
+    kind = stage_kind(known.train)
     if not student.is_hybrid:
         raise HyLoError(f"{known.folder} holds a Transformer: say with --plan what it becomes")
-    if known.train == "ild" and known.recompute:
-        raise HyLoError("--recompute: layers are trained apart in ild, and none of them is computed twice")
+    if kind.layerwise and known.recompute:
+        raise HyLoError(f"--recompute: {kind.name} trains each layer apart and recomputes none; leave it out")
     teacher = read(known.teacher).as_teacher() if known.teacher else replace(student.as_teacher(), mla_qk_norm=False)
-    check_teacher(student, teacher, known.train)
+    check_teacher(student, teacher, kind)
     check_vocabularies(student, teacher, (known.folder, known.teacher or known.folder))
-    layout = ParallelLayout(known.tp, known.pp, known.cp, known.sequence_parallel and known.tp > 1, known.linear_cp)
+    layout = ParallelLayout(
+        tp=known.tp,
+        pp=known.pp,
+        cp=known.cp,
+        sequence_parallel=known.sequence_parallel and known.tp > 1,
+        linear_cp=known.linear_cp,
+    )
     batch = known.global_batch or known.micro_batch * known.dp * known.pp  # enough to fill the pipeline
-    work = Work(layout.ranks * known.dp, known.sequence, known.micro_batch, batch)
+    work = Work(
+        processes=layout.ranks * known.dp,
+        seq_length=known.sequence,
+        micro_batch=known.micro_batch,
+        global_batch=batch,
+    )
     check_parallel_layout({"student": student, "teacher": teacher}, layout, work)
-    trained = known.hylo_train or ("mixers" if known.train == "ild" else "all")
-    return Training(student, teacher, known.train, layout, work, trained, known.recompute, known.kl_chunk,
-                    known.teacher_length)  # fmt: skip
+    return PlannedRun(
+        student=student,
+        teacher=teacher,
+        kind=kind,
+        loss=loss_of(kind, known),
+        layout=layout,
+        work=work,
+        train=known.hylo_train or kind.train,
+        recompute=known.recompute,
+    )
 
 
 def parts(found: Peak) -> list[tuple[str, int]]:
@@ -104,12 +125,12 @@ def parts(found: Peak) -> list[tuple[str, int]]:
     ]  # fmt: skip
 
 
-def print_training(run: Training, gpu_gib: float) -> None:
+def print_training(run: PlannedRun, gpu_gib: float) -> None:
     found, work, layout = peaks(run), run.work, run.layout
-    print(f"{run.stage} of {plan_name(run.student.plan)}, {layout} DP {work.processes // layout.ranks}:"
+    print(f"{run.kind.name} of {run.student.plan.name}, {layout} DP {work.processes // layout.ranks}:"
           f" {run.micro_batches} micro-batches of {work.micro_batch} x {work.seq_length:,} tokens a step")  # fmt: skip
-    for stage, each in enumerate(found if len(found) > 1 else ()):
-        where = f"stage {stage}, layers {each.layers.start}-{each.layers.stop - 1}"
+    for index, each in enumerate(found if len(found) > 1 else ()):
+        where = f"stage {index}, layers {each.layers.start}-{each.layers.stop - 1}"
         print(f"  {where:24} {each.total / GIB:.2f} GiB")
     heaviest = max(found, key=lambda each: each.total)
     print(f"a rank of stage {found.index(heaviest)}" if len(found) > 1 else "each rank")
@@ -121,7 +142,7 @@ def print_training(run: Training, gpu_gib: float) -> None:
 
 def add_training_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("training", "as the flags of hylo_megatron.train").add_argument
-    add("--train", choices=("ild", "distill"), help="plan this stage of training, not serving")
+    add("--train", choices=tuple(STAGE_KINDS), help="plan this stage of training, not serving")
     add("--teacher", type=Path, help="folder of another teacher than the base model (distill)")
     add("--pp", type=size, default=1)
     add("--cp", type=size, default=1)
@@ -131,15 +152,17 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     add("--global-batch", type=size, help="(default: a micro-batch for each pipeline stage)")
     add("--sequence-parallel", action="store_true")
     add("--linear-cp", choices=("auto", "a2a", "states"), default="auto", help="--hylo-linear-cp")
-    add("--hylo-train", choices=("all", "mixers"), help="(default: mixers for ild, all for distill)")
+    add("--hylo-train", choices=TRAIN, help="(default: mixers for ild, all for distill)")
     add(
         "--recompute",
         type=count,
         default=0,
         help="--recompute-num-layers of method block: halves of layers of a stage",
     )
-    add("--kl-chunk", type=size, default=4096, help="--hylo-kl-chunk; the recipes' is the default")
-    add("--teacher-length", type=size, help="--hylo-teacher-length")
+    # The losses read these under the names of the trainer's flags.
+    add("--loss", dest="hylo_loss", choices=tuple(LOSSES), help="--hylo-loss")
+    add("--kl-chunk", dest="hylo_kl_chunk", type=size, default=4096, help="--hylo-kl-chunk (default: the recipes')")
+    add("--teacher-length", dest="hylo_teacher_length", type=size, help="--hylo-teacher-length")
 
 
 @command_line
@@ -160,7 +183,7 @@ def main() -> None:
         if arch.is_hybrid:
             raise HyLoError("--plan is for a base model; this folder holds a hybrid")
         geometry = geometry_preset(known.geometry, arch.hidden_size, arch.num_attention_heads, arch.head_dim)
-        arch = replace(arch, plan=parse_plan(arch.num_layers, known.plan), geometry=geometry)
+        arch = replace(arch, plan=Plan.parse(arch.num_layers, known.plan), geometry=geometry)
     if known.train:
         print_training(training(arch, known), known.gpu_gib)
         return

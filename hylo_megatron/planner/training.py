@@ -1,36 +1,44 @@
-"""The peak of a training run on the ranks of each pipeline stage: what is always there, and the fullest moment of a
-step. Legend: D student width, C teacher width, T tokens of a rank, N vocabulary rows of a rank.
+"""Peak memory of a training run on each pipeline stage: weights, activations and the fullest moment of a step.
+
+Sub-layers (mixers and MLPs) are what megatron counts and recomputes as layers. Legend: D student width, C teacher
+width, T tokens of a rank, N vocabulary rows of a rank.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from hylo_megatron.config import Architecture
+from hylo_megatron.config.decisions import taught_length
 from hylo_megatron.config.layout import ParallelLayout, Work
 from hylo_megatron.config.pair import padded_rows
+from hylo_megatron.config.stages import StageKind
+from hylo_megatron.distill.losses import HeadShape, Loss
 from hylo_megatron.mixers.memory import Half, Share
 from hylo_megatron.planner.activations import mixer as mixer_bytes
 from hylo_megatron.planner.activations import mlp, tables, teacher_work
-from hylo_megatron.planner.weights import HEAD, Weights, is_trained, rank_elements, stage_layers, weights
+from hylo_megatron.planner.weights import HEAD, Shards, Weights, rank_elements, weights
 
-# torch takes 32 MiB for cuBLAS from each stream and thread that multiplies: the main and autograd's thread, each on
-# the default stream and on the one that a CUDA graph is captured on.
+# cuBLAS gets 32 MiB from torch for each stream and thread that multiplies: the main thread and autograd's, each on the
+# default stream and on the stream that a CUDA graph is captured on.
 WORKSPACES = 4 * 32 * 2**20
 
 
-@dataclass(frozen=True)
-class Training:
-    """A run as its flags say. ``recompute``: ``--recompute-num-layers`` halves of layers of a stage, method block;
-    ``work.processes`` and the layout give the data-parallel size."""
+@dataclass(frozen=True, kw_only=True)
+class PlannedRun:
+    """A run as its flags describe it.
+
+    ``recompute`` is ``--recompute-num-layers`` of method block: the sub-layers of a pipeline stage that are computed
+    twice. ``work.processes`` and the layout give the data-parallel size.
+    """
 
     student: Architecture
     teacher: Architecture
-    stage: str  # "ild" | "distill"
+    kind: StageKind
+    loss: Loss
     layout: ParallelLayout
     work: Work
-    train: str = "all"  # "all" | "mixers"
+    train: str = "all"  # or "mixers"
     recompute: int = 0
-    kl_chunk: int = 4096
-    teacher_length: int | None = None
 
     @property
     def share(self) -> Share:
@@ -38,15 +46,32 @@ class Training:
 
     @property
     def micro_batches(self) -> int:
-        """Of a step, on each rank."""
+        """Micro-batches of a step on each rank."""
         data_parallel = self.work.processes // self.layout.ranks
         return max(1, self.work.global_batch // (self.work.micro_batch * data_parallel))
 
+    @property
+    def taught(self) -> int:
+        """Tokens of a micro-batch that this rank's teacher reads."""
+        shared = self.layout.cp > 1 or self.layout.pp > 1
+        return self.share.sequences * taught_length(self.share.length, self.loss.teacher_reads, shared)
 
-@dataclass(frozen=True)
+    @property
+    def rows(self) -> int:
+        """Rows of both heads on all tensor-parallel ranks, with padding."""
+        return padded_rows(self.student, self.teacher, self.layout.tp)
+
+    def trains(self, name: str) -> bool:
+        return self.kind.trains(name, self.train)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Peak:
-    """Bytes on a rank of one pipeline stage. ``loss`` and ``backward``: beside the activations, when the loss is
-    computed and in the fullest moment of the backward pass; they do not come together."""
+    """Bytes on a rank of one pipeline stage.
+
+    ``loss`` and ``backward`` are needed beside the activations, the one while the loss is computed, the other in the
+    fullest moment of the backward pass; only the larger one counts.
+    """
 
     layers: range
     student: Weights
@@ -63,17 +88,24 @@ class Peak:
         return fixed + self.activations + self.teacher_states + max(self.loss, self.backward) + self.workspaces
 
 
-def stage_halves(run: Training, layers: range) -> list[Half]:
-    """Mixers and MLPs in turn. In ild a mixer's input is the teacher's, and each output meets the teacher's in a
-    distance (two a layer, fp32). That drops both before the MLP's own backward pass begins; in a pipeline the schedule
-    holds the teacher's."""
+# ---- layers ----
+
+
+def stage_halves(run: PlannedRun, layers: range) -> list[Half]:
+    """Return mixer and MLP of each layer in turn.
+
+    In a layer-wise kind of stage each mixer reads the teacher's hidden state, and both outputs are compared with the
+    teacher's. The comparison frees both tensors before the MLP's backward pass, except in a pipeline, where the
+    schedule keeps the teacher's.
+    """
     halves, at, copied = [], run.share, run.train == "all"
     hidden = at.outer(run.student.hidden_size)
-    dropped = hidden * (2 if run.layout.pp == 1 else 1)
+    freed = hidden * (2 if run.layout.pp == 1 else 1)
     for layer in layers:
         mixer, rest = mixer_bytes(run.student.plan[layer], run.student, at), mlp(run.student, at, copied)
-        if run.stage == "ild":
-            rest = replace(rest, kept=rest.kept + hidden + at.outer(4), work=rest.work - dropped)
+        if run.kind.layerwise:
+            compared = hidden + at.outer(run.loss.values_kept)
+            rest = replace(rest, kept=rest.kept + compared, work=rest.work - freed)
         else:  # x, and its statistics where the norm's weight is not trained
             mixer = replace(mixer, kept=mixer.kept + hidden + (0 if copied else at.outer(2)))
         halves += [mixer, rest]
@@ -81,12 +113,13 @@ def stage_halves(run: Training, layers: range) -> list[Half]:
 
 
 def forward_bytes(halves: list[Half], recompute: int) -> int:
-    """What a micro-batch keeps; of the first ``recompute`` halves only their input."""
+    """Return what a micro-batch keeps for the backward pass: only the input of the first ``recompute`` sub-layers."""
     return sum(half.entry for half in halves[:recompute]) + sum(half.kept for half in halves[recompute:])
 
 
 def backward_bytes(halves: list[Half], recompute: int) -> int:
-    """The most that is beside ``forward_bytes`` while the backward pass goes from the last half to the first."""
+    """Return the most that is needed beside ``forward_bytes`` during the backward pass, from the last sub-layer to the
+    first."""
     beside = most = 0
     for index in reversed(range(len(halves))):
         half = halves[index]
@@ -96,97 +129,102 @@ def backward_bytes(halves: list[Half], recompute: int) -> int:
     return most
 
 
-def logit_rows(tokens: int, taught: int, chunk: int) -> int:
-    """Rows of bf16 logits in memory at most: ``kl.py`` drops a chunk's teacher and student only when the next one's
-    take their place. ``taught``: of ``tokens``, those that the teacher has read."""
-    starts = [*range(0, taught, chunk), *range(taught, tokens, chunk)]
-    teacher = student = most = 0
-    for start, end in zip(starts, [*starts[1:], tokens], strict=True):
-        rows = end - start
-        if start < taught:
-            most = max(most, teacher + student + rows)
-        teacher = rows if start < taught else 0
-        most = max(most, teacher + student + rows)
-        student = rows
-    return most
+# ---- pipeline ----
 
 
-def taught_length(run: Training) -> int:
-    """Of each sequence's part on this rank, as ``DistillModel._taught``."""
-    alone = run.layout.cp == 1 and run.layout.pp == 1
-    return min(run.share.length, run.teacher_length) if run.teacher_length and alone else run.share.length
+def warm_up(run: PlannedRun, pipeline_stage: int) -> int:
+    """Return the micro-batches that a pipeline stage reads before its first backward pass.
+
+    This is the 1F1B schedule's number. Layer-wise stages have a schedule without (``parallel/teacher_fed.py``).
+    """
+    return 0 if run.kind.layerwise else min(run.micro_batches, run.layout.pp - 1 - pipeline_stage)
 
 
-def loss_bytes(run: Training, rows: int) -> int:
-    """Hidden states of both models, gradients of the student's and (fp32) of its head, and logits. ``rows``: N."""
-    at, d = run.share, run.student.hidden_size
-    taught = at.sequences * taught_length(run)
-    hidden = at.inner(2 * d) + 2 * taught * run.teacher.hidden_size
-    if run.layout.sequence_parallel:  # gathered, beside what they were gathered from
-        hidden += at.outer(d) + 2 * taught * run.teacher.hidden_size // run.layout.tp
-    logits = 2 * rows * logit_rows(at.tokens, taught, run.kl_chunk)
-    if not is_trained(run.stage, run.train)(HEAD):
-        return hidden + logits
-    last = 2 * rows * (2 * min(run.kl_chunk, at.tokens) + d)  # a chunk's logits, and the product that is added
-    return hidden + 4 * rows * d + max(logits, last)
+def in_flight(run: PlannedRun, pipeline_stage: int) -> int:
+    """Return the micro-batches whose activations a pipeline stage holds at once."""
+    return min(run.micro_batches, warm_up(run, pipeline_stage) + 1)
 
 
-def warm_up(run: Training, stage: int) -> int:
-    """Micro-batches that a stage reads before its first backward pass (1F1B; none in ild, ``teacher_fed.py``)."""
-    return 0 if run.stage == "ild" else min(run.micro_batches, run.layout.pp - 1 - stage)
+def layer_states_bytes(run: PlannedRun, pipeline_stage: int, layers: range) -> int:
+    """Return the bytes of the teacher's states in a layer-wise kind of stage.
+
+    Counts the input of the first layer and the output of each sub-layer, of this micro-batch and of those that the
+    teacher has read ahead. In a pipeline also the state that arrives for the next micro-batch, and the state after the
+    final norm.
+    """
+    pp, last = run.layout.pp, run.layout.pp - 1
+    tensors = (2 * len(layers) + 1) * (last - pipeline_stage + 1)
+    tensors += (pipeline_stage > 0) + (pp > 1 and pipeline_stage == last)
+    return run.share.outer(run.teacher.hidden_size) * tensors
 
 
-def in_flight(run: Training, stage: int) -> int:
-    """Micro-batches whose activations a stage holds at once."""
-    return min(run.micro_batches, warm_up(run, stage) + 1)
+def payload_bytes(run: PlannedRun, pipeline_stage: int) -> int:
+    """Return the bytes of what pipeline stages send: states of student and teacher (``distill/payload.py``).
 
-
-def states_bytes(run: Training, stage: int, layers: range) -> int:
-    """ild: what enters a stage's layers and leaves each half, of this micro-batch and of those read ahead; in a
-    pipeline also what comes for the next one, and behind the last stage's norm. distill: ``messages_bytes``."""
-    at, pp, last = run.share, run.layout.pp, run.layout.pp - 1
-    if run.stage == "distill":
-        return messages_bytes(run, stage)
-    tensors = (2 * len(layers) + 1) * (last - stage + 1) + (stage > 0) + (pp > 1 and stage == last)
-    return at.outer(run.teacher.hidden_size) * tensors
-
-
-def messages_bytes(run: Training, stage: int) -> int:
-    """What stages send, student's and teacher's states side by side: received for each micro-batch in flight, with the
-    teacher's part once more; sent on, or its gradient; and once micro-batches take turns, the input and its gradient
-    of the one before, which the engine holds until the next output is there."""
+    Counts one received payload for each micro-batch in flight, and a copy of the teacher's part of one; the payload
+    that is being sent, or its gradient; and, once forward and backward passes alternate, input and input gradient of
+    the previous micro-batch, which megatron frees only after the next output exists.
+    """
     at, c, d, pp = run.share, run.teacher.hidden_size, run.student.hidden_size, run.layout.pp
-    takes_turns = run.micro_batches > warm_up(run, stage) + 1
-    messages = (in_flight(run, stage) + 2 * takes_turns if stage else 0) + (stage < pp - 1)
-    return at.outer(c + d) * messages + (at.outer(c) if stage else 0)
+    alternates = run.micro_batches > warm_up(run, pipeline_stage) + 1
+    received = in_flight(run, pipeline_stage) + 2 * alternates if pipeline_stage else 0
+    sent = pipeline_stage < pp - 1
+    return at.outer(c + d) * (received + sent) + (at.outer(c) if pipeline_stage else 0)
 
 
-def peak(run: Training, stage: int) -> Peak:
-    """Of a rank of pipeline stage ``stage``, from 0."""
-    layout, at, d = run.layout, run.share, run.student.hidden_size
-    padded = padded_rows(run.student, run.teacher, layout.tp)
-    trained = is_trained(run.stage, run.train)
-    student, teacher = (
-        rank_elements(arch, padded, layout.tp, layout.pp, stage) for arch in (run.student, run.teacher)
+# ---- the whole ----
+
+
+def head_shape(run: PlannedRun) -> HeadShape:
+    return HeadShape(
+        tokens=run.share.tokens,
+        taught=run.taught,
+        rows=run.rows // run.layout.tp,
+        width=run.student.hidden_size,
+        teacher_width=run.teacher.hidden_size,
+        tp=run.layout.tp,
+        sequence_parallel=run.layout.sequence_parallel,
+        head_trained=run.trains(HEAD),
     )
-    layers = stage_layers(run.student, layout.pp)[stage]
-    halves, recompute = stage_halves(run, layers), 0 if run.stage == "ild" else run.recompute
+
+
+def _weights(run: PlannedRun, arch: Architecture, pipeline_stage: int, trained: Callable[[str], bool]) -> Weights:
+    shards = Shards(rows=run.rows, tp=run.layout.tp, pp=run.layout.pp, pipeline_stage=pipeline_stage)
+    sharers = run.work.processes // (run.layout.tp * run.layout.pp)
+    return weights(rank_elements(arch, shards), trained, sharers)
+
+
+def peak(run: PlannedRun, pipeline_stage: int) -> Peak:
+    """Return the peak of a rank of ``pipeline_stage``, counted from 0."""
+    layout, at, d = run.layout, run.share, run.student.hidden_size
+    layers = run.student.plan.stages(layout.pp)[pipeline_stage]
+    halves, recompute = stage_halves(run, layers), 0 if run.kind.layerwise else run.recompute
     held, backward, loss = forward_bytes(halves, recompute), backward_bytes(halves, recompute), 0
-    if run.stage == "distill" and stage == layout.pp - 1:
-        held += at.outer(d + 2)  # of the last norm
-        loss = loss_bytes(run, padded // layout.tp)
-        backward += 2 * padded // layout.tp * d if trained(HEAD) else 0  # the head's gradient, until the embedding's
-    student_kinds = {run.student.plan[layer] for layer in layers}
-    shared = tables(run.student, student_kinds, at) + tables(run.teacher, set(run.teacher.plan), at)
-    reading = teacher_work(run.teacher, at) - held  # while the teacher is at work, before the student
-    gathered = at.inner(max(d, run.teacher.hidden_size)) if layout.sequence_parallel else 0  # the engine's buffer
+    if run.kind.layerwise:
+        states = layer_states_bytes(run, pipeline_stage, layers)
+    else:
+        states = payload_bytes(run, pipeline_stage)
+        if pipeline_stage == layout.pp - 1:
+            held += at.outer(d + 2)  # of the final norm
+            loss = run.loss.memory(head_shape(run))
+            if run.trains(HEAD):  # the head's gradient is kept until the embedding's is computed
+                backward += 2 * run.rows // layout.tp * d
+    kinds = {run.student.plan[layer] for layer in layers}
+    shared = tables(run.student, kinds, at) + tables(run.teacher, set(run.teacher.plan), at)
+    reading = teacher_work(run.teacher, at) - held  # the teacher reads before the student does
+    gathered = at.inner(max(d, run.teacher.hidden_size)) if layout.sequence_parallel else 0  # megatron's buffer
     return Peak(
-        layers, weights(student, trained, run.work.processes // (layout.tp * layout.pp)),
-        weights(teacher, lambda _: False, 1).parameters, held * in_flight(run, stage) + shared,
-        states_bytes(run, stage, layers), loss, max(backward, reading), WORKSPACES + gathered,
-    )  # fmt: skip
+        layers=layers,
+        student=_weights(run, run.student, pipeline_stage, run.trains),
+        teacher=_weights(run, run.teacher, pipeline_stage, lambda _: False).parameters,
+        activations=held * in_flight(run, pipeline_stage) + shared,
+        teacher_states=states,
+        loss=loss,
+        backward=max(backward, reading),
+        workspaces=WORKSPACES + gathered,
+    )
 
 
-def peaks(run: Training) -> list[Peak]:
-    """One a pipeline stage."""
-    return [peak(run, stage) for stage in range(run.layout.pp)]
+def peaks(run: PlannedRun) -> list[Peak]:
+    """Return the peak of each pipeline stage."""
+    return [peak(run, pipeline_stage) for pipeline_stage in range(run.layout.pp)]

@@ -1,8 +1,9 @@
-"""Bytes of weights, gradients and optimizer states on one rank, from the names and shapes that the converter checks.
+"""Bytes of weights, gradients and optimizer states on one rank, from the names and shapes of the converter.
 
-The engine (megatron-core's ``param_and_grad_buffer.py``, ``distrib_optimizer.py``) keeps for a trained bf16 parameter
-2 bytes of it and 4 of its gradient on every rank, and 12 (main copy, two moments) shared out over DP x CP; an fp32
-one, which is its own main copy, takes 4 + 4 and 8. Its padding (to 64 elements a tensor) is left out.
+megatron-core (``param_and_grad_buffer.py``, ``distrib_optimizer.py``) keeps 2 bytes of a trained bf16 parameter and
+4 bytes of its gradient on every rank, and shares 12 bytes (main copy, two moments) among DP x CP ranks. An fp32
+parameter is its own main copy: 4 + 4 bytes on every rank, and 8 shared. megatron's padding to 64 elements a tensor is
+left out.
 """
 
 from collections.abc import Callable
@@ -10,11 +11,10 @@ from dataclasses import dataclass
 from math import prod
 
 from hylo_megatron.config import Architecture
-from hylo_megatron.config.plan import megatron_pattern
 from hylo_megatron.convert.shapes import hf_shapes
 from hylo_megatron.mixers import FP32_SUFFIXES, MIXERS
 
-# What every tensor-parallel rank has whole; everything else is cut.
+# Parameters that every tensor-parallel rank has whole; all others are split.
 WHOLE = (
     "layernorm.weight",
     "model.norm.weight",
@@ -23,7 +23,7 @@ WHOLE = (
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Weights:
     """Bytes of one rank."""
 
@@ -32,52 +32,50 @@ class Weights:
     optimizer: int = 0
 
 
-def stage_layers(arch: Architecture, pp: int) -> list[range]:
-    """The layers of each pipeline stage."""
-    ranges, start = [], 0
-    for segment in megatron_pattern(arch.plan, pp).split("|"):
-        ranges.append(range(start, start + len(segment) // 2))
-        start = ranges[-1].stop
-    return ranges
+@dataclass(frozen=True, kw_only=True)
+class Shards:
+    """What one rank has of a model. ``rows``: rows of embedding and head on all ranks, with padding."""
+
+    rows: int
+    tp: int
+    pp: int
+    pipeline_stage: int
+
+    @property
+    def first(self) -> bool:
+        return self.pipeline_stage == 0
+
+    @property
+    def last(self) -> bool:
+        return self.pipeline_stage == self.pp - 1
+
+    def has(self, name: str, layers: range) -> bool:
+        """Whether the parameter ``name`` is on this pipeline stage, whose layers are ``layers``."""
+        if name.startswith("model.layers."):
+            return int(name.split(".")[2]) in layers
+        return self.first if name == EMBEDDING else self.last  # the final norm and the head
 
 
-def _is_on(name: str, layers: range, first: bool, last: bool) -> bool:
-    if name.startswith("model.layers."):
-        return int(name.split(".")[2]) in layers
-    return first if name == EMBEDDING else last  # the last norm and the head
-
-
-def rank_elements(arch: Architecture, rows: int, tp: int, pp: int, stage: int) -> dict[str, int]:
-    """``{name: elements}`` on a rank of ``stage``. ``rows``: of the vocabulary, padded. A tied head has a copy of its
-    own where the embedding is on another stage."""
-    shapes, last = hf_shapes(arch), stage == pp - 1
-    if arch.tie_word_embeddings and pp > 1:
+def rank_elements(arch: Architecture, shards: Shards) -> dict[str, int]:
+    """Return ``{name: elements}`` of one rank. A tied head is a second copy if the embedding is on another stage."""
+    shapes, layers = hf_shapes(arch), arch.plan.stages(shards.pp)[shards.pipeline_stage]
+    if arch.tie_word_embeddings and shards.pp > 1:
         shapes[HEAD] = shapes[EMBEDDING]
     elements = {}
     for name, shape in shapes.items():
-        if _is_on(name, stage_layers(arch, pp)[stage], stage == 0, last):
-            whole = rows * shape[1] if name in (EMBEDDING, HEAD) else prod(shape)
-            elements[name] = whole if name.endswith(WHOLE) else whole // tp
+        if shards.has(name, layers):
+            whole = shards.rows * shape[1] if name in (EMBEDDING, HEAD) else prod(shape)
+            elements[name] = whole if name.endswith(WHOLE) else whole // shards.tp
     return elements
 
 
-def is_new(name: str) -> bool:
-    """Whether a student's tensor belongs to a new mixer; the others were copied (``distill.is_mixer_parameter``)."""
-    return ".self_attn." in name or ".mixer." in name
-
-
-def is_trained(stage: str, train: str) -> Callable[[str], bool]:
-    """By name. ``stage``: ild or distill; ``train``: all or mixers. No loss of ild reaches what is no layer."""
-    return lambda name: (stage == "distill" or ".layers." in name) and (train == "all" or is_new(name))
-
-
 def weights(elements: dict[str, int], trained: Callable[[str], bool], sharers: int) -> Weights:
-    """``sharers``: DP x CP, the ranks that share the optimizer's states."""
+    """Return the bytes of ``elements``. ``sharers``: DP x CP, the ranks that share the optimizer's states."""
     parameters = gradients = optimizer = 0
     for name, count in elements.items():
-        wide = name.endswith(FP32_SUFFIXES)
-        parameters += (4 if wide else 2) * count
+        fp32 = name.endswith(FP32_SUFFIXES)
+        parameters += (4 if fp32 else 2) * count
         if trained(name):
             gradients += 4 * count
-            optimizer += (8 if wide else 12) * count
-    return Weights(parameters, gradients, -(-optimizer // sharers))
+            optimizer += (8 if fp32 else 12) * count
+    return Weights(parameters=parameters, gradients=gradients, optimizer=-(-optimizer // sharers))

@@ -18,6 +18,7 @@ LENGTHS = {2048: 64, 8192: 128, 65536: 256}
 WINDOWS = {2048: 64, 32768: 128}  # as each lies among the lengths
 WIDTH, HEADS = 16, 4  # the model is so many times narrower, and has so many times fewer heads
 STEPS, BATCH, VOCAB = 4, 2, 900
+SMALL = Evaluation(context=64, tokens=400, needle_lengths=(256,), needle_samples=1, needle_depths=2)
 CHAT = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}" + (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
@@ -35,7 +36,7 @@ def proxy(recipe: Recipe, base: Base, steps: int = STEPS) -> Recipe:
     )  # fmt: skip
     return replace(
         recipe, name=f"proxy-{recipe.name}", stages=stages, calibration_tokens=1024, calibration_length=64,
-        evaluation=Evaluation(64, 400, (256,), 1, 2), save_every=2, 
+        save_every=2, evaluation=SMALL,
         geometry=small_geometry(base) if recipe.geometry == "published" else recipe.geometry,
     )  # fmt: skip
 

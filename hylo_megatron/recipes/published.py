@@ -13,7 +13,7 @@ from hylo_megatron.recipes.stage import Evaluation, Recipe, Stage
 TOKENS = 10_000_000_000
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Base:
     """A base model's rows in the paper's tables. ``batches``: sequences at 8K and at 64K."""
 
@@ -33,16 +33,17 @@ class Base:
 
 BASES = {
     "llama1b": Base(
-        "Llama-3.2-1B-Instruct", "llama", 16, 2048, 32, 64, "1,5,10,14", 6e-5,
-        {"gdn": (32, 8), "mamba2": (32, 8)}, window=2048,
+        name="Llama-3.2-1B-Instruct", model_type="llama", layers=16, hidden=2048, heads=32, head_dim=64,
+        plan="1,5,10,14", lr=6e-5, batches={"gdn": (32, 8), "mamba2": (32, 8)}, window=2048,
     ),
     "llama3b": Base(
-        "Llama-3.2-3B-Instruct", "llama", 28, 3072, 24, 128, "0,5,10,16,21,26", 4e-5,
-        {"gdn": (16, 8), "mamba2": (16, 8)}, window=2048,
+        name="Llama-3.2-3B-Instruct", model_type="llama", layers=28, hidden=3072, heads=24, head_dim=128,
+        plan="0,5,10,16,21,26", lr=4e-5, batches={"gdn": (16, 8), "mamba2": (16, 8)}, window=2048,
     ),
     "qwen1p7b": Base(
-        "Qwen3-1.7B", "qwen3", 28, 2048, 16, 128, "1,5,9,13,17,21,25", 6e-5,
-        {"gdn": (16, 8), "mamba2": (32, 8)}, window=32768, stretches_teacher=True,
+        name="Qwen3-1.7B", model_type="qwen3", layers=28, hidden=2048, heads=16, head_dim=128,
+        plan="1,5,9,13,17,21,25", lr=6e-5, batches={"gdn": (16, 8), "mamba2": (32, 8)}, window=32768,
+        stretches_teacher=True,
     ),
 }  # fmt: skip
 
@@ -61,7 +62,7 @@ def sized(stage: Stage, tokens: float) -> Stage:
 def stages(base: Base, linear: str, tokens: int) -> tuple[Stage, ...]:
     batch, batch_64k = base.batches.get(linear, base.batches[LINEAR[0]])  # the paper has two kinds
     ild = Stage(
-        "ild", "ild", seq_length=2048, global_batch=4 * batch, micro_batch=4, steps=1, lr=2e-4, warmup=0.01,
+        name="ild", kind="ild", seq_length=2048, global_batch=4 * batch, micro_batch=4, steps=1, lr=2e-4, warmup=0.01,
         train="mixers", copied_lr_mult=1.0, decay_lr_mult=1.0,
     )  # fmt: skip
     distill = replace(ild, name="distill-2k", kind="distill", lr=base.lr, kl_weight=1.0, ce_weight=0.0)
@@ -89,7 +90,7 @@ def published(name: str, plan: str | None = None, linear: str = LINEAR[0], token
         context=2048, tokens=150_000, needle_lengths=(8192, 16384, 32768, 65536), needle_samples=4, needle_depths=5
     )
     return Recipe(
-        name, plan or base.plan, linear, stages(base, linear, tokens), 32768, 2048, evaluation, layers=base.layers,
-        save_every=100, seed=seed, geometry=geometry,
-        init="svd" if geometry == "published" else "data",
+        name=name, plan=plan or base.plan, linear=linear, stages=stages(base, linear, tokens),
+        calibration_tokens=32768, calibration_length=2048, evaluation=evaluation, layers=base.layers, save_every=100,
+        seed=seed, geometry=geometry, init="svd" if geometry == "published" else "data",
     )  # fmt: skip

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import torch
 
-from hylo_megatron.config import parse_plan, plan_name
+from hylo_megatron.config import Plan
+from hylo_megatron.config.layout import ParallelLayout
 from hylo_megatron.errors import command_line
 from hylo_megatron.flags import Parser, count, size
 from hylo_megatron.mixers import LINEAR, MIXERS
 from hylo_megatron.recipes.stage import Evaluation, Recipe, Stage
-from hylo_megatron.run.launch import Layout
+from hylo_megatron.run.launch import Processes
 from hylo_megatron.run.recipe_run import Run
 
 TEACHER_LENGTH = 6144  # of the teacher's 8,192: near its end it is already worse
@@ -26,18 +27,19 @@ def default_plan(linear: str | None) -> str:
 def smollm2_cpu(plan: str | None = None, linear: str | None = None, seed: int = 1234) -> Recipe:
     """Two CPU cores, about twenty minutes: every stage short, each long enough to be seen to work."""
     # Batches of 512 tokens are noisy: a small step that anneals to nothing, or Adam undoes a good initialisation.
-    ild = Stage("ild", "ild", seq_length=512, global_batch=1, steps=60, lr=2e-4, warmup=0.1, train="mixers")
+    ild = Stage(name="ild", kind="ild", seq_length=512, global_batch=1, steps=60, lr=2e-4, warmup=0.1, train="mixers")
     distill = replace(ild, name="distill", kind="distill", steps=50, lr=3e-5)
     evaluation = Evaluation(context=512, tokens=4000, needle_lengths=(512,), needle_samples=1, needle_depths=4)
     return Recipe(
-        "smollm2-cpu", plan or default_plan(linear), linear, (ild, distill), 8192, 1024, evaluation, seed=seed
-    )
+        name="smollm2-cpu", plan=plan or default_plan(linear), linear=linear, stages=(ild, distill),
+        calibration_tokens=8192, calibration_length=1024, evaluation=evaluation, seed=seed,
+    )  # fmt: skip
 
 
 def smollm2_gpu(plan: str | None = None, linear: str | None = None, seed: int = 1234) -> Recipe:
     """One GPU, 30M tokens: to 32K, four times the teacher's context."""
     ild = Stage(
-        "ild", "ild", seq_length=2048, global_batch=8, micro_batch=8, steps=300, lr=1.5e-3, min_lr=1.5e-4,
+        name="ild", kind="ild", seq_length=2048, global_batch=8, micro_batch=8, steps=300, lr=1.5e-3, min_lr=1.5e-4,
         train="mixers", mix=(("text", 0.78), ("chat", 0.10), ("retrieval", 0.12)),
     )  # fmt: skip
     distill = replace(
@@ -59,8 +61,9 @@ def smollm2_gpu(plan: str | None = None, linear: str | None = None, seed: int = 
         needle_depths=10, long_context=32768,
     )  # fmt: skip
     return Recipe(
-        "smollm2-gpu", plan or default_plan(linear), linear, (ild, distill, longer, longest), 32768, 2048, evaluation,
-        text="large", save_every=500, seed=seed,
+        name="smollm2-gpu", plan=plan or default_plan(linear), linear=linear,
+        stages=(ild, distill, longer, longest), calibration_tokens=32768, calibration_length=2048,
+        evaluation=evaluation, text="large", save_every=500, seed=seed,
     )  # fmt: skip
 
 
@@ -82,9 +85,10 @@ def main(argv: list[str] | None = None) -> None:
     add("--out", help="folder of the run (default: runs/smollm2-PLAN)")
     options = parser.parse_args(argv)
     recipe = found_recipe(options.plan, options.linear, options.seed)
-    plan = plan_name(parse_plan(recipe.layers, recipe.plan, recipe.linear))
+    plan = Plan.parse(recipe.layers, recipe.plan, recipe.linear).name
     out = Path(options.out or os.path.join("runs", f"smollm2-{plan}"))
-    Run(recipe, out, Layout.found(options.tp, options.pp, not options.no_cuda_graph)).execute()
+    layout = ParallelLayout(tp=options.tp, pp=options.pp)
+    Run(recipe, out, Processes.found(layout, not options.no_cuda_graph)).execute()
 
 
 if __name__ == "__main__":

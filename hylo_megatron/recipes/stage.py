@@ -1,4 +1,4 @@
-"""A recipe is a list of stages; each is a visible ``replace(...)`` of the one before."""
+"""A recipe is a list of stages. Each stage after the first is a visible ``replace(...)`` of the one before it."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -7,17 +7,18 @@ from math import ceil
 from hylo_megatron.config import Geometry
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One training run. Tokens: ``steps * global_batch * seq_length``; ``lr`` is the peak of a cosine.
+    """One training of a recipe, on ``steps * global_batch * seq_length`` tokens. ``lr`` is the peak of a cosine.
 
-    ``mix``: shares of the packed datasets named in ``run/datasets.py``; empty: the training text as it is.
-    ``rope``, ``teacher_rope``: what changes in the rotary embeddings. ``teacher_length``: the teacher's own context,
-    beyond which the text itself teaches (``ce_beyond``). ``recompute``: layers whose activations are computed twice.
+    ``mix`` has the shares of the packed datasets named in ``run/datasets.py``; without it the training text is read as
+    it is. ``rope`` and ``teacher_rope`` are changes of the rotary embeddings. ``teacher_length`` is the teacher's own
+    context; beyond it the loss is ``ce_beyond`` times the cross-entropy of the text. ``recompute`` is the number of
+    sub-layers (mixers and MLPs) whose activations are computed twice.
     """
 
     name: str
-    kind: str  # "ild" | "distill"
+    kind: str  # a name in config/stages.py
     seq_length: int
     global_batch: int
     steps: int
@@ -44,11 +45,11 @@ class Stage:
         return self.steps * self.global_batch * self.seq_length
 
     def samples(self, share: float) -> int:
-        """Sequences of this stage that a dataset with ``share`` of the mix brings, and a few more."""
+        """Return how many sequences this stage reads of a dataset with ``share`` of the mix, and a few more."""
         return ceil(1.02 * share * self.steps * self.global_batch) + 8
 
     def flags(self) -> list[str]:
-        """Flags of ``python -m hylo_megatron.train`` that this stage stands for."""
+        """Return the flags of ``python -m hylo_megatron.train`` for this stage."""
         values = {
             "--hylo-stage": self.kind, "--hylo-train": self.train, "--seq-length": self.seq_length,
             "--micro-batch-size": self.micro_batch, "--global-batch-size": self.global_batch,
@@ -70,22 +71,22 @@ class Stage:
         return [str(part) for pair in values.items() for part in pair]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What is measured at the end; after earlier stages perplexity only. Lengths in tokens."""
+    """What is measured after the last stage; after earlier stages only perplexity is. Lengths are in tokens."""
 
     context: int
     tokens: int
     needle_lengths: tuple[int, ...]
     needle_samples: int
     needle_depths: int
-    long_context: int = 0  # 0: no loss by position
+    long_context: int = 0  # 0: loss by position is not measured
     long_documents: int = 4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What a whole run does; every number that shapes its result is here."""
+    """What a whole run does. Every number that its result depends on is here."""
 
     name: str
     plan: str
@@ -97,10 +98,10 @@ class Recipe:
     layers: int = 30
     text: str = "small"  # the mix of tools/fetch_text.py
     geometry: str | Geometry = "native"
-    init: str = "data"  # or "svd", the method paper's
+    init: str = "data"  # or "svd", the initialisation of the method's paper
     save_every: int = 20
     seed: int = 1234
 
     def to_dict(self) -> dict:
-        """As JSON has it (lists for tuples)."""
+        """Return the recipe as JSON reads it, with lists for tuples."""
         return json.loads(json.dumps(asdict(self)))

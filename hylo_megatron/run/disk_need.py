@@ -8,6 +8,7 @@ from hylo_megatron.checkpoint import disk
 from hylo_megatron.checkpoint.iterations import complete_iterations, trained_to
 from hylo_megatron.checkpoint.save_room import checkpoint_bytes
 from hylo_megatron.config import Architecture
+from hylo_megatron.config.stages import stage_kind
 from hylo_megatron.convert.hf_folder import read_architecture
 from hylo_megatron.convert.shapes import hf_shapes
 from hylo_megatron.errors import HyLoError
@@ -41,7 +42,7 @@ def needs(run, student: Architecture, optimizer: bool = True) -> list[tuple[str,
     add("the student", run.out / "student", int(elements(student) * width))
     for stage in run.recipe.stages:
         folder = run.out / stage.name
-        size = checkpoint_bytes(student, stage.kind, stage.train, fast_bf16(), optimizer)
+        size = checkpoint_bytes(student, stage_kind(stage.kind), stage.train, fast_bf16(), optimizer)
         there = bool(complete_iterations(folder)) if folder.is_dir() else False
         if not trained_to(folder, stage.steps):
             several = there or stage.steps > run.recipe.save_every  # the old one stays until the new one is complete

@@ -7,21 +7,22 @@ import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hylo_megatron.config import parse_plan, plan_name
+from hylo_megatron.config import Plan
 from hylo_megatron.config.geometry import PRESETS
 from hylo_megatron.config.layout import ParallelLayout, Work, check_parallel_layout
 from hylo_megatron.config.pair import check_vocabularies
+from hylo_megatron.config.plan import linear_of_name
 from hylo_megatron.convert.hf_folder import read_architecture
 from hylo_megatron.data.documents import detect_format
 from hylo_megatron.data.token_files import check_token_files, read_summary
 from hylo_megatron.errors import HyLoError, command_line
 from hylo_megatron.flags import readable_number, short
 from hylo_megatron.init.upcycle import student_architecture
-from hylo_megatron.mixers import LINEAR, MIXERS
+from hylo_megatron.mixers import LINEAR
 from hylo_megatron.recipes.proxy import STEPS, ProxySource, proxy
 from hylo_megatron.recipes.published import BASES, TOKENS, published
 from hylo_megatron.recipes.stage import Recipe
-from hylo_megatron.run.launch import Layout, start_own
+from hylo_megatron.run.launch import Processes, start_own
 from hylo_megatron.run.parent import bind_forks, die_with_parent
 from hylo_megatron.run.recipe_run import Run
 from hylo_megatron.run.source import Source
@@ -68,20 +69,25 @@ class Job:
     source: Source
     flags: tuple
 
-    def check(self, layout: Layout) -> None:
-        """What would otherwise go wrong hours later."""
+    def check(self, processes: Processes) -> None:
+        """Refuse what would otherwise go wrong hours later."""
         base = self.source.architecture()
         if base.num_layers != self.recipe.layers:
             raise HyLoError(
                 f"HF_MODEL={self.source.base} has {base.num_layers} layers, this recipe is for {self.recipe.layers}"
                 f" ({BASES[self.recipe.name.removeprefix('proxy-')].name})"
             )
-        plan = parse_plan(self.recipe.layers, self.recipe.plan, self.recipe.linear)
+        plan = Plan.parse(self.recipe.layers, self.recipe.plan, self.recipe.linear)
         teacher = read_architecture(self.source.teacher) if self.source.teacher else base
         models = {"student": student_architecture(base, plan, self.recipe.geometry), "base": base, "teacher": teacher}
         for stage in self.recipe.stages:
-            work = Work(layout.ranks, stage.seq_length, stage.micro_batch, stage.global_batch)
-            check_parallel_layout(models, ParallelLayout(layout.tp, layout.pp, layout.cp), work)
+            work = Work(
+                processes=processes.ranks,
+                seq_length=stage.seq_length,
+                micro_batch=stage.micro_batch,
+                global_batch=stage.global_batch,
+            )
+            check_parallel_layout(models, processes.layout, work)
         if self.source.base.is_dir():  # a proxy's is made later
             check_vocabularies(base, teacher, (self.source.base, self.source.teacher or self.source.base))
         if value("FLAGS"):
@@ -132,18 +138,13 @@ def source_of(out: Path, name: str, small: bool) -> Source:
 
 def job_of(name: str) -> Job:
     small = value("PROXY", "0") != "0"
-    linear = value("LINEAR")
-    if not linear:  # the plan's name may say it
-        plan = value("PLAN", "").upper()
-        named = (name for name in LINEAR if plan.endswith((MIXERS[name].short, *MIXERS[name].aliases)))
-        linear = next(named, LINEAR[0])
+    linear = value("LINEAR") or linear_of_name(value("PLAN", "")) or LINEAR[0]
     geometry = value("GEOMETRY", "published")
     if linear not in LINEAR or geometry not in PRESETS:
-        raise HyLoError(
-            f"LINEAR={linear} GEOMETRY={geometry}: expected {' or '.join(LINEAR)}, and published or native"
-        )
+        expected = f"{' or '.join(LINEAR)}, and {' or '.join(reversed(PRESETS))}"
+        raise HyLoError(f"LINEAR={linear} GEOMETRY={geometry}: expected {expected}")
     recipe = published(name, value("PLAN"), linear, number("TOKENS", TOKENS), number("SEED", 1234), geometry)
-    plan = plan_name(parse_plan(recipe.layers, recipe.plan, recipe.linear))
+    plan = Plan.parse(recipe.layers, recipe.plan, recipe.linear).name
     if small:
         recipe = proxy(recipe, BASES[name], number("STEPS", STEPS))
     elif value("STEPS"):
@@ -153,16 +154,23 @@ def job_of(name: str) -> Job:
     return Job(recipe, out, source_of(out, name, small), flags)
 
 
+def processes_of(world: World | None) -> Processes:
+    """Return the ranks of ``world`` or of this machine, with the layout that the variables say."""
+    layout = ParallelLayout(tp=number("TP", 1), pp=number("PP", 1), cp=number("CP", 1))
+    if world:
+        return Processes.among(world.size, "ranks of torchrun", layout, cuda_graph=False)
+    return Processes.found(layout, cuda_graph=False)
+
+
 def run(name: str, world: World | None) -> None:
     """On all ranks of ``world``; without one, in this process, or under a torchrun that takes its place."""
-    job, sizes = job_of(name), (number("TP", 1), number("PP", 1), False, number("CP", 1))
-    layout = Layout.of(world.size, "ranks of torchrun", *sizes) if world else Layout.found(*sizes)
-    job.check(layout)
-    if not world and layout.ranks > 1:
+    job, processes = job_of(name), processes_of(world)
+    job.check(processes)
+    if not world and processes.ranks > 1:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        os.execv(launcher[0], [*launcher, "--nproc-per-node", str(layout.ranks), sys.argv[0]])
+        os.execv(launcher[0], [*launcher, "--nproc-per-node", str(processes.ranks), sys.argv[0]])
     start = world.start if world else start_own
-    Run(job.recipe, job.out, layout, job.source, start, job.flags, beside=False).execute()
+    Run(job.recipe, job.out, processes, job.source, start, job.flags, beside=False).execute()
 
 
 @command_line

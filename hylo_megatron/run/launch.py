@@ -1,4 +1,4 @@
-"""Starts the processes of one training: how many there are, their environment, and why one stopped."""
+"""Start the processes of one training: how many, in which environment; and say why one stopped."""
 
 import functools
 import os
@@ -12,48 +12,52 @@ import torch
 
 import hylo_megatron
 from hylo_megatron.checkpoint import disk
+from hylo_megatron.config.layout import ParallelLayout
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.run.parent import PARENT, STORE, bind_child
 
-LEAST_FREE = 2**20  # bytes: with less on its disk a log may lack the line that says why
+LEAST_FREE = 2**20  # bytes; with less on its disk, a log may lack the line that says what went wrong
+ONE_RANK = ParallelLayout()
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How many processes train, and how they share the model. ``dp`` is what the GPUs at hand leave."""
+@dataclass(frozen=True, kw_only=True)
+class Processes:
+    """The processes of a training: ``dp`` copies of the model, each shared by the ranks of ``layout``.
 
-    tp: int
-    pp: int
-    dp: int
-    cuda_graph: bool = True  # of one GPU's training step
-    cp: int = 1
+    ``cuda_graph``: a training on one GPU runs its step as one CUDA graph.
+    """
 
-    @classmethod
-    def found(cls, tp: int, pp: int, cuda_graph: bool = True, cp: int = 1) -> "Layout":
-        """For the GPUs of this machine; without any, as many processes as the model is split into."""
-        return cls.of(torch.cuda.device_count() or tp * pp * cp, "GPUs here", tp, pp, cuda_graph, cp)
+    layout: ParallelLayout = ONE_RANK
+    dp: int = 1
+    cuda_graph: bool = True
 
     @classmethod
-    def of(cls, ranks: int, what: str, tp: int, pp: int, cuda_graph: bool, cp: int) -> "Layout":
-        if ranks % (tp * pp * cp):
-            context = f" x CP {cp}" if cp > 1 else ""
-            raise HyLoError(f"TP {tp} x PP {pp}{context} = {tp * pp * cp} ranks do not divide the {ranks} {what}")
-        return cls(tp, pp, ranks // (tp * pp * cp), cuda_graph, cp)
+    def found(cls, layout: ParallelLayout = ONE_RANK, cuda_graph: bool = True) -> "Processes":
+        """One process for each GPU of this machine, or without GPUs one copy of the model."""
+        ranks = torch.cuda.device_count() or layout.ranks
+        return cls.among(ranks, "GPUs here", layout, cuda_graph)
+
+    @classmethod
+    def among(cls, ranks: int, what: str, layout: ParallelLayout, cuda_graph: bool = True) -> "Processes":
+        """As many copies of the model as ``ranks`` allow. ``what`` names the ranks in a refusal."""
+        if ranks % layout.ranks:
+            context = f" x CP {layout.cp}" if layout.cp > 1 else ""
+            sizes = f"TP {layout.tp} x PP {layout.pp}{context}"
+            raise HyLoError(f"{sizes} = {layout.ranks} ranks do not divide the {ranks} {what}")
+        return cls(layout=layout, dp=ranks // layout.ranks, cuda_graph=cuda_graph)
 
     @property
     def ranks(self) -> int:
-        return self.tp * self.pp * self.cp * self.dp
-
-    def flags(self) -> list[str]:
-        sizes = ["--tensor-model-parallel-size", str(self.tp), "--pipeline-model-parallel-size", str(self.pp)]
-        return sizes + (["--context-parallel-size", str(self.cp)] if self.cp > 1 else [])
+        return self.layout.ranks * self.dp
 
     def __str__(self) -> str:
-        return f"TP {self.tp} PP {self.pp} " + (f"CP {self.cp} " if self.cp > 1 else "") + f"DP {self.dp}"
+        at = self.layout
+        return f"TP {at.tp} PP {at.pp} " + (f"CP {at.cp} " if at.cp > 1 else "") + f"DP {self.dp}"
 
 
 def child_environment(ranks_here: int, **changes: str) -> dict[str, str]:
-    """This process's, with its share of the cores, and this very package even where it is not installed."""
+    """Return this process's environment with a child's share of the cores, and with this package on the path, which
+    need not be installed."""
     inherited = {name: value for name, value in os.environ.items() if name not in (PARENT, STORE)}
     package = str(Path(hylo_megatron.__file__).parent.parent)
     paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -63,7 +67,7 @@ def child_environment(ranks_here: int, **changes: str) -> dict[str, str]:
 
 
 class Process:
-    """A running command whose output goes to the end of ``log``. It dies with the thread that started it."""
+    """A running command that appends its output to ``log``. It dies with the thread that started it."""
 
     def __init__(self, arguments: list[str], log: Path, environment: dict[str, str]):
         with log.open("a") as output:
@@ -80,7 +84,7 @@ class Process:
         self.popen.wait()
 
     def reason(self) -> str:
-        """Why it failed, in one line, from what it wrote itself and not an earlier run into the same file."""
+        """Return in one line why the process failed: an error that it wrote itself, not an earlier run's."""
         code = self.popen.returncode
         if code < 0:
             return f"killed by {signal.Signals(-code).name}"
@@ -92,12 +96,12 @@ class Process:
         return errors[-1] if errors else f"exit code {code}"
 
 
-def start_own(arguments: list[str], layout: Layout, log: Path) -> Process:
-    """All ranks on this machine: one process, or a torchrun of our own."""
-    if layout.ranks > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(layout.ranks)]
-        return Process([*launcher, *arguments], log, child_environment(layout.ranks))
-    # The launcher would import torch only to start one process. Port 0: whichever is free when the process listens;
-    # one that was free now may be taken by then.
+def start_own(arguments: list[str], processes: Processes, log: Path) -> Process:
+    """Start all ranks on this machine: one process, or a torchrun of our own."""
+    if processes.ranks > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes.ranks)]
+        return Process([*launcher, *arguments], log, child_environment(processes.ranks))
+    # torchrun would import torch only to start one process. With port 0 the process listens on a port that is free
+    # when it starts; a port that is free now may be taken by then.
     alone = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     return Process(arguments, log, child_environment(1, **alone, **{PARENT: str(os.getpid())}))

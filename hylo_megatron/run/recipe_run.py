@@ -14,7 +14,8 @@ import torch
 
 from hylo_megatron.checkpoint import disk
 from hylo_megatron.checkpoint.iterations import trained_to
-from hylo_megatron.config import Architecture, parse_plan, plan_name
+from hylo_megatron.config import Architecture, Plan
+from hylo_megatron.config.stages import stage_kind
 from hylo_megatron.convert import hf_to_megatron, megatron_to_hf
 from hylo_megatron.convert.hf_folder import read_architecture
 from hylo_megatron.errors import HyLoError
@@ -24,12 +25,12 @@ from hylo_megatron.recipes.stage import Recipe, Stage
 from hylo_megatron.run import disk_need
 from hylo_megatron.run.background import Background
 from hylo_megatron.run.datasets import data_path, make_datasets
-from hylo_megatron.run.launch import Layout, start_own
+from hylo_megatron.run.launch import Processes, start_own
 from hylo_megatron.run.measurements import Measurement
 from hylo_megatron.run.sample import write_sample
 from hylo_megatron.run.source import FetchedSource, Source
 from hylo_megatron.run.table import closing_table
-from hylo_megatron.run.training_process import Training
+from hylo_megatron.run.training_process import TrainingProcess
 
 
 class Run:
@@ -39,20 +40,20 @@ class Run:
     whether evaluations, and the start of the next stage, go on beside a training (None: where there is a GPU).
     """
 
-    def __init__(self, recipe: Recipe, out: Path, layout: Layout, source: Source | None = None, start=start_own,
+    def __init__(self, recipe: Recipe, out: Path, processes: Processes, source: Source | None = None, start=start_own,
                  flags: tuple = (), beside: bool | None = None):  # fmt: skip
-        self.recipe, self.out, self.layout, self.start, self.flags = recipe, out, layout, start, flags
+        self.recipe, self.out, self.processes, self.start, self.flags = recipe, out, processes, start, flags
         self.source = source or FetchedSource(out, recipe.text)
         self.logs, self.started, self.number = out / "logs", time.time(), 0
         self.hf, self.base, self.data = self.source.base, out / "teacher", out / "data"
-        # The ILD stage compares with the base model layer by layer; another teacher takes over afterwards.
+        # Layer-wise stages compare with the base model; another teacher takes over in the stages after them.
         self.teacher = out / "other-teacher" if self.source.teacher else self.base
-        self.plan = parse_plan(recipe.layers, recipe.plan, recipe.linear)
+        self.plan = Plan.parse(recipe.layers, recipe.plan, recipe.linear)
         self.total = 4 + len(self.source.steps()) + len(recipe.stages) + (self.teacher != self.base)
         self.total += 2 + len(recipe.stages) if self.source.judged else 0
         self.background = Background(self.logs, beside)
-        self.trainings: list[Training] = []
-        self.next_training: Training | None = None
+        self.trainings: list[TrainingProcess] = []
+        self.next_training: TrainingProcess | None = None
 
     def _claim(self) -> None:
         """The folder belongs to one recipe: going on with another one would mix two runs."""
@@ -110,18 +111,19 @@ class Run:
     def _trained(self, stage: Stage) -> bool:
         return trained_to(self.out / stage.name, stage.steps)
 
-    def _start(self, index: int) -> Training:
+    def _start(self, index: int) -> TrainingProcess:
         """The processes of a stage; they wait for the stage before it to end."""
         stages = self.recipe.stages
         stage, save = stages[index], self.out / stages[index].name
         student = self.out / (stages[index - 1].name if index else "student")
-        teacher = self.base if stage.kind == "ild" else self.teacher
+        teacher = self.base if stage_kind(stage.kind).layerwise else self.teacher
         flags = [*stage.flags(), *self.flags, "--hylo-student", student, "--hylo-teacher", teacher, "--save", save,
                  "--save-interval", self.recipe.save_every, "--hylo-keep-last", 1, "--seed", self.recipe.seed,
                  "--data-path", *data_path(self.data, stage, self.source.tokens)]  # fmt: skip
         if index:
             flags += ["--hylo-student-iteration", stages[index - 1].steps]
-        self.trainings.append(Training(stage, flags, save, self.layout, self.logs / f"{stage.name}.log", self.start))
+        log = self.logs / f"{stage.name}.log"
+        self.trainings.append(TrainingProcess(stage, flags, save, self.processes, log, self.start))
         return self.trainings[-1]
 
     def train(self, index: int) -> Path:
@@ -159,7 +161,7 @@ class Run:
     def execute(self) -> None:
         with disk.writing(self.out):
             self._claim()
-        print(f"{self.recipe.name}: {plan_name(self.plan)}, {self.layout}, in {self.out}", flush=True)
+        print(f"{self.recipe.name}: {self.plan.name}, {self.processes}, in {self.out}", flush=True)
         try:
             with disk.writing(self.out):
                 self._execute()
@@ -180,7 +182,7 @@ class Run:
             convert = functools.partial(hf_to_megatron.convert, self.source.teacher, self.teacher)
             self.step("convert the teacher", convert, self.teacher)
         student = self.out / "student"
-        self.step(f"upcycle to {plan_name(self.plan)}", self.upcycle, student)
+        self.step(f"upcycle to {self.plan.name}", self.upcycle, student)
         if self.source.judged:
             self.measure("init", self.export("init", student))
         for index, stage in enumerate(self.recipe.stages):
@@ -203,6 +205,6 @@ class Run:
         if not self.source.judged:
             print(f"model: {folder}   {(time.time() - self.started) / 60:.1f} minutes", flush=True)
             return
-        table = closing_table(self.out, self.recipe, self.layout, time.time() - self.started)
+        table = closing_table(self.out, self.recipe, self.processes, time.time() - self.started)
         write_text(self.out / "report" / "run.md", table + "\n")
         print(table)

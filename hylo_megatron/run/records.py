@@ -28,14 +28,14 @@ class NeedleRow(_Record):
     samples: Size
 
 
-class Needle(_Record):
+class NeedleResults(_Record):
     by_length: list[NeedleRow]
 
 
 class Figures(_Record):
     perplexity: dict[str, Part]
     kv_cache_bytes_per_token: Count
-    needle: NotRequired[Needle]
+    needle: NotRequired[NeedleResults]
 
 
 class Report(_Record):

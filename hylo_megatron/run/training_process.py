@@ -1,4 +1,4 @@
-"""A stage's training: its command line, and how far it is."""
+"""The training of a stage: its command line, and its progress."""
 
 import math
 import sys
@@ -10,21 +10,21 @@ import torch
 
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.recipes.stage import Stage
-from hylo_megatron.run.launch import Layout, start_own
+from hylo_megatron.run.launch import Processes, start_own
 from hylo_megatron.run.records import StepLine, step_line
 
 POLL_SECONDS = 0.2
 
 
 def fast_bf16() -> bool:
-    """Whether bf16 products beat fp32 here: any recent GPU, or a CPU with AVX-512 BF16 or AMX."""
+    """Return whether bf16 products are faster than fp32 here: on any recent GPU, or a CPU with AVX-512 BF16 or AMX."""
     if torch.cuda.is_available():
         return True
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def last_line(log: Path) -> StepLine | None:
-    """Of a log that another process may be writing to at this moment."""
+    """Return the last whole line of a log that another process may be writing to."""
     lines = log.read_bytes().split(b"\n")[:-1] if log.is_file() else []
     return step_line(lines[-1], f"{log}:{len(lines)}") if lines else None
 
@@ -41,27 +41,27 @@ def _show(stage: Stage, line: dict | None, started: float, terminal: bool) -> No
 
 
 GPU_FLAGS = ("--num-workers", "2", "--hylo-kl-chunk", "4096")
-# The whole step as one CUDA graph: a small model's step is otherwise as long as launching its kernels takes.
+# The whole step as one CUDA graph: otherwise a small model's step takes as long as launching its kernels.
 GRAPH_FLAGS = ("--cuda-graph-impl", "full_iteration", "--cuda-graph-warmup-steps", "2",
                "--no-check-for-nan-in-loss-and-grad")  # fmt: skip
 
 
-class Training:
-    """A stage's training, as processes that may be started before the student they wait for is there.
+class TrainingProcess:
+    """The training of a stage. Its processes may be started before the student that they wait for is there.
 
-    ``start(arguments, layout, log)`` starts them: ``launch.start_own``, or a ``World``'s.
+    ``start(arguments, processes, log)`` starts them: ``launch.start_own``, or that of a ``World``.
     """
 
-    def __init__(self, stage: Stage, flags: list, save: Path, layout: Layout, log: Path, start=start_own):
+    def __init__(self, stage: Stage, flags: list, save: Path, processes: Processes, log: Path, start=start_own):
         self.stage, self.steps, self.log = stage, save / "train_log.jsonl", log
-        trainer = ["-m", "hylo_megatron.train", *map(str, flags), *layout.flags()]
+        trainer = ["-m", "hylo_megatron.train", *map(str, flags), *processes.layout.flags()]
         trainer += ["--bf16"] if fast_bf16() else []
         if torch.cuda.is_available():
-            trainer += GPU_FLAGS + (GRAPH_FLAGS if layout.cuda_graph and layout.ranks == 1 else ())
-        self.process = start(trainer, layout, log)
+            trainer += GPU_FLAGS + (GRAPH_FLAGS if processes.cuda_graph and processes.ranks == 1 else ())
+        self.process = start(trainer, processes, log)
 
     def wait(self, running: Callable[[], object] = lambda: None) -> None:
-        """Until the last step, showing how far it is; ``running`` is called once when the first step is done."""
+        """Wait for the last step and show the progress. ``running`` is called once, after the first step."""
         terminal, started, shown, told = sys.stdout.isatty(), time.time(), time.time(), False
         before = last_line(self.steps)
         while (code := self.process.poll()) is None:

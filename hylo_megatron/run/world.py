@@ -9,7 +9,6 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from torch.distributed import DistError, PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.run.launch import Layout, Process, child_environment
+from hylo_megatron.run.launch import Process, Processes, child_environment
 from hylo_megatron.run.parent import PARENT, STORE
 
 POLL_SECONDS = 0.2
@@ -51,7 +50,7 @@ class World:
         reasons = [self.store.get(key).decode() for key in keys]
         return next((reason for reason in reasons if "error: " in reason.lower()), reasons[0])
 
-    def start(self, arguments: list[str], layout: Layout, log: Path) -> "Trainer":
+    def start(self, arguments: list[str], processes: Processes, log: Path) -> "Trainer":
         """Rank 0's: the same training on every rank."""
         self.number += 1
         self.store.set(f"order/{self.number}", json.dumps([arguments, str(log)]))
@@ -152,6 +151,3 @@ def exit_on_signals(signals: tuple = (signal.SIGTERM, signal.SIGINT)) -> None:
 
     for each in signals:
         signal.signal(each, leave)
-
-
-Start = Callable[[list[str], Layout, Path], Process | Trainer]

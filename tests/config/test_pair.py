@@ -6,6 +6,7 @@ import pytest
 from helpers import tiny
 
 from hylo_megatron.config.pair import check_pair, padded_rows
+from hylo_megatron.config.stages import stage_kind
 from hylo_megatron.errors import HyLoError
 
 STUDENT = tiny.hybrid()
@@ -22,7 +23,7 @@ def folders(tmp_path, other_words=0):
 @pytest.mark.parametrize("rows", [tiny.VOCAB, tiny.VOCAB + 40])
 def test_one_tokenizer_with_other_padding(rows, tmp_path):
     teacher = replace(STUDENT.as_teacher(), vocab_size=rows)
-    check_pair(STUDENT, teacher, "distill", folders(tmp_path))
+    check_pair(STUDENT, teacher, stage_kind("distill"), folders(tmp_path))
     assert padded_rows(STUDENT, teacher, 16) % 16 == 0
     assert padded_rows(STUDENT, teacher, 16) >= rows
 
@@ -32,13 +33,13 @@ def test_other_tokens(rows, other_words, tmp_path):
     teacher = replace(STUDENT.as_teacher(), vocab_size=rows)
     words = "vocabularies differ" if other_words else "ids up to 299, the model's vocab_size is 299"
     with pytest.raises(HyLoError, match=words):
-        check_pair(STUDENT, teacher, "distill", folders(tmp_path, other_words))
+        check_pair(STUDENT, teacher, stage_kind("distill"), folders(tmp_path, other_words))
 
 
 @pytest.mark.parametrize("changes, words", [(dict(hidden_size=96), "must be the base model"), (dict(), None)])
 def test_layer_by_layer_wants_the_base_model(changes, words, tmp_path):
     teacher = replace(STUDENT.as_teacher(), **changes)
-    check_pair(STUDENT, teacher, "distill", folders(tmp_path))
+    check_pair(STUDENT, teacher, stage_kind("distill"), folders(tmp_path))
     if words:
         with pytest.raises(HyLoError, match=words):
-            check_pair(STUDENT, teacher, "ild", (tmp_path, tmp_path))
+            check_pair(STUDENT, teacher, stage_kind("ild"), (tmp_path, tmp_path))

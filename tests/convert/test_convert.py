@@ -17,8 +17,8 @@ from helpers import tiny  # noqa: E402
 from helpers.paths import ROOT
 
 from hylo_megatron.checkpoint import folder as checkpoint
-from hylo_megatron.config import Architecture, geometry_preset, parse_plan, plan_name  # noqa: E402
-from hylo_megatron.config.plan import megatron_pattern, uniform_layers  # noqa: E402
+from hylo_megatron.config import Architecture, Plan, geometry_preset  # noqa: E402
+from hylo_megatron.config.plan import uniform_layers  # noqa: E402
 from hylo_megatron.convert import hf_to_megatron, megatron_to_hf  # noqa: E402
 from hylo_megatron.convert.hf_folder import HFWeights, read_architecture  # noqa: E402
 from hylo_megatron.errors import HyLoError  # noqa: E402
@@ -391,15 +391,15 @@ def where(plan, kind="mla"):
 
 
 def test_plans_from_numbers_and_words():
-    plan = parse_plan(16, "1,5,10,14", "mamba2")
+    plan = Plan.parse(16, "1,5,10,14", "mamba2")
     assert where(plan) == (1, 5, 10, 14)
     assert plan.count("mamba2") == 12
-    assert parse_plan(4, "all") == ("mla",) * 4
-    assert parse_plan(4, "none", "mamba2") == ("mamba2",) * 4
-    assert where(parse_plan(30, "uniform:3")) == (5, 15, 25)
-    assert where(parse_plan(16, "uniform:16")) == tuple(range(16))
-    assert plan_name(plan) == "4MLA12M2"
-    assert plan_name(("attention",) * 30) == "30ATT"
+    assert Plan.parse(4, "all") == ("mla",) * 4
+    assert Plan.parse(4, "none", "mamba2") == ("mamba2",) * 4
+    assert where(Plan.parse(30, "uniform:3")) == (5, 15, 25)
+    assert where(Plan.parse(16, "uniform:16")) == tuple(range(16))
+    assert plan.name == "4MLA12M2"
+    assert Plan.transformer(30).name == "30ATT"
 
 
 @pytest.mark.parametrize("count", range(1, 13))
@@ -423,8 +423,8 @@ def test_uniform_layers_are_apart_by_about_the_same(count):
     ],
 )
 def test_names_put_mla_where_the_paper_does(layers, name, mla, linear):
-    plan = parse_plan(layers, name)
-    assert parse_plan(layers, name, linear) == plan
+    plan = Plan.parse(layers, name)
+    assert Plan.parse(layers, name, linear) == plan
     assert where(plan) == mla
     assert set(plan) == {"mla", linear}
 
@@ -434,25 +434,25 @@ def test_names_put_mla_where_the_paper_does(layers, name, mla, linear):
     [
         (16, "1,5,16", "gdn", "16"), (16, "1,-2", "gdn", "-2"), (16, "1,1", "gdn", "differ"),
         (16, "1;2", "gdn", "expected layer numbers"), (16, "", "gdn", "expected layer numbers"),
-        (16, "4MLA12GDN", "mamba2", "different things"), (4, "uniform:5", "gdn", "only 4 layers"),
+        (16, "4MLA12GDN", "mamba2", "contradict"), (4, "uniform:5", "gdn", "only 4 layers"),
         (4, "uniform:0", "rwkv", "rwkv"),
         (16, "4MLA10GDN", "gdn", "has 14 layers"), (16, "4MLA12RWKV", "gdn", "RWKV"),
     ],
 )  # fmt: skip
 def test_plans_that_do_not_fit(layers, text, linear, words):
     with pytest.raises(HyLoError) as caught:
-        parse_plan(layers, text, linear)
+        Plan.parse(layers, text, linear)
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_megatron_pattern_has_a_pipe_between_stages_and_the_odd_layers_first():
-    plan = ("mla", "gdn", "mamba2", "attention", "gdn", "mla", "gdn")
-    assert megatron_pattern(plan) == "+-G-M-*-G-+-G-"
-    assert megatron_pattern(plan, 2) == "+-G-M-*-|G-+-G-"
-    assert megatron_pattern(plan, 3) == "+-G-M-|*-G-|+-G-"
-    assert megatron_pattern(plan, 7).count("|") == 6
+    plan = Plan(("mla", "gdn", "mamba2", "attention", "gdn", "mla", "gdn"))
+    assert plan.pattern() == "+-G-M-*-G-+-G-"
+    assert plan.pattern(2) == "+-G-M-*-|G-+-G-"
+    assert plan.pattern(3) == "+-G-M-|*-G-|+-G-"
+    assert plan.pattern(7).count("|") == 6
     with pytest.raises(HyLoError, match="7 layers"):
-        megatron_pattern(plan, 8)
+        plan.pattern(8)
 
 
 # ---- geometry: the reference's numbers, section 1 ----
@@ -485,7 +485,7 @@ def test_published_geometry_keeps_the_published_share_of_the_cache(name, layers,
     hidden, heads, head_dim = base
     arch = tiny.hybrid(
         hidden_size=hidden, num_attention_heads=heads, num_key_value_heads=8, head_dim=head_dim,
-        plan=parse_plan(layers, name), geometry=geometry_preset("published", *base),
+        plan=Plan.parse(layers, name), geometry=geometry_preset("published", *base),
     )  # fmt: skip
     share = 100 * arch.kv_bytes_per_token() / arch.as_teacher().kv_bytes_per_token()
     assert share == pytest.approx(kept, abs=0.06)

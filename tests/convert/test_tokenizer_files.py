@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: E402
 
 import hylo_megatron  # noqa: E402, F401
 from hylo_megatron.config.pair import check_pair  # noqa: E402
+from hylo_megatron.config.stages import stage_kind  # noqa: E402
 from hylo_megatron.convert import hf_to_megatron, megatron_to_hf  # noqa: E402
 from hylo_megatron.convert.tokenizer_files import (  # noqa: E402
     check_tokenizer,
@@ -199,7 +200,7 @@ def test_every_tool_refuses_ids_beyond_the_rows_in_the_same_words(tmp_path):
         "prepare": lambda: prepare.prepare([text], large, tmp_path / "tokens"),
         "evaluate": lambda: evaluated.load(large, evaluated.resolve_device("cpu"), evaluated.DTYPES["float32"]),
         "export": lambda: megatron_to_hf.convert(tmp_path / "damaged", tmp_path / "out"),
-        "train": lambda: check_pair(arch, arch.as_teacher(), "distill", pair),
+        "train": lambda: check_pair(arch, arch.as_teacher(), stage_kind("distill"), pair),
         "calibrate": lambda: calibration_tokens(text, tmp_path / "damaged" / "hf", 64, 32),
     }
     words = r"tokenizer\.json: the tokenizer makes ids up to 300, the model's vocab_size is 300; they do not belong"

@@ -18,8 +18,9 @@ from helpers import train as helpers  # noqa: E402
 from helpers.kl import VOCAB, gradients, kl_inputs, whole_logits  # noqa: E402
 from programs import parity  # noqa: E402
 
+from hylo_megatron.distill.head import TokenWeights, reference_loss  # noqa: E402
 from hylo_megatron.distill.ild import layer_losses  # noqa: E402
-from hylo_megatron.distill.kl import KLSettings, hidden_state_kl, reference_loss, token_weights  # noqa: E402
+from hylo_megatron.distill.losses import KL  # noqa: E402
 from hylo_megatron.layers.load import load_model, start_process_groups  # noqa: E402
 
 
@@ -29,34 +30,36 @@ from hylo_megatron.layers.load import load_model, start_process_groups  # noqa: 
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 @pytest.mark.parametrize("teacher_length", [None, 21], ids=["taught", "partly"])
 def test_chunked_loss_equals_whole_logits(teacher_length, reverse, temperature, weights, chunk):
-    settings = KLSettings(*weights, temperature, reverse, chunk, teacher_length, ce_beyond=0.6)
+    settings = KL(
+        kl_weight=weights[0], ce_weight=weights[1], temperature=temperature, reverse=reverse, chunk=chunk,
+        teacher_length=teacher_length, ce_beyond=0.6,
+    )  # fmt: skip
     x = kl_inputs(32, settings)
-    assert 0 < x["mask_T"].sum() < 32
-    loss, kl, ce = hidden_state_kl(**x, settings=settings)
+    assert 0 < x.mask_T.sum() < 32
+    loss, kl, ce = settings(x)
     want, want_kl, want_ce = whole_logits(x, settings)
     torch.testing.assert_close(loss, want, rtol=2e-6, atol=1e-5)
     torch.testing.assert_close(ce, want_ce, rtol=2e-6, atol=1e-5)
     torch.testing.assert_close(kl, want_kl if settings.kl_weight else torch.zeros(()), rtol=2e-6, atol=1e-5)
-    got = gradients(loss, x["h_TD"], x["head_ND"])
-    for gradient, expected in zip(got, gradients(want, x["h_TD"], x["head_ND"]), strict=True):
+    got = gradients(loss, x.h_TD, x.head_ND)
+    for gradient, expected in zip(got, gradients(want, x.h_TD, x.head_ND), strict=True):
         torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-5)
     assert not got[1][VOCAB:].any()
-    assert not got[0][x["mask_T"] == 0].any()
+    assert not got[0][x.mask_T == 0].any()
 
 
 def test_loss_without_a_gradient_for_the_head():
     x = kl_inputs(32)
-    x["head_ND"].requires_grad_(False)
-    (got,) = gradients(hidden_state_kl(**x)[0], x["h_TD"])
-    (want,) = gradients(whole_logits(x, KLSettings())[0], x["h_TD"])
+    x.head_ND.requires_grad_(False)
+    (got,) = gradients(KL()(x)[0], x.h_TD)
+    (want,) = gradients(whole_logits(x, KL())[0], x.h_TD)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 def test_weights_follow_the_teachers_reach_and_the_answers():
-    settings = KLSettings(0.9, 0.1, teacher_length=2, ce_beyond=0.5)
-    kl, ce = token_weights(
-        settings, torch.arange(4), torch.tensor([1.0, 1.0, 1.0, 0.0]), torch.tensor([0.0, 3.0, 3.0, 3.0])
-    )
+    settings = KL(kl_weight=0.9, ce_weight=0.1, teacher_length=2, ce_beyond=0.5)
+    mask, answers = torch.tensor([1.0, 1.0, 1.0, 0.0]), torch.tensor([0.0, 3.0, 3.0, 3.0])
+    kl, ce = settings.token_weights(torch.arange(4), mask, answers)
     assert kl.tolist() == pytest.approx([0.9, 0.9, 0.0, 0.0])
     assert ce.tolist() == pytest.approx([0.1, 3.1, 3.5, 0.0])
 
@@ -81,18 +84,18 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
-def largest(loss, settings: KLSettings, length: int) -> int:
+def largest(loss, settings: KL, length: int) -> int:
     x = kl_inputs(length, settings, rows=500, vocab=490, width=4, teacher_width=6)
     with LargestTensor() as seen:
-        gradients(loss(x), x["h_TD"], x["head_ND"])
+        gradients(loss(x), x.h_TD, x.head_ND)
     return seen.elements
 
 
 @pytest.mark.parametrize("weights", [(1.0, 0.0), (0.5, 0.5)])
 def test_no_tensor_grows_with_tokens_times_vocabulary(weights):
-    settings = KLSettings(*weights, temperature=2.0, chunk=16)
+    settings = KL(kl_weight=weights[0], ce_weight=weights[1], temperature=2.0, chunk=16)
     for length in (64, 1024):
-        assert largest(lambda x: hidden_state_kl(**x, settings=settings)[0], settings, length) == 16 * 500
+        assert largest(lambda x: settings(x)[0], settings, length) == 16 * 500
         assert largest(lambda x: whole_logits(x, settings)[0], settings, length) >= length * 490
 
 
@@ -142,15 +145,18 @@ def pair(request, tmp_path_factory):
 @pytest.mark.parametrize("wide", [False, True], ids=["same teacher", "wider teacher"])
 def test_distill_equals_the_two_models_logits(pair, wide, tmp_path):
     teacher = helpers.big_teacher(tmp_path / "big") if wide else pair[1]
-    settings = KLSettings(0.7, 0.3, 2.0, chunk=50, teacher_length=11, ce_beyond=0.5)
-    model = parity.distill_model(pair[0], teacher, "distill", "all", kl=settings)
+    settings = KL(kl_weight=0.7, ce_weight=0.3, temperature=2.0, chunk=50, teacher_length=11, ce_beyond=0.5)
+    model = parity.distill_model(pair[0], teacher, "distill", "all", settings)
     x = helpers.token_batch(3, 16)
     loss, kl, ce = model(*x.values())
     models = (model.student, model.teacher)  # the wide teacher has rows beyond the tokens
     logits = [m(x["tokens"], x["position_ids"], None)[..., : helpers.ODD_VOCAB].float() for m in models]
-    weights = token_weights(settings, x["position_ids"], x["loss_mask"], x["answer_weight"])
-    flat = (value.flatten(0, 1) for value in (*logits, x["labels"], x["loss_mask"], *weights))
-    want, want_kl, want_ce = reference_loss(*flat, settings)
+    kl_weight, ce_weight = settings.token_weights(x["position_ids"], x["loss_mask"], x["answer_weight"])
+    weights = TokenWeights(
+        labels_T=x["labels"].flatten(), mask_T=x["loss_mask"].flatten(), kl_T=kl_weight.flatten(),
+        ce_T=ce_weight.flatten(),
+    )  # fmt: skip
+    want, want_kl, want_ce = reference_loss(*(value.flatten(0, 1) for value in logits), weights, settings)
     torch.testing.assert_close(torch.stack([loss, kl, ce]), torch.stack([want, want_kl, want_ce]), rtol=1e-5, atol=0)
     parameters = dict(model.named_parameters())
     got = torch.autograd.grad(loss, parameters.values(), retain_graph=True)
@@ -160,7 +166,7 @@ def test_distill_equals_the_two_models_logits(pair, wide, tmp_path):
 
 @pytest.mark.parametrize("stage", ["ild", "distill"])
 def test_the_engine_sees_the_student_only(pair, stage):
-    model = parity.distill_model(*pair, stage, "all")
+    model = parity.distill_model(*pair, stage, "all", KL())
     student, _ = load_model(pair[0])
     metadata = {"dp_cp_group": parity.parallel_state.get_data_parallel_group(with_context_parallel=True)}
 
@@ -179,7 +185,7 @@ COPIED = re.compile(r"embedding|output_layer|final_norm|\.mlp\.|layernorm|layers
 
 @pytest.mark.parametrize("stage", ["ild", "distill"])
 def test_mixers_only_freezes_exactly_what_was_copied(pair, stage):
-    model = parity.distill_model(*pair, stage, "mixers")
+    model = parity.distill_model(*pair, stage, "mixers", KL())
     frozen = {name for name, p in model.student.named_parameters() if not p.requires_grad}
     names = {name for name, _ in model.student.named_parameters()}
     assert frozen == {name for name in names if COPIED.search(name)}
@@ -198,7 +204,7 @@ def test_recompute_with_a_frozen_embedding_changes_no_gradient(pair, halves):
     again = dict(recompute_granularity="full", recompute_method="block", recompute_num_layers=halves)
     x, found = helpers.token_batch(2, 16), []
     for config in ({}, again):
-        model = parity.distill_model(*pair, "distill", "mixers", config=config)
+        model = parity.distill_model(*pair, "distill", "mixers", KL(), config=config)
         model.train()  # the engine recomputes then only
         model(*x.values())[0].backward()
         found.append({name: parameter.grad for name, parameter in model.student.named_parameters()})

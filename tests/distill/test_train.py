@@ -16,7 +16,7 @@ from helpers import train as helpers  # noqa: E402
 from helpers.train import read_log, train, train_flags  # noqa: E402
 from programs import parity  # noqa: E402
 
-from hylo_megatron.config import Architecture, parse_plan  # noqa: E402
+from hylo_megatron.config import Architecture, Plan  # noqa: E402
 from hylo_megatron.init.upcycle import upcycle  # noqa: E402
 
 LOSSES = ("loss", "kl", "ce", "grad_norm", "lr")
@@ -184,7 +184,7 @@ def test_bad_input_as_a_command(world, tmp_path):
 
 def test_context_parallelism_by_the_command_line(world, tmp_path):
     student = tmp_path / "student"  # of six heads: the linear blocks divide theirs by the ranks
-    upcycle(world["big"], student, parse_plan(6, "0,3", "gdn"), tokens_BS=tiny.tokens(4, helpers.SEQ), log=str)
+    upcycle(world["big"], student, Plan.parse(6, "0,3", "gdn"), tokens_BS=tiny.tokens(4, helpers.SEQ), log=str)
 
     def losses(name, processes, **flags):
         argv = helpers.train_flags(world, "distill", tmp_path / name, str(student), "big", **flags)

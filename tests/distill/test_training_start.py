@@ -24,7 +24,6 @@ from hylo_megatron.distill import command_line
 from hylo_megatron.engine import waiting  # noqa: E402
 from hylo_megatron.errors import HyLoError  # noqa: E402
 from hylo_megatron.run import examples  # noqa: E402
-from hylo_megatron.run.launch import Layout  # noqa: E402
 
 NUMBERS = st.one_of(
     st.integers().map(str), st.floats().map(str), st.text(max_size=8),
@@ -91,8 +90,7 @@ def test_a_proxy_is_checked_like_the_real_thing(monkeypatch, tmp_path, variables
         monkeypatch.setenv(name, text)
     with pytest.raises(HyLoError) as refused:
         job = examples.job_of("llama1b")
-        sizes = (examples.number("TP", 1), examples.number("PP", 1), False, examples.number("CP", 1))
-        job.check(Layout.found(*sizes))
+        job.check(examples.processes_of(None))
     assert words in str(refused.value) and "\n" not in str(refused.value)
     assert not (tmp_path / "out").exists()
 

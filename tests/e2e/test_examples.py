@@ -139,7 +139,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
 from hylo_megatron.errors import HyLoError, command_line
-from hylo_megatron.run.launch import Layout
+from hylo_megatron.run.launch import Processes
 from hylo_megatron.run.world import World, exit_on_signals
 
 CHILD = '''
@@ -156,7 +156,7 @@ def main(folder, how):
         world.follow()
         return
     with world.leading():
-        process = world.start(["-c", CHILD, folder, how], Layout(1, 1, 2), Path(folder, "log"))
+        process = world.start(["-c", CHILD, folder, how], Processes(dp=2), Path(folder, "log"))
         try:
             while process.poll() is None:
                 pass

@@ -36,6 +36,7 @@ from hylo_megatron.checkpoint import (
 )
 from hylo_megatron.checkpoint.save_room import SaveRoom, checkpoint_bytes  # noqa: E402
 from hylo_megatron.config import Architecture  # noqa: E402
+from hylo_megatron.config.stages import stage_kind  # noqa: E402
 from hylo_megatron.convert import hf_to_megatron, megatron_to_hf
 from hylo_megatron.data.prepare import prepare  # noqa: E402
 from hylo_megatron.engine import checkpoint_writer, peers
@@ -44,7 +45,7 @@ from hylo_megatron.init.upcycle import student_architecture, upcycle  # noqa: E4
 from hylo_megatron.recipes.proxy import proxy  # noqa: E402
 from hylo_megatron.recipes.published import BASES, published  # noqa: E402
 from hylo_megatron.run import disk_need  # noqa: E402
-from hylo_megatron.run.launch import Layout  # noqa: E402
+from hylo_megatron.run.launch import Processes  # noqa: E402
 from hylo_megatron.run.recipe_run import Run  # noqa: E402
 from hylo_megatron.run.source import Source  # noqa: E402
 
@@ -112,10 +113,10 @@ def test_any_tool_says_one_line(tmp_path, capsys):
 
 
 def test_the_estimate_is_what_a_checkpoint_takes(world):
-    arch = Architecture.load(world["gdn"])
-    assert checkpoint_bytes(arch, "distill", "all", True) > checkpoint_bytes(arch, "ild", "mixers", True)
+    arch, distill, ild = Architecture.load(world["gdn"]), stage_kind("distill"), stage_kind("ild")
+    assert checkpoint_bytes(arch, distill, "all", True) > checkpoint_bytes(arch, ild, "mixers", True)
     weights = sum(path.stat().st_size for path in (world["gdn"] / "release").iterdir())
-    assert checkpoint_bytes(arch, "distill", "all", False, optimizer=False) == pytest.approx(weights, rel=0.15)
+    assert checkpoint_bytes(arch, distill, "all", False, optimizer=False) == pytest.approx(weights, rel=0.15)
 
 
 def test_room_before_a_save(tmp_path, monkeypatch):
@@ -169,7 +170,7 @@ def recipe_run(model, tmp_path) -> Run:
     recipe = proxy(published("llama1b", None, "gdn"), BASES["llama1b"])
     geometry = student_architecture(hf_to_megatron.read_architecture(model), ("mla",) * 4, "native").geometry
     recipe = replace(recipe, layers=4, plan="0,3", geometry=geometry)
-    return Run(recipe, tmp_path / "out", Layout(1, 1, 1), Source(model, (tmp_path / "tokens",)))
+    return Run(recipe, tmp_path / "out", Processes(), Source(model, (tmp_path / "tokens",)))
 
 
 def test_the_need_of_a_recipe(recipe_run, monkeypatch, capsys):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from hylo_megatron.checkpoint import iterations
 from hylo_megatron.checkpoint.folder import CheckpointReader, write_checkpoint
-from hylo_megatron.config import Architecture, parse_plan
+from hylo_megatron.config import Architecture, Plan
 from hylo_megatron.convert import megatron_to_hf
 from hylo_megatron.convert.hf_to_megatron import megatron_tensors
 from hylo_megatron.data.token_files import Summary, check_token_files, read_summary
@@ -364,7 +364,7 @@ PLANS = [
 @pytest.mark.parametrize("text", PLANS, ids=lambda text: repr(text[:12]))
 def test_layer_plans_that_are_none(text):
     with pytest.raises(HyLoError) as refusal:
-        parse_plan(4, text)
+        Plan.parse(4, text)
     assert len(str(refusal.value)) < 300
 
 
@@ -372,7 +372,7 @@ def test_layer_plans_that_are_none(text):
 @given(st.text(alphabet="0123456789,:-+ ._MLAGDNuniformall１٣\n", max_size=12))
 def test_any_layer_plan(text):
     refused_or_equal(
-        lambda: parse_plan(4, text), None, lambda got, _: len(got) == 4 and set(got) <= {"mla", "gdn", "mamba2"}
+        lambda: Plan.parse(4, text), None, lambda got, _: len(got) == 4 and set(got) <= {"mla", "gdn", "mamba2"}
     )
 
 

@@ -97,7 +97,7 @@ if __name__ == "__main__":
 if __name__ == "__main__":
     from hylo_megatron.run.parent import bind_forks, die_with_parent
     from hylo_megatron.run.background import Background
-    from hylo_megatron.run.launch import Layout, start_own
+    from hylo_megatron.run.launch import Processes, start_own
     from hylo_megatron.run.world import World, exit_on_signals
     die_with_parent()
     bind_forks()
@@ -108,7 +108,7 @@ if __name__ == "__main__":
         child.write_text(CHILD)
         background = Background(folder, beside=True)
         background.start("evaluation", functools.partial(time.sleep, 600))
-        process = start_own([str(child), str(folder)], Layout(1, 1, 2), folder / "log")
+        process = start_own([str(child), str(folder)], Processes(dp=2), folder / "log")
         while process.poll() is None:
             time.sleep(0.1)
         sys.exit(3)
@@ -118,7 +118,7 @@ if __name__ == "__main__":
     else:
         child.write_text(CHILD)
         with world.leading():
-            process = world.start([str(child), str(folder)], Layout(1, 1, 2), folder / "log")
+            process = world.start([str(child), str(folder)], Processes(dp=2), folder / "log")
             while process.poll() is None:
                 time.sleep(0.1)
             raise SystemExit(process.reason())

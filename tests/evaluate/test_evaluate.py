@@ -19,17 +19,17 @@ from hylo_megatron.errors import HyLoError
 from hylo_megatron.evaluate import Settings, evaluate, long_documents_of, needles_of, perplexity_of
 from hylo_megatron.evaluate import models as hf_models
 from hylo_megatron.evaluate.greedy import greedy
-from hylo_megatron.evaluate.haystack import (
+from hylo_megatron.evaluate.needle import answer_batch, batches, first_number, wilson
+from hylo_megatron.evaluate.plots import read_log, running_mean
+from hylo_megatron.evaluate.prompts import (
     FACT,
-    Haystack,
-    Needle,
+    NeedlePrompt,
+    Prose,
     encode_start,
     make_needle,
     make_needles,
     prompt_text,
 )
-from hylo_megatron.evaluate.needle import answer_batch, batches, first_number, wilson
-from hylo_megatron.evaluate.plots import read_log, running_mean
 from hylo_megatron.hf.configuration_hylo import HyLoConfig
 from hylo_megatron.hf.modeling_hylo import HyLoForCausalLM
 
@@ -239,7 +239,7 @@ def test_lengths_are_summed_over_depths(tokenizer, prose):
 @pytest.mark.parametrize("depth", [0.0, 0.25, 0.5, 1.0])
 @pytest.mark.parametrize("joins", [True, False])
 def test_length_and_depth_in_tokens(tokenizer, prose, length, depth, joins):
-    haystack = Haystack(prose, tokenizer)
+    haystack = Prose(prose, tokenizer)
     assert haystack.joins
     haystack.joins = joins
     needle = make_needle(haystack, length, depth, random.Random(length))
@@ -264,7 +264,7 @@ def test_tokenizer_that_merges_across_words(tokenizer, prose):
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     raw.train_from_iterator([make_prose()], trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet))
     crossing = PreTrainedTokenizerFast(tokenizer_object=raw)
-    haystack = Haystack(prose, crossing)
+    haystack = Prose(prose, crossing)
     assert not haystack.joins
     needle = make_needle(haystack, 500, 0.5, random.Random(1))
     assert 470 <= len(needle.ids) <= 488
@@ -273,7 +273,7 @@ def test_tokenizer_that_merges_across_words(tokenizer, prose):
 
 def test_batches_hold_one_length(tokenizer):
     lengths = [5, 7, 5, 5, 7, 5, 5]
-    needles = [Needle(10, 0.5, 0.5, "key", "1", tuple(range(n))) for n in lengths]
+    needles = [NeedlePrompt(10, 0.5, 0.5, "key", "1", tuple(range(n))) for n in lengths]
     model = Stub(tokenizer, None)
     assert list(batches(needles, model, 3)) == [[0, 2, 3], [5, 6], [1, 4]]
     assert [len(batch) for batch in batches([needles[0]] * 100, model, 15)] == [15] * 6 + [10]
@@ -283,7 +283,7 @@ def test_batches_hold_one_length(tokenizer):
 
 
 def test_decoding_stops_when_every_number_is_over(tokenizer, prose):
-    needles = make_needles(Haystack(prose, tokenizer), (500,), 2, 2, seed=0)
+    needles = make_needles(Prose(prose, tokenizer), (500,), 2, 2, seed=0)
     answers = {needle.key: f" {needle.value}. And so on" for needle in needles}
     answers[needles[1].key] = ""  # ends at once
     answers[needles[2].key] = " 12,345 and more"
@@ -314,7 +314,7 @@ def random_hybrid(tokenizer, linear: str) -> HyLoForCausalLM:
 def test_greedy_equals_generate(tokenizer, prose, kind, monkeypatch):
     model = make_model(tokenizer, initializer_range=0.4) if kind == "llama" else random_hybrid(tokenizer, kind)
     model.generation_config.eos_token_id = None  # twelve tokens, whatever they are
-    prompts = [needle.ids for needle in make_needles(Haystack(prose, tokenizer), (450,), 2, 2, seed=3)]
+    prompts = [needle.ids for needle in make_needles(Prose(prose, tokenizer), (450,), 2, 2, seed=3)]
     masks, attend = [], F.scaled_dot_product_attention
 
     def record(query, key, value, attn_mask=None, **kwargs):

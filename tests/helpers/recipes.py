@@ -32,7 +32,10 @@ def toy_recipe():
         )
         for stage in recipe.stages
     )  # fmt: skip
-    evaluation = Evaluation(128, 600, (256,), 1, 2, long_context=512, long_documents=1)
+    evaluation = Evaluation(
+        context=128, tokens=600, needle_lengths=(256,), needle_samples=1, needle_depths=2, long_context=512,
+        long_documents=1,
+    )  # fmt: skip
     return replace(recipe, plan="0,3", layers=4, stages=stages, calibration_tokens=1024, calibration_length=128,
                    evaluation=evaluation, save_every=3)  # fmt: skip
 

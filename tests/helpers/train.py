@@ -101,7 +101,7 @@ def read_log(path: Path) -> list[dict]:
 
 def make_world(work: Path) -> dict[str, Path]:
     """Teachers, a student and training data; ``TRAIN`` flags fit them."""
-    from hylo_megatron.config import parse_plan
+    from hylo_megatron.config import Plan
     from hylo_megatron.convert import hf_to_megatron
     from hylo_megatron.data.prepare import prepare
     from hylo_megatron.init.upcycle import upcycle
@@ -116,7 +116,7 @@ def make_world(work: Path) -> dict[str, Path]:
         model = tiny.teacher_model("llama", seed=seed, **changes)
         hf_to_megatron.convert(tiny.save_model(model, work / f"{name}-hf"), work / name)
     tiny.write_tokenizer(work / "foreign" / "hf", tiny.VOCAB + 20)
-    upcycle(work / "teacher", work / "student", parse_plan(4, "0,3", "gdn"), tokens_BS=tiny.tokens(4, SEQ), log=str)
+    upcycle(work / "teacher", work / "student", Plan.parse(4, "0,3", "gdn"), tokens_BS=tiny.tokens(4, SEQ), log=str)
     words = torch.randint(3, tiny.VOCAB, (60, 400), generator=torch.Generator().manual_seed(9)).tolist()
     (work / "text.jsonl").write_text("".join(json.dumps({"text": " ".join(f"w{i}" for i in d)}) + "\n" for d in words))
     prepare([work / "text.jsonl"], work / "teacher-hf", work / "data")

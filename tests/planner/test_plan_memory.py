@@ -9,10 +9,12 @@ from dataclasses import replace
 import pytest
 from helpers.paths import ROOT
 
-from hylo_megatron.config import geometry_preset, parse_plan
+from hylo_megatron.config import Plan, geometry_preset
 from hylo_megatron.config.layout import ParallelLayout, Work
+from hylo_megatron.config.stages import stage_kind
 from hylo_megatron.convert.hf_folder import read_architecture
-from hylo_megatron.planner.training import Training, peak
+from hylo_megatron.distill.losses import KL, LayerDistance
+from hylo_megatron.planner.training import PlannedRun, peak
 
 LLAMA_3B = dict(
     model_type="llama", architectures=["LlamaForCausalLM"], vocab_size=128256,
@@ -76,10 +78,14 @@ def total(text: str) -> float:
 def test_training_peaks_are_those_measured(tmp_path, measured, layers, stage, length, rows, taught, recompute):
     (tmp_path / "config.json").write_text(json.dumps(SMOLLM2))
     base = read_architecture(tmp_path)
-    student = replace(base, plan=parse_plan(30, layers), geometry=geometry_preset("native", 576, 9, 64))
-    train = "mixers" if stage == "ild" else "all"
-    run = Training(student, base, stage, ParallelLayout(), Work(1, length, rows, rows), train, recompute,
-                   teacher_length=taught)  # fmt: skip
+    student = replace(base, plan=Plan.parse(30, layers), geometry=geometry_preset("native", 576, 9, 64))
+    kind = stage_kind(stage)
+    run = PlannedRun(
+        student=student, teacher=base, kind=kind, layout=ParallelLayout(),
+        loss=LayerDistance() if kind.layerwise else KL(chunk=4096, teacher_length=taught),
+        work=Work(processes=1, seq_length=length, micro_batch=rows, global_batch=rows),
+        train=kind.train, recompute=recompute,
+    )  # fmt: skip
     assert peak(run, 0).total / 2**30 == pytest.approx(measured, rel=0.02)
 
 

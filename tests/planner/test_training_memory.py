@@ -12,8 +12,11 @@ from helpers.paths import PROGRAMS
 
 from hylo_megatron.config import Architecture
 from hylo_megatron.config.layout import ParallelLayout, Work
+from hylo_megatron.config.stages import stage_kind
+from hylo_megatron.distill.losses import KL, LayerDistance
+from hylo_megatron.distill.losses.kl import logit_rows
 from hylo_megatron.planner.activations import tables
-from hylo_megatron.planner.training import Peak, Training, in_flight, logit_rows, peak, stage_halves
+from hylo_megatron.planner.training import Peak, PlannedRun, in_flight, peak, stage_halves
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +50,18 @@ RUNS = {  # processes, student, flags
 
 def _planned(name: str, world: dict[str, Path], stage: int) -> Peak:
     processes, student, flags = RUNS[name]
-    at = ParallelLayout(flags.get("tensor_model_parallel_size", 1), flags.get("pipeline_model_parallel_size", 1))
-    models = (Architecture.load(world[key]) for key in (student, f"{student}-teacher"))
-    work = Work(processes, helpers.SEQ, 2, 4)
-    train = "mixers" if flags["hylo_stage"] == "ild" else "all"
-    return peak(Training(*models, flags["hylo_stage"], at, work, train), stage)
+    tp, pp = (flags.get(f"{name}_model_parallel_size", 1) for name in ("tensor", "pipeline"))
+    kind = stage_kind(flags["hylo_stage"])
+    run = PlannedRun(
+        student=Architecture.load(world[student]),
+        teacher=Architecture.load(world[f"{student}-teacher"]),
+        kind=kind,
+        loss=LayerDistance() if kind.layerwise else KL(chunk=4096),
+        layout=ParallelLayout(tp=tp, pp=pp),
+        work=Work(processes=processes, seq_length=helpers.SEQ, micro_batch=2, global_batch=4),
+        train=kind.train,
+    )
+    return peak(run, stage)
 
 
 def _command_line(name: str, work: Path, world: dict[str, Path]) -> list[str]:
@@ -97,19 +107,30 @@ def test_layers_keep_what_autograd_saves(counted):
     assert len(counted["halves"]) == len(known.HALVES)
     for (layout, kind, wide, train), got in zip(known.HALVES, counted["halves"], strict=True):
         arch, at = known.half_arch(kind, wide), ParallelLayout(**known.LAYOUTS[layout])
-        run = Training(arch, arch.as_teacher(), "distill", at, Work(2, known.LENGTH, known.ROWS), train)
+        run = PlannedRun(
+            student=arch, teacher=arch.as_teacher(), kind=stage_kind("distill"), loss=KL(), layout=at,
+            work=Work(processes=2, seq_length=known.LENGTH, micro_batch=known.ROWS), train=train,
+        )  # fmt: skip
         planned = [half.kept for half in stage_halves(run, range(1))]
         planned[0] += tables(arch, {kind}, run.share)
         assert planned == pytest.approx(got, rel=5e-3 if at.cp > 1 else 1e-4), (layout, kind, wide, train)
+
+
+def _step_run(known, step, layout: ParallelLayout, global_batch: int) -> PlannedRun:
+    student, teacher = known.step_models(step)
+    return PlannedRun(
+        student=student, teacher=teacher, kind=stage_kind(step.stage), loss=known.step_loss(step), layout=layout,
+        work=Work(processes=layout.ranks, seq_length=known.STEP_LENGTH, micro_batch=known.ROWS,
+                  global_batch=global_batch),
+        train=step.train, recompute=step.recompute,
+    )  # fmt: skip
 
 
 def test_steps_peak_where_they_are_planned_to(counted):
     from programs import activation_bytes as known
 
     for step, got in zip(known.STEPS, counted["steps"], strict=True):
-        work = Work(1, known.STEP_LENGTH, known.ROWS, known.ROWS)
-        run = Training(*known.step_models(step), step.stage, ParallelLayout(), work, step.train, step.recompute,
-                       known.CHUNK, step.teacher_length)  # fmt: skip
+        run = _step_run(known, step, ParallelLayout(), known.ROWS)
         assert _beside_weights(peak(run, 0)) == pytest.approx(got, rel=0.02), step
 
 
@@ -117,9 +138,8 @@ def test_pipeline_stages_peak_where_they_are_planned_to(counted):
     from programs import activation_bytes as known
 
     for (stage, rank, micro_batches), got in zip(known.PIPELINES, counted["pipelines"], strict=True):
-        models = known.step_models(known.Step("", "gdn", stage, "all"))
-        work = Work(known.PP, known.STEP_LENGTH, known.ROWS, known.ROWS * micro_batches)
-        run = Training(*models, stage, ParallelLayout(pp=known.PP), work, kl_chunk=known.CHUNK)
+        step = known.Step("", "gdn", stage, "all")
+        run = _step_run(known, step, ParallelLayout(pp=known.PP), known.ROWS * micro_batches)
         assert _beside_weights(peak(run, rank)) == pytest.approx(got, rel=0.02), (stage, rank, micro_batches)
 
 
@@ -132,7 +152,10 @@ def test_logits_of_three_chunks_at_most():
 
 def test_micro_batches_in_flight():
     arch = helpers.tiny.hybrid()
-    run = Training(arch, arch.as_teacher(), "distill", ParallelLayout(pp=4), Work(8, 64, 1, 6))
+    run = PlannedRun(
+        student=arch, teacher=arch.as_teacher(), kind=stage_kind("distill"), loss=KL(), layout=ParallelLayout(pp=4),
+        work=Work(processes=8, seq_length=64, micro_batch=1, global_batch=6),
+    )  # fmt: skip
     assert run.micro_batches == 3
     assert [in_flight(run, stage) for stage in range(4)] == [3, 3, 2, 1]
-    assert [in_flight(replace(run, stage="ild"), stage) for stage in range(4)] == [1, 1, 1, 1]
+    assert [in_flight(replace(run, kind=stage_kind("ild")), stage) for stage in range(4)] == [1, 1, 1, 1]

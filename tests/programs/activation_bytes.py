@@ -76,6 +76,12 @@ def step_models(step: Step):
     return student, teacher
 
 
+def step_loss(step: Step):
+    from hylo_megatron.distill.losses import KL, LayerDistance
+
+    return LayerDistance() if step.stage == "ild" else KL(chunk=CHUNK, teacher_length=step.teacher_length)
+
+
 class _RMSNorm(torch.autograd.Function):
     """torch's on a GPU saves its input and the statistics; on a CPU it is made of several functions."""
 
@@ -170,7 +176,7 @@ def saved_bytes(module, x: torch.Tensor) -> int:
 
 
 def count_halves() -> list[list[int]]:
-    from hylo_megatron.distill.model import is_mixer_parameter
+    from hylo_megatron.config.decisions import is_new
 
     counts = []
     for name, kind, wide, train in HALVES:
@@ -180,7 +186,7 @@ def count_halves() -> list[list[int]]:
         choices = {key: layout[key] for key in ("sequence_parallel", "linear_cp") if key in layout}
         model = build(arch, **choices)
         for key, parameter in model.named_parameters():
-            parameter.requires_grad_(train == "all" or is_mixer_parameter(key))
+            parameter.requires_grad_(train == "all" or is_new(key))
         cut = layout.get("cp", 1) * (layout.get("tp", 1) if layout.get("sequence_parallel") else 1)
         x = torch.zeros(LENGTH // cut, ROWS, arch.hidden_size, dtype=torch.bfloat16).requires_grad_()
         counts.append([saved_bytes(layer, x) for layer in model.decoder.layers])
@@ -219,14 +225,15 @@ def drop_gradient(parameter) -> None:
 
 
 def distill_model(step: Step, **overrides):
-    from hylo_megatron.distill.kl import KLSettings
-    from hylo_megatron.distill.model import DistillModel, DistillSettings
+    from hylo_megatron.config.stages import stage_kind
+    from hylo_megatron.distill.model import DistillModel
+    from hylo_megatron.distill.settings import DistillSettings
 
     student, teacher = step_models(step)
     recompute = dict(recompute_granularity="full", recompute_method="block", recompute_num_layers=step.recompute)
     models = build(student, **overrides, **recompute if step.recompute else {}), build(teacher, **overrides)
-    kl = KLSettings(chunk=CHUNK, teacher_length=step.teacher_length)
-    model = DistillModel(*models, student, teacher, DistillSettings(step.stage, step.train, kl=kl)).train()
+    settings = DistillSettings(kind=stage_kind(step.stage), train=step.train, loss=step_loss(step))
+    model = DistillModel(*models, student, teacher, settings).train()
     model.teacher.eval()
     for parameter in model.parameters():
         if parameter.requires_grad:

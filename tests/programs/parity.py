@@ -23,9 +23,11 @@ from torch.utils._pytree import tree_leaves
 
 from hylo_megatron.config import Architecture
 from hylo_megatron.config.pair import padded_rows
+from hylo_megatron.config.stages import stage_kind
 from hylo_megatron.distill import batches
-from hylo_megatron.distill.kl import KLSettings
-from hylo_megatron.distill.model import DistillModel, DistillSettings
+from hylo_megatron.distill.losses import KL, LayerDistance, loss_class
+from hylo_megatron.distill.model import DistillModel
+from hylo_megatron.distill.settings import DistillSettings
 from hylo_megatron.engine import distributed_optimizer
 from hylo_megatron.engine.training_hooks import StepLog
 from hylo_megatron.layers.load import has_layout, layout_config, load_model, start_process_groups
@@ -33,7 +35,7 @@ from hylo_megatron.parallel.teacher_fed import TeacherFed
 
 ROWS = 4
 # kl and ce together, tempered, in chunks that do not divide the tokens, with a teacher for the first two thirds
-KL = KLSettings(kl_weight=0.7, ce_weight=0.3, temperature=2.0, chunk=50, teacher_length=40, ce_beyond=0.5)
+END_TO_END = KL(kl_weight=0.7, ce_weight=0.3, temperature=2.0, chunk=50, teacher_length=40, ce_beyond=0.5)
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16}
 
 LAYOUTS = {  # processes: name: sizes
@@ -86,9 +88,14 @@ class Cell:
     noise: float = 0.0
 
 
-def distill_model(student, teacher, stage, train, config=None, dtype=torch.float32, linear_cp="auto",
-                  **settings) -> DistillModel:  # fmt: skip
-    """A ``DistillModel`` of two checkpoints on the current process groups; ``config``: fields of both configs."""
+def distill_model(student, teacher, stage, train, loss=END_TO_END, config=None, dtype=torch.float32,
+                  linear_cp="auto") -> DistillModel:  # fmt: skip
+    """Build a ``DistillModel`` of two checkpoints on the current process groups.
+
+    ``loss`` is for end-to-end stages; ``config`` has fields of both models' configs.
+    """
+    kind = stage_kind(stage)
+    settings = DistillSettings(kind=kind, train=train, loss=LayerDistance() if kind.layerwise else loss)
     archs = [Architecture.load(folder) for folder in (student, teacher)]
     rows = padded_rows(*archs, parallel_state.get_tensor_model_parallel_world_size())
     models = [
@@ -102,7 +109,7 @@ def distill_model(student, teacher, stage, train, config=None, dtype=torch.float
         elif dtype == torch.bfloat16:
             model.bfloat16()
     (a, a_arch), (b, b_arch) = models
-    return DistillModel(a, b, a_arch, b_arch, DistillSettings(stage, train, **settings))
+    return DistillModel(a, b, a_arch, b_arch, settings)
 
 
 def perturb(model: DistillModel, relative: float) -> None:
@@ -172,10 +179,10 @@ def build(cell: Cell):
         helpers.close_groups()
     start_process_groups(cell.tp, cell.pp, cell.cp)
     unset_global_variables()
-    set_args(SimpleNamespace(hylo_stage=cell.stage, hylo_teacher_length=KL.teacher_length))
+    set_args(SimpleNamespace(hylo_stage=cell.stage))
     dtype = DTYPES[cell.dtype]
     model = distill_model(
-        cell.student, cell.teacher, cell.stage, cell.train, kl=KL, dtype=dtype, linear_cp=cell.linear_cp,
+        cell.student, cell.teacher, cell.stage, cell.train, END_TO_END, dtype=dtype, linear_cp=cell.linear_cp,
         config=dict(sequence_parallel=cell.sp, cp_comm_type=cell.cp_comm_type, calculate_per_token_loss=True,
                     deallocate_pipeline_outputs=True, finalize_model_grads_func=finalize_model_grads),
     ).to(torch.cuda.current_device())  # fmt: skip
@@ -226,10 +233,12 @@ def run_cell(cell: Cell, log_path: Path) -> dict:
             forward_only=False,
         )  # fmt: skip
         if step == 0:  # with all their digits, which the log does not have
-            sums, tokens = model.layer_sums.clone(), model.layer_tokens.clone()
+            layerwise = model.settings.kind.layerwise
+            taken = (model.layer_sums_LP.clone(), model.layer_tokens.clone()) if layerwise else None
             result["layers"] = log.layer_means()
-            model.layer_sums += sums
-            model.layer_tokens += tokens
+            if layerwise:
+                model.layer_sums_LP += taken[0]
+                model.layer_tokens += taken[1]
         log.write(logged_losses(stored), step + 1, 0.1, None)
         if step == 0:
             if cell.distributed_optimizer:
@@ -253,7 +262,7 @@ def gradient_gaps(got: dict, want: dict) -> dict[str, float]:
 
 
 def loss_gap(line: dict, expected: dict) -> float:
-    names = {key for key in expected if key == "loss" or key in batches.PARTS[expected["stage"]]}
+    names = {key for key in expected if key == "loss" or key in loss_class(stage_kind(expected["stage"])).parts}
     assert len(names) == 3
     return max(abs(line[key] - expected[key]) / expected[key] for key in names)
 

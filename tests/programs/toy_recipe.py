@@ -5,8 +5,8 @@ from pathlib import Path
 
 from helpers.recipes import toy_recipe
 
-from hylo_megatron.run.launch import Layout
+from hylo_megatron.run.launch import Processes
 from hylo_megatron.run.recipe_run import Run
 
 if __name__ == "__main__":
-    Run(toy_recipe(), Path(sys.argv[1]), Layout.found(1, 1)).execute()
+    Run(toy_recipe(), Path(sys.argv[1]), Processes.found()).execute()

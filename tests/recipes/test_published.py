@@ -2,7 +2,7 @@
 
 import pytest
 
-from hylo_megatron.config import GDNGeometry, Mamba2Geometry, MLAGeometry, geometry_preset, parse_plan, plan_name
+from hylo_megatron.config import GDNGeometry, Mamba2Geometry, MLAGeometry, Plan, geometry_preset
 from hylo_megatron.recipes.proxy import proxy, small_geometry
 from hylo_megatron.recipes.published import BASES, published
 
@@ -30,7 +30,7 @@ def test_stages(name, linear):
     layers, mla, lr, gdn_batches, mamba2_batches = TABLE[name]
     recipe = published(name, linear=linear)
     ild, *distill = recipe.stages
-    plan = parse_plan(recipe.layers, recipe.plan, recipe.linear)
+    plan = Plan.parse(recipe.layers, recipe.plan, recipe.linear)
     assert len(plan) == layers and tuple(i for i, kind in enumerate(plan) if kind == "mla") == mla
     assert {kind for kind in plan if kind != "mla"} == {linear}
     assert (ild.kind, ild.seq_length, ild.lr, ild.min_lr) == ("ild", 2048, 2e-4, 0.0)
@@ -70,8 +70,8 @@ def test_dimensions(name):
 )
 def test_variants(name, plan, linear):
     recipe = published(name, plan, linear)
-    parsed = parse_plan(recipe.layers, recipe.plan, recipe.linear)
-    assert plan_name(parsed) == plan
+    parsed = Plan.parse(recipe.layers, recipe.plan, recipe.linear)
+    assert parsed.name == plan
     assert [i for i, kind in enumerate(parsed) if kind == "mla"] == list(range(0, recipe.layers, 2))
 
 

@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 
 from hylo_megatron.config import geometry_preset
-from hylo_megatron.distill import kl, kl_fused
+from hylo_megatron.distill import kl_fused
+from hylo_megatron.distill.head import HeadInputs
+from hylo_megatron.distill.losses import KL
 from hylo_megatron.errors import command_line
 from hylo_megatron.kernels.choose import TORCH, Ops, ops
 
@@ -96,17 +98,18 @@ def cases(model: str, rows: int, length: int, device: torch.device, dtype: torch
 
 
 def loss_case(model: str, tokens: int, device: torch.device, dtype: torch.dtype):
-    """The KL of hidden states, with the head's gradient: fused and torch chunks."""
+    """The KL of hidden states with the head's gradient, in fused chunks and in torch's."""
     hidden, _, _, _, vocab = MODELS[model]
     h, t = (torch.randn(tokens, hidden, device=device, dtype=dtype) for _ in "ht")
     heads = [torch.randn(vocab, hidden, device=device, dtype=dtype) / hidden**0.5 for _ in "ht"]
     ones, labels = torch.ones(tokens, device=device), torch.randint(vocab, (tokens,), device=device)
-    h.requires_grad_(), heads[0].requires_grad_()
+    inputs = HeadInputs(
+        h_TD=h.requires_grad_(), head_ND=heads[0].requires_grad_(), t_TC=t, teacher_head_NC=heads[1],
+        labels_T=labels, mask_T=ones, position_T=torch.arange(tokens, device=device), vocab_size=vocab,
+    )  # fmt: skip
 
     def call():
-        loss, _, _ = kl.hidden_state_kl(h, heads[0], t, heads[1], labels, ones, ones, 0 * ones, vocab,
-                                        settings=kl.KLSettings(chunk=4096))  # fmt: skip
-        torch.autograd.grad(loss, (h, heads[0]))
+        torch.autograd.grad(KL(chunk=4096)(inputs)[0], (h, heads[0]))
 
     return call, 8 * tokens * vocab * hidden  # FLOPs: two heads forward, two products for the gradients
 

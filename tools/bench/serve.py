@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-from hylo_megatron.config import Architecture, geometry_preset, parse_plan
+from hylo_megatron.config import Architecture, Plan, geometry_preset
 from hylo_megatron.errors import HyLoError, command_line
 from hylo_megatron.evaluate.plots import new_figure
 from hylo_megatron.planner.pages import state_bytes
@@ -41,7 +41,7 @@ def architectures(shape: str, plan: str, longest: int) -> dict[str, Architecture
         num_key_value_heads=kv_heads, head_dim=head_dim, rms_norm_eps=1e-5, max_position_embeddings=longest,
         rope_parameters={"rope_type": "default", "rope_theta": 500000.0}, tie_word_embeddings=tied,
     )  # fmt: skip
-    kinds = parse_plan(layers, plan)
+    kinds = Plan.parse(layers, plan)
     geometry = geometry_preset("native", hidden, heads, head_dim)
     return {
         "hybrid": Architecture(**common, plan=kinds, geometry=geometry),

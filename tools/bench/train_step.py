@@ -20,12 +20,13 @@ from pathlib import Path
 import torch
 
 from hylo_megatron.config import Architecture
+from hylo_megatron.config.stages import stage_kind
 from hylo_megatron.convert.shapes import hf_shapes
 from hylo_megatron.errors import HyLoError, command_line
 from hylo_megatron.recipes.stage import Stage
 from hylo_megatron.run.datasets import data_path
-from hylo_megatron.run.launch import Layout
-from hylo_megatron.run.training_process import Training
+from hylo_megatron.run.launch import Processes
+from hylo_megatron.run.training_process import TrainingProcess
 
 STEPS, PROFILED = 14, 2  # the last but one are profiled, those before them timed
 GROUPS = {  # the first that matches a kernel's name
@@ -35,7 +36,7 @@ GROUPS = {  # the first that matches a kernel's name
     "linear recurrence": r"chunk|wy_repr|recompute_w|solve|cumsum|l2norm|kkt|^kernel_kernel|ChunkedScan",
     "gated norm, SwiGLU": r"gated|swiglu",
     "norms": r"norm",
-    "KL": r"^statistics|^gradient|HiddenStateKL",
+    "KL": r"^statistics|^gradient|HeadLoss",
     "optimizer": r"multi_tensor|adam",
     "copies": r"copy|memcpy|memset|cat|fill|clone|contiguous",
     "sums and elementwise": r"reduce|elementwise|aten::",
@@ -48,7 +49,7 @@ def product_flops(arch: Architecture, stage: Stage) -> int:
     blocks = [prod(s) for key, s in hf_shapes(arch).items() if len(s) == 2 and ".layers." in key]
     copied = sum(prod(s) for key, s in hf_shapes(arch).items() if ".mlp." in key and len(s) == 2)
     teacher = sum(blocks)  # about: its mixers are smaller than the student's
-    if stage.kind == "ild":
+    if stage_kind(stage.kind).layerwise:
         return 2 * teacher + 6 * sum(blocks) - 2 * copied
     return 2 * (teacher + head) + 6 * (sum(blocks) + head)
 
@@ -119,7 +120,8 @@ def measure(run: Path, stage: Stage, student: Path, out: Path, graph: bool, rate
              "--save-interval", 10**9, "--no-save-optim", "--seed", 1, "--data-path", *data_path(run / "data", stage),
              "--profile", "--use-pytorch-profiler", "--profile-step-start", STEPS - PROFILED - 1,
              "--profile-step-end", STEPS - 1, "--tensorboard-dir", folder / "events"]  # fmt: skip
-    Training(short, flags, folder, Layout.found(1, 1, graph), out / f"{stage.name}.log").wait()
+    processes = Processes.found(cuda_graph=graph)
+    TrainingProcess(short, flags, folder, processes, out / f"{stage.name}.log").wait()
     lines = [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()]
     timed = [line["seconds"] for line in lines[4 : STEPS - PROFILED - 3]]
     times, calls = read_trace(folder / "torch_profile" / "rank-0.json.gz")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hylo_megatron.checkpoint.folder import whole_folder
-from hylo_megatron.config import Architecture, plan_name
+from hylo_megatron.config import Architecture
 from hylo_megatron.convert.amd_release.config import FLA_NORM_EPS, Release, Unsaid, read_release
 from hylo_megatron.convert.amd_release.tables import EMBEDDING, OUTPUT, source_shapes, takes
 from hylo_megatron.convert.hf_folder import HFWeights
@@ -119,4 +119,4 @@ def main(argv: list[str] | None = None) -> None:
     for line in assumptions(arch, unsaid):
         print(f"assumed: {line}")
     seconds, memory = time.time() - start, peak_memory_gib()
-    print(f"{plan_name(arch.plan)} -> {options.out}  {seconds:.1f} s, peak memory {memory:.2f} GiB")
+    print(f"{arch.plan.name} -> {options.out}  {seconds:.1f} s, peak memory {memory:.2f} GiB")

@@ -1,9 +1,10 @@
 """Bytes of Gated DeltaNet. No torch."""
 
 from hylo_megatron.config import Architecture
+from hylo_megatron.config.decisions import CHUNK
 from hylo_megatron.mixers.gdn import MIXER
 from hylo_megatron.mixers.gdn.geometry import GDNGeometry
-from hylo_megatron.mixers.memory import CHUNK, Half, Share, projection, shares_states
+from hylo_megatron.mixers.memory import Half, Share, projection, shares_states
 
 UNSPLIT = ("mixer.o_norm.weight",)
 

@@ -1,9 +1,10 @@
 """Bytes of Mamba-2. No torch."""
 
 from hylo_megatron.config import Architecture
+from hylo_megatron.config.decisions import CHUNK
 from hylo_megatron.mixers.mamba2 import MIXER
 from hylo_megatron.mixers.mamba2.geometry import Mamba2Geometry
-from hylo_megatron.mixers.memory import CHUNK, Half, Share, projection, shares_states
+from hylo_megatron.mixers.memory import Half, Share, projection, shares_states
 
 UNSPLIT = ()
 

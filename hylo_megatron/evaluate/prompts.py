@@ -37,8 +37,8 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Needle:
-    """One prompt. ``length``: tokens of prompt and answer together; ``depth``: 0 first, 1 last in the text."""
+class NeedlePrompt:
+    """The token ids of one prompt. ``length``: tokens of prompt and answer; ``depth``: 0 first, 1 last in the text."""
 
     length: int
     depth: float
@@ -64,7 +64,7 @@ def encode_start(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=not tokenizer.chat_template, verbose=False).input_ids
 
 
-class Haystack:
+class Prose:
     """Sentences of a prose file with their token ids, and the words that keys are made of."""
 
     def __init__(self, file: str | Path, tokenizer: PreTrainedTokenizerBase):
@@ -132,7 +132,7 @@ def place(filler: list[Piece], fact: Piece, depth: float) -> tuple[list[Piece], 
     return [*filler[:at], fact, *filler[at:]], starts[at] / total
 
 
-def make_needle(haystack: Haystack, length: int, depth: float, rng: random.Random) -> Needle:
+def make_needle(haystack: Prose, length: int, depth: float, rng: random.Random) -> NeedlePrompt:
     """A prompt of ``length`` less the answer's tokens; shorter by a few where no filler comes out even."""
     key = f"{rng.choice(haystack.adjectives)}-{rng.choice(haystack.nouns)}"
     value = str(rng.randint(1_000_000, 9_999_999))
@@ -146,7 +146,7 @@ def make_needle(haystack: Haystack, length: int, depth: float, rng: random.Rando
         pieces, placed = place(haystack.take(start, budget), fact, depth)
         ids = haystack.encode(pieces, key)
         if len(ids) <= room and (best is None or len(ids) > len(best.ids)):
-            best = Needle(length, depth, placed, key, value, tuple(ids))
+            best = NeedlePrompt(length, depth, placed, key, value, tuple(ids))
         if len(ids) == room:
             break
         budget += room - len(ids)
@@ -156,7 +156,7 @@ def make_needle(haystack: Haystack, length: int, depth: float, rng: random.Rando
     return best
 
 
-def make_needles(haystack: Haystack, lengths: Iterable[int], depths: int, samples: int, seed: int) -> list[Needle]:
+def make_needles(haystack: Prose, lengths: Iterable[int], depths: int, samples: int, seed: int) -> list[NeedlePrompt]:
     """``samples`` prompts for every length and depth; each has its own seed, so no cell depends on the others."""
     return [
         make_needle(haystack, length, depth, random.Random(f"{seed}/{length}/{depth:.4f}/{sample}"))

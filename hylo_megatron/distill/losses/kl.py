@@ -1,0 +1,129 @@
+"""``KL``: KL divergence between teacher and student, and cross-entropy of the text.
+
+Legend: T tokens, N vocabulary rows of a tensor-parallel rank. ``log_s`` and ``log_t`` are ``[T, N]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hylo_megatron.config.decisions import token_chunks
+from hylo_megatron.distill.losses.loss import HeadLoss, HeadShape
+from hylo_megatron.flags import positive, size, weight
+from hylo_megatron.options import option
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hylo_megatron.distill.head import HeadInputs, Shard
+
+
+@dataclass(frozen=True, kw_only=True)
+class KL(HeadLoss):
+    """``kl_weight`` times the divergence plus ``ce_weight`` times the cross-entropy of the text.
+
+    ``teacher_length`` is the context that the teacher was trained for (None: no limit). Beyond it the loss is
+    ``ce_beyond`` times the cross-entropy. ``reverse`` is the direction of the paper's formula; the paper's code
+    computes the other one. A loss with another divergence derives from this class and replaces ``divergence``,
+    ``reference_divergence`` and ``parts``; the kernels are this divergence's only.
+    """
+
+    parts = ("loss", "kl", "ce")
+
+    kl_weight: float = option("--hylo-kl-weight", 1.0, weight, "weight of the divergence from the teacher")
+    ce_weight: float = option("--hylo-ce-weight", 0.0, weight, "weight of cross-entropy on the text")
+    temperature: float = option("--hylo-temperature", 1.0, positive, "both models' logits are divided by it")
+    reverse: bool = option("--hylo-reverse-kl", False, help="KL(student || teacher), the paper's formula")
+    teacher_length: int | None = option(
+        "--hylo-teacher-length", None, size, "positions below it learn from the teacher, the others from the text"
+    )
+    ce_beyond: float = option(
+        "--hylo-ce-beyond-teacher", 1.0, weight, "weight of cross-entropy beyond --hylo-teacher-length"
+    )
+    chunk: int = option("--hylo-kl-chunk", 1024, size, "tokens whose logits are in memory at once")
+
+    @property
+    def teacher_reads(self) -> int | None:
+        return self.teacher_length
+
+    def token_counts(self, mask: Tensor, position_ids: Tensor) -> dict[str, Tensor]:
+        counts = super().token_counts(mask, position_ids)
+        if self.teacher_length:  # the divergence is a mean over tokens that have a teacher
+            counts[self.parts[1]] = (mask * (position_ids < self.teacher_length)).sum().float()
+        return counts
+
+    def token_weights(self, position: Tensor, mask: Tensor, answer_weight: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Weights of divergence and cross-entropy of each token, in the shape of ``position``.
+
+        ``position`` is the token's place in its sequence. ``answer_weight`` is added to the weight of cross-entropy
+        where a token belongs to an answer.
+        """
+        taught = mask.new_ones(mask.shape)
+        if self.teacher_length is not None:
+            taught = (position < self.teacher_length).to(mask.dtype)
+        ce = self.ce_weight * taught + self.ce_beyond * (1 - taught)
+        if answer_weight is not None:
+            ce = ce + answer_weight
+        return self.kl_weight * taught * mask, ce * mask
+
+    def __call__(self, inputs: HeadInputs) -> Tensor:
+        from hylo_megatron.distill.head import chunked_loss
+
+        return chunked_loss(inputs, self)
+
+    def fused_chunk(self, h_TD: Tensor) -> Callable | None:
+        """Kernels for these settings on the device of ``h_TD``, with the signature of ``head.torch_chunk``."""
+        from hylo_megatron.distill import kl_fused
+
+        same = type(self).divergence is KL.divergence
+        return kl_fused.chunk if same and kl_fused.fits(h_TD, self) else None
+
+    def divergence(self, log_s: Tensor, log_t: Tensor, shard: Shard) -> tuple[Tensor, Tensor]:
+        """Divergence of each token over the whole vocabulary, and its gradient by the student's logits ``[T, N]``.
+
+        ``log_s`` and ``log_t`` are this rank's log-probabilities, -inf in padded columns.
+        """
+        p_s = log_s.exp()
+        difference = (log_s - log_t).nan_to_num_(0.0)  # -inf - -inf in padded columns
+        if self.reverse:
+            kl_T = shard.sum((p_s * difference).sum(-1))
+            return kl_T, p_s.mul_(difference.sub_(kl_T[:, None]))
+        p_t = log_t.exp()
+        kl_T = shard.sum(-(p_t * difference).sum(-1))
+        return kl_T, p_s.sub_(p_t)
+
+    def reference_divergence(self, log_s: Tensor, log_t: Tensor) -> Tensor:
+        """``divergence`` in its plain form, for one rank and without padded columns."""
+        log_p, log_q = (log_s, log_t) if self.reverse else (log_t, log_s)
+        return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+    def memory(self, shape: HeadShape) -> int:
+        """Hidden states of both models, the gradient of the student's, the fp32 gradient of its head, and logits."""
+        d, c = shape.width, shape.teacher_width
+        states = 2 * (2 * shape.tokens * d + shape.taught * c)
+        if shape.sequence_parallel:  # the shards that the states were gathered from
+            states += 2 * shape.tokens * d // shape.tp + 2 * shape.taught * c // shape.tp
+        logits = 2 * shape.rows * logit_rows(shape.tokens, shape.taught, self.chunk)
+        if not shape.head_trained:
+            return states + logits
+        # A chunk's gradient by its logits, once transposed, and the product that is added to the head's gradient.
+        product = 2 * shape.rows * (2 * min(self.chunk, shape.tokens) + d)
+        return states + 4 * shape.rows * d + max(logits, product)
+
+
+def logit_rows(tokens: int, taught: int, chunk: int) -> int:
+    """Largest number of rows of logits in memory at once.
+
+    ``chunked_loss`` frees a chunk's teacher and student logits when those of the next chunk take their variables.
+    """
+    teacher = student = most = 0
+    for span, has_teacher in token_chunks(tokens, taught, chunk):
+        rows = span.stop - span.start
+        if has_teacher:
+            most = max(most, teacher + student + rows)
+        teacher = rows if has_teacher else 0
+        most = max(most, teacher + student + rows)
+        student = rows
+    return most
