@@ -12,14 +12,12 @@ class MixerRunner:
 
     def __init__(self, arch: Architecture, layer: int, device: torch.device):
         from hylo_megatron.hf import HyLoConfig
-        from hylo_megatron.hf.modeling_hylo import HyLoDecoderLayer
         from hylo_megatron.mixers.hf_layers import Rotation
 
-        config = HyLoConfig.from_architecture(arch)
-        self.entry, self.rotation = MIXERS[arch.plan[layer]], Rotation(config)
-        name = self.entry.part("initialise").OUTPUT_PROJECTION.removesuffix(".weight")
-        holder, self.projection = name.split(".")
-        self.mixer: nn.Module = getattr(HyLoDecoderLayer(config, layer), holder).to(device).float().eval()
+        config, entry = HyLoConfig.from_architecture(arch), MIXERS[arch.plan[layer]]
+        self.rotation = Rotation(config)
+        self.mixer: nn.Module = entry.part("hf_module").LAYER(config, layer).to(device).float().eval()
+        self.projection = entry.part("initialise").OUTPUT_PROJECTION.split(".")[1]
 
     def load(self, weights: dict[str, Tensor]) -> None:
         state = {key.split(".", 1)[1]: tensor for key, tensor in weights.items()}
@@ -30,15 +28,11 @@ class MixerRunner:
         captured = []
         projection = self.mixer.get_submodule(self.projection)
         hook = projection.register_forward_pre_hook(lambda _, args: captured.append(args[0]))
+        positions = torch.arange(x_BSD.shape[1], device=x_BSD.device)[None]
+        rotation = self.rotation(positions)
         try:
             for row in x_BSD:
-                self._forward(row[None])
+                self.mixer(row[None], rotation)
         finally:
             hook.remove()
         return torch.cat(captured)
-
-    def _forward(self, x_BSD: Tensor) -> Tensor:
-        if self.entry.linear:
-            return self.mixer(x_BSD)
-        positions = torch.arange(x_BSD.shape[1], device=x_BSD.device)[None]
-        return self.mixer(x_BSD, self.rotation(positions), None)

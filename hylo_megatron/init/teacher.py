@@ -15,7 +15,7 @@ from hylo_megatron.checkpoint.folder import CheckpointReader
 from hylo_megatron.config import Architecture
 from hylo_megatron.convert.tables import mappings
 from hylo_megatron.kernels.norm import rms_norm
-from hylo_megatron.kernels.rope import rope_frequencies
+from hylo_megatron.kernels.rope import cos_and_sin, rope_frequencies, turn
 
 VOCABULARY_ROWS = 16384
 
@@ -33,15 +33,6 @@ class AttentionLayer:
 
     def __getitem__(self, name: str) -> Tensor | None:
         return self.weights.get(name)
-
-
-def rotate(x_BSHK: Tensor, frequencies: Tensor, scaling: float = 1.0) -> Tensor:
-    """``x`` turned by its positions; ``scaling``: of cos and sin, YaRN's attention factor."""
-    angles = torch.arange(x_BSHK.shape[1], device=x_BSHK.device)[:, None] * frequencies.to(x_BSHK.device)
-    angles = torch.cat([angles, angles], -1)
-    cos, sin = angles.cos()[:, None] * scaling, angles.sin()[:, None] * scaling
-    first, second = x_BSHK.chunk(2, -1)
-    return x_BSHK * cos + torch.cat([-second, first], -1) * sin
 
 
 class BaseModel:
@@ -79,7 +70,9 @@ class BaseModel:
         if a.qk_norm:
             q = rms_norm(q, w["self_attn.q_norm.weight"], a.rms_norm_eps)
             k = rms_norm(k, w["self_attn.k_norm.weight"], a.rms_norm_eps)
-        q, k = (rotate(x, self.frequencies, self.scaling) for x in (q, k))
+        positions = torch.arange(x_BSD.shape[1], device=x_BSD.device)
+        cos_SP, sin_SP = cos_and_sin(positions, self.frequencies.to(x_BSD.device), self.scaling)
+        q, k = (turn(x, cos_SP[:, None], sin_SP[:, None]) for x in (q, k))
         out = F.scaled_dot_product_attention(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=True
         )

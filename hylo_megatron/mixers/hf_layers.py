@@ -1,7 +1,7 @@
 """Layers that the transformers modules of mixers share.
 
-A mixer's ``LAYER(config, layer_number)`` is called with the normed input [B,S,D], the rotation, which positions a
-query sees (``hf/inputs.py:allowed``), which tokens are real, and the ``HyLoCache`` of ``hf/cache.py``. Each may be None.
+A mixer's ``LAYER(config, layer_number)`` is called with the normed input [B,S,D], the rotation, the positions that a
+query sees (``hf/inputs.py:allowed``), the real tokens, and the ``HyLoCache`` of ``hf/cache.py``. Each may be None.
 """
 
 import torch

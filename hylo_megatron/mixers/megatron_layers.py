@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hylo_megatron.config import Architecture
 from hylo_megatron.kernels import ops_for, rms_norm
-from hylo_megatron.kernels.rope import rope_frequencies
+from hylo_megatron.kernels.rope import cos_and_sin, rope_frequencies
 from hylo_megatron.parallel.zigzag import zigzag_positions
 
 
@@ -97,8 +97,8 @@ class Rotary:
         """Return cosines and sines of the rank's positions, fp32 ``[S, dim / 2]``."""
         key = (local_length, ranks, rank, device)
         if key not in self.tables:
-            angles = torch.outer(zigzag_positions(*key[:3]).float(), self.frequencies)
-            self.tables[key] = tuple((part * self.scaling).to(device) for part in (angles.cos(), angles.sin()))
+            table = cos_and_sin(zigzag_positions(*key[:3]), self.frequencies, self.scaling)
+            self.tables[key] = tuple(part.to(device) for part in table)
         return self.tables[key]
 
     def __call__(self, x_SBHd: Tensor, ranks: int, rank: int) -> Tensor:

@@ -2,14 +2,12 @@
 
 from typing import ClassVar
 
-import torch.nn.functional as F
 from megatron.core.ssm.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
 from hylo_megatron.config import Architecture
-from hylo_megatron.kernels import ops_for
-from hylo_megatron.kernels.norm import wide
+from hylo_megatron.kernels import log_decay, ops_for
 from hylo_megatron.mixers.gdn import MIXER
 from hylo_megatron.mixers.gdn.state_passing import chunk_gated_delta_rule
 from hylo_megatron.mixers.megatron_layers import Backend, HeadRMSNorm, transformer_layer
@@ -88,7 +86,7 @@ class GDNMixer(FP32Parameters, SharedSequence, GatedDeltaNet):
         return q_BSMK, k_BSMK, v.unflatten(-1, (-1, self.value_head_dim)), gate, *gate_feats
 
     def _compute_g_and_beta(self, A_log_H: Tensor, dt_bias_H: Tensor, alpha_BSH: Tensor, beta_BSH: Tensor):
-        return -A_log_H.exp() * F.softplus(wide(alpha_BSH) + dt_bias_H), beta_BSH.sigmoid()
+        return log_decay(alpha_BSH, A_log_H, dt_bias_H), beta_BSH.sigmoid()
 
     def _apply_gated_norm(self, x_BSHV: Tensor, gate_BSHV: Tensor) -> Tensor:
         weight = self.out_norm.shared_weight()
