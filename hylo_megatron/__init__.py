@@ -1,68 +1,30 @@
 """Upcycles Transformers into hybrids of MLA and Gated DeltaNet or Mamba-2 layers.
 
-Importing this is light: torch, transformers and megatron are only imported by the parts that need them. Checkpoints
-with ``model_type: hylo`` load through transformers' auto classes once this package is imported.
+``import hylo_megatron`` registers the hybrid (``model_type: hylo``) with transformers' auto classes, and so imports
+transformers. The programs of this package do without: each registers the hybrid where it loads one.
 """
 
-import importlib.abc
-import importlib.machinery
 import importlib.util
 import os
 import sys
+from pathlib import Path
 
 STARTED_BY = os.getppid()  # as early as possible: see run/parent.py
 
 
-def _register_config() -> None:
-    from hylo_megatron.hf import register_config
-
-    register_config()
-
-
-def _register_models() -> None:
-    if importlib.util.find_spec("torch") is not None:
-        from hylo_megatron.hf import register_models
-
-        register_models()
-
-
-def _register_tokenizer() -> None:
-    from hylo_megatron.hf import register_tokenizer
-
-    register_tokenizer()
+def _is_own_program() -> bool:
+    """Whether this process runs a program of this package or of its repository."""
+    package = Path(__file__).resolve().parent
+    program = Path(sys.argv[0] if sys.argv else "").absolute()
+    if program.name == "-m":  # of python: the module that it is going to run is not in sys.argv yet
+        words = sys.orig_argv
+        return words[words.index("-m") + 1].partition(".")[0] == package.name
+    folders = [package, *(package.parent / name for name in ("tools", "examples", "tests"))]
+    command = program.name.partition(" ")[0]
+    return command in ("hylo", "hylo-doctor") or any(program.is_relative_to(folder) for folder in folders)
 
 
-_AFTER_IMPORT = {
-    "transformers.models.auto.configuration_auto": _register_config,
-    "transformers.models.auto.modeling_auto": _register_models,
-    "transformers.models.auto.tokenization_auto": _register_tokenizer,
-}
+if not _is_own_program() and importlib.util.find_spec("transformers") and importlib.util.find_spec("torch"):
+    from hylo_megatron.hf import register
 
-
-class _AfterImport(importlib.abc.MetaPathFinder):
-    """Registers our classes right after transformers' auto classes are imported, whenever that happens."""
-
-    def find_spec(self, name, path=None, target=None):
-        if name not in _AFTER_IMPORT:
-            return None
-        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def exec_module(module):
-                execute(module)
-                _AFTER_IMPORT[name]()
-
-            spec.loader.exec_module = exec_module
-        return spec
-
-
-def _install() -> None:
-    for name, action in _AFTER_IMPORT.items():
-        if name in sys.modules:
-            action()
-    if not any(type(finder).__name__ == _AfterImport.__name__ for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterImport())
-
-
-_install()
+    register()

@@ -33,7 +33,7 @@ COMMANDS = {
     "plan": Command("planner.command", "memory that serving or training a model takes"),
     "serve-demo": Command("serve.demo", "one chat with an exported model in vLLM"),
     "recipe": Command("recipes.smollm2", "the whole SmolLM2 recipe, from weights to a report"),
-    "doctor": Command("capabilities", "what this machine has, and what is missing"),
+    "doctor": Command("doctor", "what this machine has, and what is missing"),
 }
 COMPLETION = 'complete -W "{}" hylo'
 

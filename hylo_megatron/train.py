@@ -9,13 +9,20 @@ import shutil
 import time
 import traceback
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hylo_megatron.config import Architecture
+from hylo_megatron.engine.register import install
 from hylo_megatron.errors import HyLoError, command_line
 from hylo_megatron.run.parent import bind_forks, die_with_parent, own_store
 
+if TYPE_CHECKING:
+    from hylo_megatron.engine.training_run import TrainingRun
 
-def model_provider(models: list, pre_process=True, post_process=True, vp_stage=None, config=None, pg_collection=None):
+
+def model_provider(
+    run: "TrainingRun", pre_process=True, post_process=True, vp_stage=None, config=None, pg_collection=None
+):
     import torch
     from megatron.training import get_args
     from megatron.training.arguments import core_transformer_config_from_args
@@ -49,7 +56,7 @@ def model_provider(models: list, pre_process=True, post_process=True, vp_stage=N
     teacher = build(teacher_arch, recompute_granularity=None)
     load_weights(teacher.to(torch.cuda.current_device()), args.hylo_teacher)
     model = DistillModel(student, teacher, student_arch, teacher_arch, DistillSettings.of(args))
-    models.append(model)
+    run.models.append(model)
     return model
 
 
@@ -128,7 +135,7 @@ def main() -> None:
     die_with_parent()
     bind_forks()
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # megatron asserts it for TP and CP
-    import hylo_megatron.distill  # noqa: F401  the engine, before megatron
+    install("megatron")
     from hylo_megatron.distill.command_line import prepare_command_line
 
     arch = prepare_command_line()
@@ -138,9 +145,8 @@ def main() -> None:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from hylo_megatron.distill.batches import datasets, forward_step
-    from hylo_megatron.engine import checkpoint_hooks, peers
-    from hylo_megatron.engine import training_hooks as engine_hooks
-    from hylo_megatron.engine.checkpoint_writer import start_results_queue
+    from hylo_megatron.engine import peers
+    from hylo_megatron.engine.training_run import TrainingRun
     from hylo_megatron.kernels.self_test import self_test
 
     args = parsed_arguments()
@@ -154,18 +160,16 @@ def main() -> None:
         torch.cuda.reset_peak_memory_stats()
         if args.rank == 0:
             print(verdict, flush=True)
-    start_results_queue()  # a process that checkpoints are written through; it takes seconds to start
+    install("results")  # the queue is a process, which takes seconds to start
     if args.hylo_student_iteration:
         wait_for_student(args)
-    models: list = []
-    room = save_room(args, arch)
-    engine_hooks.install(models)
-    checkpoint_hooks.install(room)
+    run = TrainingRun(room=save_room(args, arch))
+    install("training", run)
     config = pretrain_cfg_container_from_args(args)
-    with peers.ending_together(args.save, room and room.need):
+    with peers.ending_together(args.save, run.room and run.room.need):
         pretrain(
             config, datasets, ModelType.encoder_or_decoder, forward_step,
-            lambda **kwargs: model_provider(models, **kwargs), store=own_store(),
+            lambda **kwargs: model_provider(run, **kwargs), store=own_store(),
         )  # fmt: skip
 
 

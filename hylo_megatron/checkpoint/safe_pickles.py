@@ -1,13 +1,12 @@
-"""Reads the pickles of a checkpoint without running what a stranger may have put into them.
+"""Reads the pickles of a checkpoint without running code that a stranger may have put into them.
 
-torch's ``.metadata`` is a plain pickle, and whatever is no tensor lies as a pickle inside ``*.distcp``: arguments,
-states of random numbers, the optimizer's groups. ``check_pickles`` looks through all of them before anything else
-does; ``install`` makes torch's and megatron-core's own reads as strict. No megatron in here.
+torch's ``.metadata`` is a plain pickle. Everything but tensors lies as pickles inside ``*.distcp``: arguments, states
+of random numbers, the optimizer's groups. ``check_pickles`` looks through all of them before anything else does.
+``engine/reading.py`` makes torch's and megatron-core's own reads as strict. This module imports no megatron.
 """
 
 import os
 import pickle
-import sys
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -33,12 +32,13 @@ _CLASSES = (
     names.TensorProperties, names.MetadataIndex, names.StorageMeta, names._MEM_FORMAT_ENCODING, _StorageInfo,
     planner.SavePlan, planner.WriteItem, planner.WriteItemType, planner.TensorWriteData, planner.BytesIOWriteData,
 )  # fmt: skip
-# What a .metadata file holds beside plain containers; each does nothing but keep its arguments.
+# Classes that a .metadata file holds beside plain containers; each does nothing but keep its arguments.
 KNOWN = {f"{known.__module__}.{known.__qualname__}": known for known in _CLASSES} | {
     "torch.Size": torch.Size, "torch.serialization._get_layout": _get_layout, "collections.OrderedDict": OrderedDict,
     "pathlib.PosixPath": PosixPath, "pathlib._local.PosixPath": PosixPath,
 }  # fmt: skip
-# What megatron-core's own list of safe classes adds to torch's (megatron/core/safe_globals.py), for tools without it.
+# Classes that megatron-core's list of safe classes adds to torch's (megatron/core/safe_globals.py). Tools that run
+# without megatron-core need this copy.
 MEGATRON = {
     "_io.BytesIO", "argparse.Namespace", "megatron.core.enums.ModelType",
     "megatron.core.optimizer.optimizer_config.OptimizerConfig", "megatron.core.rerun_state_machine.RerunDiagnostic",
@@ -92,7 +92,7 @@ def _unchanged_classes(where: str) -> Iterator[None]:
 
 
 def load_metadata(file, where: str) -> names.Metadata:
-    """torch's ``.metadata``. Raises ``HyLoError`` for classes other than those that belong there, and for damage."""
+    """Read torch's ``.metadata``. Raises ``HyLoError`` for classes that do not belong there, and for damage."""
     try:
         with _unchanged_classes(where):
             metadata = _MetadataUnpickler(file, where).load()
@@ -106,7 +106,7 @@ def load_metadata(file, where: str) -> names.Metadata:
 
 
 def read_metadata(self: dcp.FileSystemReader, *args, **kwargs) -> names.Metadata:
-    """``FileSystemReader.read_metadata`` of torch 2.13, with ``load_metadata`` for ``pickle.load``."""
+    """Read as ``FileSystemReader.read_metadata`` of torch 2.13 does, with ``load_metadata`` for ``pickle.load``."""
     path = self._get_metadata_path(kwargs.get("rank"))
     with self.fs.create_stream(path, "rb") as file:
         metadata = load_metadata(file, str(path))
@@ -124,7 +124,7 @@ class SafeReader(dcp.FileSystemReader):
 
 
 def check_pickles(iteration: str | os.PathLike) -> names.Metadata:
-    """What ``.metadata`` of this folder says, after a look through every pickle in the folder; none is run.
+    """Return ``.metadata`` of this folder after a look through every pickle in the folder. None is run.
 
     Raises ``HyLoError`` that names the class which does not belong there, or the file that is damaged.
     """
@@ -147,8 +147,10 @@ def check_pickles(iteration: str | os.PathLike) -> names.Metadata:
 
 
 def check_parts(iteration: Path, metadata: names.Metadata, keys: Iterable[str]) -> None:
-    """``check_torch_file`` of everything that was saved under ``keys``. torch itself reads tensors as weights only:
-    they are looked at when one cannot be read, to say why."""
+    """Apply ``check_torch_file`` to everything that was saved under ``keys``.
+
+    torch itself reads tensors as weights only. Tensors are checked when one cannot be read, to name the reason.
+    """
     keys = set(keys)
     for index, info in metadata.storage_data.items():
         if index.fqn in keys:
@@ -158,7 +160,7 @@ def check_parts(iteration: Path, metadata: names.Metadata, keys: Iterable[str]) 
 
 
 def explain(iteration: Path, error: BaseException, what: str = "cannot be loaded") -> NoReturn:
-    """Raises ``HyLoError`` with the reason why ``iteration`` could not be loaded. ``what``: what is said of it."""
+    """Raise ``HyLoError`` with the reason why ``iteration`` could not be loaded. ``what`` follows its name."""
     metadata = check_pickles(iteration)
     check_parts(iteration, metadata, metadata.state_dict_metadata)
     reason = [repr(error), *str(error).strip().splitlines()][-1]  # a whole traceback may lie before it
@@ -166,7 +168,7 @@ def explain(iteration: Path, error: BaseException, what: str = "cannot be loaded
 
 
 def check_torch_file(file, where: str) -> None:
-    """Raises ``HyLoError`` for a ``torch.save`` file with classes that torch and megatron-core do not call safe."""
+    """Raise ``HyLoError`` for a ``torch.save`` file with classes that torch and megatron-core do not call safe."""
     try:
         unsafe = set(get_unsafe_globals_in_checkpoint(file)) - MEGATRON
     except Exception as error:  # no zip file, or an operation of pickles that torch.save never writes
@@ -223,7 +225,7 @@ def _check_metadata(metadata: names.Metadata, folder: Path) -> None:
 
 
 def _covers(entry: names.TensorStorageMetadata, places: list) -> bool:
-    """Whether the chunks of a tensor fill it, and each has a place in a file."""
+    """Whether the chunks of a tensor fill the tensor, and each has a place in a file."""
     size = tuple(entry.size)
     offsets = [tuple(chunk.offsets) for chunk in entry.chunks]
     if sorted(offsets) != sorted(map(tuple, places)) or len(set(offsets)) != len(offsets):
@@ -247,22 +249,12 @@ def _size(path: Path) -> int:
         raise HyLoError(f"{path} is missing: .metadata names it; {REMEDY}") from None
 
 
-# ---- the engine's own reads ----
+# ---- megatron-core's own reads ----
 
 
 def load_array(path, mmap_mode=None, **_) -> np.ndarray:
-    """``safe_numpy_load`` of megatron-core, which takes pickles: its indices of samples are numbers, and hold none."""
+    """Read an index of samples, which holds numbers. ``safe_numpy_load`` of megatron-core would also take pickles."""
     try:
         return np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
     except (ValueError, EOFError) as error:  # an empty file
         raise HyLoError(f"{path}: no array of numbers ({_line(error)}): remove the file, it is made again") from None
-
-
-def install() -> None:
-    """Once, when megatron-core is imported. Child processes inherit the first part."""
-    os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
-    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # torch's planner asks for weights_only=False
-    dcp.FileSystemReader.read_metadata = read_metadata
-    for module in ("safe_globals", "datasets.gpt_dataset", "datasets.blended_dataset", "datasets.masked_dataset"):
-        if module := sys.modules.get(f"megatron.core.{module}"):
-            module.safe_numpy_load = load_array

@@ -1,4 +1,4 @@
-"""Room for a training's checkpoints: their size is known before it starts, checked before each save, and watched."""
+"""Disk space for a training's checkpoints: checked before the training and before each save, watched while saving."""
 
 import shutil
 import sys
@@ -14,10 +14,10 @@ from hylo_megatron.config.stages import StageKind
 from hylo_megatron.convert.shapes import hf_shapes
 from hylo_megatron.errors import HyLoError
 
-STATE_BYTES = 12  # of a trained parameter: the optimizer's main copy and two moments, in fp32
-ENTRY_BYTES = 2048  # of each tensor in a file, for torch's header around it
+STATE_BYTES = 12  # per trained parameter: the optimizer's main copy and two moments, in fp32
+ENTRY_BYTES = 2048  # per tensor in a file: torch's header around the numbers
 STALLED_SECONDS, LOOK_SECONDS = 30, 2
-CERTAIN = 0.9  # of a checkpoint: what has that size may be complete, and wait for its last step
+CERTAIN = 0.9  # a save of this share of a checkpoint's size may be complete, and wait for its last step
 
 
 def checkpoint_bytes(arch: Architecture, kind: StageKind, train: str, bf16: bool, optimizer: bool = True) -> int:
@@ -31,7 +31,7 @@ def checkpoint_bytes(arch: Architecture, kind: StageKind, train: str, bf16: bool
 
 
 class SaveRoom:
-    """What the saves into ``folder`` need. ``need``: bytes of a checkpoint. One per training, on rank 0."""
+    """Room for saves into ``folder``; a checkpoint has ``need`` bytes. Each training has one, which rank 0 uses."""
 
     def __init__(self, folder: Path, need: int, fail: Callable[[str], object]):
         self.folder, self.need, self._fail = folder, need, fail
@@ -44,13 +44,13 @@ class SaveRoom:
     def _refuse_unless_room(self, need: int, what: str) -> None:
         if disk.free(self.folder) >= need:
             return
-        for path in iterations.leftovers(self.folder):  # of saves that came to nothing: room for one that may
+        for path in iterations.leftovers(self.folder):  # of failed saves: their room may suffice
             shutil.rmtree(path, ignore_errors=True)
         if disk.free(self.folder) < need:
             raise HyLoError(self._line(what, need))
 
     def check_start(self, saves: int, keep: int | None) -> None:
-        """Raises ``HyLoError`` when the first of ``saves`` cannot fit; warns when they cannot all stay."""
+        """Check room for ``saves``. Raises ``HyLoError`` when the first cannot fit; warns when not all can stay."""
         self._refuse_unless_room(self.need, "no room for the first checkpoint")
         kept = min(saves, keep + 1) if keep else saves
         if disk.free(self.folder) < kept * self.need:
@@ -60,7 +60,7 @@ class SaveRoom:
             print(f"warning: {self._line(what, kept * self.need)}", file=sys.stderr, flush=True)
 
     def begin(self, place: Path) -> None:
-        """Called before a save into ``place``. Raises ``HyLoError`` when it cannot fit beside one that still runs."""
+        """Begin a save into ``place``. Raises ``HyLoError`` when it cannot fit beside one that still runs."""
         running = max(0, self.need - disk.used(self._saving)) if self._saving else 0
         self._refuse_unless_room(self.need + running, f"no room for {place.name}")
         self._saving = place
@@ -73,7 +73,7 @@ class SaveRoom:
             self._saving = None
 
     def _watch(self) -> None:
-        """Ends the run when a save stands still on a disk that has no room for the rest of it."""
+        """End the run when a save stands still on a disk that has no room for the rest of the save."""
         place, before, since = None, -1, time.monotonic()
         while True:
             time.sleep(LOOK_SECONDS)

@@ -1,8 +1,6 @@
 """Tokens into Megatron's .bin and .idx: documents as they are, or sequences of one length cut from them."""
 
-import logging
 import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -146,11 +144,9 @@ def token_files(out: Path, vocab_size: int, others: tuple[str, ...]) -> Iterator
 
 
 def _indexed_dataset(vocab_size: int):
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime is found"
-    from hylo_megatron.engine.cpu import without_compiler
+    from hylo_megatron.engine.register import installed
 
-    with warnings.catch_warnings(), without_compiler():
-        warnings.simplefilter("ignore")  # about Transformer Engine and Apex, which play no part here
+    with installed("importing"):
         from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
     return IndexedDatasetBuilder, DType.optimal_dtype(vocab_size)

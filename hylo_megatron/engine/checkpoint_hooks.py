@@ -1,7 +1,7 @@
-"""Where training reaches into megatron's saving and loading: a crash at any moment must leave a run that goes on.
+"""Changes to megatron's saving and loading, so that a run goes on after a crash at any moment.
 
-The engine (0.19.2) empties the tracker before it writes it, writes into folders that a crash left half full or that
-the tracker names, and ends without an error (``sys.exit()``) when it finds an empty tracker.
+megatron 0.19.2 empties the tracker before it writes the tracker. It writes into folders that a crash left half full or
+that the tracker names, and ends without an error (``sys.exit()``) when it finds an empty tracker.
 """
 
 import contextlib
@@ -9,23 +9,28 @@ import io
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
-from megatron.training import checkpointing, training
-from megatron.training.global_vars import get_args
 from torch.distributed.checkpoint.api import CheckpointException
 
 from hylo_megatron.checkpoint import iterations
 from hylo_megatron.checkpoint.safe_pickles import check_pickles, explain
 from hylo_megatron.checkpoint.save_room import SaveRoom
-from hylo_megatron.distill import resume
-from hylo_megatron.engine import checkpoint_writer
+from hylo_megatron.engine.patch import Patch
+from hylo_megatron.engine.training_run import TrainingRun
 from hylo_megatron.errors import HyLoError
 
 
+def _args():
+    from megatron.training.global_vars import get_args
+
+    return get_args()
+
+
 def _first_rank_alone(action: Callable[[], object]) -> None:
-    """Everybody else waits, and stops when it fails."""
+    """Run ``action`` on rank 0. The other ranks wait, and stop when the action fails."""
     failure = [None]
     if torch.distributed.get_rank() == 0:
         try:
@@ -33,24 +38,26 @@ def _first_rank_alone(action: Callable[[], object]) -> None:
         except (HyLoError, OSError) as error:
             failure = [error]
     torch.distributed.broadcast_object_list(failure, 0)
-    if failure[0] is not None:  # said once
+    if failure[0] is not None:  # one rank prints the failure
         raise failure[0] if torch.distributed.get_rank() == 0 else SystemExit(2)
 
 
 class _Files:
-    """The engine's file functions; a tracker is written whole or not at all, then ``committed`` is called with its
-    folder and what it says."""
+    """megatron's file functions, of which ``open`` writes a tracker whole or not at all.
 
-    def __init__(self, engine, committed: Callable[[Path, str], object]):
-        self._engine, self._committed = engine, committed
+    Then ``committed`` is called with the tracker's folder and what the tracker says.
+    """
+
+    def __init__(self, files, committed: Callable[[Path, str], object]):
+        self._files, self._committed = files, committed
 
     def __getattr__(self, name):
-        return getattr(self._engine, name)
+        return getattr(self._files, name)
 
     def open(self, path, mode="r", *args, **kwargs):
         if mode == "w" and Path(path).name == iterations.TRACKER and "://" not in str(path):
             return self._tracker(Path(path).parent)
-        return self._engine.open(path, mode, *args, **kwargs)
+        return self._files.open(path, mode, *args, **kwargs)
 
     @contextlib.contextmanager
     def _tracker(self, folder: Path) -> Iterator[io.StringIO]:
@@ -60,23 +67,70 @@ class _Files:
 
 
 def drop_older(folder: Path) -> None:
-    """Runs where the tracker is written: on rank 0, when the newer checkpoint is complete and named."""
-    args = get_args()
+    """Delete older checkpoints, on rank 0, once the tracker names the newer one, which is complete."""
+    args = _args()
     if args.hylo_keep_last and folder == Path(args.save):
         for path in iterations.retire_older(folder, args.hylo_keep_last):
             threading.Thread(target=shutil.rmtree, args=(path, True)).start()
+
+
+def whole_tracker(files, run: TrainingRun):
+    def committed(folder: Path, word: str) -> None:
+        if run.room and word.isdecimal():
+            run.room.end(iterations.iteration_folder(folder, int(word)))
+        drop_older(folder)
+
+    return _Files(files, committed)
+
+
+# ---- loading ----
+
+
+def _exists(folder: str | None) -> bool:
+    from megatron.training import checkpointing
+
+    return checkpointing.checkpoint_exists(folder)
 
 
 def _prepare(args, folder: str | None) -> None:
     own = args.save and folder and Path(folder).resolve() == Path(args.save).resolve()
     if folder:
         iterations.repair(folder, own)
-    if not checkpointing.checkpoint_exists(folder) and args.pretrained_checkpoint:
+    if not _exists(folder) and args.pretrained_checkpoint:
         iterations.repair(args.pretrained_checkpoint, own=False)
 
 
+def load_checked(load, run: TrainingRun):
+    def load_after_checks(*models_and_optimizer, load_arg="load", **kwargs):
+        from hylo_megatron.distill import resume
+
+        args = _args()
+        folder = getattr(args, load_arg)
+        _first_rank_alone(lambda: _prepare(args, folder))
+        resumes, path = _exists(folder), None
+        source = folder if resumes else args.pretrained_checkpoint
+        with contextlib.ExitStack() as stack:
+            if source:
+                path = iterations.asked_for(stack.enter_context(iterations.reading(source)), args.ckpt_step)
+                _first_rank_alone(lambda: check_pickles(path))
+            if resumes:
+                loaded = path, *models_and_optimizer[1:3], args
+                _first_rank_alone(lambda: resume.check(*loaded))
+                stack.enter_context(resume.learning_rates(*loaded))
+            try:
+                return load(*models_and_optimizer, load_arg=load_arg, **kwargs)
+            except CheckpointException as error:  # torch raises it on every rank
+                failure = error
+            _first_rank_alone(lambda: explain(path, failure))
+
+    return load_after_checks
+
+
+# ---- saving ----
+
+
 def _make_room(folder: str, iteration: int, room: SaveRoom | None) -> None:
-    """The engine would write over what lies there, and its ``metadata.json`` would vouch for both halves."""
+    """Set an older save aside: megatron would write over its files, and one ``metadata.json`` vouch for both."""
     place = iterations.iteration_folder(folder, iteration)
     if place.exists():
         iterations.set_aside(place)
@@ -85,50 +139,47 @@ def _make_room(folder: str, iteration: int, room: SaveRoom | None) -> None:
 
 
 def _is_the_one_loaded(args, iteration: int) -> bool:
-    """A finished run that is started again ends by saving what it has just loaded."""
+    """Whether a finished run that was started again would save what it has just loaded."""
+    from megatron.training import checkpointing
+
     same_folder = args.load and Path(args.load).resolve() == Path(args.save).resolve()
     fresh = args.finetune or args.override_ckpt_iteration is not None
     return bool(same_folder and not fresh and checkpointing.get_loaded_iteration() == iteration)
 
 
-def install(room: SaveRoom | None = None) -> None:
-    """Called once, before ``pretrain``. ``room``: of the disk that is saved to. Rank 0 looks after it."""
-    load, save = training.load_checkpoint, training.save_checkpoint
-    checkpoint_writer.install(room and room.folder, room.need if room else 0)
-
-    def committed(folder: Path, word: str) -> None:
-        if room and word.isdecimal():
-            room.end(iterations.iteration_folder(folder, int(word)))
-        drop_older(folder)
-
-    checkpointing.maybe_msc = _Files(checkpointing.maybe_msc, committed)
-
-    def load_checked(*models_and_optimizer, load_arg="load", **kwargs):
-        args = get_args()
-        folder = getattr(args, load_arg)
-        _first_rank_alone(lambda: _prepare(args, folder))
-        resumes, path = checkpointing.checkpoint_exists(folder), None
-        source = folder if resumes else args.pretrained_checkpoint
-        with contextlib.ExitStack() as stack:
-            if source:
-                path = iterations.asked_for(stack.enter_context(iterations.reading(source)), args.ckpt_step)
-                _first_rank_alone(lambda: check_pickles(path))
-            if resumes:
-                run = path, *models_and_optimizer[1:3], args
-                _first_rank_alone(lambda: resume.check(*run))
-                stack.enter_context(resume.learning_rates(*run))
-            try:
-                return load(*models_and_optimizer, load_arg=load_arg, **kwargs)
-            except CheckpointException as error:  # torch raises it on every rank
-                failure = error
-            _first_rank_alone(lambda: explain(path, failure))
-
-    def save_apart(iteration, *what, non_persistent_ckpt=False, **kwargs):
-        args = get_args()
+def save_apart(save, run: TrainingRun):
+    def save_into_own_folder(iteration, *what, non_persistent_ckpt=False, **kwargs):
+        args = _args()
         if not non_persistent_ckpt:
             if _is_the_one_loaded(args, iteration):
                 return
-            _first_rank_alone(lambda: _make_room(args.save, iteration, room))
+            _first_rank_alone(lambda: _make_room(args.save, iteration, run.room))
         save(iteration, *what, non_persistent_ckpt=non_persistent_ckpt, **kwargs)
 
-    training.load_checkpoint, training.save_checkpoint = load_checked, save_apart
+    return save_into_own_folder
+
+
+_training = partial(Patch, group="training", package="megatron-core", versions="==0.19.2")
+PATCHES = (
+    _training(
+        target="megatron.training.checkpointing:maybe_msc",
+        replacement=whole_tracker,
+        why="the tracker is emptied before it is written",
+        upstream="megatron/training/checkpointing.py:1011",
+        expects="MaybeMultiStorageClient",
+    ),
+    _training(
+        target="megatron.training.training:load_checkpoint",
+        replacement=load_checked,
+        why="repairs nothing that a crash left, checks no pickles, and ends without an error on an empty tracker",
+        upstream="megatron/training/checkpointing.py",
+        expects="(ddp_model, optimizer, opt_param_scheduler, load_arg, strict, ... 13, 01787541)",
+    ),
+    _training(
+        target="megatron.training.training:save_checkpoint",
+        replacement=save_apart,
+        why="writes into a folder that a crash left half full, and does not ask for room",
+        upstream="megatron/training/checkpointing.py",
+        expects="(iteration, model, optimizer, opt_param_scheduler, ... 21, 5253c3bc)",
+    ),
+)

@@ -1,11 +1,10 @@
-"""How checkpoints are written: no failure of a writer makes a trainer wait, and each says file, need and free space.
+"""How checkpoints are written: no failure of a writer makes a trainer wait, and each names file, need, free space.
 
-What megatron-core 0.19.2 waits for without end, and what is done here. Where several threads write, the failure of one
-ends the writer's process before it answers (``filesystem_async.py:291``); a writer that is killed answers nothing
-(``async_utils.py:424, 462, 507``); a request that cannot be pickled, such as one whose tensors do not fit into shared
-memory, is dropped by the queue's thread; a trainer that fails waits at its exit for a dead writer (``__del__``). The
-queue of results is a process of its own, which a killed trainer leaves behind, as it does a writer. The writer also
-asks for a GPU (``async_utils.py:565``).
+megatron-core 0.19.2 waits without end in these cases. Where several threads write, the failure of one ends the
+writer's process before it answers (``filesystem_async.py:291``). A writer that is killed answers nothing
+(``async_utils.py:424, 462, 507``). The queue's thread drops a request that cannot be pickled, such as one whose
+tensors do not fit into shared memory. A trainer that fails waits at its exit for a dead writer (``__del__``). The
+queue of results is a process of its own, which a killed trainer leaves behind, as it does a writer.
 """
 
 import os
@@ -14,33 +13,37 @@ import signal
 import threading
 import time
 import traceback
+from functools import partial
 from multiprocessing.connection import wait
 from multiprocessing.managers import SyncManager
 from typing import NoReturn
 
 import torch
-from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_async
 from torch.distributed.checkpoint.api import _wrap_exception
 
 from hylo_megatron.checkpoint import disk
-from hylo_megatron.engine import cpu, peers
+from hylo_megatron.engine import peers
+from hylo_megatron.engine.patch import Patch
+from hylo_megatron.engine.register import install, original
+from hylo_megatron.engine.training_run import TrainingRun
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.run.parent import end_with_parent
 
-CAUSE_SECONDS = 2  # torchrun ends writers too when a rank is lost: time for the line that says which
+CAUSE_SECONDS = 2  # torchrun ends writers too when a rank is lost: time for the line that names the rank
 CLOSING_SECONDS = 20
-_Writer = filesystem_async.FileSystemWriterAsync
-_write, _write_bucket = async_utils.PersistentAsyncCaller.async_loop, _Writer.write_preloaded_data
-_write_buckets, _results = _Writer.write_preloaded_data_multithread, _Writer.retrieve_write_results
+_STRATEGIES = "megatron.core.dist_checkpointing.strategies"
+_WRITER = f"{_STRATEGIES}.filesystem_async:FileSystemWriterAsync"
+_CALLER = f"{_STRATEGIES}.async_utils:PersistentAsyncCaller"
 _failures: list[Exception] = []  # of the save that this process is writing
 
 
-def start_results_queue() -> None:
-    """What the engine's ``get_write_results_queue`` makes at the first save, now, and bound to this process."""
-    if filesystem_async._results_queue is None:
-        manager = SyncManager(ctx=torch.multiprocessing.get_context("spawn"))
-        manager.start(end_with_parent)
-        filesystem_async._results_queue = manager.Queue()
+def start_results_queue(known, run=None):
+    """Return the queue of results, which megatron makes at the first save, in a process that is bound to this one."""
+    if known is not None:
+        return known
+    manager = SyncManager(ctx=torch.multiprocessing.get_context("spawn"))
+    manager.start(end_with_parent)
+    return manager.Queue()
 
 
 # ---- writing: in the trainer, or in the writer's process ----
@@ -62,10 +65,11 @@ def _said(error: Exception, bucket) -> Exception:
 
 
 def write_bucket(transforms, *, local_proc_idx, write_bucket, results_queue, count_queue, **how):
-    """The engine's ``write_preloaded_data`` for one file. A failure goes to ``_failures``."""
+    """Write one file as megatron's ``write_preloaded_data`` does. A failure goes to ``_failures``."""
+    write = original(f"{_WRITER}.write_preloaded_data")
     try:
-        _, result = _write_bucket(transforms, local_proc_idx=local_proc_idx, write_bucket=write_bucket,
-                                  results_queue=None, count_queue=None, **how)  # fmt: skip
+        _, result = write(transforms, local_proc_idx=local_proc_idx, write_bucket=write_bucket, results_queue=None,
+                          count_queue=None, **how)  # fmt: skip
     except Exception as error:
         result = error
     if isinstance(result, Exception):
@@ -81,39 +85,34 @@ def write_bucket(transforms, *, local_proc_idx, write_bucket, results_queue, cou
 
 
 def write_buckets(transforms, use_msc, rank, write_buckets, results) -> None:
-    """The engine's ``write_preloaded_data_multithread``, which here always answers: results, or an exception."""
+    """Write as megatron's ``write_preloaded_data_multithread`` does, and always answer: results, or an exception."""
     _failures.clear()
     answer = queue.Queue()
     try:
-        _write_buckets(transforms, use_msc, rank, write_buckets, answer)
+        original(f"{_WRITER}.write_preloaded_data_multithread")(transforms, use_msc, rank, write_buckets, answer)
         result = answer.get_nowait()
     except Exception as error:
         result = error
     results.put(_failures[0] if _failures else result)
 
 
-def retrieve_results(self):
-    """The engine's, with the writer's own error instead of one that quotes it."""
-    found = _results(self)
-    error = found[0] if isinstance(found, tuple) else None
-    return _wrap_exception(error.__cause__) if error and isinstance(error.__cause__, HyLoError) else found
+def with_own_error(retrieve, run):
+    """Return the writer's own error in place of one that quotes it."""
 
+    def retrieve_results(self):
+        found = retrieve(self)
+        error = found[0] if isinstance(found, tuple) else None
+        return _wrap_exception(error.__cause__) if error and isinstance(error.__cause__, HyLoError) else found
 
-def _install_writing() -> None:
-    _Writer.write_preloaded_data = staticmethod(write_bucket)
-    _Writer.write_preloaded_data_multithread = staticmethod(write_buckets)
-    _Writer.retrieve_write_results = retrieve_results
+    return retrieve_results
 
 
 def writer(*args):
-    """Runs in the writer's process."""
+    """Run in the writer's process in place of megatron's ``async_loop``."""
     end_with_parent()
-    _install_writing()
-    if cpu.needed():
-        cpu.install()
-        torch.cuda.device_count = lambda: 1
+    install("writing")
     try:
-        _write(*args)
+        original(f"{_CALLER}.async_loop")(*args)
     except (ConnectionError, EOFError, FileNotFoundError):  # of the queue of results: the trainer is ending
         os._exit(1)
     except BaseException:
@@ -145,9 +144,9 @@ def _not_sent(error: Exception, _) -> NoReturn:
 
 
 def _close(caller, closing: threading.Event) -> None:
-    """Ends an idle writer. One that does not answer is killed."""
+    """End an idle writer. One that does not answer is killed."""
     closing.set()
-    shared = async_utils.PersistentAsyncCaller
+    shared = type(caller)
     if caller.process.is_alive():
         shared._persistent_queue.put("DONE")
         caller.process.join(CLOSING_SECONDS)
@@ -156,26 +155,81 @@ def _close(caller, closing: threading.Event) -> None:
     shared._persistent_queue = shared._persistent_preload_q = shared._persistent_comp_q = None
 
 
-def install(folder: str | None = None, need: int = 0) -> None:
-    """``folder``: where checkpoints go; ``need``: bytes of one."""
-    caller = async_utils.PersistentAsyncCaller
-    start = caller._get_process.__func__
-    closing = threading.Event()
+def start_watched(start, run: TrainingRun):
+    folder, need = (run.room.folder, run.room.need) if run.room else (None, 0)
 
-    def start_watched(cls, *args, **kwargs):
+    def start_and_watch(cls, *args, **kwargs):
         known = cls._persistent_process
-        process = start(cls, *args, **kwargs)
+        process = start.__func__(cls, *args, **kwargs)
         if process is not known:
-            closing.clear()
+            run.closing.clear()
             for each in (cls._persistent_queue, cls._persistent_preload_q):
                 each._on_queue_feeder_error = _not_sent
-            threading.Thread(target=_watch, args=(process, closing, folder, need), daemon=True).start()
+            threading.Thread(target=_watch, args=(process, run.closing, folder, need), daemon=True).start()
         return process
 
+    return classmethod(start_and_watch)
+
+
+def close_at_once(close, run: TrainingRun):
     def close(self, abort=False):
         if self.process:
-            _close(self, closing)
+            _close(self, run.closing)
 
-    _install_writing()
-    caller.async_loop = staticmethod(writer)
-    caller._get_process, caller.close = classmethod(start_watched), close
+    return close
+
+
+_megatron = partial(Patch, package="megatron-core", versions="==0.19.2")
+_writing, _training = partial(_megatron, group="writing"), partial(_megatron, group="training")
+PATCHES = (
+    _megatron(
+        group="results",
+        target=f"{_STRATEGIES}.filesystem_async:_results_queue",
+        replacement=lambda known, run: start_results_queue(known),
+        why="a killed trainer leaves the process of this queue behind",
+        upstream="filesystem_async.py:65",
+        expects="NoneType",
+    ),
+    _writing(
+        target=f"{_WRITER}.write_preloaded_data",
+        replacement=lambda write, run: staticmethod(write_bucket),
+        why="does not say which file failed, with which need and how much free space",
+        upstream="filesystem_async.py:361",
+        expects="(transform_list, local_proc_idx, write_bucket, results_queue, ... 7, d5237fcd)",
+    ),
+    _writing(
+        target=f"{_WRITER}.write_preloaded_data_multithread",
+        replacement=lambda write, run: staticmethod(write_buckets),
+        why="the failure of one thread ends the writer's process before it answers",
+        upstream="filesystem_async.py:291",
+        expects="(transform_list, use_msc, rank, write_buckets, ... 5, 360f4c41)",
+    ),
+    _writing(
+        target=f"{_WRITER}.retrieve_write_results",
+        replacement=with_own_error,
+        why="quotes the writer's error inside another",
+        upstream="filesystem_async.py",
+        expects="(self)",
+    ),
+    _training(
+        target=f"{_CALLER}.async_loop",
+        replacement=lambda loop, run: staticmethod(writer),
+        why="outlives a killed trainer, and waits at its exit after a failure",
+        upstream="async_utils.py:520",
+        expects="(rank, queue, preload_q, comp_q, log_level, cpu_priority, ... 7, 8d12e042)",
+    ),
+    _training(
+        target=f"{_CALLER}._get_process",
+        replacement=start_watched,
+        why="a writer that is killed answers nothing, and the trainer waits for it",
+        upstream="async_utils.py:424",
+        expects="(cls, rank, mp_mode, cpu_priority, io_priority)",
+    ),
+    _training(
+        target=f"{_CALLER}.close",
+        replacement=close_at_once,
+        why="waits for a dead writer",
+        upstream="async_utils.py:507",
+        expects="(self, abort)",
+    ),
+)

@@ -1,32 +1,35 @@
-"""Unmodified megatron on a machine without a CUDA device.
+"""Unmodified megatron-core on a machine without a CUDA device: calls of ``torch.cuda`` get their meaning on a CPU.
 
-Megatron names ``torch.cuda`` and ``device="cuda"`` throughout. Where no CUDA device exists, ``install()`` maps those
-calls to their CPU meaning inside this process; with a device it does nothing. It must run before megatron is imported.
-``install_after_import()`` covers the two spots where megatron reaches for the CUDA generator by another way.
+Megatron-core names ``torch.cuda`` and ``device="cuda"`` throughout. None of these entries is needed where torch finds
+a CUDA device.
 """
 
 import contextlib
 import functools
-import logging
 import sys
 import types
-from collections.abc import Iterator
+from functools import partial
 
 import torch
 
+from hylo_megatron.engine.patch import Patch, instead
+
 _CPU = torch.device("cpu")
-_FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "rand", "randn", "arange", "empty_like", "zeros_like")
+_is_available = torch.cuda.is_available
+# Modules that insist on a device and count the devices. All other modules hear that there is none.
+_COUNTING = ("megatron.training.initialize", "megatron.core.dist_checkpointing.strategies.async_utils")
 
 
-def needed() -> bool:
-    return not _really_available()
+def without_cuda() -> bool:
+    """Whether torch finds no CUDA device, whatever has been replaced since."""
+    return not _is_available()
 
 
-_really_available = torch.cuda.is_available
+# ---- replacements: each gets the original and returns what takes its place ----
 
 
 class _TypeName(str):
-    """``torch.FloatTensor`` and ``torch.cuda.FloatTensor`` compare equal: the optimizer sorts by that name."""
+    """Make ``torch.FloatTensor`` and ``torch.cuda.FloatTensor`` equal: the optimizer sorts by that name."""
 
     def _bare(self, other):
         return str(other).replace("cuda.", "")
@@ -41,7 +44,7 @@ class _TypeName(str):
 
 
 class _Stream:
-    """Stands for a CUDA stream: every method exists and does nothing."""
+    """A CUDA stream whose methods all exist and do nothing."""
 
     def __init__(self, *args, **kwargs):
         pass
@@ -50,7 +53,7 @@ class _Stream:
         return lambda *args, **kwargs: None
 
 
-def _on_cpu(factory):
+def _on_cpu(factory, run):
     @functools.wraps(factory)
     def call(*args, **kwargs):
         device = kwargs.get("device")
@@ -59,17 +62,19 @@ def _on_cpu(factory):
         kwargs.pop("pin_memory", None)
         return factory(*args, **kwargs)
 
+    # `with torch.device(...)` recognises factories by identity: let it remember the originals before they are wrapped,
+    # or transformers' from_pretrained builds its model on the wrong device and keeps random weights, silently.
+    torch.utils._device._device_constructors()
     return call
 
 
 def _constant(value):
-    """A fresh function each time: dynamo's rule table rejects one object under two names."""
-    return lambda *args, **kwargs: value
+    """Return a replacement that makes a new function each time: dynamo rejects one object under two names."""
+    return lambda original, run: lambda *args, **kwargs: value
 
 
-def _asked_by_initialize_megatron() -> bool:
-    """``initialize_megatron`` asserts a CUDA device and counts them; everybody else hears the truth."""
-    return sys._getframe(2).f_globals.get("__name__") == "megatron.training.initialize"
+def _asked_by_a_counting_module() -> bool:
+    return sys._getframe(2).f_globals.get("__name__") in _COUNTING
 
 
 def _properties(*_):
@@ -78,69 +83,87 @@ def _properties(*_):
     )
 
 
-def install() -> bool:
-    """Returns whether anything was patched (False on a machine with CUDA, or when already done)."""
-    if not needed() or getattr(torch.cuda, "_hylo_cpu", False):
-        return False
-    cuda = torch.cuda
-    cuda._hylo_cpu = True
-    torch._dynamo.config.disable = True
-    cuda.is_available = lambda: _asked_by_initialize_megatron()
-    cuda.device_count = lambda: int(_asked_by_initialize_megatron())
-    cuda.current_device = _constant(_CPU)
-    cuda.Stream = _Stream
-    cuda.current_stream = lambda *args, **kwargs: _Stream()
-    cuda.stream = lambda *args, **kwargs: contextlib.nullcontext()
-    cuda.get_device_properties = _properties
-    cuda.get_device_capability = _constant((0, 0))
-    cuda.get_device_name = _constant("cpu")
-    cuda.memory_stats = lambda *args, **kwargs: {}
-    for name in ("synchronize", "empty_cache", "set_device", "reset_peak_memory_stats", "ipc_collect"):
-        setattr(cuda, name, _constant(None))
-    for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
-        setattr(cuda, name, _constant(0))
-    cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(int(seed))  # torch.manual_seed would recurse
-    cuda.get_rng_state = lambda device=None: torch.get_rng_state()
-    cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
-    # `with torch.device(...)` recognises factories by identity: let it remember the originals before they are wrapped,
-    # or transformers' from_pretrained builds its model on the wrong device and keeps random weights, silently.
-    torch.utils._device._device_constructors()
-    for name in _FACTORIES:
-        setattr(torch, name, _on_cpu(getattr(torch, name)))
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self
-    torch.nn.Module.cuda = lambda self, *args, **kwargs: self
-    tensor_type = torch.Tensor.type
-    torch.Tensor.type = lambda self, *args, **kwargs: (
+def _type_name(tensor_type, run):
+    return lambda self, *args, **kwargs: (
         tensor_type(self, *args, **kwargs) if args or kwargs else _TypeName(tensor_type(self))
     )
-    for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"):
-        setattr(torch.optim.Optimizer, name, lambda self: None)
-    import torch.utils.data._utils.pin_memory as pinning
-
-    pinning.pin_memory = lambda data, device=None: data
-    return True
 
 
-@contextlib.contextmanager
-def without_compiler() -> Iterator[None]:
-    """Inside, megatron's ``jit_fuser`` becomes no compiler.
-
-    With dynamo disabled ``torch.compile`` changes nothing, and its first call imports Inductor, which is a third of
-    what a training imports.
-    """
-    compiler = torch.compile
-    if needed():
-        torch.compile = lambda model=None, **_: model if model is not None else lambda function: function
-    try:
-        yield
-    finally:
-        torch.compile = compiler
+def _returns_self(original, run):
+    return lambda self, *args, **kwargs: self
 
 
-def install_after_import() -> None:
-    """Points megatron's RNG tracker at the CPU generator."""
-    import megatron.core.tensor_parallel.random as rng
+# ---- entries ----
 
-    rng._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
-    rng._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
-    logging.getLogger(rng.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
+_torch = partial(Patch, group="cpu", package="torch", versions=">=2.11", needed=without_cuda)
+
+
+def _cuda(name: str, expects: str, replacement, why: str = "called without a device in sight") -> Patch:
+    return _torch(target=f"torch.cuda:{name}", expects=expects, replacement=replacement, why=why)
+
+
+_NOTHING = {
+    "synchronize": "(device)",
+    "empty_cache": "()",
+    "set_device": "(device)",
+    "reset_peak_memory_stats": "(device)",
+    "ipc_collect": "()",
+}
+_ZERO = ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved")
+_FACTORIES = {
+    "tensor": "builtin",
+    "zeros": "builtin",
+    "ones": "builtin",
+    "empty": "builtin",
+    "full": "builtin",
+    "rand": "builtin",
+    "randn": "builtin",
+    "arange": "builtin",
+    "empty_like": "builtin",
+    "zeros_like": "builtin",
+}
+
+PATCHES = (
+    _torch(
+        target="torch._dynamo.config:disable",
+        replacement=instead(True),
+        why="functions that megatron-core compiles would be compiled for the CPU, for minutes",
+        expects="bool",
+    ),
+    _cuda("is_available", "()", lambda original, run: lambda: _asked_by_a_counting_module(),
+          "initialize_megatron asserts a device; torch and transformers must hear the truth"),
+    _cuda("device_count", "()", lambda original, run: lambda: int(_asked_by_a_counting_module()),
+          "initialize_megatron and the writer of checkpoints (async_utils.py:565) divide by it"),
+    _cuda("current_device", "()", _constant(_CPU), "the device of most tensors that megatron-core makes"),
+    _cuda("Stream", "class", instead(_Stream)),
+    _cuda("current_stream", "(device)", lambda original, run: lambda *args, **kwargs: _Stream()),
+    _cuda("stream", "(stream)", lambda original, run: lambda *args, **kwargs: contextlib.nullcontext()),
+    _cuda("get_device_properties", "(device)", instead(_properties)),
+    _cuda("get_device_capability", "(device)", _constant((0, 0))),
+    _cuda("get_device_name", "(device)", _constant("cpu")),
+    _cuda("memory_stats", "(device)", lambda original, run: lambda *args, **kwargs: {}),
+    *(_cuda(name, expects, _constant(None)) for name, expects in _NOTHING.items()),
+    *(_cuda(name, "(device)", _constant(0)) for name in _ZERO),
+    _cuda("manual_seed", "(seed)",  # torch.manual_seed would call this one again
+          lambda original, run: lambda seed: torch.default_generator.manual_seed(int(seed))),
+    _cuda("get_rng_state", "(device)", lambda original, run: lambda device=None: torch.get_rng_state()),
+    _cuda("set_rng_state", "(new_state, device)",
+          lambda original, run: lambda state, device=None: torch.set_rng_state(state)),
+    *(
+        _torch(target=f"torch:{name}", expects=expects, replacement=_on_cpu,
+               why='megatron-core makes tensors with device="cuda" and pins memory')
+        for name, expects in _FACTORIES.items()
+    ),
+    _torch(target="torch:Tensor.cuda", expects="builtin", replacement=_returns_self, why="moves to the device"),
+    _torch(target="torch.nn:Module.cuda", expects="(self, device)", replacement=_returns_self,
+           why="moves to the device"),
+    _torch(target="torch:Tensor.type", expects="builtin", replacement=_type_name,
+           why="megatron-core's optimizers sort parameters by names such as torch.cuda.FloatTensor"),
+    *(
+        _torch(target=f"torch.optim:Optimizer.{name}", expects="(self)", replacement=_constant(None),
+               why="asks for the CUDA generator at each step")
+        for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check")
+    ),
+    _torch(target="torch.utils.data._utils.pin_memory:pin_memory", expects="(data, device)",
+           replacement=instead(lambda data, device=None: data), why="loaders of megatron-core pin their batches"),
+)  # fmt: skip

@@ -1,19 +1,27 @@
 """Megatron's distributed optimizer over torch's AdamW, which is what runs without TransformerEngine and Apex.
 
-torch's AdamW keeps a tensor ``step`` in each parameter's state. megatron-core 0.19.2 does not expect it:
-``distrib_optimizer.py:839`` asserts on a fresh optimizer; ``:1223`` raises ``KeyError: step``, an autograd error for
-fp32 parameters, and sets the step to zero; and ``:1028`` gives all parameters ONE shared step tensor, so that Adam's
+torch's AdamW keeps a tensor ``step`` in each parameter's state, which megatron-core 0.19.2 does not expect. Its
+``distrib_optimizer.py:839`` asserts on a fresh optimizer. Line 1223 raises ``KeyError: step``, or an autograd error
+for fp32 parameters, and sets the step to zero. Line 1028 gives all parameters one shared step tensor, so that Adam's
 step count jumps by the number of parameters at each iteration.
 
-On a GPU the step is also waited for: hundreds of small launches follow the gradient's norm, 20 ms of a 141 ms step of
-a 135M model. torch's fused AdamW is one launch, and the copy to the 16-bit weights one more.
+On a GPU the optimizer's step also takes 20 ms of a 141 ms step of a 135M model: hundreds of small launches follow the
+gradient's norm. torch's fused AdamW is one launch, and the copy to the 16-bit weights is one more.
 """
+
+from functools import partial, wraps
 
 import torch
 
+from hylo_megatron.engine.patch import Patch
 
-def _fuse(optimizer: torch.optim.Optimizer) -> None:
-    """One kernel for all parameters, on a GPU; a checkpoint of either kind continues as the other."""
+_MODULE = "megatron.core.optimizer.distrib_optimizer"
+
+
+def _fuse(optimizer) -> None:
+    """Let one kernel step all parameters on a GPU. A checkpoint of either kind continues as the other."""
+    if not isinstance(optimizer, torch.optim.Adam):
+        return
     fused = torch.cuda.is_available()
     for group in optimizer.param_groups:
         group["fused"], group["foreach"] = (True, False) if fused else (None, None)
@@ -23,7 +31,7 @@ def _fuse(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _copies(optimizer) -> list[tuple[list, list]]:
-    """``(16-bit or fp32 weights, their main copies)`` in two lists, found once; views of what the engine copies."""
+    """Return ``(weights, their main copies)`` for the 16-bit and the fp32 weights, as views of what is copied."""
     found = []
     for mains, models in (
         (optimizer.shard_fp32_from_float16_groups, optimizer.model_float16_groups),
@@ -39,8 +47,76 @@ def _copies(optimizer) -> list[tuple[list, list]]:
     return found
 
 
+def initialise_fused(initialise, run):
+    @wraps(initialise)
+    def initialise_and_fuse(self, *args, **kwargs):
+        initialise(self, *args, **kwargs)
+        self._hylo_copies = None
+        _fuse(self.optimizer)
+
+    return initialise_and_fuse
+
+
+def copy_at_once(copy_params, run):
+    @torch.no_grad()
+    def copy_main_to_model(self):
+        if self.is_stub_optimizer or self.ddp_config.use_megatron_fsdp:
+            return copy_params(self)
+        self._hylo_copies = self._hylo_copies or _copies(self)
+        for weights, mains in self._hylo_copies:
+            if weights:
+                torch._foreach_copy_(weights, mains)
+
+    return copy_main_to_model
+
+
+def set_without_step(set_states, run):
+    """Skip the step, which ``load_state_dict`` has set: "dp_reshardable" checkpoints bring zero here."""
+
+    @torch.no_grad()  # the main copy of an fp32 parameter is a view of it, which autograd lets nobody write to
+    def set_with_step(self, param, tensors):
+        return set_states(self, param, {**tensors, "step": None})
+
+    return set_with_step
+
+
+def _fill_states(optimizer: torch.optim.Optimizer) -> None:
+    """Give each parameter without a state a fresh one, to load into."""
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            if not optimizer.state[param]:
+                optimizer.state[param].update(
+                    step=torch.tensor(0.0, device=param.device if group["fused"] else "cpu"),
+                    exp_avg=torch.zeros_like(param),
+                    exp_avg_sq=torch.zeros_like(param),
+                )
+
+
+def shard_fresh_states(sharded_state_dict, run):
+    def sharded_with_fresh_states(self, model_sharded_state_dict, is_loading=False, **kwargs):
+        if is_loading:
+            _fill_states(self.optimizer)
+        return sharded_state_dict(self, model_sharded_state_dict, is_loading=is_loading, **kwargs)
+
+    return sharded_with_fresh_states
+
+
+def load_own_steps(load_state_dict, run):
+    """Give each parameter a step tensor of its own after loading."""
+
+    def load_with_own_steps(self, state_dict):
+        load_state_dict(self, state_dict)
+        for state in self.optimizer.state.values():
+            if isinstance(state.get("step"), torch.Tensor):
+                state["step"] = state["step"].clone()
+        _fuse(self.optimizer)
+        self._hylo_copies = None
+
+    return load_with_own_steps
+
+
 def _without_bucket_padding(buffer) -> dict:
-    """``param_index_map``, as if the buckets of a buffer followed one another without gaps."""
+    """Return ``param_index_map`` as if the buckets of a buffer followed one another without gaps."""
     shifts, unpadded = [], 0
     for bucket in buffer.buckets:
         shifts.append(bucket.offset - unpadded)
@@ -48,14 +124,7 @@ def _without_bucket_padding(buffer) -> dict:
     return {p: (start - shifts[b], end - shifts[b], b) for p, (start, end, b) in buffer.param_index_map.items()}
 
 
-def _save_right_slices(optimizer) -> None:
-    """``:1740`` gathers the states without the gaps between buckets, ``:1755`` cuts them as if the gaps were there.
-
-    A pipeline stage with tied embeddings has two buckets, and overlapped gradient reduction makes more: checkpoints of
-    these hold the states of one parameter, and its main copy, under the name of another.
-    """
-    sharded = optimizer.sharded_param_state_fully_reshardable
-
+def slice_without_gaps(sharded, run):
     def sharded_without_gaps(self, *args, **kwargs):
         kept = [buffer.param_index_map for buffer in self.buffers]
         try:
@@ -66,74 +135,62 @@ def _save_right_slices(optimizer) -> None:
             for buffer, positions in zip(self.buffers, kept, strict=True):
                 buffer.param_index_map = positions
 
-    optimizer.sharded_param_state_fully_reshardable = sharded_without_gaps
+    return sharded_without_gaps
 
 
-def install() -> bool:
-    """Returns whether the step's fixes were needed; the slices' is needed everywhere."""
-    from megatron.core.optimizer import distrib_optimizer as module
+def _has_torch_adam() -> bool:
+    """Whether megatron-core found neither TransformerEngine nor Apex, whose Adam it prefers."""
+    from megatron.core.optimizer import distrib_optimizer
 
-    if not getattr(module.DistributedOptimizer, "_hylo_slices", False):
-        module.DistributedOptimizer._hylo_slices = True
-        _save_right_slices(module.DistributedOptimizer)
+    return not distrib_optimizer.HAVE_APEX_OR_TE
 
-    optimizer = module.DistributedOptimizer
-    if module.HAVE_APEX_OR_TE or getattr(optimizer, "_hylo_step_fixes", False):
-        return False
-    optimizer._hylo_step_fixes = True
-    initialise, copy_params, set_states, sharded_state_dict, load_state_dict = (
-        optimizer.__init__,
-        optimizer._copy_main_params_to_model_params,
-        optimizer._set_main_param_and_optimizer_states,
-        optimizer.sharded_state_dict,
-        optimizer.load_state_dict,
-    )
 
-    def initialise_fused(self, *args, **kwargs):
-        initialise(self, *args, **kwargs)
-        self._hylo_copies = None
-        if isinstance(self.optimizer, torch.optim.Adam):
-            _fuse(self.optimizer)
+_optimizer = partial(Patch, group="megatron", package="megatron-core", versions="==0.19.2")
+_adam = partial(_optimizer, needed=_has_torch_adam)
+_CLASS = f"{_MODULE}:DistributedOptimizer"
+_LINE = "megatron/core/optimizer/distrib_optimizer.py"
 
-    @torch.no_grad()
-    def copy_main_to_model(self):
-        if self.is_stub_optimizer or self.ddp_config.use_megatron_fsdp:
-            return copy_params(self)
-        self._hylo_copies = self._hylo_copies or _copies(self)
-        for weights, mains in self._hylo_copies:
-            if weights:
-                torch._foreach_copy_(weights, mains)
-
-    @torch.no_grad()  # the main copy of an fp32 parameter is a view of it, which autograd lets nobody write to
-    def set_with_step(self, param, tensors):
-        # None is skipped: load_state_dict has set the step, and what "dp_reshardable" checkpoints bring here is zero.
-        return set_states(self, param, {**tensors, "step": None})
-
-    def sharded_with_fresh_states(self, model_sharded_state_dict, is_loading=False, **kwargs):
-        if is_loading:
-            for group in self.optimizer.param_groups:
-                for param in group["params"]:
-                    if not self.optimizer.state[param]:
-                        device = param.device if group["fused"] else "cpu"
-                        self.optimizer.state[param].update(
-                            step=torch.tensor(0.0, device=device),
-                            exp_avg=torch.zeros_like(param),
-                            exp_avg_sq=torch.zeros_like(param),
-                        )
-        return sharded_state_dict(self, model_sharded_state_dict, is_loading=is_loading, **kwargs)
-
-    def load_with_own_steps(self, state_dict):
-        load_state_dict(self, state_dict)
-        for state in self.optimizer.state.values():
-            if isinstance(state.get("step"), torch.Tensor):
-                state["step"] = state["step"].clone()
-        if isinstance(self.optimizer, torch.optim.Adam):
-            _fuse(self.optimizer)
-        self._hylo_copies = None
-
-    optimizer.__init__ = initialise_fused
-    optimizer._copy_main_params_to_model_params = copy_main_to_model
-    optimizer._set_main_param_and_optimizer_states = set_with_step
-    optimizer.sharded_state_dict = sharded_with_fresh_states
-    optimizer.load_state_dict = load_with_own_steps
-    return True
+PATCHES = (
+    _optimizer(
+        target=f"{_CLASS}.sharded_param_state_fully_reshardable",
+        replacement=slice_without_gaps,
+        why="line 1740 gathers the states without the gaps between buckets, line 1755 cuts them as if the gaps were"
+        " there: with several buckets (tied embeddings in a pipeline, overlapped gradient reduction) a checkpoint"
+        " would hold the states of one parameter under the name of another",
+        upstream=f"{_LINE}:1755",
+        expects="(self, model_sharded_state_dict, is_loading, metadata)",
+    ),
+    _adam(
+        target=f"{_CLASS}.__init__",
+        replacement=initialise_fused,
+        why="torch's AdamW runs hundreds of small kernels",
+        expects="(self, optimizer, config, grad_scaler, init_state_fn, ... 11, 444b93a3)",
+    ),
+    _adam(
+        target=f"{_CLASS}._copy_main_params_to_model_params",
+        replacement=copy_at_once,
+        why="one copy for each parameter",
+        expects="(self)",
+    ),
+    _adam(
+        target=f"{_CLASS}._set_main_param_and_optimizer_states",
+        replacement=set_without_step,
+        why="KeyError: step, an autograd error, or a step of zero",
+        upstream=f"{_LINE}:1223",
+        expects="(self, model_param, tensors)",
+    ),
+    _adam(
+        target=f"{_CLASS}.sharded_state_dict",
+        replacement=shard_fresh_states,
+        why="asserts on a fresh optimizer",
+        upstream=f"{_LINE}:839",
+        expects="(self, model_sharded_state_dict, is_loading, sharding_type, ... 5, 27589f72)",
+    ),
+    _adam(
+        target=f"{_CLASS}.load_state_dict",
+        replacement=load_own_steps,
+        why="gives all parameters one shared step tensor",
+        upstream=f"{_LINE}:1028",
+        expects="(self, state_dict)",
+    ),
+)

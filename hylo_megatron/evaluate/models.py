@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from hylo_megatron.convert.tokenizer_files import check_rows, identity_of, open_tokenizer
 from hylo_megatron.errors import HyLoError
+from hylo_megatron.hf import register
 from hylo_megatron.json_file import read_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -67,8 +68,9 @@ def check_folder(folder: str | Path) -> Path:
 
 
 def load(folder: str | Path, device: torch.device, dtype: torch.dtype) -> Loaded:
-    """Reads model and tokenizer from disk only; code in the folder is never run."""
+    """Read model and tokenizer from disk only; code in the folder is never run."""
     folder = check_folder(folder)
+    register()
     options = {"local_files_only": True, "trust_remote_code": False}
     tokenizer = open_tokenizer(folder)
     try:

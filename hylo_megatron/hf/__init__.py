@@ -6,7 +6,6 @@ __all__ = [
     "HyLoModel",
     "register",
     "register_config",
-    "register_models",
     "register_tokenizer",
 ]
 
@@ -34,26 +33,19 @@ def register_config() -> None:
     AutoConfig.register("hylo", HyLoConfig, exist_ok=True)
 
 
-def register_models() -> None:
-    """Make ``AutoModel`` and ``AutoModelForCausalLM`` know ``HyLoConfig``.
-
-    The module does so while it is imported, since some versions of transformers import the auto classes meanwhile.
-    """
-    import hylo_megatron.hf.modeling_hylo  # noqa: F401
-
-
 def register_tokenizer() -> None:
-    """Make ``AutoTokenizer`` take a hybrid's ``tokenizer.json`` as it is, whatever class its folder names.
+    """Make ``AutoTokenizer`` take a hybrid's ``tokenizer.json`` as it is, whatever class its folder names."""
+    from hylo_megatron.engine.register import install
 
-    transformers 5.19 rebuilds it for ``LlamaTokenizerFast``, which folders of earlier exports may name.
-    """
-    from transformers.models.auto import tokenization_auto
-
-    tokenization_auto.TOKENIZER_MAPPING_NAMES["hylo"] = "TokenizersBackend"
+    install("transformers")
 
 
 def register() -> None:
-    """Register config, models and tokenizer with transformers' auto classes."""
+    """Register config, models and tokenizer with transformers' auto classes.
+
+    ``import hylo_megatron`` calls this, except in the programs of this package.
+    """
+    import hylo_megatron.hf.modeling_hylo  # noqa: F401  registers the models
+
     register_config()
-    register_models()
     register_tokenizer()

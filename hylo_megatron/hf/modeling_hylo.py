@@ -11,11 +11,7 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    AutoModel,
-    AutoModelForCausalLM,
-)
+from transformers.models.auto.modeling_auto import AutoModel, AutoModelForCausalLM
 from transformers.utils.generic import can_return_tuple
 
 from hylo_megatron import kernels
@@ -244,5 +240,3 @@ class HyLoForCausalLM(HyLoPreTrainedModel, GenerationMixin):
 
 AutoModel.register(HyLoConfig, HyLoModel, exist_ok=True)
 AutoModelForCausalLM.register(HyLoConfig, HyLoForCausalLM, exist_ok=True)
-# Trainer's label smoothing shifts the labels of the classes in this table only.
-MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["hylo"] = HyLoForCausalLM.__name__

@@ -6,6 +6,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from hylo_megatron.config import Architecture
+from hylo_megatron.engine.register import check_installed
 from hylo_megatron.layers.specs import stack_spec
 from hylo_megatron.mixers import MIXERS
 
@@ -39,7 +40,8 @@ UNFUSED = dict(
 def build_model(arch: Architecture, config: TransformerConfig, *, padded_vocab_size: int | None = None,
                 pre_process: bool = True, post_process: bool = True, pg_collection=None, vp_stage=None,
                 backend: str = "local", linear_cp: str = "auto") -> HybridModel:  # fmt: skip
-    """This rank's part of the model. ``config`` holds ``model_fields(arch)`` and the parallel layout."""
+    """Return this rank's part of the model. ``config`` holds ``model_fields(arch)`` and the parallel layout."""
+    check_installed("megatron")
     pp = config.pipeline_model_parallel_size
     stages = pp * (config.virtual_pipeline_model_parallel_size or 1)
     return HybridModel(

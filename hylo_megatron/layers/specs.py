@@ -14,13 +14,13 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from torch import Tensor, nn
 
-from hylo_megatron.capabilities import require
 from hylo_megatron.config import Architecture
 from hylo_megatron.kernels import ops_for
 from hylo_megatron.mixers import MIXERS
 from hylo_megatron.mixers.megatron_attention import CoreAttention
 from hylo_megatron.mixers.megatron_layers import Backend, RMSNorm
 from hylo_megatron.mixers.megatron_linear import AlignedColumnParallelLinear
+from hylo_megatron.packages import require
 
 
 def backend(name: str) -> Backend:

@@ -209,8 +209,7 @@ def peak(run: PlannedRun, pipeline_stage: int) -> Peak:
             loss = run.loss.memory(head_shape(run))
             if run.trains(HEAD):  # the head's gradient is kept until the embedding's is computed
                 backward += 2 * run.rows // layout.tp * d
-    kinds = {run.student.plan[layer] for layer in layers}
-    shared = tables(run.student, kinds, at) + tables(run.teacher, set(run.teacher.plan), at)
+    shared = tables(run.student, {run.student.plan[layer] for layer in layers}, at)
     reading = teacher_work(run.teacher, at) - held  # the teacher reads before the student does
     gathered = at.inner(max(d, run.teacher.hidden_size)) if layout.sequence_parallel else 0  # megatron's buffer
     return Peak(

@@ -1,8 +1,8 @@
-"""A process and the one that started it: what it is told through the environment, and that it does not outlive it.
+"""Helpers for child processes: read settings from the parent's environment, and exit when the parent exits.
 
-Linux kills a process with the thread that forked it if the process asks for that (``PR_SET_PDEATHSIG``). Children do
-not inherit the request, so each process of a run makes it anew: recipe, torchrun, trainers and their workers. No heavy
-imports: every helper process imports this.
+Linux kills a process with the thread that forked the process if the process asks for that (``PR_SET_PDEATHSIG``).
+Children do not inherit the request, so each process of a run repeats it: recipe, torchrun, trainers and their workers.
+Every helper process imports this module, which therefore imports nothing heavy.
 """
 
 import ctypes
@@ -18,7 +18,7 @@ import hylo_megatron
 PARENT, STORE = "HYLO_PARENT", "HYLO_STORE"
 PR_SET_PDEATHSIG = 1
 GONE = "the process that started this one is gone"
-# A parent that starts a process and waits for it. A shell is none: a run goes on when its user logs out.
+# Parents that wait for the process that they started. A shell is no such parent: a run goes on when its user logs out.
 LAUNCHERS = ("TORCHELASTIC_RUN_ID", "SLURM_STEP_ID")  # torchrun's ranks, srun's tasks
 
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -33,14 +33,14 @@ def _die_with(parent: int) -> bool:
 
 
 def die_with_parent() -> None:
-    """End this process when its launcher ends: two runs would write one folder once the killed one is started again.
+    """End this process when its launcher ends. Otherwise two runs would write one folder after a kill and a restart.
 
     The launcher is the process named by ``HYLO_PARENT``, or a torchrun or srun.
     """
     if name := os.environ.get(PARENT):
         parent = int(name)
     elif any(variable in os.environ for variable in LAUNCHERS):
-        parent = hylo_megatron.STARTED_BY  # the one that is there now may have taken over from the launcher
+        parent = hylo_megatron.STARTED_BY  # the present parent may have taken over from the launcher
     else:
         return
     if not _die_with(parent):
@@ -48,15 +48,15 @@ def die_with_parent() -> None:
 
 
 def bind_child(parent: int) -> None:
-    """``preexec_fn`` of a child of ``parent``: it dies with this thread, whatever program it runs."""
+    """End a child of ``parent`` with the parent's thread, whatever program the child runs. Used as ``preexec_fn``."""
     if not _die_with(parent):
         os._exit(1)
 
 
 def bind_forks() -> None:
-    """Make every process that is forked from here on die with this one: data workers, writers of checkpoints.
+    """Make every process that is forked from now on die with this one: data workers, writers of checkpoints.
 
-    Forks of other threads than the main one are left alone: the kernel would end them with their thread.
+    Forks of other threads than the main one are left alone, because the kernel would end them with their thread.
     """
     before = {}
 
@@ -76,20 +76,20 @@ def _wait_for(sentinel: int) -> None:
 
 
 def end_with_parent() -> None:
-    """End this process of ``multiprocessing`` with the one that asked for it.
+    """End this process of ``multiprocessing`` with the process that asked for it.
 
-    The kernel's own signal will not do there: a writer's parent is the fork server, which lives as long as any of its
-    children.
+    The kernel's signal does not help here: the parent of a writer is the fork server, which lives as long as any of
+    its children.
     """
     sentinel = multiprocessing.parent_process().sentinel
     threading.Thread(target=_wait_for, args=(sentinel,), daemon=True).start()
 
 
 def own_store():
-    """Where the ranks of this training meet: torchrun's store, under a prefix that no other training uses.
+    """Return the store where the ranks of this training meet: torchrun's, under a prefix that no other training uses.
 
-    None: megatron makes a store as it always does. A second one on the same port, or the keys of an earlier training
-    in the same store, would break the process groups of this one.
+    With None megatron makes a store of its own. A second store on the same port, or the keys of an earlier training in
+    the same store, would break the process groups of this training.
     """
     prefix = os.environ.get(STORE)
     if not prefix:

@@ -13,8 +13,9 @@ PROMPT = "What is the capital of France?"
 def answer(folder: Path, prompt: str = PROMPT, tokens: int = 24) -> str:
     import transformers
 
-    import hylo_megatron  # noqa: F401  registers the model class
+    from hylo_megatron.hf import register
 
+    register()
     tokenizer = open_tokenizer(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).to(
         "cuda" if torch.cuda.is_available() else "cpu"

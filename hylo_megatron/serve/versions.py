@@ -1,27 +1,12 @@
-"""What vLLM 0.26 lacks and 0.32 has; harmless where it is there."""
+"""Builders of attention metadata that clear the states of new requests: vLLM 0.26 does not, and 0.32 does."""
 
-from vllm.platforms import current_platform
 from vllm.v1.attention.backends.gdn_attn import GDNAttentionBackend, GDNAttentionMetadataBuilder
 from vllm.v1.attention.backends.mamba2_attn import Mamba2AttentionBackend, Mamba2AttentionMetadataBuilder
 from vllm.v1.attention.backends.utils import mamba_get_block_table_tensor
 
 
-def sound_chunk_scan() -> None:
-    """Takes from Mamba-2's scan the tilings that Triton miscompiles on Hopper, which give rows of NaN.
-
-    vLLM 0.32 leaves them out itself; 0.26 tries them and may find one of them fastest. With whole warp groups and
-    64 rows or more the product runs as wgmma on registers, which the next iteration of a pipelined loop overwrites.
-    """
-    from vllm.model_executor.layers.mamba.ops import ssd_chunk_scan
-
-    if hasattr(ssd_chunk_scan, "_drop_racy_wgmma_configs") or not current_platform.is_device_capability(90):
-        return
-    tuner = ssd_chunk_scan._chunk_scan_fwd_kernel
-    tuner.configs = [c for c in tuner.configs if c.num_stages == 1 or c.num_warps % 4 or c.kwargs["BLOCK_SIZE_M"] % 64]
-
-
 class FreshStates:
-    """Lets requests that begin with a single token start as decoded tokens from states of zeros.
+    """Let requests that begin with a single token start as decoded tokens from states of zeros.
 
     vLLM 0.26 runs such prompts as decoded tokens without clearing what the slot's last owner left: Gated DeltaNet
     always (vllm-project/vllm#51562), Mamba-2 where the step's shape selects a CUDA graph of decoding.

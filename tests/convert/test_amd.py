@@ -15,12 +15,12 @@ from safetensors.torch import save_file  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 import hylo_megatron  # noqa: E402, F401  (registers the model)
-from hylo_megatron.capabilities import has  # noqa: E402
 from hylo_megatron.convert import hf_to_megatron, megatron_to_hf  # noqa: E402
 from hylo_megatron.convert.amd_release import convert as amd
 from hylo_megatron.convert.amd_release.config import Unsaid, read_release  # noqa: E402
 from hylo_megatron.convert.amd_release.tables import source_shapes  # noqa: E402
 from hylo_megatron.convert.hf_folder import read_architecture  # noqa: E402
+from hylo_megatron.packages import has  # noqa: E402
 
 TOLERANCE = 1e-4
 TOKENS = tiny.tokens(1, 40)[0]
@@ -202,11 +202,10 @@ def test_a_few_tensors_at_a_time(tmp_path, release, monkeypatch):
 
 @pytest.mark.skipif(not has("megatron-core"), reason="megatron-core is not installed")
 @pytest.mark.parametrize("kind", ["llama3b-gdn", "llama1b-m2", "qwen1p7b-gdn", "qwen1p7b-m2"])
-def test_through_megatron(tmp_path, kind):
-    from megatron.core import parallel_state
+def test_through_megatron(tmp_path, kind, process_groups):
     from programs.logits import logits
 
-    from hylo_megatron.layers.load import load_model, start_process_groups
+    from hylo_megatron.layers.load import load_model
 
     release = reference.write(tmp_path / "release", kind)
     want = converted_logits(release, tmp_path / "hf")
@@ -214,12 +213,7 @@ def test_through_megatron(tmp_path, kind):
     megatron_to_hf.convert(tmp_path / "ckpt", tmp_path / "back")
     tiny.same_bits(tiny.weights(tmp_path / "back"), tiny.weights(tmp_path / "hf"))
     assert read_architecture(tmp_path / "back") == arch
-    start_process_groups()
-    try:
-        got = logits(load_model(tmp_path / "ckpt")[0], TOKENS[None])[0]
-    finally:
-        parallel_state.destroy_model_parallel()
-        torch.distributed.destroy_process_group()
+    got = logits(load_model(tmp_path / "ckpt")[0], TOKENS[None])[0]
     assert distance(got, want) <= TOLERANCE
 
 

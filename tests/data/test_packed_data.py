@@ -7,16 +7,17 @@ import numpy as np
 import pytest
 import torch
 
-from hylo_megatron.capabilities import has
+from hylo_megatron.packages import has
 
 if not has("megatron-core"):
     pytest.skip("megatron-core is not installed", allow_module_level=True)
-import hylo_megatron.distill  # noqa: F401, E402  the engine, before megatron
 from hylo_megatron.data.pack import pack  # noqa: E402
 from hylo_megatron.data.packed_data import PackedDataset, check_packed  # noqa: E402
 from hylo_megatron.data.token_writer import token_files  # noqa: E402
+from hylo_megatron.engine.register import install  # noqa: E402
 from hylo_megatron.errors import HyLoError  # noqa: E402
 
+install("megatron")
 EOD, LENGTH = 0, 9
 
 

@@ -21,25 +21,23 @@ from pathlib import Path
 import pytest
 import torch
 
-from hylo_megatron.capabilities import has
+from hylo_megatron.packages import has
 
 if not has("megatron-core"):
     pytest.skip("megatron-core is not installed", allow_module_level=True)
 from helpers import tiny  # noqa: E402
 from helpers import train as helpers  # noqa: E402
+from helpers.waits import PATIENCE  # noqa: E402
 from torch.distributed.checkpoint.filesystem import _StorageWriterTransforms  # noqa: E402
 
-from hylo_megatron.checkpoint import (
-    disk,  # noqa: E402
-    iterations,  # noqa: E402
-    save_room,  # noqa: E402
-)
+from hylo_megatron.checkpoint import disk, iterations, save_room  # noqa: E402
 from hylo_megatron.checkpoint.save_room import SaveRoom, checkpoint_bytes  # noqa: E402
 from hylo_megatron.config import Architecture  # noqa: E402
 from hylo_megatron.config.stages import stage_kind  # noqa: E402
 from hylo_megatron.convert import hf_to_megatron, megatron_to_hf
 from hylo_megatron.data.prepare import prepare  # noqa: E402
 from hylo_megatron.engine import checkpoint_writer, peers
+from hylo_megatron.engine.register import install
 from hylo_megatron.errors import HyLoError, command_line  # noqa: E402
 from hylo_megatron.init.upcycle import student_architecture, upcycle  # noqa: E402
 from hylo_megatron.recipes.proxy import proxy  # noqa: E402
@@ -161,7 +159,8 @@ def test_a_save_that_stands_still_on_a_full_disk(tmp_path, monkeypatch):
     time.sleep(1)
     assert said.empty()  # slow, but there is room
     free[0] = 4096
-    assert "iter_0000002: 0 KiB written, and no space left: it needs 1.0 MiB, 4 KiB is free" in said.get(timeout=10)
+    line = said.get(timeout=PATIENCE)
+    assert "iter_0000002: 0 KiB written, and no space left: it needs 1.0 MiB, 4 KiB is free" in line
     room.end(place)
 
 
@@ -208,21 +207,21 @@ def test_a_writer_answers_whichever_file_fails(bad, tmp_path):
     """The engine writes the last file first, and the others in threads, whose failure ends the process unanswered."""
     results = queue.Queue()
     buckets = [bucket(tmp_path / f"file{i}", 400_000 if i == bad else 4000) for i in range(3)]
-    checkpoint_writer._install_writing()
+    install("writing")
     with largest_file(100_000):
         checkpoint_writer.write_buckets([_StorageWriterTransforms()], False, 0, buckets, results)
-    error = results.get(timeout=1)
+    error = results.get_nowait()
     assert isinstance(error, HyLoError)
     assert re.search(rf"file{bad}: .*: it needs 391 KiB, .* is free on its disk", str(error))
     checkpoint_writer.write_buckets([_StorageWriterTransforms()], False, 0, buckets, results)
-    assert sorted(results.get(timeout=1)) == [0, 1, 2]
+    assert sorted(results.get_nowait()) == [0, 1, 2]
 
 
 def test_a_failed_writer_leaves_nothing_to_garbage_collection(tmp_path, monkeypatch):
     """The unfinished zip writer in the frames of the error crashed the process: ``test_small_disks`` shows it."""
     errors, said = [], checkpoint_writer._said
     monkeypatch.setattr(checkpoint_writer, "_said", lambda error, bucket: errors.append(error) or said(error, bucket))
-    checkpoint_writer._install_writing()
+    install("writing")
     with largest_file(100_000):
         buckets = [bucket(tmp_path / "file", 400_000)]
         checkpoint_writer.write_buckets([_StorageWriterTransforms()], False, 0, buckets, queue.Queue())
@@ -236,13 +235,13 @@ def test_a_failed_writer_leaves_nothing_to_garbage_collection(tmp_path, monkeypa
 def test_a_dead_writer_is_seen(need, tmp_path, monkeypatch):
     said = queue.Queue()
     monkeypatch.setattr(peers, "fail", said.put)
-    process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
+    process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(36000,))
     process.start()
     threading.Thread(
         target=checkpoint_writer._watch, args=(process, threading.Event(), tmp_path, need), daemon=True
     ).start()
     process.kill()
-    line = said.get(timeout=10)
+    line = said.get(timeout=PATIENCE)
     assert "the process that writes checkpoints is gone (killed by SIGKILL" in line
     assert bool(re.search(ROOM, line)) == (need > 1000)
 
@@ -254,7 +253,7 @@ def test_what_cannot_be_handed_to_a_writer(monkeypatch):
     requests = multiprocessing.get_context("spawn").JoinableQueue()
     requests._on_queue_feeder_error = checkpoint_writer._not_sent
     requests.put(lambda: None)
-    assert "a checkpoint cannot be handed to its writer" in said.get(timeout=10)
+    assert "a checkpoint cannot be handed to its writer" in said.get(timeout=PATIENCE)
 
 
 # ---- real trainings ----
@@ -263,7 +262,6 @@ def test_what_cannot_be_handed_to_a_writer(monkeypatch):
 PROGRAM = """
 import resource, sys
 if __name__ == "__main__":
-    import hylo_megatron.distill
     from hylo_megatron.checkpoint import save_room
     first, limit = int(sys.argv.pop(1)), int(sys.argv.pop(1))
     begin, saves = save_room.SaveRoom.begin, []
@@ -302,7 +300,7 @@ class Limited:
     def said(self) -> str:
         """The one line; torchrun's own report of its ranks comes after it."""
         try:
-            printed = self.process.communicate(timeout=300)[0]
+            printed = self.process.communicate(timeout=PATIENCE)[0]
         finally:
             self.process.kill()
         assert self.process.returncode != 0

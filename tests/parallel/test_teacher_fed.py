@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from hylo_megatron.capabilities import has
+from hylo_megatron.packages import has
 
 if not has("megatron-core"):
     pytest.skip("megatron-core is not installed", allow_module_level=True)

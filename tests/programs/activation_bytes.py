@@ -288,9 +288,10 @@ def count_pipeline(stage: str, rank: int, micro_batches: int) -> int:
 def main() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    import hylo_megatron.layers  # noqa: F401  the engine, before megatron
+    from hylo_megatron.engine.register import install
     from hylo_megatron.layers.load import start_process_groups
 
+    install("megatron")
     start()
     start_process_groups()  # seeds
     pretend_gpu()

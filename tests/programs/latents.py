@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-import hylo_megatron.layers  # noqa: F401  starts the engine
+from hylo_megatron.engine.register import install
 from hylo_megatron.mixers.megatron_attention import CoreAttention
 from hylo_megatron.parallel import latent_ring
 from hylo_megatron.parallel.zigzag import zigzag_positions
@@ -55,6 +55,7 @@ def main() -> None:
         return send(operations)
 
     dist.batch_isend_irecv = count
+    install("megatron")
     dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)

@@ -10,24 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-import hylo_megatron.distill  # noqa: F401  the engine, before megatron
-
-
-def restore(state: list[tuple]) -> None:
-    """Undoes what a run has hooked into the engine."""
-    for owner, name, value in state:
-        setattr(owner, name, value)
-
-
-def hooked() -> list[tuple]:
-    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller as Caller
-    from megatron.training import checkpointing, training
-
-    names = ("get_megatron_optimizer_config", "training_log", "load_checkpoint", "save_checkpoint")
-    return [(training, name, getattr(training, name)) for name in names] + [
-        (checkpointing, "maybe_msc", checkpointing.maybe_msc),
-        *((Caller, name, vars(Caller)[name]) for name in ("async_loop", "_get_process", "close")),
-    ]
+from hylo_megatron.engine.register import install, uninstall
 
 
 def forget_run() -> None:
@@ -63,15 +46,15 @@ def save_what_was_loaded() -> None:
 
 
 def main(runs: Path) -> None:
+    install("megatron")
     from hylo_megatron.train import main as train
 
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    untouched = hooked()
     for argv in json.loads(runs.read_text()):
-        restore(untouched)
+        uninstall("training")  # of the run before
         forget_run()
         save_what_was_loaded()
-        sys.argv = ["train", *argv]
+        sys.argv = [sys.argv[0], *argv]
         with contextlib.suppress(SystemExit):  # the engine's way out of --exit-interval
             train()
         print("done", argv[argv.index("--save") + 1], flush=True)

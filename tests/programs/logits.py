@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 from helpers import tiny
 
-import hylo_megatron.layers  # noqa: F401  before anything of megatron
 from hylo_megatron.config import Architecture
+from hylo_megatron.engine.register import install
 from hylo_megatron.layers.load import layout_config, load_model, start_process_groups
 
+install("megatron")
 LAYOUTS = {"tp2": dict(tp=2), "tp2-sp": dict(tp=2), "pp2": dict(pp=2)}
 
 

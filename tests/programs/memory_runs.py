@@ -1,4 +1,4 @@
-"""What the engine has allocated after training: ``python memory_runs.py RUNS.json``.
+"""What megatron has allocated after training: ``python memory_runs.py RUNS.json``.
 
 RUNS.json: ``{number of processes: [command lines of hylo_megatron.train]}``; the runs of a number follow one another
 in processes forked from this one, which has imported everything. Each rank writes bytes to SAVE/memory-RANK.json.
@@ -17,6 +17,7 @@ from megatron.training.global_vars import get_args
 from programs import layout_runs
 
 from hylo_megatron.engine import checkpoint_writer
+from hylo_megatron.engine.register import install, uninstall
 from hylo_megatron.train import main as train
 
 
@@ -60,16 +61,16 @@ def record() -> None:
 def run_all(lines: list[list[str]], rank: int, processes: int, port: str) -> None:
     os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1",
                        MASTER_PORT=port)  # fmt: skip
-    untouched = layout_runs.hooked()
     for argv in lines:
-        layout_runs.restore(untouched)
+        uninstall("training")
         layout_runs.forget_run()
-        sys.argv = ["train", *argv]
+        sys.argv = [sys.argv[0], *argv]
         with contextlib.suppress(SystemExit):
             train()
 
 
 def main(runs: Path) -> None:
+    install("megatron")
     record()
     fork, started = multiprocessing.get_context("fork"), []
     for processes, lines in json.loads(runs.read_text()).items():

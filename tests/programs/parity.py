@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-from helpers import train as helpers  # before megatron: it starts the engine
+from helpers import train as helpers
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -28,8 +28,7 @@ from hylo_megatron.distill import batches
 from hylo_megatron.distill.losses import KL, LayerDistance, loss_class
 from hylo_megatron.distill.model import DistillModel
 from hylo_megatron.distill.settings import DistillSettings
-from hylo_megatron.engine import distributed_optimizer
-from hylo_megatron.engine.training_hooks import StepLog
+from hylo_megatron.engine.step_log import StepLog
 from hylo_megatron.layers.load import has_layout, layout_config, load_model, start_process_groups
 from hylo_megatron.parallel.teacher_fed import TeacherFed
 
@@ -278,7 +277,6 @@ class RefuseViews(TorchDispatchMode):
 
 
 def main(work: Path, launch: str) -> None:
-    distributed_optimizer.install()
     for values in json.loads((work / f"cells-{launch}.json").read_text()):
         cell = Cell(**values)
         with RefuseViews():

@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 from helpers import tiny
-from helpers import train as train_helpers  # noqa: F401  starts the engine
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
 
 from hylo_megatron.config import GDNGeometry, Mamba2Geometry
+from hylo_megatron.engine.register import install
 from hylo_megatron.kernels import Ops, mamba_split_conv1d_scan_combined, recurrent_gated_delta_rule, recurrent_ssd
 from hylo_megatron.layers import specs
 from hylo_megatron.layers.load import layout_config, start_process_groups
@@ -23,6 +23,7 @@ from hylo_megatron.mixers import MIXERS
 from hylo_megatron.parallel import state_passing
 from hylo_megatron.parallel.zigzag import zigzag_positions
 
+install("megatron")
 B = 2
 
 

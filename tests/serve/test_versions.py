@@ -4,11 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from vllm.model_executor.layers.mamba import ops
+from vllm import platforms
+from vllm.model_executor.layers.mamba.ops import ssd_chunk_scan
 
+from hylo_megatron.engine import vllm_plugin
+from hylo_megatron.engine.register import patches
 from hylo_megatron.mixers.gdn.vllm_module import HyLoGatedDeltaNet
 from hylo_megatron.mixers.mamba2.vllm_module import HyLoMamba2
-from hylo_megatron.serve import versions
 from hylo_megatron.serve.versions import FreshStates
 
 
@@ -61,15 +63,18 @@ def test_both_linear_blocks_have_such_a_builder(block):
     assert builder.build is FreshStates.build and builder.supports_update_block_table is False
 
 
-@pytest.mark.parametrize("hopper, mended, left", [(True, False, [1, 2, 3]), (True, True, [0, 1, 2, 3]),
-                                                  (False, False, [0, 1, 2, 3])])  # fmt: skip
-def test_racy_tilings_of_the_scan_are_left_out_on_hopper(monkeypatch, hopper, mended, left):
+@pytest.mark.parametrize("hopper, repaired, needed", [(True, False, True), (True, True, False),
+                                                      (False, False, False)])  # fmt: skip
+def test_racy_tilings_of_the_scan_are_left_out_on_hopper(monkeypatch, hopper, repaired, needed):
+    monkeypatch.setattr(platforms, "current_platform", SimpleNamespace(is_device_capability=lambda _: hopper))
+    monkeypatch.delattr(ssd_chunk_scan, "_drop_racy_wgmma_configs", raising=False)
+    if repaired:
+        monkeypatch.setattr(ssd_chunk_scan, "_drop_racy_wgmma_configs", None, raising=False)
+    (entry,) = patches("vllm model")
+    assert entry.needed() == needed
+
+
+def test_tilings_that_are_left():
     tilings = [(2, 4, 64), (1, 4, 64), (2, 2, 64), (2, 8, 32)]  # stages, warps, rows
     configs = [SimpleNamespace(num_stages=s, num_warps=w, kwargs={"BLOCK_SIZE_M": m}) for s, w, m in tilings]
-    scan = SimpleNamespace(_chunk_scan_fwd_kernel=SimpleNamespace(configs=configs))
-    if mended:
-        scan._drop_racy_wgmma_configs = None
-    monkeypatch.setattr(ops, "ssd_chunk_scan", scan, raising=False)
-    monkeypatch.setattr(versions, "current_platform", SimpleNamespace(is_device_capability=lambda _: hopper))
-    versions.sound_chunk_scan()
-    assert scan._chunk_scan_fwd_kernel.configs == [configs[i] for i in left]
+    assert vllm_plugin.sound_tilings(configs, None) == configs[1:]

@@ -4,10 +4,11 @@ from torch import Tensor
 from vllm.model_executor.layers.mamba.mamba_mixer2 import MambaMixer2
 from vllm.model_executor.layers.mamba.mamba_utils import MambaStateDtypeCalculator, MambaStateShapeCalculator
 
+from hylo_megatron.engine.register import install
 from hylo_megatron.mixers.mamba2 import MIXER
 from hylo_megatron.mixers.mamba2.geometry import NORM_EPS
 from hylo_megatron.mixers.vllm_weights import keep_fp32
-from hylo_megatron.serve.versions import Mamba2Backend, sound_chunk_scan
+from hylo_megatron.serve.versions import Mamba2Backend
 
 VLLM_NAMES = {"A_log": "A"}
 
@@ -16,7 +17,7 @@ class HyLoMamba2(MambaMixer2):
     """vLLM's Mamba-2 with ``dt_bias`` and ``D`` in fp32."""
 
     def __init__(self, config, vllm_config, prefix: str):
-        sound_chunk_scan()
+        install("vllm model")
         mamba2 = config.geometry().mamba2
         super().__init__(
             hidden_size=config.hidden_size,

@@ -1,0 +1,84 @@
+"""megatron-core's Gated DeltaNet and Mamba-2 without fla and mamba-ssm: torch references take the kernels' place."""
+
+from functools import cache, partial
+from importlib import import_module
+
+from hylo_megatron.engine.cpu import without_cuda
+from hylo_megatron.engine.patch import Patch, instead
+from hylo_megatron.engine.register import original
+
+_GDN, _MAMBA = "megatron.core.ssm.gated_delta_net", "megatron.core.ssm.mamba_mixer"
+
+
+def _reference(name: str):
+    """Return the replacement that puts ``hylo_megatron.kernels``'s function of this name there."""
+    return lambda original, run: getattr(import_module("hylo_megatron.kernels"), name)
+
+
+def convolve(original, run):
+    """Return the short convolution of Gated DeltaNet under fla's signature."""
+    from hylo_megatron.kernels import causal_conv1d
+
+    def call(x, weight, bias=None, activation=None, initial_state=None, output_final_state=False, **_):
+        return causal_conv1d(x, weight, bias, activation)
+
+    return call
+
+
+@cache
+def sharded_norm() -> type:
+    """Return the gated norm with megatron-core's sharded checkpoint: one weight, split over tensor-parallel ranks."""
+    from megatron.core.ssm import mamba_mixer
+
+    from hylo_megatron.kernels import RMSNormGated
+
+    class ShardedRMSNormGated(RMSNormGated):
+        def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+            return mamba_mixer.make_sharded_tensors_for_checkpoint(
+                self.state_dict(prefix="", keep_vars=True), prefix, {"weight": 0}, sharded_offsets,
+                tp_group=self.tp_group, dp_cp_group=metadata["dp_cp_group"],
+            )  # fmt: skip
+
+    return ShardedRMSNormGated
+
+
+def _without_mamba_ssm() -> bool:
+    return not original(f"{_MAMBA}:HAVE_MAMBA_SSM")
+
+
+_megatron = partial(Patch, group="megatron", package="megatron-core", versions="==0.19.2")
+_gdn = partial(_megatron, needed=without_cuda, why="fla's kernels need a GPU")
+_mamba = partial(_megatron, needed=_without_mamba_ssm, why="mamba-ssm is not installed")
+
+PATCHES = (
+    _gdn(target=f"{_GDN}.common:HAVE_FLA", replacement=instead(True), expects="bool"),
+    _gdn(
+        target=f"{_GDN}.common:l2norm", replacement=_reference("l2norm"), expects="NoneType or (x, eps, output_dtype)"
+    ),
+    _gdn(
+        target=f"{_GDN}.gdn:causal_conv1d",
+        replacement=convolve,
+        expects="NoneType or (x, weight, bias, residual, initial_state, ... 13, dd467e87)",
+    ),
+    _gdn(
+        target=f"{_GDN}.gdn:chunk_gated_delta_rule",  # named at construction; the layer of this product replaces it
+        replacement=_reference("chunk_gated_delta_rule"),
+        expects="NoneType or (q, k, v, g, beta, scale, initial_state, output_final_state, ... 17, 9cba1fbc)",
+    ),
+    _mamba(target=f"{_MAMBA}:HAVE_MAMBA_SSM", replacement=instead(True), expects="bool"),
+    _mamba(
+        target=f"{_MAMBA}:mamba_split_conv1d_scan_combined",
+        replacement=_reference("mamba_split_conv1d_scan_combined"),
+        expects="NoneType",
+    ),
+    _mamba(
+        target=f"{_MAMBA}:RMSNormGated",
+        replacement=lambda original, run: sharded_norm(),
+        expects="NoneType or (*args, **kwargs)",
+    ),
+    _mamba(
+        target=f"{_MAMBA}:ExtendedRMSNorm",
+        replacement=lambda original, run: sharded_norm(),
+        expects="NoneType or (*args, **kwargs)",
+    ),
+)

@@ -1,0 +1,171 @@
+"""The register: every name of another library that this product replaces at run time, and who asks for it.
+
+An entry point calls ``install`` with a group. No import of this package replaces anything, with one exception:
+``import hylo_megatron`` registers the hybrid with transformers. Each entry names the versions of the package that it
+was written for. ``install`` refuses other versions.
+"""
+
+import contextlib
+import importlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from packaging.specifiers import SpecifierSet
+
+from hylo_megatron.engine.importing import import_megatron
+from hylo_megatron.engine.patch import MISSING, Patch, Place, installed_version
+from hylo_megatron.errors import HyLoError
+
+ALLOW = "HYLO_ALLOW_UNTESTED_VERSIONS"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Entries that are installed together: who needs them, in which modules they are, and what goes before them."""
+
+    what: str
+    modules: tuple[str, ...]
+    needs: tuple[str, ...] = ()
+    before: Callable[[], None] | None = None
+
+
+GROUPS = {
+    "cpu": Group(what="torch without CUDA", modules=("cpu",)),
+    "quiet": Group(what="warnings and log lines of megatron-core", modules=("quiet",)),
+    "importing": Group(what="while megatron-core is imported", modules=("importing",), needs=("quiet",)),
+    "reading": Group(
+        what="reads of checkpoints and of sample indices", modules=("reading",), needs=("cpu", "quiet"),
+        before=import_megatron,
+    ),
+    "megatron": Group(
+        what="models and optimizers of megatron-core",
+        modules=("cpu_generators", "linear_kernels", "distributed_optimizer", "datasets"), needs=("reading",),
+    ),
+    "results": Group(what="the queue of what was written", modules=("checkpoint_writer",)),
+    "writing": Group(what="writes of checkpoints", modules=("checkpoint_writer",), needs=("cpu",)),
+    "training": Group(
+        what="the training loop, and how it saves and loads",
+        modules=("checkpoint_writer", "checkpoint_hooks", "training_hooks"), needs=("megatron", "writing"),
+    ),
+    "transformers": Group(what="the auto classes of transformers", modules=("auto_classes",)),
+    "vllm": Group(what="the vLLM plugin", modules=("vllm_plugin",)),
+    "vllm model": Group(what="a hybrid in vLLM", modules=("vllm_plugin",)),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Installed:
+    original: Any
+    undo: Any  # the original, or MISSING where it was inherited
+
+
+_installed: dict[Patch, _Installed] = {}
+_groups: set[str] = set()
+_warned: set[str] = set()
+
+
+def patches(*groups: str) -> list[Patch]:
+    """The entries of these groups, or all. The modules that hold them import torch at most."""
+    found = []
+    for name in groups or GROUPS:
+        for module in GROUPS[name].modules:
+            entries = importlib.import_module(f"hylo_megatron.engine.{module}").PATCHES
+            found += [patch for patch in entries if patch.group == name]
+    return found
+
+
+def with_needs(group: str) -> list[str]:
+    """The names of the groups that ``group`` needs, in the order of installation, and its own."""
+    before = [name for need in GROUPS[group].needs for name in with_needs(need)]
+    return [*dict.fromkeys(before), group]
+
+
+def install(group: str, run: Any = None) -> None:
+    """Replace the names of ``group`` and of the groups that it needs. A second call changes nothing.
+
+    ``run`` is what the replacements of a training share; a second call with another one installs them for that.
+    Raises ``HyLoError`` before the first replacement when a version is not listed.
+    """
+    names = with_needs(group)
+    for patch in patches(*names):
+        _check_version(patch)
+    for name in names:
+        if action := GROUPS[name].before:
+            action()
+        for patch in patches(name):
+            if patch.needed() and (patch not in _installed or (name == group and run is not None)):
+                _replace(patch, run)
+        _groups.add(name)
+
+
+def check_installed(group: str) -> None:
+    """Raises ``HyLoError`` when nobody has installed ``group`` in this process."""
+    if group not in _groups:
+        raise HyLoError(
+            f"{GROUPS[group].what}: the fixes of this package are not installed in this process; call"
+            f' hylo_megatron.engine.register.install("{group}") first'
+        )
+
+
+def uninstall(*groups: str) -> None:
+    """Put back the originals of these groups, the last one first."""
+    for patch in reversed(_installed):
+        if patch.group in groups:
+            patch.place().set(_installed[patch].undo)
+    for patch in [patch for patch in _installed if patch.group in groups]:
+        del _installed[patch]
+    _groups.difference_update(groups)
+
+
+@contextlib.contextmanager
+def installed(group: str) -> Iterator[None]:
+    """Inside, the names of ``group`` are replaced; those that were replaced before stay so afterwards."""
+    before = set(_groups)
+    install(group)
+    try:
+        yield
+    finally:
+        uninstall(*(name for name in with_needs(group) if name not in before))
+
+
+def original(target: str) -> Any:
+    """What ``target`` is without this product."""
+    known = [there.original for patch, there in _installed.items() if patch.target == target]
+    value = known[0] if known else Place.find(target).get()
+    return getattr(value, "__func__", value) if isinstance(value, staticmethod | classmethod) else value
+
+
+def lists(patch: Patch, version: str) -> bool:
+    """Whether the entry was written for this version of its package."""
+    return SpecifierSet(patch.versions).contains(version, prereleases=True)
+
+
+def _check_version(patch: Patch) -> None:
+    found = installed_version(patch.package)
+    if found is None or lists(patch, found):
+        return
+    what = f"{patch.package} {found}: {patch.target} is replaced in {patch.versioned()} only"
+    if os.environ.get(ALLOW) != "1":
+        raise HyLoError(f"{what}; pip install '{patch.versioned()}', or set {ALLOW}=1 to try this version")
+    if patch.package not in _warned:
+        _warned.add(patch.package)
+        print(f"warning: {what}; {ALLOW}=1 lets this version pass", file=sys.stderr, flush=True)
+
+
+def _replace(patch: Patch, run: Any) -> None:
+    try:
+        place = patch.place()
+        value = place.get()
+    except (ImportError, AttributeError, KeyError) as error:
+        place, value, reason = None, MISSING, f" ({error})"
+    if place is None or (value is MISSING and patch.expects != "missing"):
+        raise HyLoError(
+            f"{patch.package} {installed_version(patch.package)}: {patch.target} is not there, and would be replaced"
+            f"{reason if place is None else ''}; pip install '{patch.versioned()}'"
+        )
+    if patch not in _installed:
+        _installed[patch] = _Installed(value, MISSING if place.is_inherited() else value)
+    place.set(patch.replacement(_installed[patch].original, run))

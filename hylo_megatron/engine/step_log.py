@@ -1,0 +1,90 @@
+"""The log of a training: one line of JSON for each step."""
+
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+from megatron.core import parallel_state
+
+from hylo_megatron.config.stages import stage_kind
+from hylo_megatron.distill.batches import LEARNT, NO_TOKENS
+from hylo_megatron.errors import HyLoError
+from hylo_megatron.files import write_text
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["iteration"]
+    except (ValueError, KeyError, TypeError):  # half a line, the last that a crash left
+        return math.inf
+
+
+class StepLog:
+    """Appends one line of JSON for each step: global means of the losses, also per layer in a layerwise stage."""
+
+    def __init__(self, args, models: list):
+        self.stage, self.models = args.hylo_stage, models
+        self.tokens = args.global_batch_size * args.seq_length
+        self.ild_weights = (args.hylo_ild_attention_weight, args.hylo_ild_hidden_weight)
+        self.path = Path(args.hylo_log or Path(args.save or ".") / "train_log.jsonl")
+        self.writes, self.last = torch.distributed.get_rank() == 0, None
+
+    def truncate(self, iteration: int) -> None:
+        """Drop lines of steps that an interrupted run took after its last checkpoint: they are taken again."""
+        if not self.writes or not self.path.is_file():
+            return
+        kept = [line for line in self.path.read_text(errors="replace").splitlines() if _step_of(line) <= iteration]
+        write_text(self.path, "".join(line + "\n" for line in kept))
+
+    def layer_means(self) -> list[list[float]] | None:
+        """Return both distances of each layer, averaged over all tokens of the step; None in other stages."""
+        if not stage_kind(self.stage).layerwise:
+            return None
+        means = torch.zeros(self.models[0].arch.num_layers, 2, device=torch.cuda.current_device())
+        everyone = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        for module in self.models:
+            sums, tokens = module.take_layer_sums()
+            torch.distributed.all_reduce(sums, group=everyone)
+            torch.distributed.all_reduce(tokens, group=everyone)
+            means[module.first_layer : module.first_layer + len(sums)] = sums / tokens.clamp_min(NO_TOKENS)
+        torch.distributed.all_reduce(means, group=parallel_state.get_pipeline_model_parallel_group())
+        return means.tolist()
+
+    def write(self, losses: dict, iteration: int, learning_rate, grad_norm) -> None:
+        """Append the line of a step. All ranks call this. Raises ``HyLoError`` when the loss is not finite."""
+        layers = self.layer_means()
+        losses = self._of_last_stage(losses)
+        if not self.writes:
+            return
+        learnt = losses.pop(LEARNT)
+        if not learnt:
+            print(f"warning: no token of step {iteration} is in the loss: all of them are masked", flush=True)
+        if layers:  # the loss function of the last stage saw its own layers only
+            totals = [sum(column) for column in zip(*layers, strict=True)]
+            losses = dict(zip(losses, totals, strict=True))
+            loss = sum(weight * value for weight, value in zip(self.ild_weights, totals, strict=True))
+            losses = {"loss": loss} | losses
+        if not math.isfinite(losses["loss"]):
+            raise HyLoError(f"loss {losses['loss']} at step {iteration}: lower --lr, or look at the data around it")
+        now = time.time()
+        line = {"stage": self.stage, "iteration": iteration}
+        line |= losses | {LEARNT: learnt, "lr": learning_rate, "grad_norm": grad_norm and float(grad_norm)}
+        line |= {"tokens": iteration * self.tokens, "seconds": self.last and round(now - self.last, 4)}
+        line["memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        if layers:
+            line["layers"] = [[round(x, 5) for x in layer] for layer in layers]
+        self.last = now
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def _of_last_stage(self, losses: dict) -> dict[str, float]:
+        """Return the losses, which only the last stage of a pipeline knows, on every stage."""
+        values = [{key: float(value) for key, value in losses.items()}]
+        stages = parallel_state.get_pipeline_model_parallel_group()
+        if stages.size() > 1:
+            last = parallel_state.get_pipeline_model_parallel_last_rank()
+            torch.distributed.broadcast_object_list(values, last, group=stages)
+        return values[0]

@@ -1,0 +1,25 @@
+"""What the replacements of one training share."""
+
+import threading
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from hylo_megatron.checkpoint.save_room import SaveRoom
+
+if TYPE_CHECKING:
+    from hylo_megatron.engine.step_log import StepLog
+
+
+@dataclass(kw_only=True, eq=False)
+class TrainingRun:
+    """One call of ``pretrain``. The model provider adds to ``models`` before the first step.
+
+    ``room`` is that of the disk which checkpoints are saved to. ``closing`` is set while the writer of checkpoints is
+    asked to end.
+    """
+
+    room: SaveRoom | None = None
+    models: list = field(default_factory=list)
+    log: "StepLog | None" = None
+    schedule: Any = None  # of ild in a pipeline
+    closing: threading.Event = field(default_factory=threading.Event)

@@ -1,0 +1,22 @@
+"""What the register replaces in vLLM is there as expected, in a process in which nothing is replaced yet."""
+
+import json
+import subprocess
+import sys
+
+from helpers.paths import ROOT
+
+TARGETS = """
+import json, sys
+sys.argv[0] = "hylo"
+from hylo_megatron.engine.patch import describe
+from hylo_megatron.engine.register import patches
+places = {patch: patch.place().get() for patch in patches("transformers", "vllm", "vllm model")}
+print(json.dumps({patch.target: describe(value) for patch, value in places.items() if not patch.fits(value)}))
+"""
+
+
+def test_every_target_is_as_expected():
+    done = subprocess.run([sys.executable, "-c", TARGETS], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout.splitlines()[-1]) == {}
