@@ -3,6 +3,8 @@ VENV   ?= .venv
 EXTRAS ?= train,eval,dev
 PYTEST_ARGS ?=
 WORKERS ?= 2
+# What make test-parallel has measured, for the tables of docs/parallelism.md.
+REPORT ?= build/parallel.xml
 
 # A full path, not a bare `python`: a pyenv or conda shim could win over the environment. No $(abspath): it splits at
 # spaces.
@@ -13,12 +15,13 @@ SERVE_VENV ?= .venv-serve
 SERVE_PY := $(if $(filter /%,$(SERVE_VENV)),$(SERVE_VENV),$(CURDIR)/$(SERVE_VENV))/bin/python
 MODEL ?= runs/smollm2-3MLA27GDN/hf-distill
 
-.PHONY: help env serve-env test test-parallel test-serve demo serve-demo lint format doctor clean
+.PHONY: help env serve-env test test-parallel docs-tables test-serve demo serve-demo lint format doctor clean
 
 help:
 	@echo "make env                          the Python environment in $(VENV) (HYLO_PYTHON=... picks the interpreter)"
 	@echo "make test                         env, then the tests (WORKERS=2 at a time; PYTEST_ARGS=... for more)"
 	@echo "make test-parallel                every parallel layout, up to 16 processes, and 40 killed runs"
+	@echo "make docs-tables                  the tables of docs/parallelism.md again"
 	@echo "make demo PLAN= TP= PP= OUT=      env, then examples/upcycle_smollm2.sh; each variable is optional"
 	@echo "make test-serve                   vLLM's CPU build in $(SERVE_VENV), then the tests of serving"
 	@echo "make serve-demo MODEL=            the same, then one chat with the demo's student"
@@ -29,16 +32,21 @@ help:
 env:
 	@tools/make_env.sh "$(VENV)" "$(EXTRAS)"
 
-# Files of tests go to WORKERS processes: most tests keep one core busy.
+# Files of tests go to WORKERS processes, since most tests keep one core busy; in the order of tests/conftest.py.
 test: env
-	"$(PY)" -m pytest -q -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+	"$(PY)" -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
-# Up to sixteen processes, and forty kills and full disks: for an idle machine. Writes the table of docs/parallelism.md.
+# Up to sixteen processes, and forty kills and full disks: for an idle machine. Then writes docs/parallelism.md's tables.
 test-parallel: env
-	HYLO_WRITE_PARITY=1 "$(PY)" -m pytest -q -m "parallel or not parallel" $(PYTEST_ARGS) \
+	"$(PY)" -m pytest -q -m "parallel or not parallel" --junitxml=$(REPORT) $(PYTEST_ARGS) \
 	  tests/parallel/test_parallel_parity.py tests/parallel/test_teacher_fed.py tests/e2e/test_faults.py \
 	  tests/checkpoint/test_checkpoints.py \
 	  tests/e2e/test_full_disks.py tests/e2e/test_process_death.py
+	PYTHONPATH=.:tests "$(PY)" tools/docs/parallelism.py --parity $(REPORT)
+
+# The tables of docs/parallelism.md; that of the parity only if make test-parallel has left its report.
+docs-tables: env
+	PYTHONPATH=.:tests "$(PY)" tools/docs/parallelism.py $(if $(wildcard $(REPORT)),--parity $(REPORT))
 
 serve-env:
 	@tools/make_env.sh "$(SERVE_VENV)" "serve-cpu,test"

@@ -83,10 +83,8 @@ class Architecture:
 
     def kv_bytes_per_token(self, bytes_per_value: int = 2) -> int:
         """Bytes that one more token adds to the cache. States of fixed size are not counted."""
-        per_kind = {"attention": 2 * self.num_key_value_heads * self.head_dim}
-        if self.geometry:
-            per_kind["mla"] = self.geometry.mla.kv_lora_rank + self.geometry.mla.qk_rope_head_dim
-        return bytes_per_value * sum(per_kind.get(kind, 0) for kind in self.plan)
+        kinds = [MIXERS[kind] for kind in self.plan if not MIXERS[kind].linear]
+        return bytes_per_value * sum(entry.part("memory").cached_values(self) for entry in kinds)
 
     def to_dict(self) -> dict:
         values = asdict(self)

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import time
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from megatron.core import parallel_state
 from hylo_megatron.config.stages import stage_kind
 from hylo_megatron.distill.batches import LEARNT, NO_TOKENS
 from hylo_megatron.errors import HyLoError
+from hylo_megatron.files import write_text
 
 
 def _step_of(line: str) -> float:
@@ -36,9 +36,7 @@ class StepLog:
         if not self.writes or not self.path.is_file():
             return
         kept = [line for line in self.path.read_text(errors="replace").splitlines() if _step_of(line) <= iteration]
-        scratch = self.path.with_name(self.path.name + ".partial")
-        scratch.write_text("".join(line + "\n" for line in kept))
-        os.replace(scratch, self.path)
+        write_text(self.path, "".join(line + "\n" for line in kept))
 
     def layer_means(self) -> list[list[float]] | None:
         """Return both distances of each layer, averaged over all tokens of the step; None in other stages."""

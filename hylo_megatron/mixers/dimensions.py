@@ -1,4 +1,11 @@
-"""What the geometries of mixers share."""
+"""What the geometries of mixers share.
+
+A mixer's ``geometry.py`` has a dataclass of its dimensions and
+
+    native, published    the presets for a base model
+    shrunk               the dimensions for the small model of a trial run
+    check                refuses dimensions that a base model cannot become, or that a GPU's kernels do not run
+"""
 
 from typing import ClassVar
 

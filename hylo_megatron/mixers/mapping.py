@@ -1,5 +1,10 @@
 """Kinds of weight mappings between Hugging Face and Megatron names. No torch at import.
 
+A mixer's ``mapping.py`` has
+
+    hf_shapes    shapes of a layer's tensors by Hugging Face name, without the layer's prefix
+    table        the mappings of a layer, with that of the norm before the mixer
+
 In names, ``{i}`` is the base layer. Megatron's ``HybridModel`` has two layers for it: ``{m} = 2 i`` (the mixer) and
 ``{p} = 2 i + 1`` (the MLP). Every mapping names all its keys on both sides, so that a table alone tells which keys
 are unmapped or unused.

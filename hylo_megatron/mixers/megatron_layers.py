@@ -1,5 +1,10 @@
 """What the Megatron modules of several mixers are made of: norms, rotary embeddings, the layer around a mixer.
 
+A mixer's ``megatron_module.py`` has
+
+    config_fields    what the mixer adds to a ``TransformerConfig``
+    layer_spec       the spec of the layer that holds the mixer, for its slot in ``HybridStackSubmodules``
+
 Legend: S sequence, B batch, H heads, d head dimension.
 """
 

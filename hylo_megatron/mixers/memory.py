@@ -3,10 +3,12 @@
 A mixer's ``memory.py`` has
 
     UNSPLIT          ends of the names of its weights that every tensor-parallel rank has in full; all others are split
-    activations      bytes of one layer in training (not attention, which no student trains)
+    activations      bytes of one layer in training
+    tables           bytes that all layers of a model share in training (not linear blocks)
+    cached_values    values that one more token adds to a layer's cache (not linear blocks)
     state            linear blocks: values of the convolution's window and of the recurrent state of one request
-    cached_values    other mixers: values that one more token adds to a layer's cache
-    tables           other mixers: bytes that all layers of a model share in training
+
+Attention has only UNSPLIT and ``cached_values``, because no student trains it.
 
 Activations are counted in bf16, with the kernels of a GPU. Every term is a tensor that an autograd function of the
 layer saves: ``kernels/fused.py`` and ``triton_*.py``, fla 0.6.0's ``ChunkGatedDeltaRuleFunction``,
@@ -70,11 +72,6 @@ def projection(width: int, arch: Architecture, at: Share, exact: bool) -> int:
     if exact:
         return at.inner(width)
     return at.inner(aligned(width)) + (2 * aligned(width) * arch.hidden_size if width % 16 else 0)
-
-
-def rotary_table(dim: int, at: Share) -> int:
-    """Return bytes of ``megatron_layers.Rotary``'s table for ``dim`` dimensions."""
-    return 4 * at.length * dim
 
 
 def shares_states(entry: Mixer, arch: Architecture, at: Share) -> bool:

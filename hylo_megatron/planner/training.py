@@ -95,12 +95,12 @@ def stage_halves(run: PlannedRun, layers: range) -> list[Half]:
     """Return mixer and MLP of each layer in turn.
 
     In a layer-wise kind of stage each mixer reads the teacher's hidden state, and both outputs are compared with the
-    teacher's. The comparison frees both tensors before the MLP's backward pass, except in a pipeline, where the
-    schedule keeps the teacher's.
+    teacher's. Before the MLP's backward pass the comparisons have freed the MLP's output and the teacher's two states;
+    in a pipeline the schedule keeps the teacher's.
     """
     halves, at, copied = [], run.share, run.train == "all"
     hidden = at.outer(run.student.hidden_size)
-    freed = hidden * (2 if run.layout.pp == 1 else 1)
+    freed = hidden * (3 if run.layout.pp == 1 else 1)
     for layer in layers:
         mixer, rest = mixer_bytes(run.student.plan[layer], run.student, at), mlp(run.student, at, copied)
         if run.kind.layerwise:
@@ -209,8 +209,7 @@ def peak(run: PlannedRun, pipeline_stage: int) -> Peak:
             loss = run.loss.memory(head_shape(run))
             if run.trains(HEAD):  # the head's gradient is kept until the embedding's is computed
                 backward += 2 * run.rows // layout.tp * d
-    kinds = {run.student.plan[layer] for layer in layers}
-    shared = tables(run.student, kinds, at) + tables(run.teacher, set(run.teacher.plan), at)
+    shared = tables(run.student, {run.student.plan[layer] for layer in layers}, at)
     reading = teacher_work(run.teacher, at) - held  # the teacher reads before the student does
     gathered = at.inner(max(d, run.teacher.hidden_size)) if layout.sequence_parallel else 0  # megatron's buffer
     return Peak(

@@ -1,7 +1,10 @@
-"""Saved on one layout, resumed on another: the same losses from there on, and every optimizer state under its name."""
+"""Tests that a run saved on one layout resumes on another: equal losses, and every optimizer state under its name."""
 
+import functools
 import json
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ if not has("megatron-core"):
     pytest.skip("megatron-core is not installed", allow_module_level=True)
 from helpers import train as helpers  # noqa: E402
 from helpers.train import everything, read_log  # noqa: E402
+from helpers.waits import PATIENCE  # noqa: E402
 
 from hylo_megatron.checkpoint.iterations import TRACKER  # noqa: E402
 
@@ -39,7 +43,7 @@ def case(student, first, second, flags) -> str:
 
 
 class Launches:
-    """Runs grouped by how many processes they need: few launches, many runs each."""
+    """Runs grouped by how many processes they need: few launches of many runs each, made when first asked for."""
 
     def __init__(self, work):
         self.work, self.world = work, helpers.random_world(work)
@@ -59,10 +63,10 @@ class Launches:
         path.write_text(json.dumps(runs))
         script = PROGRAMS / "layout_runs.py"
         if processes > 1:
-            done = helpers.torchrun(script, path, processes=processes, timeout=900)
+            done = helpers.torchrun(script, path, processes=processes)
         else:
-            done = helpers.subprocess.run([sys.executable, script, path], env=helpers.single(), capture_output=True,
-                                          text=True, timeout=900)  # fmt: skip
+            done = subprocess.run([sys.executable, script, path], env=helpers.single(), capture_output=True,
+                                          text=True, timeout=PATIENCE)  # fmt: skip
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
     def first(self, layout: str) -> list[list[str]]:
@@ -70,12 +74,33 @@ class Launches:
         return [self.flags(s, folder, layout, **flags) for folder, (s, flags) in runs.items()]
 
     def second(self, *layouts: str) -> list[list[str]]:
-        """Resumes of what was saved on other numbers of processes come in a launch of their own."""
+        """Return the runs that resume on these layouts, from what earlier launches saved."""
         return [
             self.flags(s, case(s, on, then, flags), then, load=self.work / name(s, on, flags), ckpt_step=HALF, **flags)
             for s, on, then, flags in RESUMED
             if then in layouts
         ]
+
+    @functools.cache  # noqa: B019
+    def two_ranks(self) -> Path:
+        """Return the folder once it has all runs of one and two processes."""
+        two, from_ild = ("tp2", "pp2", "cp2"), dict(student=str(self.work / "ild"), save_interval=1, train_iters=4)
+        self.run(1, *self.first("one"))
+        self.run(
+            2,
+            *(run for layout in (*two, "dp2") for run in self.first(layout)),
+            *self.second(*two),
+            self.flags("gdn", "ild", "pp2", "ild", train_iters=3),
+            self.flags("gdn", "from-ild-pp2", "pp2", **from_ild),
+            self.flags("gdn", "from-ild-tp2", "tp2", **from_ild, async_save=True, hylo_keep_last=2),
+        )
+        self.run(1, *self.second("one"))
+        return self.work
+
+    @functools.cache  # noqa: B019
+    def four_ranks(self) -> Path:
+        self.run(4, *self.first(FOUR_RANKS), *self.second("cp2dp2"))
+        return self.work
 
 
 FOUR_RANKS = "tp2pp2"  # only in make test-parallel
@@ -86,26 +111,17 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def work(request, tmp_path_factory):
-    launches = Launches(tmp_path_factory.mktemp("resumed"))
-    two = ("tp2", "pp2", "cp2")
-    launches.run(1, *launches.first("one"))
-    launches.run(
-        2, *(run for layout in (*two, "dp2") for run in launches.first(layout)), *launches.second(*two),
-        launches.flags("gdn", "ild", "pp2", "ild", train_iters=3),
-        launches.flags("gdn", "from-ild-pp2", "pp2", student=str(launches.work / "ild"), save_interval=1,
-                       train_iters=4),
-        launches.flags("gdn", "from-ild-tp2", "tp2", student=str(launches.work / "ild"), save_interval=1,
-                       train_iters=4, async_save=True, hylo_keep_last=2),
-    )  # fmt: skip
-    launches.run(1, *launches.second("one"))
-    if any(FOUR_RANKS in item.name for item in request.session.items):
-        launches.run(4, *launches.first(FOUR_RANKS), *launches.second("cp2dp2"))
-    return launches.work
+def launches(tmp_path_factory):
+    return Launches(tmp_path_factory.mktemp("resumed"))
+
+
+@pytest.fixture
+def work(launches):
+    return launches.two_ranks()
 
 
 def gaps(got, want) -> list[float]:
-    """Relative, of the losses of the steps that both have; what is not computed is equal."""
+    """Return relative differences of the losses of the steps that both logs have; the other fields are equal."""
     want = {line["iteration"]: line for line in want}
     for line in got:
         assert (line["lr"], line["tokens"]) == (want[line["iteration"]]["lr"], want[line["iteration"]]["tokens"])
@@ -117,7 +133,8 @@ def iteration(folder, number):
 
 
 @pytest.mark.parametrize("student, first, second, flags", CASES)
-def test_the_losses_go_on_and_every_state_has_its_name(student, first, second, flags, work):
+def test_the_losses_go_on_and_every_state_has_its_name(student, first, second, flags, launches):
+    work = launches.four_ranks() if first == FOUR_RANKS else launches.two_ranks()
     base, resumed = work / name(student, first, flags), work / case(student, first, second, flags)
     lines = read_log(resumed / "train_log.jsonl")
     assert [line["iteration"] for line in lines] == list(range(HALF + 1, END + 1))
@@ -141,7 +158,7 @@ def test_the_losses_go_on_and_every_state_has_its_name(student, first, second, f
 
 @pytest.mark.parametrize("student", ["gdn", "mamba2"])
 def test_every_layout_saves_the_same_state(student, work):
-    """Two layouts that resumed each other could still share a wrong name."""
+    """Compare the states themselves, since two layouts that resume each other could share a wrong name."""
     one = everything(iteration(work / f"{student}-cp2", HALF))
     for layout in ("tp2", "pp2"):
         other = everything(iteration(work / f"{student}-{layout}", HALF))

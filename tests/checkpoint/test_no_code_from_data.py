@@ -12,10 +12,7 @@ from hylo_megatron.packages import has
 
 if not has("megatron-core"):
     pytest.skip("megatron-core is not installed", allow_module_level=True)
-from helpers import (
-    planted,  # noqa: E402
-    tiny,  # noqa: E402
-)
+from helpers import groups, planted, tiny  # noqa: E402
 from helpers import train as helpers  # noqa: E402
 from torch.distributed.checkpoint import metadata as names  # noqa: E402
 
@@ -39,10 +36,10 @@ def sources(tmp_path_factory):
 
 
 def load(checkpoint):
-    from hylo_megatron.layers.load import load_model, start_process_groups
+    from hylo_megatron.layers.load import load_model
 
-    start_process_groups()
-    load_model(checkpoint)
+    with groups.one_rank():
+        load_model(checkpoint)
 
 
 DOORS = {  # what is planted, and what is done with it: (checkpoint, sources, out)

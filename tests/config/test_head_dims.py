@@ -17,11 +17,13 @@ from hylo_megatron.hf import HyLoForCausalLM  # noqa: E402
 from hylo_megatron.init.teacher import BaseModel  # noqa: E402
 from hylo_megatron.init.upcycle import upcycle  # noqa: E402
 from hylo_megatron.kernels.rope import rope_frequencies  # noqa: E402
-from hylo_megatron.layers.load import load_model, start_process_groups  # noqa: E402
+from hylo_megatron.layers.load import load_model  # noqa: E402
 from hylo_megatron.mixers.mla.geometry import rotary_width  # noqa: E402
 from hylo_megatron.mixers.mla.initialise import _nope_rows, _pair_rows, from_rows, rope_pairs  # noqa: E402
 from hylo_megatron.mixers.mla.serving import LATENT_RANKS, PREFILL, ROPE  # noqa: E402
 from hylo_megatron.serve.geometry import serve  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("process_groups")
 
 # head dim: (hidden size, heads, key-value heads); most heads are wider than hidden size / heads
 MODELS = {
@@ -43,20 +45,6 @@ ROTARY = {
     192: 64,
     256: 64,
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process_groups():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MASTER_PORT", tiny.free_port())
-        for key, value in dict(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1").items():
-            patch.setenv(key, value)
-        start_process_groups()
-        yield
-    from megatron.core import parallel_state
-
-    parallel_state.destroy_model_parallel()
-    torch.distributed.destroy_process_group()
 
 
 def teacher(folder, dim: int, **changes):

@@ -202,11 +202,10 @@ def test_a_few_tensors_at_a_time(tmp_path, release, monkeypatch):
 
 @pytest.mark.skipif(not has("megatron-core"), reason="megatron-core is not installed")
 @pytest.mark.parametrize("kind", ["llama3b-gdn", "llama1b-m2", "qwen1p7b-gdn", "qwen1p7b-m2"])
-def test_through_megatron(tmp_path, kind):
-    from megatron.core import parallel_state
+def test_through_megatron(tmp_path, kind, process_groups):
     from programs.logits import logits
 
-    from hylo_megatron.layers.load import load_model, start_process_groups
+    from hylo_megatron.layers.load import load_model
 
     release = reference.write(tmp_path / "release", kind)
     want = converted_logits(release, tmp_path / "hf")
@@ -214,12 +213,7 @@ def test_through_megatron(tmp_path, kind):
     megatron_to_hf.convert(tmp_path / "ckpt", tmp_path / "back")
     tiny.same_bits(tiny.weights(tmp_path / "back"), tiny.weights(tmp_path / "hf"))
     assert read_architecture(tmp_path / "back") == arch
-    start_process_groups()
-    try:
-        got = logits(load_model(tmp_path / "ckpt")[0], TOKENS[None])[0]
-    finally:
-        parallel_state.destroy_model_parallel()
-        torch.distributed.destroy_process_group()
+    got = logits(load_model(tmp_path / "ckpt")[0], TOKENS[None])[0]
     assert distance(got, want) <= TOLERANCE
 
 

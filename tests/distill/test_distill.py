@@ -16,12 +16,13 @@ if not has("megatron-core"):
     pytest.skip("megatron-core is not installed", allow_module_level=True)
 from helpers import train as helpers  # noqa: E402
 from helpers.kl import VOCAB, gradients, kl_inputs, whole_logits  # noqa: E402
+from helpers.waits import PATIENCE  # noqa: E402
 from programs import parity  # noqa: E402
 
 from hylo_megatron.distill.head import TokenWeights, reference_loss  # noqa: E402
 from hylo_megatron.distill.ild import layer_losses  # noqa: E402
 from hylo_megatron.distill.losses import KL  # noqa: E402
-from hylo_megatron.layers.load import load_model, start_process_groups  # noqa: E402
+from hylo_megatron.layers.load import load_model  # noqa: E402
 
 
 @pytest.mark.parametrize("chunk", [7, 16, 1024], ids="chunk{}".format)
@@ -68,7 +69,7 @@ def test_fused_chunk_equals_the_torch_one():
     pytest.importorskip("triton")
     command = [sys.executable, str(PROGRAMS / "fused_loss.py")]
     environment = helpers.environment(TRITON_INTERPRET="1")
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert result.stdout.strip().endswith("equal"), result.stderr[-2000:]
 
 
@@ -137,8 +138,7 @@ def test_layer_losses_equal_a_loop_over_tokens():
 
 
 @pytest.fixture(scope="module", params=["gdn", "mamba2"])
-def pair(request, tmp_path_factory):
-    start_process_groups()
+def pair(request, tmp_path_factory, process_groups):
     return helpers.write_pair(tmp_path_factory.mktemp(request.param), request.param)
 
 

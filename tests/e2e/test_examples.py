@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -19,6 +18,7 @@ if not has("megatron-core"):
     pytest.skip("megatron-core is not installed", allow_module_level=True)
 from helpers import recipes as toy  # noqa: E402
 from helpers import train as helpers  # noqa: E402
+from helpers.waits import PATIENCE, wait_for  # noqa: E402
 
 from hylo_megatron.recipes.proxy import made_up_texts, write_model  # noqa: E402
 from hylo_megatron.recipes.published import BASES  # noqa: E402
@@ -40,7 +40,7 @@ def start(*command, **variables) -> subprocess.Popen:
 
 
 def finished(process: subprocess.Popen) -> str:
-    printed = process.communicate(timeout=900)[0]
+    printed = process.communicate(timeout=PATIENCE)[0]
     assert process.returncode == 0, printed[-3000:]
     return printed
 
@@ -110,7 +110,7 @@ def test_killed_and_resumed(runs, tmp_path):
     training = [child for child in children if "hylo_megatron.train" in child.cmdline()]
     process.kill()
     process.communicate()
-    assert training and not psutil.wait_procs(training, 20)[1]
+    assert training and not psutil.wait_procs(training, PATIENCE)[1]
     for child in children:
         if child.is_running():
             child.kill()
@@ -145,7 +145,7 @@ from hylo_megatron.run.world import World, exit_on_signals
 CHILD = '''
 import os, pathlib, sys, time
 pathlib.Path(sys.argv[1], os.environ["RANK"]).write_text(str(os.getpid()))
-sys.exit("error: rank 1 has had enough") if sys.argv[2] == "fail" and os.environ["RANK"] == "1" else time.sleep(300)
+sys.exit("error: rank 1 has had enough") if sys.argv[2] == "fail" and os.environ["RANK"] == "1" else time.sleep(36000)
 '''
 
 @command_line
@@ -174,15 +174,11 @@ def test_all_ranks_end_together(tmp_path, how):
     program = tmp_path / "program.py"
     program.write_text(PROGRAM.format(root=str(helpers.ROOT)))
     process = start(TORCHRUN, "--nproc-per-node", "2", str(program), str(tmp_path), how)
-    began = time.time()
-    while not all((tmp_path / rank).is_file() and (tmp_path / rank).read_text() for rank in "01"):
-        assert time.time() - began < 120
-        time.sleep(0.1)
+    numbers = [tmp_path / rank for rank in "01"]
+    wait_for(lambda: all(path.is_file() and path.read_text() for path in numbers), "ranks", process=process)
     if how == "signal":
         process.send_signal(signal.SIGTERM)
-    began = time.time()
-    printed = process.communicate(timeout=120)[0]
-    assert time.time() - began < 60
+    printed = process.communicate(timeout=PATIENCE)[0]  # which a rank's sleep exceeds
     assert process.returncode
     if how == "fail":
         assert printed.count("error: rank 1: error: rank 1 has had enough") == 1
@@ -192,7 +188,7 @@ def test_all_ranks_end_together(tmp_path, how):
 
 def test_one_line_says_what_to_set():
     process = start("bash", script("llama3b"))
-    printed = process.communicate(timeout=120)[0]
+    printed = process.communicate(timeout=PATIENCE)[0]
     assert process.returncode == 2
     assert printed.startswith("error: HF_MODEL is not set: the folder of Llama-3.2-3B-Instruct")
     assert printed.count("\n") == 1
@@ -227,13 +223,10 @@ def test_slurm(tmp_path, ends_early):
         RECIPE="llama3b", CALLS=calls, WAIT=int(ends_early), SLURM_SUBMIT_DIR=helpers.ROOT, SLURM_JOB_ID=20123,
         SLURM_JOB_NODELIST="node[7-8]", SLURM_NNODES=2, SLURM_GPUS_ON_NODE=8,
     )  # fmt: skip
-    began = time.time()
-    while not calls.is_file() or not calls.read_text():
-        assert time.time() - began < 60
-        time.sleep(0.05)
+    wait_for(lambda: calls.is_file() and calls.read_text(), "call of srun", process=job)
     if ends_early:
         job.send_signal(signal.SIGUSR1)
-    job.communicate(timeout=60)
+    job.communicate(timeout=PATIENCE)
     started, *rest = calls.read_text().splitlines()
     assert started == (
         "--kill-on-bad-exit=1 --open-mode=append --output=hylo-20123-node%n.log torchrun --nnodes 2 --nproc-per-node 8"

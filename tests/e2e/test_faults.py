@@ -1,6 +1,7 @@
-"""A rank is killed at a random moment, again and again; the same command goes on, and the losses do not show it.
+"""A rank is killed at a random moment, ten times for each layout; the same command goes on with equal losses.
 
-``make test`` kills twice, ``pytest -m parallel`` twenty times.
+Only ``make test-parallel`` runs this file. ``make test`` kills a training in distill/test_train.py, and
+whole recipes in test_recipes.py and test_examples.py.
 """
 
 import os
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,11 +22,11 @@ if not has("megatron-core"):
     pytest.skip("megatron-core is not installed", allow_module_level=True)
 import psutil  # noqa: E402
 from helpers import train as helpers  # noqa: E402
+from helpers.waits import PATIENCE, lines_of, wait_for  # noqa: E402
 
 from hylo_megatron.checkpoint import iterations  # noqa: E402
 
 SEED, SAVE_EVERY = 20260, 3
-SLOWEST = 600  # seconds without what a kill waits for; a start takes 20 on two idle cores
 LAYOUTS = {"tp2": dict(tensor_model_parallel_size=2), "dp2": {}}
 
 
@@ -34,7 +36,7 @@ def world(tmp_path_factory):
 
 
 class Run:
-    """A run of two processes under torchrun, and the command that starts it or goes on with it."""
+    """A run of two processes under torchrun; one command starts and resumes it."""
 
     def __init__(self, world, folder: Path, steps: int, layout: str):
         self.folder, self.output = folder, folder.with_suffix(".output")
@@ -49,24 +51,23 @@ class Run:
 
     def finish(self, *flags: str) -> list[tuple]:
         process = self.start(*flags)
-        assert process.wait(SLOWEST) == 0, self.output.read_text(errors="replace")[-4000:]
+        assert process.wait(PATIENCE) == 0, self.output.read_text(errors="replace")[-4000:]
         return self.losses()
 
     def losses(self) -> list[tuple]:
-        """All that a step logs but how long it took."""
+        """Return all that a step logs, except how long it took."""
         lines = helpers.read_log(self.folder / "train_log.jsonl")
         return [tuple(value for key, value in line.items() if key != "seconds") for line in lines]
 
     def steps_logged(self) -> int:
-        log = self.folder / "train_log.jsonl"
-        return log.read_bytes().count(b"\n") if log.is_file() else 0
+        return lines_of(self.folder / "train_log.jsonl")
 
     def being_saved(self) -> bool:
         return any(not iterations.is_complete(path) for path in self.folder.glob("iter_*[0-9]"))
 
 
 class Moments:
-    """When to kill: in the middle of saving (half of them), some steps on, or while starting."""
+    """Moments for a kill: half of them during a save, the others after some steps or during the start."""
 
     def __init__(self, run: Run, draw: random.Random):
         self.run, self.draw = run, draw
@@ -76,37 +77,44 @@ class Moments:
         return kinds[:kills]
 
     def wait_for(self, kind: str, process: subprocess.Popen) -> None:
-        before, deadline = self.run.steps_logged(), time.monotonic() + SLOWEST
-        steps, saves, changed = self.draw.randint(2, 2 * SAVE_EVERY), self.draw.randint(1, 2), False
-        started, delay = time.monotonic(), self.draw.uniform(0, 10)
-        while process.poll() is None and time.monotonic() < deadline:
-            now = self.run.being_saved() if kind == "saving" else False
-            saves -= now and not changed
-            changed = now
-            if kind == "saving" and now and saves <= 0:
-                return time.sleep(self.draw.uniform(0, 0.5))
-            # Going on starts by dropping the lines after the checkpoint.
-            if kind == "training" and self.run.steps_logged() not in (before, 0):
-                time.sleep(self.draw.uniform(0, 0.1 * steps))
-                return None
-            if kind == "starting" and time.monotonic() - started > delay:
-                return None
-            time.sleep(0.002)
-        pytest.fail(f"no moment of {kind} in {process.args}: " + self.run.output.read_text(errors="replace")[-4000:])
+        moment = {"saving": self._save_begins, "training": self._has_gone_on, "starting": self._is_late_enough}[kind]()
+        wait_for(lambda: next(moment), f"moment of {kind}", process=process, output=self.run.output, every=0.002)
+        time.sleep({
+            "saving": self.draw.uniform(0, 0.5),
+            "training": self.draw.uniform(0, 0.1) * self.draw.randint(2, 2 * SAVE_EVERY), "starting": 0,
+        }[kind])  # fmt: skip
+
+    def _save_begins(self) -> Iterator[bool]:
+        """Yield whether the first, or the second, save from now has begun."""
+        saves, before = self.draw.randint(1, 2), False
+        while True:
+            now = self.run.being_saved()
+            saves -= now and not before
+            before = now
+            yield now and saves <= 0
+
+    def _has_gone_on(self) -> Iterator[bool]:
+        """Yield whether the log has changed. A resumed run first drops the lines after its checkpoint."""
+        before = self.run.steps_logged()
+        while True:
+            yield self.run.steps_logged() not in (before, 0)
+
+    def _is_late_enough(self) -> Iterator[bool]:
+        deadline = time.monotonic() + self.draw.uniform(0, 10)
+        while True:
+            yield time.monotonic() > deadline
 
 
 def kill_one(process: subprocess.Popen, draw: random.Random) -> float:
-    """Kills a rank; returns how long torchrun and everything it started took to end."""
+    """Kill a rank, and return how long torchrun and everything below it took to end."""
     launcher = psutil.Process(process.pid)
-    ranks = []
-    while len(ranks) < 2 and process.poll() is None:  # torchrun may not have come so far
-        ranks = launcher.children()
-        time.sleep(0.01)
+    wait_for(lambda: len(launcher.children()) >= 2, "two ranks", process=process)
+    ranks = launcher.children()
     everybody = launcher.children(recursive=True)
     started = time.monotonic()
     os.kill(draw.choice(ranks).pid, signal.SIGKILL)
-    assert process.wait(SLOWEST) != 0
-    gone, alive = psutil.wait_procs(everybody, timeout=60)
+    assert process.wait(PATIENCE) != 0
+    gone, alive = psutil.wait_procs(everybody, timeout=PATIENCE)
     assert not alive, [one.cmdline() for one in alive]
     return time.monotonic() - started
 

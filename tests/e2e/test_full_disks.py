@@ -27,13 +27,10 @@ if not has("megatron-core"):
     pytest.skip("megatron-core is not installed", allow_module_level=True)
 from helpers import tiny  # noqa: E402
 from helpers import train as helpers  # noqa: E402
+from helpers.waits import PATIENCE  # noqa: E402
 from torch.distributed.checkpoint.filesystem import _StorageWriterTransforms  # noqa: E402
 
-from hylo_megatron.checkpoint import (
-    disk,  # noqa: E402
-    iterations,  # noqa: E402
-    save_room,  # noqa: E402
-)
+from hylo_megatron.checkpoint import disk, iterations, save_room  # noqa: E402
 from hylo_megatron.checkpoint.save_room import SaveRoom, checkpoint_bytes  # noqa: E402
 from hylo_megatron.config import Architecture  # noqa: E402
 from hylo_megatron.config.stages import stage_kind  # noqa: E402
@@ -162,7 +159,8 @@ def test_a_save_that_stands_still_on_a_full_disk(tmp_path, monkeypatch):
     time.sleep(1)
     assert said.empty()  # slow, but there is room
     free[0] = 4096
-    assert "iter_0000002: 0 KiB written, and no space left: it needs 1.0 MiB, 4 KiB is free" in said.get(timeout=10)
+    line = said.get(timeout=PATIENCE)
+    assert "iter_0000002: 0 KiB written, and no space left: it needs 1.0 MiB, 4 KiB is free" in line
     room.end(place)
 
 
@@ -212,11 +210,11 @@ def test_a_writer_answers_whichever_file_fails(bad, tmp_path):
     install("writing")
     with largest_file(100_000):
         checkpoint_writer.write_buckets([_StorageWriterTransforms()], False, 0, buckets, results)
-    error = results.get(timeout=1)
+    error = results.get_nowait()
     assert isinstance(error, HyLoError)
     assert re.search(rf"file{bad}: .*: it needs 391 KiB, .* is free on its disk", str(error))
     checkpoint_writer.write_buckets([_StorageWriterTransforms()], False, 0, buckets, results)
-    assert sorted(results.get(timeout=1)) == [0, 1, 2]
+    assert sorted(results.get_nowait()) == [0, 1, 2]
 
 
 def test_a_failed_writer_leaves_nothing_to_garbage_collection(tmp_path, monkeypatch):
@@ -237,13 +235,13 @@ def test_a_failed_writer_leaves_nothing_to_garbage_collection(tmp_path, monkeypa
 def test_a_dead_writer_is_seen(need, tmp_path, monkeypatch):
     said = queue.Queue()
     monkeypatch.setattr(peers, "fail", said.put)
-    process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
+    process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(36000,))
     process.start()
     threading.Thread(
         target=checkpoint_writer._watch, args=(process, threading.Event(), tmp_path, need), daemon=True
     ).start()
     process.kill()
-    line = said.get(timeout=10)
+    line = said.get(timeout=PATIENCE)
     assert "the process that writes checkpoints is gone (killed by SIGKILL" in line
     assert bool(re.search(ROOM, line)) == (need > 1000)
 
@@ -255,7 +253,7 @@ def test_what_cannot_be_handed_to_a_writer(monkeypatch):
     requests = multiprocessing.get_context("spawn").JoinableQueue()
     requests._on_queue_feeder_error = checkpoint_writer._not_sent
     requests.put(lambda: None)
-    assert "a checkpoint cannot be handed to its writer" in said.get(timeout=10)
+    assert "a checkpoint cannot be handed to its writer" in said.get(timeout=PATIENCE)
 
 
 # ---- real trainings ----
@@ -302,7 +300,7 @@ class Limited:
     def said(self) -> str:
         """The one line; torchrun's own report of its ranks comes after it."""
         try:
-            printed = self.process.communicate(timeout=300)[0]
+            printed = self.process.communicate(timeout=PATIENCE)[0]
         finally:
             self.process.kill()
         assert self.process.returncode != 0

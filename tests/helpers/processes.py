@@ -1,4 +1,4 @@
-"""Processes of a run, found by a variable of their environment that no other run has: names would match others'."""
+"""Processes of a run, found by a variable of their environment that no other run has, and never by their names."""
 
 import contextlib
 import os
@@ -6,8 +6,10 @@ import signal
 import time
 import uuid
 from pathlib import Path
+from subprocess import Popen
 
 import psutil
+from helpers.waits import PATIENCE, wait_for
 
 VARIABLE = "HYLO_TEST_RUN"
 
@@ -17,7 +19,7 @@ def mark() -> str:
 
 
 def alive(marked: str) -> list[int]:
-    """Of a process that has ended and was not waited for, the kernel shows no environment."""
+    """Return the processes of a run. A zombie is none of them: the kernel shows no environment of it."""
     wanted, found = f"{VARIABLE}={marked}".encode(), []
     for path in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):
@@ -34,12 +36,13 @@ def described(pids: list[int]) -> list[str]:
     return lines
 
 
-def seconds_until_gone(marked: str, timeout: float) -> float:
+def wait_until_gone(marked: str, timeout: float) -> float:
+    """Return for how many seconds processes of the run lived on."""
     started = time.monotonic()
-    while left := alive(marked):
-        waited = time.monotonic() - started
-        assert waited < timeout, f"alive after {waited:.0f} s: {described(left)}"
-        time.sleep(0.05)
+    try:
+        wait_for(lambda: not alive(marked), "end of the run's processes", timeout=timeout)
+    except AssertionError as error:
+        raise AssertionError(f"{error}alive: {described(alive(marked))}") from None
     return time.monotonic() - started
 
 
@@ -47,3 +50,15 @@ def end(marked: str) -> None:
     for pid in alive(marked):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+
+
+def kill_tree(process: Popen) -> None:
+    """Kill a process and everything below it at once, as a power cut would, and wait for all of them."""
+    top = psutil.Process(process.pid)
+    everybody = [*top.children(recursive=True), top]
+    for one in everybody:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
+    _, left = psutil.wait_procs(everybody, timeout=PATIENCE)
+    process.communicate()
+    assert not left, described([one.pid for one in left])

@@ -5,12 +5,13 @@ import random
 import shutil
 import subprocess
 import sys
-import time
 from dataclasses import replace
+from pathlib import Path
 
 from helpers import tiny
 from helpers.paths import PROGRAMS
 from helpers.train import environment, read_log
+from helpers.waits import lines_of, wait_for
 
 from hylo_megatron.data.prepare import prepare
 from hylo_megatron.recipes.proxy import write_tokenizer
@@ -79,10 +80,5 @@ def losses(out, stage: str) -> list[tuple]:
     return [(line["iteration"], line["loss"], line["grad_norm"]) for line in read_log(out / stage / "train_log.jsonl")]
 
 
-def wait_for_step(log, step: int, process) -> None:
-    deadline = time.time() + 300
-    while time.time() < deadline and process.poll() is None:
-        if log.is_file() and any(json.loads(line)["iteration"] >= step for line in log.read_text().splitlines()):
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"{log} never came to step {step}")
+def wait_for_step(log: Path, step: int, process: subprocess.Popen) -> None:
+    wait_for(lambda: lines_of(log) >= step, f"step {step} in {log}", process=process)

@@ -1,4 +1,4 @@
-"""Tiny checkpoints, data and launches for the tests of training."""
+"""Tiny checkpoints and data for the tests of training, and ways to start a training."""
 
 import functools
 import gc
@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from helpers import tiny
 from helpers.paths import PROGRAMS, ROOT
+from helpers.waits import PATIENCE
 
 from hylo_megatron.checkpoint.folder import write_checkpoint as write
 from hylo_megatron.convert.hf_to_megatron import megatron_tensors
@@ -28,7 +29,7 @@ ODD_VOCAB = 301  # does not divide by two: tensor parallelism pads it
 
 
 def token_batch(rows: int, length: int, vocab: int = ODD_VOCAB, seed: int = 3) -> dict[str, torch.Tensor]:
-    """A batch, ``[rows, length]`` each; the mask has zeros, more in later rows."""
+    """Return a batch of tensors ``[rows, length]``; the loss mask has zeros, more of them in later rows."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(vocab, (rows, length + 1), generator=generator)
     keep = torch.rand(rows, length, generator=generator) > torch.linspace(0.1, 0.5, rows)[:, None]
@@ -41,7 +42,7 @@ def token_batch(rows: int, length: int, vocab: int = ODD_VOCAB, seed: int = 3) -
 
 
 def write_checkpoint(folder: Path, arch, seed: int) -> Path:
-    """Random weights, tamer than ``tiny``'s: with those, one rounding error grows to 6e-5 of a gradient."""
+    """Write random weights, smaller than those of ``tiny``, which let a rounding error grow to 6e-5 of a gradient."""
     source = tiny.RandomWeights(arch, seed=seed)
     source.state = {key: value * (0.5 if value.dim() > 1 else 1.0) for key, value in source.state.items()}
     write(folder, arch, megatron_tensors(arch, source), lambda hf: hf.mkdir())
@@ -49,7 +50,7 @@ def write_checkpoint(folder: Path, arch, seed: int) -> Path:
 
 
 def write_pair(folder: Path, linear: str, **changes) -> tuple[Path, Path]:
-    """A random student and a Transformer of its size, as checkpoints."""
+    """Write a random student and a Transformer of its size as checkpoints."""
     student = tiny.hybrid(linear, vocab_size=ODD_VOCAB, **changes)
     norms = [[1.5 + i, 0.5 + i / 4] for i in range(student.num_layers)]
     student = replace(student, extra={"ild_norms": norms})
@@ -58,7 +59,7 @@ def write_pair(folder: Path, linear: str, **changes) -> tuple[Path, Path]:
 
 
 def big_teacher(folder: Path, **changes) -> Path:
-    """A Transformer that is wider and deeper than the students, and has more rows for the same tokens."""
+    """Write a Transformer wider and deeper than the students, with more vocabulary rows for the same tokens."""
     arch = tiny.hybrid(vocab_size=ODD_VOCAB + 8, hidden_size=80, intermediate_size=112, head_dim=20,
                        plan=("attention",) * 6, geometry=None, **changes)  # fmt: skip
     return write_checkpoint(folder, arch, 4)
@@ -71,7 +72,10 @@ def environment(**changes) -> dict[str, str]:
 
 
 def close_groups() -> None:
-    """End the groups of the current layout. Megatron only forgets them, and their threads poll on: soon hundreds."""
+    """Close the process groups of the present layout.
+
+    megatron-core only forgets them, and their threads go on polling: soon there are hundreds.
+    """
     from megatron.core import parallel_state
     from torch.distributed import distributed_c10d
 
@@ -83,12 +87,12 @@ def close_groups() -> None:
 
 
 def end_processes() -> None:
-    """Of a torchrun: a group's thread that is still there when the interpreter ends may abort the process."""
+    """Close all process groups: a group's thread that is still there when Python ends may abort the process."""
     close_groups()
     torch.distributed.destroy_process_group()
 
 
-def torchrun(*argv, processes: int = 2, timeout: float = 600) -> subprocess.CompletedProcess:
+def torchrun(*argv, processes: int = 2, timeout: float = PATIENCE) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     return subprocess.run([*command, *map(str, argv)], env=environment(), capture_output=True, text=True,
                           timeout=timeout)  # fmt: skip
@@ -102,7 +106,7 @@ def read_log(path: Path) -> list[dict]:
 
 
 def make_world(work: Path) -> dict[str, Path]:
-    """Teachers, a student and training data; ``TRAIN`` flags fit them."""
+    """Make teachers, a student and training data that the flags of ``train_flags`` fit."""
     from hylo_megatron.config import Plan
     from hylo_megatron.convert import hf_to_megatron
     from hylo_megatron.data.prepare import prepare
@@ -126,7 +130,7 @@ def make_world(work: Path) -> dict[str, Path]:
 
 
 def random_world(work: Path) -> dict[str, Path]:
-    """Students of random weights that divide by two ranks, with teachers and data: ``gdn``, ``gdn-teacher``, ..."""
+    """Make random students that two ranks divide, with teachers and data: ``gdn``, ``gdn-teacher``, ..."""
     from hylo_megatron.data.prepare import prepare
 
     (work / "tokenizer").mkdir()
@@ -142,7 +146,7 @@ def random_world(work: Path) -> dict[str, Path]:
 
 
 def train_flags(world: dict[str, Path], stage: str, save: Path, student="student", teacher="teacher", **flags) -> list:
-    """Command line of a run of ``train_iters`` (default 4) steps; ``bf16=True`` gives a flag without a value."""
+    """Return the flags of a run of ``train_iters`` (default 4) steps; ``bf16=True`` gives a flag without a value."""
     values = dict(
         hylo_stage=stage, hylo_student=world.get(student, student), hylo_teacher=world[teacher], save=save,
         data_path=world["data"], seq_length=SEQ, micro_batch_size=2, global_batch_size=4, lr=1e-3, train_iters=4,
@@ -155,7 +159,7 @@ def train_flags(world: dict[str, Path], stage: str, save: Path, student="student
 
 
 class Zygote:
-    """``zygote.py``, and the trainings that it forked."""
+    """The process of programs/zygote.py, and the trainings that it forked."""
 
     def __init__(self):
         command = [sys.executable, "-W", "ignore", str(PROGRAMS / "zygote.py")]
@@ -177,7 +181,7 @@ class Zygote:
             self.ended[answer[0]] = answer[1]
         return answer
 
-    def wait(self, child: int, timeout: float = 300) -> int:
+    def wait(self, child: int, timeout: float = PATIENCE) -> int:
         timer = threading.Timer(timeout, lambda: os.killpg(child, signal.SIGKILL))
         timer.start()
         while child not in self.ended:
@@ -192,12 +196,12 @@ def zygote() -> Zygote:
     return Zygote()
 
 
-def train(*argv, processes: int = 1) -> subprocess.CompletedProcess:
-    """A training to its end, as ``processes`` ranks of this machine."""
+def train(*argv, processes: int = 1, **variables: str) -> subprocess.CompletedProcess:
+    """Run a training to its end, as ``processes`` ranks of this machine, with more variables in its environment."""
     with tempfile.TemporaryDirectory() as folder:
         files = [(Path(folder) / f"{rank}.out", Path(folder) / f"{rank}.err") for rank in range(processes)]
         shared = dict(WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=tiny.free_port())  # fmt: skip
+                      MASTER_PORT=tiny.free_port(), **variables)  # fmt: skip
         ranks = [
             zygote().start(argv, environment(RANK=str(rank), LOCAL_RANK=str(rank), **shared), *paths)
             for rank, paths in enumerate(files)
@@ -223,7 +227,7 @@ def trained_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def everything(iteration: Path) -> dict[str, torch.Tensor]:
-    """All tensors of one saved iteration, whole, the optimizer's too."""
+    """Return all tensors of one saved iteration, unsharded, those of the optimizer too."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 

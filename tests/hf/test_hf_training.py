@@ -55,12 +55,9 @@ def test_a_cache_under_gradient_checkpointing_is_refused():
 def one_process():
     import torch.distributed as dist
 
-    own = not dist.is_initialized()  # tests of megatron in this process keep theirs, which is one process too
-    if own:
-        dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
     yield
-    if own:
-        dist.destroy_process_group()
+    dist.destroy_process_group()
 
 
 def fsdp1(model, mixed: bool):

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from helpers.paths import ROOT
+from helpers.waits import PATIENCE
 
 SCRIPT = """
 import torch
@@ -55,6 +56,6 @@ def test_kernels_equal_their_references():
     root = str(ROOT)
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": root, "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run(
-        [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=PATIENCE
     )
     assert result.stdout.strip().endswith("equal"), result.stderr[-2000:]

@@ -17,7 +17,9 @@ from hylo_megatron.config import Geometry, MLAGeometry  # noqa: E402
 from hylo_megatron.convert import hf_to_megatron, megatron_to_hf  # noqa: E402
 from hylo_megatron.errors import HyLoError  # noqa: E402
 from hylo_megatron.hf import HyLoForCausalLM  # noqa: E402
-from hylo_megatron.layers.load import layout_config, load_model, start_process_groups  # noqa: E402
+from hylo_megatron.layers.load import layout_config, load_model  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("process_groups")
 
 TOLERANCE = 1e-4
 _QK_NORM = Geometry(MLAGeometry(24, 16, 16, 32, q_lora_rank=40), tiny.GEOMETRY.gdn, tiny.GEOMETRY.mamba2)
@@ -36,20 +38,6 @@ HYBRIDS = {
     "all-mla": tiny.hybrid(plan=("mla",) * 3),  # an odd number of layers for the pipeline
 }
 TEACHERS = [*tiny.SHAPES, "llama-LINEAR", "llama-YARN", "llama-LLAMA3"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process_groups():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MASTER_PORT", tiny.free_port())
-        for key, value in dict(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1").items():
-            patch.setenv(key, value)
-        start_process_groups()
-        yield
-    from megatron.core import parallel_state
-
-    parallel_state.destroy_model_parallel()
-    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +124,7 @@ def test_two_ranks_give_the_logits_of_one(folder, tmp_path):
     """Tensor parallel, sequence parallel and pipeline parallel in one launch; every hybrid and two teachers."""
     shapes = ("llama", "qwen2", "qwen3")
     want = {kind: hybrid(folder, kind) for kind in HYBRIDS} | {shape: teacher(folder, shape) for shape in shapes}
-    done = helpers.torchrun(PROGRAMS / "logits.py", tmp_path, *(folder / name for name in want), timeout=300)
+    done = helpers.torchrun(PROGRAMS / "logits.py", tmp_path, *(folder / name for name in want))
     assert done.returncode == 0, done.stderr[-4000:]
     worst = {
         f"{layout} {name}": (torch.load(tmp_path / f"{layout}-{name}.pt") - logits_).abs().max().item()

@@ -1,4 +1,4 @@
-"""Every parallel layout computes what one process does: loss, every gradient, five steps of the optimizer.
+"""Tests that every parallel layout computes what one process does: loss, each gradient, five optimizer steps.
 
 In fp64 the gradients agree to 1e-10, which leaves no room for a missing term. In fp32 they have to agree to 1e-5, or
 for A_log and dt_bias, small sums of large terms, to four times what moving every weight by 3e-8 does to them.
@@ -16,10 +16,7 @@ from hylo_megatron.packages import has
 
 if not has("megatron-core"):
     pytest.skip("megatron-core is not installed", allow_module_level=True)
-from helpers import (
-    parity_table,  # noqa: E402
-    tiny,  # noqa: E402
-)
+from helpers import tiny  # noqa: E402
 from helpers import train as helpers  # noqa: E402
 from programs import parity  # noqa: E402
 
@@ -37,14 +34,8 @@ RUNS = {  # what trains in ``ild`` and in ``distill``, and with which teacher in
 }
 
 
-def case(processes: int, layout: str, model: str, stage: str):
-    small = processes == 2 and (model != "mixed" or layout == "PP2")
-    return pytest.param(processes, layout, model, stage, id=f"{layout} {model} {stage}".replace(" ", "-"),
-                        marks=[] if small else pytest.mark.parallel)  # fmt: skip
-
-
 CASES = [
-    case(processes, layout, model, stage)
+    (processes, layout, model, stage)
     for processes, layouts in parity.LAYOUTS.items()
     for layout in layouts
     for model, stages in RUNS.items()
@@ -52,11 +43,20 @@ CASES = [
 ]
 
 
-class Cells:
-    """Results, computed when first asked for: one launch for all cells of so many processes."""
+def in_make_test(processes: int, layout: str, model: str, stage: str) -> bool:
+    return processes == 2 and (model != "mixed" or layout == "PP2")
 
-    def __init__(self, work, wanted):
-        self.work, self.wanted = work, wanted
+
+def parameters(case: tuple):
+    marks = [] if in_make_test(*case) else pytest.mark.parallel
+    return pytest.param(*case, id=" ".join(case[1:]).replace(" ", "-"), marks=marks)
+
+
+class Cells:
+    """Results, computed when first asked for: one launch for all cells of so many processes and one suite."""
+
+    def __init__(self, work):
+        self.work = work
         self.folders = {name: helpers.write_pair(work / name, **options) for name, options in MODELS.items()}
         self.folders["big"] = (None, helpers.big_teacher(work / "big"))
 
@@ -65,7 +65,7 @@ class Cells:
         return parity.Cell(name, str(self.folders[model][0]), str(self.folders[teacher][1]), stage, train, **sizes)
 
     def variants(self, layout: str, processes: int, model: str, stage: str) -> list[parity.Cell]:
-        """fp32 with five steps, and one in fp64 (which the distributed optimizer cannot)."""
+        """Return a cell in fp32 with five steps, and one in fp64, which the distributed optimizer does not support."""
         sizes = parity.LAYOUTS[processes][layout]
         adam = sizes.get("distributed_optimizer", False)
         name = f"{layout}-{model}-{stage}".replace(" ", "_")
@@ -75,10 +75,13 @@ class Cells:
         return cells
 
     @functools.cache  # noqa: B019
-    def launched(self, processes: int) -> subprocess.CompletedProcess:
-        cells = [cell for n, *rest in self.wanted if n == processes for cell in self.variants(rest[0], n, *rest[1:])]
-        (self.work / f"cells-{processes}.json").write_text(json.dumps([asdict(cell) for cell in cells]))
-        return helpers.torchrun(parity.__file__, self.work, processes, processes=processes, timeout=3000)
+    def launched(self, processes: int, suite: bool) -> subprocess.CompletedProcess:
+        """``suite``: whether ``make test`` has these cases."""
+        cases = [case for case in CASES if case[0] == processes and in_make_test(*case) == suite]
+        cells = [cell for n, layout, *rest in cases for cell in self.variants(layout, n, *rest)]
+        name = f"{processes}-{suite}"
+        (self.work / f"cells-{name}.json").write_text(json.dumps([asdict(cell) for cell in cells]))
+        return helpers.torchrun(parity.__file__, self.work, name, processes=processes, timeout=3000)
 
     @functools.cache  # noqa: B019
     def alone(self, model: str, stage: str, **options) -> tuple[dict, list[dict]]:
@@ -87,9 +90,9 @@ class Cells:
         result = parity.run_cell(cell, self.work / f"{name}.jsonl")
         return result, helpers.read_log(self.work / f"{name}.jsonl")
 
-    def pair(self, cell: parity.Cell, model: str, stage: str, processes: int):
-        """What the layout computed and what one process does: ``((result, log), (result, log))``."""
-        done = self.launched(processes)
+    def pair(self, cell: parity.Cell, processes: int, layout: str, model: str, stage: str):
+        """Return what the layout and what one process computed: ``((result, log), (result, log))``."""
+        done = self.launched(processes, in_make_test(processes, layout, model, stage))
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
         got = torch.load(self.work / f"{cell.name}.pt"), helpers.read_log(self.work / f"{cell.name}.jsonl")
         options = dict(adam=cell.adam, dtype=cell.dtype, steps=cell.steps)
@@ -97,18 +100,14 @@ class Cells:
 
 
 @pytest.fixture(scope="module")
-def cells(request, tmp_path_factory):
-    wanted = [
-        item.callspec.params for item in request.session.items if item.function is test_layout_equals_one_process
-    ]
-    wanted = [tuple(p[key] for key in ("processes", "layout", "model", "stage")) for p in wanted]
-    return Cells(tmp_path_factory.mktemp("parity"), wanted)
+def cells(tmp_path_factory, process_groups):
+    return Cells(tmp_path_factory.mktemp("parity"))
 
 
-@pytest.mark.parametrize("processes, layout, model, stage", CASES)
-def test_layout_equals_one_process(processes, layout, model, stage, cells):
+@pytest.mark.parametrize("processes, layout, model, stage", map(parameters, CASES))
+def test_layout_equals_one_process(processes, layout, model, stage, cells, record_property):
     single, *double = cells.variants(layout, processes, model, stage)
-    (got, log), (want, expected) = cells.pair(single, model, stage, processes)
+    (got, log), (want, expected) = cells.pair(single, processes, layout, model, stage)
     first = parity.loss_gap(log[0], expected[0])
     assert first <= 1e-6
     if stage == "ild":
@@ -126,7 +125,7 @@ def test_layout_equals_one_process(processes, layout, model, stage, cells):
     assert later <= 1e-5
     worst = max(gap for key, gap in gaps.items() if not key.endswith((".A_log", ".dt_bias")))
     if double:
-        (got, _), (want, _) = cells.pair(double[0], model, stage, processes)
+        (got, _), (want, _) = cells.pair(double[0], processes, layout, model, stage)
         exact = parity.gradient_gaps(got["gradients"], want["gradients"])
         # The engine's Mamba-2 rounds its decay to fp32; the one that passes states does not.
         bound = 1e-6 if "states" in layout and model != "gdn" else 1e-10
@@ -135,4 +134,4 @@ def test_layout_equals_one_process(processes, layout, model, stage, cells):
         worst_exact = max(gap for key, gap in exact.items() if not key.endswith((".A_log", ".dt_bias", ".D")))
     else:
         worst_exact = None
-    parity_table.MEASURED[layout, f"{model} {stage}"] = (first, worst, worst_exact, later)
+    record_property("parity", json.dumps([layout, f"{model} {stage}", [first, worst, worst_exact, later]]))

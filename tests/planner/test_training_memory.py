@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from helpers import train as helpers
 from helpers.paths import PROGRAMS
+from helpers.waits import PATIENCE
 
 from hylo_megatron.config import Architecture
 from hylo_megatron.config.layout import ParallelLayout, Work
@@ -36,7 +37,7 @@ def counting(tmp_path_factory):
 @pytest.fixture(scope="module")
 def counted(counting) -> dict:
     process, folder = counting
-    assert process.wait(300) == 0, (folder / "err").read_text()[-2000:]
+    assert process.wait(PATIENCE) == 0, (folder / "err").read_text()[-2000:]
     return json.loads((folder / "out").read_text().splitlines()[-1])
 
 
@@ -82,7 +83,7 @@ def test_weights_gradients_and_optimizer_are_the_engines(tmp_path, counting):
     }
     (tmp_path / "runs.json").write_text(json.dumps(runs))
     done = subprocess.run([sys.executable, "-W", "ignore", PROGRAMS / "memory_runs.py", tmp_path / "runs.json"],
-                          env=helpers.environment(), capture_output=True, text=True, timeout=300)  # fmt: skip
+                          env=helpers.environment(), capture_output=True, text=True, timeout=PATIENCE)  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     for name, (processes, *_) in RUNS.items():
         for rank in range(processes):

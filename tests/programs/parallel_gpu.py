@@ -46,13 +46,13 @@ def launch(work: Path, name: str, found: list[parity.Cell], processes: int) -> b
     return done.returncode == 0
 
 
-def measure(work: Path, layout: str, what: str, alone: parity.Cell, two: parity.Cell) -> None:
+def measure(work: Path, alone: parity.Cell, two: parity.Cell) -> list[float]:
     got, want = (torch.load(work / f"{cell.name}.pt")["gradients"] for cell in (two, alone))
     loss = parity.loss_gap(*(helpers.read_log(work / f"{cell.name}.jsonl")[0] for cell in (two, alone)))
     gaps = parity.gradient_gaps(got, want)
     decay = {key: gap for key, gap in gaps.items() if key.endswith((".A_log", ".dt_bias"))}
     others = max(gap for key, gap in gaps.items() if key not in decay)
-    parity_table.MEASURED[layout, what] = (loss, others, max(decay.values()))
+    return [loss, others, max(decay.values())]
 
 
 def main(work: Path, dtypes: list[str]) -> None:
@@ -64,11 +64,13 @@ def main(work: Path, dtypes: list[str]) -> None:
             alone = list({one.name: one for *_, one, _ in found}.values())
             jobs += [pool.submit(launch, work, f"{linear}-{dtype}-1", alone, 1),
                      pool.submit(launch, work, f"{linear}-{dtype}-2", [two for *_, two in found], 2)]  # fmt: skip
-    for cell in (cell for found in groups.values() for cell in found):
-        if all((work / f"{part.name}.pt").exists() for part in cell[2:]):
-            measure(work, *cell)
-    parity_table.HEAD = "loss / gradient / that of A_log and dt_bias"
-    print(parity_table.table())
+    measured = {
+        (layout, what): measure(work, *pair)
+        for found in groups.values()
+        for layout, what, *pair in found
+        if all((work / f"{cell.name}.pt").exists() for cell in pair)
+    }
+    print(parity_table.table(measured, "loss / gradient / gradient of A_log and dt_bias"))
     sys.exit(not all(job.result() for job in jobs))
 
 

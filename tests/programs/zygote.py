@@ -1,16 +1,19 @@
-"""A process that has imported everything a training imports, and forks one for each training that a test asks for.
+"""A process that has imported all that a training imports, and forks a child for each training that a test asks for.
 
-``python zygote.py``: reads lines of JSON ``{"argv", "environment", "out", "err"}``, answers each with the child's
-process number and, when it has ended, with ``[number, exit code]``. Importing torch and megatron takes most of the
-time of a training of a few steps.
+It reads lines of JSON, ``{"argv", "environment", "out", "err"}``, and answers each with the process number of the
+child and, when the child has ended, with ``[number, exit code]``. A training of a few steps spends most of its time on
+the import of torch and megatron-core, which this saves.
 """
 
 import json
 import os
+import signal
 import sys
 import threading
 
 from hylo_megatron import train
+
+KILL_AT = "HYLO_TEST_KILL_AT"  # in a training's environment: the step after which it gets SIGKILL
 
 
 def wait_for(child: int) -> None:
@@ -19,7 +22,7 @@ def wait_for(child: int) -> None:
 
 
 def become(order: dict) -> None:
-    """In the child: what ``python -m hylo_megatron.train`` starts with."""
+    """Give a child what ``python -m hylo_megatron.train`` starts with: its arguments, environment and files."""
     os.environ.clear()
     os.environ.update(order["environment"])
     os.setsid()
@@ -29,6 +32,20 @@ def become(order: dict) -> None:
         os.close(target)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     sys.argv = [train.__file__, *order["argv"]]
+
+
+def die_at(step: int) -> None:
+    """Make this process kill itself, as the kernel would when memory runs out, once ``step`` is in the log."""
+    from hylo_megatron.engine.step_log import StepLog
+
+    write = StepLog.write
+
+    def write_and_die(log, losses, iteration, *more):
+        write(log, losses, iteration, *more)
+        if iteration == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    StepLog.write = write_and_die
 
 
 def main() -> None:
@@ -42,6 +59,8 @@ def main() -> None:
         order = json.loads(line)
         if (child := os.fork()) == 0:
             become(order)
+            if KILL_AT in os.environ:
+                die_at(int(os.environ[KILL_AT]))
             train.main()
             return
         print(child, flush=True)

@@ -332,13 +332,15 @@ def test_chat_formats_of_different_templates():
 def test_bad_input_is_named_and_nothing_is_left(work, tmp_path, options, change, message):
     values = json.loads((work / "hay.json").read_text()) | (change or {})
     values = {key: value for key, value in values.items() if key != "dtype" or value}
-    (work / "bad.json").write_text("{" if change is None else json.dumps(values))
-    shutil.copy(work / "hay.bin", work / "bad.bin")
-    given = {"haystack": "bad", "tokenizer_path": "hf", "length": LENGTH, "samples": 2} | options
-    paths = {key: work / given.pop(key) for key in ("haystack", "tokenizer_path")}
+    bad, out = tmp_path / "bad", tmp_path / "out"
+    bad.mkdir()
+    (bad / "bad.json").write_text("{" if change is None else json.dumps(values))
+    shutil.copy(work / "hay.bin", bad / "bad.bin")
+    given = {"haystack": bad / "bad", "tokenizer_path": "hf", "length": LENGTH, "samples": 2} | options
+    paths = {key: work / given.pop(key) for key in ("haystack", "tokenizer_path")}  # an absolute path stays as it is
     with pytest.raises(HyLoError, match=message) as caught:
-        retrieval.make_retrieval(out=tmp_path / "out", **paths, **given)
-    assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
+        retrieval.make_retrieval(out=out, **paths, **given)
+    assert "\n" not in str(caught.value) and [path.name for path in tmp_path.iterdir()] == ["bad"]
 
 
 def test_command_line(work, tmp_path, capsys):

@@ -3,14 +3,15 @@
 import json
 import os
 import random
-import subprocess
 import threading
 import urllib.error
 import urllib.request
 from pathlib import Path
 
 import pytest
+from helpers import processes
 from helpers.serving import write_folder
+from helpers.waits import PATIENCE
 
 from hylo_megatron.serve.demo import Server
 
@@ -103,7 +104,7 @@ def traffic(server, requests: int, seed: int) -> list[str]:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(180)
+            thread.join(PATIENCE)
             assert not thread.is_alive(), "a request hangs"
     return wrong
 
@@ -120,9 +121,11 @@ def test_traffic_leaves_no_trace(server):
     assert resident(server) <= 1.05 * memory + 50_000, "memory grows"
 
 
-def test_server_goes_with_its_context(tmp_path):
+def test_server_goes_with_its_context(tmp_path, monkeypatch):
     """No process is left behind when the server's owner leaves, and a server that fails says why."""
     (tmp_path / "config.json").write_text("{}")
+    mark = processes.mark()
+    monkeypatch.setenv(processes.VARIABLE, mark)  # every process of the server inherits it
     with pytest.raises(SystemExit, match="server.log"), Server(tmp_path, tmp_path / "server.log", []):
         pass
-    assert not subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True).stdout.strip()
+    assert not processes.described(processes.alive(mark))

@@ -42,7 +42,7 @@ def test_attention_is_split_as_far_as_its_space_allows(monkeypatch):
         return settings(monkeypatch, **given).attention_config.flash_attn_max_num_splits_for_cuda_graph
 
     assert splits(requests=64) == 128
-    assert splits(requests=512) == (1 << 30) // (4 * 24 * 256 * 512) == 85
+    assert splits(requests=512) == 85  # partial results of fp32, 24 heads and 256 values take at most 1 GiB
     assert splits(requests=64, splits=16) == 16  # somebody chose
     assert splits(requests=64, norms=True) == 32  # no latents
 

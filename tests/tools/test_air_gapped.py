@@ -5,6 +5,7 @@ import subprocess
 
 import pytest
 from helpers.paths import DOCS, ROOT
+from helpers.waits import PATIENCE
 
 PIP = """#!/bin/sh
 # downloads: a wheel of text; installs: what the wheel holds
@@ -24,7 +25,7 @@ def sh(tmp_path):
 
     def run(script: str, folder) -> subprocess.CompletedProcess:
         script = f"set -e; export PATH={tools}:$PATH\n{script}"
-        return subprocess.run(["bash", "-c", script], cwd=folder, capture_output=True, text=True, timeout=120)
+        return subprocess.run(["bash", "-c", script], cwd=folder, capture_output=True, text=True, timeout=PATIENCE)
 
     return run
 

@@ -19,7 +19,6 @@ from pathlib import Path
 
 from hylo_megatron.config import Architecture, Plan, geometry_preset
 from hylo_megatron.errors import HyLoError, command_line
-from hylo_megatron.evaluate.plots import new_figure
 from hylo_megatron.planner.pages import state_bytes
 from hylo_megatron.serve.geometry import serve
 
@@ -174,6 +173,8 @@ def table(result: dict) -> str:
 
 def plot(result: dict, path: Path) -> None:
     """Times over lengths, where matplotlib is."""
+    from hylo_megatron.evaluate.plots import new_figure  # brings torch and transformers, which arguments do not need
+
     try:
         figure = new_figure(9, 3.5)
     except HyLoError as missing:

@@ -4,8 +4,6 @@ Calibrated, SiLU is undone on values by ± pairs: ``silu(z) - silu(-z) = z``. Tw
 The legend and the rest of the method are in ``mixers/initialise.py``.
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -87,49 +85,29 @@ def _scan(q: Tensor, k: Tensor, v: Tensor, x_BSD: Tensor) -> Tensor:
     return out.unflatten(2, (len(q), -1))
 
 
-@dataclass(frozen=True, kw_only=True)
-class DeltaHeads:
-    """The heads of a delta rule that is a decayed linear attention with the teacher's heads, its output gate at 1.
-
-    ``q``, ``k``, ``v``: rows [h,K,D]. ``out``: columns [D,h,K] of the output projection. ``times``: tokens until a
-    head's state has decayed to 1/e, [h].
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    out: Tensor
-    times: Tensor
-
-
-def delta_heads(layer, arch: Architecture, key_heads: int, eps: float) -> DeltaHeads:
-    """Return heads of the base model's dimension. ``eps``: that of the norm behind the recurrence."""
-    q, k, v = linearised_qkv(layer, arch)
-    heads, chosen = arch.num_attention_heads, choose_heads(layer, arch, key_heads).to(q.device)
-    group, calibration = chosen // (heads // arch.num_key_value_heads), calibration_rows(layer)
-    x = layer.inputs_BSD[calibration]
-    q, k, v = unit_heads(q[chosen], x), unit_heads(k[group], x), unit_heads(v[group], x)
-    best, factor = best_decay(_scan(q, k, v, x), layer.heads_BSHK[calibration][:, :, chosen], eps)
-    out = layer["self_attn.o_proj.weight"].unflatten(1, (heads, arch.head_dim))[:, chosen]
-    times = torch.tensor(DECAY_TIMES, device=q.device)[best]
-    return DeltaHeads(q=q, k=k, v=v, out=out * factor[:, None], times=times)
-
-
 def calibrated(layer, arch: Architecture, frequencies: Tensor) -> dict[str, Tensor]:
     """Return a Gated DeltaNet that starts as a decayed linear attention with the teacher's heads."""
-    g, dim = arch.geometry.gdn, arch.head_dim
+    g, dim, heads = arch.geometry.gdn, arch.head_dim, arch.num_attention_heads
     if g.num_value_heads != 2 * g.num_key_heads or g.key_head_dim != dim or g.value_head_dim != dim:
         raise HyLoError("--init data for GDN needs heads like the base model's, two value heads a key head"
                         " (--geometry native); use --init svd for other geometries")  # fmt: skip
-    start = delta_heads(layer, arch, g.num_key_heads, g.norm_eps or arch.rms_norm_eps)
+    q, k, v = linearised_qkv(layer, arch)
+    chosen = choose_heads(layer, arch, g.num_key_heads).to(q.device)
+    group, calibration = chosen // (heads // arch.num_key_value_heads), calibration_rows(layer)
+    x = layer.inputs_BSD[calibration]
+    q, k, v = unit_heads(q[chosen], x), unit_heads(k[group], x), unit_heads(v[group], x)
+    target = layer.heads_BSHK[calibration][:, :, chosen]
+    best, factor = best_decay(_scan(q, k, v, x), target, g.norm_eps or arch.rms_norm_eps)
+    out = layer["self_attn.o_proj.weight"].unflatten(1, (heads, dim))[:, chosen]
     gate = F.silu(torch.tensor(OPEN_GATE)).item()
-    half = start.out / (2 * gate)  # of a ± pair
+    half = out * (factor / (2 * gate))[:, None]
     one = constant_direction(layer.inputs_BSD.flatten(0, 1))
+    times = torch.tensor(DECAY_TIMES, device=q.device)
     key_rows, value_rows = g.num_key_heads * dim, g.num_value_heads * dim
     return {
-        "mixer.q_proj.weight": start.q.flatten(0, 1),
-        "mixer.k_proj.weight": start.k.flatten(0, 1),
-        "mixer.v_proj.weight": torch.stack([start.v, -start.v], 1).flatten(0, 2),
+        "mixer.q_proj.weight": q.flatten(0, 1),
+        "mixer.k_proj.weight": k.flatten(0, 1),
+        "mixer.v_proj.weight": torch.stack([v, -v], 1).flatten(0, 2),
         "mixer.g_proj.weight": (OPEN_GATE * one).expand(value_rows, -1).clone(),
         "mixer.a_proj.weight": torch.zeros(g.num_value_heads, arch.hidden_size),
         "mixer.b_proj.weight": torch.zeros(g.num_value_heads, arch.hidden_size),
@@ -137,7 +115,7 @@ def calibrated(layer, arch: Architecture, frequencies: Tensor) -> dict[str, Tens
         "mixer.k_conv1d.weight": identity_conv(key_rows, g.conv_kernel),
         "mixer.v_conv1d.weight": identity_conv(value_rows, g.conv_kernel),
         "mixer.A_log": torch.zeros(g.num_value_heads),
-        "mixer.dt_bias": inverse_softplus(1 / start.times).repeat_interleave(2),
+        "mixer.dt_bias": inverse_softplus(1 / times[best]).repeat_interleave(2),
         "mixer.o_norm.weight": torch.ones(dim),
         "mixer.o_proj.weight": torch.stack([half, -half], 2).flatten(1),
     }

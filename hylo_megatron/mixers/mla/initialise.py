@@ -23,7 +23,7 @@ REFIT = False  # calibration fits all of its weights already
 
 
 def rope_pairs(arch: Architecture) -> Tensor:
-    """For each rope pair of the MLA layer the pair of the head whose frequency it has ``[P]``."""
+    """Return for each rope pair of the MLA layer the pair of the head that has its frequency ``[P]``."""
     check_heads(arch.head_dim, arch.geometry, {"mla"})
     rope = arch.geometry.mla.qk_rope_head_dim
     return torch.arange(rope // 2) * (arch.head_dim // rope)
@@ -34,7 +34,7 @@ def _pair_rows(pairs: Tensor, head_dim: int) -> Tensor:
 
 
 def _nope_rows(arch: Architecture, rope: Tensor) -> Tensor:
-    """Rows that become the no-position part: those without a rope pair first, in whole pairs."""
+    """Return the rows that become the no-position part, in complete pairs; those without a rope pair come first."""
     g, half = arch.geometry.mla, arch.head_dim // 2
     order = [i for i in range(half) if i not in set(rope.tolist())] + rope.tolist()
     pairs = torch.tensor(sorted(order[: g.qk_nope_head_dim // 2]), dtype=torch.long)
@@ -42,7 +42,7 @@ def _nope_rows(arch: Architecture, rope: Tensor) -> Tensor:
 
 
 def _factor(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """``up [rows, rank], down [rank, D]`` whose product is the best rank-``rank`` approximation, Σ split evenly."""
+    """Return ``up [rows, rank], down [rank, D]``, the best approximation of that rank, with Σ split evenly."""
     u, s, v = torch.linalg.svd(matrix.double(), full_matrices=False)
     rank, kept = min(rank, len(s)), rank
     root = s[:rank].sqrt()
@@ -54,7 +54,7 @@ def _factor(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def _score_factors(arch: Architecture) -> Tensor:
-    """What YaRN multiplies the score of each row of a query by, as far as the rotation does not: ``[nope + rope]``."""
+    """Return the part of YaRN's factor on scores that the rotation does not apply, by row of a query [nope + rope]."""
     g = arch.geometry.mla
     _, scaling = rope_frequencies(arch.rope_parameters, arch.head_dim, arch.max_position_embeddings)
     return torch.cat([torch.full((g.qk_nope_head_dim,), scaling**2), torch.ones(g.qk_rope_head_dim)]).double()
@@ -137,10 +137,11 @@ def _real(w_xPD: Tensor) -> Tensor:
 
 
 def shared_rope_key(q_HKD: Tensor, k_GKD: Tensor, cov: Tensor, pairs: Tensor):
-    """The best shared key per frequency: the principal component of the groups' complex keys, weighted by queries.
+    """Return the best shared key per frequency: ``q_rope [H,2P,D], k_rope [2P,D]``, and what it leaves of the keys.
 
-    2-D rotations and scalings commute with RoPE, so each query head absorbs its own complex coefficient.
-    Returns ``q_rope [H,2P,D], k_rope [2P,D]`` and the keys' remainder ``[G,K/2,D]``, complex, over all pairs.
+    The shared key is the principal component of the groups' complex keys, weighted by queries. 2-D rotations and
+    scalings commute with RoPE, so each query head absorbs its own complex coefficient. The remainder of the keys is
+    complex, over all pairs: ``[G,K/2,D]``.
     """
     qc, kc, cc = _complex(q_HKD), _complex(k_GKD), cov.to(torch.complex128)
     groups, repeat = len(kc), len(qc) // len(kc)
@@ -159,13 +160,13 @@ def shared_rope_key(q_HKD: Tensor, k_GKD: Tensor, cov: Tensor, pairs: Tensor):
 
 
 def position_sensitivity(frequencies: Tensor, reach: int = 1024) -> Tensor:
-    """Mean of ``|1 - exp(i f t)|²`` over log-spaced distances t: how wrong a pair is without its rotation."""
+    """Return the mean of ``|1 - exp(i f t)|²`` over log-spaced distances t: how wrong a pair without rotation is."""
     distance = torch.exp(torch.linspace(0, math.log(reach), 256, dtype=torch.float64))
     return (2 - 2 * torch.cos(frequencies.double().cpu()[:, None] * distance)).mean(1)
 
 
 def _remainder_part(q_HKD, remainder_GPD, sensitivity, cov, width: int):
-    """No-position rows for what the shared key leaves over: the ``width / 2`` pairs where that helps most."""
+    """Return no-position rows for the remainder of the keys: the ``width / 2`` pairs where that helps most."""
     qc, cc = _complex(q_HKD), cov.to(torch.complex128)
     groups, repeat = len(remainder_GPD), len(qc) // len(remainder_GPD)
     energy = torch.einsum("gpd,de,gpe->gp", remainder_GPD, cc, remainder_GPD.conj()).real
@@ -177,7 +178,7 @@ def _remainder_part(q_HKD, remainder_GPD, sensitivity, cov, width: int):
 
 
 def _latent(keys_GnD, values_GvD, q_HnD, cov, rank: int):
-    """Joint factor of keys and values, best in the metric of the data, keys weighted by the queries that read them."""
+    """Return the joint factor of keys and values that is best on the data; keys are weighted by their queries."""
     groups, repeat = len(keys_GnD), len(q_HnD) // len(keys_GnD)
     y = torch.cat([keys_GnD.flatten(0, 1), values_GvD.flatten(0, 1)])
     n_keys = keys_GnD.shape[0] * keys_GnD.shape[1]

@@ -1,7 +1,8 @@
 """Bytes of MLA. No torch."""
 
 from hylo_megatron.config import Architecture
-from hylo_megatron.mixers.memory import Half, Share, rotary_table
+from hylo_megatron.mixers.memory import Half, Share
+from hylo_megatron.mixers.mla.geometry import MLAGeometry
 
 UNSPLIT = (
     "self_attn.q_norm.weight",
@@ -11,13 +12,18 @@ UNSPLIT = (
 )
 
 
+def row_values(mla: MLAGeometry) -> int:
+    """Return the values of one row of a cache of latents."""
+    return mla.kv_lora_rank + mla.qk_rope_head_dim
+
+
 def cached_values(arch: Architecture) -> int:
-    return arch.geometry.mla.kv_lora_rank + arch.geometry.mla.qk_rope_head_dim
+    return row_values(arch.geometry.mla)
 
 
 def tables(arch: Architecture, at: Share) -> int:
-    """Return bytes of cosines and sines, fp32."""
-    return rotary_table(arch.geometry.mla.qk_rope_head_dim, at)
+    """Return bytes of the rotary table (``megatron_layers.Rotary``): fp32 cosines and sines of half the dimensions."""
+    return 4 * at.length * arch.geometry.mla.qk_rope_head_dim
 
 
 def activations(arch: Architecture, at: Share) -> Half:

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.mixers.mla.geometry import MLAGeometry
+from hylo_megatron.mixers.mla.memory import row_values
 from hylo_megatron.mixers.serving import ServedPart, Target
 
 LATENT_RANKS, ROPE = (256, 512), 64  # latent caches of 320 and 576 values
@@ -26,7 +27,7 @@ def served(mla: MLAGeometry, target: Target) -> ServedPart:
     wide = padded(mla) if target.on_gpu else mla
     if wide == mla:
         return ServedPart(geometry=mla)
-    latent, row = cached_values(mla), cached_values(wide)
+    latent, row = row_values(mla), row_values(wide)
     cost = f"{row * target.itemsize:,} bytes of cache a token and layer instead of {latent * target.itemsize:,}"
     note = (
         f"MLA of latent {mla.kv_lora_rank}+{mla.qk_rope_head_dim}, heads {mla.qk_nope_head_dim}/"
@@ -55,7 +56,7 @@ def _expanded(mla: MLAGeometry, target: Target) -> ServedPart:
     note = (
         "MLA with a norm on its keys keeps them expanded:"
         f" {2 * target.heads * size * target.itemsize:,} bytes of cache a token and layer where latents would take"
-        f" {cached_values(mla) * target.itemsize:,}"
+        f" {row_values(mla) * target.itemsize:,}"
     )
     return ServedPart(geometry=mla, expanded=size, notes=(note,))
 
@@ -67,14 +68,9 @@ def _smallest(choices, what: str, fits: Callable):
     raise HyLoError(f"{what}: no kernel of vLLM is that wide, the widest is {choices[-1]}")
 
 
-def cached_values(mla: MLAGeometry) -> int:
-    """Values of one position of a latent cache."""
-    return mla.kv_lora_rank + mla.qk_rope_head_dim
-
-
 def row_bytes(mla: MLAGeometry, expanded: int | None, heads: int, itemsize: int) -> int:
     """Bytes of one position of one layer on a rank with ``heads``. Latents are on every rank, heads are shared out."""
-    return (2 * heads * expanded if expanded else cached_values(mla)) * itemsize
+    return (2 * heads * expanded if expanded else row_values(mla)) * itemsize
 
 
 def expanded_row_bytes(mla: MLAGeometry, heads: int, itemsize: int) -> int:
