@@ -67,7 +67,7 @@ def big_teacher(folder: Path, **changes) -> Path:
 
 def environment(**changes) -> dict[str, str]:
     paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
-    return os.environ | {"OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    return os.environ | {"OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1", "HYLO_REGISTER": "0",
                          "PYTHONPATH": os.pathsep.join(filter(None, paths))} | changes  # fmt: skip
 
 
