@@ -1,7 +1,8 @@
 """Upcycles Transformers into hybrids of MLA and Gated DeltaNet or Mamba-2 layers.
 
 ``import hylo_megatron`` registers the hybrid (``model_type: hylo``) with transformers' auto classes, and so imports
-transformers. The programs of this package do without: each registers the hybrid where it loads one.
+transformers. The programs of this package do without: each registers the hybrid where it loads one. So does a process
+with ``HYLO_REGISTER=0`` in its environment.
 """
 
 import importlib.util
@@ -14,6 +15,8 @@ STARTED_BY = os.getppid()  # as early as possible: see run/parent.py
 
 def _is_own_program() -> bool:
     """Whether this process runs a program of this package or of its repository."""
+    if os.environ.get("HYLO_REGISTER") == "0" or "HYLO_PARENT" in os.environ:  # started by a program of this package
+        return True
     package = Path(__file__).resolve().parent
     program = Path(sys.argv[0] if sys.argv else "").absolute()
     if program.name == "-m":  # of python: the module that it is going to run is not in sys.argv yet

@@ -67,7 +67,7 @@ def big_teacher(folder: Path, **changes) -> Path:
 
 def environment(**changes) -> dict[str, str]:
     paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
-    return os.environ | {"OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    return os.environ | {"OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1", "HYLO_REGISTER": "0",
                          "PYTHONPATH": os.pathsep.join(filter(None, paths))} | changes  # fmt: skip
 
 
@@ -136,7 +136,7 @@ def random_world(work: Path) -> dict[str, Path]:
     (work / "tokenizer").mkdir()
     tiny.write_tokenizer(work / "tokenizer", ODD_VOCAB)
     world = {"data": work / "data"}
-    for kind in ("gdn", "mamba2"):
+    for kind in ("gdn", "mamba2", "kda"):
         world[kind], world[f"{kind}-teacher"] = write_pair(work / kind, kind)
         shutil.copytree(work / "tokenizer", world[kind] / "hf", dirs_exist_ok=True)
     words = torch.randint(3, ODD_VOCAB, (60, 400), generator=torch.Generator().manual_seed(9)).tolist()
