@@ -113,8 +113,8 @@ def data_files() -> tuple[tuple[Path, ...], tuple[Path, ...]]:
         check_token_files(path)
         if Path(f"{path}.json").is_file() and read_summary(path).get("pack_length"):
             raise HyLoError(
-                f"DATA={path} is packed to one length, but the recipe trains at three: prepare complete documents, without"
-                " --pack-length"
+                f"DATA={path} is packed to one length, but the recipe trains at three: prepare complete documents,"
+                " without --pack-length"
             )
     if tokens and inputs:
         raise HyLoError(f"DATA has text ({inputs[0]}) and tokens ({tokens[0]}): give only one of the two kinds")
