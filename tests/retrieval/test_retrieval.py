@@ -75,7 +75,7 @@ def tokenizer(work):
 @pytest.fixture(scope="module")
 def made(work):
     """Summary of a data set of 40 samples, its ids and its answers."""
-    summary = retrieval.make_retrieval(work / "hay", work / "hf", work / "made", LENGTH, 40)
+    summary = retrieval.make_retrieval(work / "hay", work / "hf", work / "made", length=LENGTH, samples=40)
     ids = np.fromfile(work / "made.bin", summary["dtype"]).reshape(40, LENGTH)
     return summary, ids, np.load(work / "made.answers.npy", allow_pickle=False)
 
@@ -268,7 +268,9 @@ def test_sentences_do_not_end_inside_numbers_and_names(work, tokenizer):
 
 def test_workers_and_the_number_of_samples_do_not_change_a_sample(work, made):
     _, ids, answers = made
-    summary = retrieval.make_retrieval(work / "hay", work / "hf", work / "parallel", LENGTH, 20, workers=2)
+    summary = retrieval.make_retrieval(
+        work / "hay", work / "hf", work / "parallel", length=LENGTH, samples=20, workers=2
+    )
     assert np.array_equal(np.fromfile(work / "parallel.bin", summary["dtype"]).reshape(20, LENGTH), ids[:20])
     assert np.array_equal(np.load(work / "parallel.answers.npy"), answers[:20])
     other = recipe(work, seed=2, chat_share=0.4)
@@ -276,7 +278,7 @@ def test_workers_and_the_number_of_samples_do_not_change_a_sample(work, made):
 
 
 def test_without_a_chat_template_everything_is_plain(work, tokenizer):
-    summary = retrieval.make_retrieval(work / "hay", work / "plain", work / "plainly", LENGTH, 8)
+    summary = retrieval.make_retrieval(work / "hay", work / "plain", work / "plainly", length=LENGTH, samples=8)
     assert (summary["chat_samples"], summary["needle_samples"], summary["chat_share"]) == (0, 8, 0.0)
     for ids in np.fromfile(work / "plainly.bin", summary["dtype"]).reshape(8, LENGTH):
         text = tokenizer.decode(ids.tolist(), skip_special_tokens=False)
