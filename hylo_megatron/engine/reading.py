@@ -23,7 +23,7 @@ PATCHES = (
         replacement=instead("1"),
         why="torch's planner of checkpoints asks for weights_only=False",
         upstream="torch/distributed/checkpoint/default_planner.py",
-        expects="missing",
+        expects="missing or str",
     ),
     _torch(
         target="torch.distributed.checkpoint:FileSystemReader.read_metadata",

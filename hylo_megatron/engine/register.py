@@ -161,7 +161,7 @@ def _replace(patch: Patch, run: Any) -> None:
         value = place.get()
     except (ImportError, AttributeError, KeyError) as error:
         place, value, reason = None, MISSING, f" ({error})"
-    if place is None or (value is MISSING and patch.expects != "missing"):
+    if place is None or (value is MISSING and "missing" not in patch.expects.split(" or ")):
         raise HyLoError(
             f"{patch.package} {installed_version(patch.package)}: {patch.target} is not there, and would be replaced"
             f"{reason if place is None else ''}; pip install '{patch.versioned()}'"

@@ -60,7 +60,7 @@ class HeadLoss(Loss):
     layerwise = False
 
     def __call__(self, inputs: HeadInputs) -> Tensor:
-        """Return a vector: the loss, then whatever else ``parts`` names. All are sums over tokens."""
+        """Return one sum over tokens for each of ``parts``, of which the first is ``loss``."""
         raise NotImplementedError
 
     def memory(self, shape: HeadShape) -> int:
