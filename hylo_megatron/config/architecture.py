@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import ConfigDict, Field
 from typing_extensions import TypedDict
 
-from hylo_megatron.config.geometry import Geometry
+from hylo_megatron.config.geometry import ALWAYS, Geometry
 from hylo_megatron.config.plan import Plan
 from hylo_megatron.config.rope import checked_rope
 from hylo_megatron.errors import HyLoError
@@ -64,6 +64,9 @@ class Architecture:
 
     def __post_init__(self):
         object.__setattr__(self, "plan", Plan(self.plan))  # files and transformers have a list
+        if self.geometry:  # readers of earlier versions refuse the dimensions of mixers that they do not know
+            unused = dict.fromkeys(vars(self.geometry).keys() - {*ALWAYS, *self.plan})
+            object.__setattr__(self, "geometry", replace(self.geometry, **unused))
 
     @property
     def num_layers(self) -> int:

@@ -18,7 +18,7 @@ def assemble(mla: str | Path, linear: str | Path, plan: tuple[str, ...], out: st
     """Write hybrid checkpoint ``out``; what is not a mixer comes from the MLA student. Raises ``HyLoError``."""
     first, second = Architecture.load(mla), Architecture.load(linear)
     for name in ("hidden_size", "vocab_size", "intermediate_size", "geometry", "mla_qk_norm"):
-        if getattr(first, name) != getattr(second, name):
+        if getattr(first, name) != getattr(replace(second, plan=first.plan), name):
             raise HyLoError(f"{mla} and {linear} differ in {name}: they must come from the same base and geometry")
     check_vocabularies(first, second, (Path(mla) / "hf", Path(linear) / "hf"))
     for layer, kind in enumerate(plan):
@@ -30,7 +30,7 @@ def assemble(mla: str | Path, linear: str | Path, plan: tuple[str, ...], out: st
     extra = dict(first.extra)
     if all(norms):
         extra["ild_norms"] = [norms[linear][layer] for layer, linear in enumerate(is_linear)]
-    arch = replace(first, plan=plan, extra=extra)
+    arch = replace(first, plan=plan, geometry=second.geometry, extra=extra)
     readers = CheckpointReader(mla, FINITE), CheckpointReader(linear, FINITE)
     linear_layers = {2 * layer for layer, linear in enumerate(is_linear) if linear}  # as Megatron counts layers
     tensors = {}

@@ -9,19 +9,17 @@ Same meaning as fla.ops.kda. Legend: B batch, S sequence, H heads, K key dim, V 
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hylo_megatron.kernels.chunked import compute_dtype
+from hylo_megatron.kernels.gated_delta import log_decay
 from hylo_megatron.kernels.kda_chunks import chunked_kda
-from hylo_megatron.kernels.norm import l2norm, wide
+from hylo_megatron.kernels.norm import l2norm
 
 
 def kda_decay(raw_BSHK: Tensor, A_log_H: Tensor, dt_bias_HK: Tensor) -> Tensor:
     """Return the log decay ``-exp(A_log) softplus(raw + dt_bias)``, fp32; ``dt_bias`` has H*K values."""
-    raw = wide(raw_BSHK)
-    bias = dt_bias_HK.to(raw.dtype).view(raw.shape[-2:])
-    return -A_log_H.to(raw.dtype).exp().unsqueeze(-1) * F.softplus(raw + bias)
+    return log_decay(raw_BSHK, A_log_H.unsqueeze(-1), dt_bias_HK.view(raw_BSHK.shape[-2:]))
 
 
 def chunk_kda(

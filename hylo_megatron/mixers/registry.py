@@ -4,7 +4,7 @@ import importlib
 
 from hylo_megatron.mixers.mixer import Mixer
 
-FOLDERS = ("attention", "mla", "gdn", "mamba2")
+FOLDERS = ("attention", "mla", "gdn", "mamba2", "kda")
 
 MIXERS: dict[str, Mixer] = {name: importlib.import_module(f"hylo_megatron.mixers.{name}").MIXER for name in FOLDERS}
 LINEAR: tuple[str, ...] = tuple(name for name, entry in MIXERS.items() if entry.linear)  # the first is the default

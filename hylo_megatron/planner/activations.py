@@ -1,6 +1,6 @@
 """Bytes that one sub-layer's backward pass keeps, and what it works in (``mixers/memory.py`` has the units).
 
-``tests/activation_bytes.py`` counts the same tensors.
+``tests/programs/activation_bytes.py`` counts the same tensors.
 """
 
 from hylo_megatron.config import Architecture

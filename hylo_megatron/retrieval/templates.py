@@ -1,7 +1,7 @@
 """The wording of synthetic retrieval samples: facts, keys, values and instructions. Read as a table.
 
 Nothing here may share a run of three words with the needle evaluation (``evaluate/prompts.py``): what a model learns
-from this text has to be retrieval, not the test's phrases. ``tests/test_retrieval.py`` holds the two apart.
+from this text has to be retrieval, not the test's phrases. ``tests/retrieval/test_retrieval.py`` holds the two apart.
 """
 
 import random

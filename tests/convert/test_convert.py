@@ -26,6 +26,7 @@ from hylo_megatron.errors import HyLoError  # noqa: E402
 HYBRIDS = {
     "gdn": tiny.hybrid("gdn"),
     "mamba2": tiny.hybrid("mamba2", tie_word_embeddings=False),
+    "kda": tiny.hybrid("kda"),
     "q_lora": tiny.hybrid("gdn", geometry=tiny.GEOMETRY_Q_LORA, rope_parameters=tiny.YARN),
     "qk_norm": tiny.hybrid("mamba2", model_type="qwen3", qk_norm=True, mla_qk_norm=True),
 }
@@ -420,6 +421,7 @@ def test_uniform_layers_are_apart_by_about_the_same(count):
         (28, "7MLA21GDN", (1, 5, 9, 13, 17, 21, 25), "gdn"),
         (28, "14MLA14mamba2", tuple(range(0, 28, 2)), "mamba2"),
         (10, "2MLA8GDN", (2, 7), "gdn"),
+        (30, "3MLA27KDA", (4, 14, 24), "kda"),
     ],
 )
 def test_names_put_mla_where_the_paper_does(layers, name, mla, linear):

@@ -1,7 +1,6 @@
 """Checkpoints and exports of earlier code: what they held, and that training goes on from them."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -14,7 +13,7 @@ if not has("megatron-core"):
     pytest.skip("megatron-core is not installed", allow_module_level=True)
 from helpers import golden_runs as golden  # noqa: E402
 from helpers import old_files as old  # noqa: E402
-from helpers.paths import ROOT  # noqa: E402
+from helpers import train as helpers  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 import hylo_megatron.convert.megatron_to_hf  # noqa: E402
@@ -61,8 +60,9 @@ def test_an_old_export_loads(kind):
 
 def test_an_old_export_loads_where_the_package_is_not_imported(tmp_path):
     argv = [sys.executable, "-c", STRANGER, str(old.OLD / "gdn" / "export"), json.dumps(old.PROMPT)]
-    environment = os.environ | {"HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        argv, capture_output=True, text=True, env=helpers.environment(HF_HOME=str(tmp_path), HYLO_REGISTER="1")
+    )
     assert done.returncode == 0, done.stderr
     same_logits(json.loads(done.stdout.splitlines()[-1]), "gdn")
 

@@ -23,7 +23,7 @@ import hylo_megatron.data.token_writer
 import hylo_megatron.mixers
 
 FOLDER = ROOT / "tests" / "golden" / "losses"
-KINDS, STAGES = ("gdn", "mamba2"), ("ild", "distill")
+KINDS, STAGES = ("gdn", "mamba2", "kda"), ("ild", "distill")
 LAYOUTS = {  # name in a file's name: processes, flags
     "single": (1, {}),
     "tp2-pp2": (4, dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)),
@@ -100,7 +100,7 @@ def write_data(prefix: Path, vocab_size: int) -> Path:
 
 
 def write_world(folder: Path) -> dict[str, Path]:
-    """Students ``gdn`` and ``mamba2``, their teachers, and ``data``."""
+    """A student of each of ``KINDS``, their teachers, and ``data``."""
     world = {"data": write_data(folder / "data", helpers.ODD_VOCAB)}
     for kind in KINDS:
         arch = tiny.hybrid(kind, vocab_size=helpers.ODD_VOCAB)

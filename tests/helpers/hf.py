@@ -29,6 +29,7 @@ def tiny_config(mixers=("mla", "gdn", "mla", "gdn"), **changes) -> HyLoConfig:
         vocab_size=97, hidden_size=32, intermediate_size=48, num_attention_heads=4, head_dim=8, mixers=list(mixers),
         q_lora_rank=24, kv_lora_rank=20, qk_nope_head_dim=6, qk_rope_head_dim=8, v_head_dim=10,
         linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=12,
+        kda_num_heads=4, kda_head_dim=6,
         mamba_num_heads=4, mamba_head_dim=8, mamba_state_size=6, mamba_num_groups=2, max_position_embeddings=64,
         rope_parameters={"rope_type": "default", "rope_theta": 1e4}, bos_token_id=1, eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
@@ -55,6 +56,7 @@ def model_of(mixers, **changes) -> HyLoForCausalLM:
 HYBRIDS = {
     "gdn": dict(mixers=("gdn", "mla", "gdn", "mla")),
     "mamba2": dict(mixers=("mla", "mamba2", "mla", "mamba2")),
+    "kda": dict(mixers=("kda", "mla", "kda", "mla")),
     "qk_norm": dict(mixers=("mla", "gdn"), qk_norm=True, q_lora_rank=None),
     "yarn": dict(mixers=("mla", "gdn"), rope_parameters=YARN, tie_word_embeddings=True),
     "no_mla": dict(mixers=("gdn", "gdn")),

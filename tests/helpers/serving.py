@@ -8,12 +8,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from hylo_megatron.config import GDNGeometry, Geometry, Mamba2Geometry, MLAGeometry
 from hylo_megatron.hf import HyLoConfig, HyLoForCausalLM
+from hylo_megatron.mixers.kda.geometry import KDAGeometry
 
 CHAT = "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>{% endfor %}<s>assistant\n"
 SMALL = dict(hidden_size=128, intermediate_size=192, num_attention_heads=4, max_position_embeddings=32768)
 # Every published geometry, and the native one (arXiv 2604.24715, appendix), at its own head sizes and fewer heads.
 GEOMETRIES = {
-    "native": Geometry(MLAGeometry(256, 64, 64, 64), GDNGeometry(2, 4, 64, 64), Mamba2Geometry(4, 64, 64, 4)),
+    "native": Geometry(
+        MLAGeometry(256, 64, 64, 64), GDNGeometry(2, 4, 64, 64), Mamba2Geometry(4, 64, 64, 4), KDAGeometry(4, 64)
+    ),
     "native-100": Geometry(MLAGeometry(256, 50, 50, 100), GDNGeometry(2, 4, 100, 100), Mamba2Geometry(4, 100, 100, 4)),
     "llama-1b": Geometry(
         MLAGeometry(128, 32, 32, 64, q_lora_rank=96), GDNGeometry(2, 2, 256, 512), Mamba2Geometry(4, 64, 64, 4)
@@ -64,8 +67,9 @@ def write_folder(
 
 
 def sizes(geometry: Geometry) -> dict:
-    mla, gdn, mamba2 = geometry.mla, geometry.gdn, geometry.mamba2
-    return dict(
+    mla, gdn, mamba2, kda = geometry.mla, geometry.gdn, geometry.mamba2, geometry.kda
+    later = dict(kda_num_heads=kda.num_heads, kda_head_dim=kda.head_dim) if kda else {}
+    return later | dict(
         q_lora_rank=mla.q_lora_rank, kv_lora_rank=mla.kv_lora_rank, qk_nope_head_dim=mla.qk_nope_head_dim,
         qk_rope_head_dim=mla.qk_rope_head_dim, v_head_dim=mla.v_head_dim, linear_num_key_heads=gdn.num_key_heads,
         linear_num_value_heads=gdn.num_value_heads, linear_key_head_dim=gdn.key_head_dim,

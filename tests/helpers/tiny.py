@@ -12,6 +12,7 @@ from hylo_megatron.config import Architecture, GDNGeometry, Geometry, Mamba2Geom
 from hylo_megatron.convert.hf_to_megatron import megatron_tensors
 from hylo_megatron.convert.shapes import hf_shapes
 from hylo_megatron.mixers import FP32_SUFFIXES
+from hylo_megatron.mixers.kda.geometry import KDAGeometry
 
 VOCAB, HIDDEN, LAYERS = 300, 64, 4
 DEFAULT = {"rope_type": "default", "rope_theta": 1e4}
@@ -133,9 +134,14 @@ def same_bits(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> No
         assert torch.equal(got[key].contiguous().view(torch.uint8), tensor.contiguous().view(torch.uint8)), key
 
 
-GEOMETRY = Geometry(MLAGeometry(24, 8, 8, 16), GDNGeometry(2, 4, 16, 16), Mamba2Geometry(4, 16, 16, 2))
+GEOMETRY = Geometry(
+    MLAGeometry(24, 8, 8, 16), GDNGeometry(2, 4, 16, 16), Mamba2Geometry(4, 16, 16, 2), KDAGeometry(4, 12)
+)
 GEOMETRY_Q_LORA = Geometry(
-    MLAGeometry(24, 8, 16, 12, q_lora_rank=40), GDNGeometry(2, 2, 16, 32), Mamba2Geometry(4, 16, 8, 4)
+    MLAGeometry(24, 8, 16, 12, q_lora_rank=40),
+    GDNGeometry(2, 2, 16, 32),
+    Mamba2Geometry(4, 16, 8, 4),
+    KDAGeometry(2, 32, norm_eps=1e-2),
 )
 
 

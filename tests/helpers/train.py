@@ -136,7 +136,7 @@ def random_world(work: Path) -> dict[str, Path]:
     (work / "tokenizer").mkdir()
     tiny.write_tokenizer(work / "tokenizer", ODD_VOCAB)
     world = {"data": work / "data"}
-    for kind in ("gdn", "mamba2"):
+    for kind in ("gdn", "mamba2", "kda"):
         world[kind], world[f"{kind}-teacher"] = write_pair(work / kind, kind)
         shutil.copytree(work / "tokenizer", world[kind] / "hf", dirs_exist_ok=True)
     words = torch.randint(3, ODD_VOCAB, (60, 400), generator=torch.Generator().manual_seed(9)).tolist()

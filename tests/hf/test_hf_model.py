@@ -23,6 +23,7 @@ from hylo_megatron.hf.modeling_hylo import HyLoForCausalLM  # noqa: E402
 from hylo_megatron.kernels.rope import rope_frequencies  # noqa: E402
 from hylo_megatron.mixers.gdn.hf_module import HyLoGatedDeltaNet  # noqa: E402
 from hylo_megatron.mixers.hf_layers import Rotation  # noqa: E402
+from hylo_megatron.mixers.kda.hf_module import HyLoKimiDeltaAttention  # noqa: E402
 from hylo_megatron.mixers.mamba2.hf_module import HyLoMamba2  # noqa: E402
 from hylo_megatron.mixers.mla.hf_module import HyLoMLA  # noqa: E402
 
@@ -83,6 +84,28 @@ def test_gdn_matches_qwen3_next(monkeypatch):
     reference.load_state_dict(target)
     x = torch.randn(2, 70, 32)
     torch.testing.assert_close(gdn(x), reference(x), atol=1e-5, rtol=1e-4)
+
+
+def test_kda_matches_kimi_linear(monkeypatch):
+    from transformers.models.kimi_linear import modeling_kimi_linear as kimi
+
+    for name in ("chunk_kimi_delta_attention", "causal_conv1d_fn"):  # not fla's, which need a GPU
+        function = inspect.getclosurevars(getattr(kimi, name)).nonlocals["torch_function"]
+        monkeypatch.setattr(kimi, name, function)
+    config = tiny_config(("kda",))
+    reference_config = kimi.KimiLinearConfig(
+        hidden_size=32, linear_num_heads=4, linear_head_dim=6, linear_conv_kernel_dim=4, num_hidden_layers=1,
+        rms_norm_eps=config.rms_norm_eps, layer_types=["linear_attention"], mlp_layer_types=["dense"],
+    )  # fmt: skip
+    kda, reference = scatter(HyLoKimiDeltaAttention(config, 0)), kimi.KimiLinearDeltaAttention(reference_config, 0)
+    target = {name: value for name, value in kda.state_dict().items() if "conv1d" not in name}
+    target["conv1d.weight"] = torch.cat([kda.get_parameter(f"{n}_conv1d.weight") for n in "qkv"])
+    for name in ("f_a_proj.weight", "f_b_proj.weight", "A_log", "dt_bias"):
+        target[f"forget_gate.{name}"] = target.pop(name)
+    target["forget_gate.A_log"] = target["forget_gate.A_log"].view(1, 1, 4, 1)
+    reference.load_state_dict(target)
+    x = torch.randn(2, 70, 32)
+    torch.testing.assert_close(kda(x), reference(x), atol=1e-5, rtol=1e-4)
 
 
 def test_mamba2_matches_transformers():
@@ -170,7 +193,7 @@ def test_cache_size():
     assert sizes[1] - sizes[0] == 4 * (20 + 8)
 
 
-@pytest.mark.parametrize("linear", ["gdn", "mamba2"])
+@pytest.mark.parametrize("linear", ["gdn", "mamba2", "kda"])
 @torch.no_grad()
 def test_cached_states_keep_no_sequence_in_memory(linear):
     model = model_of((linear, linear))
@@ -233,7 +256,7 @@ def test_generate_cached_uncached_and_left_padded(kind):
     assert len({tuple(row[11:].tolist()) for row in cached}) == 3, "the prompts make no difference"
 
 
-@pytest.mark.parametrize("kind", ["gdn", "mamba2"])
+@pytest.mark.parametrize("kind", ["gdn", "mamba2", "kda"])
 @torch.no_grad()
 def test_beam_search(kind):
     model, ids = model_of(**HYBRIDS[kind]), torch.randint(2, 97, (2, 6))
@@ -302,7 +325,7 @@ def test_bf16_logits_from_a_cache_are_near_those_without():
     torch.testing.assert_close(got, want, atol=0.05 * want.abs().max().item(), rtol=0)
 
 
-@pytest.mark.parametrize("linear", ["gdn", "mamba2"])
+@pytest.mark.parametrize("linear", ["gdn", "mamba2", "kda"])
 def test_config_and_architecture_convert_both_ways(linear, tmp_path):
     arch = Architecture(
         "qwen3", 1000, 256, 512, 4, 2, 64, 1e-6, 4096, dict(LLAMA3), True, ("mla", linear, linear), False, True, True,

@@ -24,6 +24,7 @@ from hylo_megatron.init.teacher import BaseModel  # noqa: E402
 from hylo_megatron.kernels.rope import rope_frequencies  # noqa: E402
 from hylo_megatron.mixers import MIXERS  # noqa: E402
 from hylo_megatron.mixers.initialise import choose_heads, constant_direction, linearised_qkv  # noqa: E402
+from hylo_megatron.mixers.kda.geometry import KDAGeometry  # noqa: E402
 from hylo_megatron.mixers.mla import initialise as mla  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -62,7 +63,10 @@ def student(base, kind="mla", **mla_geometry) -> Architecture:
     dim, heads = base.arch.head_dim, base.arch.num_attention_heads
     sizes = dict(kv_lora_rank=256, qk_nope_head_dim=dim, qk_rope_head_dim=dim, v_head_dim=dim) | mla_geometry
     geometry = Geometry(
-        MLAGeometry(**sizes), GDNGeometry(heads, 2 * heads, dim, dim), Mamba2Geometry(heads, dim, dim, heads)
+        MLAGeometry(**sizes),
+        GDNGeometry(heads, 2 * heads, dim, dim),
+        Mamba2Geometry(heads, dim, dim, heads),
+        KDAGeometry(2 * heads, dim),
     )
     return replace(base.arch, plan=(kind,) * base.arch.num_layers, geometry=geometry)
 
@@ -273,7 +277,7 @@ def test_ridge_correction_closed_form():
 
 
 @pytest.mark.parametrize("shape", ["llama", "qwen2", "qwen3", "smollm2"])
-@pytest.mark.parametrize("kind", ["gdn", "mamba2"])
+@pytest.mark.parametrize("kind", ["gdn", "mamba2", "kda"])
 def test_calibrated_linear_blocks_beat_the_row_copy(bases, kind, shape):
     layer, base = bases.layer(shape, tokens=RUNS, common=0.1)
     arch, generator = student(base, kind), torch.Generator().manual_seed(0)
@@ -302,7 +306,29 @@ def test_copied_rows_are_the_reference_ones(bases):
     assert dt.min() >= 1e-3 * (1 - 1e-3) and dt.max() <= 0.1 * (1 + 1e-3)
 
 
-@pytest.mark.parametrize("kind", ["gdn", "mamba2"])
+def test_kimi_delta_attention_starts_as_gated_deltanet(bases):
+    layer, base = bases.layer(tokens=RUNS, common=1.0)
+    outs, starts = {}, {}
+    for kind in ("gdn", "kda"):
+        arch = student(base, kind)
+        starts[kind] = initialise(kind).calibrated(layer, arch, base.frequencies)
+        outs[kind] = output(layer, arch, starts[kind])
+    assert relative_error(outs["kda"], outs["gdn"]) < 5e-3  # Gated DeltaNet's gate is nearly constant
+    decay = F.softplus(starts["kda"]["mixer.dt_bias"]).unflatten(0, (-1, base.arch.head_dim))
+    assert torch.equal(decay, decay[:, :1].expand_as(decay)) and len(decay.unique()) > 1
+
+
+def test_copied_rows_of_kimi_delta_attention_begin_again(bases):
+    layer, base = bases.layer()
+    w, arch = layer.weights, replace(student(base, "kda"), geometry=replace(tiny.GEOMETRY, kda=KDAGeometry(6, 16)))
+    found = initialise("kda").from_rows(layer, arch, torch.Generator())
+    q, o = w["self_attn.q_proj.weight"], w["self_attn.o_proj.weight"]
+    assert torch.equal(found["mixer.q_proj.weight"], torch.cat([q, q[:32]]))
+    half = o[:, :32] / 2
+    assert torch.equal(found["mixer.o_proj.weight"], torch.cat([half, o[:, 32:], half], 1))
+
+
+@pytest.mark.parametrize("kind", ["gdn", "mamba2", "kda"])
 def test_data_init_refuses_heads_unlike_the_base(bases, kind):
     layer, base = bases.layer()
     arch = replace(student(base, kind), geometry=tiny.GEOMETRY_Q_LORA)
@@ -320,7 +346,11 @@ def test_fewer_heads_keep_those_that_matter(bases):
 
 # ---- a whole student ----
 
-MIXED = {"gdn": ("mla", "gdn", "gdn", "mla"), "mamba2": ("mamba2", "mla", "mamba2", "mamba2")}
+MIXED = {
+    "gdn": ("mla", "gdn", "gdn", "mla"),
+    "mamba2": ("mamba2", "mla", "mamba2", "mamba2"),
+    "kda": ("mla", "kda", "mla", "kda"),
+}
 
 
 @pytest.mark.parametrize("how", ["data", "svd"])
@@ -341,7 +371,7 @@ def test_student_checkpoint(bases, tmp_path, linear, how):
         {key: tensor for key, tensor in teacher.items() if not is_mixer[key]},
     )
     decay = {key for key in found if key.endswith((".A_log", ".dt_bias", ".mixer.D"))}
-    assert len(decay) == (2 if linear == "gdn" else 3) * plan.count(linear)
+    assert len(decay) == (3 if linear == "mamba2" else 2) * plan.count(linear)
     assert all((tensor.dtype == torch.float32) == (key in decay) for key, tensor in found.items())
 
     arch = Architecture.load(out)

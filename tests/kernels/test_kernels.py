@@ -247,7 +247,7 @@ def test_packed_sequences_are_refused():
 # ---- start-up check ----
 
 
-@pytest.mark.parametrize("linear", ["gdn", "mamba2"])
+@pytest.mark.parametrize("linear", ["gdn", "mamba2", "kda"])
 def test_self_test_passes_right_kernels_and_refuses_wrong_gradients(linear):
     arch = tiny.hybrid(linear)
     assert "agree" in self_test(arch, device="cpu", kernels=TORCH)
@@ -258,7 +258,7 @@ def test_self_test_passes_right_kernels_and_refuses_wrong_gradients(linear):
 
         return call
 
-    name = "chunk_gated_delta_rule" if linear == "gdn" else "chunk_ssd"
+    name = {"gdn": "chunk_gated_delta_rule", "mamba2": "chunk_ssd", "kda": "chunk_kda"}[linear]
     broken = replace(TORCH, name="broken", **{name: wrong_gradient(getattr(TORCH, name))})
     with pytest.raises(HyLoError, match="broken's .* disagrees with the reference"):
         self_test(arch, device="cpu", kernels=broken)

@@ -28,6 +28,8 @@ HYBRIDS = {
     "gdn": tiny.hybrid("gdn"),
     "gdn-norm_eps": tiny.hybrid("gdn", geometry=_NORM_EPS),
     "mamba2": tiny.hybrid("mamba2", tie_word_embeddings=False),
+    "kda": tiny.hybrid("kda"),
+    "kda-norm_eps-yarn": tiny.hybrid("kda", geometry=tiny.GEOMETRY_Q_LORA, rope_parameters=tiny.YARN),
     "gdn-q_lora-yarn": tiny.hybrid("gdn", geometry=tiny.GEOMETRY_Q_LORA, rope_parameters=tiny.YARN),
     "mamba2-q_lora-linear": tiny.hybrid("mamba2", geometry=tiny.GEOMETRY_Q_LORA, rope_parameters=tiny.LINEAR),
     "gdn-qk_norm": tiny.hybrid(
@@ -100,12 +102,12 @@ def test_rope_scaling_and_norm_eps_show_in_the_logits(folder, kind, other):
 
 
 def test_bf16_keeps_decay_parameters_fp32(folder):
-    hybrid(folder, "gdn"), hybrid(folder, "mamba2")
-    for kind in ("gdn", "mamba2"):
+    for kind in ("gdn", "mamba2", "kda"):
+        hybrid(folder, kind)
         model, _ = load_model(folder / kind, layout_config(HYBRIDS[kind], torch.bfloat16))
         dtypes = {name: p.dtype for name, p in model.bfloat16().named_parameters()}
         decay = [name for name in dtypes if name.endswith(("A_log", "dt_bias", ".D"))]
-        assert len(decay) == {"gdn": 4, "mamba2": 6}[kind]
+        assert len(decay) == {"gdn": 4, "mamba2": 6, "kda": 4}[kind]
         assert all((dtype == torch.float32) == (name in decay) for name, dtype in dtypes.items())
 
 

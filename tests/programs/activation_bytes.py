@@ -19,9 +19,11 @@ from helpers import tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hylo_megatron.config import GDNGeometry, Geometry, Mamba2Geometry, MLAGeometry
+from hylo_megatron.mixers.kda.geometry import KDAGeometry
 
 # Every width another, so that no term can stand for another; heads divide by two.
-GEOMETRY = Geometry(MLAGeometry(48, 24, 16, 32), GDNGeometry(4, 8, 24, 40), Mamba2Geometry(8, 20, 28, 4))
+GEOMETRY = Geometry(MLAGeometry(48, 24, 16, 32), GDNGeometry(4, 8, 24, 40), Mamba2Geometry(8, 20, 28, 4),
+                    KDAGeometry(6, 36))  # fmt: skip
 WIDE_VALUES = replace(GEOMETRY, mla=MLAGeometry(48, 24, 16, 40, q_lora_rank=72), mamba2=Mamba2Geometry(6, 24, 32, 6))
 SIZES = dict(hidden_size=208, intermediate_size=352, num_attention_heads=4, num_key_value_heads=2, head_dim=32)
 LENGTH, ROWS = 1024, 2
@@ -29,7 +31,7 @@ LAYOUTS = {
     "alone": {}, "tp": dict(tp=2), "tp sp": dict(tp=2, sequence_parallel=True), "cp a2a": dict(cp=2, linear_cp="a2a"),
     "cp states": dict(cp=2, linear_cp="states"),
 }  # fmt: skip
-KINDS = ("mla", "gdn", "mamba2")
+KINDS = ("mla", "gdn", "mamba2", "kda")
 HALVES = [(layout, kind, wide, "all") for layout in LAYOUTS for kind in KINDS for wide in (False, True)]
 HALVES += [("alone", kind, False, "mixers") for kind in KINDS]
 
@@ -54,6 +56,8 @@ STEPS = [
     Step("mixers", "gdn", "distill", "mixers"),
     Step("ild", "mamba2", "ild", "mixers"),
     Step("ild all", "gdn", "ild", "all"),
+    Step("distill kda", "kda", "distill", "all"),
+    Step("kda again", "kda", "distill", "all", recompute=8),
 ]
 PP = 4
 PIPELINES = [  # stage of training, of the pipeline, micro-batches

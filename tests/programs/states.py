@@ -16,10 +16,17 @@ from torch import Tensor
 
 from hylo_megatron.config import GDNGeometry, Mamba2Geometry
 from hylo_megatron.engine.register import install
-from hylo_megatron.kernels import Ops, mamba_split_conv1d_scan_combined, recurrent_gated_delta_rule, recurrent_ssd
+from hylo_megatron.kernels import (
+    Ops,
+    mamba_split_conv1d_scan_combined,
+    recurrent_gated_delta_rule,
+    recurrent_kda,
+    recurrent_ssd,
+)
 from hylo_megatron.layers import specs
 from hylo_megatron.layers.load import layout_config, start_process_groups
 from hylo_megatron.mixers import MIXERS
+from hylo_megatron.mixers.kda.geometry import KDAGeometry
 from hylo_megatron.parallel import state_passing
 from hylo_megatron.parallel.zigzag import zigzag_positions
 
@@ -30,14 +37,14 @@ B = 2
 @dataclass
 class Case:
     name: str
-    kind: str  # gdn | mamba2
+    kind: str  # gdn | mamba2 | kda
     heads: int  # key heads, or groups
     length: int  # of a rank
     dtype: torch.dtype = torch.float64
     drop: str = ""  # what is not exchanged
 
 
-GDN3, M2 = ("gdn", 3), ("mamba2", 3)  # heads that do not divide by the ranks
+GDN3, M2, KDA3 = ("gdn", 3), ("mamba2", 3), ("kda", 3)  # heads that do not divide by the ranks
 CASES = [
     Case("gdn", *GDN3, 70), Case("gdn dividing", "gdn", 4, 40), Case("gdn fp32", *GDN3, 70, torch.float32),
     Case("gdn bf16", *GDN3, 70, torch.bfloat16), Case("gdn short", *GDN3, 6),
@@ -49,6 +56,10 @@ CASES = [
     Case("mamba2 no states", *M2, 40, drop="states"), Case("mamba2 no halo", *M2, 40, drop="halo"),
     Case("mamba2 no gradient of states", *M2, 40, drop="d_states"),
     Case("mamba2 no gradient of halo", *M2, 40, drop="d_halo"),
+    Case("kda", *KDA3, 70), Case("kda dividing", "kda", 4, 40), Case("kda fp32", *KDA3, 70, torch.float32),
+    Case("kda bf16", *KDA3, 70, torch.bfloat16), Case("kda short", *KDA3, 6),
+    Case("kda no states", *KDA3, 40, drop="states"),
+    Case("kda no gradient of states", *KDA3, 40, drop="d_states"),
 ]  # fmt: skip
 
 
@@ -65,21 +76,22 @@ def plain_ssd(x, dt, A, B, C, chunk_size, D, *_):
 
 def plain_kernels(_) -> Ops:
     """No chunks, and nothing by hand in backward."""
-    return Ops("plain", recurrent_gated_delta_rule, chunk_ssd=plain_ssd, split_convolve=plain_conv)
+    recurrences = dict(chunk_gated_delta_rule=recurrent_gated_delta_rule, chunk_kda=recurrent_kda, chunk_ssd=plain_ssd)
+    return Ops("plain", split_convolve=plain_conv, **recurrences)
 
 
 def architecture(kind: str, heads: int):
     """Value heads share key heads, and heads share groups."""
     gdn, mamba2 = GDNGeometry(heads, 2 * heads, 8, 12), Mamba2Geometry(2 * heads, 8, 12, heads)
-    return tiny.hybrid(kind, geometry=replace(tiny.GEOMETRY, gdn=gdn, mamba2=mamba2))
+    return tiny.hybrid(kind, geometry=replace(tiny.GEOMETRY, gdn=gdn, mamba2=mamba2, kda=KDAGeometry(heads, 12)))
 
 
 def make_mixer(kind: str, heads: int, groups, linear_cp: str, dtype=torch.float64):
     """A mixer with random parameters; A_log and its kin are fp64 too where ``dtype`` is."""
     arch = architecture(kind, heads)
     layer = MIXERS[kind].part("megatron_module").layer_spec(specs.backend("local"), arch, linear_cp).submodules
-    spec = layer.self_attention if kind == "gdn" else layer.mixer
-    extra = {} if kind == "gdn" else {"d_model": arch.hidden_size}
+    spec = layer.mixer if kind == "mamba2" else layer.self_attention
+    extra = {"d_model": arch.hidden_size} if kind == "mamba2" else {}
     mixer = build_module(spec, config=layout_config(arch), layer_number=1, pg_collection=groups, **extra).to(dtype)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in mixer.named_parameters():

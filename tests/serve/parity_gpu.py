@@ -20,11 +20,13 @@ from programs.generate import generate
 
 from hylo_megatron.config import GDNGeometry
 from hylo_megatron.hf import HyLoForCausalLM
+from hylo_megatron.mixers.kda.geometry import KDAGeometry
 
 LENGTHS = [1, 2, 5, 63, 64, 65, 129, 1000, 4095, 4097, 7900, 20000, *(37 * i % 1900 + 1 for i in range(52))]
 TOKENS, TIE = 64, 1e-3
 # Heads as the native geometry has them for 128-wide attention: FlashInfer's kernel for prompts takes these.
-GEOMETRIES["native-128"] = replace(GEOMETRIES["native"], gdn=GDNGeometry(3, 6, 128, 128))
+GEOMETRIES["native-128"] = replace(GEOMETRIES["native"], gdn=GDNGeometry(3, 6, 128, 128),
+                                   kda=KDAGeometry(6, 128))  # fmt: skip
 ENGINE = dict(dtype="bfloat16", max_num_seqs=16, max_num_batched_tokens=4096, gpu_memory_utilization=0.3,
               kv_cache_memory_bytes=8 << 30)  # fmt: skip
 
@@ -89,7 +91,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
     parser.add_argument("cases", nargs="*", metavar="CASE",
-                        default=["native:gdn", "native-128:gdn", "llama-1b:gdn", "llama-3b:mamba2",
+                        default=["native:gdn", "native:kda", "native-128:gdn", "native-128:kda",
+                                 "llama-1b:gdn", "llama-3b:mamba2",
                                  "qwen3-1.7b:gdn:norms"])  # fmt: skip
     parser.add_argument("--engine", type=json.loads, default={}, help="JSON of more arguments of vllm.LLM")
     parser.add_argument("--twice", action="store_true", help="every prompt twice, for prefix caching")

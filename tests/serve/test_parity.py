@@ -14,6 +14,7 @@ LENGTHS = (1, 2, 5, 23, 64, 140, 301, 1)
 ON_GPU = {"HYLO_SERVE_GEOMETRY": "gpu"}
 CASES = [  # geometry, linear blocks, norms on queries and keys, whose kernels' geometry
     ("native", "gdn", False, "cpu"),
+    ("native", "kda", False, "cpu"),
     ("native-100", "gdn", False, "gpu"),
     ("llama-1b", "gdn", False, "gpu"),
     ("llama-3b", "mamba2", False, "gpu"),
@@ -48,7 +49,7 @@ def check_scores(folder, scored: dict, given: list[int]) -> None:
 
 @pytest.mark.parametrize("geometry, linear, qk_norm, device", CASES)
 def test_every_geometry_is_served_exactly(geometry, linear, qk_norm, device, tmp_path):
-    changes = {"linear_norm_eps": 1e-2} if geometry in ("native", "qwen3-1.7b") else {}
+    changes = {"linear_norm_eps": 1e-2, "kda_norm_eps": 1e-2} if geometry in ("native", "qwen3-1.7b") else {}
     changes |= {"tie_word_embeddings": geometry == "llama-3b"}
     folder = write_folder(tmp_path / f"{geometry}-{linear}", geometry, linear, qk_norm, **changes)
     other = write_folder(tmp_path / "other", geometry, linear, qk_norm, seed=1, **changes)

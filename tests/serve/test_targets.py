@@ -9,6 +9,7 @@ from helpers.paths import ROOT
 TARGETS = """
 import json, sys
 sys.argv[0] = "hylo"
+from vllm import ModelRegistry  # some of vLLM's modules do not import first
 from hylo_megatron.engine.patch import describe
 from hylo_megatron.engine.register import patches
 places = {patch: patch.place().get() for patch in patches("transformers", "vllm", "vllm model")}

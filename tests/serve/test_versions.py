@@ -10,6 +10,7 @@ from vllm.model_executor.layers.mamba.ops import ssd_chunk_scan
 from hylo_megatron.engine import vllm_plugin
 from hylo_megatron.engine.register import patches
 from hylo_megatron.mixers.gdn.vllm_module import HyLoGatedDeltaNet
+from hylo_megatron.mixers.kda.vllm_module import HyLoKimiDeltaAttention
 from hylo_megatron.mixers.mamba2.vllm_module import HyLoMamba2
 from hylo_megatron.serve.versions import FreshStates
 
@@ -57,8 +58,8 @@ def test_first_tokens_are_decoded_from_zeros():
     assert unpadded.is_prefilling.tolist() == built.is_prefilling.tolist()
 
 
-@pytest.mark.parametrize("block", [HyLoGatedDeltaNet, HyLoMamba2])
-def test_both_linear_blocks_have_such_a_builder(block):
+@pytest.mark.parametrize("block", [HyLoGatedDeltaNet, HyLoMamba2, HyLoKimiDeltaAttention])
+def test_linear_blocks_have_such_a_builder(block):
     builder = block.get_attn_backend(None).get_builder_cls()
     assert builder.build is FreshStates.build and builder.supports_update_block_table is False
 

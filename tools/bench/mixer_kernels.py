@@ -1,6 +1,6 @@
 """Each kernel of a training step, forward and backward: time, floor, and the torch reference beside it.
 
-    python tools/bench/kernels.py [--tokens 32768 --length 2048] [--model SmolLM2|Llama-3.2-3B]
+    python tools/bench/mixer_kernels.py [--tokens 32768 --length 2048] [--model SmolLM2|Llama-3.2-3B]
 
 The floor is the bytes of inputs, outputs and their gradients over the bandwidth of a copy, measured here too; a
 kernel far above it has room. Without a GPU it runs at the size of --tokens, in fp32, torch against torch.

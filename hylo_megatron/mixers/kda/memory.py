@@ -1,0 +1,36 @@
+"""Bytes of Kimi Delta Attention. No torch."""
+
+from hylo_megatron.config import Architecture
+from hylo_megatron.config.decisions import CHUNK
+from hylo_megatron.mixers.kda import MIXER
+from hylo_megatron.mixers.kda.geometry import KDAGeometry
+from hylo_megatron.mixers.memory import Half, Share, projection, shares_states
+
+UNSPLIT = ("mixer.o_norm.weight", "mixer.f_a_proj.weight", "mixer.g_a_proj.weight")
+
+
+def state(g: KDAGeometry) -> tuple[int, int]:
+    """Return values of one layer and request: the convolution's window, and the recurrent state."""
+    return 3 * g.num_heads * g.head_dim * (g.conv_kernel - 1), g.num_heads * g.head_dim**2
+
+
+def activations(arch: Architecture, at: Share) -> Half:
+    """Return bytes of one layer. Legend: H heads, K head dim.
+
+    Kept are the normed x, the projection, both bottlenecks; of fla's ``ChunkKDAFunction`` q, k, v, what the decay is
+    made from and two triangular matrices (64 values a token and head each); output, gate and gated output; beta and
+    norms' statistics.
+    """
+    g, tp, d = arch.geometry.kda, at.layout.tp, arch.hidden_size
+    h, k = g.num_heads // tp, g.head_dim
+    across = shares_states(MIXER, arch, at)
+    kept = at.outer(d + 2 * k) + projection(3 * h * k + h, arch, at, exact=at.layout.cp > 1 and not across)
+    kept += at.inner(7 * h * k + 2 * CHUNK * h)
+    kept += at.inner(h + 2 * 3 * h)  # beta; three statistics
+    if across:  # K more values a head, which come out as ``read``; states of own chunks, transfers of the others
+        others = (2 * at.layout.cp - 1) / 2
+        kept += at.inner(2 * h * k) + at.states(int(h * k * k * (3.5 + others)))
+    # Counted in fla's backward pass: states and their gradients, triangular matrices with theirs, and as wide as the
+    # heads what it makes again (w, u, decayed queries and keys, fp32 decays) beside gradients, some of them fp32.
+    work = at.inner(2 * h * k * k / CHUNK + 20 * h * k + 4 * CHUNK * h)
+    return Half(kept, work, at.outer(d))

@@ -1,0 +1,102 @@
+"""Kimi Delta Attention as vLLM's own layer for Kimi Linear runs it, with what differs in ours."""
+
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.mamba.mamba_utils import MambaStateDtypeCalculator, MambaStateShapeCalculator
+from vllm.platforms import current_platform
+from vllm.utils.torch_utils import direct_register_custom_op
+
+from hylo_megatron.errors import HyLoError
+from hylo_megatron.kernels import gated_rms_norm
+from hylo_megatron.mixers.kda.geometry import KDAGeometry
+from hylo_megatron.mixers.vllm_weights import conv_loader
+from hylo_megatron.serve.versions import GDNBackend
+
+try:
+    from vllm.model_executor.layers.mamba.gdn.kimi_gdn_linear_attn import KimiGatedDeltaNetAttention
+except ImportError as error:
+    raise HyLoError(f"vLLM here has no layer for Kimi Delta Attention ({error}): install vLLM 0.32") from error
+
+
+OP = "hylo_kimi_delta_attention"
+
+
+class HyLoKimiDeltaAttention(KimiGatedDeltaNetAttention):
+    """vLLM's layer with our eps of the norm, in a model that is compiled.
+
+    Kimi Linear is not compiled. A compiled model needs what reads vLLM's metadata, ``_forward``, in an operator at
+    which vLLM splits the graph.
+    """
+
+    def __init__(self, config, vllm_config, prefix: str):
+        kda: KDAGeometry = config.geometry().kda
+        sizes = dict(num_heads=kda.num_heads, head_dim=kda.head_dim, short_conv_kernel_size=kda.conv_kernel)
+        fields = ("hidden_size", "hidden_act", "rms_norm_eps")
+        kimi = SimpleNamespace(**{name: getattr(config, name) for name in fields}, linear_attn_config=sizes)
+        super().__init__(kimi, vllm_config, prefix)
+        self.o_norm.eps = kda.norm_eps or config.rms_norm_eps
+        self.conv1d.weight.weight_loader = conv_loader([self.projection_size] * 3, self.tp_size, self.tp_rank)
+
+        splits = vllm_config.compilation_config.splitting_ops
+        if splits is not None and f"vllm::{OP}" not in splits:
+            splits.append(f"vllm::{OP}")
+
+    def _forward(self, mixed_qkv: Tensor, g1: Tensor, g2: Tensor, beta: Tensor, core_attn_out: Tensor) -> None:
+        getattr(torch.ops.vllm, OP)(mixed_qkv, g1, g2, beta, core_attn_out, self.prefix)
+
+    def get_attn_backend(self):
+        return GDNBackend
+
+    def mix(self, hidden_TD: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        return self._forward_plain(hidden_TD) if current_platform.is_cpu() else self(hidden_TD, None)
+
+    def _forward_plain(self, hidden_TD: Tensor) -> Tensor:
+        from hylo_megatron.mixers.kda.vllm_cpu import kimi_delta_attention
+
+        merged = self.in_proj_qkvgfab(hidden_TD)[0]
+        qkv, beta, low = merged.split([3 * self.local_projection_size, self.local_num_heads, self.head_dim], -1)
+        decay, gate = self.f_b_proj(low)[0], self.g_b_proj(self.g_a_proj(hidden_TD)[0])[0]
+        decay, gate = (x.unflatten(-1, (-1, self.head_dim)) for x in (decay, gate))
+        out = hidden_TD.new_zeros(gate.shape)
+        kimi_delta_attention(self, qkv, decay, beta, out)
+        out = gated_rms_norm(out, gate, self.o_norm.weight, self.o_norm.eps, activation="sigmoid")
+        return self.o_proj(out.flatten(1))[0]
+
+
+def _run(qkv: Tensor, decay: Tensor, gate: Tensor, beta: Tensor, out: Tensor, layer: str) -> None:
+    KimiGatedDeltaNetAttention._forward(
+        get_forward_context().no_compile_layers[layer],
+        mixed_qkv=qkv,
+        g1=decay,
+        g2=gate,
+        beta=beta,
+        core_attn_out=out,
+    )
+
+
+def _fake(qkv: Tensor, decay: Tensor, gate: Tensor, beta: Tensor, out: Tensor, layer: str) -> None:
+    """Tell the compiler that nothing is returned."""
+
+
+direct_register_custom_op(OP, _run, mutates_args=["out"], fake_impl=_fake)
+
+
+def state_dtypes(vllm_config):
+    """Types of a request's states: the window of the convolutions and the recurrent state."""
+    cache = vllm_config.cache_config
+    return MambaStateDtypeCalculator.kda_state_dtype(
+        vllm_config.model_config.dtype, cache.mamba_cache_dtype, cache.mamba_ssm_cache_dtype
+    )
+
+
+def state_shapes(vllm_config):
+    """Shapes of the same states on one rank."""
+    kda = vllm_config.model_config.hf_config.geometry().kda
+    tp = vllm_config.parallel_config.tensor_parallel_size
+    return MambaStateShapeCalculator.kda_state_shape(tp, kda.num_heads, kda.head_dim, conv_kernel_size=kda.conv_kernel)
+
+
+LAYER = HyLoKimiDeltaAttention
