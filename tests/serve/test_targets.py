@@ -16,7 +16,8 @@ from vllm import ModelRegistry  # some of vLLM's modules do not import first
 from hylo_megatron.engine.patch import describe
 from hylo_megatron.engine.register import patches
 places = {patch: patch.place().get() for patch in patches("transformers", "vllm", "vllm model")}
-print(json.dumps({patch.target: describe(value) for patch, value in places.items() if patch.needed() and not patch.fits(value)}))
+wrong = [patch for patch, value in places.items() if patch.needed() and not patch.fits(value)]
+print(json.dumps({patch.target: describe(places[patch]) for patch in wrong}))
 """
 
 
