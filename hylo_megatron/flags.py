@@ -1,4 +1,4 @@
-"""Command lines: numbers with limits, and refusals in one line. The functions below are argparse's ``type``s."""
+"""Command lines: numbers with limits, and errors in one line. The functions below are ``type``s for argparse."""
 
 import argparse
 import math
@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 from hylo_megatron.errors import HyLoError
 
-LARGEST = 2**53  # every whole number up to it is exact as a float too
+LARGEST = 2**53  # every whole number up to this one is exact as a float
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows each flag's default, where there is one and the help text does not say it already."""
+    """Shows each flag's default, unless the flag has none or the help text already gives it."""
 
     def _get_help_string(self, action):
         if action.default in (None, False, (), []) or "default" in (action.help or ""):
@@ -21,7 +21,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
 
 
 class Parser(argparse.ArgumentParser):
-    """An ``ArgumentParser`` whose refusal is a ``HyLoError``, without the usage of every flag in front of it."""
+    """An ``ArgumentParser`` whose error is a ``HyLoError``, without the usage of every flag."""
 
     def __init__(self, *args, formatter_class=_Help, **kwargs):
         super().__init__(*args, formatter_class=formatter_class, **kwargs)
@@ -37,7 +37,7 @@ def short(text: str, limit: int = 40) -> str:
 def _whole(minimum: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
         try:
-            value = int(text)  # Python refuses more than 4,300 digits itself
+            value = int(text)  # Python itself refuses more than 4,300 digits
         except ValueError:
             value = minimum - 1
         if not minimum <= value <= LARGEST:
@@ -68,7 +68,7 @@ share = _real(0, 1, "from 0 to 1")
 
 
 def json_object(text: str) -> dict:
-    """A JSON object given on the command line."""
+    """Return a JSON object given on the command line."""
     from hylo_megatron.json_file import Object, check, parse
 
     try:
@@ -78,7 +78,7 @@ def json_object(text: str) -> dict:
 
 
 def readable_number(text: str) -> int:
-    """``10000000``, ``1e7`` and ``10M`` alike; at least 1. Raises ``ValueError``."""
+    """Return ``10000000``, ``1e7`` or ``10M`` as a number of at least 1. Raises ``ValueError``."""
     factors = {"K": 1e3, "M": 1e6, "B": 1e9}
     value = float(text[:-1]) * factors[text[-1]] if text[-1:] in factors else float(text)
     if not (math.isfinite(value) and 1 <= value <= LARGEST and value == int(value)):

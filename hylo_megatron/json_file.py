@@ -1,7 +1,7 @@
-"""Read JSON that other people wrote: checked against a declared type, refused by file and field. No torch in here.
+"""Read JSON files of other people, checked against a declared type. Errors name file and field. No torch.
 
-A type is whatever pydantic validates strictly: a dataclass, a ``TypedDict``, ``dict[str, int]``, or one of the numbers
-below. Booleans are no numbers, numbers are no strings, and ``NaN`` and ``Infinity`` are nowhere allowed.
+A type is anything that pydantic validates strictly: a dataclass, a ``TypedDict``, ``dict[str, int]``, or one of the
+numbers below. Booleans are not numbers, numbers are not strings, and ``NaN`` and ``Infinity`` are never allowed.
 """
 
 import json
@@ -18,8 +18,8 @@ T = TypeVar("T")
 Object = dict[str, Any]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Size = Annotated[int, Field(ge=1, lt=2**63)]
-Dimension = Annotated[int, Field(ge=1, lt=2**31)]  # of a model
-PartDimension = Annotated[int, Field(ge=0, lt=2**31)]  # of a part that may be absent
+Dimension = Annotated[int, Field(ge=1, lt=2**31)]  # a dimension of a model
+PartDimension = Annotated[int, Field(ge=0, lt=2**31)]  # a dimension of a part that may be absent
 Number = Annotated[float, Field(allow_inf_nan=False)]
 AtLeastZero = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -34,20 +34,23 @@ def _finite_float(word: str) -> float:
 
 
 def parse(text: str | bytes, where: str, advice: str = "") -> Any:
-    """The value of JSON ``text``. ``where``: what to call it in a refusal; ``advice``: what to do about one."""
+    """Return the value of JSON ``text``. ``where``: its name in an error message.
+
+    ``advice``: what to do about an error.
+    """
     try:
         return json.loads(text, parse_constant=_not_finite, parse_float=_finite_float)
     except RecursionError:
         reason = "nested too deeply"
     except UnicodeDecodeError as error:
         reason = f"not UTF-8 ({error.reason} at byte {error.start})"
-    except ValueError as error:  # Python's own limit of digits too
+    except ValueError as error:  # also Python's own limit on digits
         reason = str(error).split(";")[0]
     raise HyLoError(f"{where}: not valid JSON ({reason}){_then(advice)}") from None
 
 
 def check(value: Any, kind: type[T], where: str, advice: str = "") -> T:
-    """``value``, parsed already, as a ``kind``. Raises ``HyLoError`` that names the first field that is wrong."""
+    """Return the parsed ``value`` as a ``kind``. Raises ``HyLoError`` that names the first wrong field."""
     try:
         return TypeAdapter(kind).validate_json(json.dumps(value), strict=True)
     except ValidationError as error:
@@ -62,7 +65,10 @@ def check(value: Any, kind: type[T], where: str, advice: str = "") -> T:
 
 
 def read_json(path: str | os.PathLike, kind: type[T] = Object, advice: str = "") -> T:
-    """The JSON file ``path`` as a ``kind``. Raises ``HyLoError`` for what is missing, malformed or of another type."""
+    """Read the JSON file ``path`` as a ``kind``.
+
+    Raises ``HyLoError`` if it is missing, malformed or of another type.
+    """
     path = Path(path)
     try:
         text = path.read_bytes()

@@ -1,6 +1,6 @@
-"""Room on a disk: how much is free, whether something fits, and one line that says so when it does not.
+"""Room on a disk: free space, checks that something fits, and one-line errors when the disk is full.
 
-No heavy imports: the processes that write checkpoints import this.
+This module imports nothing heavy, because the processes that write checkpoints import it.
 """
 
 import contextlib
@@ -12,14 +12,14 @@ from pathlib import Path
 
 from hylo_megatron.errors import HyLoError
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, a quota, a limit on the size of a file
-# What torch's zip writer and safetensors make of these errors.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, an exceeded quota, or a limit on file size
+# Messages into which torch's zip writer and safetensors turn these errors.
 HIDDEN = ("unexpected pos", "file write failed", "No space left on device", "Disk quota exceeded", "File too large")
 WHAT_TO_DO = "free space or choose another folder, then run the same command again"
 
 
 def free(path: str | os.PathLike) -> int:
-    """Bytes that this user may still write where ``path`` is, or will be."""
+    """Return the bytes that this user may still write where ``path`` is or will be."""
     path = Path(path).absolute()
     while not path.exists():
         path = path.parent
@@ -27,10 +27,10 @@ def free(path: str | os.PathLike) -> int:
 
 
 def used(folder: str | os.PathLike) -> int:
-    """Bytes that the files below ``folder`` take on the disk."""
+    """Return the bytes that the files below ``folder`` take on the disk."""
     total = 0
     for path in Path(folder).rglob("*"):
-        with contextlib.suppress(OSError):  # renamed or removed meanwhile
+        with contextlib.suppress(OSError):  # the file was renamed or removed in the meantime
             total += path.lstat().st_blocks * 512
     return total
 
@@ -43,7 +43,10 @@ def text(size: int) -> str:
 
 
 def cause_of(error: BaseException) -> BaseException | None:
-    """The error of a full disk in ``error``, or behind it: libraries wrap and hide it. None if there is none."""
+    """Return the error of a full disk in ``error`` or in its causes, because libraries wrap it.
+
+    None if there is none.
+    """
     while error is not None:
         hidden = not isinstance(error, HyLoError) and any(words in str(error) for words in HIDDEN)
         if hidden or (isinstance(error, OSError) and error.errno in FULL):
@@ -53,9 +56,10 @@ def cause_of(error: BaseException) -> BaseException | None:
 
 
 def drop_tracebacks(error: BaseException | None) -> None:
-    """Free what the frames of ``error``, and of the errors behind it, hold: torch's unfinished zip writer.
+    """Free the objects in the frames of ``error`` and of its causes: torch's unfinished zip writer.
 
-    It has to go before the file it writes to. Garbage collection takes them in any order, and then crashes (SIGSEGV).
+    The writer has to be freed before the file to which it writes. Garbage collection frees them in any order and then
+    crashes (SIGSEGV).
     """
     seen = set()
     while error is not None and id(error) not in seen:
@@ -72,13 +76,16 @@ def line(path: str | os.PathLike, need: int | None, reason: str = "no space left
 
 
 def check(path: str | os.PathLike, need: int) -> None:
-    """Raises ``HyLoError`` unless ``need`` bytes fit."""
+    """Raise ``HyLoError`` unless ``need`` bytes fit."""
     if free(path) < need:
         raise HyLoError(line(path, need))
 
 
 def explained(error: BaseException, path: str | os.PathLike, need: int | None = None) -> HyLoError | None:
-    """The error of a full disk in one line; None if ``error`` is something else. ``path``: what was written."""
+    """Return a full disk's error as one line, or None if ``error`` is another one.
+
+    ``path``: what was being written.
+    """
     cause = cause_of(error)
     if cause is None:
         return None
@@ -92,7 +99,9 @@ def explained(error: BaseException, path: str | os.PathLike, need: int | None = 
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike, need: int | None = None) -> Iterator[None]:
-    """Around the writing of ``path``: checked before, and said in one line when the disk fills up meanwhile."""
+    """Surround the writing of ``path``: check the room first, and raise one line if the disk fills up in the
+    meantime.
+    """
     if need is not None:
         check(path, need)
     try:

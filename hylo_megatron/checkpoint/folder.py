@@ -39,7 +39,7 @@ FILE_BYTES = 256 * 2**20
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """Shape and dtype now, numbers when they are written."""
+    """A tensor with known shape and dtype, whose values are computed when they are written."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -47,7 +47,7 @@ class LazyTensor:
 
 
 class _StreamingPlanner(DefaultSavePlanner):
-    """Resolves a tensor when the writer asks for it, so that one at a time is in memory."""
+    """Computes a tensor when the writer asks for it, so that only one is in memory."""
 
     def __init__(self, tensors: dict[str, LazyTensor], progress: Callable[[int], None]):
         super().__init__(flatten_state_dict=False)
@@ -65,13 +65,15 @@ class _StreamingPlanner(DefaultSavePlanner):
 
 
 class _BoundedFiles(dcp.FileSystemWriter):
-    """Writes files of at most ``FILE_BYTES`` (or one tensor): torch's writer holds what it wrote until a file ends."""
+    """Writes files of at most ``FILE_BYTES`` (or one tensor): torch's writer keeps written tensors until a file
+    ends.
+    """
 
     def _write_data(self, planner, file_queue):
         _, name, items = file_queue.get_nowait()
         prefix, parts, held = name.removesuffix(f"0{DEFAULT_SUFFIX}"), [[]], 0
         for item in items:
-            data = item.tensor_data  # None for what is not a tensor
+            data = item.tensor_data  # None if the item is not a tensor
             size = math.prod(data.size) * data.properties.dtype.itemsize if data else 0
             if parts[-1] and held + size > FILE_BYTES:
                 parts.append([])
@@ -91,9 +93,9 @@ def check_empty(folder: Path) -> None:
 
 @contextlib.contextmanager
 def whole_folder(out: Path, need: int | None = None) -> Iterator[Path]:
-    """A folder to fill; it gets the name ``out`` when the block ends, and is removed when the block raises.
+    """Yield a folder to fill. It gets the name ``out`` when the block ends, and is removed if the block raises.
 
-    ``need``: its size in bytes, for which there has to be room. Raises ``HyLoError`` when there is none.
+    ``need``: size in bytes for which there must be room. Raises ``HyLoError`` if there is not.
     """
     check_empty(out)
     disk.check(out, need or 0)
@@ -114,9 +116,9 @@ def write_checkpoint(folder: str | os.PathLike, arch: Architecture, tensors: dic
                      companions: Callable[[Path], None] | None = None,
                      progress: Callable[[int], None] = lambda _: None,
                      verify: Callable[[Path], object] = lambda _: None) -> None:  # fmt: skip
-    """Writes ``folder`` as a release checkpoint; under its final name only when it is whole.
+    """Write ``folder`` as a release checkpoint, which gets its final name only when it is complete.
 
-    ``verify`` gets the folder of the whole checkpoint before that, and may raise.
+    ``verify`` gets the complete checkpoint's folder before the renaming, and may raise.
     """
     folder = Path(folder)
     check_empty(folder)
@@ -128,7 +130,7 @@ def write_checkpoint(folder: str | os.PathLike, arch: Architecture, tensors: dic
     release.mkdir(parents=True)
     try:
         state = {key: torch.empty(t.shape, dtype=t.dtype, device="meta") for key, t in tensors.items()}
-        # megatron-core keeps what is not a tensor under this one key.
+        # megatron-core keeps everything that is not a tensor under this one key.
         state["common_state/shard_0_1"] = [{"checkpoint_version": 3.0, "iteration": 0}]
         dcp.save(
             state,
@@ -149,7 +151,7 @@ def write_checkpoint(folder: str | os.PathLike, arch: Architecture, tensors: dic
         os.replace(scratch, folder)
     except BaseException as error:
         shutil.rmtree(scratch, ignore_errors=True)
-        # torch wraps what a planner raises; the message that says what to do is inside.
+        # torch wraps the planner's error; the message that tells the user what to do is inside.
         said = _said(_cause(error, (HyLoError, OSError)) or error, folder, need)
         if said is not error:
             disk.drop_tracebacks(error)
@@ -158,14 +160,19 @@ def write_checkpoint(folder: str | os.PathLike, arch: Architecture, tensors: dic
 
 
 def _said(error: BaseException, folder: Path, need: int | None) -> BaseException:
-    """``error``, or the line that says how much ``folder`` needs and how much is free without what was written."""
+    """Return ``error``, or one line that says how much ``folder`` needs and how much is free without the part
+    written.
+    """
     if isinstance(error, HyLoError) or not isinstance(error, Exception):
         return error
     return disk.explained(error, folder, need) or error
 
 
 def _cause(error: BaseException, kinds: tuple) -> BaseException | None:
-    """The first of ``kinds`` in the failures that torch collected, or behind one: its zip writer hides a full disk."""
+    """Return the first of ``kinds`` in the failures that torch collected or in their causes.
+
+    torch's zip writer hides a full disk.
+    """
     failures = getattr(error, "failures", None) or {}
     for failure in failures.values():
         inner = failure[0] if isinstance(failure, tuple) else failure
@@ -177,7 +184,7 @@ def _cause(error: BaseException, kinds: tuple) -> BaseException | None:
 
 
 class _KnownMetadata(SafeReader):
-    """Does not read the list of all tensors again for each of them: a trained checkpoint's is long."""
+    """Avoids reading the list of all tensors again for each tensor: the list of a trained checkpoint is long."""
 
     def __init__(self, path: Path, metadata):
         super().__init__(path)
@@ -188,14 +195,14 @@ class _KnownMetadata(SafeReader):
 
 
 class CheckpointReader:
-    """Model tensors of a checkpoint, whatever layout it was saved on, read one at a time.
+    """Model tensors of a checkpoint of any parallel layout, read one at a time.
 
-    ``finite``: what to do about a tensor with NaN or Inf, which is refused then; None lets it pass.
+    ``finite``: advice for the error about a tensor with NaN or Inf; None accepts such tensors.
     """
 
     def __init__(self, folder: str | os.PathLike, finite: str | None = None):
         self.finite = finite
-        self.path, self._held = hold_latest(folder)  # closed, and so let go, with this object
+        self.path, self._held = hold_latest(folder)  # the lock is released with this object
         self.metadata = metadata = check_pickles(self.path)
         self.entries = {
             key: entry

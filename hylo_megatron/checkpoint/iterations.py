@@ -1,8 +1,8 @@
-"""Which iteration of a checkpoint folder counts, which are whole, and which may go.
+"""Which iteration of a checkpoint folder is loaded, which are complete, and which may be deleted.
 
-The tracker (``latest_checkpointed_iteration.txt``) names the checkpoint that counts. Where a crash left it empty,
-missing or naming something incomplete, the newest complete iteration counts. Complete means that ``metadata.json``
-can be read, which the engine writes after everything else, and that torch renamed ``.metadata`` into its place.
+The tracker (``latest_checkpointed_iteration.txt``) names the iteration to load. If a crash left the tracker empty,
+missing or with an incomplete iteration, the newest complete iteration is loaded. An iteration is complete if its
+``metadata.json``, which megatron-core writes last, can be read and torch has renamed ``.metadata`` to its final name.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from hylo_megatron.files import write_text
 from hylo_megatron.json_file import read_json
 
 TRACKER = "latest_checkpointed_iteration.txt"
-INCOMPLETE, DROPPED = ".incomplete", ".dropped"  # suffixes of folders that are no checkpoints (any more)
+INCOMPLETE, DROPPED = ".incomplete", ".dropped"  # suffixes of folders that are not checkpoints, or no longer
 
 
 def is_complete(path: Path) -> bool:
@@ -44,12 +44,12 @@ def _iteration_folders(folder: Path) -> list[Path]:
 
 
 def complete_iterations(folder: Path) -> list[Path]:
-    """Oldest first."""
+    """Return the complete iterations, oldest first."""
     return [path for path in _iteration_folders(folder) if is_complete(path)]
 
 
 def _tracked(folder: Path) -> Path | None:
-    """What the tracker names, there or not; None when it names nothing."""
+    """Return the folder that the tracker names, whether it exists or not; None if it names nothing."""
     try:
         word = (folder / TRACKER).read_text().strip()
     except (OSError, ValueError):
@@ -60,13 +60,15 @@ def _tracked(folder: Path) -> Path | None:
 
 
 def latest_number(folder: str | os.PathLike) -> int | None:
-    """The iteration that the tracker names, 0 for a checkpoint that no training wrote; None when it names nothing."""
+    """Return the iteration that the tracker names, 0 for a checkpoint that no training wrote, or None if it names
+    nothing.
+    """
     path = _tracked(Path(folder))
     return path and (0 if path.name == "release" else _number(path))
 
 
 def latest(folder: str | os.PathLike) -> Path:
-    """The folder of the checkpoint that counts in ``folder``. Raises ``HyLoError``."""
+    """Return the iteration folder to load from ``folder``. Raises ``HyLoError``."""
     folder = Path(folder)
     path = _tracked(folder)
     if path and is_complete(path):
@@ -84,17 +86,17 @@ def latest(folder: str | os.PathLike) -> Path:
 
 
 def asked_for(found: Path, step: int | None) -> Path:
-    """The iteration that the engine loads from the folder of ``found``. ``step``: ``--ckpt-step``."""
+    """Return the iteration that megatron-core loads from the folder of ``found``. ``step``: ``--ckpt-step``."""
     return iteration_folder(found.parent, step) if step else found
 
 
 def trained_to(folder: str | os.PathLike, iteration: int) -> bool:
-    """Whether the checkpoint that counts is ``iteration``, and whole. Says nothing and raises nothing."""
+    """Return whether the iteration to load is ``iteration`` and complete. Prints and raises nothing."""
     path = _tracked(Path(folder))
     return path is not None and path == iteration_folder(folder, iteration) and is_complete(path)
 
 
-# ---- changes: by one process, the one that saves ----
+# ---- changes, made only by the one process that saves ----
 
 
 def _sync(path: Path) -> None:
@@ -106,7 +108,7 @@ def _sync(path: Path) -> None:
 
 
 def write_tracker(folder: Path, word: str) -> None:
-    """On the disk or not at all, and after the files that it vouches for."""
+    """Write the tracker atomically, after all files of the iteration that it names."""
     folder = Path(folder)
     target = folder / "release" if word == "release" else iteration_folder(folder, int(word))
     for path in (target / ".metadata", target / "metadata.json", target):
@@ -117,7 +119,7 @@ def write_tracker(folder: Path, word: str) -> None:
 
 
 def set_aside(path: Path) -> Path:
-    """Renames what is no checkpoint; a crash at the same iteration before left a folder of that name, which goes."""
+    """Rename a folder that is not a checkpoint. A folder left under the new name by an earlier crash is deleted."""
     target = path.with_name(path.name + INCOMPLETE)
     shutil.rmtree(target, ignore_errors=True)
     os.replace(path, target)
@@ -125,9 +127,9 @@ def set_aside(path: Path) -> Path:
 
 
 def repair(folder: str | os.PathLike, own: bool) -> None:
-    """Makes the tracker name what ``latest`` finds. In a folder of our ``own`` also sets aside what is incomplete.
+    """Make the tracker name what ``latest`` finds. In a folder of our ``own`` also rename incomplete iterations.
 
-    Only where nobody is saving into ``folder``. Raises ``HyLoError`` when the tracker is there but no checkpoint.
+    No process may be saving into ``folder``. Raises ``HyLoError`` if there is a tracker but no checkpoint.
     """
     folder = Path(folder)
     if own:
@@ -145,9 +147,10 @@ def repair(folder: str | os.PathLike, own: bool) -> None:
 
 
 def retire_older(folder: str | os.PathLike, keep: int = 1) -> list[Path]:
-    """Renames the complete iterations before the last ``keep``, and returns what may be deleted.
+    """Rename the complete iterations before the last ``keep``, and return what may be deleted.
 
-    Counted from the one that the tracker names: while that is incomplete nothing goes, and never what somebody reads.
+    The count starts at the iteration that the tracker names. While this one is incomplete, nothing is renamed. An
+    iteration that is being read is never renamed.
     """
     folder = Path(folder)
     newest = _tracked(folder)
@@ -160,7 +163,7 @@ def retire_older(folder: str | os.PathLike, keep: int = 1) -> list[Path]:
 
 
 def leftovers(folder: str | os.PathLike) -> list[Path]:
-    """Folders that are no checkpoints, or none any more, and may be deleted."""
+    """Return folders that are not checkpoints, or no longer, and may be deleted."""
     return [*Path(folder).glob("iter_*" + DROPPED), *Path(folder).glob("iter_*" + INCOMPLETE)]
 
 
@@ -170,23 +173,25 @@ def drop_older_checkpoints(folder: str | os.PathLike, keep: int = 1) -> None:
 
 
 def _retire(path: Path) -> None:
-    if path.is_symlink():  # somebody else's
+    if path.is_symlink():  # a link belongs to the user
         return
     with contextlib.suppress(FileNotFoundError), (path / "metadata.json").open("r+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:  # being read; it goes at a later save
+        except BlockingIOError:  # the folder is being read; a later save deletes it
             return
-        except OSError:  # a file system without locks
+        except OSError:  # the file system has no locks
             pass
         os.replace(path, path.with_name(path.name + DROPPED))
 
 
-# ---- reading: what is held open stays ----
+# ---- reading: what is held open is not deleted ----
 
 
 def _hold(path: Path) -> IO | None:
-    """A lock that keeps ``path`` from being dropped until it is closed; None when it is being dropped already."""
+    """Return a lock that keeps ``path`` from being deleted until the lock is closed; None if it is being deleted
+    already.
+    """
     try:
         file = (path / "metadata.json").open()
     except FileNotFoundError:
@@ -198,14 +203,14 @@ def _hold(path: Path) -> IO | None:
         return None
     except OSError:
         pass
-    if not (path / "metadata.json").exists():  # renamed between opening and locking
+    if not (path / "metadata.json").exists():  # the folder was renamed between opening and locking
         file.close()
         return None
     return file
 
 
 def hold_latest(folder: str | os.PathLike) -> tuple[Path, IO]:
-    """``latest``, and a file to close when it has been read."""
+    """Return ``latest`` and a lock file to close after reading."""
     while True:
         path = latest(folder)
         if (file := _hold(path)) is not None:
@@ -214,7 +219,7 @@ def hold_latest(folder: str | os.PathLike) -> tuple[Path, IO]:
 
 @contextlib.contextmanager
 def reading(folder: str | os.PathLike) -> Iterator[Path]:
-    """``latest``; nobody drops it meanwhile."""
+    """Yield ``latest``, which is not deleted during the block."""
     path, file = hold_latest(folder)
     with file:
         yield path

@@ -1,1 +1,1 @@
-"""HF checkpoint <-> Megatron distributed checkpoint: declarative tables, streamed tensor by tensor."""
+"""Weights between Hugging Face folders and Megatron checkpoints, by declarative tables and one tensor at a time."""

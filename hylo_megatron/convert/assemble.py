@@ -1,4 +1,4 @@
-"""All-MLA student + all-linear student -> the hybrid that takes each layer from the student of its kind."""
+"""Join an all-MLA and an all-linear student: each layer of the hybrid comes from the student of the layer's kind."""
 
 import functools
 from dataclasses import replace
@@ -15,7 +15,10 @@ from hylo_megatron.mixers import LINEAR, MIXERS
 
 
 def assemble(mla: str | Path, linear: str | Path, plan: tuple[str, ...], out: str | Path) -> Architecture:
-    """Write hybrid checkpoint ``out``; what is not a mixer comes from the MLA student. Raises ``HyLoError``."""
+    """Write the hybrid checkpoint ``out``. Everything outside the mixers comes from the MLA student.
+
+    Raises ``HyLoError``.
+    """
     first, second = Architecture.load(mla), Architecture.load(linear)
     for name in ("hidden_size", "vocab_size", "intermediate_size", "geometry", "mla_qk_norm"):
         if getattr(first, name) != getattr(replace(second, plan=first.plan), name):
@@ -32,7 +35,8 @@ def assemble(mla: str | Path, linear: str | Path, plan: tuple[str, ...], out: st
         extra["ild_norms"] = [norms[linear][layer] for layer, linear in enumerate(is_linear)]
     arch = replace(first, plan=plan, geometry=second.geometry, extra=extra)
     readers = CheckpointReader(mla, FINITE), CheckpointReader(linear, FINITE)
-    linear_layers = {2 * layer for layer, linear in enumerate(is_linear) if linear}  # as Megatron counts layers
+    # megatron-core counts mixers and MLPs as layers
+    linear_layers = {2 * layer for layer, linear in enumerate(is_linear) if linear}
     tensors = {}
     for mapping in mappings(arch):
         for key in mapping.megatron:

@@ -1,5 +1,7 @@
-"""Reads ``config.json`` as transformers reads it: values resolved by its configuration classes, refused where the
-model would compute what we do not."""
+"""Read ``config.json`` as transformers reads it, and refuse what we would compute differently.
+
+transformers' configuration classes resolve the values.
+"""
 
 import os
 from dataclasses import replace
@@ -20,7 +22,7 @@ _FOLDER = "expected a Hugging Face folder with config.json and *.safetensors; do
 
 
 class _Needed(TypedDict):
-    """Fields that transformers would replace by those of some other model where they are missing."""
+    """Required fields. For a missing one, transformers would use a default that belongs to another model."""
 
     vocab_size: Size
     hidden_size: Size
@@ -52,8 +54,9 @@ class _Known(_Needed, total=False):
     pad_token_id: int | list[int] | None
 
 
-# Field: the values that change nothing, and what another value means. transformers' Llama, Mistral and Qwen models
-# read only some of these fields; the rest is what models with remote code, or of other families, compute.
+# Each field has the values that change nothing and the meaning of any other value. transformers' Llama, Mistral and
+# Qwen
+# models read only some of these fields; models of other families or with remote code read the others.
 _QUANTISED = "quantised weights: dequantise the model first"
 _NOTHING = (None, False, 0, [], {})
 _MULTIPLIER = (*_NOTHING, 1.0)
@@ -83,7 +86,7 @@ _MUST_BE = {
 
 def _refuse_what_is_not_computed(raw: dict, path: Path) -> None:
     table = dict(_MUST_BE)
-    if raw["model_type"] != "qwen2":  # whose queries, keys and values always have a bias
+    if raw["model_type"] != "qwen2":  # Qwen2's queries, keys and values always have a bias
         table["attention_bias"] = (_NOTHING, "biases in this architecture's attention")
     for key, (harmless, what) in table.items():
         if key in raw and raw[key] not in harmless:
@@ -106,12 +109,12 @@ def _refuse_windows(raw: dict, config: Any, path: Path) -> None:
 
 
 def transformers_config(path: Path, kind: str) -> Any:
-    """The object that transformers makes of ``config.json``. Raises ``HyLoError`` with transformers' own reason."""
+    """Return transformers' config object for ``config.json``. Raises ``HyLoError`` with transformers' own reason."""
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(path.parent, trust_remote_code=False)
-    except Exception as error:  # its validators raise of every kind
+    except Exception as error:  # transformers' validators raise many kinds of exceptions
         reason = " ".join(str(error).split())[:300]
         raise HyLoError(
             f"{path}: transformers does not accept it ({type(error).__name__}: {reason}); compare it with the"
@@ -126,7 +129,7 @@ def transformers_config(path: Path, kind: str) -> Any:
 
 
 def read_config(folder: str | os.PathLike) -> tuple[dict, Path]:
-    """``config.json`` and its path. Raises ``HyLoError``, for folders that hold something else than a model too."""
+    """Return ``config.json`` and its path. Raises ``HyLoError``, also if the folder has no model."""
     folder = Path(folder)
     if not folder.is_dir():
         raise HyLoError(f"{folder} is not a folder; {_FOLDER}")
@@ -143,7 +146,10 @@ def _rope(parameters: dict, max_positions: int, path: Path) -> dict:
 
 
 def read_architecture(folder: str | os.PathLike) -> Architecture:
-    """``config.json`` of a Llama, Mistral, Qwen2 or Qwen3 model, or of an exported hybrid. Raises ``HyLoError``."""
+    """Read the ``config.json`` of a Llama, Mistral, Qwen2 or Qwen3 model or of an exported hybrid.
+
+    Raises ``HyLoError``.
+    """
     raw, path = read_config(folder)
     kind = raw.get("model_type")
     if kind == "hylo":

@@ -1,4 +1,4 @@
-"""Reads the safetensors of a Hugging Face folder, one tensor at a time. No pickle."""
+"""Read the safetensors of a Hugging Face folder, one tensor at a time. Pickles are not read."""
 
 import os
 import re
@@ -32,7 +32,7 @@ class _Index(TypedDict):
 class HFWeights:
     """The tensors of a folder, opened lazily and checked against an architecture before anything is read.
 
-    Which files count, and under which names, is decided as transformers decides it.
+    The choice of files and of tensor names follows transformers.
     """
 
     described_by, unmapped = "config.json", ""
@@ -52,8 +52,8 @@ class HFWeights:
             self._check_copy(copied)
 
     def _index(self) -> dict[str, str]:
-        """File of each tensor, by the names that the files have."""
-        if (self.folder / _SINGLE).is_file():  # transformers does not look at an index beside it
+        """Return the file of each tensor, by the tensor names in the files."""
+        if (self.folder / _SINGLE).is_file():  # transformers then ignores an index
             return dict.fromkeys(self._open(_SINGLE).keys(), _SINGLE)
         index = self.folder / _INDEX
         if not index.is_file():
@@ -67,12 +67,12 @@ class HFWeights:
         return where
 
     def _check_shards(self, index: Path, where: dict[str, str]) -> None:
-        """transformers reads what the shards hold, whatever the index says: the two have to agree."""
+        """Check that index and shards agree: transformers reads what the shards have, whatever the index says."""
         for shard in sorted(set(where.values())):
             for key in self._open(shard).keys():  # noqa: SIM118
                 if where.get(key) != shard:
                     place = f"in {where[key]}" if key in where else "nowhere"
-                    raise HyLoError(f"{self.folder / shard}: holds tensor {key}, which is {place} by {index.name};"
+                    raise HyLoError(f"{self.folder / shard}: has tensor {key}, which {index.name} puts {place};"
                                     " download both again")  # fmt: skip
 
     def _hint(self) -> str:
@@ -86,7 +86,7 @@ class HFWeights:
         return ""
 
     def _refuse_quantised(self) -> None:
-        """Named as such wherever the folder says so, before any shape is compared."""
+        """Refuse quantised weights wherever the folder shows them, before any shape is compared."""
         for name in _SIDECARS:
             path = self.folder / name
             values = read_json(path) if path.is_file() else {}
@@ -103,7 +103,10 @@ class HFWeights:
                 )
 
     def _names(self, known) -> dict[str, str]:
-        """``{our name: the file's}``: transformers adds the prefix of the model where it lacks, or drops one."""
+        """Return ``{our name: the file's name}``.
+
+        As in transformers, a missing prefix of the model is added, and an extra one dropped.
+        """
         names: dict[str, str] = {}
         for name in self.where:
             short, long = name.removeprefix("model."), f"model.{name}"
@@ -160,7 +163,10 @@ class HFWeights:
         return f"; {other} has another prefix, rename the tensors" if other else ""
 
     def _check_copy(self, file: str) -> None:
-        """Tied embeddings beside a head of their own: transformers keeps both apart, other tools take the first."""
+        """Check that an ``lm_head`` beside tied embeddings equals them.
+
+        transformers keeps a different ``lm_head``, other tools use only one of the two tensors.
+        """
         head, table = self._slice(self.names["lm_head.weight"], file), self._at("model.embed_tokens.weight")
         rows = range(0, self.expected["model.embed_tokens.weight"][0], _ROWS)
         same = head.get_shape() == table.get_shape() and head.get_dtype() == table.get_dtype()
@@ -191,7 +197,7 @@ class HFWeights:
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Writes a safetensors file. Raises ``HyLoError``, for a full disk too."""
+    """Write a safetensors file. Raises ``HyLoError``, also for a full disk."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 

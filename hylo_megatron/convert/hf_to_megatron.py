@@ -1,4 +1,4 @@
-"""Hugging Face folder -> Megatron distributed checkpoint that loads at any parallel layout."""
+"""Convert a Hugging Face folder to a Megatron checkpoint that can be loaded in any parallel layout."""
 
 import functools
 import math
@@ -27,9 +27,9 @@ def _lazy(mapping: Mapping, index: int, weights, shape, dtype) -> LazyTensor:
 
 
 def megatron_tensors(arch: Architecture, weights) -> dict[str, LazyTensor]:
-    """Every Megatron tensor of ``arch``, each made from ``weights[hf key]`` when it is written.
+    """Return every Megatron tensor of ``arch``, each computed from ``weights[hf key]`` when it is written.
 
-    ``weights`` has ``expected`` shapes, ``dtype(key)`` and ``[key]``, such as ``HFWeights``.
+    ``weights`` has ``expected`` shapes, ``dtype(key)`` and ``[key]``, as ``HFWeights`` does.
     """
     tensors = {}
     for mapping in mappings(arch):
@@ -43,15 +43,16 @@ def megatron_tensors(arch: Architecture, weights) -> dict[str, LazyTensor]:
 def convert(
     hf: str | Path, out: str | Path, *, allow_nan: bool = False, check: bool = True, log=print
 ) -> Architecture:
-    """Converts folder ``hf`` into checkpoint ``out``. Raises ``HyLoError`` when they do not fit, before writing.
+    """Convert folder ``hf`` to checkpoint ``out``. Raises ``HyLoError`` before writing if the folder does not fit.
 
-    ``check``: compares the logits with transformers' afterwards; ``out`` gets its name when they agree.
+    ``check``: compare the logits with transformers' afterwards; ``out`` gets its name only if the logits agree.
     """
     hf, out = Path(hf), Path(out)
     check_empty(out)
     arch, model = read_architecture(hf), None
     if not arch.is_hybrid:
-        geometry_preset("native", arch.hidden_size, arch.num_attention_heads, arch.head_dim)  # refuses odd heads
+        # refuses odd head dimensions
+        geometry_preset("native", arch.hidden_size, arch.num_attention_heads, arch.head_dim)
         model = transformers_model(hf)
         check_frequencies(arch, model.rotary_emb, hf / "config.json")
     check_tokenizer(hf, arch.vocab_size)

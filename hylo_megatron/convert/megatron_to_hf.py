@@ -1,4 +1,4 @@
-"""Megatron distributed checkpoint, saved on any layout -> Hugging Face folder."""
+"""Convert a Megatron checkpoint of any parallel layout to a Hugging Face folder."""
 
 import json
 import math
@@ -35,26 +35,30 @@ clone), then load this folder in one of these ways:
 
 
 def _unpadded(name: str, tensor: Tensor, arch: Architecture) -> Tensor:
-    """Megatron pads the vocabulary to a multiple of the tensor-parallel size."""
+    """Remove the rows by which megatron-core pads the vocabulary to a multiple of the tensor-parallel size."""
     vocab = name in ("embedding.word_embeddings.weight", "output_layer.weight")
     return tensor[: arch.vocab_size] if vocab and tensor.shape[0] > arch.vocab_size else tensor
 
 
 def hf_tensors(arch: Architecture, reader: CheckpointReader, dtype: torch.dtype | None):
-    """Yields ``(Hugging Face key, tensor)`` in table order; decay parameters keep fp32 whatever ``dtype``."""
+    """Yield ``(Hugging Face key, tensor)`` in the order of the table.
+
+    Decay parameters stay fp32, whatever ``dtype``.
+    """
     expected = hf_shapes(arch)
     for mapping in mappings(arch):
         megatron = [_unpadded(key, reader[key], arch) for key in mapping.megatron]
         for key, tensor in zip(mapping.hf, mapping.to_hf(megatron), strict=True):
             if tuple(tensor.shape) != expected[key]:
-                raise HyLoError(
-                    f"{reader.path}: {key} comes out as {list(tensor.shape)}, expected {list(expected[key])}"
-                )
+                raise HyLoError(f"{reader.path}: {key} has shape {list(tensor.shape)}, expected {list(expected[key])}")
             yield key, tensor if dtype is None or key.endswith(FP32_SUFFIXES) else tensor.to(dtype)
 
 
 class ShardWriter:
-    """safetensors files of at most ``limit`` bytes (or one tensor) and their index; a file's tensors are held."""
+    """Writes safetensors files of at most ``limit`` bytes (or one tensor) and their index.
+
+    The tensors of the current file are kept in memory.
+    """
 
     def __init__(self, folder: Path, limit: int):
         self.folder, self.limit = folder, limit
@@ -107,7 +111,7 @@ def write_hybrid_config(arch: Architecture, folder: Path, dtype: torch.dtype) ->
 
 def convert(checkpoint: str | Path, out: str | Path, dtype: torch.dtype | None = None,
             allow_nan: bool = False) -> Architecture:  # fmt: skip
-    """Writes ``out``, under its final name only when it is whole. ``dtype=None`` keeps what the checkpoint has."""
+    """Write ``out``, which gets its name only when it is complete. ``dtype=None`` keeps the checkpoint's dtypes."""
     checkpoint, out = Path(checkpoint), Path(out)
     finite = None if allow_nan else f"{FINITE}, or let it pass with --allow-nan"
     arch, reader = Architecture.load(checkpoint), CheckpointReader(checkpoint, finite)
@@ -129,7 +133,7 @@ def convert(checkpoint: str | Path, out: str | Path, dtype: torch.dtype | None =
 @command_line
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__)
-    parser.add_argument("--ckpt", required=True, help="Megatron checkpoint folder (its latest iteration is taken)")
+    parser.add_argument("--ckpt", required=True, help="Megatron checkpoint folder (its latest iteration is read)")
     parser.add_argument("--out", required=True, help="Hugging Face folder to write")
     parser.add_argument("--dtype", choices=("keep", "bfloat16", "float16", "float32"), default="keep")
     parser.add_argument("--allow-nan", action="store_true", help="let NaN and Inf in weights pass")

@@ -1,6 +1,7 @@
-"""Compares a written checkpoint with transformers: rotary frequencies before writing, logits after it.
+"""Compare a checkpoint with transformers: rotary frequencies before it is written, logits afterwards.
 
-One layer of each model is in memory at a time, so that a model that does not fit is checked too. fp32 on the CPU.
+Only one layer of each model is in memory at a time, so models larger than the memory are checked too. The comparison
+runs in fp32 on the CPU.
 """
 
 import copy
@@ -20,7 +21,7 @@ TOKENS, TOLERANCE, VOCABULARY_ROWS = 256, 1e-4, 16384
 
 
 def transformers_model(folder: str | Path) -> nn.Module:
-    """transformers' model of the folder with one layer and without weights."""
+    """Return transformers' model of the folder with one layer and without weights."""
     from transformers import AutoModel
 
     raw, path = read_config(folder)
@@ -33,14 +34,14 @@ def transformers_model(folder: str | Path) -> nn.Module:
         with torch.device("meta"):
             model = AutoModel.from_config(short, dtype=torch.float32).eval()
         model.rotary_emb = type(model.rotary_emb)(config)
-    except Exception as error:  # values that pass its validators and that no model can be made of
+    except Exception as error:  # values that pass transformers' validators but give no model
         reason = " ".join(str(error).split())[:300]
         raise HyLoError(f"{path}: transformers cannot make this model ({type(error).__name__}: {reason})") from None
     return model
 
 
 def check_frequencies(arch: Architecture, rotary: nn.Module, path: Path) -> None:
-    """Raises ``HyLoError`` unless our rotary embedding is that of transformers' module."""
+    """Refuse a rotary embedding whose frequencies differ from those of transformers' module. Raises ``HyLoError``."""
     ours, scaling = rope_frequencies(arch.rope_parameters, arch.head_dim, arch.max_position_embeddings)
     theirs, factor = rotary.inv_freq, rotary.attention_scaling
     same = ours.shape == theirs.shape and torch.allclose(ours, theirs, rtol=1e-6, atol=0)
@@ -52,7 +53,7 @@ def check_frequencies(arch: Architecture, rotary: nn.Module, path: Path) -> None
 
 
 class _Theirs:
-    """The folder through transformers' own classes."""
+    """The folder's model, run with transformers' own classes."""
 
     def __init__(self, model: nn.Module, weights: HFWeights, arch: Architecture):
         self.model, self.weights, self.arch = model, weights, arch
@@ -62,7 +63,7 @@ class _Theirs:
         return F.embedding(tokens_BS, self.weights["model.embed_tokens.weight"]).float()
 
     def layer(self, index: int, x_BSD: Tensor) -> Tensor:
-        block = self.model.layers[0].to("meta")  # lets the last layer's weights go
+        block = self.model.layers[0].to("meta")  # frees the weights of the previous layer
         prefix = f"model.layers.{index}."
         names = [key for key in self.weights.expected if key.startswith(prefix)]
         state = {key.removeprefix(prefix): self.weights[key].float() for key in names}
@@ -79,9 +80,9 @@ class _Theirs:
 
 @torch.no_grad()
 def self_check(weights: HFWeights, arch: Architecture, checkpoint: Path, model: nn.Module) -> float:
-    """Largest relative difference of logits. Raises ``HyLoError`` beyond the tolerance. NaN: theirs are not finite.
+    """Return the largest relative difference of the logits, or NaN if transformers' logits are not finite.
 
-    ``model``: of ``transformers_model``.
+    ``model``: from ``transformers_model``. Raises ``HyLoError`` if the difference exceeds the tolerance.
     """
     from hylo_megatron.init.teacher import BaseModel
 

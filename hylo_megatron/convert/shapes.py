@@ -1,4 +1,4 @@
-"""Shapes of every tensor of a model under its Hugging Face names: what a checkpoint is checked against. No torch."""
+"""Shapes of every tensor of a model under its Hugging Face name, against which weights are checked. No torch."""
 
 from hylo_megatron.config import Architecture
 from hylo_megatron.mixers import MIXERS

@@ -1,4 +1,4 @@
-"""The table of all weights of a model, Hugging Face names beside Megatron names (``mixers/mapping.py``)."""
+"""The table of all weights of a model, with Hugging Face and Megatron names (``mixers/mapping.py``)."""
 
 from dataclasses import replace
 

@@ -1,8 +1,8 @@
-"""The tokenizer of a folder: which files belong to it, how every tool opens it, and its identity. No torch in here.
+"""The tokenizer of a folder: its files, how every tool opens it, and its identity. No torch.
 
 ``tokenizer.json`` is the tokenizer that a model was trained with. transformers' classes that are named after a model
-(``LlamaTokenizerFast``) build another one from its vocabulary, and each version of transformers does so differently.
-So all tools here open the file as it stands, and folders that they write name a class that does the same.
+(``LlamaTokenizerFast``) build another tokenizer from its vocabulary, differently in each version of transformers. So
+our tools open the file unchanged, and the folders that they write name a class that does so too.
 """
 
 import hashlib
@@ -31,18 +31,22 @@ from hylo_megatron.json_file import read_json
 
 TEMPLATES = "additional_chat_templates"
 SENTENCEPIECE = "tokenizer.model"
-SOURCES = (SENTENCEPIECE, "vocab.json", "vocab.txt", "tiktoken.model")  # of folders without a tokenizer.json
+# tokenizers of folders without a tokenizer.json
+SOURCES = (SENTENCEPIECE, "vocab.json", "vocab.txt", "tiktoken.model")
 COPIED = (
     FAST, CONFIG, *SOURCES, "merges.txt", SPECIAL, ADDED, "chat_template.jinja",
     "chat_template.json", "generation_config.json",
 )  # fmt: skip
-PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")  # they take tokenizer.json as it is
+PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")  # these classes use tokenizer.json unchanged
 
 
 @dataclass(frozen=True)
 class TokenizerIdentity:
-    """``size``: the number of ids. ``fingerprint``: equal for two tokenizers that turn every text into the same ids;
-    BOS and EOS, chat templates and decoding do not count."""
+    """What decides which ids a tokenizer gives.
+
+    ``size``: number of ids. ``fingerprint``: equal for two tokenizers that turn every text into the same ids; BOS,
+    EOS, chat templates and decoding do not matter.
+    """
 
     size: int
     largest_id: int
@@ -50,9 +54,9 @@ class TokenizerIdentity:
 
 
 def tokenizer_identity(folder: str | os.PathLike) -> TokenizerIdentity:
-    """Returns the identity of a Hugging Face folder's tokenizer, or of a sentencepiece ``.model`` file.
+    """Return the identity of a Hugging Face folder's tokenizer, or of a sentencepiece ``.model`` file.
 
-    Raises ``HyLoError`` for a folder without a tokenizer, and for a malformed one.
+    Raises ``HyLoError`` if the folder has no tokenizer or a malformed one.
     """
     path = Path(folder)
     if path.is_file() and path.suffix == ".model":
@@ -62,16 +66,16 @@ def tokenizer_identity(folder: str | os.PathLike) -> TokenizerIdentity:
         content.update((path / name).read_bytes() if (path / name).is_file() else b"none")
         content.update(name.encode())
     key = content.digest()
-    if key not in _known:  # a teacher mostly has the student's files
+    if key not in _known:  # a teacher usually has the student's files
         _known[key] = identity_of(open_tokenizer(path))
     return _known[key]
 
 
-_known: dict[bytes, TokenizerIdentity] = {}  # opening a vocabulary of 150,000 takes seconds
+_known: dict[bytes, TokenizerIdentity] = {}  # reading a vocabulary of 150,000 takes seconds
 
 
 def identity_of(tokenizer) -> TokenizerIdentity:
-    """``tokenizer``: from ``open_tokenizer``."""
+    """Return the identity of ``tokenizer``, which ``open_tokenizer`` returned."""
     backend = tokenizer.backend_tokenizer
     ids, content = backend.get_vocab(with_added_tokens=True), json.loads(backend.to_str())
     return TokenizerIdentity(len(ids), max(ids.values()), _fingerprint(content))
@@ -82,9 +86,9 @@ def has_tokenizer(folder: str | os.PathLike) -> bool:
 
 
 def open_tokenizer(folder: str | os.PathLike):
-    """Opens the folder's tokenizer for any tool that encodes text: a fast one of transformers. Raises ``HyLoError``.
+    """Open the folder's tokenizer as a fast tokenizer of transformers. Raises ``HyLoError``.
 
-    Without ``tokenizer.json`` transformers builds one from the folder's other files.
+    Without ``tokenizer.json`` transformers builds the tokenizer from the folder's other files.
     """
     path = Path(folder)
     config = read_config(path)
@@ -111,20 +115,20 @@ def open_tokenizer(folder: str | os.PathLike):
 
 
 def _check_conversion(path: Path, tokenizer) -> None:
-    """transformers knows some of sentencepiece's settings, and drops the others without a word."""
+    """Compare with sentencepiece: transformers silently ignores some of its settings."""
     processor = _sentencepiece(path)
     for text in ("Hello, world 123", "two  spaces", "a\nb\tc", "ﬁve ½ １２", "naïve 你好 🙂"):
         if tokenizer(text, add_special_tokens=False).input_ids != processor.encode(text):
             raise HyLoError(
-                f"{path}: the tokenizer that transformers builds from it makes other ids of {text!r} than"
+                f"{path}: the tokenizer that transformers builds from it gives other ids for {text!r} than"
                 f" sentencepiece; put the {FAST} beside it that the model was published with"
             )
 
 
 def check_tokenizer(folder: str | os.PathLike, vocab_size: int) -> None:
-    """Raises ``HyLoError`` when the folder's tokenizer makes ids that the model has no rows for; padding is fine.
+    """Refuse a folder whose tokenizer gives ids for which the model has no rows. Padding rows are accepted.
 
-    A folder without a tokenizer passes.
+    A folder without a tokenizer passes. Raises ``HyLoError``.
     """
     if has_tokenizer(folder):
         check_rows(tokenizer_identity(folder), vocab_size, folder)
@@ -139,7 +143,7 @@ def check_rows(identity: TokenizerIdentity, vocab_size: int, folder: str | os.Pa
 
 
 def check_model_beside(folder: str | os.PathLike, identity: TokenizerIdentity) -> None:
-    """``check_rows`` with the model whose ``config.json`` is in the tokenizer's folder, if there is one."""
+    """Run ``check_rows`` with the model whose ``config.json`` is in the tokenizer's folder, if there is one."""
     path = Path(folder) / "config.json"
     rows = read_json(path).get("vocab_size") if path.is_file() else None
     if isinstance(rows, int):
@@ -147,10 +151,10 @@ def check_model_beside(folder: str | os.PathLike, identity: TokenizerIdentity) -
 
 
 def copy_companions(source: Path, target: Path, with_config: bool = True) -> None:
-    """Copies tokenizer, chat templates and generation settings (and the config) into ``target``.
+    """Copy tokenizer, chat templates and generation settings (and the config) into ``target``.
 
-    Only files that transformers reads are copied. The copy has a ``tokenizer.json`` and names the class that takes it
-    as it is, whatever ``source`` had.
+    Only files that transformers reads are copied. The copy has a ``tokenizer.json`` and names a class that uses this
+    file unchanged, whatever ``source`` has.
     """
     target.mkdir(parents=True, exist_ok=True)
     for name in (*COPIED, *(("config.json",) if with_config else ())):
@@ -176,14 +180,14 @@ def _write_plain_class(source: Path, target: Path) -> None:
         tokenizer.backend_tokenizer.save(str(target / FAST))
     special = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
     known = {name: token for name, token in special.items() if token is not None and name not in config}
-    if (source / SPECIAL).is_file():  # transformers reads it after the config
+    if (source / SPECIAL).is_file():  # transformers reads this file after the config
         known = {}
     merged = config | known | {"tokenizer_class": PLAIN_CLASSES[0]}
     (target / CONFIG).write_text(json.dumps(merged, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _special_tokens_of_class(folder: Path, config: dict) -> dict[str, str]:
-    """Special tokens that the class which the folder names has by default, as far as the vocabulary has them."""
+    """Return the default special tokens of the folder's tokenizer class, as far as the vocabulary has them."""
     import transformers
 
     name = config.get("tokenizer_class") or PLAIN_CLASSES[0]
@@ -201,10 +205,13 @@ def _special_tokens_of_class(folder: Path, config: dict) -> dict[str, str]:
 
 
 def _fingerprint(content: dict) -> str:
-    """A digest of what decides which ids a text becomes. ``content``: as the tokenizers library writes it."""
+    """Return a hash of everything that decides which ids a text becomes.
+
+    ``content``: as the tokenizers library writes it.
+    """
     flags = ["id", "content", "single_word", "lstrip", "rstrip", "normalized"]
     if content["normalizer"] is None:
-        flags.remove("normalized")  # it changes nothing then
+        flags.remove("normalized")  # without a normalizer the flag changes nothing
     added = sorted(content["added_tokens"] or (), key=lambda token: token["id"])
     deciding: dict[str, Any] = {key: content[key] for key in ("model", "normalizer", "pre_tokenizer")}
     deciding["added_tokens"] = [{flag: token[flag] for flag in flags} for token in added]

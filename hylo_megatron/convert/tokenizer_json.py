@@ -1,11 +1,11 @@
-"""The JSON files of a tokenizer, checked: whole, of the right types, and one id for each token. No torch in here."""
+"""Check the JSON files of a tokenizer: complete, with the right types, and one id for each token. No torch."""
 
 import json
 from pathlib import Path
 from typing import Annotated, NotRequired
 
 from pydantic import Field
-from typing_extensions import TypedDict  # pydantic refuses typing's before Python 3.12
+from typing_extensions import TypedDict  # pydantic refuses typing's TypedDict before Python 3.12
 
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.json_file import Count, check, read_json
@@ -65,14 +65,14 @@ def read_config(folder: Path) -> dict:
 
 
 def token_ids(content: dict) -> dict[str, int]:
-    """Every token of a ``tokenizer.json`` and its id. Unigram models have a list instead of an object."""
+    """Return every token of a ``tokenizer.json`` with its id. Unigram models have a list instead of an object."""
     vocab, added = content["model"]["vocab"], content.get("added_tokens") or ()
     tokens = vocab if isinstance(vocab, dict) else {piece: number for number, (piece, _) in enumerate(vocab)}
     return tokens | {token["content"]: token["id"] for token in added}
 
 
 def check_tokenizer_json(path: Path) -> None:
-    """Raises ``HyLoError`` unless the file is whole and each token has one id."""
+    """Refuse a file that is incomplete or has two ids for a token. Raises ``HyLoError``."""
     content = read_json(path, advice=ADVICE)
     check(content, _TokenizerJson, str(path), ADVICE)
     tokens, names = token_ids(content), {}
@@ -94,7 +94,10 @@ def check_tokenizer_json(path: Path) -> None:
 
 
 def check_claimed_ids(folder: Path, config: dict, backend) -> None:
-    """Files beside ``tokenizer.json`` list added tokens too; a token that it lacks gets the next free id instead."""
+    """Compare the ids of added tokens in other files with those of ``tokenizer.json``.
+
+    A token that ``tokenizer.json`` lacks gets the next free id, whatever the other file says.
+    """
     for number, token in config.get("added_tokens_decoder", {}).items():
         _check_claim(folder / CONFIG, "added_tokens_decoder", token["content"], int(number), backend)
     path = folder / ADDED

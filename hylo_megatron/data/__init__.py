@@ -1,1 +1,1 @@
-"""Text and weights from pinned packages, and token files for training."""
+"""Text, rows and chats to token files for training, and the data sets that read these files."""

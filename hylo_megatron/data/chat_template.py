@@ -1,4 +1,4 @@
-"""A tokenizer's chat template: renders conversations, and tells where in the result an assistant speaks."""
+"""A tokenizer's chat template: render conversations, and find the assistant's answers in the rendered text."""
 
 import json
 import re
@@ -7,13 +7,16 @@ from typing import Any, NamedTuple
 from hylo_megatron.data.chats import REASONING, Chat, Unusable
 from hylo_megatron.errors import HyLoError
 
-# Two characters for private use: no template writes them, changes them or looks for them.
+# Two characters for private use: no template writes, changes or searches for these characters.
 MARK = "\ue000{}\ue001"
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 class Span(NamedTuple):
-    """Where an assistant's answer stands in a text. ``closed``: what ends its turn is inside, otherwise behind it."""
+    """Position of an assistant's answer in a text.
+
+    ``closed``: the token that ends the answer's turn lies inside the span; otherwise it follows the span.
+    """
 
     start: int
     end: int
@@ -21,7 +24,10 @@ class Span(NamedTuple):
 
 
 class ChatTemplate:
-    """``tokenizer``: of transformers. ``name``: the template to use, of a tokenizer that has several."""
+    """The chat template of a tokenizer.
+
+    ``tokenizer``: a tokenizer of transformers. ``name``: which template to use if the tokenizer has several.
+    """
 
     def __init__(self, tokenizer, name: str | None = None):
         self.tokenizer, self.name = tokenizer, name
@@ -32,7 +38,10 @@ class ChatTemplate:
         return cls(tokenizer) if tokenizer.chat_template else None
 
     def choose(self, name: str | None, where: Any) -> "ChatTemplate":
-        """The template ``name``, or the only one or the default. Raises ``HyLoError`` if there is none."""
+        """Return the template ``name``; without a name, the only template or the default one.
+
+        Raises ``HyLoError`` if there is none.
+        """
         found = self.tokenizer.chat_template
         names = sorted(found) if isinstance(found, dict) else []
         if name is not None and name not in names:
@@ -41,27 +50,30 @@ class ChatTemplate:
         if names and name is None and "default" not in names:
             raise HyLoError(
                 f"{where}: has the chat templates {', '.join(names)} and none is the default: choose one with"
-                " --chat-template of tools/prepare_data.py"
+                " --chat-template of hylo prepare-data"
             )
         return ChatTemplate(self.tokenizer, name)
 
     def __call__(self, messages: list, tools: list | None = None, prompt: bool = False) -> str:
-        """``prompt``: with what introduces the next answer."""
+        """Render ``messages``. ``prompt``: append the text that introduces the next answer."""
         return self.tokenizer.apply_chat_template(
             messages, tools=tools, chat_template=self.name, tokenize=False, add_generation_prompt=prompt
         )
 
     def render(self, chat: Chat) -> tuple[Chat, str]:
-        """``chat``'s text, and ``chat`` as it was given to the template. Raises ``Unusable`` if that refuses it."""
+        """Return ``chat`` as it was given to the template, and its text.
+
+        Raises ``Unusable`` if the template refuses the conversation.
+        """
         calls = [call for message in chat.messages for call in message.get("tool_calls", ())]
         arguments = [call["function"]["arguments"] for call in calls]
         error = None
         try:
             text = self(chat.messages, chat.tools)
-        except Exception as raised:  # templates are programs: they raise what they like
+        except Exception as raised:  # templates are programs and may raise anything
             error = raised
         if arguments and (error or any(value and repr(value) in text for value in arguments)):
-            # this template wants strings: it adds them to others, or prints objects as Python does
+            # The template needs strings: it concatenates arguments with strings, or prints objects as Python does.
             chat = Chat([_with_strings(message) for message in chat.messages], chat.tools)
             try:
                 return chat, self(chat.messages, chat.tools)
@@ -72,7 +84,10 @@ class ChatTemplate:
         return chat, text
 
     def answers(self, chat: Chat, text: str) -> tuple[Span, ...]:
-        """The assistant's parts of ``text``, which ``render`` gave with ``chat``. Raises ``Unusable``."""
+        """Return the assistant's parts of ``text``, where ``chat`` and ``text`` are what ``render`` returned.
+
+        Raises ``Unusable``.
+        """
         if not any(message["role"] == "assistant" for message in chat.messages):
             raise Unusable("it has no message of an assistant")
         spans = self._marked(chat, text) or self._verbatim(chat, text) or self._by_difference(chat, text)
@@ -81,7 +96,7 @@ class ChatTemplate:
         return spans
 
     def _marked(self, chat: Chat, text: str) -> tuple[Span, ...]:
-        """By the template's own marks, if it has any."""
+        """Find answers by the template's own ``generation`` marks, if it has any."""
         template = self.tokenizer.get_chat_template(self.name, chat.tools)
         if not GENERATION.search(template):
             return ()
@@ -94,7 +109,7 @@ class ChatTemplate:
         return tuple(Span(start, end, True) for start, end in indices) if rendered == text else ()
 
     def _verbatim(self, chat: Chat, text: str) -> tuple[Span, ...]:
-        """If every content stands in ``text`` as it is, perhaps trimmed: one more rendering finds them all."""
+        """Find all answers with one more rendering, if ``text`` has every content unchanged or trimmed."""
         if any("content" not in message or set(message) & {"tool_calls", *REASONING} for message in chat.messages):
             return ()
         marks = [MARK.format(number) for number in range(len(chat.messages))]
@@ -116,7 +131,10 @@ class ChatTemplate:
         return tuple(spans) if rebuilt + rest == text else ()
 
     def _by_difference(self, chat: Chat, text: str) -> tuple[Span, ...]:
-        """A message is what changes in ``text`` when another one takes its place: it may be rewritten, not moved."""
+        """Find each message by comparing ``text`` with a rendering in which another message takes its place.
+
+        The template may rewrite a message, but not move it.
+        """
         spans, last = [], 0
         for index, message in enumerate(chat.messages):
             answer = message["role"] == "assistant"
@@ -125,13 +143,13 @@ class ChatTemplate:
                 found = self._between_prefixes(chat, text, index)
             if found is None:
                 if answer:
-                    raise Unusable(f"the chat template changes message {index + 1}, its place cannot be found")
+                    raise Unusable(f"the chat template changes message {index + 1}, its position cannot be found")
                 continue
             if found.start == found.end and not answer:
                 continue
             if found.start < last:
-                raise Unusable(f"the chat template changes more than message {index + 1} with it")
-            # a turn whose tool calls the template leaves out would teach to answer with nothing
+                raise Unusable(f"the chat template changes more than message {index + 1} when that message changes")
+            # If the template leaves out the turn's tool calls, the model would learn an empty answer.
             empty = found.start == found.end and (found.end == len(text) or "tool_calls" in message)
             if answer and not empty:
                 start = found.start if found.closed else self._turn_start(text, last, found.start)
@@ -152,7 +170,9 @@ class ChatTemplate:
         return Span(start, len(text) - _common(text[start:][::-1], other[start:][::-1]))
 
     def _between_prefixes(self, chat: Chat, text: str, index: int) -> Span | None:
-        """What stands between the messages before with the prompt for an answer, and those with the answer."""
+        """Return what lies between two renderings: the earlier messages with the prompt for an answer, and those with
+        the answer.
+        """
         try:
             before = self(chat.messages[:index], chat.tools, prompt=True)
             behind = self(chat.messages[: index + 1], chat.tools).rstrip()
@@ -162,7 +182,10 @@ class ChatTemplate:
         return Span(len(before), len(behind), True) if fits else None
 
     def _turn_start(self, text: str, low: int, start: int) -> int:
-        """The model answers right behind the prompt for an answer: what a template adds in front is its to say."""
+        """Return the position right after the prompt for an answer, where the model begins to write.
+
+        What the template adds there, such as the start of reasoning, is part of the answer.
+        """
         if self._prompt is None:
             question = [{"role": "user", "content": MARK}]
             try:
@@ -175,7 +198,9 @@ class ChatTemplate:
 
 
 def left_out(chat: Chat, text: str) -> str | None:
-    """The first part of ``chat`` that does not stand in its rendered ``text``, blank space apart."""
+    """Return the first part of ``chat`` that its rendered ``text`` lacks, ignoring white space; None if it lacks
+    nothing.
+    """
     squeezed = None
     for number, message in enumerate(chat.messages, 1):
         parts = [("the content", message.get("content", ""))]
@@ -202,7 +227,7 @@ def _with_strings(message: dict) -> dict:
 
 
 def _common(one: str, other: str) -> int:
-    """Characters that both begin with, by bisection: slices are compared faster than characters."""
+    """Return the length of the common beginning, by bisection: Python compares slices faster than characters."""
     low, high = 0, min(len(one), len(other))
     while low < high:
         middle = (low + high + 1) // 2

@@ -1,4 +1,4 @@
-"""Conversations as data sets have them, brought into the one form that chat templates are written for."""
+"""Conversations of data sets, converted to the one form that chat templates expect."""
 
 from typing import Any, NamedTuple
 
@@ -11,16 +11,16 @@ ROLES = {
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
     "observation": "tool", "tool_response": "tool", "function_response": "tool",
 }  # fmt: skip
-REASONING = ("reasoning_content", "reasoning", "thinking")  # keys that templates read a message's reasoning from
+REASONING = ("reasoning_content", "reasoning", "thinking")  # keys under which templates look for a message's reasoning
 EXPECTED = '"messages" with "role" and "content", or "conversations" with "from" and "value"'
 
 
 class Unusable(Exception):
-    """Why a conversation cannot be trained on."""
+    """Raised with the reason why a conversation cannot be trained on."""
 
 
 class Chat(NamedTuple):
-    """Messages with the keys of the OpenAI form, without those that are null; arguments of tools are objects."""
+    """Messages and tools of a conversation in the OpenAI form, without null keys; tool arguments are objects."""
 
     messages: list[dict]
     tools: list[dict] | None
@@ -35,7 +35,7 @@ def holds_chats(row: Any, text_key: str) -> bool:
 
 
 def read_chat(row: Any) -> Chat:
-    """The conversation in ``row``. Raises ``Unusable``."""
+    """Return the conversation in ``row``. Raises ``Unusable``."""
     key = next((key for key in KEYS if isinstance(row, dict) and row.get(key) is not None), None)
     if key is None:
         found = f"an object with {', '.join(map(repr, row)) or 'no keys'}" if isinstance(row, dict) else _kind(row)
@@ -55,11 +55,13 @@ def _kind(value: Any) -> str:
 
 
 def _name(text: str) -> str:
-    return text if text.isidentifier() else repr(text)  # a refusal is one line
+    return text if text.isidentifier() else repr(text)  # an error message is one line
 
 
 def _parsed(value: Any, what: str) -> Any:
-    """Data sets of one column type hold lists and objects as strings of JSON."""
+    """Parse ``value`` if it is a string: data sets with columns of one type store lists and objects as JSON
+    strings.
+    """
     if not isinstance(value, str):
         return value
     try:
@@ -81,7 +83,7 @@ def _message(item: Any, what: str) -> dict:
         calls = _parsed(content, f"{what}: its content")
         message |= {"tool_calls": calls if isinstance(calls, list) else [calls]}
         role, content = "assistant", None
-    if "function_call" in message:  # the form before tool_calls
+    if "function_call" in message:  # the form that preceded tool_calls
         message["tool_calls"] = [{"type": "function", "function": message.pop("function_call")}]
     message["role"] = ROLES.get(role, role)
     if "tool_calls" in message:
@@ -93,7 +95,10 @@ def _message(item: Any, what: str) -> dict:
 
 
 def _content(content: Any, what: str) -> str | None:
-    """Parts of text are joined as vLLM joins them, so that the model is served what it was trained on."""
+    """Return the content as one string.
+
+    Text parts are joined as vLLM joins them, so serving sees what training saw.
+    """
     if content is None or isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -116,7 +121,9 @@ def _listed(value: Any, what: str) -> list:
 
 
 def _tool_call(call: Any, what: str) -> dict:
-    """Templates expect objects as arguments (transformers' documentation); OpenAI's interface gives strings."""
+    """Return the call with its arguments as an object, as transformers' templates expect; OpenAI's interface has
+    strings.
+    """
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise Unusable(f"{what} has a tool call without a function's name")

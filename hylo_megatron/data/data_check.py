@@ -1,4 +1,4 @@
-"""Whether token files are of the models that are to train on them; found out before anything is loaded."""
+"""Check before anything is loaded that token files belong to the models that will train on them."""
 
 from pathlib import Path
 
@@ -8,9 +8,9 @@ from hylo_megatron.data.token_files import check_made_with, check_token_files
 
 
 def check_data(prefixes: list[str], student: Architecture, teacher: Architecture, tokenizer: Path) -> None:
-    """Raises ``HyLoError`` for damaged token files, ids beyond the models' rows, and tokens of another tokenizer.
+    """Refuse damaged token files, ids beyond the models' rows, and tokens of another tokenizer.
 
-    ``tokenizer``: the student's folder.
+    ``tokenizer``: the student's folder. Raises ``HyLoError``.
     """
     identity = tokenizer_identity(tokenizer) if (tokenizer / FAST).is_file() else None
     for prefix in dict.fromkeys(prefixes):

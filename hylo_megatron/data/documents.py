@@ -1,4 +1,4 @@
-"""Documents out of files of text, of rows and of chats, the same in every tool; one row in memory at a time."""
+"""Documents from files of text, rows or chats, the same for every tool, with one row in memory at a time."""
 
 import itertools
 import sys
@@ -16,13 +16,16 @@ from hylo_megatron.errors import HyLoError
 FORMATS = ("text", "jsonl", "chat")
 TEXT_KEY = "text"
 BLOCK = 1 << 20  # characters of a plain text file that are tokenized together
-MOST_DOCUMENTS = 50_000  # of a long file its beginning is enough for calibration and evaluation
-SHOWN = 3  # reasons why conversations were skipped
+MOST_DOCUMENTS = 50_000  # calibration and evaluation need only the beginning of a long file
+SHOWN = 3  # reasons for skipped conversations that are shown
 
 
 class Piece(NamedTuple):
-    """Part of a document; ``last`` closes the document. ``at``: bytes of the file read up to here, for the progress
-    display. ``answers``: where in ``text`` an assistant speaks, if that was asked for."""
+    """Part of a document.
+
+    ``last``: this piece ends the document. ``at``: bytes of the file read so far, for the progress display.
+    ``answers``: the assistant's spans in ``text``, if they were requested.
+    """
 
     text: str
     last: bool
@@ -32,7 +35,10 @@ class Piece(NamedTuple):
 
 @dataclass
 class Tally:
-    """What was not taken as it stands. ``changed``: conversations that the chat template does not render in full."""
+    """Counts of what was not used unchanged.
+
+    ``changed``: conversations that the chat template does not render completely.
+    """
 
     conversations: int = 0
     skipped: int = 0
@@ -43,7 +49,7 @@ class Tally:
     first_surrogate: str = ""
 
     def lines(self) -> list[str]:
-        """For the user to read; empty if everything was taken as it stands."""
+        """Return lines for the user; none if everything was used unchanged."""
         lines = []
         if self.skipped:
             lines.append(f"{self.skipped} of {self.conversations} conversations cannot be used and were skipped:")
@@ -62,7 +68,7 @@ class Tally:
         return lines
 
     def check(self) -> None:
-        """Raises ``HyLoError`` if more than half of the conversations cannot be used."""
+        """Refuse the file if more than half of the conversations cannot be used. Raises ``HyLoError``."""
         if 2 * self.skipped > self.conversations:
             raise HyLoError(
                 f"{self.reasons[0]}; more than half of the conversations cannot be used"
@@ -78,7 +84,7 @@ class Tally:
         self.reasons += [f"{where}: {reason}"] if len(self.reasons) < SHOWN else []
 
     def whole(self, text: str, where: str) -> str:
-        """``text`` without lone surrogates, which no tokenizer takes and no UTF-8 file can hold."""
+        """Return ``text`` without lone surrogates, which neither tokenizers nor UTF-8 files accept."""
         try:
             text.encode()
         except UnicodeEncodeError:
@@ -89,9 +95,9 @@ class Tally:
 
 
 def detect_format(path: Path, form: str | None = None, text_key: str | None = None) -> str:
-    """One of ``FORMATS``, by the contents: plain text, rows with text, or rows with conversations.
+    """Return one of ``FORMATS`` according to the contents: plain text, rows with text, or rows with conversations.
 
-    ``form``: what the user asked for, if anything, and then the answer. A ``text_key`` that was named means text.
+    ``form``: the format that the user gave, if any; it is returned then. A given ``text_key`` means rows with text.
     """
     kind = container(path, form)
     if form or kind == "text":
@@ -108,10 +114,10 @@ def read_documents(
     find_answers: bool = False,
     tally: Tally | None = None,
 ) -> Iterator[Piece]:
-    """Pieces of the documents in ``path``: one a row, or for ``text`` the whole file in blocks.
+    """Yield pieces of the documents in ``path``: one document per row, or for ``text`` the whole file in blocks.
 
-    A document without text is one empty piece. Conversations that cannot be used are left out, and are in ``tally``.
-    HyLoError names the file and the line.
+    A document without text is one empty piece. Conversations that cannot be used are skipped and counted in ``tally``.
+    Raises ``HyLoError`` with file and line.
     """
     if form == "text":
         yield from _text_blocks(path)
@@ -126,7 +132,10 @@ def read_documents(
 
 
 def check_texts(path: Path) -> None:
-    """Raises ``HyLoError`` if the first ``MOST_DOCUMENTS`` rows of ``path`` cannot be read, needed or not."""
+    """Refuse the file if one of the first ``MOST_DOCUMENTS`` rows of ``path`` cannot be read, used or not.
+
+    Raises ``HyLoError``.
+    """
     form = detect_format(path)
     rows = read_rows(path, container(path), chats.COLUMNS) if form == "chat" else read_documents(path, form)
     for _ in itertools.islice(rows, MOST_DOCUMENTS):
@@ -134,10 +143,10 @@ def check_texts(path: Path) -> None:
 
 
 def read_texts(path: Path, tokenizer: Any = None, window: int | None = None) -> Iterator[str]:
-    """The documents of ``path`` that have text. ``tokenizer`` (of transformers) renders conversations.
+    """Yield the documents of ``path`` that have text.
 
-    ``window``: a plain text file is a single document; with this it comes in windows of as many characters.
-    What was not taken as it stands is printed at the end.
+    ``tokenizer``: a tokenizer of transformers, which renders conversations. ``window``: split a plain text file,
+    otherwise one document, into windows of this many characters. What was not used unchanged is printed at the end.
     """
     form, tally = detect_format(path), Tally()
     template = chat_template(tokenizer, path) if form == "chat" else None
@@ -157,7 +166,10 @@ def read_texts(path: Path, tokenizer: Any = None, window: int | None = None) -> 
 
 
 def chat_template(tokenizer: Any, path: Path, where: Any = None, name: str | None = None) -> ChatTemplate:
-    """What renders the conversations of ``path``. Raises ``HyLoError`` if ``tokenizer``, of ``where``, has nothing."""
+    """Return the template for the conversations of ``path``.
+
+    ``where``: the tokenizer's folder, for the message. Raises ``HyLoError`` if the tokenizer has no template.
+    """
     template = tokenizer if isinstance(tokenizer, ChatTemplate) else tokenizer and ChatTemplate.of(tokenizer)
     where = where or getattr(tokenizer, "name_or_path", "the tokenizer")
     if not template:
@@ -166,8 +178,11 @@ def chat_template(tokenizer: Any, path: Path, where: Any = None, name: str | Non
 
 
 def _text_blocks(path: Path) -> Iterator[Piece]:
-    """Cuts only between a line that ends in text and one that begins with text: no token spans such a place, since
-    byte-level tokenizers join a line's end to blank space after it only. Line ends of Windows become line feeds."""
+    """Yield a plain text file in blocks, with Windows line ends as line feeds.
+
+    Blocks end only between a line that ends in text and a line that begins with text. No token spans such a position,
+    since byte-level tokenizers join a line end only to white space that follows it.
+    """
     block: list[str] = []
     size = at = 0
     for _, line, at in read_lines(path):
@@ -189,7 +204,7 @@ def _plain_text(row: Row, text_key: str) -> str:
         keys = ", ".join(map(repr, row.value)) or "none"
         raise HyLoError(
             f"{row.where}: expected a string under '{text_key}', the keys are {keys}: name the right one with"
-            " --text-key of tools/prepare_data.py"
+            " --text-key of hylo prepare-data"
         )
     return text
 

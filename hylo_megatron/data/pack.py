@@ -1,4 +1,4 @@
-"""Packs documents that are tokens already: the same text at another sequence length, without tokenizing it again."""
+"""Pack tokenized documents: the same text at another sequence length, without tokenizing it again."""
 
 import json
 from dataclasses import asdict
@@ -10,10 +10,10 @@ from hylo_megatron.errors import HyLoError
 
 
 def pack(source: Path, out: Path, length: int, long_documents: bool = False) -> dict:
-    """Cuts ``source``.bin/.idx (documents, by ``prepare_data.py``) into sequences of ``length`` tokens in ``out``.
+    """Cut the documents of ``source``.bin/.idx into sequences of ``length`` tokens in ``out``, and return its summary.
 
-    ``long_documents``: as in ``prepare_data.py``, every sequence inside one document. Returns what ``out``.json says.
-    HyLoError when nothing is long enough.
+    ``source`` was written by ``hylo prepare-data``. ``long_documents``: every sequence lies inside one document, as in
+    that command. The summary is the contents of ``out``.json. Raises ``HyLoError`` if no document is long enough.
     """
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
@@ -23,7 +23,7 @@ def pack(source: Path, out: Path, length: int, long_documents: bool = False) -> 
     with token_files(out, described["vocab_size"], (".json",)) as (builder, partial):
         writer = TokenWriter(builder, eod, append_eod=True, pack_length=length, long_documents=long_documents)
         for ids in documents:
-            writer.add(ids[: len(ids) - int(ids[-1] == eod)].tolist(), last=True)  # the writer closes documents itself
+            writer.add(ids[: len(ids) - int(ids[-1] == eod)].tolist(), last=True)  # the writer ends documents itself
         writer.close()
         if not writer.counts.sequences:
             raise HyLoError(

@@ -1,8 +1,9 @@
-"""Samples that were packed to one length beforehand: sample i is sequence i, in an order that a seed decides.
+"""The data set of packed samples: sample i is sequence i, in an order that a seed decides.
 
-Beside ``PREFIX.bin/.idx`` (every sequence ``seq_length + 1`` tokens) there may be ``PREFIX.answers.npy``, uint8 of the
-same shape: 1 where a token answers a question about the text before it (tools/make_retrieval.py); and
-``PREFIX.learnt.bin``, a byte for each token: 0 where the loss leaves it out (tools/prepare_data.py --answers-only).
+Every sequence of ``PREFIX.bin/.idx`` has ``seq_length + 1`` tokens. Two more files are optional.
+``PREFIX.answers.npy`` (uint8 of the same shape, from ``hylo make-retrieval``) has 1 for each token that answers a
+question about the preceding text. ``PREFIX.learnt.bin`` (a byte per token, from ``hylo prepare-data --answers-only``)
+is the loss mask: 0 leaves the token out of the loss.
 """
 
 import zlib
@@ -20,16 +21,19 @@ from hylo_megatron.data.prepare import MASK
 from hylo_megatron.data.token_files import read_summary
 from hylo_megatron.errors import HyLoError
 
-LIGHTEST, HEAVIEST = 1.0, 50.0  # of one answer token, in units of an ordinary token
+LIGHTEST, HEAVIEST = 1.0, 50.0  # limits of an answer token's weight; an ordinary token has 1
 
 
 def packed_length(prefix: str) -> int | None:
-    """Tokens a sequence has, as ``tools/prepare_data.py`` noted them in ``PREFIX.json``; None: not packed."""
+    """Return the tokens per sequence from ``PREFIX.json``; None if the tokens are not packed."""
     return read_summary(prefix).get("pack_length") if Path(f"{prefix}.json").is_file() else None
 
 
 def check_packed(prefixes: list[str], seq_length: int) -> bool:
-    """Whether these files are packed for ``seq_length``. Raises ``HyLoError`` for any other length, or a mixture."""
+    """Return whether these files are packed for ``seq_length``.
+
+    Raises ``HyLoError`` for other lengths and mixtures.
+    """
     lengths = {prefix: packed_length(prefix) for prefix in prefixes}
     if not any(lengths.values()):
         return False
@@ -37,7 +41,7 @@ def check_packed(prefixes: list[str], seq_length: int) -> bool:
         if length != seq_length + 1:
             found = f"packed to {length} tokens" if length else "not packed"
             raise HyLoError(
-                f"--data-path {prefix} is {found}: --seq-length {seq_length} wants sequences of {seq_length + 1};"
+                f"--data-path {prefix} is {found}: --seq-length {seq_length} needs sequences of {seq_length + 1};"
                 f" make it with --pack-length {seq_length + 1}"
             )
     return True
@@ -45,8 +49,11 @@ def check_packed(prefixes: list[str], seq_length: int) -> bool:
 
 @dataclass
 class PackedConfig(BlendedMegatronDatasetConfig):
-    """``answer_weight``: loss weight of all answers of a sample together, as a share of the sample's tokens.
-    ``rows``: token ids that the models have."""
+    """Settings of a packed data set.
+
+    ``answer_weight``: loss weight of all answers of a sample together, as a share of the sample's tokens. ``rows``:
+    number of rows in the models' embeddings.
+    """
 
     answer_weight: float = 0.0
     rows: int = 0
@@ -54,19 +61,22 @@ class PackedConfig(BlendedMegatronDatasetConfig):
 
 @dataclass
 class DocumentConfig(GPTDatasetConfig):
-    """``rows``: token ids that the models have."""
+    """Settings of a data set of documents. ``rows``: number of rows in the models' embeddings."""
 
     rows: int = 0
 
 
 def check_ids(largest: int, rows: int, path: str) -> None:
-    """Raises ``HyLoError``: tensor-parallel ranks would take the embedding of a token beyond all rows for zeros."""
+    """Refuse token ids beyond the models' rows: tensor-parallel ranks would use zeros as their embedding.
+
+    Raises ``HyLoError``.
+    """
     if largest >= rows:
         raise HyLoError(f"{path}: token {largest}, the models have {rows}; make the tokens with their tokenizer")
 
 
 class DocumentDataset(GPTDataset):
-    """Megatron's own, which cuts sequences out of whole documents; the ids of each are checked."""
+    """Megatron's data set, which cuts sequences from documents, with a check of every sequence's ids."""
 
     def __getitem__(self, index: int | None) -> dict[str, torch.Tensor]:
         sample = super().__getitem__(index)
@@ -76,7 +86,7 @@ class DocumentDataset(GPTDataset):
 
 
 class PackedDataset(MegatronDataset):
-    """``tokens, labels, loss_mask, position_ids, answer_weight`` ``[S]``; epochs follow one another, each shuffled."""
+    """Samples with ``tokens, labels, loss_mask, position_ids, answer_weight`` ``[S]``, shuffled anew in each epoch."""
 
     def __init__(self, dataset, dataset_path, indices, num_samples, index_split, config):
         super().__init__(dataset, dataset_path, indices, num_samples, index_split, config)
@@ -126,7 +136,7 @@ class PackedDataset(MegatronDataset):
         check_ids(int(ids.max()), self.config.rows, self.dataset_path)
         length = len(ids) - 1
         mask = torch.ones(length)
-        if self.learnt is not None:  # of the token that is predicted
+        if self.learnt is not None:  # the mask of the predicted token
             mask = torch.from_numpy(self.learnt[sequence, 1:].astype(np.float32))
         return {
             "tokens": ids[:-1], "labels": ids[1:], "loss_mask": mask,

@@ -1,4 +1,4 @@
-"""Text files to Megatron's .bin and .idx: streamed, whole documents or packed sequences of one length."""
+"""Text files to Megatron's .bin and .idx, streamed, as complete documents or packed sequences of one length."""
 
 import argparse
 import json
@@ -26,9 +26,9 @@ from hylo_megatron.errors import HyLoError, command_line
 from hylo_megatron.flags import Parser
 from hylo_megatron.progress import byte_progress
 
-MASK = ".learnt.bin"  # a byte for each token of packed sequences
-BATCH_CHARACTERS = 1 << 21  # text held while a batch is encoded
-EXPLAINED = {  # counts of the summary that are worth a word if they are not zero
+MASK = ".learnt.bin"  # loss mask: a byte for each token of packed sequences
+BATCH_CHARACTERS = 1 << 21  # characters in memory while a batch is encoded
+EXPLAINED = {  # counts of the summary that are explained to the user if they are not zero
     "empty_documents": "documents without text left out",
     "skipped_conversations": "conversations skipped",
     "sequences_without_answers": "sequences without a token of an answer dropped",
@@ -39,6 +39,7 @@ def prepare(
     inputs: list[Path],
     tokenizer_path: Path,
     out: Path,
+    *,
     form: str | None = None,
     text_key: str | None = None,
     pack_length: int | None = None,
@@ -49,9 +50,10 @@ def prepare(
     answers_only: bool = False,
     template_name: str | None = None,
 ) -> dict:
-    """Writes ``out``.bin, .idx and .json and returns what the .json says. HyLoError names the bad file and line.
+    """Write ``out``.bin, .idx and .json and return the contents of the .json.
 
-    ``text_key``: the key of the text, in files that hold rows; None for the usual one, and then rows may be chats.
+    ``text_key``: the key of the text in files of rows. With None the key is the usual one, and rows may be chats.
+    Raises ``HyLoError`` with the bad file and line.
     """
     if pack_length is not None and pack_length < 2:
         raise HyLoError(f"--pack-length {pack_length}: expected at least 2 tokens")
@@ -96,7 +98,7 @@ def prepare(
         }
         partial[".json"].write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     if not answers_only:
-        Path(f"{out}{MASK}").unlink(missing_ok=True)  # of other data that had this name
+        Path(f"{out}{MASK}").unlink(missing_ok=True)  # a mask left by earlier data of this name
     tally.report()
     return summary
 
@@ -108,9 +110,11 @@ def _check_answers_only(
     if other:
         raise HyLoError(f'{other}: --answers-only needs chats, lines of {{"messages": [...]}}')
     if pack_length is None:
-        raise HyLoError("--answers-only needs --pack-length: Megatron's own dataset reads no masks")
+        raise HyLoError("--answers-only needs --pack-length: Megatron's own dataset reads no loss masks")
     if tokenizer.locate is None:
-        raise HyLoError(f"{tokenizer_path}: --answers-only needs a tokenizer.json, which knows where tokens stand")
+        raise HyLoError(
+            f"{tokenizer_path}: --answers-only needs a tokenizer.json, which knows where each token is in the text"
+        )
 
 
 def _encode_all(
@@ -138,7 +142,11 @@ def _encode_all(
 
 
 def learnt(offsets: list[tuple[int, int]], answers: tuple[Span, ...]) -> bytes:
-    """A byte for each token: 1 in an answer, and for the token behind one that is not closed, which ends the turn."""
+    """Return the loss mask, a byte for each token: 1 in an answer and for the token after an answer that is not
+    closed.
+
+    The token after such an answer ends its turn.
+    """
     mask, starts, stops = bytearray(len(offsets)), [start for start, _ in offsets], [stop for _, stop in offsets]
     for begin, end, closed in answers:
         first, behind = bisect_left(stops, begin + 1), bisect_left(starts, end) + (not closed)
@@ -178,7 +186,7 @@ def _nothing_written(inputs: list[Path], counts: Counts, pack_length: int | None
 
 @command_line
 def main(argv: list[str] | None = None) -> None:
-    """Command line of ``tools/prepare_data.py``."""
+    """Run ``hylo prepare-data``."""
     parser = Parser(description="Tokenize text into Megatron's .bin and .idx files.")
     parser.add_argument("--input", required=True, nargs="+", type=Path, metavar="FILE")
     parser.add_argument("--tokenizer", required=True, type=Path, help="Hugging Face folder or sentencepiece .model")
@@ -187,10 +195,10 @@ def main(argv: list[str] | None = None) -> None:
         "--format",
         choices=FORMATS,
         help="text: a file is a document; jsonl: a row (of JSON lines, a JSON array, csv or parquet) is one; chat: "
-        'rows of {"messages": [...]} through the chat template (default: seen from the file)',
+        'rows of {"messages": [...]} through the chat template (default: detected from the file)',
     )
     parser.add_argument("--text-key", help=f"key or column of the text in rows (default {TEXT_KEY})")
-    parser.add_argument("--chat-template", metavar="NAME", help="which of a tokenizer's several templates")
+    parser.add_argument("--chat-template", metavar="NAME", help="which template, if the tokenizer has several")
     parser.add_argument("--pack-length", type=int, metavar="N", help="join documents, cut sequences of N tokens")
     parser.add_argument(
         "--long-documents",
@@ -198,7 +206,7 @@ def main(argv: list[str] | None = None) -> None:
         help="cut each document of at least --pack-length tokens on its own, without joining any; skip shorter ones",
     )
     parser.add_argument(
-        "--answers-only", action="store_true", help="of chats, only what the assistant says is learnt (fine-tuning)"
+        "--answers-only", action="store_true", help="train only on what the assistant says in chats (fine-tuning)"
     )
     parser.add_argument(
         "--workers", type=int, default=os.cpu_count(), metavar="N", help="tokenizer threads (default %(default)s)"
@@ -218,15 +226,15 @@ def main(argv: list[str] | None = None) -> None:
         arguments.input,
         arguments.tokenizer,
         arguments.out,
-        arguments.format,
-        arguments.text_key,
-        arguments.pack_length,
-        arguments.workers,
-        arguments.append_eod,
-        arguments.eod_token,
-        arguments.long_documents,
-        arguments.answers_only,
-        arguments.chat_template,
+        form=arguments.format,
+        text_key=arguments.text_key,
+        pack_length=arguments.pack_length,
+        workers=arguments.workers,
+        append_eod=arguments.append_eod,
+        eod_token=arguments.eod_token,
+        long_documents=arguments.long_documents,
+        answers_only=arguments.answers_only,
+        template_name=arguments.chat_template,
     )
     seconds = time.monotonic() - began
     what = f"{summary['documents']} documents, {summary['tokens'] / 1e6:.2f}M tokens"

@@ -1,4 +1,6 @@
-"""Rows of JSON lines, JSON arrays, csv, tsv and parquet files, and whether a file has rows or is plain text."""
+"""Rows of JSON lines, JSON arrays, csv, tsv and parquet files, and the decision whether a file has rows or plain
+text.
+"""
 
 import csv
 import json
@@ -14,17 +16,17 @@ from hylo_megatron.errors import HyLoError
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst")
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 CSV_DELIMITERS = {".csv": ",", ".tsv": "\t"}
-PARQUET_ROWS = 64  # decoded together
-LONG_LINE = 1 << 16  # characters; one that begins with a brace is taken for JSON without parsing it
-CELL_LIMIT = 1 << 30  # characters of one csv cell
+PARQUET_ROWS = 64  # rows that are decoded together
+LONG_LINE = 1 << 16  # characters; a longer line that begins with a brace is treated as JSON without parsing
+CELL_LIMIT = 1 << 30  # maximum number of characters in one csv cell
 EXAMPLE = 'expected one on each line, such as {"text": "..."}'
 JSON_ADVICE = "expected one object on each line, or an array of objects, with null for a missing value"
 SPACE = re.compile(r"[ \t\r\n]*")
-_DECODER = json.JSONDecoder()  # finds where a value ends; json_file says what is allowed in it
+_DECODER = json.JSONDecoder()  # finds the end of a value; json_file decides what the value may contain
 
 
 class Row(NamedTuple):
-    """``where``: file and line, for refusals. ``at``: bytes of the file that were read up to here."""
+    """A row of a file. ``where``: file and line, for messages. ``at``: bytes of the file read so far."""
 
     where: str
     value: Any
@@ -32,9 +34,10 @@ class Row(NamedTuple):
 
 
 def container(path: Path, form: str | None = None) -> str:
-    """How ``path`` is laid out: text, lines, values, csv or parquet. ``form``: what the user said, see ``FORMATS``.
+    """Return the layout of ``path``: text, lines, values, csv or parquet.
 
-    The contents decide, and the suffix where they leave a choice. Raises ``HyLoError`` for empty and unreadable files.
+    The contents decide, and the suffix where the contents leave a choice. ``form``: the format that the user gave, see
+    ``FORMATS``. Raises ``HyLoError`` for empty and unreadable files.
     """
     suffix = plain_suffix(check_file(path))
     if form != "text" and (suffix == ".parquet" or _starts_with(path, b"PAR1")):
@@ -54,12 +57,12 @@ def container(path: Path, form: str | None = None) -> str:
     if form is None and suffix not in JSON_SUFFIXES:
         return "text"
     if head.startswith("{"):
-        return "lines"  # the reader names what is wrong with its first line
+        return "lines"  # the reader reports what is wrong with the first line
     raise HyLoError(f"{path}:{number}: not a JSON object: {EXAMPLE}")
 
 
 def read_rows(path: Path, kind: str, columns: tuple[str, ...]) -> Iterator[Row]:
-    """The rows of ``path``; ``kind``: see ``container``. Of csv and parquet files only ``columns`` are used."""
+    """Yield the rows of ``path``. ``kind``: see ``container``. Only ``columns`` of csv and parquet files are read."""
     if kind == "parquet":
         return _parquet_rows(path, columns)
     if kind == "csv":
@@ -73,7 +76,7 @@ def _starts_with(path: Path, magic: bytes) -> bool:
 
 
 def _beginning(path: Path) -> tuple[int, str]:
-    """Where the first text stands, and the text from there to the end of its block."""
+    """Return the line number of the first text, and the text from there to the end of its block."""
     line = 1
     for text, _ in read_blocks(path):
         if head := text.lstrip():
@@ -97,7 +100,7 @@ def _json_lines(path: Path) -> Iterator[Row]:
 
 
 def _values(path: Path) -> Iterator[Row]:
-    """Values of a JSON array, or values one after the other, over any number of lines: one in memory at a time."""
+    """Yield the values of a JSON array, or consecutive JSON values on any number of lines, one in memory at a time."""
     text = _Window(path)
     in_array = text.take("[")
     more = not (in_array and text.take("]"))
@@ -124,7 +127,7 @@ class _Window:
         return f"{self.path}:{self.line}"
 
     def skip(self) -> bool:
-        """Moves on to the next character that is no white space; False at the end of the file."""
+        """Move to the next character that is not white space. Return False at the end of the file."""
         while True:
             self._move(SPACE.match(self.text, self.start).end())
             if self.start < len(self.text):
@@ -146,7 +149,8 @@ class _Window:
             except RecursionError:
                 raise HyLoError(f"{where}: not valid JSON (nested too deeply)") from None
             except json.JSONDecodeError as error:
-                # a value that goes on in the next block fails at the end of this one, or as an open string
+                # A value that continues in the next block fails at the end of this block, or as an unterminated
+                # string.
                 open_end = error.msg.startswith("Unterminated") or error.pos > len(self.text) - 16
                 if not (open_end and self._more()):
                     line = self.line + self.text.count("\n", self.start, error.pos)
@@ -160,7 +164,7 @@ class _Window:
         self.start = to
 
     def _more(self) -> bool:
-        """Appends as much as there is already, so that a long value is not parsed again and again."""
+        """Append as many characters as the window has already, so that a long value is not parsed over and over."""
         parts, wanted = [self.text[self.start :]], max(1, len(self.text) - self.start)
         while wanted > 0 and (block := next(self.blocks, None)):
             parts.append(block.text)
@@ -172,7 +176,7 @@ class _Window:
 
 
 def _csv_rows(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:
-    """Python's own reader: it is the one that says which line a row stands on."""
+    """Yield the rows of a csv file with Python's reader, which knows the line of each row."""
     csv.field_size_limit(CELL_LIMIT)
     read = [0]
 
@@ -217,7 +221,7 @@ def _parquet_rows(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:
     try:
         with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
             names, total = file.schema_arrow.names, max(1, file.metadata.num_rows)
-            wanted = [name for name in names if name in columns] or names  # a refusal names them all
+            wanted = [name for name in names if name in columns] or names  # an error message lists all names
             for batch in file.iter_batches(PARQUET_ROWS, columns=wanted):
                 for value in batch.to_pylist():
                     number += 1
@@ -229,7 +233,7 @@ def _parquet_rows(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:
 
 
 def _without_nulls(value: Any) -> Any:
-    """Arrow gives every object the keys of all others: those without a value were not in the data."""
+    """Remove nulls: Arrow gives every object the keys of all others, with null where the data has no value."""
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""Files of text as Unicode: decompressed and decoded block by block. Refusals name the file and the line."""
+"""Text files as Unicode, decompressed and decoded in blocks. Error messages name the file and the line."""
 
 import bz2
 import codecs
@@ -14,9 +14,9 @@ from hylo_megatron.errors import HyLoError
 
 BLOCK = 1 << 20  # bytes that are decompressed and decoded together
 PACKED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst", ".zstd")
-# The contents of a file say how it is compressed; its name may be wrong.
+# The contents decide how a file is compressed, because its name may be wrong.
 MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-# UTF-32 comes first: its little-endian mark begins with that of UTF-16.
+# UTF-32 comes first, because its little-endian mark begins with the mark of UTF-16.
 MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
     (codecs.BOM_UTF32_LE, "utf-32-le"),
@@ -27,14 +27,14 @@ MARKS = (
 
 
 class Block(NamedTuple):
-    """Decoded text. ``at``: bytes of the file that were read up to here, for the progress display."""
+    """Decoded text. ``at``: bytes of the file read so far, for the progress display."""
 
     text: str
     at: int
 
 
 def check_file(path: str | Path) -> Path:
-    """``path``, if it is a file. Raises ``HyLoError`` otherwise."""
+    """Return ``path`` if it is a regular file. Raises ``HyLoError`` otherwise."""
     path = Path(path)
     if path.is_dir():
         raise HyLoError(f"{path}: a folder, expected a file of text: name the files in it")
@@ -46,7 +46,7 @@ def check_file(path: str | Path) -> Path:
 
 
 def plain_suffix(path: Path) -> str:
-    """The suffix in lower case, without that of a compression: ``.jsonl`` of ``a.JSONL.gz``."""
+    """Return the suffix in lower case without that of a compression: ``.jsonl`` for ``a.JSONL.gz``."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     while suffixes and suffixes[-1] in PACKED_SUFFIXES:
         suffixes.pop()
@@ -54,7 +54,7 @@ def plain_suffix(path: Path) -> str:
 
 
 def compression(path: Path) -> str | None:
-    """gzip, bzip2, xz, zstd, or None. Raises ``HyLoError`` for an archive and for what cannot be read."""
+    """Return gzip, bzip2, xz, zstd or None. Raises ``HyLoError`` for archives and unreadable files."""
     with _opened(path) as raw:
         start = raw.read(8)
     if start.startswith(b"PK\x03\x04"):
@@ -63,8 +63,8 @@ def compression(path: Path) -> str | None:
 
 
 def read_blocks(path: Path) -> Iterator[Block]:
-    """The whole text of ``path``. Raises ``HyLoError`` for a damaged file, another encoding and NUL bytes."""
-    line = 1  # of the first character that was not decoded yet
+    """Yield the text of ``path`` in blocks. Raises ``HyLoError`` for damaged files, other encodings and NUL bytes."""
+    line = 1  # line of the first character that is not decoded yet
     decoder = None
     with _opened(path) as raw:
         try:
@@ -90,7 +90,7 @@ def read_blocks(path: Path) -> Iterator[Block]:
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str, int]]:
-    """Line numbers, lines with their line feeds, and bytes of the file read so far."""
+    """Yield line numbers, lines with their line feeds, and the bytes of the file read so far."""
     number, rest, at = 0, "", 0
     for text, at in read_blocks(path):
         *whole, last = text.split("\n")
@@ -116,7 +116,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
 
 
 def _decompressed(raw: BinaryIO, path: Path) -> Iterator[bytes]:
-    """Blocks of bytes; the first is long enough to hold any byte-order mark, if the file is."""
+    """Yield blocks of bytes. The first block is long enough for any byte-order mark, unless the file is shorter."""
     kind = compression(path)
     readers = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}
     stream = readers[kind](raw) if kind in readers else raw
@@ -132,7 +132,9 @@ def _decompressed(raw: BinaryIO, path: Path) -> Iterator[bytes]:
 
 
 def _zstd(raw: BinaryIO, path: Path) -> Iterator[bytes]:
-    """Frame by frame: ``stream_reader`` of the package ends without an error where a frame is cut off."""
+    """Decompress frame by frame, because the package's ``stream_reader`` ends without an error if a frame is cut
+    off.
+    """
     try:
         import zstandard
     except ImportError:

@@ -1,7 +1,7 @@
-"""Checks of token files, ``PREFIX.bin`` and ``.idx``, before anything reads them. No torch and no megatron in here.
+"""Checks of the token files ``PREFIX.bin`` and ``.idx`` before anything reads them, without torch and megatron-core.
 
-megatron-core maps both files and trusts what ``.idx`` says: a wrong pointer trains on the wrong text, and one beyond
-the end ends in a traceback or in a killed process, hours later.
+megatron-core maps both files into memory and trusts ``.idx``. A wrong pointer trains on the wrong text. A pointer
+beyond the end causes a traceback or a killed process hours later.
 """
 
 import struct
@@ -18,15 +18,15 @@ from hylo_megatron.json_file import Count, Size, read_json
 
 REMEDY = "make the tokens again, or copy both files again"
 MAGIC = b"MMIDIDX\x00\x00"
-HEADER = struct.Struct("<9sQBQQ")  # magic, version, code of the type, sequences, documents and one
-# megatron.core.datasets.indexed_dataset.DType, the integers among them
+HEADER = struct.Struct("<9sQBQQ")  # magic, version, code of the type, sequences, documents plus one
+# the integer types of megatron.core.datasets.indexed_dataset.DType
 TYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
-CHUNK = 1 << 22  # entries of an index that are looked at together
+CHUNK = 1 << 22  # entries of an index that are checked together
 STRETCHES, STRETCH = 64, 1 << 16  # ids that are looked at; a smaller file is read whole
 
 
 class Summary(TypedDict, total=False):
-    """``PREFIX.json`` as ``tools/prepare_data.py`` and ``tools/make_retrieval.py`` write it."""
+    """The contents of ``PREFIX.json``, which ``hylo prepare-data`` and ``hylo make-retrieval`` write."""
 
     __pydantic_config__ = ConfigDict(extra="allow")
 
@@ -43,8 +43,8 @@ class Summary(TypedDict, total=False):
 
 
 def read_summary(prefix: str | Path, needed: tuple[str, ...] = ()) -> Summary:
-    """``PREFIX.json``. Raises ``HyLoError`` when it is missing, malformed or without one of ``needed``."""
-    path, advice = Path(f"{prefix}.json"), "expected what tools/prepare_data.py wrote beside the tokens"
+    """Read ``PREFIX.json``. Raises ``HyLoError`` if it is missing, malformed or lacks one of ``needed``."""
+    path, advice = Path(f"{prefix}.json"), "expected the file that hylo prepare-data wrote beside the tokens"
     summary = read_json(path, Summary, advice)
     if missing := [key for key in needed if key not in summary]:
         raise HyLoError(f"{path}: no {', '.join(missing)}: {advice}")
@@ -52,9 +52,10 @@ def read_summary(prefix: str | Path, needed: tuple[str, ...] = ()) -> Summary:
 
 
 def check_made_with(prefix: str | Path, identity: TokenizerIdentity, tokenizer: str | Path) -> None:
-    """Raises ``HyLoError`` when ``PREFIX.json`` says that a tokenizer other than ``identity`` made the tokens.
+    """Refuse tokens that, according to ``PREFIX.json``, another tokenizer than ``identity`` made.
 
-    ``tokenizer``: where the latter lies. Files of other programs have no ``PREFIX.json``.
+    ``tokenizer``: the folder of ``identity``. Token files of other programs have no ``PREFIX.json`` and pass. Raises
+    ``HyLoError``.
     """
     if not Path(f"{prefix}.json").is_file():
         return
@@ -70,16 +71,17 @@ def check_made_with(prefix: str | Path, identity: TokenizerIdentity, tokenizer: 
 
 
 def check_token_files(prefix: str | Path, vocab_size: int | None = None) -> None:
-    """Raises ``HyLoError`` when ``PREFIX.idx`` is malformed or ``PREFIX.bin`` does not belong to it.
+    """Refuse a malformed ``PREFIX.idx`` and a ``PREFIX.bin`` that does not belong to it.
 
-    With ``vocab_size`` also when ids lie beyond it: all ids of a file up to 4M tokens, 64 stretches of a larger one.
+    With ``vocab_size``, ids beyond it are refused too: all ids of a file of up to 4M tokens are checked, and 64 parts
+    of a larger file. Raises ``HyLoError``.
     """
-    if "://" in str(prefix):  # megatron reads those from an object store
+    if "://" in str(prefix):  # megatron-core reads such prefixes from an object store
         return
     index, data = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
     for path in (index, data):
         if not path.is_file():
-            raise HyLoError(f"{path} not found: expected the prefix of tokens made by tools/prepare_data.py")
+            raise HyLoError(f"{path} not found: expected the prefix of tokens made by hylo prepare-data")
     dtype, lengths, pointers, documents = _read_index(index)
     tokens = _check_sequences(index, lengths, pointers, dtype.itemsize)
     _check_documents(index, documents, len(lengths))
@@ -95,7 +97,9 @@ def check_token_files(prefix: str | Path, vocab_size: int | None = None) -> None
 
 
 def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarray]:
-    """Type of the ids, lengths of the sequences, their places in bytes, and where documents begin."""
+    """Return the type of the ids, the lengths of the sequences, their byte offsets, and the first sequences of
+    documents.
+    """
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(HEADER.size)
@@ -103,11 +107,11 @@ def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarra
         raise HyLoError(f"{path} has {size} bytes, expected at least {HEADER.size} of a header: {REMEDY}")
     magic, version, code, sequences, documents = HEADER.unpack(head)
     if magic != MAGIC or version != 1:
-        raise HyLoError(f"{path} is no index of tokens (its first bytes are {head[:17]!r}): {REMEDY}")
+        raise HyLoError(f"{path} is not an index of tokens (its first bytes are {head[:17]!r}): {REMEDY}")
     if code not in TYPES:
         raise HyLoError(f"{path}: tokens of type {code}, expected an integer type (one of {sorted(TYPES)}): {REMEDY}")
     expected = HEADER.size + 12 * sequences + 8 * documents
-    if size not in (expected, expected + sequences):  # the latter with a mode for each sequence
+    if size not in (expected, expected + sequences):  # the second size has one mode per sequence
         raise HyLoError(
             f"{path} has {size} bytes, expected {expected} for the {sequences} sequences and {documents} document"
             f" marks of its header: {REMEDY}"
@@ -124,7 +128,7 @@ def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarra
 
 
 def _check_sequences(path: Path, lengths: np.ndarray, pointers: np.ndarray, itemsize: int) -> int:
-    """Tokens of all sequences, which follow one another without gaps, as every writer of such files leaves them."""
+    """Return the number of tokens. The sequences must follow one another without gaps, as every writer leaves them."""
     tokens = 0
     for start in range(0, len(lengths), CHUNK):
         part = lengths[start : start + CHUNK].astype(np.int64)

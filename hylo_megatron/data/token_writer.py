@@ -1,4 +1,4 @@
-"""Tokens into Megatron's .bin and .idx: documents as they are, or sequences of one length cut from them."""
+"""Tokens to Megatron's .bin and .idx, as complete documents or as sequences of one length."""
 
 import os
 from collections.abc import Iterator
@@ -13,26 +13,28 @@ from hylo_megatron.errors import HyLoError
 
 @dataclass
 class Counts:
-    """What was written. ``tokens`` counts those in the .bin file, end-of-document tokens included."""
+    """Counts of what was written. ``tokens`` counts those in the .bin file, including end-of-document tokens."""
 
     documents: int = 0
     empty: int = 0
-    skipped: int = 0  # too short for one sequence, where documents are not joined
-    longest_skipped: int = 0  # tokens
+    skipped: int = 0  # documents too short for one sequence, if documents are not joined
+    longest_skipped: int = 0  # tokens of the longest skipped document
     tokens: int = 0
     sequences: int = 0
     dropped_tokens: int = 0
-    unlearnt: int = 0  # sequences that were dropped because none of their tokens is learnt
+    unlearnt: int = 0  # sequences that were dropped because the loss mask has none of their tokens
 
 
 @dataclass
 class TokenWriter:
-    """Feeds encoded pieces to an ``IndexedDatasetBuilder``; ``pack_length`` in tokens, None keeps documents whole.
+    """Writes encoded pieces to an ``IndexedDatasetBuilder``.
 
-    Packed sequences run on from one document into the next, each closed by ``eod_id``; with ``long_documents`` every
-    sequence lies inside one document, nothing is added to it, and what does not fill one is dropped. ``mask_file``
-    gets a byte for every token of packed sequences: whether it is learnt. A sequence without any such token is
-    dropped: a step on it would cost as much as any other and teach nothing.
+    ``pack_length``: tokens per sequence; None keeps documents complete. Packed sequences continue from one document
+    into the next, and ``eod_id`` ends each document. With ``long_documents`` every sequence lies inside one document,
+    nothing is added, and the rest of the document is dropped.
+
+    ``mask_file`` gets the loss mask, a byte for every token of packed sequences. A sequence without any token in the
+    mask is dropped, because a step on it would cost as much as any other and teach nothing.
     """
 
     builder: object
@@ -48,11 +50,11 @@ class TokenWriter:
 
     @property
     def closes_documents(self) -> bool:
-        """Joined documents are always separated, or the reader could not tell where one begins."""
+        """Return whether ``eod_id`` ends each document. Joined documents are always separated."""
         return (self.append_eod or self.pack_length is not None) and not self.long_documents
 
     def add(self, ids: list[int], last: bool, learnt: bytes = b"") -> None:
-        """Takes the next ``ids`` of the open document, which ends here if ``last``; ``learnt``: see ``mask_file``."""
+        """Add the next ``ids`` of the open document. ``last``: the document ends here. ``learnt``: their loss mask."""
         self.pending += ids
         self.pending_mask += learnt
         self.document_tokens += len(ids)
@@ -69,7 +71,8 @@ class TokenWriter:
             self._write(self.pending, self.document_tokens)
             self.pending = []
         else:
-            # a document of any size must not pile up in memory: its tokens go first, its length with its last piece
+            # A document of any size must not fill the memory: its tokens are written now, its length with its last
+            # piece.
             self.builder.data_file.write(self._array(self.pending).tobytes())
             self.pending = []
         if last:
@@ -114,9 +117,9 @@ class TokenWriter:
 
 @contextmanager
 def token_files(out: Path, vocab_size: int, others: tuple[str, ...]) -> Iterator[tuple[object, dict[str, Path]]]:
-    """Yields the builder of ``out``.bin and .idx, and paths to write the files with the suffixes ``others`` to.
+    """Yield the builder of ``out``.bin and .idx, and paths for the files with the suffixes ``others``.
 
-    All files appear when the block ends, none if it fails. HyLoError if the disk is full.
+    All files appear when the block ends, and none if the block fails. Raises ``HyLoError`` if the disk is full.
     """
     builder_class, dtype = _indexed_dataset(vocab_size)
     partial = {suffix: Path(f"{out}.partial{suffix}") for suffix in (".bin", ".idx", *others)}

@@ -1,4 +1,4 @@
-"""One face for the two kinds of tokenizers that training text is encoded with."""
+"""One interface to the two kinds of tokenizers that encode training text."""
 
 import os
 from collections.abc import Callable
@@ -15,15 +15,18 @@ from hylo_megatron.convert.tokenizer_files import (
 from hylo_megatron.data.chat_template import ChatTemplate
 from hylo_megatron.errors import HyLoError
 
-DOCUMENT_END = ("<|endoftext|>", "<|end_of_text|>")  # preferred to eos, which in chat models ends a turn
+DOCUMENT_END = ("<|endoftext|>", "<|end_of_text|>")  # preferred to eos, which ends a turn in chat models
 
 
 @dataclass(frozen=True)
 class TextTokenizer:
-    """``vocab_size``: the number of ids; ``rows``: one more than the largest id; ``fingerprint``: of its identity.
+    """A tokenizer for training text.
 
-    ``encode``: texts to lists of ids, nothing added. ``render``: messages to text, None without a template.
-    ``locate``: texts to ids and each token's ``(start, end)`` in its text; None where the tokenizer does not know."""
+    ``vocab_size``: number of ids. ``rows``: largest id plus one. ``fingerprint``: hash of the tokenizer's identity.
+
+    ``encode``: texts to lists of ids, without special tokens. ``render``: the chat template, or None. ``locate``:
+    texts to ids and each token's ``(start, end)`` in the text; None if the tokenizer does not know these.
+    """
 
     vocab_size: int
     eod_id: int
@@ -35,7 +38,7 @@ class TextTokenizer:
 
 
 def load_tokenizer(path: Path, workers: int, eod_token: str | None = None) -> TextTokenizer:
-    """From a Hugging Face folder with tokenizer.json, or a sentencepiece ``.model`` file. ``workers``: threads."""
+    """Load a Hugging Face folder with tokenizer.json, or a sentencepiece ``.model`` file. ``workers``: threads."""
     if path.is_file() and path.suffix == ".model":
         return _sentencepiece(path, workers, eod_token)
     if path.is_dir() and has_tokenizer(path):
@@ -44,7 +47,7 @@ def load_tokenizer(path: Path, workers: int, eod_token: str | None = None) -> Te
 
 
 def _hugging_face(path: Path, workers: int, eod_token: str | None) -> TextTokenizer:
-    # the thread pool of `tokenizers` is made at its first use and reads these then
+    # The `tokenizers` package creates its thread pool at its first use and reads these variables then.
     os.environ["RAYON_NUM_THREADS"] = str(workers)
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if workers > 1 else "false"
     tokenizer = open_tokenizer(path)

@@ -1,4 +1,4 @@
-"""Perplexity, loss by position and needle retrieval of any Hugging Face checkpoint, teacher beside student."""
+"""Perplexity, loss by position and needle retrieval of any Hugging Face model, compared with its teacher."""
 
 from hylo_megatron.evaluate.needle import needles_of
 from hylo_megatron.evaluate.perplexity import long_documents_of, perplexity_of

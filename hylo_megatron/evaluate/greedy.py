@@ -1,4 +1,4 @@
-"""Greedy decoding of equally long prompts: a few tokens after a long prompt, with no padding and no mask."""
+"""Greedy decoding of a few tokens after long prompts of equal length, without padding and masks."""
 
 from collections.abc import Callable
 
@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 
 def end_tokens(model: PreTrainedModel, tokenizer) -> set[int]:
-    """The ids that end an answer, by the model's generation settings and by its tokenizer."""
+    """Return the ids that end an answer, from the model's generation settings and its tokenizer."""
     ends = getattr(model.generation_config, "eos_token_id", None)
     return {*(ends if isinstance(ends, list | tuple) else [ends]), tokenizer.eos_token_id} - {None}
 
@@ -19,10 +19,10 @@ def greedy(
     max_new_tokens: int,
     finished: Callable[[list[int]], bool],
 ) -> list[list[int]]:
-    """The new ids of every prompt, each until ``finished(new ids)``; ends when all are, or at ``max_new_tokens``.
+    """Return the new ids of every prompt, each until ``finished(new ids)`` is true or ``max_new_tokens`` are reached.
 
-    All prompts have one length, so nothing is padded: flash attention takes no mask, and at 32K tokens a mask would
-    be larger than the model. Only the last position's logits are made.
+    All prompts have one length, so nothing is padded: flash attention takes no mask, and at 32K tokens a mask would be
+    larger than the model. Logits are computed only for the last position.
     """
     if len({len(ids) for ids in prompts}) != 1:
         raise ValueError(f"prompts of lengths {sorted({len(ids) for ids in prompts})}: expected one length")

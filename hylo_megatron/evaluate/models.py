@@ -1,4 +1,4 @@
-"""Loading a Hugging Face folder for evaluation, and the facts about it that need no forward pass."""
+"""Load a Hugging Face folder for evaluation, and describe it as far as no forward pass is needed."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +14,8 @@ from hylo_megatron.json_file import read_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CPU_BATCH_TOKENS = 4096
-# Of a GPU's memory for every hidden value of a token: about ten times what cache and activations take in bf16, so that
-# training may go on beside. Large batches pay: the steps of one token take as long for one row as for many.
+# GPU memory per hidden value of a token: about ten times what cache and activations take in bf16, so that
+# training may run on the same GPU. Large batches pay off: a decoding step takes as long for one row as for many.
 CUDA_BATCH_BYTES = 1024
 
 
@@ -27,7 +27,7 @@ class Loaded:
 
 
 def resolve_device(device: str) -> torch.device:
-    """``auto``: CUDA when there is one, else the CPU."""
+    """Return the device; ``auto`` is CUDA if there is one, otherwise the CPU."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -39,7 +39,7 @@ def resolve_device(device: str) -> torch.device:
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """``auto``: bfloat16 on CUDA, float32 on the CPU."""
+    """Return the dtype; ``auto`` is bfloat16 on CUDA and float32 on the CPU."""
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
     if dtype not in DTYPES:
@@ -48,7 +48,9 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def rows_per_batch(model: PreTrainedModel, length: int, batch_size: int | None) -> int:
-    """Sequences of ``length`` tokens to run at once: what was asked for, else what suits the device."""
+    """Return how many sequences of ``length`` tokens run at once: ``batch_size``, or by default what suits the
+    device.
+    """
     tokens = CPU_BATCH_TOKENS
     if model.device.type == "cuda":
         memory = torch.cuda.get_device_properties(model.device).total_memory
@@ -57,7 +59,7 @@ def rows_per_batch(model: PreTrainedModel, length: int, batch_size: int | None) 
 
 
 def check_folder(folder: str | Path) -> Path:
-    """The folder as a path; cheap, so that a typing error shows before anything is loaded."""
+    """Return the folder as a path. The check is cheap, so a typing error shows before anything is loaded."""
     folder = Path(folder)
     if not folder.is_dir():
         raise HyLoError(f"model folder {folder} not found: expected a Hugging Face folder (config.json, weights)")
@@ -68,7 +70,7 @@ def check_folder(folder: str | Path) -> Path:
 
 
 def load(folder: str | Path, device: torch.device, dtype: torch.dtype) -> Loaded:
-    """Read model and tokenizer from disk only; code in the folder is never run."""
+    """Read model and tokenizer from the disk only. Code in the folder is never run."""
     folder = check_folder(folder)
     register()
     options = {"local_files_only": True, "trust_remote_code": False}
@@ -77,7 +79,7 @@ def load(folder: str | Path, device: torch.device, dtype: torch.dtype) -> Loaded
         model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
     except HyLoError:
         raise
-    except Exception as error:  # transformers raises whatever a malformed file makes of it
+    except Exception as error:  # transformers may raise anything for a malformed file
         raise HyLoError(f"{folder}: its model cannot be loaded ({_first_line(error)})") from error
     absent = sorted(map(str, info["missing_keys"])) + sorted(map(str, info["mismatched_keys"]))
     if absent:
@@ -102,7 +104,10 @@ def layer_plan(config) -> list[str]:
 
 
 def kv_bytes_per_token(config, bytes_per_value: int = 2) -> int:
-    """Return the bytes that one more token adds to the cache (bf16 by default; states of fixed size not counted)."""
+    """Return the bytes that each further token adds to the cache, by default in bf16.
+
+    States of fixed size are not counted.
+    """
     if config.model_type == "hylo":
         return config.to_architecture().kv_bytes_per_token(bytes_per_value)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -111,7 +116,7 @@ def kv_bytes_per_token(config, bytes_per_value: int = 2) -> int:
 
 
 def describe(loaded: Loaded) -> dict:
-    """Size, layer plan and cache of a model, for the report."""
+    """Return size, layer plan and cache size of a model for the report."""
     model, config = loaded.model, loaded.model.config
     return {
         "name": loaded.name,

@@ -1,4 +1,6 @@
-"""Needle retrieval: one fact in a haystack of prose, asked for at the end, decoded freely, scored by its number."""
+"""Needle retrieval: hide one fact in prose, ask for it at the end, decode freely, and score the number in the
+answer.
+"""
 
 import math
 import re
@@ -19,13 +21,16 @@ NORMAL_95 = 1.959964
 
 
 def first_number(text: str) -> str:
-    """The first run of digits, thousands separators removed; empty if there is none."""
+    """Return the first run of digits without thousands separators; empty if there is none."""
     found = NUMBER.search(text)
     return found.group().replace(",", "") if found else ""
 
 
 def wilson(hits: int, samples: int) -> tuple[float, float]:
-    """The 95 % interval of a share after ``hits`` of ``samples`` (Wilson's, which holds at 0 and 100 % too)."""
+    """Return the 95 % interval of a share after ``hits`` of ``samples``.
+
+    Wilson's interval also holds at 0 and 100 %.
+    """
     share, square = hits / samples, NORMAL_95**2
     centre = share + square / (2 * samples)
     reach = NORMAL_95 * math.sqrt(share * (1 - share) / samples + square / (4 * samples**2))
@@ -34,7 +39,7 @@ def wilson(hits: int, samples: int) -> tuple[float, float]:
 
 
 def answer_batch(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, needles: list[NeedlePrompt]) -> list[str]:
-    """Greedy continuations of prompts of one length, each up to the end of its first number."""
+    """Return greedy continuations of prompts of one length, each up to the end of its first number."""
     ends = end_tokens(model, tokenizer)
 
     def finished(ids: list[int]) -> bool:
@@ -45,9 +50,10 @@ def answer_batch(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, nee
 
 
 def batches(needles: list[NeedlePrompt], model: PreTrainedModel, batch_size: int | None) -> Iterator[list[int]]:
-    """Indices of needles whose prompts have exactly one length, as many at once as suit the device.
+    """Yield indices of needles whose prompts have exactly one length, as many at once as suit the device.
 
-    The batches of a length are as equal as can be: GPU kernels are compiled anew for another number of rows.
+    The batches of a length are as equal as possible, because GPU kernels are compiled again for another number of
+    rows.
     """
     groups: dict[int, list[int]] = {}
     for index, needle in enumerate(needles):
@@ -59,7 +65,7 @@ def batches(needles: list[NeedlePrompt], model: PreTrainedModel, batch_size: int
 
 
 def tally(results: Iterable[dict], *names: str) -> list[dict]:
-    """Hits, samples and accuracy for every value of the fields ``names``, in order of first appearance."""
+    """Return hits, samples and accuracy for every value of the fields ``names``, in order of first appearance."""
     totals: dict[tuple, dict] = {}
     for result in results:
         group = {name: result[name] for name in names}
@@ -70,7 +76,9 @@ def tally(results: Iterable[dict], *names: str) -> list[dict]:
 
 
 def by_length(results: list[dict]) -> list[dict]:
-    """All depths of a length together, with the accuracy's 95 % interval ``low`` to ``high``."""
+    """Return the results of each length over all depths, with the 95 % interval ``low`` to ``high`` of the
+    accuracy.
+    """
     rows = tally(results, "length")
     return [row | dict(zip(("low", "high"), wilson(row["hits"], row["samples"]), strict=True)) for row in rows]
 
@@ -86,9 +94,10 @@ def needles_of(
     batch_size: int | None = None,
     label: str = "",
 ) -> dict:
-    """Retrieval over depth x length; ``samples`` prompts a cell. Accuracies are of 1.
+    """Measure retrieval over depth x length with ``samples`` prompts per cell. Accuracies lie between 0 and 1.
 
-    Returns accuracy, by_length, cells, samples, seconds and, of these, prompt_seconds for making the prompts.
+    Returns accuracy, by_length, cells, samples, seconds, and prompt_seconds, the part of the seconds that making the
+    prompts took.
     """
     if depths < 1 or samples < 1:
         raise HyLoError(f"{depths} depths and {samples} samples of needles: expected at least 1 of each")

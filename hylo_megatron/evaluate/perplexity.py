@@ -1,6 +1,6 @@
 """Perplexity per token and loss by position, without ever holding the logits of a whole sequence.
 
-Shapes: B documents, S tokens, D model width, T = scored tokens of a batch, N vocabulary.
+Shapes: B documents, S tokens, D model width, T scored tokens of a batch, N vocabulary.
 """
 
 import math
@@ -22,9 +22,9 @@ OTHER_HEADS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
 
 def encode_documents(tokenizer: PreTrainedTokenizerBase, file: str | Path, context: int, max_tokens: int) -> list:
-    """Token ids of documents in file order, each cut to ``context``, until ``max_tokens`` can be scored.
+    """Return token ids of documents in file order, each cut to ``context``, until ``max_tokens`` can be scored.
 
-    The first token of a document is not scored (it is BOS where the tokenizer adds one).
+    The first token of a document is not scored (it is BOS if the tokenizer adds one).
     """
     documents, left = [], max_tokens
     for text in read_texts(Path(file), tokenizer):
@@ -40,7 +40,7 @@ def encode_documents(tokenizer: PreTrainedTokenizerBase, file: str | Path, conte
 
 
 def encode_windows(tokenizer: PreTrainedTokenizerBase, file: str | Path, context: int, max_tokens: int) -> list:
-    """Whole documents in file order as windows of ``context`` ids, until ``max_tokens`` can be scored."""
+    """Return complete documents in file order as windows of ``context`` ids, until ``max_tokens`` can be scored."""
     windows, left = [], max_tokens
     for text in read_texts(Path(file), tokenizer):
         ids = _encode_start(tokenizer, text, 2 * left + 2 * context)
@@ -55,11 +55,13 @@ def encode_windows(tokenizer: PreTrainedTokenizerBase, file: str | Path, context
 
 
 def encode_long_documents(tokenizer: PreTrainedTokenizerBase, file: str | Path, context: int, count: int) -> list:
-    """The first ``context`` ids of the first ``count`` documents, in file order, that have as many; fewer if the file
-    has fewer, but not none."""
+    """Return the first ``context`` ids of the first ``count`` documents that have as many, in file order.
+
+    If the file has fewer such documents, all are returned. Raises ``HyLoError`` if it has none.
+    """
     documents = []
     for text in read_texts(Path(file), tokenizer):
-        if 4 * len(text) < context:  # a token has at least one byte of UTF-8: no need to tokenise
+        if 4 * len(text) < context:  # a token has at least one byte of UTF-8, so tokenising is not needed
             continue
         ids = _encode_start(tokenizer, text, context)
         if len(ids) == context:
@@ -72,9 +74,9 @@ def encode_long_documents(tokenizer: PreTrainedTokenizerBase, file: str | Path, 
 
 
 def _encode_start(tokenizer: PreTrainedTokenizerBase, text: str, count: int) -> list[int]:
-    """The first ``count`` ids of a text that may be far longer."""
+    """Return the first ``count`` ids of a text that may be far longer."""
     chars = 8 * count
-    begun = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)  # by a chat template
+    begun = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)  # a chat template has written BOS
     while True:
         ids = tokenizer(text[:chars], add_special_tokens=not begun, verbose=False).input_ids
         if chars >= len(text) or len(ids) > count + 8:  # the last ids depend on where the text was cut
@@ -83,7 +85,9 @@ def _encode_start(tokenizer: PreTrainedTokenizerBase, text: str, count: int) -> 
 
 
 def batches(documents: list[list[int]], model: PreTrainedModel, batch_size: int | None) -> Iterator[list[list[int]]]:
-    """Longest first, so that neighbours have nearly one length and memory peaks at once."""
+    """Yield batches, longest documents first, so that rows of a batch have nearly one length and memory peaks at the
+    start.
+    """
     ordered = sorted(documents, key=len, reverse=True)
     while ordered:
         rows = rows_per_batch(model, len(ordered[0]), batch_size)
@@ -92,9 +96,9 @@ def batches(documents: list[list[int]], model: PreTrainedModel, batch_size: int 
 
 
 def token_losses(model: PreTrainedModel, ids_BS: torch.Tensor, chunk: int) -> torch.Tensor:
-    """Negative log likelihood (nats, float32) of tokens 1.. of every row: [B, S-1]; ``IGNORED`` ids give 0.
+    """Return the negative log likelihood (nats, float32) of tokens 1.. of every row, [B, S-1]; 0 for ``IGNORED`` ids.
 
-    Rows are padded on the right: nothing looks ahead, so padding needs no mask.
+    Rows are padded on the right. No token depends on later ones, so padding needs no mask.
     """
     hidden_BSD = model.base_model(input_ids=ids_BS.clamp_min(0), use_cache=False).last_hidden_state
     hidden_TD = hidden_BSD[:, :-1].flatten(0, 1)
@@ -108,7 +112,7 @@ def token_losses(model: PreTrainedModel, ids_BS: torch.Tensor, chunk: int) -> to
 
 
 def bucket_edges(context: int) -> list[int]:
-    """0, 128, 256, 512, ... up to ``context``."""
+    """Return 0, 128, 256, 512, ... up to ``context``."""
     edges, edge = [0], FIRST_BUCKET
     while edge < context:
         edges.append(edge)
@@ -117,7 +121,7 @@ def bucket_edges(context: int) -> list[int]:
 
 
 def _by_position(loss_S: torch.Tensor, count_S: torch.Tensor) -> list[dict]:
-    """Mean loss of the tokens at positions ``from`` <= p < ``to`` of their documents."""
+    """Return the mean loss of the tokens at positions ``from`` <= p < ``to`` of their documents."""
     rows, edges = [], bucket_edges(len(loss_S))
     for start, end in zip(edges, edges[1:], strict=False):
         tokens = int(count_S[start:end].sum())
@@ -137,8 +141,10 @@ def perplexity_of(
     label: str = "",
     whole: bool = False,
 ) -> dict:
-    """Perplexity per token of a JSON-lines file, its documents cut to ``context`` (``whole``: all of each, in windows
-    of ``context``). Returns what ``score`` does."""
+    """Measure the perplexity per token of a JSON-lines file with documents cut to ``context``.
+
+    ``whole``: complete documents, in windows of ``context``. Returns what ``score`` returns.
+    """
     if context < 2 or max_tokens < 1:
         raise HyLoError(f"context {context} and {max_tokens} tokens to score: expected at least 2 and 1")
     documents = (encode_windows if whole else encode_documents)(tokenizer, file, context, max_tokens)
@@ -155,7 +161,7 @@ def long_documents_of(
     chunk: int = 1024,
     label: str = "",
 ) -> dict:
-    """The same of the first ``context`` tokens of ``count`` documents that are at least that long."""
+    """Measure the loss of the first ``context`` tokens of ``count`` documents that are at least that long."""
     if context < 2 or count < 1:
         raise HyLoError(f"long context {context} and {count} long documents: expected at least 2 and 1")
     documents = encode_long_documents(tokenizer, file, context, count)
@@ -171,9 +177,10 @@ def score(
     chunk: int = 1024,
     label: str = "",
 ) -> dict:
-    """Losses of ``documents``, the token ids of ``file``. ``chunk``: positions whose logits exist at a time.
+    """Compute the losses of ``documents``, the token ids of ``file``.
 
-    Returns perplexity, loss (nats a token), tokens and documents scored, by_position, seconds.
+    ``chunk``: positions whose logits exist at a time. Returns perplexity, loss (nats per token), tokens and documents
+    scored, by_position and seconds.
     """
     if any(getattr(model.config, name, None) not in (None, 1.0) for name in OTHER_HEADS):
         raise HyLoError(f"{model.config.model_type} scales or caps its logits, which this evaluation does not cover")

@@ -1,4 +1,4 @@
-"""The pictures of a report: needle heat maps side by side, loss by position, training loss curves."""
+"""The pictures of a report: needle heat maps side by side, loss by position, and training loss curves."""
 
 import json
 from collections.abc import Sequence
@@ -8,12 +8,13 @@ from pathlib import Path
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.files import whole_file
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito: colour-blind-safe
-SMOOTH_FROM = 40  # points; longer curves get a running mean over a twentieth of them
+# colours of Okabe and Ito, which colour-blind people can tell apart
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+SMOOTH_FROM = 40  # points; longer curves are drawn as a running mean over a twentieth of them
 
 
 def new_figure(width: float, height: float):
-    """A figure that needs no display; sizes in inches."""
+    """Return a figure that needs no display; sizes in inches."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -28,7 +29,9 @@ def _save(figure, path: Path) -> Path:
 
 
 def heat_map(cells_by_model: dict[str, list[dict]], path: str | Path) -> Path:
-    """Needle accuracy in percent, depth (down) by length (across), one panel per model; a dash where none was run."""
+    """Draw needle accuracy in percent, depth (down) by length (across), one panel per model; a dash where none was
+    run.
+    """
     lengths = sorted({cell["length"] for cells in cells_by_model.values() for cell in cells})
     depths = sorted({cell["depth"] for cells in cells_by_model.values() for cell in cells})
     width, height = max(2.6, 0.7 * len(lengths) + 0.6), max(2.8, 0.5 * len(depths) + 1.3)
@@ -53,7 +56,7 @@ def heat_map(cells_by_model: dict[str, list[dict]], path: str | Path) -> Path:
 
 
 def position_curves(results_by_text: dict[str, dict[str, dict]], path: str | Path) -> Path:
-    """Loss by position in the document (log scale), one panel per text, one line per model."""
+    """Draw loss by position in the document (log scale), one panel per text, one line per model."""
     figure = new_figure(max(5.0, 3.6 * len(results_by_text)), 3.4)
     panels = figure.subplots(1, len(results_by_text), squeeze=False)[0]
     for panel, (title, results) in zip(panels, results_by_text.items(), strict=True):
@@ -73,7 +76,10 @@ def position_curves(results_by_text: dict[str, dict[str, dict]], path: str | Pat
 
 
 def read_log(file: str | Path) -> dict[str, list[tuple[int, float]]]:
-    """(iteration, loss) points of every stage of a training log; a repeated iteration (a resumed run) counts once."""
+    """Return the (iteration, loss) points of every stage of a training log.
+
+    An iteration that a resumed run repeats counts once.
+    """
     file = Path(file)
     if not file.is_file():
         raise HyLoError(f"training log {file} not found: expected JSON lines with stage, iteration and loss")
@@ -83,7 +89,7 @@ def read_log(file: str | Path) -> dict[str, list[tuple[int, float]]]:
         try:
             record = json.loads(line) if line.strip() else None
         except (ValueError, RecursionError) as error:
-            if number == len(lines):  # a run that was stopped while writing
+            if number == len(lines):  # the run was stopped while it wrote this line
                 break
             reason = getattr(error, "msg", "too long or too deep")
             raise HyLoError(f"{file}, line {number}: not JSON ({reason})") from error
@@ -96,7 +102,7 @@ def read_log(file: str | Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:
-    """Mean over ``window`` values around each one; centred at the start, one-sided at the end."""
+    """Return the mean over ``window`` values around each value; centred at the start, one-sided at the end."""
     means = []
     for index in range(len(values)):
         reach = min(window // 2, index)
@@ -106,7 +112,10 @@ def running_mean(values: Sequence[float], window: int) -> list[float]:
 
 
 def loss_curves(logs: Sequence[str | Path], path: str | Path) -> Path | None:
-    """One panel per stage (their losses are different quantities), one line per log; None if no log has a loss."""
+    """Draw one panel per stage (their losses are different quantities), with one line per log.
+
+    Returns None if no log has a loss.
+    """
     curves = {Path(log).stem: read_log(log) for log in logs}
     if len(curves) < len(logs):
         curves = {str(log): read_log(log) for log in logs}

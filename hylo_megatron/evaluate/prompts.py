@@ -1,6 +1,7 @@
-"""Prompts of the needle test: one fact hidden in prose, a question after it; all prompts of a length equally long.
+"""Prompts of the needle test: one fact hidden in prose and a question after it.
 
-A prompt is put together from token ids that its sentences already have, so that 32K tokens of it cost no tokenising.
+All prompts of a length are equally long. A prompt is assembled from the token ids of its sentences, so a prompt of 32K
+tokens needs no tokenising.
 """
 
 import random
@@ -24,13 +25,13 @@ ANSWER = "The special magic number for {key} mentioned in the provided text is"
 MAX_NEW_TOKENS = 12
 HAYSTACK_CHARS = 2_000_000
 PLACEHOLDER = "THE-TEXT-GOES-HERE"
-FILL_WORDS = 200  # words tried to fill a prompt up to its last token
+FILL_WORDS = 200  # words that are tried to fill a prompt exactly
 ATTEMPTS = 6
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A sentence, or a part of one, and the ids it has after a space."""
+    """A sentence, or a part of one, with its ids after a space."""
 
     text: str
     ids: tuple[int, ...]
@@ -38,18 +39,18 @@ class Piece:
 
 @dataclass(frozen=True)
 class NeedlePrompt:
-    """The token ids of one prompt. ``length``: tokens of prompt and answer; ``depth``: 0 first, 1 last in the text."""
+    """The token ids of one prompt. ``length``: tokens of prompt and answer. ``depth``: from 0 (first) to 1 (last)."""
 
     length: int
     depth: float
-    placed_depth: float  # where a sentence boundary allowed the fact to go, measured in tokens
+    placed_depth: float  # depth of the sentence boundary where the fact is, measured in tokens
     key: str
     value: str
     ids: tuple[int, ...]
 
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, text: str, key: str) -> str:
-    """Question and beginning of the answer, in the chat format where the tokenizer has one."""
+    """Return the question and the beginning of the answer, in the chat format if the tokenizer has one."""
     question, answer = PROMPT.format(text=text, key=key), ANSWER.format(key=key)
     if not tokenizer.chat_template:
         return f"{question}\n{answer}"
@@ -60,12 +61,12 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, text: str, key: str) -> str:
 
 
 def encode_start(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of a prompt or of its beginning; a chat template has written BOS already."""
+    """Return the ids of a prompt or of its beginning. A chat template has already written BOS."""
     return tokenizer(text, add_special_tokens=not tokenizer.chat_template, verbose=False).input_ids
 
 
 class Prose:
-    """Sentences of a prose file with their token ids, and the words that keys are made of."""
+    """Sentences of a prose file with their token ids, and the words for keys."""
 
     def __init__(self, file: str | Path, tokenizer: PreTrainedTokenizerBase):
         prose = read_some(Path(file), tokenizer, HAYSTACK_CHARS)
@@ -76,7 +77,7 @@ class Prose:
         self.tokenizer = tokenizer
         rows = tokenizer([f" {text}" for text in sentences], add_special_tokens=False, verbose=False).input_ids
         self.pieces = [Piece(text, tuple(ids)) for text, ids in zip(sentences, rows, strict=True)]
-        # Byte-level BPE never merges across the space before a word; other tokenizers may, and get whole texts to do.
+        # Byte-level BPE never merges across the space before a word. Other tokenizers may, so they encode whole texts.
         self.joins = True
         self.joins = self.encode(self.pieces, "key") == self._encode_whole(self.pieces, "key")
 
@@ -84,7 +85,7 @@ class Prose:
         return Piece(text, tuple(self.tokenizer(f" {text}", add_special_tokens=False, verbose=False).input_ids))
 
     def encode(self, pieces: list[Piece], key: str) -> list[int]:
-        """The ids of the whole prompt around ``pieces``: one or more, joined by spaces."""
+        """Return the ids of the whole prompt around ``pieces`` (one or more), joined by spaces."""
         if not self.joins or len(pieces) < 2:
             return self._encode_whole(pieces, key)
         before, _, after = prompt_text(self.tokenizer, PLACEHOLDER, key).partition(PLACEHOLDER)
@@ -97,7 +98,9 @@ class Prose:
         return encode_start(self.tokenizer, prompt_text(self.tokenizer, text, key))
 
     def take(self, start: int, budget: int) -> list[Piece]:
-        """Sentences from ``start`` on (round and round if need be), then single words up to ``budget`` tokens."""
+        """Return sentences from ``start`` on, repeating the text if needed, then single words up to ``budget``
+        tokens.
+        """
         taken, index = [], start % len(self.pieces)
         while budget >= len(self.pieces[index].ids):
             taken.append(self.pieces[index])
@@ -105,7 +108,7 @@ class Prose:
             index = (index + 1) % len(self.pieces)
         words = []
         for word in islice(self._words(index), FILL_WORDS if budget else 0):
-            if len(word.ids) <= budget:  # a longer one is passed over: the last word has to end on the last token
+            if len(word.ids) <= budget:  # a longer word is skipped, because the last word has to end on the last token
                 words.append(word)
                 budget -= len(word.ids)
             if not budget:
@@ -120,12 +123,15 @@ class Prose:
 
 
 def depths_of(count: int) -> list[float]:
-    """``count`` depths from the first to the last place; one alone is the middle."""
+    """Return ``count`` depths from the first to the last place; one alone is the middle."""
     return [0.5] if count == 1 else [index / (count - 1) for index in range(count)]
 
 
 def place(filler: list[Piece], fact: Piece, depth: float) -> tuple[list[Piece], float]:
-    """The fact at the sentence boundary nearest to ``depth`` in tokens, and that boundary's depth."""
+    """Put the fact at the sentence boundary nearest to ``depth`` in tokens.
+
+    Returns the pieces and that boundary's depth.
+    """
     starts = [0, *accumulate(len(piece.ids) for piece in filler)]
     total = max(1, starts[-1])
     at = min(range(len(starts)), key=lambda index: abs(starts[index] - depth * total))
@@ -133,7 +139,7 @@ def place(filler: list[Piece], fact: Piece, depth: float) -> tuple[list[Piece], 
 
 
 def make_needle(haystack: Prose, length: int, depth: float, rng: random.Random) -> NeedlePrompt:
-    """A prompt of ``length`` less the answer's tokens; shorter by a few where no filler comes out even."""
+    """Return a prompt of ``length`` less the answer's tokens, or a few tokens shorter if no filler fits exactly."""
     key = f"{rng.choice(haystack.adjectives)}-{rng.choice(haystack.nouns)}"
     value = str(rng.randint(1_000_000, 9_999_999))
     fact, start = haystack.piece(FACT.format(key=key, value=value)), rng.randrange(len(haystack.pieces))
@@ -157,7 +163,9 @@ def make_needle(haystack: Prose, length: int, depth: float, rng: random.Random) 
 
 
 def make_needles(haystack: Prose, lengths: Iterable[int], depths: int, samples: int, seed: int) -> list[NeedlePrompt]:
-    """``samples`` prompts for every length and depth; each has its own seed, so no cell depends on the others."""
+    """Return ``samples`` prompts for every length and depth, each with its own seed, so cells do not depend on each
+    other.
+    """
     return [
         make_needle(haystack, length, depth, random.Random(f"{seed}/{length}/{depth:.4f}/{sample}"))
         for length in lengths

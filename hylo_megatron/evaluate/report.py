@@ -1,4 +1,4 @@
-"""What an evaluation leaves on disk: ``evaluation.json``, ``evaluation.md`` and the pictures."""
+"""Files of an evaluation: ``evaluation.json``, ``evaluation.md`` and the pictures."""
 
 from collections import Counter
 from pathlib import Path
@@ -14,12 +14,12 @@ TITLES = {"prose": "prose", "book": "books", "code": "code", "c": "C", "long": "
 
 
 def losses_of(figures: dict) -> dict[str, dict]:
-    """All results of one model that have a loss a token: of its texts, and of long documents."""
+    """Return all results of one model that have a loss per token: those of its texts and of long documents."""
     return figures.get("perplexity", {}) | ({"long": figures["long"]} if "long" in figures else {})
 
 
 def ratios_of(teacher: dict, model: dict) -> dict:
-    """The model's figures over the teacher's: cache, and perplexities where both read the same tokens."""
+    """Return the model's figures divided by the teacher's: cache, and perplexities if both read the same tokens."""
     ratios = {}
     if teacher["kv_cache_bytes_per_token"]:
         ratios["kv_cache"] = model["kv_cache_bytes_per_token"] / teacher["kv_cache_bytes_per_token"]
@@ -32,7 +32,7 @@ def ratios_of(teacher: dict, model: dict) -> dict:
 
 
 def needle_cell(figures: dict, length: int) -> str:
-    """Accuracy at one prompt length with its 95 % interval, in percent."""
+    """Return the accuracy at one prompt length with its 95 % interval, in percent."""
     if length in figures["needle"].get("not_run", ()):
         return "not run"
     row = {row["length"]: row for row in figures["needle"]["by_length"]}[length]
@@ -41,7 +41,7 @@ def needle_cell(figures: dict, length: int) -> str:
 
 
 def _row(label: str, entries: list[dict], show, ratio: str = "") -> list[str]:
-    """A table row; a figure that a model lacks is shown as a dash."""
+    """Return a table row; a figure that a model lacks is a dash."""
     values = []
     for entry in entries:
         try:
@@ -52,7 +52,10 @@ def _row(label: str, entries: list[dict], show, ratio: str = "") -> list[str]:
 
 
 def comparison_rows(report: dict) -> list[list[str]]:
-    """Header and rows of the main table, teacher first; the last column is the ratio (empty without a teacher)."""
+    """Return header and rows of the main table, teacher first.
+
+    The last column is the ratio (empty without a teacher).
+    """
     entries = [report[role] for role in ROLES if report.get(role)]
     ratios = report.get("ratios", {})
     shown = {name: f"{100 * value:.1f} %" if name == "kv_cache" else f"{value:.3f}" for name, value in ratios.items()}
@@ -79,7 +82,7 @@ def comparison_rows(report: dict) -> list[list[str]]:
 
 
 def by_position(report: dict) -> dict[str, dict[str, dict]]:
-    """Of each text, by title, the result of each model, by role."""
+    """Return for each text, by title, the result of each model, by role."""
     measured = {role: losses_of(report[role]) for role in ROLES if report.get(role)}
     return {
         title: {role: results[text] for role, results in measured.items() if text in results}
@@ -89,7 +92,7 @@ def by_position(report: dict) -> dict[str, dict[str, dict]]:
 
 
 def position_rows(by_role: dict[str, dict]) -> list[list[str]]:
-    """Header and rows of a table of losses, one column per model; a bucket that a model lacks is a dash."""
+    """Return header and rows of a table of losses, one column per model; a bucket that a model lacks is a dash."""
     losses = {
         role: {(row["from"], row["to"]): row["loss"] for row in result["by_position"]}
         for role, result in by_role.items()
@@ -106,7 +109,7 @@ def _plan_text(plan: list[str]) -> str:
 
 
 def markdown(report: dict) -> str:
-    """The report as Markdown; pictures are linked by file name."""
+    """Return the report as Markdown; pictures are linked by file name."""
     settings, files, versions = report["settings"], report.get("files", {}), report["versions"]
     parts = [
         "# Evaluation",
@@ -124,7 +127,7 @@ def markdown(report: dict) -> str:
 
 
 def write_report(report: dict, out: Path, curves=()) -> dict:
-    """Writes figures first, then pictures and table; returns the report with the names of its ``files``."""
+    """Write figures first, then pictures and table. Returns the report with the names of its ``files``."""
     files = {"json": "evaluation.json"}
     write_json(out / files["json"], report, ensure_ascii=False, allow_nan=False)
     cells = {

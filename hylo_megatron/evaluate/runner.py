@@ -1,4 +1,4 @@
-"""``evaluate``: every measurement of one model, or of a teacher and a model beside each other."""
+"""``evaluate``: every measurement of one model, or of a teacher and a model."""
 
 import gc
 import platform
@@ -22,9 +22,10 @@ PARTS = ("perplexity", "long", "needle")
 
 @dataclass(frozen=True)
 class Settings:
-    """How to measure. Lengths in tokens; ``batch_size`` None suits the device; ``needle_samples`` is per cell.
+    """Settings of the measurements.
 
-    ``teacher_needle_limit``: longer prompts are not given to the teacher, e.g. far beyond what it was trained on.
+    Lengths are in tokens. ``batch_size`` None suits the device. ``needle_samples`` is per cell.
+    ``teacher_needle_limit``: the teacher gets no longer prompts, for example prompts far beyond its training length.
     """
 
     context: int = 2048
@@ -54,7 +55,7 @@ class Settings:
         }
         for name, value in counts.items():
             if value is not None and value < 1:
-                raise HyLoError(f"evaluation setting {name} has to be 1 or more, not {value}")
+                raise HyLoError(f"evaluation setting {name} is {value}, expected 1 or more")
         if unknown := set(self.skip) - set(PARTS):
             raise HyLoError(f"cannot skip {', '.join(sorted(unknown))}: the parts are {', '.join(PARTS)}")
         if not self.needle_lengths_of("teacher"):
@@ -69,7 +70,7 @@ class Settings:
 
 
 def measure(folder: str | Path, role: str, files: dict[str, Path], settings: Settings) -> dict:
-    """All figures of one model, which is freed afterwards. ``files``: text files by kind, those that there are."""
+    """Return all figures of one model, which is freed afterwards. ``files``: the existing text files, by kind."""
     device = models.resolve_device(settings.device)
     print(f"{role}: loading {Path(folder).name}", flush=True)
     loaded = models.load(folder, device, models.resolve_dtype(settings.dtype, device))
@@ -129,12 +130,13 @@ def evaluate(
     curves: Sequence[str | Path] = (),
     settings: Settings | None = None,
 ) -> dict:
-    """Measures a Hugging Face folder, and a teacher beside it; with ``out_dir`` writes JSON, Markdown and PNG files.
+    """Measure a Hugging Face folder, optionally with its teacher. With ``out_dir`` write JSON, Markdown and PNG files.
 
-    ``prose``, ``book`` (whole documents, in windows), ``code``, ``c`` and ``long`` (loss by position in long
-    documents): files as ``tools/prepare_data.py`` takes them; what has no file is left out (needles need ``prose``).
-    ``teacher_figures``: what an earlier call returned for the teacher alone, under "model", with the same files and
-    settings; it is not measured again then. ``curves``: training logs, JSON lines with stage, iteration, loss.
+    ``prose``, ``book`` (complete documents, in windows), ``code``, ``c`` and ``long`` (loss by position in long
+    documents) are text files as for ``hylo prepare-data``. What has no file is not measured (needles need ``prose``).
+    ``teacher_figures``: what an earlier call for the teacher alone returned under "model", with the same files and
+    settings; the teacher is not measured again then. ``curves``: training logs, JSON lines with stage, iteration and
+    loss.
     """
     settings = settings or Settings()
     folders = {"teacher": teacher_dir, "model": model_dir}
@@ -142,10 +144,10 @@ def evaluate(
     files = {"prose": prose, "book": book, "code": code, "c": c, "long": long}
     files = {name: Path(file) for name, file in files.items() if file}
     for file in files.values():
-        check_texts(file)  # refused now, not after minutes of measuring
+        check_texts(file)  # refuses the file now, not after minutes of measuring
     device = models.resolve_device(settings.device)
     dtype = models.resolve_dtype(settings.dtype, device)
-    if out_dir is not None:  # found out now, not after minutes of measuring
+    if out_dir is not None:  # fails now, not after minutes of measuring
         new_figure(1, 1)
         for log in curves:
             read_log(log)

@@ -1,4 +1,4 @@
-"""Sentences and words of the evaluation's text files."""
+"""Sentences and words of text files for the needle test."""
 
 import re
 from pathlib import Path
@@ -15,7 +15,7 @@ MIN_WORDS = 8
 
 
 def read_some(file: Path, tokenizer: PreTrainedTokenizerBase, max_chars: int) -> str:
-    """The first documents of a file, about ``max_chars`` characters, white space folded."""
+    """Return the first documents of a file, about ``max_chars`` characters, with white space folded."""
     parts, size = [], 0
     for text in read_texts(file, tokenizer):
         parts.append(re.sub(r"\s+", " ", text[: max_chars - size]).strip())
@@ -26,15 +26,15 @@ def read_some(file: Path, tokenizer: PreTrainedTokenizerBase, max_chars: int) ->
 
 
 def sentences_of(prose: str, min_chars: int = 20, max_chars: int = 400) -> list[str]:
-    """Sentences in reading order; fragments and run-on lines are left out."""
+    """Return sentences in reading order, without fragments and run-on lines."""
     pieces = (piece.strip() for piece in re.split(r"(?<=[.!?])\s+", prose))
     return [piece for piece in pieces if min_chars < len(piece) < max_chars]
 
 
 def key_words(prose: str) -> tuple[list[str], list[str]]:
-    """Adjectives and nouns of 4 to 9 lower-case letters, guessed from endings and from articles before the word.
+    """Return adjectives and nouns of 4 to 9 lower-case letters, guessed from endings and from preceding articles.
 
-    A text too small for the guess gives all its words for both.
+    If the text is too small for the guess, both lists have all its words.
     """
     words = sorted(set(WORD.findall(prose)))
     adjectives = [word for word in words if word.endswith(ADJECTIVE_ENDINGS)]

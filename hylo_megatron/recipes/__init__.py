@@ -1,1 +1,1 @@
-"""Recipes: whole runs, their stages declared in one place each."""
+"""Recipes: declarations of whole runs, each with all its stages in one place."""

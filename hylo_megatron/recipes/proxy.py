@@ -1,6 +1,6 @@
-"""``PROXY=1``: a recipe at toy size, on a random model and made-up text, to see every step work on a CPU.
+"""``PROXY=1``: a recipe at toy size with a random model and synthetic text, to run every step on a CPU.
 
-The layer plan, the order of the stages, learning rates and flags stay; widths, lengths and counts shrink.
+Layer plan, order of the stages, learning rates and flags stay; widths, lengths and counts shrink.
 """
 
 import json
@@ -15,8 +15,8 @@ from hylo_megatron.recipes.stage import Evaluation, Recipe
 from hylo_megatron.run.source import Source, Step
 
 LENGTHS = {2048: 64, 8192: 128, 65536: 256}
-WINDOWS = {2048: 64, 32768: 128}  # as each lies among the lengths
-WIDTH, HEADS = 16, 4  # the model is so many times narrower, and has so many times fewer heads
+WINDOWS = {2048: 64, 32768: 128}  # each window has the same place among the lengths
+WIDTH, HEADS = 16, 4  # factors by which the model's width and its number of heads shrink
 STEPS, BATCH, VOCAB = 4, 2, 900
 SMALL = Evaluation(context=64, tokens=400, needle_lengths=(256,), needle_samples=1, needle_depths=2)
 CHAT = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}" + (
@@ -25,7 +25,7 @@ CHAT = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|
 
 
 def proxy(recipe: Recipe, base: Base, steps: int = STEPS) -> Recipe:
-    """``recipe`` with every size made small; nothing else is changed."""
+    """Return ``recipe`` with every size made small and nothing else changed."""
     stages = tuple(
         replace(
             stage, seq_length=LENGTHS[stage.seq_length], steps=steps, global_batch=BATCH, micro_batch=1,
@@ -53,7 +53,7 @@ def small_geometry(base: Base) -> Geometry:
 
 
 class ProxySource(Source):
-    """A random model of the base's family with its tokenizer, and text, made in ``folder``."""
+    """A random model of the base's family with its tokenizer, and text, all made in ``folder``."""
 
     def __init__(self, folder: Path, base: Base, tokens: Path, teacher: Path | None, judged: Path | None):
         super().__init__(folder / "model", (tokens,), (folder / "train.jsonl",), teacher, judged)
@@ -63,7 +63,9 @@ class ProxySource(Source):
         return [Step("make a random model and text", lambda: write_inputs(self.folder, self.model), self.base)]
 
     def architecture(self) -> Architecture:
-        """Known before the model is made, but for its vocabulary: layouts are refused at once here too."""
+        """Return the architecture before the model is made, except for its vocabulary, so that layouts are refused at
+        once.
+        """
         values = small_values(self.model, VOCAB)
         return Architecture(
             model_type=self.model.model_type, plan=("attention",) * values.pop("num_hidden_layers"),
@@ -91,7 +93,7 @@ def made_up_texts(documents: int = 60) -> list[str]:
 
 
 def write_model(folder: Path, base: Base, texts: list[str], **changes) -> None:
-    """A Hugging Face folder. ``changes``: other fields of its config."""
+    """Write a Hugging Face folder. ``changes``: other fields of its config."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -106,7 +108,7 @@ def write_model(folder: Path, base: Base, texts: list[str], **changes) -> None:
 
 
 def small_values(base: Base, vocab: int) -> dict:
-    """The sizes of ``base``, made small, under the names of its config."""
+    """Return small sizes for ``base`` under the names of its config."""
     rope = {"rope_type": "default", "rope_theta": 1e6}
     if base.model_type == "llama":
         rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 32.0, "low_freq_factor": 1.0,
@@ -120,7 +122,7 @@ def small_values(base: Base, vocab: int) -> dict:
 
 
 def write_tokenizer(folder: Path, texts: list[str]) -> int:
-    """Byte-level, with a chat template; returns how many tokens it has."""
+    """Write a byte-level tokenizer with a chat template, and return its number of tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     from hylo_megatron.retrieval import templates

@@ -1,8 +1,8 @@
 """The method paper's recipes (arXiv 2604.24715) for Llama-3.2-1B, Llama-3.2-3B and Qwen3-1.7B.
 
-Declared here; ``examples.py`` runs them. Where the published text is silent the choice is this project's: the short
-KL stage at 2K (the write-up's staged variant: mixers alone first), how the tokens are shared between the KL stages,
-the batches at 2K (as many tokens as at 8K), weight decay, and Qwen's teacher at 64K, which gets the student's YaRN.
+``run/examples.py`` runs them. The paper leaves some choices open, which we made: the short KL stage at 2K (the paper's
+staged variant, which trains the mixers alone first), the shares of the KL stages in the tokens, the batches at 2K (as
+many tokens as at 8K), weight decay, and the YaRN of Qwen's teacher at 64K, which is the student's.
 """
 
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ TOKENS = 10_000_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class Base:
-    """A base model's rows in the paper's tables. ``batches``: sequences at 8K and at 64K."""
+    """A base model's rows in the paper's tables. ``batches``: sequences per batch at 8K and at 64K."""
 
     name: str
     model_type: str
@@ -26,7 +26,7 @@ class Base:
     plan: str
     lr: float
     batches: dict[str, tuple[int, int]]
-    window: int  # what YaRN stretches
+    window: int  # original context length, which YaRN extends
     stretches_teacher: bool = False
     kv_heads: int = 8
 
@@ -49,7 +49,7 @@ BASES = {
 
 
 def yarn(length: int, window: int) -> dict | None:
-    """What a context of ``length`` changes in the rotary embedding: nothing inside the original window."""
+    """Return the change of the rotary embedding for a context of ``length``; None inside the original window."""
     if length <= window:
         return None
     return {"rope_type": "yarn", "factor": length / window, "original_max_position_embeddings": window}
@@ -60,7 +60,7 @@ def sized(stage: Stage, tokens: float) -> Stage:
 
 
 def stages(base: Base, linear: str, tokens: int) -> tuple[Stage, ...]:
-    batch, batch_64k = base.batches.get(linear, base.batches[LINEAR[0]])  # the paper has two kinds
+    batch, batch_64k = base.batches.get(linear, base.batches[LINEAR[0]])  # the paper has batches for two linear kinds
     ild = Stage(
         name="ild", kind="ild", seq_length=2048, global_batch=4 * batch, micro_batch=4, steps=1, lr=2e-4, warmup=0.01,
         train="mixers", copied_lr_mult=1.0, decay_lr_mult=1.0,
@@ -73,7 +73,8 @@ def stages(base: Base, linear: str, tokens: int) -> tuple[Stage, ...]:
     rope = yarn(65536, base.window)
     longest = replace(
         longer, name="distill-64k", seq_length=65536, global_batch=batch_64k, rope=rope,
-        teacher_rope=rope if base.stretches_teacher else None, recompute=2 * base.layers,  # mixers and MLPs
+        # sub-layers: all mixers and MLPs
+        teacher_rope=rope if base.stretches_teacher else None, recompute=2 * base.layers,
     )  # fmt: skip
     shares = (0.20, 0.10, 0.30, 0.40)
     return tuple(
@@ -83,8 +84,11 @@ def stages(base: Base, linear: str, tokens: int) -> tuple[Stage, ...]:
 
 def published(name: str, plan: str | None = None, linear: str = LINEAR[0], tokens: int = TOKENS, seed: int = 1234,
               geometry: str = "published") -> Recipe:  # fmt: skip
-    """``plan``: another layer plan than the paper's first for this model. ``geometry``: the paper's, with its
-    initialisation by SVD, or this project's ``native`` one, calibrated on data."""
+    """Return the paper's recipe ``name``.
+
+    ``plan``: another layer plan in place of the paper's first for this model. ``geometry``: the paper's, initialised
+    by SVD, or our ``native`` one, calibrated on text.
+    """
     base = BASES[name]
     evaluation = Evaluation(
         context=2048, tokens=150_000, needle_lengths=(8192, 16384, 32768, 65536), needle_samples=4, needle_depths=5

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct, upcycled from end to end: ``bash examples/upcycle_smollm2.sh`` (``make demo``)."""
+"""Upcycle SmolLM2-135M-Instruct from end to end: ``bash examples/upcycle_smollm2.sh`` (``make demo``)."""
 
 import os
 from dataclasses import replace
@@ -15,8 +15,9 @@ from hylo_megatron.recipes.stage import Evaluation, Recipe, Stage
 from hylo_megatron.run.launch import Processes
 from hylo_megatron.run.recipe_run import Run
 
-TEACHER_LENGTH = 6144  # of the teacher's 8,192: near its end it is already worse
-ROPE_THETA = 100_000 * 4 ** (64 / 62)  # the base model's, with the slowest of 32 frequencies four times slower (NTK)
+TEACHER_LENGTH = 6144  # the teacher supports 8,192 tokens, but is worse near that end
+# the base model's value, with the slowest of 32 frequencies four times slower (NTK)
+ROPE_THETA = 100_000 * 4 ** (64 / 62)
 
 
 def default_plan(linear: str | None) -> str:
@@ -25,8 +26,10 @@ def default_plan(linear: str | None) -> str:
 
 
 def smollm2_cpu(plan: str | None = None, linear: str | None = None, seed: int = 1234) -> Recipe:
-    """Two CPU cores, about twenty minutes: every stage short, each long enough to be seen to work."""
-    # Batches of 512 tokens are noisy: a small step that anneals to nothing, or Adam undoes a good initialisation.
+    """Return the recipe for two CPU cores: about twenty minutes, with every stage just long enough to show an
+    effect.
+    """
+    # Batches of 512 tokens are noisy: without a small, decaying learning rate Adam undoes a good initialisation.
     ild = Stage(name="ild", kind="ild", seq_length=512, global_batch=1, steps=60, lr=2e-4, warmup=0.1, train="mixers")
     distill = replace(ild, name="distill", kind="distill", steps=50, lr=3e-5)
     evaluation = Evaluation(context=512, tokens=4000, needle_lengths=(512,), needle_samples=1, needle_depths=4)
@@ -37,7 +40,7 @@ def smollm2_cpu(plan: str | None = None, linear: str | None = None, seed: int = 
 
 
 def smollm2_gpu(plan: str | None = None, linear: str | None = None, seed: int = 1234) -> Recipe:
-    """One GPU, 30M tokens: to 32K, four times the teacher's context."""
+    """Return the recipe for one GPU: 30M tokens, with lengths up to 32K, four times the teacher's context."""
     ild = Stage(
         name="ild", kind="ild", seq_length=2048, global_batch=8, micro_batch=8, steps=300, lr=1.5e-3, min_lr=1.5e-4,
         train="mixers", mix=(("text", 0.78), ("chat", 0.10), ("retrieval", 0.12)),
@@ -54,7 +57,7 @@ def smollm2_gpu(plan: str | None = None, linear: str | None = None, seed: int = 
     longest = replace(
         longer, name="distill-32k", seq_length=32768, global_batch=1, micro_batch=1, steps=140, min_lr=0.0,
         mix=(("long", 0.45), ("chat", 0.05), ("retrieval", 0.50)),
-        recompute=29,  # of 60 halves of layers, for memory
+        recompute=29,  # of 60 sub-layers, to save memory
     )  # fmt: skip
     evaluation = Evaluation(
         context=2048, tokens=150_000, needle_lengths=(1024, 2048, 4096, 6144, 8192, 16384, 32768), needle_samples=10,
@@ -68,7 +71,7 @@ def smollm2_gpu(plan: str | None = None, linear: str | None = None, seed: int = 
 
 
 def found_recipe(*choices) -> Recipe:
-    """The recipe for the device at hand."""
+    """Return the recipe for this machine's device."""
     return (smollm2_gpu if torch.cuda.is_available() else smollm2_cpu)(*choices)
 
 
@@ -77,11 +80,11 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--plan", help="a name such as 3MLA27GDN, or the MLA layers' numbers (default: 3 of the 30 layers)")
-    add("--linear", choices=LINEAR, help=f"what the other layers become (default: {LINEAR[0]}, or the plan's name)")
+    add("--linear", choices=LINEAR, help=f"mixer of the other layers (default: {LINEAR[0]}, or the plan's name)")
     add("--tp", type=size, default=1, help="tensor-parallel ranks (SmolLM2 has 9 heads: 1 or 3)")
-    add("--pp", type=size, default=1, help="pipeline stages; the GPUs that are left work data-parallel")
+    add("--pp", type=size, default=1, help="pipeline stages; the remaining factor of the GPUs is data parallel")
     add("--seed", type=count, default=1234)
-    add("--no-cuda-graph", action="store_true", help="launch every kernel of a training step by itself")
+    add("--no-cuda-graph", action="store_true", help="launch the kernels of a training step one by one")
     add("--out", help="folder of the run (default: runs/smollm2-PLAN)")
     options = parser.parse_args(argv)
     recipe = found_recipe(options.plan, options.linear, options.seed)

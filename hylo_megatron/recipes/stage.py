@@ -1,4 +1,7 @@
-"""A recipe is a list of stages. Each stage after the first is a visible ``replace(...)`` of the one before it."""
+"""Stages, evaluations and recipes. A recipe is a list of stages.
+
+Each stage after the first is a visible ``replace(...)`` of the previous one.
+"""
 
 import json
 from dataclasses import asdict, dataclass
@@ -9,12 +12,13 @@ from hylo_megatron.config import Geometry
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One training of a recipe, on ``steps * global_batch * seq_length`` tokens. ``lr`` is the peak of a cosine.
+    """One training of a recipe, on ``steps * global_batch * seq_length`` tokens.
 
-    ``mix`` has the shares of the packed datasets named in ``run/datasets.py``; without it the training text is read as
-    it is. ``rope`` and ``teacher_rope`` are changes of the rotary embeddings. ``teacher_length`` is the teacher's own
-    context; beyond it the loss is ``ce_beyond`` times the cross-entropy of the text. ``recompute`` is the number of
-    sub-layers (mixers and MLPs) whose activations are computed twice.
+    ``lr`` is the peak of a cosine schedule. ``mix`` has the shares of the packed data sets that ``run/datasets.py``
+    names; without a mix the training text is read unchanged. ``rope`` and ``teacher_rope`` are changes of the rotary
+    embeddings. ``teacher_length`` is the teacher's own context; beyond it the loss is ``ce_beyond`` times the
+    cross-entropy of the text. ``recompute`` is the number of sub-layers (mixers and MLPs) whose activations are
+    recomputed.
     """
 
     name: str
@@ -24,9 +28,9 @@ class Stage:
     steps: int
     lr: float
     min_lr: float = 0.0
-    warmup: float = 0.04  # share of the steps
+    warmup: float = 0.04  # warm-up, as a share of the steps
     micro_batch: int = 1
-    train: str = "all"  # "mixers": weights copied from the base stay frozen
+    train: str = "all"  # "mixers": weights copied from the base model stay frozen
     copied_lr_mult: float = 0.2
     decay_lr_mult: float = 5.0
     kl_weight: float = 1.0
@@ -45,7 +49,7 @@ class Stage:
         return self.steps * self.global_batch * self.seq_length
 
     def samples(self, share: float) -> int:
-        """Return how many sequences this stage reads of a dataset with ``share`` of the mix, and a few more."""
+        """Return how many sequences (and a few more) this stage reads of a data set with ``share`` of the mix."""
         return ceil(1.02 * share * self.steps * self.global_batch) + 8
 
     def flags(self) -> list[str]:
@@ -73,7 +77,10 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What is measured after the last stage; after earlier stages only perplexity is. Lengths are in tokens."""
+    """The measurements after the last stage; after earlier stages only perplexity is measured.
+
+    Lengths are in tokens.
+    """
 
     context: int
     tokens: int
@@ -86,7 +93,7 @@ class Evaluation:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What a whole run does. Every number that its result depends on is here."""
+    """A whole run. Every number on which its result depends is here."""
 
     name: str
     plan: str
@@ -96,7 +103,7 @@ class Recipe:
     calibration_length: int
     evaluation: Evaluation
     layers: int = 30
-    text: str = "small"  # the mix of tools/fetch_text.py
+    text: str = "small"  # the mix of hylo fetch-text
     geometry: str | Geometry = "native"
     init: str = "data"  # or "svd", the initialisation of the method's paper
     save_every: int = 20

@@ -1,1 +1,1 @@
-"""The orchestrator: starts the trainings of a recipe, one stage after another, and reports."""
+"""The orchestrator: start the training stages of a recipe one after another, and report."""

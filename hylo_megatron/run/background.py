@@ -1,4 +1,4 @@
-"""Work beside the main thread of a run: data and evaluations do not wait for training where there is a GPU."""
+"""Work beside the main thread of a run: on a GPU, training does not wait for data preparation and evaluation."""
 
 import contextlib
 import multiprocessing
@@ -30,7 +30,7 @@ def _run_beside(action: Callable[[], object], log: Path) -> None:
 
 
 class Background:
-    """Runs actions (which have to be picklable) in processes of their own; on a CPU at once, in this one."""
+    """Runs picklable actions in processes of their own on a GPU. On a CPU an action runs at once in this process."""
 
     def __init__(self, logs: Path, beside: bool | None = None):
         self.logs, self.beside = logs, torch.cuda.is_available() if beside is None else beside
@@ -48,7 +48,7 @@ class Background:
         self.running[name].start()
 
     def wait(self, *names: str) -> None:
-        """For these, or for all. Raises ``HyLoError`` for one that failed."""
+        """Wait for these actions, or for all. Raises ``HyLoError`` for an action that failed."""
         for name in names or list(self.running):
             process = self.running.pop(name, None)
             if process is None:

@@ -1,4 +1,4 @@
-"""The packed datasets that stages mix: what each name stands for, and how it is made from the training text."""
+"""The packed data sets that stages mix: what each name means, and how each is made from the training text."""
 
 from pathlib import Path
 
@@ -6,7 +6,8 @@ from hylo_megatron.data.pack import pack
 from hylo_megatron.recipes.stage import Recipe, Stage
 from hylo_megatron.retrieval.make import make_retrieval
 
-# "text": documents joined and cut; "long": windows of long documents; the others answer questions about such text
+# "text": documents joined and cut; "long": windows of long documents; the others: questions about such text with
+# answers
 NAMES = ("text", "long", "chat", "retrieval")
 
 
@@ -15,14 +16,14 @@ def prefix(folder: Path, name: str, stage: Stage) -> Path:
 
 
 def data_path(folder: Path, stage: Stage, tokens: tuple[Path, ...] = ()) -> list[str]:
-    """``--data-path`` of a stage: weights and prefixes, or the training text alone."""
+    """Return a stage's ``--data-path``: weights and prefixes, or only the training text."""
     if not stage.mix:
         return [str(path) for path in tokens or (folder / "train",)]
     return [part for name, share in stage.mix for part in (str(share), str(prefix(folder, name, stage)))]
 
 
 def make_datasets(recipe: Recipe, folder: Path, tokenizer: Path) -> None:
-    """Whatever ``recipe``'s stages mix and is not there yet, out of ``folder/train``."""
+    """Make each data set that ``recipe``'s stages mix and that is missing, from ``folder/train``."""
     wanted: dict[tuple[str, int], int] = {}
     for stage in recipe.stages:
         for name, share in stage.mix:
@@ -37,4 +38,4 @@ def make_datasets(recipe: Recipe, folder: Path, tokenizer: Path) -> None:
         else:
             make_retrieval(
                 source, tokenizer, out, length + 1, samples, recipe.seed, chat_share=float(name == "chat")
-            )  # one worker: samples take seconds, and so does the start of a process
+            )  # one worker: samples take seconds, and starting a process takes as long

@@ -1,4 +1,4 @@
-"""What a recipe's run still needs on its disk, step by step, before it starts."""
+"""The disk space that a recipe's run still needs, step by step, computed before the run starts."""
 
 import sys
 from math import prod
@@ -14,7 +14,7 @@ from hylo_megatron.convert.shapes import hf_shapes
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.run.training_process import fast_bf16
 
-EXPORTED = 2  # bytes of a parameter in an exported folder
+EXPORTED = 2  # bytes per parameter in an exported folder
 
 
 def elements(arch: Architecture) -> int:
@@ -22,12 +22,14 @@ def elements(arch: Architecture) -> int:
 
 
 def weights_bytes(folder: Path) -> int:
-    """Bytes of the weights of a Hugging Face folder; a converted checkpoint has the same."""
+    """Return the bytes of a Hugging Face folder's weights; a converted checkpoint has as many."""
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def needs(run, student: Architecture, optimizer: bool = True) -> list[tuple[str, int, int]]:
-    """``(what, bytes that stay, bytes while it is made)`` of everything of ``run`` that is not there yet, in order."""
+    """Return ``(name, bytes that stay, bytes during the step)`` of each step of ``run`` that is not done yet, in
+    order.
+    """
     source, found = run.source, []
 
     def add(what: str, path: Path, stays: int) -> None:
@@ -38,14 +40,15 @@ def needs(run, student: Architecture, optimizer: bool = True) -> list[tuple[str,
     add("the base model's checkpoint", run.base, base)
     if source.teacher:
         add("the teacher's checkpoint", run.teacher, weights_bytes(source.teacher))
-    width = base / elements(read_architecture(source.base))  # bytes of a parameter
+    width = base / elements(read_architecture(source.base))  # bytes per parameter
     add("the student", run.out / "student", int(elements(student) * width))
     for stage in run.recipe.stages:
         folder = run.out / stage.name
         size = checkpoint_bytes(student, stage_kind(stage.kind), stage.train, fast_bf16(), optimizer)
         there = bool(complete_iterations(folder)) if folder.is_dir() else False
         if not trained_to(folder, stage.steps):
-            several = there or stage.steps > run.recipe.save_every  # the old one stays until the new one is complete
+            # the old checkpoint stays until the new one is complete
+            several = there or stage.steps > run.recipe.save_every
             found.append((f"{stage.name}", 0 if there else size, size * (1 if there else 1 + several)))
         if source.judged or stage is run.recipe.stages[-1]:
             add(f"hf-{stage.name}", run.out / f"hf-{stage.name}", EXPORTED * elements(student))
@@ -53,7 +56,10 @@ def needs(run, student: Architecture, optimizer: bool = True) -> list[tuple[str,
 
 
 def check(run, student: Architecture) -> None:
-    """Refuse a run whose next training cannot save; warn when it will not come to its end. ``run``: a ``Run``."""
+    """Refuse a run whose next training cannot save, and warn if the disk will be full before the run ends.
+
+    ``run``: a ``Run``.
+    """
     free, taken, least, most, last = disk.free(run.out), 0, None, 0, ""
     stages = {stage.name for stage in run.recipe.stages}
     for what, stays, meanwhile in needs(run, student, "--no-save-optim" not in map(str, run.flags)):

@@ -1,4 +1,4 @@
-"""What ``examples/upcycle_llama1b.sh`` and its sisters do, however they are started: ``docs/examples.md``."""
+"""The program behind ``examples/upcycle_llama1b.sh`` and its sisters, with every launcher (``docs/examples.md``)."""
 
 import os
 import shlex
@@ -28,7 +28,7 @@ from hylo_megatron.run.recipe_run import Run
 from hylo_megatron.run.source import Source
 from hylo_megatron.run.world import World, exit_on_signals, under_torchrun
 
-# Before its time is up the scheduler sends SIGTERM: training saves and leaves. Only the newest checkpoint is kept.
+# Before the time limit the scheduler sends SIGTERM; training then saves and exits. Only the newest checkpoint is kept.
 FLAGS = ("--exit-signal-handler",)
 
 
@@ -37,7 +37,7 @@ def value(name: str, default: str | None = None) -> str | None:
 
 
 def number(name: str, default: int) -> int:
-    """10000000, 1e7 or 10M alike."""
+    """Return the variable as a number: 10000000, 1e7 and 10M are equal."""
     text = value(name, str(default))
     try:
         return readable_number(text)
@@ -46,10 +46,10 @@ def number(name: str, default: int) -> int:
 
 
 def words(name: str) -> list[str]:
-    """The variable as a shell splits it."""
+    """Return the words of the variable, split as a shell splits them."""
     try:
         return shlex.split(value(name, ""))
-    except ValueError as error:  # open quotes
+    except ValueError as error:  # unclosed quotes
         raise HyLoError(f"{name}={short(value(name))}: {str(error).lower()}; close them") from None
 
 
@@ -62,7 +62,7 @@ def folder(name: str) -> Path | None:
 
 @dataclass(frozen=True)
 class Job:
-    """A recipe and what it runs on, as the variables say."""
+    """A recipe with its inputs, as given by the environment variables."""
 
     recipe: Recipe
     out: Path
@@ -70,12 +70,12 @@ class Job:
     flags: tuple
 
     def check(self, processes: Processes) -> None:
-        """Refuse what would otherwise go wrong hours later."""
+        """Refuse a job that would otherwise fail hours later."""
         base = self.source.architecture()
         if base.num_layers != self.recipe.layers:
             raise HyLoError(
-                f"HF_MODEL={self.source.base} has {base.num_layers} layers, this recipe is for {self.recipe.layers}"
-                f" ({BASES[self.recipe.name.removeprefix('proxy-')].name})"
+                f"HF_MODEL={self.source.base} has {base.num_layers} layers, expected {self.recipe.layers}"
+                f" for this recipe ({BASES[self.recipe.name.removeprefix('proxy-')].name})"
             )
         plan = Plan.parse(self.recipe.layers, self.recipe.plan, self.recipe.linear)
         teacher = read_architecture(self.source.teacher) if self.source.teacher else base
@@ -88,31 +88,34 @@ class Job:
                 global_batch=stage.global_batch,
             )
             check_parallel_layout(models, processes.layout, work)
-        if self.source.base.is_dir():  # a proxy's is made later
+        if self.source.base.is_dir():  # a proxy's model is made later
             check_vocabularies(base, teacher, (self.source.base, self.source.teacher or self.source.base))
         if value("FLAGS"):
-            from hylo_megatron.distill.command_line import user_flags  # Megatron's parser: seconds to import
+            from hylo_megatron.distill.command_line import user_flags  # importing Megatron's parser takes seconds
 
             for stage in self.recipe.stages:
                 user_flags([*stage.flags(), *map(str, self.flags)])
 
 
 def data_files() -> tuple[tuple[Path, ...], tuple[Path, ...]]:
-    """``DATA`` as ``(text files, token prefixes)``, one of them empty."""
+    """Return ``DATA`` as ``(text files, token prefixes)``, one of which is empty."""
     paths = [Path(part) for part in words("DATA")]
     if not paths:
-        raise HyLoError("DATA is not set: jsonl or text files, or the prefix of tokens made by tools/prepare_data.py")
+        raise HyLoError("DATA is not set: jsonl or text files, or the prefix of tokens made by hylo prepare-data")
     tokens = tuple(path for path in paths if Path(f"{path}.idx").is_file())
     inputs = tuple(path for path in paths if path.is_file())
     for path in paths:
         if path not in tokens + inputs:
-            raise HyLoError(f"DATA={path}: no such file, and no {path}.idx of tools/prepare_data.py either")
+            raise HyLoError(f"DATA={path}: no such file, and no {path}.idx of hylo prepare-data either")
     for path in inputs:
         detect_format(path)
     for path in tokens:
         check_token_files(path)
         if Path(f"{path}.json").is_file() and read_summary(path).get("pack_length"):
-            raise HyLoError(f"DATA={path} is packed to one length, the stages have three: prepare whole documents")
+            raise HyLoError(
+                f"DATA={path} is packed to one length, but the recipe trains at three: prepare complete documents,"
+                " without --pack-length"
+            )
     if tokens and inputs:
         raise HyLoError(f"DATA has text ({inputs[0]}) and tokens ({tokens[0]}): give only one of the two kinds")
     return inputs, tokens
@@ -121,7 +124,7 @@ def data_files() -> tuple[tuple[Path, ...], tuple[Path, ...]]:
 def source_of(out: Path, name: str, small: bool) -> Source:
     teacher, judged, tokens = folder("TEACHER"), folder("EVAL"), out / "data" / "train"
     if judged and not (judged / "eval_prose.jsonl").is_file():
-        raise HyLoError(f"EVAL={judged}: has no eval_prose.jsonl; expected a folder as tools/fetch_text.py makes it")
+        raise HyLoError(f"EVAL={judged}: has no eval_prose.jsonl; expected a folder as hylo fetch-text makes it")
     if small:
         if value("HF_MODEL") or value("DATA"):
             raise HyLoError("PROXY=1 makes a model and text of its own: leave out HF_MODEL and DATA")
@@ -163,7 +166,10 @@ def processes_of(world: World | None) -> Processes:
 
 
 def run(name: str, world: World | None) -> None:
-    """On all ranks of ``world``; without one, in this process, or under a torchrun that takes its place."""
+    """Run the recipe on all ranks of ``world``.
+
+    Without a world, run it in this process, or replace this process by torchrun if several ranks are needed.
+    """
     job, processes = job_of(name), processes_of(world)
     job.check(processes)
     if not world and processes.ranks > 1:

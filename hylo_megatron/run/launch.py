@@ -1,4 +1,4 @@
-"""Start the processes of one training: how many, in which environment; and say why one stopped."""
+"""Start the processes of one training, and report why a process stopped."""
 
 import functools
 import os
@@ -16,7 +16,7 @@ from hylo_megatron.config.layout import ParallelLayout
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.run.parent import PARENT, STORE, bind_child
 
-LEAST_FREE = 2**20  # bytes; with less on its disk, a log may lack the line that says what went wrong
+LEAST_FREE = 2**20  # bytes; with less free space, a log may lack the line with the error
 ONE_RANK = ParallelLayout()
 
 
@@ -33,13 +33,13 @@ class Processes:
 
     @classmethod
     def found(cls, layout: ParallelLayout = ONE_RANK, cuda_graph: bool = True) -> "Processes":
-        """One process for each GPU of this machine, or without GPUs one copy of the model."""
+        """Return one process for each GPU of this machine, or without GPUs one copy of the model."""
         ranks = torch.cuda.device_count() or layout.ranks
         return cls.among(ranks, "GPUs here", layout, cuda_graph)
 
     @classmethod
     def among(cls, ranks: int, what: str, layout: ParallelLayout, cuda_graph: bool = True) -> "Processes":
-        """As many copies of the model as ``ranks`` allow. ``what`` names the ranks in a refusal."""
+        """Return as many copies of the model as ``ranks`` allow. ``what`` names the ranks in an error message."""
         if ranks % layout.ranks:
             context = f" x CP {layout.cp}" if layout.cp > 1 else ""
             sizes = f"TP {layout.tp} x PP {layout.pp}{context}"
@@ -56,8 +56,10 @@ class Processes:
 
 
 def child_environment(ranks_here: int, **changes: str) -> dict[str, str]:
-    """Return this process's environment with a child's share of the cores, and with this package on the path, which
-    need not be installed."""
+    """Return the environment of a child process: its share of the cores, and this package on PYTHONPATH.
+
+    The package need not be installed.
+    """
     inherited = {name: value for name, value in os.environ.items() if name not in (PARENT, STORE)}
     package = str(Path(hylo_megatron.__file__).parent.parent)
     paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -84,7 +86,7 @@ class Process:
         self.popen.wait()
 
     def reason(self) -> str:
-        """Return in one line why the process failed: an error that it wrote itself, not an earlier run's."""
+        """Return in one line why the process failed: its own error, not the error of an earlier run."""
         code = self.popen.returncode
         if code < 0:
             return f"killed by {signal.Signals(-code).name}"
@@ -97,11 +99,12 @@ class Process:
 
 
 def start_own(arguments: list[str], processes: Processes, log: Path) -> Process:
-    """Start all ranks on this machine: one process, or a torchrun of our own."""
+    """Start all ranks on this machine, as one process or with torchrun."""
     if processes.ranks > 1:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes.ranks)]
         return Process([*launcher, *arguments], log, child_environment(processes.ranks))
-    # torchrun would import torch only to start one process. With port 0 the process listens on a port that is free
-    # when it starts; a port that is free now may be taken by then.
+    # For one process torchrun is not needed, and importing torch for it costs time. With port 0 the process listens on
+    # a port
+    # that is free when it starts; a port that is free now may be taken by then.
     alone = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     return Process(arguments, log, child_environment(1, **alone, **{PARENT: str(os.getpid())}))

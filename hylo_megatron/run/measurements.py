@@ -1,4 +1,4 @@
-"""What a run measures of each of its models, and where the figures go."""
+"""The measurements of a run's models, and where the results are written."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,10 @@ KINDS = {"prose": "eval_prose", "book": "eval_long", "code": "eval_code", "c": "
 
 @dataclass(frozen=True)
 class Measurement:
-    """One model. ``full``: needles and loss by position too. ``report``: pictures and tables there."""
+    """The measurement of one model.
+
+    ``full``: include needles and loss by position. ``report``: folder for pictures and tables.
+    """
 
     name: str
     model: Path
@@ -28,7 +31,7 @@ class Measurement:
         return self.out / f"eval-{self.name}.json"
 
     def __call__(self) -> None:
-        """Writes ``result``; beside the teacher's figures when a report is asked for."""
+        """Measure and write ``result``. With a report, the teacher's figures are included."""
         from hylo_megatron.evaluate import Settings, evaluate
 
         e = self.recipe.evaluation

@@ -1,6 +1,7 @@
-"""Runs a recipe: source -> convert -> upcycle -> train stages -> export -> evaluate -> generate.
+"""Run a recipe: source -> convert -> upcycle -> training stages -> export -> evaluate -> generate.
 
-Every step writes its result under its final name only when it is whole, so the same command goes on where it stopped.
+Every step gives its result the final name only when the result is complete, so the same command continues an
+interrupted run.
 """
 
 import contextlib
@@ -34,10 +35,10 @@ from hylo_megatron.run.training_process import TrainingProcess
 
 
 class Run:
-    """One run of ``recipe`` in folder ``out``; ``execute()`` does what is not done yet.
+    """One run of ``recipe`` in folder ``out``. ``execute()`` does what is not done yet.
 
-    ``start`` starts trainings (``launch.start_own``, or a ``World``'s); ``flags`` are for each of them. ``beside``:
-    whether evaluations, and the start of the next stage, go on beside a training (None: where there is a GPU).
+    ``start`` starts trainings (``launch.start_own``, or that of a ``World``). ``flags`` are given to each training.
+    ``beside``: run evaluations and the start of the next stage during a training (None: on a GPU only).
     """
 
     def __init__(self, recipe: Recipe, out: Path, processes: Processes, source: Source | None = None, start=start_own,
@@ -46,7 +47,7 @@ class Run:
         self.source = source or FetchedSource(out, recipe.text)
         self.logs, self.started, self.number = out / "logs", time.time(), 0
         self.hf, self.base, self.data = self.source.base, out / "teacher", out / "data"
-        # Layer-wise stages compare with the base model; another teacher takes over in the stages after them.
+        # Layer-wise stages compare with the base model; another teacher is used from the first stage after these.
         self.teacher = out / "other-teacher" if self.source.teacher else self.base
         self.plan = Plan.parse(recipe.layers, recipe.plan, recipe.linear)
         self.total = 4 + len(self.source.steps()) + len(recipe.stages) + (self.teacher != self.base)
@@ -56,7 +57,7 @@ class Run:
         self.next_training: TrainingProcess | None = None
 
     def _claim(self) -> None:
-        """The folder belongs to one recipe: going on with another one would mix two runs."""
+        """Refuse a folder that belongs to another recipe, because two runs would be mixed."""
         self.logs.mkdir(parents=True, exist_ok=True)
         self.data.mkdir(exist_ok=True)
         path, mine = self.out / "recipe.json", self.recipe.to_dict() | self.source.to_dict()
@@ -65,7 +66,7 @@ class Run:
         path.write_text(json.dumps(mine, indent=1))
 
     def step(self, what: str, action: Callable[[], object], done: Path | None = None) -> None:
-        """Runs ``action`` unless ``done`` exists; what it prints goes to the log."""
+        """Run ``action`` unless ``done`` exists. The output of ``action`` goes to the log."""
         self.number += 1
         label = f"[{self.number:2d}/{self.total}] {what}"
         if done and done.exists():
@@ -82,16 +83,16 @@ class Run:
         print(f"      {time.time() - started:.0f} s", flush=True)
 
     def measure(self, name: str, model: Path, full: bool = False, report: Path | None = None) -> None:
-        """Perplexity, and with ``full`` everything else; on a GPU the next steps do not wait for it."""
+        """Measure perplexity, and with ``full`` everything else. On a GPU the next steps do not wait for this."""
         if not self.source.judged:
             return
         if report:
-            self.background.wait("teacher")  # its figures stand beside the student's
+            self.background.wait("teacher")  # the report compares the student with the teacher
         job = Measurement(name, model, self.out, self.source.judged, self.recipe, full, report)
         self.step(f"evaluate {name}", lambda: self.background.start(name, job), job.result)
 
     def prepare(self) -> None:
-        """Tokens, and the packed datasets of the stages."""
+        """Make the tokens and the packed data sets of the stages."""
         self.source.make_tokens()
         self.background.start("datasets", functools.partial(make_datasets, self.recipe, self.data, self.hf))
 
@@ -112,7 +113,7 @@ class Run:
         return trained_to(self.out / stage.name, stage.steps)
 
     def _start(self, index: int) -> TrainingProcess:
-        """The processes of a stage; they wait for the stage before it to end."""
+        """Start the processes of a stage; they wait for the end of the previous stage."""
         stages = self.recipe.stages
         stage, save = stages[index], self.out / stages[index].name
         student = self.out / (stages[index - 1].name if index else "student")
@@ -127,7 +128,10 @@ class Run:
         return self.trainings[-1]
 
     def train(self, index: int) -> Path:
-        """The stage's checkpoint folder, trained to its last step. The next stage starts up meanwhile on a GPU."""
+        """Train the stage to its last step and return its checkpoint folder.
+
+        On a GPU the next stage starts in the meantime.
+        """
         self.number += 1
         stage = self.recipe.stages[index]
         save, label = self.out / stage.name, f"[{self.number:2d}/{self.total}] {stage.name}"
@@ -137,7 +141,7 @@ class Run:
         print(f"{label}: {stage.steps} steps, {stage.tokens:,} tokens of {stage.seq_length}", flush=True)
         started = time.time()
         self.background.wait("datasets")
-        torch.cuda.empty_cache()  # what calibration or an evaluation left
+        torch.cuda.empty_cache()  # memory that calibration or an evaluation left
         training = self.next_training or self._start(index)
         self.next_training = None
 
@@ -147,7 +151,7 @@ class Run:
 
         training.wait(start_next)
         if not self._trained(stage):
-            raise HyLoError(f"{stage.name} was stopped by a signal; the same command goes on from its checkpoint")
+            raise HyLoError(f"{stage.name} was stopped by a signal; the same command continues from its checkpoint")
         print(f"      {time.time() - started:.0f} s", flush=True)
         return save
 

@@ -1,4 +1,4 @@
-"""What steps of a run leave in its folder for later ones: reports of evaluations, lines of training logs."""
+"""Files that steps of a run leave for later steps: evaluation reports and training logs."""
 
 from pathlib import Path
 from typing import NotRequired
@@ -71,7 +71,7 @@ def step_line(text: bytes, where: str) -> StepLine:
 
 
 def read_steps(log: Path) -> list[StepLine]:
-    """All lines of a finished stage. Raises ``HyLoError``."""
+    """Return all lines of a finished stage's log. Raises ``HyLoError``."""
     lines = log.read_bytes().splitlines() if log.is_file() else []
     if not lines:
         raise HyLoError(

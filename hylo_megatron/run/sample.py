@@ -29,6 +29,6 @@ def answer(folder: Path, prompt: str = PROMPT, tokens: int = 24) -> str:
 
 
 def write_sample(teacher: Path, student: Path, out: Path) -> None:
-    """``out``: JSON with the prompt and both answers."""
+    """Write the prompt and both answers to ``out`` as JSON."""
     answers = {"prompt": PROMPT, "teacher": answer(teacher), "student": answer(student)}
     write_json(out, answers)

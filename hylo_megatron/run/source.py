@@ -1,4 +1,4 @@
-"""What a run starts from: the base model, perhaps another teacher, text to train on, text to judge by."""
+"""What a run starts from: the base model, optionally another teacher, training text and held-out text."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from hylo_megatron.data import prepare
 
 
 class Step(NamedTuple):
-    """Something to do before anything else; it is done when ``done`` exists."""
+    """A step before all others; it is done when ``done`` exists."""
 
     what: str
     action: Callable[[], object]
@@ -23,8 +23,11 @@ class Step(NamedTuple):
 
 @dataclass
 class Source:
-    """Files that are there. ``tokens``: prefixes of token files, which ``make_tokens`` writes if ``inputs`` are given;
-    ``teacher``: None for the base model itself; ``judged``: a folder as ``tools/fetch_text.py`` writes, or None."""
+    """Files from which a run starts.
+
+    ``tokens``: prefixes of token files, which ``make_tokens`` writes if ``inputs`` are given. ``teacher``: None for
+    the base model itself. ``judged``: folder of held-out text, as ``hylo fetch-text`` writes it, or None.
+    """
 
     base: Path
     tokens: tuple[Path, ...]
@@ -36,7 +39,7 @@ class Source:
         return []
 
     def architecture(self) -> Architecture:
-        """Of the base model. Raises ``HyLoError``."""
+        """Return the base model's architecture. Raises ``HyLoError``."""
         return read_architecture(self.base)
 
     def make_tokens(self) -> None:
@@ -44,7 +47,7 @@ class Source:
             prepare.prepare(list(self.inputs), self.base, self.tokens[0], workers=os.cpu_count() or 1)
 
     def to_dict(self) -> dict:
-        """What has to stay the same when a run goes on."""
+        """Return what must not change when a run is continued."""
         values = {"base": self.base, "teacher": self.teacher or self.base, "data": self.inputs or self.tokens}
         return json.loads(json.dumps(values, default=lambda path: str(path.resolve())))
 
@@ -65,4 +68,4 @@ class FetchedSource(Source):
         ]
 
     def to_dict(self) -> dict:
-        return {}  # always the same, wherever the run's folder lies
+        return {}  # the sources are fixed, wherever the run's folder is

@@ -1,4 +1,4 @@
-"""The table that a run closes with."""
+"""The table at the end of a run."""
 
 import math
 import statistics
@@ -10,17 +10,19 @@ from hylo_megatron.markdown import table
 from hylo_megatron.recipes.stage import Recipe, Stage
 from hylo_megatron.run.records import read_report, read_sample, read_steps
 
-JUDGED = ("prose", "code")  # what the mean loss is of
+JUDGED = ("prose", "code")  # kinds of text in the mean loss
 
 
 def both(figures: dict) -> float:
-    """Mean loss of prose and code together (of what there is), nats a token."""
+    """Return the mean loss of prose and code together (of those that exist), in nats per token."""
     parts = [figures["perplexity"][kind] for kind in JUDGED if kind in figures["perplexity"]]
     return sum(part["loss"] * part["tokens"] for part in parts) / sum(part["tokens"] for part in parts)
 
 
 def speed(log: Path, stage: Stage) -> tuple[float, float]:
-    """``(tokens a second, peak GiB)`` of a stage: the median step's, and the largest of all steps (0 on a CPU)."""
+    """Return ``(tokens per second, peak GiB)`` of a stage: the median step's, and the maximum over steps (0 on a
+    CPU).
+    """
     lines = read_steps(log)
     seconds = [line["seconds"] for line in lines if line["seconds"]]
     tokens = stage.global_batch * stage.seq_length
@@ -58,7 +60,7 @@ def _needle_table(final: dict) -> str:
 
 
 def closing_table(out: Path, recipe: Recipe, layout, seconds: float) -> str:
-    """Perplexity and loss of teacher and student after each stage, needles, the cache's size, a sample."""
+    """Return perplexity and loss of teacher and student after each stage, needles, cache sizes and a sample answer."""
     names = ["init", *(stage.name for stage in recipe.stages)]
     reports = {name: read_report(out / f"eval-{name}.json") for name in names}
     final, sample = reports[names[-1]], read_sample(out / "sample.json")

@@ -1,4 +1,4 @@
-"""The training of a stage: its command line, and its progress."""
+"""The training process of a stage: its command line and its progress."""
 
 import math
 import sys
@@ -24,7 +24,7 @@ def fast_bf16() -> bool:
 
 
 def last_line(log: Path) -> StepLine | None:
-    """Return the last whole line of a log that another process may be writing to."""
+    """Return the last complete line of a log that another process may be writing to."""
     lines = log.read_bytes().split(b"\n")[:-1] if log.is_file() else []
     return step_line(lines[-1], f"{log}:{len(lines)}") if lines else None
 
@@ -41,13 +41,13 @@ def _show(stage: Stage, line: dict | None, started: float, terminal: bool) -> No
 
 
 GPU_FLAGS = ("--num-workers", "2", "--hylo-kl-chunk", "4096")
-# The whole step as one CUDA graph: otherwise a small model's step takes as long as launching its kernels.
+# Run the step as one CUDA graph: otherwise launching a small model's kernels takes as long as the step itself.
 GRAPH_FLAGS = ("--cuda-graph-impl", "full_iteration", "--cuda-graph-warmup-steps", "2",
                "--no-check-for-nan-in-loss-and-grad")  # fmt: skip
 
 
 class TrainingProcess:
-    """The training of a stage. Its processes may be started before the student that they wait for is there.
+    """The training of a stage. Its processes may start before the student for which they wait exists.
 
     ``start(arguments, processes, log)`` starts them: ``launch.start_own``, or that of a ``World``.
     """
@@ -78,7 +78,7 @@ class TrainingProcess:
         if code:
             raise HyLoError(
                 f"{self.stage.name} stopped ({self.process.reason()}); see {self.log}."
-                " The same command goes on from the last checkpoint"
+                " The same command continues from the last checkpoint"
             )
 
     def stop(self) -> None:

@@ -1,7 +1,7 @@
-"""The ranks that torchrun started: rank 0 runs the recipe, the others start the trainings that it tells them about.
+"""The ranks that torchrun started: rank 0 runs the recipe, and the others start the trainings that rank 0 announces.
 
-They speak through torchrun's own store, which works across nodes: ``order/N`` is what to start, ``done/N`` how many
-ranks came to its end, ``failed/RANK`` why a rank stopped, ``end`` that nothing follows.
+The ranks communicate through torchrun's own store, which works across nodes. Key ``order/N`` says what to start,
+``done/N`` how many ranks have finished it, ``failed/RANK`` why a rank stopped, and ``end`` that no order follows.
 """
 
 import json
@@ -20,7 +20,7 @@ from hylo_megatron.run.launch import Process, Processes, child_environment
 from hylo_megatron.run.parent import PARENT, STORE
 
 POLL_SECONDS = 0.2
-OTHERS_SECONDS = 2  # a rank that fails pulls others down with it: time for the one with the cause to say it
+OTHERS_SECONDS = 2  # when a rank fails others fail too; in this time the rank with the cause reports it
 
 
 def under_torchrun() -> bool:
@@ -28,7 +28,7 @@ def under_torchrun() -> bool:
 
 
 class World:
-    """This rank's view of all of them."""
+    """One rank's view of all ranks."""
 
     def __init__(self):
         self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -51,17 +51,17 @@ class World:
         return next((reason for reason in reasons if "error: " in reason.lower()), reasons[0])
 
     def start(self, arguments: list[str], processes: Processes, log: Path) -> "Trainer":
-        """Rank 0's: the same training on every rank."""
+        """Start the same training on every rank. Only rank 0 calls this."""
         self.number += 1
         self.store.set(f"order/{self.number}", json.dumps([arguments, str(log)]))
         return Trainer(self, arguments, log)
 
     def follow(self) -> None:
-        """The other ranks' whole work. Exits with 1 when any rank fails."""
+        """Do the whole work of a rank other than 0. Exits with 1 when any rank fails."""
         try:
             self._follow()
-        except DistError as error:  # the store went with its process: nobody will tell what to do
-            raise HyLoError(f"rank {self.rank}: torchrun's store is gone, and so is its run") from error
+        except DistError as error:  # the store ended with its process: no further orders can come
+            raise HyLoError(f"rank {self.rank}: torchrun's store is gone, so the run has ended") from error
 
     def _follow(self) -> None:
         while True:
@@ -89,24 +89,26 @@ class World:
 
     @contextmanager
     def leading(self):
-        """Around rank 0's work: the others end when it does."""
+        """Surround rank 0's work; the other ranks end when the work ends."""
         try:
             yield
         except BaseException as error:
-            with suppress(DistError):  # nobody is there to be told
+            with suppress(DistError):  # no rank is left to be told
                 self.fail(str(error))
             raise
         self.store.set("end", "1")
 
 
 def leave_after_the_first() -> None:
-    """torchrun ends all ranks when one has: rank 0 needs the time to say why."""
+    """Wait before exiting: torchrun ends all ranks when one has ended, and rank 0 needs the time to report the
+    cause.
+    """
     time.sleep(3 * OTHERS_SECONDS)
     sys.exit(1)
 
 
 class Trainer:
-    """This rank's process of one training; it ended well only when every rank's did."""
+    """This rank's process of one training. It has succeeded only when the processes of all ranks have."""
 
     def __init__(self, world: World, arguments: list[str], log: Path):
         self.world, self.number, self.log = world, world.number, log
@@ -127,14 +129,14 @@ class Trainer:
             self.counted = True
             self.world.store.add(done, 1)
         if self.world.failed():
-            self.process.stop(signal.SIGKILL)  # it may wait for a rank that is gone, deaf to SIGTERM
+            self.process.stop(signal.SIGKILL)  # the process may be waiting for a lost rank and ignore SIGTERM
             self.code = 1
         elif self.counted and self.world.store.add(done, 0) == self.world.size:
             self.code = 0
         return self.code
 
     def stop(self) -> None:
-        """As after a signal: the training may save before it goes."""
+        """Stop as after a signal: the training may save before it exits."""
         self.process.stop()
 
     def reason(self) -> str:
@@ -142,7 +144,7 @@ class Trainer:
 
 
 def exit_on_signals(signals: tuple = (signal.SIGTERM, signal.SIGINT)) -> None:
-    """Signals become an exit, so that what this process started is stopped on the way out."""
+    """Turn signals into an exit, so that this process stops its children on the way out."""
 
     def leave(number: int, _) -> None:
         for each in signals:

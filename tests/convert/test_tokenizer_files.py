@@ -92,7 +92,7 @@ def test_a_folder_without_tokenizer_json_gets_one(trained, named, tmp_path):
     assert tokenizer_identity(source) == tokenizer_identity(tmp_path / "out")
 
 
-@pytest.mark.parametrize("rule, words", [("identity", None), ("nmt_nfkc", "makes other ids of")])
+@pytest.mark.parametrize("rule, words", [("identity", None), ("nmt_nfkc", "gives other ids for")])
 def test_a_sentencepiece_model_is_converted_exactly_or_refused(rule, words, tmp_path):
     sentencepiece = pytest.importorskip("sentencepiece")
     (tmp_path / "text").write_text("\n".join(kinds.CORPUS * 10))
