@@ -1,6 +1,7 @@
 """The register of replaced names: every target is there as expected, and no import replaces anything."""
 
 import json
+import os
 import subprocess
 import sys
 import types
@@ -51,8 +52,9 @@ print(json.dumps([patch.target for patch, value in before.items() if patch.place
 
 
 def python(code: str, *arguments: str):
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, *arguments], cwd=ROOT, capture_output=True,
-                          text=True)  # fmt: skip
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("TORCH_FORCE")}
+    command = [sys.executable, "-W", "ignore", "-c", code, *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=clean, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -60,7 +60,9 @@ def test_an_old_export_loads(kind):
 
 def test_an_old_export_loads_where_the_package_is_not_imported(tmp_path):
     argv = [sys.executable, "-c", STRANGER, str(old.OLD / "gdn" / "export"), json.dumps(old.PROMPT)]
-    done = subprocess.run(argv, capture_output=True, text=True, env=helpers.environment(HF_HOME=str(tmp_path)))
+    done = subprocess.run(
+        argv, capture_output=True, text=True, env=helpers.environment(HF_HOME=str(tmp_path), HYLO_REGISTER="1")
+    )
     assert done.returncode == 0, done.stderr
     same_logits(json.loads(done.stdout.splitlines()[-1]), "gdn")
 

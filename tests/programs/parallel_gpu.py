@@ -1,6 +1,6 @@
 """The cells of two processes on what this machine has, with NCCL on two GPUs.
 
-``PYTHONPATH=.:tests python tests/programs/parallel_gpu.py WORK [fp32 bf16]``
+``PYTHONPATH=.:tests python tests/programs/parallel_gpu.py WORK [fp32 bf16] [gdn mamba2 kda]``
 
 Prints a table: each layout against one process of the same precision; the kernels are those that training takes. What
 one process computes and what two do are launched beside each other: on a new machine kernels take minutes to compile.
@@ -18,9 +18,12 @@ from helpers import train as helpers
 from programs import parity
 
 from hylo_megatron.config import GDNGeometry, Geometry, Mamba2Geometry, MLAGeometry
+from hylo_megatron.mixers import LINEAR
+from hylo_megatron.mixers.kda.geometry import KDAGeometry
 
 SIZES = dict(hidden_size=256, intermediate_size=512, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
-             geometry=Geometry(MLAGeometry(64, 32, 32, 64), GDNGeometry(4, 8, 64, 64), Mamba2Geometry(4, 64, 64, 4)),
+             geometry=Geometry(MLAGeometry(64, 32, 32, 64), GDNGeometry(4, 8, 64, 64), Mamba2Geometry(4, 64, 64, 4),
+                               KDAGeometry(4, 64)),
              max_position_embeddings=512)  # fmt: skip
 LENGTH = 512
 
@@ -55,9 +58,10 @@ def measure(work: Path, alone: parity.Cell, two: parity.Cell) -> list[float]:
     return [loss, others, max(decay.values())]
 
 
-def main(work: Path, dtypes: list[str]) -> None:
+def main(work: Path, chosen: list[str]) -> None:
     work.mkdir(parents=True)
-    groups = {(linear, dtype): list(cells(work, linear, dtype)) for dtype in dtypes for linear in ("gdn", "mamba2")}
+    dtypes, kinds = ([name for name in names if name in chosen] or names for names in (("fp32", "bf16"), LINEAR))
+    groups = {(linear, dtype): list(cells(work, linear, dtype)) for dtype in dtypes for linear in kinds}
     with ThreadPoolExecutor() as pool:
         jobs = []
         for (linear, dtype), found in groups.items():
@@ -75,4 +79,4 @@ def main(work: Path, dtypes: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:] or ["fp32", "bf16"])
+    main(Path(sys.argv[1]), sys.argv[2:])

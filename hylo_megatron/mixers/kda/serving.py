@@ -1,7 +1,5 @@
 """Kimi Delta Attention in vLLM, whose kernels take all sizes that fla's take. No torch or vLLM in here."""
 
-from collections.abc import Callable
-
 from hylo_megatron.mixers.kda.geometry import KDAGeometry
 from hylo_megatron.mixers.serving import ServedPart, Target
 
@@ -11,5 +9,5 @@ def served(kda: KDAGeometry, target: Target) -> ServedPart:
     return ServedPart(geometry=kda)
 
 
-def settings(vllm_config, *, on_gpu: bool, warn: Callable) -> None:
+def settings(vllm_config, *, on_gpu: bool) -> None:
     """Change nothing."""
