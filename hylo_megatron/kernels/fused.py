@@ -74,12 +74,14 @@ def gated_rms_norm(x, z, weight, eps, group_size=None, norm_before_gate=True, ac
 
 
 def chunk_kda(q, k, v, g, beta, *, A_log=None, **kwargs):
-    """As ``kda.chunk_kda``: fla makes the decay in its kernel, and keeps for backward what it makes it from."""
+    """Compute ``kda.chunk_kda``. fla's kernel computes the decay and saves only the decay's inputs for the backward
+    pass.
+    """
     return fla_chunk_kda(q, k, v, g, beta, A_log=A_log, use_gate_in_kernel=A_log is not None, **kwargs)
 
 
 def step_kda(q, k, v, g, beta, *, A_log=None, **kwargs):
-    """As ``kda.recurrent_kda``; no gradient."""
+    """Compute ``kda.recurrent_kda``, without a gradient."""
     return fused_recurrent_kda(q, k, v, g, beta, A_log=A_log, use_gate_in_kernel=A_log is not None, **kwargs)
 
 

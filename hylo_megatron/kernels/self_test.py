@@ -40,7 +40,7 @@ def gdn_case(arch: Architecture, tp: int, device) -> tuple[list[Tensor], Callabl
 
 
 def kda_case(arch: Architecture, tp: int, device) -> tuple[list[Tensor], Callable]:
-    """The same for Kimi Delta Attention; the kernel makes the decay too."""
+    """Return the same for Kimi Delta Attention, whose kernel also computes the decay."""
     g = arch.geometry.kda
     heads, dim = g.num_heads // tp, g.head_dim
     q, k, v, raw = (_random(1, LENGTH, heads, dim, device=device).roll(i, 1) for i in range(4))
@@ -96,7 +96,7 @@ def gdn_norm_case(arch: Architecture, tp: int, device) -> tuple[list[Tensor], Ca
 
 
 def kda_norm_case(arch: Architecture, tp: int, device) -> tuple[list[Tensor], Callable]:
-    """The gated norm of Kimi Delta Attention."""
+    """Return the same for the gated norm of Kimi Delta Attention."""
     return _norm_case(arch.geometry.kda.head_dim, "sigmoid", device)
 
 

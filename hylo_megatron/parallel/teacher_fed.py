@@ -79,7 +79,10 @@ class TeacherFed:
         self.feed: TeacherAhead | None = None
 
     def _feed(self, model, iterator, limit: int | None) -> TeacherAhead:
-        """``limit`` is the number of micro-batches of an evaluation, beyond which the teacher must not read."""
+        """Return the micro-batches of a step.
+
+        ``limit``: number of micro-batches of an evaluation, beyond which the teacher must not read.
+        """
         inner = get_attr_wrapped_model(model, "teach", return_model_obj=True)
         group = parallel_state.get_pipeline_model_parallel_group()
         if limit is not None:

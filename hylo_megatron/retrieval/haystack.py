@@ -60,7 +60,7 @@ class Haystack:
     def read(self, start: int, count: int) -> np.ndarray:
         return np.fromfile(self.path, self.dtype, count, offset=start * np.dtype(self.dtype).itemsize)
 
-    def stretch(self, length: int, rng: random.Random, attempts: int = 1) -> np.ndarray:
+    def passage(self, length: int, rng: random.Random, attempts: int = 1) -> np.ndarray:
         """Return ``length`` consecutive tokens, beginning with a sentence if one begins nearby.
 
         Tries ``attempts`` times to find a place inside one document. Otherwise ends of documents become line ends.

@@ -100,49 +100,49 @@ class Samples:
                 # The passage leaves room for its question and answer; otherwise the sample would end before them.
                 longest = min(self.length // 2, 4096, self.length - row.length - 160)
                 size = round(96 * (max(longest, 96) / 96) ** rng.random())
-                stretch = self.haystack.stretch(size, rng, attempts=8)
-                cue = None if longest < 96 or rng.random() < CONTINUED else self._cue(stretch, rng)
+                passage = self.haystack.passage(size, rng, attempts=8)
+                cue = None if longest < 96 or rng.random() < CONTINUED else self._cue(passage, rng)
                 if cue is None:
-                    self._continue(row, opening, stretch, rng)
+                    self._continue(row, opening, passage, rng)
                 else:
-                    self._quote(row, opening, stretch, cue, rng)
+                    self._quote(row, opening, passage, cue, rng)
                 opening = self.chat.again
             row.write(self.chat.close)
             row.add([self.haystack.eod_id])
         return row.sample("chat", self.length)
 
-    def _continue(self, row: Row, opening: str, stretch: np.ndarray, rng: random.Random) -> None:
-        given = len(stretch) * 2 // 3
+    def _continue(self, row: Row, opening: str, passage: np.ndarray, rng: random.Random) -> None:
+        given = len(passage) * 2 // 3
         row.write(opening + rng.choice(templates.CONTINUE))
-        row.add(stretch[:given])
+        row.add(passage[:given])
         row.write(self.chat.ask)
-        row.add(stretch[given:])
+        row.add(passage[given:])
 
-    def _cue(self, stretch: np.ndarray, rng: random.Random) -> int | None:
+    def _cue(self, passage: np.ndarray, rng: random.Random) -> int | None:
         """Return where a passage begins whose first tokens occur only once in the text; None if no such passage was
         found.
         """
-        places = np.flatnonzero(self.haystack.kinds.begins_word[stretch[: -CUE - QUOTED[0]]])
+        places = np.flatnonzero(self.haystack.kinds.begins_word[passage[: -CUE - QUOTED[0]]])
         for place in rng.sample(places.tolist(), min(3, len(places))):
-            begins = np.flatnonzero(stretch[: 1 - CUE] == stretch[place])
-            same = [begin for begin in begins if (stretch[begin : begin + CUE] == stretch[place : place + CUE]).all()]
+            begins = np.flatnonzero(passage[: 1 - CUE] == passage[place])
+            same = [begin for begin in begins if (passage[begin : begin + CUE] == passage[place : place + CUE]).all()]
             if same == [place]:
                 return place
         return None
 
-    def _quote(self, row: Row, opening: str, stretch: np.ndarray, cue: int, rng: random.Random) -> None:
+    def _quote(self, row: Row, opening: str, passage: np.ndarray, cue: int, rng: random.Random) -> None:
         """Write the text, the cue, and as the answer the cue and what follows it up to the end of a sentence."""
         instruction, prefix = rng.choice(templates.QUOTE)
         begin = cue + CUE
-        ends = self.haystack.sentence_ends(stretch[begin : begin + QUOTED[1] + 1])
+        ends = self.haystack.sentence_ends(passage[begin : begin + QUOTED[1] + 1])
         after = next((int(end) for end in ends if end >= QUOTED[0]), rng.randint(*QUOTED))
         row.write(opening)
-        row.add(stretch)
+        row.add(passage)
         row.write("\n\n" + instruction)
-        row.add(stretch[cue:begin])
+        row.add(passage[cue:begin])
         row.write(self.chat.ask + prefix)
-        row.add(stretch[cue:begin])
-        row.add(stretch[begin : begin + after], 1)
+        row.add(passage[cue:begin])
+        row.add(passage[begin : begin + after], 1)
 
     def _hidden_facts(self, rng: random.Random) -> Sample:
         chat = self.chat if self.chat is not None and rng.random() < CHAT_NEEDLES else PLAIN
@@ -165,7 +165,7 @@ class Samples:
                 break
         else:
             raise HyLoError(f"--length {self.length}: too short for facts and questions with this tokenizer: use more")
-        self._hide(row, self.haystack.stretch(room, rng), hidden, rng)
+        self._hide(row, self.haystack.passage(room, rng), hidden, rng)
         row.join(questions)
         return row.sample("needles", self.length)
 
