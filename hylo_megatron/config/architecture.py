@@ -18,7 +18,7 @@ from hylo_megatron.mixers import MIXERS
 
 FILE_NAME = "hylo.json"
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-ADVICE = "expected a file that convert_hf_to_megatron.py, upcycle.py or training wrote: copy it again"
+ADVICE = "expected a file that hylo convert, hylo upcycle or training wrote: copy it again"
 
 
 class Extra(TypedDict, total=False):
@@ -114,9 +114,7 @@ class Architecture:
     def load(cls, folder: str | os.PathLike) -> "Architecture":
         path = Path(folder) / FILE_NAME
         if not path.is_file():
-            raise HyLoError(
-                f"{path} not found: expected a checkpoint made by convert_hf_to_megatron.py, upcycle.py or training"
-            )
+            raise HyLoError(f"{path} not found: expected a checkpoint made by hylo convert, hylo upcycle or training")
         return cls.from_dict(read_json(path), str(path))
 
 

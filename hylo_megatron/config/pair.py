@@ -42,7 +42,7 @@ def _differ(rows: tuple[int, int], why: str) -> str:
 def check_teacher(student: Architecture, teacher: Architecture, kind: StageKind) -> None:
     """Raise ``HyLoError`` if a model of this shape cannot teach the student in this kind of stage."""
     if teacher.is_hybrid:
-        raise HyLoError("--hylo-teacher: expected a Transformer checkpoint (convert_hf_to_megatron.py)")
+        raise HyLoError("--hylo-teacher: expected a Transformer checkpoint (hylo convert)")
     same = (teacher.num_layers, teacher.hidden_size) == (student.num_layers, student.hidden_size)
     if kind.layerwise and not same:
         raise HyLoError(

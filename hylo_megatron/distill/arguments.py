@@ -16,7 +16,7 @@ from hylo_megatron.options import add_options
 
 
 def _add_model_arguments(add) -> None:
-    add("--hylo-student", required=True, help="student checkpoint to start from (upcycle.py or an earlier stage)")
+    add("--hylo-student", required=True, help="student checkpoint to start from (hylo upcycle or an earlier stage)")
     add(
         "--hylo-teacher", required=True, help="teacher checkpoint; for distill it may be wider or deeper than the base"
     )
@@ -73,7 +73,7 @@ def add_hylo_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         "--hylo-answer-weight",
         type=weight,
         default=0.0,
-        help="cross-entropy of the answers in packed data (make_retrieval.py), as a share of a sample's tokens",
+        help="cross-entropy of the answers in packed data (hylo make-retrieval), as a share of a sample's tokens",
     )
     _add_run_arguments(add)
     return parser

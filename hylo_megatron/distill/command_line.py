@@ -66,14 +66,14 @@ def _check_blends(known: argparse.Namespace) -> None:
 
 def check_given(known: argparse.Namespace, user: list[str]) -> None:
     missing = {
-        "--hylo-student": (known.hylo_student, "the student checkpoint made by upcycle.py"),
-        "--hylo-teacher": (known.hylo_teacher, "the Transformer's checkpoint made by convert_hf_to_megatron.py"),
+        "--hylo-student": (known.hylo_student, "the student checkpoint made by hylo upcycle"),
+        "--hylo-teacher": (known.hylo_teacher, "the Transformer's checkpoint made by hylo convert"),
         "--hylo-stage": (known.hylo_stage, " or ".join(STAGE_KINDS)),
         "--lr": (known.lr, "the peak learning rate"),
         "--seq-length": (known.seq_length, "tokens of a sequence"),
         "--micro-batch-size": (known.micro_batch_size, "sequences of a rank at once"),
         "--train-iters": (known.train_iters or known.train_samples, "steps of the whole training"),
-        "--data-path": (_data(known), "prefixes of token files (prepare_data.py); --mock-data makes up tokens"),
+        "--data-path": (_data(known), "prefixes of token files (hylo prepare-data); --mock-data makes up tokens"),
     }
     for flag, (value, what) in missing.items():
         if value is None:
@@ -130,7 +130,7 @@ def prepare_command_line() -> Architecture:
     check_given(known, user)
     arch = run_architecture(known.hylo_student, seq_length=known.seq_length)
     if not arch.is_hybrid:
-        raise HyLoError(f"--hylo-student {known.hylo_student} is a Transformer; run upcycle.py on it first")
+        raise HyLoError(f"--hylo-student {known.hylo_student} is a Transformer; run hylo upcycle on it first")
     check_models(known, arch)
     flags = engine_flags(arch, Path(known.hylo_student) / "hf") + (async_flags() if known.async_save else [])
     # A run resumes from --save if that folder holds a checkpoint, else it starts from the student's weights.

@@ -30,7 +30,7 @@ def _token_documents(prefix: Path, length: int, vocab_size: int):
 def calibration_tokens(path: str | Path, tokenizer_folder: str | Path, count: int, length: int) -> Tensor:
     """Return ``[count / length, length]`` token ids, documents in a fixed order.
 
-    ``path``: a file of text, rows or chats as ``tools/prepare_data.py`` takes them, or the prefix of a token file.
+    ``path``: a file of text, rows or chats as ``hylo prepare-data`` takes them, or the prefix of a token file.
     Raises ``HyLoError`` when it holds too few tokens.
     """
     path, rows = Path(path), max(2, count // length)
@@ -44,7 +44,7 @@ def calibration_tokens(path: str | Path, tokenizer_folder: str | Path, count: in
         texts = itertools.islice(read_texts(path, tokenizer, window=8 * length), MOST_DOCUMENTS)
         documents = [text[: 8 * length] for text in texts]
     else:
-        raise HyLoError(f"{path}: no such file; --calibration takes a file of text, or token files of prepare_data.py")
+        raise HyLoError(f"{path}: no such file; --calibration takes a text file, or token files of hylo prepare-data")
     ids: list[int] = []
     # Files are often sorted by source: take documents from everywhere, the same ones each time.
     random.Random(0).shuffle(documents)

@@ -180,7 +180,7 @@ def summary(report: dict) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--teacher", required=True, help="checkpoint of the base Transformer (convert_hf_to_megatron.py)")
+    add("--teacher", required=True, help="checkpoint of the base Transformer (hylo convert)")
     add("--out", required=True, help="student checkpoint to write")
     add("--mla-layers", required=True, help="1,5,10,14 | uniform:K | all | none | a name such as 4MLA12GDN")
     add("--linear", choices=LINEAR, help=f"what the other layers become (default: {LINEAR[0]}, or the plan's name)")
@@ -191,7 +191,10 @@ def main(argv: list[str] | None = None) -> None:
         choices=("native", "published"),
         help="dimensions of the new mixers: what serving engines run unpadded, or the paper's",
     )
-    add("--calibration", help="text as prepare_data.py takes it, or tokens; with svd it only measures the errors")
+    add(
+        "--calibration",
+        help="text file as for hylo prepare-data, or tokens; with svd they only measure errors",
+    )
     add("--calibration-tokens", type=size, default=16384)
     add("--calibration-length", type=size, default=1024, help="tokens per row")
     add("--no-ridge", action="store_true", help="keep the transferred output projections of linear blocks")

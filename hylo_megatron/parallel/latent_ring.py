@@ -2,7 +2,7 @@
 
 MLA's latents (R + P values per token, shared by all heads) are exchanged, not the keys and values made from them: by
 all-gather, or around a ring that never holds more than two ranks' latents. One function does both, exact forward and
-backward. Keys and values that several heads share are exchanged in the same way (``layers/core_attention.py``).
+backward. Keys and values that several heads share are exchanged in the same way (``mixers/megatron_attention.py``).
 
 Zig-zag balance: rank r of n holds chunks r and 2n-1-r of 2n. Which keys of rank s its queries see depends on s. If s =
 r, they see all earlier keys (causal). If s < r, all queries see the first half of the keys. If s > r, the second half

@@ -59,9 +59,7 @@ def served_weights(
             continue
         prefix, rest = _parts(name)
         if rest not in known:
-            raise HyLoError(
-                f"{name}: vLLM's model has no place for it; export the folder with convert_megatron_to_hf.py"
-            )
+            raise HyLoError(f"{name}: vLLM's model has no place for it; export the folder with hylo export")
         rule, kind = known[rest]
         with fits(name, tensor):
             served = rule.pad(tensor, padding.sizes(kind)) if rule.pad else tensor

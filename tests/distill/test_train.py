@@ -121,7 +121,7 @@ def test_bf16_runs_saves_and_resumes(world, tmp_path):
 # ---- what cannot work ends at once, in one line ----
 
 BAD = {
-    "no student": (dict(hylo_student=None), ("--hylo-student is missing", "upcycle.py")),
+    "no student": (dict(hylo_student=None), ("--hylo-student is missing", "hylo upcycle")),
     "another vocabulary": (dict(teacher="foreign"), ("vocabularies differ", "320", "300")),
     "ild from a deeper teacher": (dict(stage="ild", teacher="deep"), ("--hylo-stage ild", "4 layers")),
     "ranks that do not divide": (dict(tensor_model_parallel_size=2), ("GDN key heads", "TP = 2", "nearest")),
@@ -130,7 +130,7 @@ BAD = {
     "virtual stages of a schedule that has none": (
         dict(stage="ild", pipeline_model_parallel_size=2, num_virtual_stages_per_pipeline_rank=2),
         ("--hylo-stage ild", "virtual pipeline")),
-    "a Transformer as student": (dict(student="teacher"), ("is a Transformer", "upcycle.py")),
+    "a Transformer as student": (dict(student="teacher"), ("is a Transformer", "hylo upcycle")),
     "a checkpoint that is not there": (dict(teacher="data"), ("hylo.json not found",)),
 }  # fmt: skip
 

@@ -327,7 +327,7 @@ def test_chat_formats_of_different_templates():
         ({}, {"tokens": 5000}, "bad.bin: expected 5000 tokens as .*bad.json says"),
         ({}, {"dtype": None}, "bad.json: no dtype"),
         ({}, None, "bad.json: not valid JSON"),
-        ({"haystack": "gone"}, {}, "gone.bin, gone.json: no such files.*prepare_data.py"),
+        ({"haystack": "gone"}, {}, "gone.bin, gone.json: no such files.*hylo prepare-data"),
         ({"tokenizer_path": "hay.jsonl"}, {}, "hay.jsonl: expected a folder with tokenizer.json"),
     ],
 )
