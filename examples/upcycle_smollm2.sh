@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SmolLM2-135M-Instruct -> hybrid, end to end: fetch, convert, upcycle, distil, export, evaluate, generate.
-# Variables: PLAN (3MLA27GDN), LINEAR (gdn|mamba2|kda), SEED, TP, PP, OUT. The same command goes on after an interruption.
+# Variables: PLAN (3MLA27GDN), LINEAR (gdn|mamba2|kda), SEED, TP, PP, OUT. The same command continues an interrupted run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 args=()

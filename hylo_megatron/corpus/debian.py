@@ -1,4 +1,6 @@
-"""Debian packages: downloaded once with apt-get into a cache folder, read in memory, never installed or unpacked."""
+"""Debian packages: downloaded once with apt-get into a cache folder and read in memory, never installed or
+unpacked.
+"""
 
 import io
 import lzma
@@ -23,9 +25,9 @@ _AR_HEADER = 60  # bytes: name 16, time 12, owner 6, group 6, mode 8, size 10, e
 
 @dataclass(frozen=True)
 class Deb:
-    """One package of Debian 12's main archive, for all architectures. ``version``: the one expected.
+    """One package of Debian 12's main archive, for all architectures. ``version``: the expected version.
 
-    A mirror keeps only the newest version. If the expected one is gone, the newest offered is taken, with a warning.
+    A mirror keeps only the newest version. If the expected version is gone, the newest one is used, with a warning.
     """
 
     package: str
@@ -38,7 +40,7 @@ class Deb:
 
 
 def fetch_deb(deb: Deb, cache: Path) -> tuple[Path, Deb]:
-    """The package's file in ``cache``, downloaded if it is missing, and what it really is (version, sha256)."""
+    """Return the package's file in ``cache``, downloaded if missing, and its real version and sha256."""
     path = cache / deb.file_name
     if path.is_file():
         if sha256_of(path) == deb.sha256:
@@ -50,7 +52,10 @@ def fetch_deb(deb: Deb, cache: Path) -> tuple[Path, Deb]:
 
 
 def _described(path: Path, expected: Deb) -> tuple[Path, Deb]:
-    """``path`` and what it is. HyLoError for other content under the expected version, a warning for another one."""
+    """Return ``path`` with its real version and sha256.
+
+    Raises ``HyLoError`` if the expected version has other content, and warns about another version.
+    """
     version, digest = path.name.split("_")[1].replace("%3a", ":"), sha256_of(path)
     if version == expected.version and digest != expected.sha256:
         path.unlink()
@@ -69,8 +74,8 @@ def _described(path: Path, expected: Deb) -> tuple[Path, Deb]:
 def _download(deb: Deb, cache: Path) -> Path:
     if not shutil.which("apt-get"):
         raise HyLoError(
-            f"no apt-get here to download {deb.package} with: run this on a Debian or Ubuntu machine or container, or "
-            "give prepare_data.py a text of your own"
+            f"{deb.package} cannot be downloaded without apt-get: run this on a Debian or Ubuntu machine or container,"
+            " or give hylo prepare-data your own text"
         )
     cache.mkdir(parents=True, exist_ok=True)
     print(f"downloading {deb.package} {deb.version}", flush=True)
@@ -90,7 +95,7 @@ def _download(deb: Deb, cache: Path) -> Path:
 
 def _apt_get(what: str, folder: str) -> subprocess.CompletedProcess:
     command = ["apt-get", "download", "--quiet", "-o", "Acquire::Retries=5", what]
-    environment = {**os.environ, "LC_ALL": "C"}  # its messages are read above and below
+    environment = {**os.environ, "LC_ALL": "C"}  # apt-get's messages are parsed here
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
@@ -108,7 +113,7 @@ def _download_failed(deb: Deb, result: subprocess.CompletedProcess, cache: Path)
 
 
 def _ar_members(data: bytes) -> Iterator[tuple[str, memoryview]]:
-    """(name, content) of the members of an ``ar`` archive."""
+    """Yield (name, content) of the members of an ``ar`` archive."""
     if not data.startswith(_AR_MAGIC):
         raise ValueError("not an ar archive")
     at = len(_AR_MAGIC)
@@ -116,11 +121,11 @@ def _ar_members(data: bytes) -> Iterator[tuple[str, memoryview]]:
         header = data[at : at + _AR_HEADER]
         size = int(header[48:58])
         yield header[:16].decode("ascii").rstrip(" /"), memoryview(data)[at + _AR_HEADER : at + _AR_HEADER + size]
-        at += _AR_HEADER + size + size % 2  # members begin at even places
+        at += _AR_HEADER + size + size % 2  # members begin at even offsets
 
 
 def _unpacked(name: str, content: memoryview) -> bytes:
-    """The tar file in ``data.tar.xz``, ``.gz`` or uncompressed."""
+    """Return the tar file in ``data.tar.xz``, ``.gz`` or uncompressed."""
     if name.endswith(".xz"):
         return lzma.decompress(content)
     if name.endswith(".gz"):
@@ -131,9 +136,10 @@ def _unpacked(name: str, content: memoryview) -> bytes:
 
 
 class DebFile:
-    """The regular files of a .deb, read in memory as ``zipfile.ZipFile`` would give them: ``namelist`` and ``read``.
+    """The regular files of a .deb, read in memory with the interface of ``zipfile.ZipFile``: ``namelist`` and
+    ``read``.
 
-    Names are as in the package, without the leading "./", and are only ever looked up: nothing is written to disk.
+    Names are as in the package, without the leading "./". Names are only looked up: nothing is written to the disk.
     """
 
     def __init__(self, path: Path):
@@ -159,9 +165,9 @@ class DebFile:
         return list(self._members)
 
     def read(self, name: str) -> bytes:
-        """Content of one file; KeyError if there is none of that name."""
+        """Return the content of one file. Raises ``KeyError`` if there is no such name."""
         return self._tar.extractfile(self._members[name]).read()
 
     def open(self, name: str) -> io.BufferedReader:
-        """The same as a stream, for large ones."""
+        """Return the content of one file as a stream, for large files."""
         return self._tar.extractfile(self._members[name])

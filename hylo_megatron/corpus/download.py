@@ -1,4 +1,4 @@
-"""Pinned wheels: downloaded once with pip into a cache folder, checked by sha256, never installed."""
+"""Pinned wheels: downloaded once with pip into a cache folder and checked by sha256, never installed."""
 
 import hashlib
 import os
@@ -17,9 +17,10 @@ CACHE_VARIABLE = "HYLO_CACHE"
 
 @dataclass(frozen=True)
 class Wheel:
-    """One file of a package index. ``target``: the pip options that choose this file, whatever machine asks.
+    """One file of a package index. ``target``: the pip options that choose this file on every machine.
 
-    Wheels are read here, never run, so neither this interpreter nor this platform has to match."""
+    Wheels are only read, never run, so they need not match this interpreter and platform.
+    """
 
     package: str
     version: str
@@ -29,7 +30,7 @@ class Wheel:
 
 
 def cache_folder(chosen: str | os.PathLike | None = None) -> Path:
-    """The folder for downloads: the one given, else $HYLO_CACHE, else ~/.cache/hylo_megatron."""
+    """Return the folder for downloads: the given one, else $HYLO_CACHE, else ~/.cache/hylo_megatron."""
     folder = chosen or os.environ.get(CACHE_VARIABLE) or "~/.cache/hylo_megatron"
     return Path(folder).expanduser()
 
@@ -40,7 +41,7 @@ def sha256_of(path: Path) -> str:
 
 
 def fetch_wheel(wheel: Wheel, cache: Path) -> Path:
-    """Path of the wheel in ``cache``, downloaded if it is missing or damaged. HyLoError if it cannot be had."""
+    """Return the path of the wheel in ``cache``, downloaded if missing or damaged. Raises ``HyLoError``."""
     path = cache / wheel.file_name
     if path.is_file():
         if sha256_of(path) == wheel.sha256:
@@ -93,7 +94,7 @@ def _pip_download(wheel: Wheel, folder: str) -> None:
         folder,
         f"{wheel.package}=={wheel.version}",
     ]
-    # pip unpacks into TMPDIR first: keep that on the cache's disk, /tmp is often small
+    # pip unpacks into TMPDIR first, which is set to the cache's disk because /tmp is often small
     environment = {**os.environ, "TMPDIR": folder}
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     if result.returncode == 0:
@@ -114,7 +115,7 @@ def _pip_download(wheel: Wheel, folder: str) -> None:
 
 
 def replace_folder(partial: Path, out: Path) -> None:
-    """Puts the finished folder ``partial`` in the place of ``out``, which may exist."""
+    """Put the finished folder ``partial`` in the place of ``out``, which may exist."""
     if not out.exists():
         os.replace(partial, out)
         return

@@ -1,4 +1,4 @@
-"""Plain text of documentation in HTML: paragraphs, lists, tables and <pre>, without what is there for navigation."""
+"""Plain text of HTML documentation: paragraphs, lists, tables and <pre>, without navigation."""
 
 import re
 from collections import Counter
@@ -24,13 +24,13 @@ _LINK_LISTS = {
     "table": 0.7,
     "p": 0.9,
     "div": 0.9,
-}  # dropped above this share of links
+}  # elements that are dropped if more than this share of their letters is in links
 _LINKS_PAGE = 0.5  # a page with a larger share of its letters in links is an index or a table of contents
 _EDGE = 12  # lines at each end of a page that may be a site's header or footer
 
 
 class _Open(NamedTuple):
-    """An open element that may turn out to be a list of links: what stood before it."""
+    """An open element that may turn out to be a list of links, with the text before it."""
 
     tag: str
     pieces: int
@@ -45,7 +45,8 @@ class _Extractor(HTMLParser):
         self.letters = self.linked = 0
         self._in_link = self._in_pre = False
         self._open: list[_Open] = []
-        self._dropping, self._depth = "", 0  # the outermost dropped element, and how many of its name are open
+        # the outermost dropped element, and the number of open elements of that name
+        self._dropping, self._depth = "", 0
 
     def handle_starttag(self, tag, attrs):
         if self._dropping:
@@ -87,12 +88,12 @@ class _Extractor(HTMLParser):
         self.pieces.append(data)
 
     def _at_gap(self) -> bool:
-        """Whether a space here would follow another, or begin a line."""
+        """Return whether a space at this point would follow another space or begin a line."""
         before = next((piece for piece in reversed(self.pieces) if piece), "\n")
         return before[-1] in " \n"
 
     def _close(self, tag: str) -> None:
-        """Leaves the innermost open ``tag`` and drops its text if that is mostly links."""
+        """Leave the innermost open ``tag``, and drop its text if most of it is links."""
         at = next((i for i in range(len(self._open) - 1, -1, -1) if self._open[i].tag == tag), None)
         if at is None:
             return
@@ -110,22 +111,23 @@ def _is_navigation(tag: str, attrs: list[tuple[str, str | None]]) -> bool:
 
 
 def plain_html(page: str) -> str:
-    """Running text of an HTML page; empty for one that is mostly links."""
+    """Return the running text of an HTML page; empty if most of the page is links."""
     extractor = _Extractor()
     extractor.feed(page)
     extractor.close()
     if extractor.linked > _LINKS_PAGE * extractor.letters:
         return ""
     text = "".join(extractor.pieces).replace("¶", "")
-    text = re.sub(r"^ *\d+\xa0", "", text, flags=re.MULTILINE).replace("\xa0", " ")  # numbered lines of a listing
+    text = re.sub(r"^ *\d+\xa0", "", text, flags=re.MULTILINE).replace("\xa0", " ")  # removes line numbers of listings
     text = re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE)
-    text = re.sub(r"^(?:Next|Previous|Up): .{0,300}\[Index\]$", "", text, flags=re.MULTILINE)  # makeinfo's navigation
-    text = re.sub(r"^-\n+(?=\S)", "- ", text, flags=re.MULTILINE)  # a list item that begins with a paragraph
+    # removes makeinfo's navigation
+    text = re.sub(r"^(?:Next|Previous|Up): .{0,300}\[Index\]$", "", text, flags=re.MULTILINE)
+    text = re.sub(r"^-\n+(?=\S)", "- ", text, flags=re.MULTILINE)  # joins a list item's mark with its first paragraph
     return re.sub(r"\n{3,}", "\n\n", text).strip()
 
 
 def without_frame(pages: list[str]) -> list[str]:
-    """The pages less the lines near their ends that recur on many of them: a site's header and footer."""
+    """Return the pages without the lines near their ends that recur on many pages: a site's header and footer."""
     edges = Counter()
     for page in pages:
         lines = page.splitlines()

@@ -1,7 +1,7 @@
-"""The large mix, for GPU runs of 30M tokens: the small one with larger limits, more prose, documentation and code.
+"""The large mix, for GPU runs of 30M tokens: the small mix with larger limits, more prose, documentation and code.
 
-networkx, the kernel's mm/ and kernel/sched/, cfi-en and a part of anarchism are evaluation only. Nothing here, nor in
-the small mix, is of BIG-bench, whose tasks are for evaluation too.
+networkx, the kernel's mm/ and kernel/sched/, cfi-en and a part of anarchism are for evaluation only. Neither mix has
+text of BIG-bench, whose tasks are for evaluation too.
 """
 
 from dataclasses import replace
@@ -28,8 +28,8 @@ from hylo_megatron.corpus.large_packages import (
 )
 from hylo_megatron.corpus.sources import SMALL_MIX, Source
 
-_ALL = 10**9  # characters: no limit
-_CHANGED = {  # of the small mix's training sources
+_ALL = 10**9  # characters; no limit
+_CHANGED = {  # changes of the small mix's training sources
     "openwebtext": {"limit": _ALL},
     "house-of-commons": {"limit": _ALL},
     "shakespeare": {"limit": _ALL},
@@ -41,7 +41,7 @@ _CHANGED = {  # of the small mix's training sources
 _DOC = "usr/share/doc"
 _ANARCHISM = f"{_DOC}/anarchism/html/*.html !*links.html !*/index.html"
 _FORTUNES = "usr/share/games/fortunes"
-# drawings, lyrics, program text, chat, translations, lines out of television and novels, and insults
+# excluded: drawings, lyrics, program text, chat, translations, lines from television and novels, and insults
 _FORTUNES_LEFT_OUT = (
     "!*.dat !*/ascii-art !*/songs-poems !*/perl !*/translate-me !*/startrek !*/pratchett !*/zippy !*/drugs !*/ethnic "
     "!*/men-women !*/linux* !*/debian !*/knghtbrd"

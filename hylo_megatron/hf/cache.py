@@ -29,7 +29,7 @@ class HyLoCache(Cache):
         self.layers[layer].update(conv=conv.clone(), state=state)
 
     def check_fits(self, num_layers: int, batch: int) -> None:
-        """Raise ``ValueError`` where the cache is another model's or another batch's."""
+        """Raise ``ValueError`` if the cache belongs to another model or another batch."""
         if len(self.layers) != num_layers:
             raise ValueError(f"HyLoCache has {len(self.layers)} layers, the model has {num_layers}: start a new cache")
         rows = next((len(tensor) for layer in self.layers for tensor in layer.values()), batch)

@@ -1,6 +1,6 @@
-"""Fields of a hybrid's ``config.json``: what they may hold, and what ``HyLoConfig`` takes for those left out.
+"""Fields of a hybrid's ``config.json``: their allowed values, and the defaults of ``HyLoConfig`` for missing ones.
 
-No torch in here. The fields of a mixer's dimensions come from its folder.
+No torch. The fields of a mixer's dimensions come from its folder.
 """
 
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ from hylo_megatron.mixers import CACHED, LINEAR, MIXERS, Mixer
 from hylo_megatron.mixers.config_fields import config_defaults, config_fields, config_types
 
 HYBRID = (*CACHED, *LINEAR)  # the mixers that a hybrid may have
-# A default for any of these would be another model's, and the weights would fit all the same.
+# A default for any of these would belong to another model, and the weights would fit nevertheless.
 NEEDED = ("mixers", "num_attention_heads", "rms_norm_eps", "max_position_embeddings", "rope_parameters")
 
 # Fields that are not a mixer's dimensions: (type, default).
@@ -69,7 +69,7 @@ def fields(plan: Iterable[str]) -> list[str]:
 
 
 def check_values(values: dict) -> None:
-    """Raise ``HyLoError`` that names the first field that is of another type or out of range."""
+    """Raise ``HyLoError`` that names the first field with another type or a value out of range."""
     check(values, _Values, "config.json")
 
 

@@ -1,4 +1,4 @@
-"""``HyLoConfig``: the description of a hybrid that its checkpoint carries as ``config.json``."""
+"""``HyLoConfig``: the description of a hybrid, saved as ``config.json``."""
 
 import shutil
 from pathlib import Path
@@ -14,7 +14,7 @@ from hylo_megatron.mixers import CACHED, LINEAR, MIXERS
 from hylo_megatron.mixers.config_fields import config_to_geometry, geometry_to_config
 
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-# Fields of ``config.json`` and of ``Architecture`` that have one name and one value.
+# Fields with the same name and value in ``config.json`` and in ``Architecture``.
 _SHARED = (
     "vocab_size",
     "hidden_size",
@@ -68,15 +68,18 @@ class HyLoConfig(PretrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
-        """Return the config of a file, for ``from_pretrained``. The file says everything the model computes with."""
+        """Return the config of a file, for ``from_pretrained``.
+
+        The file has everything that the model computes with.
+        """
         try:
             check_complete(config_dict)
             return super().from_dict(config_dict, **kwargs)
         except HyLoError as error:
             said = str(error)
-        except Exception as error:  # from transformers' own fields, such as id2label
+        except Exception as error:  # the error comes from transformers' own fields, such as id2label
             said = f"config.json: transformers cannot read it ({type(error).__name__}: {str(error)[:200]!r})"
-        folder = kwargs.get("name_or_path")  # given by transformers' Auto classes
+        folder = kwargs.get("name_or_path")  # transformers' Auto classes give the folder
         raise HyLoError(f"{folder}/{said}" if folder else said)
 
     @classmethod
@@ -97,7 +100,7 @@ class HyLoConfig(PretrainedConfig):
         return Geometry(**{entry.name: config_to_geometry(entry, self) for entry in described(self.mixers)})
 
     def to_architecture(self) -> Architecture:
-        """Return what ``hylo.json`` of a checkpoint in Megatron's format holds."""
+        """Return the architecture, which a Megatron checkpoint has as ``hylo.json``."""
         values = {name: getattr(self, name) for name in _SHARED}
         values |= {name: getattr(self, field) for field, name in _RENAMED.items()}
         values["rope_parameters"] = dict(self.rope_parameters)
@@ -117,7 +120,7 @@ class HyLoConfig(PretrainedConfig):
 
 
 def _mixers(values: dict) -> list[str]:
-    """Return the mixer of each layer. Raises ``HyLoError`` where ``num_hidden_layers`` is another number."""
+    """Return the mixer of each layer. Raises ``HyLoError`` if ``num_hidden_layers`` differs from their number."""
     layers = values["num_hidden_layers"]
     mixers = list(values["mixers"] or [LINEAR[0] if i % 4 else CACHED[0] for i in range(layers or 4)])
     if layers not in (None, len(mixers)):
@@ -126,7 +129,7 @@ def _mixers(values: dict) -> list[str]:
 
 
 def _linear_kind(mixers: list[str]) -> str | None:
-    """Return the linear mixer of the model, None where it has none. Raises ``HyLoError`` where it has several."""
+    """Return the model's linear mixer, or None. Raises ``HyLoError`` if it has several kinds."""
     kinds = [name for name in LINEAR if name in mixers]
     if len(kinds) > 1:
         both = " and ".join(kinds)

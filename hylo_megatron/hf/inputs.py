@@ -1,15 +1,15 @@
-"""Arguments of a forward call other than tokens: masks, positions, and what is accepted or refused.
+"""Arguments of a forward call other than tokens: masks, positions, and which arguments are accepted or refused.
 
 Legend: B batch, S new positions, T all positions.
 """
 
 import torch
 
-_NO_EFFECT = {"cache_position", "max_length_q", "max_length_k"}  # other arguments say the same
+_NO_EFFECT = {"cache_position", "max_length_q", "max_length_k"}  # arguments that repeat what others say
 
 
 def refuse_unknown(arguments: dict) -> None:
-    """Raise ``ValueError`` for an argument that would change the result and that the model does not compute with."""
+    """Raise ``ValueError`` for an argument that would change the result but that the model does not use."""
     for name, value in arguments.items():
         if name == "is_causal" and value is False:
             raise ValueError("HyLoModel: is_causal=False is not supported: linear layers only look back")
@@ -23,7 +23,7 @@ def refuse_unknown(arguments: dict) -> None:
 
 
 def checked_mask(mask: torch.Tensor | None, batch: int, total: int) -> torch.Tensor | None:
-    """Return the mask as [B,T] bool, or None where nothing is padded. Raises ``ValueError``."""
+    """Return the mask as [B,T] bool, or None if nothing is padded. Raises ``ValueError``."""
     if mask is None:
         return None
     if tuple(mask.shape) != (batch, total):
@@ -57,7 +57,7 @@ def counted(mask: torch.Tensor | None, past: int, length: int, device: torch.dev
 def allowed(mask: torch.Tensor | None, past: int, length: int, device: torch.device) -> torch.Tensor | None:
     """Return which positions each query sees, [B or 1,1,S,T] bool.
 
-    None for whole sequences and single last tokens without padding, where a query sees all that came before it.
+    Returns None for whole sequences and single last tokens without padding, where a query sees everything before it.
     Padding sees itself, so that no row is empty.
     """
     if mask is None and (past == 0 or length == 1):

@@ -105,8 +105,10 @@ class HyLoModel(HyLoPreTrainedModel):
         seq_idx: torch.Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
-        """``attention_mask`` [B,T]: 1 for real tokens, cached ones included. ``position_ids`` that restart at 0,
-        ``cu_seq_lens_q`` or ``seq_idx`` [B,S] separate packed documents."""
+        """``attention_mask`` [B,T]: 1 for real tokens, cached ones included.
+
+        ``position_ids`` that restart at 0, ``cu_seq_lens_q`` or ``seq_idx`` [B,S] separate packed documents.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("HyLoModel: give either input_ids or inputs_embeds")
         attentions = self.config.output_attentions if output_attentions is None else output_attentions
@@ -146,7 +148,9 @@ class HyLoModel(HyLoPreTrainedModel):
         )
 
     def _beside(self, x_BSD, mask, position_ids, past: int, starts_BS):
-        """Return what layers need beside ``x_BSD``: cos and sin, what a query sees, real tokens, packed documents."""
+        """Return what layers need besides ``x_BSD``: cos and sin, what each query sees, real tokens, packed
+        documents.
+        """
         length, device = x_BSD.shape[1], x_BSD.device
         if position_ids is None:
             unpacked = starts_BS is None
@@ -158,7 +162,7 @@ class HyLoModel(HyLoPreTrainedModel):
         return rotation, inputs.allowed(mask, past, length, device), real_BS1, None
 
     def _cache(self, given, use_cache: bool | None, batch: int) -> HyLoCache | None:
-        """Return the cache that this call reads and writes, None without one."""
+        """Return the cache that this call reads and writes, or None."""
         checkpointed = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         if given is None:
             use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
@@ -184,7 +188,7 @@ class HyLoForCausalLM(HyLoPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *_, **__) -> None:
-        """Give ``generate`` its cache. transformers' caches, static ones included, do not hold these states."""
+        """Give ``generate`` its cache. transformers' caches, including static ones, do not have these states."""
         kind = generation_config.cache_implementation
         if kind not in (None, "dynamic", "dynamic_full"):
             raise ValueError(f"HyLoForCausalLM: cache_implementation {kind!r} is not supported: leave it out")
@@ -217,7 +221,10 @@ class HyLoForCausalLM(HyLoPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
     ) -> CausalLMOutputWithPast:
-        """Return logits, and with ``labels`` the loss. ``kwargs``: of ``HyLoModel.forward`` and the loss function."""
+        """Return logits, and with ``labels`` the loss.
+
+        ``kwargs``: arguments of ``HyLoModel.forward`` and of the loss function.
+        """
         for_loss = {name: kwargs.pop(name) for name in LOSS_ARGUMENTS if name in kwargs}
         out = self.model(
             input_ids=input_ids,

@@ -1,4 +1,4 @@
-"""Packed rows: several documents one after the other, each computed as if it stood alone.
+"""Packed rows: several consecutive documents, each computed as if alone.
 
 Legend: B batch, S positions of a row, N documents of one group, L the longest of them, D model.
 """
@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-SHORT = 16  # documents of up to this many tokens make one group
+SHORT = 16  # documents of up to this many tokens form one group
 
 Turn = tuple[torch.Tensor, torch.Tensor]  # cos and sin [B,S,P]
 
@@ -27,7 +27,7 @@ class Documents:
         for start, end in zip(first, [*first[1:], starts_BS.numel()], strict=True):
             groups[max(end - start - 1, SHORT - 1).bit_length()].append((start, end - start))
         self.shape, self.groups = starts_BS.shape, []
-        place, filled = torch.empty(starts_BS.numel()).long(), 0  # where each token is among those of all groups
+        place, filled = torch.empty(starts_BS.numel()).long(), 0  # index of each token among the tokens of all groups
         for members in groups.values():
             start, length = (torch.tensor(column)[:, None] for column in zip(*members, strict=True))
             offset = torch.arange(int(length.max()))[None]
@@ -41,7 +41,7 @@ class Documents:
         self.rotations = [tuple(turn[index_NL] for turn in turns) for index_NL in self.groups]
 
     def apply(self, mixer: Callable[[torch.Tensor, Turn], torch.Tensor], x_BSD: torch.Tensor) -> torch.Tensor:
-        """Return ``mixer(x [N,L,D], rotation)`` of every group, put back where the documents lie in the rows."""
+        """Return ``mixer(x [N,L,D], rotation)`` of every group, at the positions of the documents in the rows."""
         flat = x_BSD.flatten(0, 1)
         outs = [
             mixer(flat[index], turn).flatten(0, 1) for index, turn in zip(self.groups, self.rotations, strict=True)
@@ -56,9 +56,9 @@ def document_starts(
     cu_seq_lens: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
     seq_idx: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
-    """Return [B,S], True where a document starts, or None where every row is one document.
+    """Return [B,S], True where a document starts, or None if every row is one document.
 
-    ``mask_BS``: True for real tokens. Raises ``ValueError`` for boundaries that contradict each other or are wrong.
+    ``mask_BS``: True for real tokens. Raises ``ValueError`` for wrong or contradictory boundaries.
     """
     given = [
         starts for starts in (_from_lengths(shape, *cu_seq_lens), _from_index(shape, seq_idx)) if starts is not None
@@ -117,7 +117,7 @@ def _from_index(shape, seq_idx: torch.Tensor | None) -> torch.Tensor | None:
 def _from_positions(shape, position_ids: torch.Tensor, mask_BS: torch.Tensor | None) -> torch.Tensor:
     """Return where the positions of real tokens return to 0.
 
-    After padding, positions may or may not have counted the padding. Everything else is refused.
+    Positions after padding may count the padding or not. Everything else is refused.
     """
     position = position_ids.expand(shape).long()
     index = torch.arange(shape[1], device=position.device).expand(shape)

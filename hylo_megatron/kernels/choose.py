@@ -1,4 +1,4 @@
-"""Which kernels run: torch's references, or Triton ones on a GPU (fla's, and our own). The one place that decides."""
+"""The choice of the mixers' kernels: torch references, or Triton kernels on a GPU (fla's and ours)."""
 
 import functools
 from collections.abc import Callable
@@ -40,7 +40,7 @@ TORCH = Ops("torch")
 
 @functools.lru_cache
 def _fused() -> Ops | None:
-    """fla's kernels; None where fla is not installed."""
+    """Return fla's kernels; None if fla is not installed."""
     try:
         from hylo_megatron.kernels import fused
     except ImportError:
@@ -50,9 +50,9 @@ def _fused() -> Ops | None:
 
 
 def ops(device: torch.device | str, dtype: torch.dtype = torch.bfloat16) -> Ops:
-    """fla's kernels for 16-bit tensors on a GPU where fla is installed, torch's otherwise.
+    """Return fla's kernels for 16-bit tensors on a GPU with fla, otherwise torch's.
 
-    fp32 stays with torch on a GPU too: fla's products would round it to TF32, and on Hopper its backward does not
+    fp32 uses torch on a GPU too: fla would round matrix products to TF32, and on Hopper its backward pass does not
     compile for fp32.
     """
     if torch.device(device).type == "cuda" and dtype in (torch.bfloat16, torch.float16):
@@ -61,5 +61,5 @@ def ops(device: torch.device | str, dtype: torch.dtype = torch.bfloat16) -> Ops:
 
 
 def ops_for(x: torch.Tensor) -> Ops:
-    """The kernels for tensors like ``x``."""
+    """Return the kernels for tensors like ``x``."""
     return ops(x.device, x.dtype)

@@ -18,16 +18,16 @@ import torch
 
 
 def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
-    """fp32, or fp64 where an input is fp64: recurrences are never run in less."""
+    """Return fp32, or fp64 if an input is fp64: recurrences are never computed with less."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 class _Decays:
-    """Decay from j to i within a chunk (``pair`` [H,C,C], 0 above the diagonal), from its start to i (``head``
-    [H,C,1]), from i to its end (``tail``), and through the whole of it (``end`` [H,1,1]).
+    """Decays within a chunk: from j to i, from the start to i, from i to the end, and of the whole chunk.
 
-    Masked before exp, so that every exponent is <= 0 and strong decay ends in 0, never in inf or nan; cumulated in
-    fp64, so that after strong decay the small differences still have all their digits.
+    ``pair`` [H,C,C] (0 above the diagonal), ``head`` [H,C,1], ``tail`` [H,C,1] and ``end`` [H,1,1]. Values are masked
+    before exp, so that every exponent is <= 0 and strong decay ends in 0, never in inf or nan. Log decays are summed
+    in fp64, so that small differences keep all their digits after strong decay.
     """
 
     def __init__(self, g_HC: torch.Tensor):
@@ -41,7 +41,7 @@ class _Decays:
 
 
 class _Chunk:
-    """One chunk of the inputs, heads first and in the compute dtype, with what forward and backward both need."""
+    """One chunk of the inputs, heads first and in the compute dtype, with the values that both passes need."""
 
     def __init__(self, span, q_BSMK, k_BSMK, v_BSHV, g_BSH, beta_BSH, scale, dtype):
         self.span, self.groups, self.batch = span, v_BSHV.shape[2] // q_BSMK.shape[2], len(v_BSHV)
@@ -57,23 +57,23 @@ class _Chunk:
             self.system = self.spread(self.k @ self.k.mT).mul_(self.decays.pair).tril_(-1)
 
     def take(self, x_BSH: torch.Tensor) -> torch.Tensor:
-        """[B,S,H,..] -> [B*H,C,..] of this chunk, a copy."""
+        """Return a copy of this chunk: [B,S,H,..] -> [B*H,C,..]."""
         return x_BSH[:, self.span].transpose(1, 2).to(self.dtype).flatten(0, 1)
 
     def put(self, x_HC: torch.Tensor, into_BSH: torch.Tensor) -> None:
         into_BSH[:, self.span] = x_HC.unflatten(0, (self.batch, -1)).transpose(1, 2)
 
     def spread(self, x_MC: torch.Tensor) -> torch.Tensor:
-        """A key head's tensor for each of its value heads."""
+        """Repeat a key head's tensor for each of its value heads."""
         return x_MC if self.groups == 1 else x_MC.repeat_interleave(self.groups, 0)
 
     def gather(self, x_HC: torch.Tensor) -> torch.Tensor:
-        """Its gradient: the sum over the value heads of a key head."""
+        """Return the gradient of ``spread``: the sum over the value heads of a key head."""
         return x_HC if self.groups == 1 else x_HC.unflatten(0, (-1, self.groups)).sum(1)
 
 
 def unit_lower_inverse(strict_HCC: torch.Tensor) -> torch.Tensor:
-    """Inverse of ``I + strict`` for strictly lower triangular ``strict``."""
+    """Return the inverse of ``I + strict`` for strictly lower triangular ``strict``."""
     eye_CC = torch.eye(strict_HCC.shape[-1], dtype=strict_HCC.dtype, device=strict_HCC.device)
     return torch.linalg.solve_triangular(strict_HCC, eye_CC.expand_as(strict_HCC), upper=False, unitriangular=True)
 
@@ -105,7 +105,7 @@ class _ChunkedScan(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_out, d_state):
-        *inputs, beta = (saved := ctx.saved_tensors)[:5]  # read once: under activation recompute it cannot be again
+        *inputs, beta = (saved := ctx.saved_tensors)[:5]  # read only once, as activation recompute requires
         kept = saved[5:]
         d_inputs = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs]
         d_beta = None if beta is None else torch.empty_like(beta, memory_format=torch.contiguous_format)
@@ -124,7 +124,9 @@ class _ChunkedScan(torch.autograd.Function):
 
 
 def _chunk_backward(x: _Chunk, state, u, inverse, d_out, d_after):
-    """Gradients of (q, k, v, g, beta, state before the chunk), from those of its output and of the state after it."""
+    """Return gradients of (q, k, v, g, beta, state before the chunk), given those of the output and of the state after
+    it.
+    """
     decays = x.decays
     d_u = torch.baddbmm(x.key_tail @ d_after, x.scores.mT, d_out)
     d_before = torch.baddbmm(d_after * decays.end, x.query_head.mT, d_out)
@@ -136,7 +138,7 @@ def _chunk_backward(x: _Chunk, state, u, inverse, d_out, d_after):
     d_q, d_k = d_scores @ x.k, d_scores.mT @ x.q
     d_v, d_beta = d_u, None
 
-    # Reading the state before the chunk, and writing the state after it.
+    # Gradients through reading the state before the chunk and writing the state after it.
     d_query_head = (d_out @ state.mT).mul_(decays.head)
     d_key = (u @ d_after.mT).mul_(decays.tail)
     written = (d_key * x.k_H).sum(-1)
@@ -176,8 +178,10 @@ def chunked_scan(
     initial_state: torch.Tensor | None,
     chunk_size: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The recurrence above; value heads h*H/M and on share query and key head h. Returns o [B,S,H,V] in v's dtype
-    and the last state [B,H,K,V] in the compute dtype."""
+    """Run the recurrence above. Value heads h*H/M and following share query and key head h.
+
+    Returns o [B,S,H,V] in v's dtype and the last state [B,H,K,V] in the compute dtype.
+    """
     batch, _, heads, width = v_BSHV.shape
     dtype = compute_dtype(q_BSMK, k_BSMK, v_BSHV, g_BSH)
     shape = (batch, heads, k_BSMK.shape[-1], width)
@@ -185,7 +189,7 @@ def chunked_scan(
         state = torch.zeros(shape, dtype=dtype, device=v_BSHV.device)
     else:
         state = initial_state.to(dtype).expand(shape)
-    with torch.autocast(v_BSHV.device.type, enabled=False):  # it would turn the scan's fp32 products into bf16
+    with torch.autocast(v_BSHV.device.type, enabled=False):  # autocast would turn the scan's fp32 products into bf16
         out, state = _ChunkedScan.apply(
             q_BSMK, k_BSMK, v_BSHV, g_BSH, beta_BSH, state.flatten(0, 1), scale, chunk_size
         )

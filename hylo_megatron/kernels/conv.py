@@ -1,7 +1,7 @@
 """Depthwise causal convolution with SiLU. Legend: B batch, S sequence, C channels, W width.
 
-A sum of W shifted products with a backward by hand: on a CPU several times faster than ``F.conv1d(groups=C)``,
-and the layout stays [B, S, C].
+The convolution is a sum of W shifted products with a hand-written backward pass. On a CPU it is several times faster
+than ``F.conv1d(groups=C)``, and the layout stays [B, S, C].
 """
 
 import torch
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 
 class _ShiftedProducts(torch.autograd.Function):
-    """(x [B,S+W-1,C], taps [W,C], bias [C] | None) -> x convolved [B,S,C], after SiLU if ``silu``."""
+    """Map (x [B,S+W-1,C], taps [W,C], bias [C] | None) to the convolution [B,S,C], after SiLU if ``silu``."""
 
     @staticmethod
     def forward(ctx, x, taps, bias, silu):
@@ -48,9 +48,9 @@ def causal_conv1d(
     cu_seqlens: torch.Tensor | None = None,
     **_,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """x [B,S,C], weight [C,W] -> y [B,S,C] in x.dtype and the last W-1 inputs [B,W-1,C] (or None).
+    """Convolve x [B,S,C] with weight [C,W]. Returns y [B,S,C] in x.dtype and the last W-1 inputs [B,W-1,C] (or None).
 
-    ``initial_state`` is such a state of an earlier call; without it the inputs before the first are zeros.
+    ``initial_state``: such a state of an earlier call; without one the inputs before the first are zeros.
     """
     if cu_seqlens is not None:
         raise NotImplementedError("packed sequences (cu_seqlens) need fla's kernel on a GPU; pass one sequence a row")
@@ -71,9 +71,9 @@ def causal_conv1d(
 def split_convolve(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, sizes: tuple[int, ...], start: int = 0
 ) -> tuple[torch.Tensor, ...]:
-    """The projection ``x [B,S,>=sum(sizes)]`` of a linear block cut into sections, each ``[B,S,size]``.
+    """Cut a linear block's projection ``x [B,S,>=sum(sizes)]`` into sections, each ``[B,S,size]``.
 
-    ``weight`` [C,W]: the C channels from ``start`` on, whole sections, are convolved and go through SiLU.
+    The C channels of ``weight`` [C,W], from ``start`` on and in whole sections, are convolved and passed through SiLU.
     """
     ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
     before = [size for size, end in zip(sizes, ends, strict=True) if end <= start]

@@ -1,4 +1,4 @@
-"""Triton kernels, fla's and our own, with the signatures of the torch references; for a GPU. ``ops`` chooses.
+"""Triton kernels for a GPU, fla's and ours, with the signatures of the torch references. ``ops`` chooses.
 
 Legend as in the references: B batch, S sequence, M key heads, H value heads, K key dim, V value dim, C channels.
 """
@@ -42,7 +42,7 @@ __all__ = [
 
 
 def causal_conv1d(x, weight, bias=None, activation="silu", initial_state=None, output_final_state=False, **kwargs):
-    """As ``conv.causal_conv1d``; continuing from a state (one token at a time) is left to it."""
+    """Compute ``conv.causal_conv1d``, which runs itself when it continues from a state (one token at a time)."""
     if initial_state is not None:
         return conv.causal_conv1d(x, weight, bias, activation, initial_state, output_final_state, **kwargs)
     y, _ = fla_conv1d(x=x, weight=weight, bias=bias, activation=activation)
@@ -52,16 +52,18 @@ def causal_conv1d(x, weight, bias=None, activation="silu", initial_state=None, o
 
 
 def rms_norm(x, weight, eps):
-    """As ``norm.rms_norm``; torch's own kernels are fast but for the gradient of a trained weight."""
+    """Compute ``norm.rms_norm``. torch's own kernels are used except for the gradient of a trained weight, which is
+    slow.
+    """
     trained = weight is not None and weight.requires_grad and torch.is_grad_enabled()
     return (triton_pointwise if trained and weight.dtype == x.dtype else norm).rms_norm(x, weight, eps)
 
 
 def gated_rms_norm(x, z, weight, eps, group_size=None, norm_before_gate=True, activation="silu"):
-    """As ``norm.gated_rms_norm``.
+    """Compute ``norm.gated_rms_norm``.
 
-    Training repeats one shape and takes the kernel that is tuned for it. Inference meets many shapes and takes the
-    other kernel, which knows only SiLU.
+    Training repeats one shape and uses the kernel that is tuned for the shape. Inference has many shapes and uses the
+    other kernel, which supports only SiLU.
     """
     tuned = torch.is_grad_enabled() and z is not None and norm_before_gate and group_size in (None, x.shape[-1])
     if tuned:
@@ -72,17 +74,19 @@ def gated_rms_norm(x, z, weight, eps, group_size=None, norm_before_gate=True, ac
 
 
 def chunk_kda(q, k, v, g, beta, *, A_log=None, **kwargs):
-    """As ``kda.chunk_kda``: fla makes the decay in its kernel, and keeps for backward what it makes it from."""
+    """Compute ``kda.chunk_kda``. fla's kernel computes the decay and saves only the decay's inputs for the backward
+    pass.
+    """
     return fla_chunk_kda(q, k, v, g, beta, A_log=A_log, use_gate_in_kernel=A_log is not None, **kwargs)
 
 
 def step_kda(q, k, v, g, beta, *, A_log=None, **kwargs):
-    """As ``kda.recurrent_kda``; no gradient."""
+    """Compute ``kda.recurrent_kda``, without a gradient."""
     return fused_recurrent_kda(q, k, v, g, beta, A_log=A_log, use_gate_in_kernel=A_log is not None, **kwargs)
 
 
 class _GatedLinearAttention(torch.autograd.Function):
-    """fla's ``chunk_simple_gla`` with 16-bit states in its backward pass too, as its gated delta rule has them.
+    """fla's ``chunk_simple_gla`` with 16-bit states in the backward pass too, as in fla's gated delta rule.
 
     With fp32 states fla has no backward kernel for Hopper before Triton 3.7.1. (q, k [B,S,H,K], v [B,S,H,V], log decay
     g [B,S,H], state [B,H,K,V] | None) -> (out like v, last state | None).
@@ -91,7 +95,7 @@ class _GatedLinearAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, g, state, output_final_state):
         q, k, v = (x.contiguous() for x in (q, k, v))
-        g = chunk_local_cumsum(g.contiguous(), chunk_size=CHUNK, scale=RCP_LN2)  # the kernels take exp2
+        g = chunk_local_cumsum(g.contiguous(), chunk_size=CHUNK, scale=RCP_LN2)  # the kernels use exp2
         h, last = chunk_fwd_h(k=k, v=v, g=g, h0=state, output_final_state=output_final_state, chunk_size=CHUNK)
         ctx.save_for_backward(q, k, v, g, state)
         return chunk_fwd_o(q=q, k=k, v=v, g=g, h=h, scale=1.0, chunk_size=CHUNK), last
@@ -111,7 +115,9 @@ class _GatedLinearAttention(torch.autograd.Function):
 
 
 def chunk_ssd(x, dt, A, B, C, chunk_size=64, D=None, initial_state=None, output_final_state=False):
-    """As ``ssd.ssd_chunk_scan``: state-space duality is gated linear attention with one decay a head, scale 1."""
+    """Compute ``ssd.ssd_chunk_scan``: state-space duality is gated linear attention with one decay per head and scale
+    1.
+    """
     heads = x.shape[2] // B.shape[2]
     if heads > 1:
         B, C = B.repeat_interleave(heads, 2), C.repeat_interleave(heads, 2)

@@ -30,7 +30,10 @@ def chunk_gated_delta_rule(
     cu_seqlens: torch.Tensor | None = None,
     **_,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """q, k [B,S,M,K]; v [B,S,H,V]; g (log decay) and beta [B,S,H] -> o [B,S,H,V], last state [B,H,K,V] or None."""
+    """Run the rule in chunks.
+
+    q, k [B,S,M,K]; v [B,S,H,V]; g (log decay) and beta [B,S,H] -> o [B,S,H,V], last state [B,H,K,V] or None.
+    """
     if cu_seqlens is not None:
         raise NotImplementedError("packed sequences (cu_seqlens) need fla's kernel on a GPU; pass one sequence a row")
     if use_qk_l2norm_in_kernel:
@@ -52,7 +55,7 @@ def recurrent_gated_delta_rule(
     use_qk_l2norm_in_kernel: bool = False,
     **_,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """``chunk_gated_delta_rule`` one token at a time: for decoding, and the reference in tests."""
+    """Run ``chunk_gated_delta_rule`` one token at a time: for decoding, and as the reference in tests."""
     if use_qk_l2norm_in_kernel:
         q, k = l2norm(q), l2norm(k)
     dtype = compute_dtype(q, k, v, g)

@@ -1,4 +1,6 @@
-"""Drop-ins for the two names of the mamba-ssm package that megatron's Mamba-2 mixer calls, over ``kernels.ops``."""
+"""Replacements, over ``kernels.ops``, of two names of the mamba-ssm package that megatron-core's Mamba-2 mixer
+calls.
+"""
 
 from collections.abc import Callable
 
@@ -33,10 +35,11 @@ def mamba_split_conv1d_scan_combined(
     kernels: Callable[[torch.Tensor], Ops] = ops_for,
     **_,
 ):
-    """Drop-in for mamba_ssm's function: zxbcdt [B,S,z|x|B|C|dt|...] -> y [B,S,H*P] (and states if asked).
+    """Compute mamba_ssm's function: zxbcdt [B,S,z|x|B|C|dt|...] -> y [B,S,H*P] (and states if requested).
 
-    Without ``rmsnorm_weight`` the result is gated by silu(z) and not normed (megatron's mixer norms it afterwards);
-    with it, norm and gate are applied here, per group. ``kernels``: where the convolution and the scan come from.
+    Without ``rmsnorm_weight`` the result is gated by silu(z) and not normalised (megatron-core's mixer normalises
+    afterwards). With the weight, norm and gate are applied here, per group. ``kernels``: the source of convolution and
+    scan.
     """
     if seq_idx is not None:
         raise NotImplementedError("packed sequences (seq_idx) need mamba_ssm on a GPU; pass one sequence a row")
@@ -56,7 +59,7 @@ def mamba_split_conv1d_scan_combined(
         A,
         B.unflatten(-1, (ngroups, -1)),
         C.unflatten(-1, (ngroups, -1)),
-        # mamba_ssm's chunk of 256 fits its GPU kernel; in torch the [C, C] products of larger chunks only cost time.
+        # mamba_ssm's chunk of 256 suits its GPU kernel; in torch the [C, C] products of larger chunks only cost time.
         min(chunk_size, 64),
         D,
         initial_states,
@@ -73,7 +76,7 @@ def mamba_split_conv1d_scan_combined(
 
 
 class RMSNormGated(nn.Module):
-    """Drop-in for ``mamba_ssm.ops.triton.layernorm_gated.RMSNorm``."""
+    """Replacement of ``mamba_ssm.ops.triton.layernorm_gated.RMSNorm``."""
 
     def __init__(self, hidden_size, eps=1e-5, group_size=None, norm_before_gate=True, device=None, dtype=None):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Normalisations with fp32 statistics. Legend: last dimension is normalised."""
+"""Normalisations with fp32 statistics. Legend: the last dimension is normalised."""
 
 import torch
 import torch.nn.functional as F
@@ -7,20 +7,21 @@ ACTIVATIONS = {"silu": F.silu, "sigmoid": torch.sigmoid}
 
 
 def wide(x: torch.Tensor) -> torch.Tensor:
-    """fp32, or fp64 as it is."""
+    """Return ``x`` in fp32, or unchanged if it is fp64."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
-    """``x / rms(x) * weight`` over the last dimension, computed in fp32, returned in ``x.dtype``."""
-    if x.is_cuda and (weight is None or weight.dtype == x.dtype):  # one kernel, fp32 inside; saves x as it is
+    """Return ``x / rms(x) * weight`` over the last dimension, computed in fp32, in ``x.dtype``."""
+    # a single kernel with fp32 inside, which saves x unchanged
+    if x.is_cuda and (weight is None or weight.dtype == x.dtype):
         return F.rms_norm(x, x.shape[-1:], weight, eps)
     x_wide = wide(x)
     return F.rms_norm(x_wide, x.shape[-1:], None if weight is None else weight.to(x_wide.dtype), eps).to(x.dtype)
 
 
 def l2norm(x: torch.Tensor, dim: int = -1, eps: float = 1e-6, **_) -> torch.Tensor:
-    """``x / sqrt(sum(x^2) + eps)``, as fla.modules.l2norm.l2norm; computed in fp32, returned in ``x.dtype``."""
+    """Return ``x / sqrt(sum(x^2) + eps)`` as fla.modules.l2norm.l2norm does, computed in fp32, in ``x.dtype``."""
     x_wide = wide(x)
     return (x_wide * torch.rsqrt(x_wide.square().sum(dim, keepdim=True) + eps)).to(x.dtype)
 
@@ -34,7 +35,7 @@ def gated_rms_norm(
     norm_before_gate: bool = True,
     activation: str = "silu",
 ) -> torch.Tensor:
-    """RMSNorm per group of ``group_size`` and a gate, before or after it, as mamba_ssm's ``rmsnorm_fn``.
+    """Return RMSNorm per group of ``group_size`` with a gate before or after it, as mamba_ssm's ``rmsnorm_fn`` does.
 
     ``activation`` of the gate: ``silu`` or ``sigmoid``.
     """
@@ -51,7 +52,7 @@ def gated_rms_norm(
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """``silu(gate) * up``."""
+    """Return ``silu(gate) * up``."""
     return F.silu(gate) * up
 
 
@@ -61,5 +62,5 @@ def swiglu_packed(x: torch.Tensor) -> torch.Tensor:
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """``||a - b||_2`` over the last dimension, fp32."""
+    """Return ``||a - b||_2`` over the last dimension, fp32."""
     return wide(a - b).norm(dim=-1)

@@ -39,7 +39,7 @@ def rope_frequencies(rope_parameters: dict, head_dim: int, max_positions: int) -
         frequencies, scaling = _frequencies(json.dumps(rope_parameters, sort_keys=True), head_dim, max_positions)
     except ArithmeticError:
         frequencies, scaling = torch.full((1,), math.nan), math.nan
-    real = type(frequencies) is Tensor  # a stand-in without numbers (torch's FakeTensor) is none
+    real = type(frequencies) is Tensor  # a stand-in without numbers (torch's FakeTensor) cannot be checked
     if not math.isfinite(scaling) or (real and not frequencies.isfinite().all()):
         raise HyLoError(f"rotary embedding: {rope_parameters} gives frequencies that are not finite numbers")
     return frequencies.clone().float(), float(scaling)

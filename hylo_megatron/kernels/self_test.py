@@ -1,6 +1,7 @@
-"""A check at start-up: a model's GPU kernels against the torch references, values and gradients, in seconds.
+"""A check at start-up: compare values and gradients of a model's GPU kernels with the torch references, in seconds.
 
-Known pairs of versions compute wrong gradients without an error (``docs/traps.md``), which costs a run, not a crash.
+Some pairs of versions are known to compute wrong gradients without an error (``docs/traps.md``), which would ruin a
+run.
 """
 
 import time
@@ -24,7 +25,7 @@ def _random(*shape: int, device) -> Tensor:
 
 
 def gdn_case(arch: Architecture, tp: int, device) -> tuple[list[Tensor], Callable]:
-    """Inputs of the gated delta rule with this model's heads, and a function of kernels and inputs."""
+    """Return inputs of the gated delta rule with this model's heads, and a function of kernels and inputs."""
     g = arch.geometry.gdn
     keys, values = g.num_key_heads // tp, g.num_value_heads // tp
     q, k = (_random(1, LENGTH, keys, g.key_head_dim, device=device) for _ in "qk")
@@ -39,7 +40,7 @@ def gdn_case(arch: Architecture, tp: int, device) -> tuple[list[Tensor], Callabl
 
 
 def kda_case(arch: Architecture, tp: int, device) -> tuple[list[Tensor], Callable]:
-    """The same for Kimi Delta Attention; the kernel makes the decay too."""
+    """Return the same for Kimi Delta Attention, whose kernel also computes the decay."""
     g = arch.geometry.kda
     heads, dim = g.num_heads // tp, g.head_dim
     q, k, v, raw = (_random(1, LENGTH, heads, dim, device=device).roll(i, 1) for i in range(4))
@@ -54,7 +55,7 @@ def kda_case(arch: Architecture, tp: int, device) -> tuple[list[Tensor], Callabl
 
 
 def mamba2_case(arch: Architecture, tp: int, device) -> tuple[list[Tensor], Callable]:
-    """The same for Mamba-2's scan."""
+    """Return the same for Mamba-2's scan."""
     g = arch.geometry.mamba2
     heads, groups = g.num_heads // tp, g.num_groups // tp
     x = _random(1, LENGTH, heads, g.head_dim, device=device)
@@ -69,7 +70,9 @@ def mamba2_case(arch: Architecture, tp: int, device) -> tuple[list[Tensor], Call
 
 
 def projection_case(arch: Architecture, tp: int, device) -> tuple[list[Tensor], Callable]:
-    """A projection of three sections, the one in the middle convolved; sequences side by side, as in training."""
+    """Return the same for a projection of three sections, the second convolved; sequences are interleaved, as in
+    training.
+    """
 
     def run(kernels: Ops, x, weight):
         return torch.cat(kernels.split_convolve(x.transpose(0, 1), weight, None, (64, 128, 18), start=64), -1)
@@ -78,7 +81,7 @@ def projection_case(arch: Architecture, tp: int, device) -> tuple[list[Tensor], 
 
 
 def _norm_case(dim: int, activation: str, device) -> tuple[list[Tensor], Callable]:
-    """The gated norm within heads."""
+    """Return the same for the gated norm within heads."""
 
     def run(kernels: Ops, x, gate, weight):
         return kernels.gated_rms_norm(x, gate, weight, 1e-5, activation=activation)
@@ -88,17 +91,17 @@ def _norm_case(dim: int, activation: str, device) -> tuple[list[Tensor], Callabl
 
 
 def gdn_norm_case(arch: Architecture, tp: int, device) -> tuple[list[Tensor], Callable]:
-    """The gated norm of Gated DeltaNet."""
+    """Return the same for the gated norm of Gated DeltaNet."""
     return _norm_case(arch.geometry.gdn.value_head_dim, "silu", device)
 
 
 def kda_norm_case(arch: Architecture, tp: int, device) -> tuple[list[Tensor], Callable]:
-    """The gated norm of Kimi Delta Attention."""
+    """Return the same for the gated norm of Kimi Delta Attention."""
     return _norm_case(arch.geometry.kda.head_dim, "sigmoid", device)
 
 
 def mlp_case(arch: Architecture, tp: int, device) -> tuple[list[Tensor], Callable]:
-    """Norm, SwiGLU and the distance of layer-wise distillation, one after another."""
+    """Return the same for norm, SwiGLU and the distance of layer-wise distillation, one after another."""
 
     def run(kernels: Ops, x, weight, target):
         return kernels.distance(kernels.swiglu_packed(kernels.rms_norm(x, weight, 1e-5)), target.detach())
@@ -118,7 +121,7 @@ CASES = {
 
 
 def errors_of(run: Callable, kernels: Ops, inputs: list[Tensor]) -> list[float]:
-    """Relative errors of the output and of each input's gradient against the torch reference in fp32."""
+    """Return relative errors of the output and of each input's gradient against the torch reference in fp32."""
     results = []
     for candidate, dtype in ((kernels, None), (TORCH, torch.float32)):
         leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in inputs]
@@ -131,13 +134,17 @@ def errors_of(run: Callable, kernels: Ops, inputs: list[Tensor]) -> list[float]:
 
 
 def self_test(arch: Architecture, tp: int = 1, device: str | torch.device = "cuda", kernels: Ops | None = None) -> str:
-    """One line with the worst error of each kernel that ``arch`` uses. Raises ``HyLoError`` if one is wrong."""
+    """Return one line with the worst error of each kernel that ``arch`` uses.
+
+    Raises ``HyLoError`` if a kernel is wrong.
+    """
     kernels, started, found = kernels or ops(device), time.time(), {}
     for kind in sorted(set(arch.plan) & set(CASES)):
         for name, case in CASES[kind].items():
             inputs, run = case(arch, tp, device)
             found[name] = errors_of(run, kernels, inputs)
-    wrong = {name: errors for name, errors in found.items() if not all(e < TOLERANCE for e in errors)}  # nan is wrong
+    # nan counts as wrong
+    wrong = {name: errors for name, errors in found.items() if not all(e < TOLERANCE for e in errors)}
     if wrong:
         name, errors = next(iter(wrong.items()))
         raise HyLoError(

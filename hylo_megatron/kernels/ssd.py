@@ -10,7 +10,7 @@ from hylo_megatron.kernels.chunked import chunked_scan, compute_dtype
 
 
 def skip(out: torch.Tensor, x: torch.Tensor, D: torch.Tensor | None) -> torch.Tensor:
-    """``out + x D``, with D [H] or [H,P]."""
+    """Return ``out + x D``, with D [H] or [H,P]."""
     if D is None:
         return out
     return out + x.to(out.dtype) * (D if D.dim() == 2 else D[:, None]).to(out.dtype)
@@ -27,8 +27,11 @@ def ssd_chunk_scan(
     initial_state: torch.Tensor | None = None,
     output_final_state: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """x [B,S,H,P], dt [B,S,H] (after softplus), A [H] (negative), B, C [B,S,G,N], D [H] or [H,P]
-    -> y [B,S,H,P] in x.dtype, last state [B,H,P,N] or None."""
+    """Run the scan in chunks.
+
+    x [B,S,H,P], dt [B,S,H] (after softplus), A [H] (negative), B, C [B,S,G,N], D [H] or [H,P] -> y [B,S,H,P] in
+    x.dtype, last state [B,H,P,N] or None.
+    """
     dtype = compute_dtype(x, dt, A, B, C)
     dt = dt.to(dtype)
     state = None if initial_state is None else initial_state.mT
@@ -46,7 +49,7 @@ def recurrent_ssd(
     initial_state: torch.Tensor | None = None,
     output_final_state: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """``ssd_chunk_scan`` one token at a time: for decoding, and the reference in tests."""
+    """Run ``ssd_chunk_scan`` one token at a time: for decoding, and as the reference in tests."""
     dtype = compute_dtype(x, dt, A, B, C)
     batch, length, heads, head_dim = x.shape
     dt = dt.to(dtype)

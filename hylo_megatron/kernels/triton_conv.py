@@ -1,8 +1,9 @@
-"""The convolutions of a linear block's input projection in one pass over it, in Triton.
+"""The convolutions of a linear block's input projection in one pass over the projection, in Triton.
 
-Reads whatever layout the projection has, writes each section contiguous; backward writes one gradient for the whole
-projection. Same results as ``conv.split_convolve`` (tested against it, on a CPU in Triton's interpreter).
-Legend: B batch, S sequence, C channels of the projection, N channels of a section, W width of the convolution.
+The kernels read any layout of the projection and write each section contiguously; the backward pass writes one
+gradient for the whole projection. Results equal those of ``conv.split_convolve`` (tested on a CPU in Triton's
+interpreter). Legend: B batch, S sequence, C channels of the projection, N channels of a section, W width of the
+convolution.
 """
 
 import torch
@@ -10,14 +11,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS, COLUMNS = 32, 64  # of a tile
-SUM_ROWS, TILES = 16, 16  # of the tiles over which one program sums the taps' gradients, and how many
+ROWS, COLUMNS = 32, 64  # rows and columns of a tile
+SUM_ROWS, TILES = 16, 16  # rows and number of the tiles over which one program sums the taps' gradients
 
 
 @triton.jit
 def _before_silu(x_ptr, w_ptr, bias_ptr, t, c, channels, length, stride_s, WIDTH: tl.constexpr, BIAS: tl.constexpr,
                  ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
-    """The convolution at rows ``t``, channels ``c``, fp32."""
+    """Return the convolution at rows ``t`` and channels ``c``, in fp32."""
     here = c < channels
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for i in tl.static_range(WIDTH):
@@ -38,7 +39,7 @@ def convolve_forward(x_ptr, w_ptr, bias_ptr, y_ptr, length, channels, stride_b, 
     batch = tl.program_id(2).to(tl.int64)
     inside = (t < length)[:, None] & (c < channels)[None, :]
     x_ptr += batch * stride_b
-    if WIDTH == 0:  # a section that only leaves the projection
+    if WIDTH == 0:  # the section is copied, not convolved
         y = tl.load(x_ptr + t.to(tl.int64)[:, None] * stride_s + c[None, :], mask=inside)
     else:
         z = _before_silu(x_ptr, w_ptr, bias_ptr, t, c, channels, length, stride_s, WIDTH, BIAS, ROWS, COLUMNS)
@@ -51,7 +52,7 @@ def convolve_forward(x_ptr, w_ptr, bias_ptr, y_ptr, length, channels, stride_b, 
 def convolve_backward_silu(x_ptr, w_ptr, bias_ptr, dy_ptr, dz_ptr, length, channels, stride_b, stride_s,
                            WIDTH: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr,
                            COLUMNS: tl.constexpr):  # fmt: skip
-    """dz [B,S,N], the gradient before SiLU."""
+    """Write dz [B,S,N], the gradient before SiLU."""
     c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     t = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     batch = tl.program_id(2).to(tl.int64)
@@ -68,8 +69,11 @@ def convolve_backward_silu(x_ptr, w_ptr, bias_ptr, dy_ptr, dz_ptr, length, chann
 def convolve_backward_input(dz_ptr, x_ptr, w_ptr, dx_ptr, dw_ptr, length, channels, stride_b, stride_s,
                             WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
                             TILES: tl.constexpr):  # fmt: skip
-    """dx at t is the sum of w_i dz at t + W - 1 - i, in the projection's layout; those same dz times x at t sum up to
-    the gradient of the taps and, with i = W - 1, of the bias: dw [programs,W+1,N], a part of it each."""
+    """Write the gradient of the input, and the parts of the gradient of taps and bias.
+
+    dx at t is the sum of w_i dz at t + W - 1 - i, in the projection's layout. The same dz times x at t sum up to the
+    gradient of the taps and, with i = W - 1, of the bias: dw [programs,W+1,N], of which each program writes a part.
+    """
     c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     here = c < channels
     batch = tl.program_id(2).to(tl.int64)
@@ -118,7 +122,7 @@ def convolve_backward_input(dz_ptr, x_ptr, w_ptr, dx_ptr, dw_ptr, length, channe
 
 @triton.jit
 def copy_backward(dy_ptr, dx_ptr, length, channels, stride_b, stride_s, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The gradient of a section that is not convolved, into the projection's layout."""
+    """Write the gradient of a section that is not convolved, in the projection's layout."""
     c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     t = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     batch = tl.program_id(2).to(tl.int64)
@@ -128,7 +132,7 @@ def copy_backward(dy_ptr, dx_ptr, length, channels, stride_b, stride_s, ROWS: tl
 
 
 def _sections(sizes: tuple[int, ...], start: int, channels: int):
-    """``(first column, size, first row of the taps | None)`` of each section."""
+    """Return ``(first column, size, first row of the taps | None)`` of each section."""
     first = 0
     for size in sizes:
         row = first - start
@@ -182,7 +186,7 @@ class _SplitConvolve(torch.autograd.Function):
 
 
 def split_convolve(x: Tensor, weight: Tensor, bias: Tensor | None, sizes: tuple[int, ...], start: int = 0):
-    """As ``conv.split_convolve``."""
+    """Compute ``conv.split_convolve``."""
     if weight.shape[1] > 4:
         raise NotImplementedError(f"a convolution of width {weight.shape[1]}: the fused kernel goes to 4")
     x = x if x.stride(-1) == 1 else x.contiguous()

@@ -1,6 +1,7 @@
-"""SwiGLU, the distance of two hidden states, RMSNorm's gradient and rotary embeddings: one Triton kernel each way.
+"""SwiGLU, the distance of two hidden states, RMSNorm's gradient and rotary embeddings: one Triton kernel per
+direction.
 
-Same results as ``norm.py`` and ``rope.rotate``. Legend: T tokens, F width of the MLP, D width, P rotated pairs.
+Results equal those of ``norm.py`` and ``rope.rotate``. Legend: T tokens, F width of the MLP, D width, P rotated pairs.
 """
 
 import torch
@@ -59,7 +60,7 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def swiglu_packed(x: Tensor) -> Tensor:
-    """As ``norm.swiglu_packed``."""
+    """Compute ``norm.swiglu_packed``."""
     return _SwiGLU.apply(x.contiguous())
 
 
@@ -102,14 +103,14 @@ class _Distance(torch.autograd.Function):
 
 
 def distance(a: Tensor, b: Tensor) -> Tensor:
-    """As ``norm.distance``; only ``a`` has a gradient."""
+    """Compute ``norm.distance``; only ``a`` has a gradient."""
     return _Distance.apply(a.contiguous(), b.detach().contiguous())
 
 
 @triton.jit
 def _norm_backward(x_ptr, w_ptr, dy_ptr, dx_ptr, dw_ptr, rows, width, eps, ROWS: tl.constexpr, TILES: tl.constexpr,
                    BLOCK: tl.constexpr):  # fmt: skip
-    """Both gradients of RMSNorm; dw [programs, D] in parts."""
+    """Write both gradients of RMSNorm; dw [programs, D] in parts."""
     c = tl.arange(0, BLOCK)
     here = c < width
     w = tl.load(w_ptr + c, mask=here, other=0.0).to(tl.float32)
@@ -150,7 +151,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """As ``norm.rms_norm``, for a weight that is trained: its gradient is what torch is slow at."""
+    """Compute ``norm.rms_norm`` for a trained weight, whose gradient is slow in torch."""
     return _RMSNorm.apply(x.contiguous(), weight, eps)
 
 
@@ -196,7 +197,7 @@ class _Rotate(torch.autograd.Function):
 
 
 def rotate(x_SBHd: Tensor, cos_SP: Tensor, sin_SP: Tensor) -> Tensor:
-    """As ``rope.rotate``, for head widths that are powers of two."""
+    """Compute ``rope.rotate`` for head widths that are powers of two."""
     width = x_SBHd.shape[-1]
     if width & (width - 1):
         return rope.rotate(x_SBHd, cos_SP, sin_SP)

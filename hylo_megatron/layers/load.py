@@ -1,4 +1,4 @@
-"""Builds a model and loads a checkpoint into it, on whatever layout the process groups have."""
+"""Build a model and load a checkpoint into it, in any layout of the process groups."""
 
 import os
 from pathlib import Path
@@ -19,14 +19,17 @@ from hylo_megatron.layers.model import UNFUSED, build_model, model_fields
 
 
 def start_process_groups(tp: int = 1, pp: int = 1, cp: int = 1, seed: int = 1234) -> None:
-    """Process groups for a script that is not ``megatron.training`` (tests, tools); one process needs no torchrun."""
+    """Start process groups for a program other than ``megatron.training`` (tests, tools).
+
+    One process needs no torchrun.
+    """
     if not torch.distributed.is_initialized():
         backend = "nccl" if torch.cuda.device_count() else "gloo"
         if torch.cuda.device_count():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         alone = dict(rank=0, world_size=1, store=torch.distributed.HashStore())
         torch.distributed.init_process_group(backend, **({} if "RANK" in os.environ else alone))
-    if not has_layout(tp, pp, cp):  # new groups cost threads, which the old ones keep
+    if not has_layout(tp, pp, cp):  # new groups cost threads, which old groups keep
         if parallel_state.model_parallel_is_initialized():
             parallel_state.destroy_model_parallel()
         parallel_state.initialize_model_parallel(tp, pp, context_parallel_size=cp)
@@ -42,7 +45,7 @@ def has_layout(tp: int, pp: int, cp: int) -> bool:
 
 
 def layout_config(arch: Architecture, dtype=torch.float32, **overrides) -> TransformerConfig:
-    """A ``TransformerConfig`` for ``arch`` on the current process groups."""
+    """Return a ``TransformerConfig`` for ``arch`` on the current process groups."""
     fields = model_fields(arch) | UNFUSED | dict(
         params_dtype=dtype, pipeline_dtype=dtype, bf16=dtype == torch.bfloat16,
         tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
@@ -53,12 +56,14 @@ def layout_config(arch: Architecture, dtype=torch.float32, **overrides) -> Trans
 
 
 def model_tensors(sharded: dict) -> dict:
-    """Drops the ``_extra_state`` objects that linear layers register; they hold fp8 scales, and nothing here."""
+    """Return ``sharded`` without the ``_extra_state`` objects of linear layers, which hold fp8 scales and are unused
+    here.
+    """
     return {key: value for key, value in sharded.items() if not key.endswith("_extra_state")}
 
 
 def load_state(model, state: dict) -> None:
-    """``load_state_dict`` that is strict about everything but ``_extra_state``."""
+    """Run ``load_state_dict``, strict about everything except ``_extra_state``."""
     result = model.load_state_dict(state, strict=False)
     missing = [key for key in result.missing_keys if not key.endswith("_extra_state")]
     if missing or result.unexpected_keys:
@@ -66,7 +71,7 @@ def load_state(model, state: dict) -> None:
 
 
 def load_weights(model, checkpoint: str | Path) -> None:
-    """Loads this rank's shards. Raises ``HyLoError`` when names or shapes do not fit."""
+    """Load this rank's shards. Raises ``HyLoError`` if names or shapes do not fit."""
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     metadata = {"dp_cp_group": group, "singleton_local_shards": False}
     sharded = model_tensors(model.sharded_state_dict(metadata=metadata))
@@ -75,13 +80,14 @@ def load_weights(model, checkpoint: str | Path) -> None:
         check_pickles(path)
         try:
             loaded = dist_checkpointing.load(sharded, str(path))
-        except (Exception, CheckpointException) as error:  # torch's is no Exception, and holds a whole traceback
+        # torch's is not an Exception, and its text is a whole traceback
+        except (Exception, CheckpointException) as error:
             explain(path, error, "does not fit the model that its hylo.json describes")
     load_state(model, {name: loaded[name] for name in names})
 
 
 def load_model(checkpoint: str | Path, config: TransformerConfig | None = None, padded_vocab_size=None, **kwargs):
-    """``(HybridModel with weights, Architecture)``."""
+    """Return ``(HybridModel with weights, Architecture)``."""
     arch = Architecture.load(checkpoint)
     check_layout(
         arch, parallel_state.get_tensor_model_parallel_world_size(),

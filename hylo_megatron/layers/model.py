@@ -1,4 +1,4 @@
-"""Builds megatron's ``HybridModel`` from an ``Architecture``."""
+"""Build megatron-core's ``HybridModel`` from an ``Architecture``."""
 
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -12,9 +12,9 @@ from hylo_megatron.mixers import MIXERS
 
 
 def model_fields(arch: Architecture) -> dict:
-    """What an architecture says about a ``TransformerConfig``; parallel sizes and dtypes come from elsewhere.
+    """Return the fields of ``TransformerConfig`` that an architecture decides, without parallel sizes and dtypes.
 
-    ``use_te_activation_func`` only means that the spec brings the activation (``specs.SwiGLU``), TE or not.
+    ``use_te_activation_func`` only means that the spec has the activation (``specs.SwiGLU``), with or without TE.
     """
     fields = dict(
         num_layers=2 * arch.num_layers, hidden_size=arch.hidden_size, ffn_hidden_size=arch.intermediate_size,
@@ -49,6 +49,6 @@ def build_model(arch: Architecture, config: TransformerConfig, *, padded_vocab_s
         max_sequence_length=arch.max_position_embeddings, hybrid_layer_pattern=arch.plan.pattern(stages),
         pre_process=pre_process, post_process=post_process, parallel_output=True,
         share_embeddings_and_output_weights=arch.tie_word_embeddings,
-        position_embedding_type="none", vp_stage=vp_stage,  # our attention turns its own queries and keys
+        position_embedding_type="none", vp_stage=vp_stage,  # our attention rotates its own queries and keys
         pg_collection=pg_collection or ProcessGroupCollection.use_mpu_process_groups(),
     )  # fmt: skip

@@ -1,6 +1,6 @@
-"""Layer specs for ``HybridModel``: every mixer of a plan gives its own; MLP and stack are here.
+"""Layer specs for ``HybridModel``. Every mixer has its own spec; those of MLP and stack are here.
 
-A backend fills them in (``local``: torch; ``te``: TransformerEngine).
+A backend provides the layers (``local``: torch; ``te``: TransformerEngine).
 """
 
 from functools import partial
@@ -24,7 +24,7 @@ from hylo_megatron.packages import require
 
 
 def backend(name: str) -> Backend:
-    """Return ``local`` or ``te``. Raises ``HyLoError`` when TransformerEngine is asked for and missing."""
+    """Return ``local`` or ``te``. Raises ``HyLoError`` if TransformerEngine is requested but missing."""
     if name != "te":
         return Backend(
             norm=RMSNorm,
@@ -36,7 +36,8 @@ def backend(name: str) -> Backend:
     require("transformer-engine", "--hylo-backend te")
     from megatron.core.extensions import transformer_engine as te
 
-    # SDPA stays: TE's attention takes neither MLA's two widths on every card nor our layout of context parallelism.
+    # Both backends use SDPA: TE's attention does not support MLA's two widths on every card, nor our context
+    # parallelism.
     return Backend(
         norm=te.TENorm,
         column_linear=te.TEColumnParallelLinear,
@@ -47,7 +48,7 @@ def backend(name: str) -> Backend:
 
 
 class HyLoStack(HybridStack):
-    """``HybridStack`` hard-codes TENorm as its last norm (``hybrid_block.py:215``); this one takes the backend's."""
+    """A ``HybridStack`` with the backend's last norm, where the original has TENorm (``hybrid_block.py:215``)."""
 
     def __init__(self, config, submodules, *args, final_norm, post_layer_norm=True, **kwargs):
         super().__init__(config, submodules, *args, post_layer_norm=False, **kwargs)

@@ -1,12 +1,12 @@
-"""Causal attention of a context-parallel rank's queries over latents that all ranks hold a part of.
+"""Causal attention of a context-parallel rank's queries over latents that all ranks share.
 
-MLA's latents (R + P values a token, shared by all heads) travel, not the keys and values made from them: by
-all-gather, or around a ring that never holds more than two ranks' latents. One function for both, exact both ways.
-Keys and values that several heads share go the same way (``core_attention.py``).
+MLA's latents (R + P values per token, shared by all heads) are exchanged, not the keys and values made from them: by
+all-gather, or around a ring that never holds more than two ranks' latents. One function does both, exact forward and
+backward. Keys and values that several heads share are exchanged in the same way (``layers/core_attention.py``).
 
-Zig-zag balance: rank r of n holds chunks r and 2n-1-r of 2n. Against rank s's keys its queries see: all that is not
-ahead (s = r, causal); the first half of the keys (s < r); or its second half sees all keys (s > r). So every block is
-a plain attention of equal work, and no mask exists.
+Zig-zag balance: rank r of n holds chunks r and 2n-1-r of 2n. Which keys of rank s its queries see depends on s. If s =
+r, they see all earlier keys (causal). If s < r, all queries see the first half of the keys. If s > r, the second half
+of the queries sees all keys. So every block is a plain attention of equal work, and no mask exists.
 
 Legend: S queries of this rank, L latents of a rank, B batch, H heads, K key, V value width, R + P latent and rope.
 """
@@ -25,7 +25,7 @@ Expand = Callable[[Tensor, int], tuple[Tensor, Tensor]]  # (latents of a rank [L
 
 
 def spans(rank: int, source: int, length: int) -> tuple[slice, slice, bool]:
-    """Which of ``rank``'s queries see which of ``source``'s keys, and whether causally."""
+    """Return which of ``rank``'s queries see which of ``source``'s keys, and whether causally."""
     half, everything = length // 2, slice(0, length)
     if source == rank:
         return everything, everything, True
@@ -38,7 +38,7 @@ def _scores(q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
 
 
 def attend_plain(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """``attend`` with all scores in memory: the reference, and what runs in fp32 on a GPU."""
+    """Compute ``attend`` with all scores in memory: the reference, and the version for fp32 on a GPU."""
     scores = _scores(q, k, causal, scale)
     return scores.softmax(-1) @ v, scores.logsumexp(-1)
 
@@ -50,15 +50,17 @@ def attend_plain_backward(d_out, q, k, v, out, lse, causal: bool, scale: float) 
 
 
 def _one_width(*parts: Tensor) -> list[Tensor]:
-    """``parts`` padded with zeros to the width that all of them fit into, a multiple of 8: flash attention on a GPU
-    takes no other, and heads may have 100 dimensions."""
+    """Return ``parts`` padded with zeros to one width, a multiple of 8.
+
+    Flash attention on a GPU needs such a width, and heads may have 100 dimensions.
+    """
     width = max(part.shape[-1] for part in parts)
     width += -width % 8
     return [F.pad(part, (0, width - part.shape[-1])) for part in parts]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """Flash attention with the logarithm of its denominators: ``out [B,H,S,V], lse [B,H,S]``."""
+    """Run flash attention and return also the logarithm of its denominators: ``out [B,H,S,V], lse [B,H,S]``."""
     if q.is_cuda and q.dtype == torch.float32:
         return attend_plain(q, k, v, causal, scale)
     q, k, v = _one_width(q, k, v)
@@ -71,13 +73,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple
 
 def attend_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool,
                     scale: float) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of a block, given the output and the denominators of all blocks together."""
+    """Return gradients of a block, given the output and the denominators of all blocks together."""
     if q.is_cuda and q.dtype == torch.float32:
         return attend_plain_backward(d_out, q, k, v, out, lse, causal, scale)
     key_width, value_width = k.shape[-1], v.shape[-1]
     q, k, v, d_out, out = _one_width(q, k, v, d_out, out)
     if q.is_cuda:
-        nothing = torch.zeros(2, dtype=torch.uint64, device=q.device)  # no dropout, so no random state
+        nothing = torch.zeros(2, dtype=torch.uint64, device=q.device)  # without dropout there is no random state
         d_q, d_k, d_v = torch.ops.aten._scaled_dot_product_flash_attention_backward(
             d_out, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, causal, nothing, nothing[0], scale=scale
         )
@@ -89,7 +91,7 @@ def attend_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor,
 
 
 class _Ring:
-    """Passes tensors to the next rank while the one at hand is worked on."""
+    """Passes tensors to the next rank while the current ones are used."""
 
     def __init__(self, group):
         ranks = dist.get_process_group_ranks(group)
@@ -97,7 +99,7 @@ class _Ring:
         self.next, self.previous = (ranks[(self.rank + step) % self.size] for step in (1, -1))
 
     def start(self, tensor: Tensor) -> Callable[[], Tensor]:
-        """Sends ``tensor`` on; the result waits for what the previous rank sends."""
+        """Send ``tensor`` to the next rank. The result, when called, waits for the previous rank's tensor."""
         tensor, received = tensor.contiguous(), torch.empty_like(tensor, memory_format=torch.contiguous_format)
         works = dist.batch_isend_irecv([
             dist.P2POp(dist.isend, tensor, self.next, self.group),
@@ -112,7 +114,7 @@ class _Ring:
         return wait
 
     def around(self, latents: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """``(rank, its latents)``, this rank's first; the next ones are on their way meanwhile."""
+        """Yield ``(rank, its latents)``, this rank's first. The next latents are sent in the meantime."""
         for step in range(self.size):
             coming = self.start(latents) if step < self.size - 1 else None
             yield (self.rank - step) % self.size, latents
@@ -120,7 +122,7 @@ class _Ring:
 
 
 class _LatentAttention(torch.autograd.Function):
-    """(q [B,H,S,K], latents [L,B,R+P], or [n,L,B,R+P] where they are all here) -> [B,H,S,V]."""
+    """(q [B,H,S,K], latents [L,B,R+P], or [n,L,B,R+P] after a gather) -> [B,H,S,V]."""
 
     @staticmethod
     def forward(ctx, q, latents, expand: Expand, group, scale, ring, *parameters):
@@ -157,7 +159,7 @@ class _LatentAttention(torch.autograd.Function):
         d_q = torch.zeros_like(q, dtype=exact)
         d_parameters = [torch.zeros_like(p, dtype=exact) for p in parameters]
         d_all = None if ring else torch.zeros_like(latents, dtype=exact)
-        travelling = None  # the gradient of the latents at hand: it goes round with them, and one step further
+        travelling = None  # the gradient of the current latents, which is passed round with them, and one step further
         for source, held in blocks:
             queries, keys, causal = spans(rank, source, length)
             with torch.enable_grad():
@@ -183,8 +185,11 @@ class _LatentAttention(torch.autograd.Function):
 
 def latent_attention(q_BHSK: Tensor, latents_LBR: Tensor, expand: Expand, parameters: list[Tensor], group,
                      scale: float, ring: bool) -> Tensor:  # fmt: skip
-    """``[B,H,S,V]``. ``expand`` makes keys and values of a rank's latents with ``parameters``, whose gradients are
-    this rank's part. ``ring``: the latents go round; otherwise all ranks' are gathered first."""
+    """Return the attention's output ``[B,H,S,V]``.
+
+    ``expand`` makes keys and values of a rank's latents with ``parameters``, whose gradients are this rank's part.
+    ``ring``: pass the latents round; otherwise gather those of all ranks first.
+    """
     if not ring:
         latents_LBR = gather_from_sequence_parallel_region(latents_LBR, group=group).unflatten(0, (group.size(), -1))
     return _LatentAttention.apply(q_BHSK, latents_LBR, expand, group, scale, ring, *parameters)

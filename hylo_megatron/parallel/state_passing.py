@@ -29,7 +29,7 @@ from hylo_megatron.kernels import Ops, ops_for
 
 
 class _OneRank:
-    """A process group of one rank, as far as megatron-core's mixers ask."""
+    """A process group of one rank, with what megatron-core's mixers ask of a group."""
 
     def size(self) -> int:
         return 1
@@ -67,7 +67,7 @@ def _beside(x_B: Tensor, group, step: int) -> Tensor:
 
 
 class _Before(torch.autograd.Function):
-    """``[B, ..]`` -> the same of the chunks before; a gradient goes back to where its values came from."""
+    """``[B, ..]`` -> the same values of the previous chunks. The gradient returns to the values' source."""
 
     @staticmethod
     def forward(ctx, x_B, group):
@@ -81,7 +81,7 @@ class _Before(torch.autograd.Function):
 
 
 def _through(transfer: Tensor, state: Tensor) -> Tensor:
-    """Return ``transfer · state``; one number a head (``[.., 1, 1]``) stands for that number times the identity."""
+    """Return ``transfer · state``. One number per head (``[.., 1, 1]``) means this number times the identity."""
     return transfer * state if transfer.shape[-1] == 1 else transfer @ state
 
 
@@ -105,10 +105,11 @@ class _Starts(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_start):
-        later, start = ctx.saved_tensors  # read once: under activation recompute it cannot be again
+        later, start = ctx.saved_tensors  # read only once, as activation recompute requires
         rank, size = ctx.group.rank(), ctx.group.size()
         d_starts = _chain(d_start, ctx.group)
-        d_end = torch.zeros_like(d_starts[0])  # of the last state of chunk i, which is the start of chunk i + 1
+        # gradient of the last state of chunk i, which is the start of chunk i + 1
+        d_end = torch.zeros_like(d_starts[0])
         own = {2 * size - 1: d_end}
         for i in reversed(range(rank, 2 * size - 1)):
             d_end = _through(later[i - rank].mT, d_end) + d_starts[i + 1]
@@ -129,7 +130,9 @@ def starts(transfer: Tensor, written: Tensor, group) -> Tensor:
 
 
 def split_convolve(local: Ops, group, x_BSC: Tensor, weight: Tensor, bias: Tensor | None, sizes, start: int = 0):
-    """Do as ``conv.split_convolve`` does; the few positions that the taps reach back to come from the chunk before."""
+    """Compute ``conv.split_convolve``; the few positions before a chunk that the taps need come from the previous
+    chunk.
+    """
     back, channels = weight.shape[1] - 1, slice(start, start + len(weight))
     if x_BSC.shape[1] < back:
         raise HyLoError(
@@ -139,7 +142,8 @@ def split_convolve(local: Ops, group, x_BSC: Tensor, weight: Tensor, bias: Tenso
     halo = _Before.apply(x_BSC[:, -back:, channels], group)
     halo = F.pad(halo, (start, x_BSC.shape[-1] - start - len(weight)))
     sections = local.split_convolve(torch.cat([halo, x_BSC], 1), weight, bias, sizes, start)
-    return tuple(section[:, back:].contiguous() for section in sections)  # kernels need not know these strides
+    # contiguous, because kernels need not support these strides
+    return tuple(section[:, back:].contiguous() for section in sections)
 
 
 def kernels_across(group, recurrences: dict[str, Callable]) -> Callable[[Tensor], Ops]:

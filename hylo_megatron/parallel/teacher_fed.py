@@ -27,9 +27,9 @@ class _Coming:
     """The next micro-batch of a pipeline stage; ``batch`` is None at the end of the data."""
 
     batch: dict[str, Tensor] | None
-    hidden_SBC: Tensor | None  # from the stage before; complete when ``works`` are done
+    hidden_SBC: Tensor | None  # from the previous stage; complete when ``works`` are done
     works: list
-    outgoing_SBC: Tensor | None  # kept until it is sent
+    outgoing_SBC: Tensor | None  # kept until the message is sent
 
 
 class TeacherAhead:
@@ -45,7 +45,9 @@ class TeacherAhead:
         self.coming = self._request(None)
 
     def _request(self, outgoing_SBC: Tensor | None) -> _Coming:
-        """Send the teacher's state to the next stage, and ask the stage before for that of the next micro-batch."""
+        """Send the teacher's state to the next stage, and request the next micro-batch's state from the previous
+        stage.
+        """
         batch, hidden_SBC, operations = next_batch(self.iterator, None), None, []
         if self.after is not None and outgoing_SBC is not None:
             operations.append(dist.P2POp(dist.isend, outgoing_SBC, self.after, self.group))
@@ -64,7 +66,7 @@ class TeacherAhead:
         self.coming = self._request(hidden_SBC.contiguous())
 
     def take(self) -> tuple[dict[str, Tensor], list[Tensor]]:
-        """Return the next micro-batch and the teacher's states of it."""
+        """Return the next micro-batch and its teacher states."""
         while len(self.ready) <= self.ahead and self.coming.batch is not None:
             self._teach()
         return self.ready.popleft()
@@ -77,7 +79,10 @@ class TeacherFed:
         self.feed: TeacherAhead | None = None
 
     def _feed(self, model, iterator, limit: int | None) -> TeacherAhead:
-        """``limit`` is the number of micro-batches of an evaluation, beyond which the teacher must not read."""
+        """Return the micro-batches of a step.
+
+        ``limit``: number of micro-batches of an evaluation, beyond which the teacher must not read.
+        """
         inner = get_attr_wrapped_model(model, "teach", return_model_obj=True)
         group = parallel_state.get_pipeline_model_parallel_group()
         if limit is not None:

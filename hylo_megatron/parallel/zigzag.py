@@ -1,4 +1,4 @@
-"""Which positions a context-parallel rank holds: the engine's zig-zag, which balances causal attention."""
+"""The positions that a context-parallel rank holds: Megatron's zig-zag order, which balances causal attention."""
 
 import functools
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 @functools.lru_cache(maxsize=8)
 def zigzag_positions(local_length: int, cp_size: int, cp_rank: int) -> Tensor:
-    """Global positions of a rank's tokens: chunks ``rank`` and ``2 cp - 1 - rank`` of ``2 cp`` equal ones."""
+    """Return the positions of a rank's tokens: chunks ``rank`` and ``2 cp - 1 - rank`` of ``2 cp`` equal chunks."""
     if cp_size == 1:
         return torch.arange(local_length)
     half = local_length // 2

@@ -55,8 +55,8 @@ def small_geometry(base: Base) -> Geometry:
 class ProxySource(Source):
     """A random model of the base's family with its tokenizer, and text, all made in ``folder``."""
 
-    def __init__(self, folder: Path, base: Base, tokens: Path, teacher: Path | None, judged: Path | None):
-        super().__init__(folder / "model", (tokens,), (folder / "train.jsonl",), teacher, judged)
+    def __init__(self, folder: Path, base: Base, tokens: Path, teacher: Path | None, held_out: Path | None):
+        super().__init__(folder / "model", (tokens,), (folder / "train.jsonl",), teacher, held_out)
         self.folder, self.model = folder, base
 
     def steps(self) -> list[Step]:

@@ -1,4 +1,4 @@
-"""The chat template of a tokenizer, taken apart: what stands before, between and after the messages."""
+"""A tokenizer's chat template, split into the text before, between and after the messages."""
 
 import random
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from hylo_megatron.retrieval import templates
 class ChatFormat:
     """The text around messages: ``head`` user ``ask`` assistant ``again`` user ``ask`` assistant ``close``.
 
-    ``system``: what goes before and after a system message, instead of ``head``; None if the template refuses one.
+    ``system``: the text before and after a system message, in place of ``head``; None if the template refuses one.
     ``first``: what introduces the first question after a text.
     """
 
@@ -25,14 +25,14 @@ class ChatFormat:
 
     @classmethod
     def of(cls, render: Callable[[list], str]) -> "ChatFormat":
-        """From a tokenizer's chat template. HyLoError if it changes the messages it is given."""
+        """Return the format of a tokenizer's chat template. Raises ``HyLoError`` if the template changes messages."""
         marks = [f"mark{number}mark" for number in range(5)]
         roles = ("system", "user", "assistant", "user", "assistant")
         messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
         try:
-            # templates may treat the last answer in a way of their own, and ours is always the last when it is read
+            # templates may treat the last answer differently, and ours is always the last one when it is read
             head, _, again, ask, close = _between(render(messages[1:]), marks[1:])
-        except Exception as error:  # templates are programs: they raise what they like
+        except Exception as error:  # templates are programs and may raise anything
             raise HyLoError(f"the tokenizer's chat template does not render messages as they are ({error})") from error
         try:
             before, after, *_ = _between(render(messages), marks)
@@ -41,7 +41,7 @@ class ChatFormat:
         return cls(head, (before, after), ask, again, close)
 
     def begin(self, rng: random.Random) -> str:
-        """What a conversation begins with, up to the user's first words."""
+        """Return the beginning of a conversation, up to the user's first words."""
         if self.system is None or rng.random() < 0.5:
             return self.head
         return rng.choice(templates.SYSTEMS).join(self.system)

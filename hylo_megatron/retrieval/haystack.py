@@ -1,4 +1,4 @@
-"""A token file as a haystack: stretches of it, places between its sentences, and the words that keys are made of."""
+"""A token file as a haystack: passages of it, positions between its sentences, and the words for keys."""
 
 import random
 import re
@@ -12,18 +12,18 @@ from hylo_megatron.data.token_files import check_token_files, read_summary
 from hylo_megatron.data.tokenizers import TextTokenizer
 from hylo_megatron.errors import HyLoError
 
-SLACK = 256  # tokens a stretch may move so as to begin with a sentence
-SPARSE = 100  # tokens a place to hide a sentence may be away from the next, on average
-VOCABULARY_SAMPLE = 64, 4096  # stretches and their tokens, read for words
+SLACK = 256  # tokens by which a passage may move to begin with a sentence
+SPARSE = 100  # largest average distance, in tokens, between positions where a sentence can be hidden
+VOCABULARY_SAMPLE = 64, 4096  # number of passages, and tokens of each, from which words are read
 WORD = re.compile(r"(?<![\w'-])[a-z]{4,9}(?![\w'-])")
-TOO_COMMON = 100  # the most frequent words ("that", "with") name nothing
+TOO_COMMON = 100  # the most frequent words ("that", "with") are no good keys
 MOST_WORDS, FEWEST_WORDS = 4000, 20
-RESERVED = ("magic", "special", "number")  # the evaluation's; no key has them, nor words with them inside
+RESERVED = ("magic", "special", "number")  # words of the evaluation; no key has these words or words that contain them
 
 
 @dataclass(frozen=True)
 class TokenKinds:
-    """What the ids of a tokenizer look like: ``bool [vocabulary]`` arrays."""
+    """What the texts of a tokenizer's ids look like, as ``bool [vocabulary]`` arrays."""
 
     ends_sentence: np.ndarray
     ends_line: np.ndarray
@@ -32,13 +32,13 @@ class TokenKinds:
 
     @classmethod
     def of(cls, tokenizer) -> "TokenKinds":
-        """``tokenizer``: of the package tokenizers, with any model."""
+        """Return the kinds of ``tokenizer``'s ids. The tokenizer is of the package tokenizers, with any model."""
         size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
         texts = tokenizer.decode_batch([[token] for token in range(size)], skip_special_tokens=True)
         pieces = [tokenizer.id_to_token(token) or "" for token in range(size)]
         ends = [text.rstrip("\"')”’").endswith((".", "!", "?")) for text in texts]
         lines = ["\n" in text for text in texts]
-        # decoders may strip the space that a piece begins with, so the piece itself is looked at too
+        # decoders may strip the space at the beginning of a piece, so the piece itself is checked too
         begins = [text[:1].isspace() or piece[:1] in ("Ġ", "▁") for text, piece in zip(texts, pieces, strict=True)]
         newline = tokenizer.encode("\n", add_special_tokens=False).ids[-1]
         return cls(np.array(ends), np.array(lines), np.array(begins), newline)
@@ -46,7 +46,10 @@ class TokenKinds:
 
 @dataclass(frozen=True)
 class Haystack:
-    """The documents of a .bin file one after the other; ``size`` in tokens. Holds no open file: workers get a copy."""
+    """The documents of a .bin file, one after the other. ``size`` is in tokens.
+
+    No file stays open: workers get a copy.
+    """
 
     path: Path
     dtype: str
@@ -57,10 +60,10 @@ class Haystack:
     def read(self, start: int, count: int) -> np.ndarray:
         return np.fromfile(self.path, self.dtype, count, offset=start * np.dtype(self.dtype).itemsize)
 
-    def stretch(self, length: int, rng: random.Random, attempts: int = 1) -> np.ndarray:
-        """``length`` consecutive tokens, from the beginning of a sentence where one is near.
+    def passage(self, length: int, rng: random.Random, attempts: int = 1) -> np.ndarray:
+        """Return ``length`` consecutive tokens, beginning with a sentence if one begins nearby.
 
-        Looks ``attempts`` times for a place inside one document; the ends of others become line ends.
+        Tries ``attempts`` times to find a place inside one document. Otherwise ends of documents become line ends.
         """
         slack = min(SLACK, self.size - length)
         for _ in range(attempts):
@@ -73,15 +76,18 @@ class Haystack:
         return np.where(ends, np.array(self.kinds.newline, taken.dtype), taken)
 
     def sentence_ends(self, tokens: np.ndarray) -> np.ndarray:
-        """Places right after a sentence, or after a document, ascending; ``tokens[place:]`` is what comes next."""
+        """Return the positions right after a sentence or a document, ascending; ``tokens[position:]`` comes next."""
         before, after = tokens[:-1], tokens[1:]
-        # "3.14" and "os.path" do not end a sentence
+        # the dots in "3.14" and "os.path" do not end a sentence
         ends = self.kinds.ends_sentence[before] & self.kinds.begins_word[after]
         return np.flatnonzero(ends | (before == self.eod_id)) + 1
 
     def hiding_places(self, tokens: np.ndarray) -> np.ndarray:
-        """Places where a sentence can be put in, ascending: after sentences, in code after lines too, in text that has
-        hardly any of either between words, or anywhere."""
+        """Return the positions where a sentence can be inserted, ascending.
+
+        These are the ends of sentences, and in code also the ends of lines. In text with hardly any of these, they are
+        the gaps between words, or any position.
+        """
         lines = np.flatnonzero(self.kinds.ends_line[tokens[:-1]]) + 1
         words = np.flatnonzero(self.kinds.begins_word[tokens[1:]]) + 1
         places = self.sentence_ends(tokens)
@@ -92,7 +98,10 @@ class Haystack:
 
 
 def open_haystack(prefix: Path, kinds: TokenKinds, tokenizer: TextTokenizer, shortest: int) -> Haystack:
-    """What ``tools/prepare_data.py`` wrote to ``prefix``. HyLoError if it is damaged, packed, or too short."""
+    """Open the tokens that ``hylo prepare-data`` wrote to ``prefix``.
+
+    Raises ``HyLoError`` if they are damaged, packed or too short.
+    """
     summary = _summary(prefix)
     if summary["pack_length"] is not None:
         raise HyLoError(f"{prefix}.bin holds packed sequences, expected documents: prepare without --pack-length")
@@ -100,7 +109,7 @@ def open_haystack(prefix: Path, kinds: TokenKinds, tokenizer: TextTokenizer, sho
     if summary["vocab_size"] != tokenizer.vocab_size or not same:
         raise HyLoError(
             f"{prefix}.bin was made with a tokenizer of {summary['vocab_size']} tokens, this one has"
-            f" {tokenizer.vocab_size} and makes other ids: give --tokenizer the same folder for both"
+            f" {tokenizer.vocab_size} and gives other ids: give --tokenizer the same folder for both"
         )
     path, size = Path(f"{prefix}.bin"), summary["tokens"]
     if path.stat().st_size != size * np.dtype(summary["dtype"]).itemsize:
@@ -115,13 +124,16 @@ def open_haystack(prefix: Path, kinds: TokenKinds, tokenizer: TextTokenizer, sho
 def _summary(prefix: Path) -> dict:
     path = Path(f"{prefix}.json")
     if not path.is_file() or not Path(f"{prefix}.bin").is_file():
-        raise HyLoError(f"{prefix}.bin, {path.name}: no such files, expected what tools/prepare_data.py wrote")
+        raise HyLoError(f"{prefix}.bin, {path.name}: no such files, expected the files that hylo prepare-data writes")
     summary = read_summary(prefix, ("pack_length", "vocab_size", "tokens", "dtype", "eod_id"))
     return summary
 
 
 def common_words(haystack: Haystack, tokenizer) -> list[str]:
-    """Words of 4 to 9 lower-case letters from stretches all over the haystack. HyLoError if there are hardly any."""
+    """Return words of 4 to 9 lower-case letters from passages all over the haystack.
+
+    Raises ``HyLoError`` if few are found.
+    """
     count, length = VOCABULARY_SAMPLE
     length = min(length, haystack.size)
     starts = np.linspace(0, haystack.size - length, count if haystack.size > length else 1, dtype=np.int64)
@@ -136,7 +148,7 @@ def common_words(haystack: Haystack, tokenizer) -> list[str]:
 
 
 def rank_words(texts: list[str]) -> list[str]:
-    """Words by falling frequency, without the most frequent ones and the reserved ones."""
+    """Return words by falling frequency, without the most frequent and the reserved words."""
     seen = Counter(word for text in texts for word in WORD.findall(text))
     ranked = sorted(seen, key=lambda word: (-seen[word], word))
     ranked = [word for word in ranked if not any(reserved in word for reserved in RESERVED)]

@@ -1,4 +1,4 @@
-"""Packed training samples that can only be answered by reading: writes .bin, .idx, .json and .answers.npy."""
+"""Packed training samples that can only be answered by reading, as .bin, .idx, .json and .answers.npy."""
 
 import json
 import time
@@ -21,21 +21,25 @@ from hylo_megatron.run.parent import end_with_parent
 
 CHUNK = 8  # samples that a worker makes at a time
 
-_samples: Samples  # of a worker process
+_samples: Samples  # the samples of a worker process
 
 
 def make_retrieval(
     haystack: Path,
     tokenizer_path: Path,
     out: Path,
+    *,
     length: int,
     samples: int,
     seed: int = 1,
     chat_share: float = 0.4,
     workers: int = 1,
 ) -> dict:
-    """Writes ``out``.bin, .idx, .json and .answers.npy (uint8 ``[samples, length]``, 1 where a token is part of an
-    answer); returns what the .json says. HyLoError for unusable input."""
+    """Write ``out``.bin, .idx, .json and .answers.npy, and return the contents of the .json.
+
+    .answers.npy is uint8 ``[samples, length]``, with 1 where a token is part of an answer. Raises ``HyLoError`` for
+    unusable input.
+    """
     if length < SHORTEST:
         raise HyLoError(f"--length {length}: expected at least {SHORTEST} tokens")
     if samples < 1 or workers < 1:
@@ -81,11 +85,11 @@ def make_retrieval(
 def _open(
     prefix: Path, tokenizer_path: Path, length: int, seed: int, chat_share: float
 ) -> tuple[Samples, TextTokenizer]:
-    """The recipe of all samples, and the tokenizer."""
+    """Return the generator of all samples, and the tokenizer."""
     checked = load_tokenizer(tokenizer_path, 1)
     if not tokenizer_path.is_dir():
         raise HyLoError(f"{tokenizer_path}: expected a Hugging Face folder with tokenizer.json")
-    # the same tokenizer once more, for what it can do beyond encoding: places of tokens in the text, and decoding
+    # the same tokenizer again, for token positions in the text and for decoding
     loaded = open_tokenizer(tokenizer_path)
     tokenizer = loaded.backend_tokenizer
     tokenizer.no_truncation()
@@ -97,11 +101,11 @@ def _open(
 
 
 def _make_all(recipe: Samples, count: int, workers: int) -> Iterator[Sample]:
-    """Samples 0 to ``count`` in order, whoever makes them."""
+    """Yield samples 0 to ``count`` in order, whichever worker makes them."""
     if workers == 1:
         yield from map(recipe.make, range(count))
         return
-    # spawned, not forked: torch's and the tokenizer's threads are running by now
+    # spawned, not forked, because threads of torch and the tokenizer are running
     with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (recipe,)) as pool:
         yield from pool.map(_make_one, range(count), chunksize=CHUNK)
 
@@ -118,10 +122,10 @@ def _make_one(index: int) -> Sample:
 
 @command_line
 def main(argv: list[str] | None = None) -> None:
-    """Command line of ``tools/make_retrieval.py``."""
-    parser = Parser(description="Make training samples that ask for what is hidden in a text, and mark the answers.")
+    """Run ``hylo make-retrieval``."""
+    parser = Parser(description="Generate training samples that ask for facts hidden in a text, and mark the answers.")
     parser.add_argument(
-        "--haystack", required=True, type=Path, metavar="PREFIX", help="made by tools/prepare_data.py, not packed"
+        "--haystack", required=True, type=Path, metavar="PREFIX", help="made by hylo prepare-data, not packed"
     )
     parser.add_argument("--tokenizer", required=True, type=Path, metavar="FOLDER", help="Hugging Face folder")
     parser.add_argument(
@@ -134,7 +138,7 @@ def main(argv: list[str] | None = None) -> None:
         "--chat-share",
         type=share,
         default=0.4,
-        help="share of chats about short texts; the others hide facts in long ones (default %(default)s)",
+        help="share of chats about short texts; the other samples hide facts in long texts (default %(default)s)",
     )
     parser.add_argument("--workers", type=size, default=1, metavar="N", help="processes (default %(default)s)")
     arguments = parser.parse_args(argv)
@@ -143,11 +147,11 @@ def main(argv: list[str] | None = None) -> None:
         arguments.haystack,
         arguments.tokenizer,
         arguments.out,
-        arguments.length,
-        arguments.samples,
-        arguments.seed,
-        arguments.chat_share,
-        arguments.workers,
+        length=arguments.length,
+        samples=arguments.samples,
+        seed=arguments.seed,
+        chat_share=arguments.chat_share,
+        workers=arguments.workers,
     )
     print(
         f"{arguments.out}.bin: {summary['chat_samples']} chats and {summary['needle_samples']} samples with hidden "

@@ -1,4 +1,4 @@
-"""Synthetic retrieval samples: quoting and continuing text in chats, and facts hidden in a long text and asked for."""
+"""Synthetic retrieval samples: chats that quote or continue text, and questions about facts hidden in long text."""
 
 import random
 from dataclasses import dataclass
@@ -14,11 +14,11 @@ from hylo_megatron.retrieval.haystack import Haystack
 from hylo_megatron.retrieval.templates import Needle
 
 SHORTEST = 512  # tokens of a sample; a question, two facts and some text always fit
-CUE = 8  # tokens that tell which passage to quote
-QUOTED = 20, 80  # tokens of a quote beyond its cue: at least, at most
-CONTINUED = 0.4  # share of the chats' turns that continue text; the others quote it
+CUE = 8  # tokens that identify the passage to quote
+QUOTED = 20, 80  # fewest and most tokens of a quote after its cue
+CONTINUED = 0.4  # share of the chats' turns that continue text; the others quote
 CHAT_NEEDLES, ASKED_FIRST = 0.7, 0.1  # shares of the samples with hidden facts
-OWN_LINE = 0.2  # share of the hidden sentences that stand on a line of their own
+OWN_LINE = 0.2  # share of the hidden sentences that are on a line of their own
 
 
 class Sample(NamedTuple):
@@ -31,12 +31,12 @@ class Sample(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def _encode(tokenizer, text: str) -> np.ndarray:
-    """Ids of a text that comes again and again, such as an instruction. Not to be changed."""
+    """Return the ids of a text that is used many times, such as an instruction. The array must not be changed."""
     return np.array(tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
 
 
 class Row:
-    """Tokens put one after the other, those of answers marked."""
+    """Consecutive tokens of a sample, with those of answers marked."""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
@@ -53,13 +53,13 @@ class Row:
         self.add(_encode(self.tokenizer, text))
 
     def write_answers(self, parts: list[str]) -> None:
-        """Encodes the ``parts`` as one text; every other one, from the second on, is an answer.
+        """Encode the ``parts`` as one text. Every second part is an answer.
 
-        So is the token after it, which ends it: without, a student finds the number and does not know where to stop.
+        The token after an answer is marked too: otherwise a student finds the number but does not learn where to stop.
         """
         encoded = self.tokenizer.encode("".join(parts), add_special_tokens=False)
         inside = np.repeat([index % 2 for index in range(len(parts))], [len(part) for part in parts])
-        answered = np.concatenate([[0], np.cumsum(inside)])  # characters of answers before each place
+        answered = np.concatenate([[0], np.cumsum(inside)])  # number of answer characters before each position
         begin, end = np.array(encoded.offsets, dtype=np.int64).reshape(-1, 2).T
         marked = answered[end] > answered[begin]
         marked[1:] |= marked[:-1].copy()
@@ -76,7 +76,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Samples:
-    """``make(i)`` gives sample ``i``, which depends on ``seed`` and ``i`` only. ``chat`` None: plain text only."""
+    """``make(i)`` returns sample ``i``, which depends only on ``seed`` and ``i``. ``chat`` None: plain text only."""
 
     tokenizer: object
     haystack: Haystack
@@ -97,50 +97,52 @@ class Samples:
         while row.length < self.length:
             opening = self.chat.begin(rng)
             for _ in range(rng.randint(1, 4)):
-                # a stretch that leaves room for its own question and answer, or the sample would end before them
+                # The passage leaves room for its question and answer; otherwise the sample would end before them.
                 longest = min(self.length // 2, 4096, self.length - row.length - 160)
                 size = round(96 * (max(longest, 96) / 96) ** rng.random())
-                stretch = self.haystack.stretch(size, rng, attempts=8)
-                cue = None if longest < 96 or rng.random() < CONTINUED else self._cue(stretch, rng)
+                passage = self.haystack.passage(size, rng, attempts=8)
+                cue = None if longest < 96 or rng.random() < CONTINUED else self._cue(passage, rng)
                 if cue is None:
-                    self._continue(row, opening, stretch, rng)
+                    self._continue(row, opening, passage, rng)
                 else:
-                    self._quote(row, opening, stretch, cue, rng)
+                    self._quote(row, opening, passage, cue, rng)
                 opening = self.chat.again
             row.write(self.chat.close)
             row.add([self.haystack.eod_id])
         return row.sample("chat", self.length)
 
-    def _continue(self, row: Row, opening: str, stretch: np.ndarray, rng: random.Random) -> None:
-        given = len(stretch) * 2 // 3
+    def _continue(self, row: Row, opening: str, passage: np.ndarray, rng: random.Random) -> None:
+        given = len(passage) * 2 // 3
         row.write(opening + rng.choice(templates.CONTINUE))
-        row.add(stretch[:given])
+        row.add(passage[:given])
         row.write(self.chat.ask)
-        row.add(stretch[given:])
+        row.add(passage[given:])
 
-    def _cue(self, stretch: np.ndarray, rng: random.Random) -> int | None:
-        """Where a passage begins whose first tokens occur nowhere else in the stretch; None if none was found."""
-        places = np.flatnonzero(self.haystack.kinds.begins_word[stretch[: -CUE - QUOTED[0]]])
+    def _cue(self, passage: np.ndarray, rng: random.Random) -> int | None:
+        """Return where a passage begins whose first tokens occur only once in the text; None if no such passage was
+        found.
+        """
+        places = np.flatnonzero(self.haystack.kinds.begins_word[passage[: -CUE - QUOTED[0]]])
         for place in rng.sample(places.tolist(), min(3, len(places))):
-            begins = np.flatnonzero(stretch[: 1 - CUE] == stretch[place])
-            same = [begin for begin in begins if (stretch[begin : begin + CUE] == stretch[place : place + CUE]).all()]
+            begins = np.flatnonzero(passage[: 1 - CUE] == passage[place])
+            same = [begin for begin in begins if (passage[begin : begin + CUE] == passage[place : place + CUE]).all()]
             if same == [place]:
                 return place
         return None
 
-    def _quote(self, row: Row, opening: str, stretch: np.ndarray, cue: int, rng: random.Random) -> None:
-        """Text, the cue, and as the answer the cue again and what follows it up to the end of a sentence."""
+    def _quote(self, row: Row, opening: str, passage: np.ndarray, cue: int, rng: random.Random) -> None:
+        """Write the text, the cue, and as the answer the cue and what follows it up to the end of a sentence."""
         instruction, prefix = rng.choice(templates.QUOTE)
         begin = cue + CUE
-        ends = self.haystack.sentence_ends(stretch[begin : begin + QUOTED[1] + 1])
+        ends = self.haystack.sentence_ends(passage[begin : begin + QUOTED[1] + 1])
         after = next((int(end) for end in ends if end >= QUOTED[0]), rng.randint(*QUOTED))
         row.write(opening)
-        row.add(stretch)
+        row.add(passage)
         row.write("\n\n" + instruction)
-        row.add(stretch[cue:begin])
+        row.add(passage[cue:begin])
         row.write(self.chat.ask + prefix)
-        row.add(stretch[cue:begin])
-        row.add(stretch[begin : begin + after], 1)
+        row.add(passage[cue:begin])
+        row.add(passage[begin : begin + after], 1)
 
     def _hidden_facts(self, rng: random.Random) -> Sample:
         chat = self.chat if self.chat is not None and rng.random() < CHAT_NEEDLES else PLAIN
@@ -163,12 +165,12 @@ class Samples:
                 break
         else:
             raise HyLoError(f"--length {self.length}: too short for facts and questions with this tokenizer: use more")
-        self._hide(row, self.haystack.stretch(room, rng), hidden, rng)
+        self._hide(row, self.haystack.passage(room, rng), hidden, rng)
         row.join(questions)
         return row.sample("needles", self.length)
 
     def _needles(self, rng: random.Random) -> list[Needle]:
-        """2 to 4 facts in short samples, to 24 in long ones, in groups that differ in nothing but key and value."""
+        """Return 2 (short samples) to 24 (long samples) facts, in groups that differ only in key and value."""
         count = rng.randint(2, min(24, max(4, self.length // 256)))
         needles, keys = [], set()
         while len(needles) < count:
@@ -178,13 +180,13 @@ class Samples:
         return needles
 
     def _encode_fact(self, statement: str, rng: random.Random) -> list[int]:
-        """As it stands in the text: on a line of its own, or as one sentence among others."""
+        """Return the ids of a statement in the text: on a line of its own, or as one sentence among others."""
         own_line = not statement.endswith(".") or rng.random() < OWN_LINE
         text = f"\n{statement}\n" if own_line else f" {statement}"
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def _hide(self, row: Row, text: np.ndarray, hidden: list[list[int]], rng: random.Random) -> None:
-        """Adds the text, each fact at the first place for it after a depth drawn evenly."""
+        """Write the text with each fact at the first possible position after a depth drawn uniformly."""
         places = self.haystack.hiding_places(text)
         depths = sorted(rng.randrange(len(text)) for _ in hidden)
         last = 0
@@ -197,7 +199,7 @@ class Samples:
 
 
 def _dialogue(chat: ChatFormat, asked: list[Needle], asked_first: bool) -> list[str]:
-    """Questions and answers after a text, as parts for ``Row.write_answers``: every other one is a value."""
+    """Return questions and answers after a text as parts for ``Row.write_answers``: every second part is a value."""
     parts, text = [], "" if asked_first else f"\n\n{chat.first}{asked[0].question}"
     for number, needle in enumerate(asked):
         if number:

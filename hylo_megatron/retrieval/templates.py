@@ -1,7 +1,7 @@
-"""The wording of synthetic retrieval samples: facts, keys, values and instructions. Read as a table.
+"""The wording of synthetic retrieval samples, as a table: facts, keys, values and instructions.
 
-Nothing here may share a run of three words with the needle evaluation (``evaluate/prompts.py``): what a model learns
-from this text has to be retrieval, not the test's phrases. ``tests/retrieval/test_retrieval.py`` holds the two apart.
+No run of three words here may occur in the needle evaluation (``evaluate/prompts.py``), because a model should learn
+retrieval, not the test's phrases. ``tests/retrieval/test_retrieval.py`` checks this.
 """
 
 import random
@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Fact:
-    """A statement to hide and a way to ask for it; ``{k}`` is its key, ``{v}`` (in the statement only) its value.
+    """A statement to hide and a way to ask for it. ``{k}`` is its key, ``{v}`` (in the statement only) its value.
 
-    The answer reads ``prefix``, a space, the value, ``suffix``. ``numeric``: only numbers make sense as values.
+    The answer is ``prefix``, a space, the value and ``suffix``. ``numeric``: only numbers make sense as values.
     """
 
     statement: str
@@ -22,7 +22,7 @@ class Fact:
     numeric: bool = False
 
     def fill(self, key: str, value: str, bare: bool) -> "Needle":
-        """``bare``: the answer is the value alone."""
+        """Return the fact with key and value. ``bare``: the answer is the value alone."""
         statement, question = self.statement.format(k=key, v=value), self.question.format(k=key)
         if bare:
             return Needle(statement, question, "", value, "")
@@ -32,7 +32,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Needle:
-    """A fact with its key and value filled in; ``prefix``, ``value`` and ``suffix`` make up the answer."""
+    """A fact with its key and value. ``prefix``, ``value`` and ``suffix`` make up the answer."""
 
     statement: str
     question: str
@@ -123,7 +123,7 @@ SYSTEMS = (
     "Be brief and exact.",
     "You are a careful reader. Answer from the document alone.",
 )
-INTROS = (  # before the text; the questions follow it
+INTROS = (  # texts before the passage; the questions follow it
     "",
     "Document:\n\n",
     "Text:\n",
@@ -137,7 +137,7 @@ INTROS = (  # before the text; the questions follow it
     "Context:\n",
     "Some of the lines below matter more than others. You will see why at the end.\n\n",
 )
-INTROS_ASKING = (  # before the text, with the first question already
+INTROS_ASKING = (  # texts before the passage that contain the first question
     "{question} The answer is somewhere in this text:\n\n",
     "Answer from the document: {question}\n\nDocument:\n",
     "While you read, look for this: {question}\n\n",
@@ -151,7 +151,7 @@ CONTINUE = (
     "Keep writing in the same style:\n\n",
     "What would the author write next?\n\n",
 )
-QUOTE = (  # after the text, followed by its cue; what the answer begins with, followed by the cue as well
+QUOTE = (  # instruction after the text, and beginning of the answer; the cue follows each
     ("Quote the passage above that begins with:", "Here is the passage:"),
     ("Repeat the part of the text that starts with the words", "The text says:"),
     ("Which words follow these?", "The passage reads:"),
@@ -164,15 +164,15 @@ QUOTE = (  # after the text, followed by its cue; what the answer begins with, f
 
 KEY_SHAPES = (8, 4, 4, 3, 2, 1, 1, 1)  # weights of the shapes of make_key
 NUMBER, CODE, WORDS = range(3)
-VALUE_KINDS = (13, 4, 3)  # their weights
+VALUE_KINDS = (13, 4, 3)  # weights of the kinds of values
 DIGITS = (3, 4, 5, 6, 6, 7, 7, 8)
 LOOK_ALIKE = 0.4  # share of the groups of facts whose keys begin with the same word
-BARE = 0.2  # share of the answers that are a value alone
+BARE = 0.2  # share of the answers that are only a value
 LETTERS = "ABCDEFGHJKLMNPRSTUVWXYZ"
 
 
 def make_key(shape: int, words: list[str], rng: random.Random, first: str | None = None) -> str:
-    """A key of one of ``KEY_SHAPES``; ``first``: its first word, so that keys can be made to look alike."""
+    """Return a key of one of ``KEY_SHAPES``. ``first``: its first word, so that keys can look alike."""
     one, two, three = first or rng.choice(words), rng.choice(words), rng.choice(words)
     return (
         f"{one}-{two}",
@@ -187,7 +187,7 @@ def make_key(shape: int, words: list[str], rng: random.Random, first: str | None
 
 
 def make_value(kind: int, digits: int, words: list[str], rng: random.Random) -> str:
-    """A number of so many ``digits``, a code with one less, or one or two words."""
+    """Return a number with ``digits`` digits, a code with one digit less, or one or two words."""
     if kind == NUMBER:
         return str(rng.randrange(10 ** (digits - 1), 10**digits))
     if kind == CODE:
@@ -197,9 +197,9 @@ def make_value(kind: int, digits: int, words: list[str], rng: random.Random) -> 
 
 
 def fill_alike(count: int, words: list[str], taken: set[str], rng: random.Random) -> list[Needle]:
-    """``count`` facts that differ in nothing but key and value, so that only the key tells which is asked for.
+    """Return ``count`` facts that differ only in key and value, so that only the key tells which one is asked for.
 
-    No key is in ``taken``, which gets the new ones.
+    No key is in ``taken``, to which the new keys are added.
     """
     fact, digits = rng.choice(FACTS), rng.choice(DIGITS)
     (shape,) = rng.choices(range(len(KEY_SHAPES)), KEY_SHAPES)

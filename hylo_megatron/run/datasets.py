@@ -36,6 +36,13 @@ def make_datasets(recipe: Recipe, folder: Path, tokenizer: Path) -> None:
         if name in ("text", "long"):
             pack(source, out, length + 1, long_documents=name == "long")
         else:
+            # one worker: samples take seconds, and starting a process takes as long
             make_retrieval(
-                source, tokenizer, out, length + 1, samples, recipe.seed, chat_share=float(name == "chat")
-            )  # one worker: samples take seconds, and starting a process takes as long
+                source,
+                tokenizer,
+                out,
+                length=length + 1,
+                samples=samples,
+                seed=recipe.seed,
+                chat_share=float(name == "chat"),
+            )

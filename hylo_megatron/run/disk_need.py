@@ -50,7 +50,7 @@ def needs(run, student: Architecture, optimizer: bool = True) -> list[tuple[str,
             # the old checkpoint stays until the new one is complete
             several = there or stage.steps > run.recipe.save_every
             found.append((f"{stage.name}", 0 if there else size, size * (1 if there else 1 + several)))
-        if source.judged or stage is run.recipe.stages[-1]:
+        if source.held_out or stage is run.recipe.stages[-1]:
             add(f"hf-{stage.name}", run.out / f"hf-{stage.name}", EXPORTED * elements(student))
     return found
 

@@ -122,13 +122,13 @@ def data_files() -> tuple[tuple[Path, ...], tuple[Path, ...]]:
 
 
 def source_of(out: Path, name: str, small: bool) -> Source:
-    teacher, judged, tokens = folder("TEACHER"), folder("EVAL"), out / "data" / "train"
-    if judged and not (judged / "eval_prose.jsonl").is_file():
-        raise HyLoError(f"EVAL={judged}: has no eval_prose.jsonl; expected a folder as hylo fetch-text makes it")
+    teacher, held_out, tokens = folder("TEACHER"), folder("EVAL"), out / "data" / "train"
+    if held_out and not (held_out / "eval_prose.jsonl").is_file():
+        raise HyLoError(f"EVAL={held_out}: has no eval_prose.jsonl; expected a folder as hylo fetch-text makes it")
     if small:
         if value("HF_MODEL") or value("DATA"):
             raise HyLoError("PROXY=1 makes a model and text of its own: leave out HF_MODEL and DATA")
-        return ProxySource(out / "proxy", BASES[name], tokens, teacher, judged)
+        return ProxySource(out / "proxy", BASES[name], tokens, teacher, held_out)
     if not value("HF_MODEL"):
         raise HyLoError(
             f"HF_MODEL is not set: the folder of {BASES[name].name} as downloaded (config.json, *.safetensors,"
@@ -136,7 +136,7 @@ def source_of(out: Path, name: str, small: bool) -> Source:
         )
     base = folder("HF_MODEL")
     inputs, prefixes = data_files()
-    return Source(base, prefixes or (tokens,), inputs, teacher, judged)
+    return Source(base, prefixes or (tokens,), inputs, teacher, held_out)
 
 
 def job_of(name: str) -> Job:

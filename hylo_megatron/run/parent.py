@@ -18,7 +18,7 @@ import hylo_megatron
 PARENT, STORE = "HYLO_PARENT", "HYLO_STORE"
 PR_SET_PDEATHSIG = 1
 GONE = "the process that started this one is gone"
-# Parents that wait for the process that they started. A shell is no such parent: a run goes on when its user logs out.
+# Parents that wait for their child. A shell is no such parent: a run continues when its user logs out.
 LAUNCHERS = ("TORCHELASTIC_RUN_ID", "SLURM_STEP_ID")  # torchrun's ranks, srun's tasks
 
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None

@@ -51,7 +51,7 @@ class Run:
         self.teacher = out / "other-teacher" if self.source.teacher else self.base
         self.plan = Plan.parse(recipe.layers, recipe.plan, recipe.linear)
         self.total = 4 + len(self.source.steps()) + len(recipe.stages) + (self.teacher != self.base)
-        self.total += 2 + len(recipe.stages) if self.source.judged else 0
+        self.total += 2 + len(recipe.stages) if self.source.held_out else 0
         self.background = Background(self.logs, beside)
         self.trainings: list[TrainingProcess] = []
         self.next_training: TrainingProcess | None = None
@@ -84,11 +84,11 @@ class Run:
 
     def measure(self, name: str, model: Path, full: bool = False, report: Path | None = None) -> None:
         """Measure perplexity, and with ``full`` everything else. On a GPU the next steps do not wait for this."""
-        if not self.source.judged:
+        if not self.source.held_out:
             return
         if report:
             self.background.wait("teacher")  # the report compares the student with the teacher
-        job = Measurement(name, model, self.out, self.source.judged, self.recipe, full, report)
+        job = Measurement(name, model, self.out, self.source.held_out, self.recipe, full, report)
         self.step(f"evaluate {name}", lambda: self.background.start(name, job), job.result)
 
     def prepare(self) -> None:
@@ -187,11 +187,11 @@ class Run:
             self.step("convert the teacher", convert, self.teacher)
         student = self.out / "student"
         self.step(f"upcycle to {self.plan.name}", self.upcycle, student)
-        if self.source.judged:
+        if self.source.held_out:
             self.measure("init", self.export("init", student))
         for index, stage in enumerate(self.recipe.stages):
             checkpoint, last = self.train(index), stage is self.recipe.stages[-1]
-            if last or self.source.judged:
+            if last or self.source.held_out:
                 folder = self.export(stage.name, checkpoint)
                 self.measure(stage.name, folder, full=last, report=self.out / "report" if last else None)
         sample = self.out / "sample.json"
@@ -206,7 +206,7 @@ class Run:
         disk_need.check(self, student)
 
     def _close(self, folder: Path) -> None:
-        if not self.source.judged:
+        if not self.source.held_out:
             print(f"model: {folder}   {(time.time() - self.started) / 60:.1f} minutes", flush=True)
             return
         table = closing_table(self.out, self.recipe, self.processes, time.time() - self.started)

@@ -26,14 +26,14 @@ class Source:
     """Files from which a run starts.
 
     ``tokens``: prefixes of token files, which ``make_tokens`` writes if ``inputs`` are given. ``teacher``: None for
-    the base model itself. ``judged``: folder of held-out text, as ``hylo fetch-text`` writes it, or None.
+    the base model itself. ``held_out``: folder of held-out text, as ``hylo fetch-text`` writes it, or None.
     """
 
     base: Path
     tokens: tuple[Path, ...]
     inputs: tuple[Path, ...] = ()
     teacher: Path | None = None
-    judged: Path | None = None
+    held_out: Path | None = None
 
     def steps(self) -> list[Step]:
         return []
@@ -57,11 +57,11 @@ class FetchedSource(Source):
 
     def __init__(self, out: Path, mix: str):
         folder = out / "text"
-        super().__init__(out / "hf", (out / "data" / "train",), (folder / "train.jsonl",), judged=folder)
+        super().__init__(out / "hf", (out / "data" / "train",), (folder / "train.jsonl",), held_out=folder)
         self.mix = mix
 
     def steps(self) -> list[Step]:
-        base, folder = self.base, self.judged
+        base, folder = self.base, self.held_out
         return [
             Step("fetch SmolLM2-135M-Instruct", lambda: smollm2.main(["--out", str(base)]), base),
             Step("fetch text", lambda: text.main(["--out", str(folder), "--mix", self.mix]), folder / "SOURCES.md"),

@@ -272,7 +272,7 @@ def test_a_teacher_of_the_same_size_with_another_tokenizer(what, tmp_path):
     path.write_text(json.dumps(content))
     tiny.edit_json(path.with_name("tokenizer_config.json"), chat_template=TEMPLATE)
     arch = tiny.hybrid()
-    pair = (arch, arch.as_teacher(), "distill", (tmp_path / "student", tmp_path / "teacher"))
+    pair = (arch, arch.as_teacher(), stage_kind("distill"), (tmp_path / "student", tmp_path / "teacher"))
     if what in SAME:
         return check_pair(*pair)
     with pytest.raises(HyLoError, match="vocabularies differ: 300 and 300 rows.*other ids.*same family"):

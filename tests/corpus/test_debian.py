@@ -81,7 +81,7 @@ def test_failed_download_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, o
 
 def test_machine_without_apt_is_told_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(HyLoError, match="no apt-get.*Debian or Ubuntu machine or container.*prepare_data.py"):
+    with pytest.raises(HyLoError, match="without apt-get.*Debian or Ubuntu machine or container.*hylo prepare-data"):
         fetch_deb(DEB, tmp_path)
 
 

@@ -75,7 +75,7 @@ def tokenizer(work):
 @pytest.fixture(scope="module")
 def made(work):
     """Summary of a data set of 40 samples, its ids and its answers."""
-    summary = retrieval.make_retrieval(work / "hay", work / "hf", work / "made", LENGTH, 40)
+    summary = retrieval.make_retrieval(work / "hay", work / "hf", work / "made", length=LENGTH, samples=40)
     ids = np.fromfile(work / "made.bin", summary["dtype"]).reshape(40, LENGTH)
     return summary, ids, np.load(work / "made.answers.npy", allow_pickle=False)
 
@@ -228,7 +228,7 @@ def test_facts_are_hidden_all_over_and_between_sentences(work, tokenizer):
         counts.add(len(needles))
         hidden = [tokenizer.encode(f" {needle.statement}").ids for needle in needles]
         row = Row(tokenizer)
-        text = samples.haystack.stretch(2000, random.Random(index))
+        text = samples.haystack.passage(2000, random.Random(index))
         samples._hide(row, text, hidden, random.Random(index))
         pieces = row.ids
         assert np.array_equal(np.concatenate(pieces[::2]), text)
@@ -241,7 +241,7 @@ def test_facts_are_hidden_all_over_and_between_sentences(work, tokenizer):
     assert histogram.min() > 0.1 * histogram.sum()
 
 
-def test_stretches_are_contiguous_and_keep_to_a_document_if_they_can(work, tokenizer):
+def test_passages_are_contiguous_and_keep_to_a_document_if_they_can(work, tokenizer):
     hay = recipe(work).haystack
     stream = hay.read(0, hay.size).astype(np.int64)
     ends = np.flatnonzero(stream == hay.eod_id)
@@ -249,10 +249,10 @@ def test_stretches_are_contiguous_and_keep_to_a_document_if_they_can(work, token
     assert newline == [hay.kinds.newline] and len(ends) == 150
     joined, text = 0, np.where(stream == hay.eod_id, newline[0], stream).tobytes()
     for seed in range(40):
-        start, odd = divmod(text.find(hay.stretch(600, random.Random(seed)).astype(np.int64).tobytes()), 8)
+        start, odd = divmod(text.find(hay.passage(600, random.Random(seed)).astype(np.int64).tobytes()), 8)
         assert start >= 0 and not odd
         joined += bool(((ends >= start) & (ends < start + 600)).any())
-        inside = hay.stretch(100, random.Random(seed), attempts=50)
+        inside = hay.passage(100, random.Random(seed), attempts=50)
         assert inside.astype(np.int64).tobytes() in stream.tobytes()
         assert start == 0 or stream[start - 1] == hay.eod_id or hay.kinds.ends_sentence[stream[start - 1]]
     assert 5 < joined < 40
@@ -268,7 +268,9 @@ def test_sentences_do_not_end_inside_numbers_and_names(work, tokenizer):
 
 def test_workers_and_the_number_of_samples_do_not_change_a_sample(work, made):
     _, ids, answers = made
-    summary = retrieval.make_retrieval(work / "hay", work / "hf", work / "parallel", LENGTH, 20, workers=2)
+    summary = retrieval.make_retrieval(
+        work / "hay", work / "hf", work / "parallel", length=LENGTH, samples=20, workers=2
+    )
     assert np.array_equal(np.fromfile(work / "parallel.bin", summary["dtype"]).reshape(20, LENGTH), ids[:20])
     assert np.array_equal(np.load(work / "parallel.answers.npy"), answers[:20])
     other = recipe(work, seed=2, chat_share=0.4)
@@ -276,7 +278,7 @@ def test_workers_and_the_number_of_samples_do_not_change_a_sample(work, made):
 
 
 def test_without_a_chat_template_everything_is_plain(work, tokenizer):
-    summary = retrieval.make_retrieval(work / "hay", work / "plain", work / "plainly", LENGTH, 8)
+    summary = retrieval.make_retrieval(work / "hay", work / "plain", work / "plainly", length=LENGTH, samples=8)
     assert (summary["chat_samples"], summary["needle_samples"], summary["chat_share"]) == (0, 8, 0.0)
     for ids in np.fromfile(work / "plainly.bin", summary["dtype"]).reshape(8, LENGTH):
         text = tokenizer.decode(ids.tolist(), skip_special_tokens=False)

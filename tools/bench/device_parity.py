@@ -1,8 +1,9 @@
-"""The first training steps on the GPU and on the CPU, side by side: same checkpoint, same data, same flags.
+"""Compare the first training steps on the GPU and on the CPU, with the same checkpoint, data and flags.
 
     python tools/bench/device_parity.py --student CKPT --teacher CKPT --data PREFIX --out DIR [--steps 20]
 
-Prints the largest relative difference of the losses for both stages, in bf16 and fp32, and fails above the limits.
+Prints the largest relative difference of the losses for both stages, in bf16 and fp32. Differences above the limits
+are an error.
 """
 
 import argparse
@@ -19,7 +20,7 @@ STAGES = {"ild": ["--lr", "2e-4"], "distill": ["--lr", "3e-5"]}
 
 
 def start(options, stage: str, dtype: str, device: str) -> subprocess.Popen:
-    """A training run of ``options.steps`` steps on one device."""
+    """Start a training of ``options.steps`` steps on one device."""
     save = options.out / f"{stage}-{dtype}-{device}"
     flags = [
         "--hylo-stage", stage, "--hylo-student", options.student, "--hylo-teacher", options.teacher, "--save", save,
@@ -52,11 +53,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--student", required=True)
     parser.add_argument("--teacher", required=True)
-    parser.add_argument("--data", required=True, help="tokens of tools/prepare_data.py")
+    parser.add_argument("--data", required=True, help="tokens of hylo prepare-data")
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--seq-length", type=int, default=256)
-    parser.add_argument("--threads", type=int, default=4, help="of each CPU run; four run at once")
+    parser.add_argument("--threads", type=int, default=4, help="threads of each CPU run; four run at once")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     cells = [(stage, dtype) for stage in STAGES for dtype in LIMITS]

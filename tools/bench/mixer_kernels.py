@@ -1,9 +1,9 @@
-"""Each kernel of a training step, forward and backward: time, floor, and the torch reference beside it.
+"""Time each kernel of a training step, forward and backward, and compare with its floor and with the torch reference.
 
     python tools/bench/mixer_kernels.py [--tokens 32768 --length 2048] [--model SmolLM2|Llama-3.2-3B]
 
-The floor is the bytes of inputs, outputs and their gradients over the bandwidth of a copy, measured here too; a
-kernel far above it has room. Without a GPU it runs at the size of --tokens, in fp32, torch against torch.
+The floor is the bytes of inputs, outputs and their gradients divided by the measured bandwidth of a copy. A kernel
+far above its floor can be improved. Without a GPU it runs at the size of --tokens, in fp32, torch against torch.
 """
 
 import argparse
@@ -24,7 +24,7 @@ MODELS = {"SmolLM2": (576, 9, 64, 1536, 49152), "Llama-3.2-3B": (3072, 24, 128, 
 
 
 def seconds(call, device: torch.device, repeats: int = 7) -> float:
-    """Median of ``repeats`` calls after two for warming up."""
+    """Return the median of ``repeats`` calls after two calls for warming up."""
     times = []
     for index in range(repeats + 2):
         if device.type == "cuda":
@@ -39,7 +39,7 @@ def seconds(call, device: torch.device, repeats: int = 7) -> float:
 
 
 def forward_backward(run, inputs: list[torch.Tensor]):
-    """A call that computes ``run`` and all gradients, and the bytes it cannot avoid to move."""
+    """Return a call that computes ``run`` and all gradients, and the bytes that it has to move at least."""
     leaves = [x.detach().requires_grad_() for x in inputs]
     outs = run(*leaves)
     outs = outs if isinstance(outs, tuple) else (outs,)
@@ -53,7 +53,7 @@ def forward_backward(run, inputs: list[torch.Tensor]):
 
 
 def cases(model: str, rows: int, length: int, device: torch.device, dtype: torch.dtype):
-    """``name, function of kernels, inputs``; heads and widths are those of ``model`` with the native geometry."""
+    """Yield ``name, function of kernels, inputs`` with the heads and widths of ``model`` in native geometry."""
     hidden, heads, head_dim, ffn, _ = MODELS[model]
     geometry = geometry_preset("native", hidden, heads, head_dim)
     g, m = geometry.gdn, geometry.mamba2
@@ -98,7 +98,7 @@ def cases(model: str, rows: int, length: int, device: torch.device, dtype: torch
 
 
 def loss_case(model: str, tokens: int, device: torch.device, dtype: torch.dtype):
-    """The KL of hidden states with the head's gradient, in fused chunks and in torch's."""
+    """Return the KL of hidden states with the head's gradient, in fused chunks and in torch's."""
     hidden, _, _, _, vocab = MODELS[model]
     h, t = (torch.randn(tokens, hidden, device=device, dtype=dtype) for _ in "ht")
     heads = [torch.randn(vocab, hidden, device=device, dtype=dtype) / hidden**0.5 for _ in "ht"]

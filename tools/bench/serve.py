@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""A base Transformer and its hybrid served by vLLM, one after the other on one GPU, with random weights.
+"""Measure a base Transformer and its hybrid in vLLM, one after the other on one GPU, with random weights.
 
     python tools/bench/serve.py --out DIR [--shape llama3b] [--plan 6MLA22GDN] [--lengths 8192 65536 1048576]
 
-Time to first token and per output token at each length, throughput of concurrent requests, and cache bytes per
-token as the engine allots them (memory of the caches over the tokens that fit). Floors: the products of a prompt at
-the rate of a large one, weights and cache of a token at the rate of a large copy, both measured here. Writes
-DIR/serve.json and a plot.
+Measures the time to the first token and per further token at each length, the throughput of concurrent requests, and
+the cache bytes per token as vLLM allocates them (memory of the caches divided by the tokens that fit). The floor of a
+prompt is its matrix products at the rate of a large product; the floor of a token is its weights and cache at the rate
+of a large copy. Both rates are measured too. Writes DIR/serve.json and a plot.
 """
 
 import argparse
@@ -30,7 +30,7 @@ SHAPES = {  # layers, hidden, intermediate, heads, key-value heads, head dimensi
     "tiny": (4, 128, 256, 2, 1, 64, 512, True),
 }
 PAIRS = [(length, requests) for length in (2048, 32768) for requests in (1, 16, 64)]
-ROOM = 128  # for decoded tokens
+ROOM = 128  # room for decoded tokens
 
 
 def architectures(shape: str, plan: str, longest: int) -> dict[str, Architecture]:
@@ -65,7 +65,7 @@ def write_config(folder: Path, arch: Architecture) -> None:
 
 
 def rates() -> dict:
-    """FLOP/s of a large bf16 product and bytes/s of a large copy (read and write) on this GPU."""
+    """Measure FLOP/s of a large bf16 product and bytes/s of a large copy (read and write) on this GPU."""
     import torch
 
     def best(run, repeats=10) -> float:
@@ -80,7 +80,7 @@ def rates() -> dict:
 
     if not torch.cuda.is_available():
         raise HyLoError(
-            "tools/bench/serve.py measures on a GPU, and there is none (--rates 1e12 1e10 to go on without)"
+            "tools/bench/serve.py measures on a GPU, and there is none: give --rates 1e12 1e10 to run without"
         )
 
     def measured() -> dict:
@@ -91,12 +91,14 @@ def rates() -> dict:
         return {"flops": 2 * 8192**3 / best(lambda: a @ b), "bytes": copied, "gpu": torch.cuda.get_device_name()}
 
     found = measured()
-    torch.cuda.empty_cache()  # the engine wants it
+    torch.cuda.empty_cache()  # vLLM needs this memory
     return found
 
 
 def floors(arch: Architecture, length: int, rate: dict) -> dict:
-    """Seconds at least: the products of a prompt of ``length``, and the bytes of one token after it."""
+    """Return the seconds needed at least for the products of a prompt of ``length`` and the bytes of one further
+    token.
+    """
     from math import prod
 
     from hylo_megatron.convert.shapes import hf_shapes
@@ -119,7 +121,7 @@ def floors(arch: Architecture, length: int, rate: dict) -> dict:
 
 
 def states(arch: Architecture) -> int:
-    """Bytes of a request's recurrent states, in fp32."""
+    """Return the bytes of a request's recurrent states, in fp32."""
     if not arch.is_hybrid:
         return 0
     served = serve(arch.geometry, set(arch.plan), arch.num_attention_heads, arch.mla_qk_norm, on_gpu=True)
@@ -128,7 +130,7 @@ def states(arch: Architecture) -> int:
 
 
 def measure(folder: Path, spec: dict, limit: float) -> tuple[list[dict], str]:
-    """What was measured, and why it ended early, if it did."""
+    """Return the measurements, and why they ended early if they did."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "measured.jsonl").unlink(missing_ok=True)
     (folder / "spec.json").write_text(json.dumps(spec))
@@ -172,8 +174,8 @@ def table(result: dict) -> str:
 
 
 def plot(result: dict, path: Path) -> None:
-    """Times over lengths, where matplotlib is."""
-    from hylo_megatron.evaluate.plots import new_figure  # brings torch and transformers, which arguments do not need
+    """Plot times over lengths, if matplotlib is installed."""
+    from hylo_megatron.evaluate.plots import new_figure  # imports torch and transformers, which parsing does not need
 
     try:
         figure = new_figure(9, 3.5)
@@ -193,7 +195,7 @@ def plot(result: dict, path: Path) -> None:
 
 
 def pair(text: str) -> tuple[int, int]:
-    """argparse says "invalid pair value" of what raises here."""
+    """Parse ``LENGTHxREQUESTS``. If this raises, argparse prints "invalid pair value"."""
     length, requests = (int(number) for number in text.split("x"))
     return length, requests
 
@@ -207,10 +209,12 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 65536, 262144, 1048576, 2097152])
     parser.add_argument("--concurrent", type=pair, nargs="*", default=PAIRS, help="LENGTHxREQUESTS")
     parser.add_argument("--models", nargs="+", choices=("hybrid", "base"), default=["hybrid", "base"])
-    parser.add_argument("--engine", type=json.loads, default={}, help="JSON of more arguments of vllm.LLM")
-    parser.add_argument("--profile", action="store_true", help="kernels of a prompt and of a token, first length")
-    parser.add_argument("--limit", type=float, default=3600, help="seconds for each model")
-    parser.add_argument("--rates", type=float, nargs=2, help="FLOP/s and bytes/s, instead of measuring them")
+    parser.add_argument("--engine", type=json.loads, default={}, help="further arguments of vllm.LLM, as JSON")
+    parser.add_argument(
+        "--profile", action="store_true", help="profile the kernels of a prompt and of a token at the first length"
+    )
+    parser.add_argument("--limit", type=float, default=3600, help="time limit of each model, in seconds")
+    parser.add_argument("--rates", type=float, nargs=2, help="FLOP/s and bytes/s, in place of measured ones")
     known = parser.parse_args()
     rate = dict(zip(("flops", "bytes"), known.rates, strict=True)) if known.rates else rates()
     both = architectures(known.shape, known.plan, max(known.lengths) + ROOM)

@@ -1,5 +1,7 @@
-"""One model of tools/bench/serve.py, in a process of its own: FOLDER has config.json and spec.json, and gets
-measured.jsonl. Weights are random."""
+"""Measure one model for tools/bench/serve.py in a process of its own, with random weights.
+
+FOLDER has config.json and spec.json; measured.jsonl is written there.
+"""
 
 import json
 import sys
@@ -19,11 +21,14 @@ class Engine:
             enable_prefix_caching=False, **options,
         )  # fmt: skip
         self.load_seconds, self.count = time.perf_counter() - started, 0
-        self.longest = self.llm.llm_engine.model_config.max_model_len  # the model's, or what fits into memory
+        self.longest = self.llm.llm_engine.model_config.max_model_len  # the model's limit, or what fits into memory
 
     def run(self, prompts: list[int], tokens: int) -> tuple[float, float, int]:
-        """Seconds until all ``prompts`` (lengths) have their first token, from there to the last one, and the tokens
-        decoded in between: early prompts are further by then, or done."""
+        """Run ``prompts`` (lengths) and measure the time to first tokens and the time of decoding.
+
+        Returns the seconds until all prompts have their first token, the seconds from there to the last token, and the
+        tokens decoded in those. Prompts that started early have more tokens at that point, or are complete.
+        """
         from vllm import SamplingParams
 
         engine = self.llm.llm_engine
@@ -44,7 +49,7 @@ class Engine:
         return first - started, time.perf_counter() - first, sum(decoded.values()) - early
 
     def profile(self, length: int, steps: int = 16) -> list[dict]:
-        """Where the time of a prompt of ``length`` goes, and of a decoded token after it: ms of each kernel."""
+        """Profile a prompt of ``length`` and a decoded token after it: ms of each kernel."""
         from vllm import SamplingParams
 
         engine, tokens = self.llm.llm_engine, 0
@@ -57,13 +62,13 @@ class Engine:
                 tokens = max([tokens, *(len(output.outputs[0].token_ids) for output in engine.step())])
 
         found = [dict(of="prompt", length=length, **traced(lambda: until(1), 1))]
-        until(steps // 2)  # decoding is under way
+        until(steps // 2)  # decoding has begun
         found.append(dict(of="token", length=length, **traced(lambda: until(steps + steps // 2), steps)))
         until(2 * steps)
         return found
 
     def caches(self) -> dict:
-        """The engine's blocks, and tokens that fit when all requests have one length."""
+        """Return vLLM's blocks, and the tokens that fit when all requests have one length."""
         config = self.llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config
         bytes_ = sum(tensor.size for tensor in config.kv_cache_tensors)
         found = {"cache_bytes": bytes_, "blocks": config.num_blocks, "tokens": {}}
@@ -81,7 +86,7 @@ class Engine:
 
 
 def traced(run, steps: int) -> dict:
-    """ms of each kernel, and of the clock, a step."""
+    """Return the ms per step of each kernel, and of the clock."""
     import torch
 
     activities = torch.profiler.ProfilerActivity
@@ -96,7 +101,7 @@ def traced(run, steps: int) -> dict:
 
 
 def main(folder: Path, spec: dict) -> None:
-    """A line of JSON for each measurement, as soon as it is there."""
+    """Write a line of JSON for each measurement as soon as it is made."""
 
     def say(**values) -> None:
         with (folder / "measured.jsonl").open("a") as file:
@@ -104,7 +109,7 @@ def main(folder: Path, spec: dict) -> None:
 
     engine = Engine(folder, spec["engine"])
     say(what="engine", load_seconds=engine.load_seconds, **engine.caches())
-    engine.run([spec["lengths"][0]], DECODED)  # compiles what is left to compile
+    engine.run([spec["lengths"][0]], DECODED)  # compiles the remaining kernels
     for length in spec["lengths"]:
         if length + DECODED > engine.longest:
             say(what="too long", length=length, fits=engine.longest)
@@ -112,7 +117,7 @@ def main(folder: Path, spec: dict) -> None:
         first, rest, _ = engine.run([length], DECODED)
         say(what="latency", length=length, first_token=first, per_token=rest / (DECODED - 1))
     for length, requests in spec["concurrent"]:
-        engine.run([length] * min(requests, 16), 8)  # kernels of steps with prompts and decoded tokens together
+        engine.run([length] * min(requests, 16), 8)  # compiles kernels of steps that read prompts and decode together
         first, rest, decoded = engine.run([length] * requests, DECODED)
         total = requests * (length + DECODED)
         speeds = dict(tokens_per_s=total / (first + rest), decoded=decoded, decoded_per_s=decoded / rest)

@@ -1,10 +1,11 @@
-"""Where the time of a training step goes: a few steps of each stage of a run under torch's profiler.
+"""Profile a few training steps of each stage of a run with torch's profiler.
 
     python tools/bench/train_step.py --run runs/smollm2-3MLA27GDN --out DIR [--stage distill-2k] [--no-cuda-graph]
 
-``--run`` is the folder of an upcycling run, whose student, teacher, datasets and recipe are used, and not changed.
+``--run`` is the folder of a recipe's run, whose student, teacher, data sets and recipe are read but not changed.
 Prints tokens/s, peak memory, the time of every group of kernels, and the floor: the step's matrix products at the
-rate of a large one, measured here. Writes the same with every kernel's own time to ``DIR/STAGE.json``.
+rate of a large product, measured on the same device.
+Writes the same with every kernel's own time to ``DIR/STAGE.json``.
 """
 
 import argparse
@@ -28,8 +29,8 @@ from hylo_megatron.run.datasets import data_path
 from hylo_megatron.run.launch import Processes
 from hylo_megatron.run.training_process import TrainingProcess
 
-STEPS, PROFILED = 14, 2  # the last but one are profiled, those before them timed
-GROUPS = {  # the first that matches a kernel's name
+STEPS, PROFILED = 14, 2  # the last but one are profiled, the steps before are timed
+GROUPS = {  # the first group that matches a kernel's name is used
     "attention": r"flash|fmha|attention|softmax_",
     "matrix products": r"gemm|nvjet|cutlass|splitk|aten::(mm|addmm|bmm|baddbmm|linear|matmul)",
     "projection, convolved": r"convolve|copy_backward|conv1d|ShiftedProducts",
@@ -44,18 +45,18 @@ GROUPS = {  # the first that matches a kernel's name
 
 
 def product_flops(arch: Architecture, stage: Stage) -> int:
-    """Of one token through the weights: the teacher once, the student's forward and backward; no attention scores."""
+    """Return the FLOPs per token: teacher forward, student forward and backward, without attention scores."""
     head = arch.vocab_size * arch.hidden_size
     blocks = [prod(s) for key, s in hf_shapes(arch).items() if len(s) == 2 and ".layers." in key]
     copied = sum(prod(s) for key, s in hf_shapes(arch).items() if ".mlp." in key and len(s) == 2)
-    teacher = sum(blocks)  # about: its mixers are smaller than the student's
+    teacher = sum(blocks)  # an approximation: the teacher's mixers are smaller than the student's
     if stage_kind(stage.kind).layerwise:
         return 2 * teacher + 6 * sum(blocks) - 2 * copied
     return 2 * (teacher + head) + 6 * (sum(blocks) + head)
 
 
 def matrix_rate(device: torch.device) -> float:
-    """FLOP/s of one large bf16 product."""
+    """Measure FLOP/s of one large bf16 product."""
     size = 8192 if device.type == "cuda" else 1024
     a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
     times = []
@@ -73,7 +74,7 @@ def matrix_rate(device: torch.device) -> float:
 
 
 def self_times(events: list[dict]) -> dict[str, float]:
-    """Microseconds by name, an event without the events inside it."""
+    """Return microseconds by name; the time of an event excludes the events inside it."""
     times: dict[str, float] = defaultdict(float)
     lanes = defaultdict(list)
     for event in events:
@@ -91,7 +92,7 @@ def self_times(events: list[dict]) -> dict[str, float]:
 
 
 def read_trace(path: Path) -> tuple[dict[str, float], dict[str, int]]:
-    """``(milliseconds, calls)`` a step, by kernel (on a CPU by operator)."""
+    """Return ``(milliseconds, calls)`` per step, by kernel (on a CPU by operator)."""
     with gzip.open(path, "rt") as file:
         events = [e for e in json.load(file)["traceEvents"] if e.get("ph") == "X"]
     kinds = {"kernel", "gpu_memcpy", "gpu_memset"}
