@@ -67,6 +67,8 @@ PEAKS = [
     (19.5, "3MLA27GDN", "distill", 32768, 1, 6144, 34),
     (17.0, "3MLA27M2", "distill", 2048, 8, None, 0),
     (16.4, "3MLA27M2", "distill", 32768, 1, 6144, 34),
+    (20.4, "3MLA27KDA", "ild", 2048, 8, None, 0),
+    (23.5, "3MLA27KDA", "distill", 2048, 8, None, 0),
 ]
 
 
