@@ -263,7 +263,7 @@ def test_token_index(token_prefix, tmp_path):
 
 
 INDEX = {  # where in the index, what is written there, and a word of the refusal
-    "magic": (0, b"X", "is not an index"), "version": (9, b"\x02", "is no index"), "type": (17, b"\x07", "type 7"),
+    "magic": (0, b"X", "is not an index"), "version": (9, b"\x02", "is not an index"), "type": (17, b"\x07", "type 7"),
     "unknown type": (17, b"\x63", "type 99"), "sequences": (18, b"\x05", "has "), "many": (18, b"\xff" * 8, "has "),
     "documents": (26, b"\x01", "has "), "length": (34, b"\x04", "begins at byte"),
     "negative": (34, b"\xff" * 4, "length -1"), "last length": (46, b"\x09", ".bin has "),
