@@ -3,10 +3,14 @@
 import os
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # several ranks share the cores; spinning threads starve each other
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+settings.register_profile("repository", deadline=None)  # of a hypothesis example: none, since machines are busy
+settings.load_profile("repository")
 
 
 def pytest_addoption(parser):
