@@ -119,7 +119,10 @@ def write_tracker(folder: Path, word: str) -> None:
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a folder that is not a checkpoint. A folder left under the new name by an earlier crash is deleted."""
+    """Rename a folder that is incomplete, or in the way of a new save.
+
+    A folder that an earlier crash left under the new name is deleted.
+    """
     target = path.with_name(path.name + INCOMPLETE)
     shutil.rmtree(target, ignore_errors=True)
     os.replace(path, target)

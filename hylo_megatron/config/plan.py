@@ -14,7 +14,7 @@ _LINEAR_NAMES = {short: name for name in LINEAR for short in (MIXERS[name].short
 _NUMBER = "([0-9]{1,6})"
 _PLAN_NAME = re.compile(f"{_NUMBER}MLA{_NUMBER}([A-Za-z][A-Za-z0-9]*)")
 
-# Where the method's paper puts its MLA layers (hybrids named KMLA(L-K)X): by (number of layers, number of MLA layers).
+# MLA layers by (number of layers, number of MLA layers): the method paper's; that of 30 layers, SmolLM2's, is ours.
 PUBLISHED_MLA_LAYERS = {
     (16, 4): (1, 5, 10, 14),
     (28, 6): (0, 5, 10, 16, 21, 26),

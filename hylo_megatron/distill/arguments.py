@@ -25,7 +25,7 @@ def _add_model_arguments(add) -> None:
         "--hylo-linear-cp",
         choices=("auto", "a2a", "states"),
         default="auto",
-        help="context parallelism of linear blocks: all-to-all over heads, or states passed from rank to rank"
+        help="context parallelism of linear blocks: all-to-all over heads, or states composed from those of all ranks"
         " (auto: a2a where the heads divide by the ranks)",
     )
     add("--hylo-rope", type=json_object, help='change the student\'s rotary embedding, e.g. {"rope_theta": 4e5}')

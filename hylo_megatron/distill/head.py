@@ -1,8 +1,9 @@
 """A loss of logits from hidden states, chunk by chunk: no matrix of tokens by vocabulary ever exists.
 
 Legend: T tokens, D student width, C teacher width, N vocabulary rows of this tensor-parallel rank. Both heads are
-split by vocabulary. Each chunk of tokens needs two all-reduces a model (maximum and sum). The extra memory is a few
-``[chunk, N]`` tensors for any T. Gradients are computed in the forward pass, from the same products.
+split by vocabulary. Each chunk of tokens needs two all-reduces per model for the softmax (maximum and sum), and one
+each for the divergence and the label's logit. The extra memory is a few ``[chunk, N]`` tensors for any T. Gradients
+are computed in the forward pass, from the same products.
 """
 
 from __future__ import annotations

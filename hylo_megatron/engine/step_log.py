@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from megatron.core import parallel_state
 
-from hylo_megatron.config.stages import stage_kind
 from hylo_megatron.distill.batches import LEARNT, NO_TOKENS
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.files import write_text
@@ -27,7 +26,6 @@ class StepLog:
     def __init__(self, args, models: list):
         self.stage, self.models = args.hylo_stage, models
         self.tokens = args.global_batch_size * args.seq_length
-        self.ild_weights = (args.hylo_ild_attention_weight, args.hylo_ild_hidden_weight)
         self.path = Path(args.hylo_log or Path(args.save or ".") / "train_log.jsonl")
         self.writes, self.last = torch.distributed.get_rank() == 0, None
 
@@ -39,10 +37,12 @@ class StepLog:
         write_text(self.path, "".join(line + "\n" for line in kept))
 
     def layer_means(self) -> list[list[float]] | None:
-        """Return both distances of each layer, averaged over all tokens of the step; None in other stages."""
-        if not stage_kind(self.stage).layerwise:
+        """Return the parts of each layer's loss, averaged over all tokens of the step; None in other stages."""
+        settings = self.models[0].settings
+        if not settings.kind.layerwise:
             return None
-        means = torch.zeros(self.models[0].arch.num_layers, 2, device=torch.cuda.current_device())
+        shape = self.models[0].arch.num_layers, len(settings.loss.weights)
+        means = torch.zeros(shape, device=torch.cuda.current_device())
         everyone = parallel_state.get_data_parallel_group(with_context_parallel=True)
         for module in self.models:
             sums, tokens = module.take_layer_sums()
@@ -64,7 +64,9 @@ class StepLog:
         if layers:  # the loss function of the last stage saw its own layers only
             totals = [sum(column) for column in zip(*layers, strict=True)]
             losses = dict(zip(losses, totals, strict=True))
-            loss = sum(weight * value for weight, value in zip(self.ild_weights, totals, strict=True))
+            loss = sum(
+                weight * value for weight, value in zip(self.models[0].settings.loss.weights, totals, strict=True)
+            )
             losses = {"loss": loss} | losses
         if not math.isfinite(losses["loss"]):
             raise HyLoError(f"loss {losses['loss']} at step {iteration}: lower --lr, or look at the data around it")

@@ -125,5 +125,5 @@ def random_conv(rows: int, kernel: int, generator: torch.Generator) -> Tensor:
 
 
 def random_decay(heads: int, generator: torch.Generator) -> Tensor:
-    """Return ``A_log`` of decays between 1 and 16, as megatron-core draws them."""
+    """Return ``A_log``, the logarithms of decay rates between 1 and 16, as megatron-core draws them."""
     return torch.empty(heads).uniform_(1, 16, generator=generator).log()

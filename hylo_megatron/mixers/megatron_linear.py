@@ -1,8 +1,9 @@
 """What the Megatron modules of linear blocks share: fp32 decay parameters, aligned projections, context parallelism.
 
-Under context parallelism a linear block takes one of two ways. Either megatron-core's all-to-all gives each rank some
-heads of the complete sequence. Or each rank keeps its part of the sequence with all heads, and states come from the
-part before (``parallel/state_passing.py``); megatron-core's module then sees a context-parallel group of one rank.
+Under context parallelism a linear block works in one of two ways. Either megatron-core's all-to-all gives each rank
+some heads of the complete sequence. Or each rank keeps its part of the sequence with all heads, and composes the state
+before its part from those of all ranks (``parallel/state_passing.py``); megatron-core's module then sees a
+context-parallel group of one rank.
 """
 
 from collections.abc import Callable

@@ -49,7 +49,7 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Half:
+class SubLayer:
     """Bytes of a sub-layer: a mixer or an MLP with its norm, which megatron-core counts and recomputes as a layer.
 
     ``kept``: from the forward to the backward pass. ``work``: what the backward pass needs beside it. ``entry``: the

@@ -5,10 +5,10 @@
 
 from hylo_megatron.config import Architecture
 from hylo_megatron.mixers import MIXERS
-from hylo_megatron.mixers.memory import Half, Share
+from hylo_megatron.mixers.memory import Share, SubLayer
 
 
-def mixer(kind: str, arch: Architecture, at: Share) -> Half:
+def mixer(kind: str, arch: Architecture, at: Share) -> SubLayer:
     """Return bytes of the mixer ``kind`` with its norm."""
     return MIXERS[kind].part("memory").activations(arch, at)
 
@@ -18,7 +18,7 @@ def tables(arch: Architecture, kinds: set[str], at: Share) -> int:
     return sum(MIXERS[kind].part("memory").tables(arch, at) for kind in kinds if not MIXERS[kind].linear)
 
 
-def mlp(arch: Architecture, at: Share, trained: bool) -> Half:
+def mlp(arch: Architecture, at: Share, trained: bool) -> SubLayer:
     """Return bytes of the MLP with its norm.
 
     Kept are x and gate | up. Trained weights need the normed x and SwiGLU's result too, others the norm's fp32
@@ -28,7 +28,7 @@ def mlp(arch: Architecture, at: Share, trained: bool) -> Half:
     kept, rest = at.outer(d) + at.inner(2 * f), at.outer(d) + at.inner(f)
     statistics = at.outer(2)
     work = at.inner(2 * f) + (at.outer(d) if trained else rest)  # gradients of gate | up, of the result and of x
-    return Half(kept + (rest if trained else statistics), work, at.outer(d))
+    return SubLayer(kept + (rest if trained else statistics), work, at.outer(d))
 
 
 def teacher_work(arch: Architecture, at: Share) -> int:

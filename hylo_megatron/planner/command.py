@@ -157,7 +157,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
         "--recompute",
         type=count,
         default=0,
-        help="--recompute-num-layers of method block: halves of layers of a stage",
+        help="--recompute-num-layers of method block: recomputed sub-layers (mixers or MLPs) of a stage",
     )
     # The losses read these under the names of the trainer's flags.
     add("--loss", dest="hylo_loss", choices=tuple(LOSSES), help="--hylo-loss")

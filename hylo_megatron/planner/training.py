@@ -13,7 +13,7 @@ from hylo_megatron.config.layout import ParallelLayout, Work
 from hylo_megatron.config.pair import padded_rows
 from hylo_megatron.config.stages import StageKind
 from hylo_megatron.distill.losses import HeadShape, Loss
-from hylo_megatron.mixers.memory import Half, Share
+from hylo_megatron.mixers.memory import Share, SubLayer
 from hylo_megatron.planner.activations import mixer as mixer_bytes
 from hylo_megatron.planner.activations import mlp, tables, teacher_work
 from hylo_megatron.planner.weights import HEAD, Shards, Weights, rank_elements, weights
@@ -91,14 +91,14 @@ class Peak:
 # ---- layers ----
 
 
-def stage_halves(run: PlannedRun, layers: range) -> list[Half]:
+def stage_sub_layers(run: PlannedRun, layers: range) -> list[SubLayer]:
     """Return mixer and MLP of each layer in turn.
 
     In a layer-wise kind of stage each mixer reads the teacher's hidden state, and both outputs are compared with the
     teacher's. Before the MLP's backward pass the comparisons have freed the MLP's output and the teacher's two states;
     in a pipeline the schedule keeps the teacher's.
     """
-    halves, at, copied = [], run.share, run.train == "all"
+    sub_layers, at, copied = [], run.share, run.train == "all"
     hidden = at.outer(run.student.hidden_size)
     freed = hidden * (3 if run.layout.pp == 1 else 1)
     for layer in layers:
@@ -108,24 +108,26 @@ def stage_halves(run: PlannedRun, layers: range) -> list[Half]:
             rest = replace(rest, kept=rest.kept + compared, work=rest.work - freed)
         else:  # x, and its statistics where the norm's weight is not trained
             mixer = replace(mixer, kept=mixer.kept + hidden + (0 if copied else at.outer(2)))
-        halves += [mixer, rest]
-    return halves
+        sub_layers += [mixer, rest]
+    return sub_layers
 
 
-def forward_bytes(halves: list[Half], recompute: int) -> int:
+def forward_bytes(sub_layers: list[SubLayer], recompute: int) -> int:
     """Return what a micro-batch keeps for the backward pass: only the input of the first ``recompute`` sub-layers."""
-    return sum(half.entry for half in halves[:recompute]) + sum(half.kept for half in halves[recompute:])
+    return sum(sub_layer.entry for sub_layer in sub_layers[:recompute]) + sum(
+        sub_layer.kept for sub_layer in sub_layers[recompute:]
+    )
 
 
-def backward_bytes(halves: list[Half], recompute: int) -> int:
+def backward_bytes(sub_layers: list[SubLayer], recompute: int) -> int:
     """Return the most that is needed beside ``forward_bytes`` during the backward pass, from the last sub-layer to the
     first."""
     beside = most = 0
-    for index in reversed(range(len(halves))):
-        half = halves[index]
-        again = half.kept - half.entry if index < recompute else 0
-        most = max(most, beside + again + half.work)
-        beside += again - half.kept
+    for index in reversed(range(len(sub_layers))):
+        sub_layer = sub_layers[index]
+        again = sub_layer.kept - sub_layer.entry if index < recompute else 0
+        most = max(most, beside + again + sub_layer.work)
+        beside += again - sub_layer.kept
     return most
 
 
@@ -198,8 +200,8 @@ def peak(run: PlannedRun, pipeline_stage: int) -> Peak:
     """Return the peak of a rank of ``pipeline_stage``, counted from 0."""
     layout, at, d = run.layout, run.share, run.student.hidden_size
     layers = run.student.plan.stages(layout.pp)[pipeline_stage]
-    halves, recompute = stage_halves(run, layers), 0 if run.kind.layerwise else run.recompute
-    held, backward, loss = forward_bytes(halves, recompute), backward_bytes(halves, recompute), 0
+    sub_layers, recompute = stage_sub_layers(run, layers), 0 if run.kind.layerwise else run.recompute
+    held, backward, loss = forward_bytes(sub_layers, recompute), backward_bytes(sub_layers, recompute), 0
     if run.kind.layerwise:
         states = layer_states_bytes(run, pipeline_stage, layers)
     else:

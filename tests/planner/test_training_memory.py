@@ -17,7 +17,7 @@ from hylo_megatron.config.stages import stage_kind
 from hylo_megatron.distill.losses import KL, LayerDistance
 from hylo_megatron.distill.losses.kl import logit_rows
 from hylo_megatron.planner.activations import tables
-from hylo_megatron.planner.training import Peak, PlannedRun, in_flight, peak, stage_halves
+from hylo_megatron.planner.training import Peak, PlannedRun, in_flight, peak, stage_sub_layers
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def test_layers_keep_what_autograd_saves(counted):
             student=arch, teacher=arch.as_teacher(), kind=stage_kind("distill"), loss=KL(), layout=at,
             work=Work(processes=2, seq_length=known.LENGTH, micro_batch=known.ROWS), train=train,
         )  # fmt: skip
-        planned = [half.kept for half in stage_halves(run, range(1))]
+        planned = [half.kept for half in stage_sub_layers(run, range(1))]
         planned[0] += tables(arch, {kind}, run.share)
         assert planned == pytest.approx(got, rel=5e-3 if at.cp > 1 else 1e-4), (layout, kind, wide, train)
 

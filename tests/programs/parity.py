@@ -218,8 +218,7 @@ def run_cell(cell: Cell, log_path: Path) -> dict:
     model, wrapped, optimizer = build(cell)
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     arguments = dict(hylo_stage=cell.stage, global_batch_size=ROWS, seq_length=cell.length, hylo_log=str(log_path))
-    weights = dict(hylo_ild_attention_weight=1.0, hylo_ild_hidden_weight=1.0)
-    log = StepLog(SimpleNamespace(save=None, **arguments, **weights), [model])
+    log = StepLog(SimpleNamespace(save=None, **arguments), [model])
     schedule = TeacherFed() if cell.stage == "ild" and cell.pp > 1 else get_forward_backward_func()
     rows, result = sample_rows(rank, size, cell.micro, cell.length), {"cell": asdict(cell)}
     for step in range(1 + cell.steps):

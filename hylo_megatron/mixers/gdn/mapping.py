@@ -1,4 +1,7 @@
-"""Weights of Gated DeltaNet: names (flash-linear-attention's), shapes."""
+"""Weights of Gated DeltaNet: names (flash-linear-attention's), shapes.
+
+A checkpoint holds megatron-core's ``in_proj.weight`` in six sections. ``NAMES`` has them in the order of its rows.
+"""
 
 from hylo_megatron.config import Architecture
 from hylo_megatron.mixers.mapping import HF, INPUT_NORM, MEGATRON, Mapping, Shapes, copies

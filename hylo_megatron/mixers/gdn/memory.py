@@ -4,7 +4,7 @@ from hylo_megatron.config import Architecture
 from hylo_megatron.config.decisions import CHUNK
 from hylo_megatron.mixers.gdn import MIXER
 from hylo_megatron.mixers.gdn.geometry import GDNGeometry
-from hylo_megatron.mixers.memory import Half, Share, projection, shares_states
+from hylo_megatron.mixers.memory import Share, SubLayer, projection, shares_states
 
 UNSPLIT = ("mixer.o_norm.weight",)
 
@@ -15,11 +15,12 @@ def state(g: GDNGeometry) -> tuple[int, int]:
     return channels * (g.conv_kernel - 1), g.num_value_heads * g.key_head_dim * g.value_head_dim
 
 
-def activations(arch: Architecture, at: Share) -> Half:
+def activations(arch: Architecture, at: Share) -> SubLayer:
     """Return bytes of one layer. Legend: M key heads, H value heads, K key dim, V value dim.
 
-    Kept are the normed x, the projection, fla's q, k, v and triangular inverses (64 values a token and head), output,
-    gate and gated output; fp32 gates and norms' statistics.
+    Kept in bf16 are the normed x, the projection, fla's q, k, v and triangular inverses (64 values a token and head),
+    output, gate, gated output and beta; in fp32 the decay in three forms and three norms' statistics; and the copy of
+    the projection's weight that is padded to a multiple of 16 rows.
     """
     g, tp, d = arch.geometry.gdn, at.layout.tp, arch.hidden_size
     m, h, k, v = g.num_key_heads // tp, g.num_value_heads // tp, g.key_head_dim, g.value_head_dim
@@ -31,4 +32,4 @@ def activations(arch: Architecture, at: Share) -> Half:
         others = (2 * at.layout.cp - 1) / 2
         kept += at.inner(2 * h * k) + at.states(int(h * k * (k + 2.5 * v + others * k)))
     work = at.inner(2 * h * k * v / CHUNK + 4 * h * v + 4 * h * k)  # states and their gradients; dq, dk, dv, w, u, ..
-    return Half(kept, work, at.outer(d))
+    return SubLayer(kept, work, at.outer(d))

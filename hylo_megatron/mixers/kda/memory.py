@@ -4,7 +4,7 @@ from hylo_megatron.config import Architecture
 from hylo_megatron.config.decisions import CHUNK
 from hylo_megatron.mixers.kda import MIXER
 from hylo_megatron.mixers.kda.geometry import KDAGeometry
-from hylo_megatron.mixers.memory import Half, Share, projection, shares_states
+from hylo_megatron.mixers.memory import Share, SubLayer, projection, shares_states
 
 UNSPLIT = ("mixer.o_norm.weight", "mixer.f_a_proj.weight", "mixer.g_a_proj.weight")
 
@@ -14,7 +14,7 @@ def state(g: KDAGeometry) -> tuple[int, int]:
     return 3 * g.num_heads * g.head_dim * (g.conv_kernel - 1), g.num_heads * g.head_dim**2
 
 
-def activations(arch: Architecture, at: Share) -> Half:
+def activations(arch: Architecture, at: Share) -> SubLayer:
     """Return bytes of one layer. Legend: H heads, K head dim.
 
     Kept are the normed x, the projection, both bottlenecks; of fla's ``ChunkKDAFunction`` q, k, v, what the decay is
@@ -33,4 +33,4 @@ def activations(arch: Architecture, at: Share) -> Half:
     # Counted in fla's backward pass: states and their gradients, triangular matrices with theirs, and as wide as the
     # heads what it makes again (w, u, decayed queries and keys, fp32 decays) beside gradients, some of them fp32.
     work = at.inner(2 * h * k * k / CHUNK + 20 * h * k + 4 * CHUNK * h)
-    return Half(kept, work, at.outer(d))
+    return SubLayer(kept, work, at.outer(d))

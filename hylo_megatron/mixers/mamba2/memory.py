@@ -4,7 +4,7 @@ from hylo_megatron.config import Architecture
 from hylo_megatron.config.decisions import CHUNK
 from hylo_megatron.mixers.mamba2 import MIXER
 from hylo_megatron.mixers.mamba2.geometry import Mamba2Geometry
-from hylo_megatron.mixers.memory import Half, Share, projection, shares_states
+from hylo_megatron.mixers.memory import Share, SubLayer, projection, shares_states
 
 UNSPLIT = ()
 
@@ -15,7 +15,7 @@ def state(g: Mamba2Geometry) -> tuple[int, int]:
     return (inner + 2 * g.num_groups * g.state_size) * (g.conv_kernel - 1), inner * g.state_size
 
 
-def activations(arch: Architecture, at: Share) -> Half:
+def activations(arch: Architecture, at: Share) -> SubLayer:
     """Return bytes of one layer. Legend: H heads, G groups, P head dim, N state.
 
     Kept are the normed x, the projection, z, x, x dt, B, C, the scan's output, gated and normed, and fp32 dt in four
@@ -29,4 +29,4 @@ def activations(arch: Architecture, at: Share) -> Half:
     if across:
         kept += at.inner(groups * n + h * p + 2 * h) + at.states(int(1.5 * h * p * n))
     work = at.inner(2 * h * p * n / CHUNK + 2 * h * n + h * p)
-    return Half(kept, work, at.outer(d))
+    return SubLayer(kept, work, at.outer(d))

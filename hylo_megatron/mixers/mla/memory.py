@@ -1,7 +1,7 @@
 """Bytes of MLA. No torch."""
 
 from hylo_megatron.config import Architecture
-from hylo_megatron.mixers.memory import Half, Share
+from hylo_megatron.mixers.memory import Share, SubLayer
 from hylo_megatron.mixers.mla.geometry import MLAGeometry
 
 UNSPLIT = (
@@ -26,7 +26,7 @@ def tables(arch: Architecture, at: Share) -> int:
     return 4 * at.length * arch.geometry.mla.qk_rope_head_dim
 
 
-def activations(arch: Architecture, at: Share) -> Half:
+def activations(arch: Architecture, at: Share) -> SubLayer:
     """Return bytes of one layer.
 
     Kept are the normed x, latents, queries, keys, values padded to the keys' width, and outputs with their fp32
@@ -41,4 +41,4 @@ def activations(arch: Architecture, at: Share) -> Half:
     else:
         values = 2 * key if g.v_head_dim < key else g.qk_nope_head_dim + g.v_head_dim
         kept += at.outer(g.kv_lora_rank) + at.inner(heads * (key + values)) + before_norm
-    return Half(kept, at.inner(4 * heads * key), at.outer(d))
+    return SubLayer(kept, at.inner(4 * heads * key), at.outer(d))
