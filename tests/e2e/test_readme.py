@@ -32,7 +32,7 @@ def commands(code: str) -> list[str]:
 
 def run(command: list[str], work: Path) -> str:
     bin_first = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = helpers.environment(PATH=bin_first)
+    environment = helpers.environment(PATH=bin_first, HYLO_REGISTER="1")
     result = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert result.returncode == 0, f"{command[-1]}\n{result.stdout[-2000:]}{result.stderr[-2000:]}"
     return result.stdout
