@@ -61,9 +61,17 @@ def main(argv: list[str] | None = None) -> None:
         raise HyLoError(f"hylo {name}: no such command, expected one of {', '.join(COMMANDS)}")
 
 
+@command_line
 def run(name: str, argv: list[str] | None = None) -> None:
-    """Run command ``name`` with ``argv`` (default: this process's arguments)."""
-    main = importlib.import_module(f"hylo_megatron.{COMMANDS[name].module}").main
+    """Run command ``name`` with ``argv`` (default: this process's). Raises ``HyLoError`` where a package is missing."""
+    try:
+        main = importlib.import_module(f"hylo_megatron.{COMMANDS[name].module}").main
+    except ModuleNotFoundError as error:
+        if not error.name or error.name.startswith("hylo_megatron"):
+            raise
+        raise HyLoError(
+            f"hylo {name} needs the package {error.name}, which is not installed: `hylo doctor` has the commands"
+        ) from None
     if argv is not None:
         sys.argv = [f"hylo {name}", *argv]
     main()

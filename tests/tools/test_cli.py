@@ -51,3 +51,11 @@ def test_help_of_a_command_shows_its_defaults():
     assert printed.startswith("usage: hylo prepare-data") and "--text-key" in printed
     planned = " ".join(hylo("plan", "--help").stdout.split())
     assert "(default: 0.9)" in planned and "(default: an H200's)" in planned and "None" not in planned
+
+
+def test_a_missing_package_is_one_line():
+    """Without site-packages there is no torch."""
+    command = [sys.executable, "-S", "-m", "hylo_megatron", "upcycle", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert "error: hylo upcycle needs the package" in done.stderr and "hylo doctor" in done.stderr
