@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
 
 @command_line
 def run(name: str, argv: list[str] | None = None) -> None:
-    """Run command ``name`` with ``argv`` (default: this process's). Raises ``HyLoError`` where a package is missing."""
+    """Run command ``name`` with ``argv`` (default: this process's). Raises ``HyLoError`` if a package is missing."""
     try:
         main = importlib.import_module(f"hylo_megatron.{COMMANDS[name].module}").main
     except ModuleNotFoundError as error:
