@@ -7,6 +7,7 @@ theirs; ``pytest -m parallel`` kills whole recipes too.
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -207,12 +208,19 @@ def test_a_lost_rank_and_a_lost_torchrun(world, tmp_path):
     assert "the same command goes on from the last checkpoint" in said[0]
 
 
+def free_port() -> str:
+    """Return a port that is free now, for rank 0 to listen on."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return str(sock.getsockname()[1])
+
+
 @pytest.mark.slow
 @pytest.mark.parallel
 @pytest.mark.parametrize("lost", ["writer", "queue", "rank 0"])
 def test_helpers_and_rank_0_lost(lost, world, tmp_path):
     """Without torchrun, as under SLURM's srun, only the ranks themselves see that one of them is gone."""
-    port, trees = str(helpers.tiny.free_port()), []
+    port, trees = free_port(), []
     folder = tmp_path / "run"
     argv = helpers.train_flags(world, "distill", folder, train_iters=100000, save_interval=3, async_save=True)
     for number in "01":

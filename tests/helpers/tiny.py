@@ -1,7 +1,6 @@
 """Tiny random models for the tests: Hugging Face folders of each supported shape, and hybrid checkpoints."""
 
 import json
-import socket
 from pathlib import Path
 
 import torch
@@ -35,12 +34,6 @@ _SIZES = dict(
     num_key_value_heads=2, head_dim=16, rms_norm_eps=1e-5, max_position_embeddings=256, rope_parameters=DEFAULT,
     tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, pad_token_id=0,
 )  # fmt: skip
-
-
-def free_port() -> str:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return str(sock.getsockname()[1])
 
 
 def runs(rows: int = 8, length: int = 128, seed: int = 0) -> torch.Tensor:

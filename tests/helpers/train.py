@@ -196,12 +196,22 @@ def zygote() -> Zygote:
     return Zygote()
 
 
+def meeting_store() -> torch.distributed.TCPStore:
+    """Return a store for the ranks of one run, on a port that stays taken from the moment when it is chosen."""
+    return torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def meeting_place(store: torch.distributed.TCPStore) -> dict[str, str]:
+    """Return the environment variables with which ranks meet in ``store``, as torchrun sets them."""
+    return dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port), TORCHELASTIC_USE_AGENT_STORE="True")
+
+
 def train(*argv, processes: int = 1, **variables: str) -> subprocess.CompletedProcess:
     """Run a training to its end, as ``processes`` ranks of this machine, with more variables in its environment."""
+    store = meeting_store()
     with tempfile.TemporaryDirectory() as folder:
         files = [(Path(folder) / f"{rank}.out", Path(folder) / f"{rank}.err") for rank in range(processes)]
-        shared = dict(WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=tiny.free_port(), **variables)  # fmt: skip
+        shared = dict(WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes)) | meeting_place(store) | variables
         ranks = [
             zygote().start(argv, environment(RANK=str(rank), LOCAL_RANK=str(rank), **shared), *paths)
             for rank, paths in enumerate(files)
@@ -216,7 +226,7 @@ def train_command(*argv) -> list[str]:
 
 
 def single() -> dict[str, str]:
-    return environment(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=tiny.free_port())
+    return environment(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
 
 
 def trained_weights(folder: Path) -> dict[str, torch.Tensor]:

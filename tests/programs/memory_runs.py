@@ -11,13 +11,14 @@ import os
 import sys
 from pathlib import Path
 
-from helpers import tiny
+from helpers import train as helpers
 from megatron.training import training
 from megatron.training.global_vars import get_args
 from programs import layout_runs
 
 from hylo_megatron.engine import checkpoint_writer
 from hylo_megatron.engine.register import install, uninstall
+from hylo_megatron.run import parent
 from hylo_megatron.train import main as train
 
 
@@ -58,10 +59,10 @@ def record() -> None:
     training.train = train_and_record
 
 
-def run_all(lines: list[list[str]], rank: int, processes: int, port: str) -> None:
-    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1",
-                       MASTER_PORT=port)  # fmt: skip
-    for argv in lines:
+def run_all(lines: list[list[str]], rank: int, processes: int, place: dict[str, str]) -> None:
+    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes)) | place
+    for number, argv in enumerate(lines):
+        os.environ[parent.STORE] = f"run {number}"
         uninstall("training")
         layout_runs.forget_run()
         sys.argv = [sys.argv[0], *argv]
@@ -72,11 +73,13 @@ def run_all(lines: list[list[str]], rank: int, processes: int, port: str) -> Non
 def main(runs: Path) -> None:
     install("megatron")
     record()
-    fork, started = multiprocessing.get_context("fork"), []
+    fork = multiprocessing.get_context("fork")
+    started, stores = [], []
     for processes, lines in json.loads(runs.read_text()).items():
-        port = tiny.free_port()
+        stores.append(helpers.meeting_store())
+        place = helpers.meeting_place(stores[-1])
         for rank in range(int(processes)):
-            started.append(fork.Process(target=run_all, args=(lines, rank, int(processes), port)))
+            started.append(fork.Process(target=run_all, args=(lines, rank, int(processes), place)))
             started[-1].start()
     for process in started:
         process.join()
