@@ -26,7 +26,7 @@ DOTS = "..."
 CODED_LETTERS = 6
 TOKENS_A_WORD = 50  # of the prompt, for each word of the vocabulary
 ZETA_2 = math.pi**2 / 6
-LEAST_WORDS = 74  # from here on the third word occurs more often than the fourth
+LEAST_WORDS = 74  # from here on the third coded word occurs more often than the fourth
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from hylo_megatron.data.documents import detect_format
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.evaluate.ruler.encoding import Border, Encoder
 from hylo_megatron.evaluate.ruler.questions import Library, read_library
@@ -39,6 +40,8 @@ class Sources:
 
     @cached_property
     def text(self) -> str:
+        if detect_format(Path(self.prose)) == "chat":
+            raise HyLoError(f"{self.prose}: has conversations, expected prose: give a text file for RULER's haystack")
         return read_some(Path(self.prose), None, PROSE_CHARS)
 
     @cached_property
