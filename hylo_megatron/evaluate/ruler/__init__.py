@@ -1,0 +1,25 @@
+"""RULER (arXiv 2404.06654): its 13 tasks in their standard configuration and scoring, from texts on this machine.
+
+The wording of the prompts, the noise sentences and the word lists are this project's own.
+"""
+
+from hylo_megatron.evaluate.ruler.base import RulerTask
+from hylo_megatron.evaluate.ruler.counting import CommonWords, FrequentWords
+from hylo_megatron.evaluate.ruler.niah import niah_tasks
+from hylo_megatron.evaluate.ruler.qa import Documents
+from hylo_megatron.evaluate.ruler.sources import Sources
+from hylo_megatron.evaluate.ruler.tracking import Tracking
+
+__all__ = ["Sources", "ruler_tasks"]
+
+
+def ruler_tasks(sources: Sources) -> list[RulerTask]:
+    """Return the 13 tasks in RULER's order."""
+    return [
+        *niah_tasks(sources),
+        Tracking(sources=sources),
+        CommonWords(sources=sources),
+        FrequentWords(sources=sources),
+        Documents(name="qa_1", sources=sources),
+        Documents(name="qa_2", sources=sources, hops=2),
+    ]
