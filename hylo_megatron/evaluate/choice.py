@@ -20,7 +20,7 @@ from hylo_megatron.evaluate.questions import Choice, prompt_ids
 from hylo_megatron.evaluate.task import Prompt, Task
 from hylo_megatron.evaluate.tasks import Answerer, run, summary
 
-LETTER = re.compile(r"^\W*([A-Z])(?![\w'])|\b(?:answer|option)(?: is)?:?\s*\W?([A-Z])(?![\w'])")
+LETTER = re.compile(r"^\W*([A-Z])(?![\w'])|(?i:\b(?:answer|option)(?: is)?:?)\s*\W?([A-Z])(?![\w'])")
 LETTER_IS_OVER = re.compile(r"[A-Z][^\w']|\n\s*\S")
 
 

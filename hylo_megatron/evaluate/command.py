@@ -8,7 +8,8 @@ from hylo_megatron.errors import HyLoError, command_line
 from hylo_megatron.evaluate.settings import DEFAULT_SUITES, SUITES
 from hylo_megatron.flags import Parser, count, positive, size
 
-KINDS = ("prose", "book", "code", "c", "long", "choice", "answers")
+MEASURED = ("prose", "book", "code", "c", "long", "choice", "answers")
+KINDS = (*MEASURED, "ruler_squad", "ruler_hotpot")
 
 
 def lengths(text: str) -> tuple[int, ...]:
@@ -39,12 +40,15 @@ def parse() -> argparse.Namespace:
     add("--ppl-tokens", type=size, default=20_000, help="tokens that are scored of each file")
     add("--long-context", type=size, default=32_768, help="tokens of a long document; shorter documents are skipped")
     add("--long-documents", type=size, default=4, help="long documents to score")
+    add("--long-join", action="store_true", help="join documents shorter than --long-context, as parts of one work")
     add("--needle-lengths", type=lengths, default="1024,2048", help="prompt lengths in tokens, including the answer")
     add("--needle-samples", type=size, default=4, help="prompts for each length and depth")
     add("--needle-depths", type=size, default=5, help="number of depths, from the first to the last sentence")
     add("--teacher-needle-limit", type=size, help="longest prompt, in tokens, that the teacher gets; no limit")
     add("--ruler-lengths", type=lengths, default="4096", help="RULER's prompt lengths in tokens, including the answer")
     add("--ruler-samples", type=size, default=20, help="prompts for each RULER task and length")
+    add("--ruler-squad", metavar="FILE", help="questions for RULER's qa_1 in SQuAD's layout; made ones")
+    add("--ruler-hotpot", metavar="FILE", help="questions for RULER's qa_2 in HotpotQA's layout; made ones")
     add("--skip", nargs="+", default=(), choices=SUITES, help="a suite that is not measured")
     add("--curves", nargs="+", default=[], help="training logs (JSON lines with stage, iteration, loss) to draw")
     add("--batch-size", type=size, help="sequences per batch; by default as many as suit the device")
@@ -58,8 +62,8 @@ def parse() -> argparse.Namespace:
 @command_line
 def main() -> None:
     args = parse()
-    if not any(getattr(args, kind) for kind in KINDS):
-        raise HyLoError(f"nothing to measure: give --{', --'.join(KINDS[:-1])} or --{KINDS[-1]}")
+    if not any(getattr(args, kind) for kind in MEASURED):
+        raise HyLoError(f"nothing to measure: give --{', --'.join(MEASURED[:-1])} or --{MEASURED[-1]}")
 
     # imported after parsing, because transformers takes seconds to import
     from hylo_megatron.evaluate import Settings, evaluate

@@ -56,22 +56,30 @@ def encode_windows(tokenizer: PreTrainedTokenizerBase, file: str | Path, context
     return windows
 
 
-def encode_long_documents(tokenizer: PreTrainedTokenizerBase, file: str | Path, context: int, count: int) -> list:
+def encode_long_documents(
+    tokenizer: PreTrainedTokenizerBase, file: str | Path, context: int, count: int, join: bool = False
+) -> list:
     """Return the first ``context`` ids of the first ``count`` documents that have as many, in file order.
 
-    If the file has fewer such documents, all are returned. Raises ``HyLoError`` if it has none.
+    ``join``: documents that are too short are continued with the next ones, after an empty line. If the file has fewer
+    long documents, all are returned. Raises ``HyLoError`` if it has none.
     """
-    documents = []
+    documents, begun = [], []
     for text in read_texts(Path(file), tokenizer):
-        if 4 * len(text) < context:  # a token has at least one byte of UTF-8, so tokenising is not needed
-            continue
-        ids = _encode_start(tokenizer, text, context)
-        if len(ids) == context:
-            documents.append(ids)
+        if begun:
+            begun += tokenizer("\n\n" + text, add_special_tokens=False, verbose=False).input_ids
+        elif join or 4 * len(text) >= context:  # a token has a byte of UTF-8 or more: others are too short
+            begun = _encode_start(tokenizer, text, context)
+        if len(begun) >= context:
+            documents.append(begun[:context])
+        if len(begun) >= context or not join:
+            begun = []
         if len(documents) == count:
             break
     if not documents:
-        raise HyLoError(f"{file} holds no document of {context:,} tokens: give longer ones, or a shorter long context")
+        raise HyLoError(
+            f"{file} holds no document of {context:,} tokens: give longer ones, a shorter long context or --long-join"
+        )
     return documents
 
 
@@ -184,11 +192,15 @@ def long_documents_of(
     chunk: int = 1024,
     label: str = "",
     prefill: int | None = None,
+    join: bool = False,
 ) -> dict:
-    """Measure the loss of the first ``context`` tokens of ``count`` documents that are at least that long."""
+    """Measure the loss of the first ``context`` tokens of ``count`` documents that are at least that long.
+
+    ``join``: shorter documents are joined.
+    """
     if context < 2 or count < 1:
         raise HyLoError(f"long context {context} and {count} long documents: expected at least 2 and 1")
-    documents = encode_long_documents(tokenizer, file, context, count)
+    documents = encode_long_documents(tokenizer, file, context, count, join)
     return score(model, documents, file, batch_size, chunk, label, prefill)
 
 

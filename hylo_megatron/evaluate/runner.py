@@ -19,7 +19,19 @@ from hylo_megatron.evaluate.report import write_report
 from hylo_megatron.evaluate.settings import DEFAULT_SUITES, Settings
 from hylo_megatron.evaluate.suites import REGISTRY, Files, Job
 
-READERS = {"choice": read_choices, "answers": read_answers}  # other kinds of files are texts
+
+def _read_library(file: Path) -> None:
+    from hylo_megatron.evaluate.ruler.questions import read_library
+
+    read_library(file)
+
+
+READERS = {  # other kinds of files are texts
+    "choice": read_choices,
+    "answers": read_answers,
+    "ruler_squad": _read_library,
+    "ruler_hotpot": _read_library,
+}
 
 
 def suites_for(files: Files, settings: Settings) -> list[str]:
@@ -63,6 +75,8 @@ def evaluate(
     long: str | Path | None = None,
     choice: Sequence[str | Path] = (),
     answers: Sequence[str | Path] = (),
+    ruler_squad: str | Path | None = None,
+    ruler_hotpot: str | Path | None = None,
     curves: Sequence[str | Path] = (),
     settings: Settings | None = None,
 ) -> dict:
@@ -70,7 +84,8 @@ def evaluate(
 
     ``prose``, ``book`` (complete documents, in windows), ``code``, ``c`` and ``long`` (loss by position in long
     documents) are text files as for ``hylo prepare-data``; ``choice`` and ``answers`` are files of questions. What has
-    no file is not measured (needles and RULER need ``prose``). ``control_dir``: the teacher after training on the
+    no file is not measured (needles and RULER need ``prose``). ``ruler_squad`` and ``ruler_hotpot``: questions in the
+    layouts of SQuAD and HotpotQA for two of RULER's tasks. ``control_dir``: the teacher after training on the
     student's tokens. ``teacher_figures``: what an earlier call for the teacher alone returned under "model", with the
     same files and settings; the teacher is not measured again then. ``curves``: training logs, JSON lines with stage,
     iteration and loss.
@@ -82,13 +97,13 @@ def evaluate(
     folders = {"teacher": teacher_dir, "teacher_yarn": yarn_dir, "control": control_dir, "model": model_dir}
     folders = {role: models.check_folder(folder) for role, folder in folders.items() if folder is not None}
     given = {"prose": (prose,), "book": (book,), "code": (code,), "c": (c,), "long": (long,)}
-    given |= {"choice": choice, "answers": answers}
+    given |= {"choice": choice, "answers": answers, "ruler_squad": (ruler_squad,), "ruler_hotpot": (ruler_hotpot,)}
     files = {kind: tuple(map(Path, filter(None, paths))) for kind, paths in given.items() if any(paths)}
     for kind, paths in files.items():
-        for file in paths:
-            READERS.get(kind, check_texts)(file)  # refuses the file now, not after minutes of measuring
         if len({file.stem for file in paths}) < len(paths):
             raise HyLoError(f"--{kind}: two files have one name, which is the name of their figures: rename one")
+        for file in paths:
+            READERS.get(kind, check_texts)(file)  # refuses the file now, not after minutes of measuring
     suites_for(files, settings)
     device = models.resolve_device(settings.device)
     dtype = models.resolve_dtype(settings.dtype, device)

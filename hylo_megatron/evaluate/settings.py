@@ -12,9 +12,10 @@ SUITES = (*DEFAULT_SUITES, "choice", "answers", "ruler")
 class Settings:
     """Settings of the measurements.
 
-    Lengths are in tokens. ``suites`` empty: those of ``DEFAULT_SUITES`` that have a file. ``batch_size`` None suits
-    the device. ``needle_samples`` and ``ruler_samples`` are per cell. ``teacher_needle_limit``: the teacher gets no
-    longer prompts, for example prompts far beyond its training length. ``questions``: questions drawn from each file.
+    Lengths are in tokens. ``suites`` empty: those of ``DEFAULT_SUITES`` that have a file. ``long_join``: documents
+    shorter than ``long_context`` are joined. ``batch_size`` None suits the device. ``needle_samples`` and
+    ``ruler_samples`` are per cell. ``teacher_needle_limit``: the teacher gets no longer prompts, for example prompts
+    far beyond its training length. ``questions``: questions drawn from each file.
     ``prefill_chunk``: tokens of a prompt or document that one forward pass reads. ``teacher_yarn``: YaRN's factor for
     a second measurement of the teacher.
     """
@@ -23,6 +24,7 @@ class Settings:
     ppl_tokens: int = 20_000
     long_context: int = 32_768
     long_documents: int = 4
+    long_join: bool = False
     needle_lengths: tuple[int, ...] = (1024, 2048)
     needle_samples: int = 4
     needle_depths: int = 5

@@ -93,6 +93,7 @@ def _long(job: Job) -> dict:
         file=job.files["long"][0],
         context=settings.long_context,
         count=settings.long_documents,
+        join=settings.long_join,
         label=job.label("long documents"),
     )
 
@@ -127,10 +128,11 @@ def _answers(job: Job) -> dict:
 
 
 def _ruler(job: Job) -> dict:
-    from hylo_megatron.evaluate.ruler import tasks
+    from hylo_megatron.evaluate.ruler import Sources, ruler_tasks
 
     settings, found = job.settings, {}
-    for task in tasks(job.files["prose"][0]):
+    given = {kind: job.files[f"ruler_{kind}"][0] for kind in ("squad", "hotpot") if f"ruler_{kind}" in job.files}
+    for task in ruler_tasks(Sources(prose=job.files["prose"][0], **given)):
         found[task.name] = job.run(task, settings.ruler_lengths, settings.ruler_samples)
     scores: dict[int, list[float]] = {}
     for result in found.values():

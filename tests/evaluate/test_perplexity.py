@@ -73,6 +73,11 @@ def test_long_documents(tokenizer, tmp_path):
     assert found["loss"] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-4)
     assert [row["from"] for row in found["by_position"]] == [0, 128, 256, 512]
     assert long_documents_of(model, tokenizer, file, context=600, count=9)["documents"] == 3
+    short = write_lines(tmp_path / "short.jsonl", [{"text": text} for text in texts[1:4]])
+    joined = long_documents_of(model, tokenizer, short, context=600, count=2, join=True)
+    whole = write_lines(tmp_path / "whole.jsonl", [{"text": "\n\n".join(texts[1:4])}])
+    assert joined["loss"] == pytest.approx(long_documents_of(model, tokenizer, whole, context=600)["loss"], rel=1e-5)
+    assert joined["documents"] == 1
     with pytest.raises(HyLoError, match="no document of 100,000 tokens"):
         long_documents_of(model, tokenizer, file, context=100_000)
 

@@ -1,15 +1,14 @@
 """Whole evaluations: files, comparisons, and what is refused."""
 
 import json
+import math
 import re
 import subprocess
 import sys
 
 import pytest
-from helpers.evaluation import (
-    make_model,
-    write_lines,
-)
+import torch
+from helpers.evaluation import make_model, random_hybrid, write_lines
 from helpers.paths import ROOT
 from helpers.waits import PATIENCE
 
@@ -120,3 +119,62 @@ def test_tool_reports_a_bad_path_in_one_line(tmp_path):
     command = [sys.executable, tool, "--model", tmp_path / "absent", "--out", tmp_path / "out", "--prose", "p.jsonl"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 2 and re.fullmatch(r"error: model folder .* not found.*\n", done.stderr), done.stderr
+
+
+def test_side_by_side_with_yarn_a_control_and_questions(tmp_path, folder, prose, tokenizer):
+    make_model(tokenizer, initializer_range=0.3).save_pretrained(tmp_path / "control")
+    tokenizer.save_pretrained(tmp_path / "control")
+    choices = write_lines(tmp_path / "sums.jsonl", [{"question": "1 + 1?", "options": ["2", "3"], "answer": 0}] * 2)
+    short = write_lines(tmp_path / "short.jsonl", [{"question": "1 + 1?", "answers": ["2"]}])
+    settings = Settings(
+        suites=("perplexity", "choice", "answers"), context=256, ppl_tokens=400, teacher_yarn=4.0, questions=1
+    )
+    sides = {"teacher_dir": folder, "control_dir": tmp_path / "control"}
+    files = {"prose": prose, "choice": [choices], "answers": [short]}
+    report = evaluate(folder, **sides, **files, out_dir=tmp_path / "out", settings=settings)
+    roles = ("teacher", "teacher_yarn", "control", "model")
+    loss = {role: report[role]["perplexity"]["prose"]["loss"] for role in roles}
+    assert loss["teacher"] == loss["model"] and len(set(loss.values())) == 3
+    assert report["teacher_yarn"]["yarn"] == 4.0 and "needle" not in report["model"]
+    compared = report["compared_with"]
+    assert compared["teacher"]["perplexity_prose"] == {"ratio": 1.0, "low": 1.0, "high": 1.0}
+    control = compared["control"]["perplexity_prose"]
+    assert control["low"] <= control["ratio"] <= control["high"]
+    assert control["ratio"] == pytest.approx(math.exp(loss["model"] - loss["control"]))
+    assert report["model"]["choice"]["sums"]["letters"]["samples"] == 1 and "short" in report["model"]["answers"]
+    text = (tmp_path / "out" / "evaluation.md").read_text()
+    assert "|  | teacher | teacher with YaRN | control | model | model / teacher | model / control |" in text
+    assert "| name | tiny | tiny, YaRN × 4 | control | tiny |  |  |" in text
+    assert "| sums, letter (chance 50 %) |" in text and "| short | 0 % (0/1; 0–79) |" in text
+    page = (tmp_path / "out" / "evaluation.html").read_text()
+    assert page.count("data:image/png") == 1 and "teacher with YaRN" in page and str(tmp_path) not in page
+
+
+def test_yarn_and_suites_that_cannot_be_measured(tmp_path, folder, prose, tokenizer):
+    hybrid = tmp_path / "hybrid"
+    random_hybrid(tokenizer, "gdn").save_pretrained(hybrid)
+    tokenizer.save_pretrained(hybrid)
+    yarn = Settings(teacher_yarn=2.0)
+    for message, options in (
+        ("--teacher-yarn measures the teacher once more, with YaRN: give --teacher", {"settings": yarn}),
+        ("suite choice has no file to measure on: give --choice", {"settings": Settings(suites=("choice",))}),
+        ("suite needle has no file to measure on: give --prose", {"settings": Settings(suites=("needle",))}),
+        ("--choice: two files have one name", {"choice": [prose, tmp_path / "other" / prose.name]}),
+    ):
+        with pytest.raises(HyLoError, match=message):
+            evaluate(folder, **options)
+    with pytest.raises(HyLoError, match=r"config.json: rope_type is .*; YaRN needs a base model with rope_type 'def"):
+        hf_models.load(hybrid, hf_models.resolve_device("cpu"), torch.float32, yarn=2.0)
+
+
+def test_yarn_is_what_transformers_computes(folder):
+    device, dtype = hf_models.resolve_device("cpu"), torch.float32
+    plain = hf_models.load(folder, device, dtype).model.config
+    model = hf_models.load(folder, device, dtype, yarn=8.0).model
+    rope = model.config.rope_parameters
+    assert (rope["rope_type"], rope["factor"], rope["original_max_position_embeddings"]) == ("yarn", 8.0, 2048)
+    assert rope["rope_theta"] == plain.rope_parameters["rope_theta"]
+    assert model.config.max_position_embeddings == 8 * plain.max_position_embeddings
+    frequencies = model.model.rotary_emb.inv_freq
+    unchanged = plain.rope_parameters["rope_theta"] ** -(torch.arange(0, 8, 2) / 8)
+    assert frequencies[0] == pytest.approx(unchanged[0]) and frequencies[-1] == pytest.approx(unchanged[-1] / 8)

@@ -60,11 +60,12 @@ class Stub:
         self.tokenizer, self.answer_of, self.calls = tokenizer, answer_of, []
         self.device, self.generation_config = torch.device("cpu"), GenerationConfig(eos_token_id=0)
 
-    def __call__(self, input_ids, past_key_values, use_cache, logits_to_keep):
+    def __call__(self, input_ids, past_key_values, use_cache, logits_to_keep, attention_mask=None):
         assert use_cache and logits_to_keep == 1
         self.calls.append(tuple(input_ids.shape))
         if past_key_values is None:
-            texts = self.tokenizer.batch_decode(input_ids)
+            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            texts = [self.tokenizer.decode(row[real.bool()]) for row, real in zip(input_ids, mask, strict=True)]
             past_key_values = [[*self.tokenizer(self.answer_of(text)).input_ids, 0] for text in texts]
         else:
             assert input_ids[:, 0].tolist() == [row[0] for row in past_key_values]
