@@ -47,18 +47,20 @@ class Job:
         return answerer(self.loaded.model, self.loaded.tokenizer, task, settings.batch_size, settings.prefill_chunk)
 
     def run(self, task: Task, lengths: tuple[int, ...], samples: int) -> dict:
-        """Measure a task at the lengths that this model gets."""
-        allowed = self.settings.lengths_for(self.role, lengths)
-        found = run(
+        return run(
             task,
             self.loaded.tokenizer,
             self.answerer(task),
-            lengths=allowed,
+            lengths=lengths,
             samples=samples,
             seed=self.settings.seed,
             label=self.label(task.name),
         )
-        return {**found, "not_run": [length for length in lengths if length not in allowed]}
+
+    def split(self, lengths: tuple[int, ...]) -> tuple[tuple[int, ...], list[int]]:
+        """Return the prompt lengths that this model gets, and the others."""
+        allowed = self.settings.lengths_for(self.role, lengths)
+        return allowed, [length for length in lengths if length not in allowed]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +103,8 @@ def _long(job: Job) -> dict:
 def _needle(job: Job) -> dict:
     settings = job.settings
     task = Needle(file=job.files["prose"][0], depths=settings.needle_depths)
-    return job.run(task, settings.needle_lengths, settings.needle_samples)
+    lengths, not_run = job.split(settings.needle_lengths)
+    return {**job.run(task, lengths, settings.needle_samples), "not_run": not_run}
 
 
 def _choice(job: Job) -> dict:
@@ -131,15 +134,16 @@ def _ruler(job: Job) -> dict:
     from hylo_megatron.evaluate.ruler import Sources, ruler_tasks
 
     settings, found = job.settings, {}
+    lengths, not_run = job.split(settings.ruler_lengths)
     given = {kind: job.files[f"ruler_{kind}"][0] for kind in ("squad", "hotpot") if f"ruler_{kind}" in job.files}
     for task in ruler_tasks(Sources(prose=job.files["prose"][0], **given)):
-        found[task.name] = job.run(task, settings.ruler_lengths, settings.ruler_samples)
+        found[task.name] = job.run(task, lengths, settings.ruler_samples)
     scores: dict[int, list[float]] = {}
     for result in found.values():
         for sample in result["samples"]:
             scores.setdefault(sample["length"], []).append(sample["score"])
     means = [{"length": length, **summary(values)} for length, values in scores.items()]
-    return {"tasks": found, "by_length": means}
+    return {"tasks": found, "by_length": means, "not_run": not_run}
 
 
 def _length_rows(name: str, result: dict) -> Iterator[tuple[str, dict | None]]:

@@ -61,7 +61,7 @@ def run(
         cells = tuple(prompts[0].cell)
         results += _answered(task, prompts, answer, f"{label}, {length:,} tokens" if label else "")
     return {
-        **summary([result["score"] for result in results]),
+        **(summary([result["score"] for result in results]) if results else {}),
         "chance": task.chance,
         "by_length": tally(results, "length"),
         "cells": tally(results, "length", *cells),

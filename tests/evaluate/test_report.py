@@ -13,7 +13,7 @@ from helpers.paths import ROOT
 from helpers.waits import PATIENCE
 
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.evaluate import Settings, evaluate
+from hylo_megatron.evaluate import Settings, evaluate, suites
 from hylo_megatron.evaluate import models as hf_models
 from hylo_megatron.evaluate.plots import read_log, running_mean
 from hylo_megatron.hf.configuration_hylo import HyLoConfig
@@ -178,3 +178,28 @@ def test_yarn_is_what_transformers_computes(folder):
     frequencies = model.model.rotary_emb.inv_freq
     unchanged = plain.rope_parameters["rope_theta"] ** -(torch.arange(0, 8, 2) / 8)
     assert frequencies[0] == pytest.approx(unchanged[0]) and frequencies[-1] == pytest.approx(unchanged[-1] / 8)
+
+
+def test_every_suite_of_an_oracle_is_at_100(tmp_path, folder, prose, monkeypatch):
+    """The suites find their tasks and files, and the table has their rows; only the answers are not the model's."""
+
+    def oracle(prompts):
+        return ((index, f" {', '.join(prompt.references)}\n") for index, prompt in enumerate(prompts))
+
+    monkeypatch.setattr(suites, "answerer", lambda *_: oracle)
+    choices = write_lines(tmp_path / "sums.jsonl", [{"question": "1 + 1?", "options": ["2", "3"], "answer": "2"}])
+    short = write_lines(tmp_path / "short.jsonl", [{"question": "1 + 1?", "answers": ["2"]}])
+    settings = Settings(
+        suites=("needle", "choice", "answers", "ruler"), needle_lengths=(450,), needle_samples=1, needle_depths=1,
+        ruler_lengths=(1500, 3000), ruler_samples=1, teacher_needle_limit=1600,
+    )  # fmt: skip
+    report = evaluate(
+        folder, teacher_dir=folder, out_dir=tmp_path / "out", prose=prose, choice=[choices], answers=[short],
+        settings=settings,
+    )  # fmt: skip
+    text = (tmp_path / "out" / "evaluation.md").read_text()
+    for row in ("needle, 450 tokens", "sums, letter (chance 50 %)", "short"):
+        assert f"| {row} | 100 % (1/1; 21–100) | 100 % (1/1; 21–100) | +0.0 points |" in text
+    assert "| RULER, mean of 13, 1,500 tokens | 100 % (13/13; 77–100) | 100 % (13/13; 77–100) | +0.0 points |" in text
+    assert "| RULER, mean of 13, 3,000 tokens | not run | 100 % (13/13; 77–100) |  |" in text
+    assert len(report["model"]["ruler"]["tasks"]) == 13
