@@ -161,6 +161,11 @@ def _choice_rows(figures: dict) -> Iterator[tuple[str, dict | None]]:
         yield f"{name}, letter {at}", result["letters"]
 
 
+def _answers_rows(figures: dict) -> Iterator[tuple[str, dict | None]]:
+    for name, result in figures.items():
+        yield f"{name}, exact match", result
+
+
 def _ruler_rows(figures: dict) -> Iterator[tuple[str, dict | None]]:
     yield from _length_rows(f"RULER, mean of {len(figures['tasks'])}", figures)
     for name, result in figures["tasks"].items():
@@ -172,8 +177,6 @@ REGISTRY = {
     "long": Suite(needs=("long",), measure=_long),
     "needle": Suite(needs=("prose",), measure=_needle, rows=lambda figures: _length_rows("needle", figures)),
     "choice": Suite(needs=("choice",), measure=_choice, rows=_choice_rows),
-    "answers": Suite(
-        needs=("answers",), measure=_answers, rows=lambda figures: ((name, row) for name, row in figures.items())
-    ),
+    "answers": Suite(needs=("answers",), measure=_answers, rows=_answers_rows),
     "ruler": Suite(needs=("prose",), measure=_ruler, rows=_ruler_rows),
 }
