@@ -131,12 +131,12 @@ def _answers(job: Job) -> dict:
 
 
 def _ruler(job: Job) -> dict:
-    from hylo_megatron.evaluate.ruler import Sources, ruler_tasks
+    from hylo_megatron.evaluate.ruler import tasks
 
     settings, found = job.settings, {}
     lengths, not_run = job.split(settings.ruler_lengths)
     given = {kind: job.files[f"ruler_{kind}"][0] for kind in ("squad", "hotpot") if f"ruler_{kind}" in job.files}
-    for task in ruler_tasks(Sources(prose=job.files["prose"][0], **given)):
+    for task in tasks(job.files["prose"][0], **given):
         found[task.name] = job.run(task, lengths, settings.ruler_samples)
     scores: dict[int, list[float]] = {}
     for result in found.values():
@@ -163,7 +163,7 @@ def _choice_rows(figures: dict) -> Iterator[tuple[str, dict | None]]:
 
 def _answers_rows(figures: dict) -> Iterator[tuple[str, dict | None]]:
     for name, result in figures.items():
-        yield f"{name}, exact match", result
+        yield f"{name}, exact match", result["by_length"][0]
 
 
 def _ruler_rows(figures: dict) -> Iterator[tuple[str, dict | None]]:
