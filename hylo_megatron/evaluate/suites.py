@@ -131,12 +131,12 @@ def _answers(job: Job) -> dict:
 
 
 def _ruler(job: Job) -> dict:
-    from hylo_megatron.evaluate.ruler import Sources, ruler_tasks
+    from hylo_megatron.evaluate.ruler import tasks
 
     settings, found = job.settings, {}
     lengths, not_run = job.split(settings.ruler_lengths)
     given = {kind: job.files[f"ruler_{kind}"][0] for kind in ("squad", "hotpot") if f"ruler_{kind}" in job.files}
-    for task in ruler_tasks(Sources(prose=job.files["prose"][0], **given)):
+    for task in tasks(job.files["prose"][0], **given):
         found[task.name] = job.run(task, lengths, settings.ruler_samples)
     scores: dict[int, list[float]] = {}
     for result in found.values():
@@ -161,6 +161,11 @@ def _choice_rows(figures: dict) -> Iterator[tuple[str, dict | None]]:
         yield f"{name}, letter {at}", result["letters"]
 
 
+def _answers_rows(figures: dict) -> Iterator[tuple[str, dict | None]]:
+    for name, result in figures.items():
+        yield f"{name}, exact match", result["by_length"][0]
+
+
 def _ruler_rows(figures: dict) -> Iterator[tuple[str, dict | None]]:
     yield from _length_rows(f"RULER, mean of {len(figures['tasks'])}", figures)
     for name, result in figures["tasks"].items():
@@ -172,8 +177,6 @@ REGISTRY = {
     "long": Suite(needs=("long",), measure=_long),
     "needle": Suite(needs=("prose",), measure=_needle, rows=lambda figures: _length_rows("needle", figures)),
     "choice": Suite(needs=("choice",), measure=_choice, rows=_choice_rows),
-    "answers": Suite(
-        needs=("answers",), measure=_answers, rows=lambda figures: ((name, row) for name, row in figures.items())
-    ),
+    "answers": Suite(needs=("answers",), measure=_answers, rows=_answers_rows),
     "ruler": Suite(needs=("prose",), measure=_ruler, rows=_ruler_rows),
 }

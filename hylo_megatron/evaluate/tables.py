@@ -21,8 +21,11 @@ def plan_text(plan: list[str]) -> str:
 
 def perplexity_cell(result: dict) -> str:
     """Return a perplexity with its 95 % interval over documents, if it has one."""
-    spread = f" ({result['low']:.2f}–{result['high']:.2f})" if result.get("low", 0) < result.get("high", 0) else ""
-    return f"{result['perplexity']:.3f}{spread}"
+    found = f"{result['perplexity']:.3f}" if result["perplexity"] < 1e6 else f"{result['perplexity']:.2e}"
+    if not result.get("low", 0) < result.get("high", 0):
+        return found
+    low, high = (f"{value:.2f}" if value < 1e6 else f"{value:.1e}" for value in (result["low"], result["high"]))
+    return f"{found} ({low}–{high})"
 
 
 def score_cell(row: dict) -> str:

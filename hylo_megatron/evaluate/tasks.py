@@ -50,8 +50,8 @@ def run(
 ) -> dict:
     """Measure a task at every length. Accuracies lie between 0 and 1.
 
-    Returns what ``summary`` returns, by_length, cells, samples (each with its answer), seconds, and prompt_seconds,
-    the part of the seconds that making the prompts took.
+    Returns accuracy with its interval, by_length, cells, samples (a record of each, with its answer), seconds, and
+    prompt_seconds, the part of the seconds that making the prompts took.
     """
     began, making, results, cells = time.perf_counter(), 0.0, [], ()
     for length in lengths:
@@ -65,7 +65,7 @@ def run(
         "chance": task.chance,
         "by_length": tally(results, "length"),
         "cells": tally(results, "length", *cells),
-        "samples": results,
+        "samples": results,  # in place of their number
         "seconds": round(time.perf_counter() - began, 2),
         "prompt_seconds": round(making, 2),
     }
