@@ -13,8 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.evaluate.greedy import greedy
-from hylo_megatron.evaluate.ruler import Sources, counting, encoding, niah, qa, ruler_tasks, tracking
+from hylo_megatron.evaluate.ruler import counting, encoding, niah, qa, tasks, tracking
 from hylo_megatron.evaluate.ruler.questions import read_library
+from hylo_megatron.evaluate.ruler.sources import Sources
 from hylo_megatron.retrieval import templates
 
 CHAT = (
@@ -104,7 +105,7 @@ def prose(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def all_tasks(prose):
-    found = {task.name: task for task in ruler_tasks(Sources(prose=prose))}
+    found = {task.name: task for task in tasks(prose)}
     assert list(found) == NAMES
     return found
 
@@ -277,7 +278,7 @@ def test_hotpot_and_its_prompts(tmp_path, prose):
         "level": "hard",
     }
     path.write_text(json.dumps([row, row | {"context": pairs[2:]}]))
-    task = {task.name: task for task in ruler_tasks(Sources(prose=prose, hotpot=path))}["qa_2"]
+    task = {task.name: task for task in tasks(prose, hotpot=path)}["qa_2"]
     for text, references in texts_of(task, "line_ends", 2048, 2):
         assert references == ("Sentence two of 3",) and text.count("Sentence two of 3") == 1
         assert all(f"Title {at}\nSentence one of {at}. Sentence two" in text for at in range(2, 10))
