@@ -78,7 +78,7 @@ def test_letters_and_answers_of_a_model(tokenizer, files):
     questions, short = read_choices(files[0]), read_answers(files[1])
 
     def answer_of(text):
-        lines = text.rsplit("Question: ", 1)[1].splitlines()
+        lines = text.removesuffix("<|assistant|>Answer:").rsplit("Question: ", 1)[1].splitlines()
         right = sum(int(word) for word in lines[0].rstrip("?").split() if word.isdigit())
         return next(f" {line[0]}. That" for line in lines if line.endswith(f". {right}"))
 
