@@ -7,8 +7,12 @@ from dataclasses import dataclass, fields
 import torch
 
 from hylo_megatron.kernels.conv import causal_conv1d, split_convolve
-from hylo_megatron.kernels.gated_delta import chunk_gated_delta_rule, recurrent_gated_delta_rule
-from hylo_megatron.kernels.kda import chunk_kda, recurrent_kda
+from hylo_megatron.kernels.gated_delta import (
+    chunk_gated_delta_rule,
+    chunk_kda,
+    recurrent_gated_delta_rule,
+    recurrent_kda,
+)
 from hylo_megatron.kernels.norm import distance, gated_rms_norm, rms_norm, swiglu, swiglu_packed
 from hylo_megatron.kernels.rope import rotate
 from hylo_megatron.kernels.ssd import recurrent_ssd, ssd_chunk_scan
