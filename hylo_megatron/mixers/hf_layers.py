@@ -62,31 +62,6 @@ def is_plain_linear(layer: nn.Module) -> bool:
     return type(layer) is nn.Linear and type(layer.weight) is nn.Parameter and layer.bias is None and not hooked
 
 
-class KeepsFp32(nn.Module):
-    """Base of linear mixers. Parameters in ``fp32_names`` stay fp32 in ``.to(bfloat16)``: rounding changes decays."""
-
-    fp32_names: tuple[str, ...] = ()
-
-    def initial_values(self) -> None:
-        """Fill the parameters in ``fp32_names`` through ``transformers.initialization``, for a model that is new."""
-        raise NotImplementedError
-
-    def _apply(self, fn, recurse=True):
-        kept = {id(getattr(self, name)) for name in self.fp32_names}
-
-        def apply(tensor):
-            moved = fn(tensor)
-            if id(tensor) not in kept or moved.dtype == tensor.dtype:
-                return moved
-            return tensor.to(moved.device)
-
-        return super()._apply(apply, recurse)
-
-
-def fp32_parameter(size: int) -> nn.Parameter:
-    return nn.Parameter(torch.zeros(size, dtype=torch.float32))
-
-
 class Rotation:
     """Cosines and sines [B,S,P/2] of positions [B,S]. Frequencies are computed on first use and never saved."""
 
