@@ -1,7 +1,7 @@
 """Fields of ``config.json`` that hold the dimensions of mixers. No torch in here.
 
-A mixer's ``hf_config.py`` has two tables. ``FIELDS`` maps fields of ``config.json`` to those of the geometry, and
-``DEFAULTS`` is the geometry of a ``HyLoConfig`` that leaves the fields out.
+A mixer's ``geometry.py`` has two tables. ``CONFIG_FIELDS`` maps fields of ``config.json`` to those of the geometry.
+``CONFIG_DEFAULTS`` is the geometry of a ``HyLoConfig`` that leaves the fields out.
 """
 
 from typing import Any, get_type_hints
@@ -11,7 +11,7 @@ from hylo_megatron.mixers.mixer import Mixer
 
 def config_fields(entry: Mixer) -> dict[str, str]:
     """Return {field of ``config.json``: field of the geometry}."""
-    return entry.part("hf_config").FIELDS
+    return entry.part("geometry").CONFIG_FIELDS
 
 
 def config_types(entry: Mixer) -> dict[str, Any]:
@@ -22,7 +22,7 @@ def config_types(entry: Mixer) -> dict[str, Any]:
 
 def config_defaults(entry: Mixer) -> dict[str, Any]:
     """Return the value of each field that a caller of ``HyLoConfig`` leaves out."""
-    return geometry_to_config(entry, entry.part("hf_config").DEFAULTS)
+    return geometry_to_config(entry, entry.part("geometry").CONFIG_DEFAULTS)
 
 
 def geometry_to_config(entry: Mixer, geometry) -> dict[str, Any]:

@@ -2,9 +2,10 @@
 
 A mixer's ``geometry.py`` has a dataclass of its dimensions and
 
-    native, published    the presets for a base model
-    shrunk               the dimensions for the small model of a trial run
-    check                refuses dimensions that a base model cannot become, or that a GPU's kernels do not run
+    CONFIG_FIELDS, CONFIG_DEFAULTS    its fields of ``config.json``: ``config_fields.py``
+    native, published                 the presets for a base model
+    shrunk                            the dimensions for the small model of a trial run
+    check                             refuses dimensions that a base model cannot become, or that no GPU kernel runs
 """
 
 from typing import ClassVar

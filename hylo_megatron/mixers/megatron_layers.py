@@ -2,8 +2,8 @@
 
 A mixer's ``megatron_module.py`` has
 
-    config_fields    what the mixer adds to a ``TransformerConfig``
-    layer_spec       the spec of the layer that holds the mixer, for its slot in ``HybridStackSubmodules``
+    TRANSFORMER_FIELDS    fields of ``TransformerConfig`` that the mixer fills, and those of its geometry
+    layer_spec            the spec of the layer that holds the mixer, for its slot in ``HybridStackSubmodules``
 
 Legend: S sequence, B batch, H heads, d head dimension.
 """
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
-from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
 
@@ -85,6 +85,22 @@ class ReplicatedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.weight)
+
+
+def column_projection(kind: type, inputs: int, outputs: int, config, tp_group) -> nn.Module:
+    """Return a projection without bias whose outputs tensor-parallel ranks share. ``kind``: a class of ``Backend``."""
+    return build_module(
+        kind, inputs, outputs, config=config, init_method=config.init_method, gather_output=False, bias=False,
+        skip_bias_add=False, is_expert=False, tp_group=tp_group,
+    )  # fmt: skip
+
+
+def row_projection(kind: type, inputs: int, outputs: int, config, tp_group) -> nn.Module:
+    """Return a projection without bias whose inputs tensor-parallel ranks share: the last of a mixer."""
+    return build_module(
+        kind, inputs, outputs, config=config, init_method=config.output_layer_init_method, bias=False,
+        input_is_parallel=True, skip_bias_add=True, is_expert=False, tp_group=tp_group,
+    )  # fmt: skip
 
 
 class Rotary:

@@ -22,32 +22,8 @@ from hylo_megatron.parallel.state_passing import kernels_across, without_context
 
 
 def sharing(entry: Mixer, arch: Architecture, linear_cp: str) -> dict:
-    """Return the parameters of ``SharedSequence`` for a mixer. ``linear_cp``: ``--hylo-linear-cp``."""
+    """Return the parameters of ``LinearMixer`` for a mixer. ``linear_cp``: ``--hylo-linear-cp``."""
     return {"heads": getattr(entry.dimensions(arch.geometry), entry.heads[1]), "linear_cp": linear_cp}
-
-
-class FP32Parameters:
-    """Base of modules whose parameters ``fp32_names`` stay fp32 in a 16-bit model.
-
-    Rounding A_log or dt_bias to bf16 changes the decay, and -inf in A_log has killed runs. ``Float16Module`` casts the
-    complete model; overriding ``_apply`` keeps the named parameters out of it.
-    """
-
-    fp32_names: tuple[str, ...] = ()
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        for name in self.fp32_names:
-            getattr(self, name).data = wide(getattr(self, name).data)
-
-    def _apply(self, fn, recurse=True):
-        kept = {name: getattr(self, name).data for name in self.fp32_names}
-        super()._apply(fn, recurse)
-        for name, before in kept.items():
-            parameter = getattr(self, name)
-            if parameter.dtype != before.dtype:
-                parameter.data = before.to(parameter.device)
-        return self
 
 
 class AlignedColumnParallelLinear(ColumnParallelLinear):
@@ -65,14 +41,19 @@ class AlignedColumnParallelLinear(ColumnParallelLinear):
         return super()._forward_impl(input, F.pad(weight, (0, 0, 0, missing)) if missing else weight, *args, **kwargs)
 
 
-class SharedSequence:
-    """Base of linear blocks under context parallelism.
+class LinearMixer:
+    """Base of linear blocks: decay parameters in fp32, and context parallelism.
+
+    The parameters ``fp32_names`` stay fp32 in a 16-bit model. Rounding A_log or dt_bias to bf16 changes the decay, and
+    -inf in A_log has killed runs. ``Float16Module`` casts the complete model; ``_apply`` keeps the parameters out of
+    the cast.
 
     ``heads``: those that the all-to-all would deal out. ``across_ranks``: the mixer's own kernels with states that
     pass between ranks, by their names in ``kernels.Ops``. Sets ``kernels``, which chooses kernels by tensor, and
     ``chunks``, the parts of a sequence that a rank has: 2 where states are passed, else 1.
     """
 
+    fp32_names: tuple[str, ...] = ()
     across_ranks: ClassVar[dict[str, Callable]] = {}
 
     def __init__(self, config, *args, heads: int, pg_collection=None, linear_cp: str = "auto", **kwargs):
@@ -86,6 +67,17 @@ class SharedSequence:
         for module in self.modules():
             if isinstance(module, AlignedColumnParallelLinear):
                 module.exact_width = cp > 1 and not states
+        for name in self.fp32_names:
+            getattr(self, name).data = wide(getattr(self, name).data)
+
+    def _apply(self, fn, recurse=True):
+        kept = {name: getattr(self, name).data for name in self.fp32_names}
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            parameter = getattr(self, name)
+            if parameter.dtype != before.dtype:
+                parameter.data = before.to(parameter.device)
+        return self
 
     def refuse_packed(self, packed_seq_params) -> None:
         if packed_seq_params is not None:

@@ -56,7 +56,7 @@ def test_what_planner_and_plugin_read_needs_no_torch(name):
     code = f"""
 import sys
 from hylo_megatron.mixers import MIXERS
-for part in ("geometry", "hf_config", "serving"):
+for part in ("geometry", "serving"):
     MIXERS[{name!r}].part(part)
 assert not [module for module in ("torch", "transformers", "vllm", "megatron") if module in sys.modules]
 """

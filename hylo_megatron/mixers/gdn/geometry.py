@@ -23,6 +23,17 @@ class GDNGeometry(Dimensions):
     norm_eps: Positive | None = None
 
 
+CONFIG_FIELDS = {  # fields of config.json, named as Qwen3-Next's
+    "linear_num_key_heads": "num_key_heads",
+    "linear_num_value_heads": "num_value_heads",
+    "linear_key_head_dim": "key_head_dim",
+    "linear_value_head_dim": "value_head_dim",
+    "linear_conv_kernel_dim": "conv_kernel",
+    "linear_norm_eps": "norm_eps",
+}
+CONFIG_DEFAULTS = GDNGeometry(num_key_heads=9, num_value_heads=18, key_head_dim=64, value_head_dim=64)
+
+
 # (hidden size, attention heads, head dim) -> heads, each of 256 key dimensions (arXiv 2604.24715, appendix).
 PUBLISHED_HEADS = {(2048, 32, 64): 6, (3072, 24, 128): 9, (2048, 16, 128): 6}
 

@@ -1,5 +1,6 @@
 """megatron-core's Gated DeltaNet with fp32 decay parameters and kernels through ``kernels.ops``."""
 
+from functools import partial
 from typing import ClassVar
 
 from megatron.core.ssm.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
@@ -9,22 +10,18 @@ from torch import Tensor
 from hylo_megatron.config import Architecture
 from hylo_megatron.kernels import log_decay, ops_for
 from hylo_megatron.mixers.gdn import MIXER
-from hylo_megatron.mixers.gdn.state_passing import chunk_gated_delta_rule
+from hylo_megatron.mixers.gdn.state_passing import chunk_delta_rule
 from hylo_megatron.mixers.megatron_layers import Backend, HeadRMSNorm, transformer_layer
-from hylo_megatron.mixers.megatron_linear import FP32Parameters, SharedSequence, sharing
+from hylo_megatron.mixers.megatron_linear import LinearMixer, sharing
 from hylo_megatron.parallel.zigzag import from_rows, to_rows
 
-
-def config_fields(arch: Architecture) -> dict:
-    """Return what this mixer adds to a ``TransformerConfig``."""
-    g = arch.geometry.gdn
-    return dict(
-        linear_conv_kernel_dim=g.conv_kernel,
-        linear_key_head_dim=g.key_head_dim,
-        linear_value_head_dim=g.value_head_dim,
-        linear_num_key_heads=g.num_key_heads,
-        linear_num_value_heads=g.num_value_heads,
-    )
+TRANSFORMER_FIELDS = {
+    "linear_conv_kernel_dim": "conv_kernel",
+    "linear_key_head_dim": "key_head_dim",
+    "linear_value_head_dim": "value_head_dim",
+    "linear_num_key_heads": "num_key_heads",
+    "linear_num_value_heads": "num_value_heads",
+}
 
 
 def layer_spec(backend: Backend, arch: Architecture, linear_cp: str = "auto") -> ModuleSpec:
@@ -39,7 +36,7 @@ def layer_spec(backend: Backend, arch: Architecture, linear_cp: str = "auto") ->
     return transformer_layer(backend, mixer)
 
 
-class GDNMixer(FP32Parameters, SharedSequence, GatedDeltaNet):
+class GDNMixer(LinearMixer, GatedDeltaNet):
     """Gated DeltaNet (arXiv 2412.06464), ``hidden_SBD -> (out_SBD, None)``.
 
     megatron-core's forward pass copies between layouts at every step, writes out repeated key heads and fp32 copies,
@@ -49,7 +46,7 @@ class GDNMixer(FP32Parameters, SharedSequence, GatedDeltaNet):
     """
 
     fp32_names = MIXER.fp32
-    across_ranks: ClassVar = {"chunk_gated_delta_rule": chunk_gated_delta_rule}
+    across_ranks: ClassVar = {"chunk_gated_delta_rule": partial(chunk_delta_rule, "chunk_gated_delta_rule")}
 
     def __init__(self, config, *args, pp_layer_offset=None, norm_eps: float | None = None, **kwargs):
         super().__init__(config, *args, **kwargs)

@@ -23,6 +23,15 @@ class KDAGeometry(Dimensions):
     norm_eps: Positive | None = None
 
 
+CONFIG_FIELDS = {  # fields of config.json
+    "kda_num_heads": "num_heads",
+    "kda_head_dim": "head_dim",
+    "kda_conv_kernel": "conv_kernel",
+    "kda_norm_eps": "norm_eps",
+}
+CONFIG_DEFAULTS = KDAGeometry(num_heads=18, head_dim=64)
+
+
 def native(base: BaseHeads) -> KDAGeometry:
     """Return as many heads as Gated DeltaNet's native preset has value heads.
 

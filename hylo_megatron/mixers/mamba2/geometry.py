@@ -20,6 +20,16 @@ class Mamba2Geometry(Dimensions):
     conv_kernel: Dimension = 4
 
 
+CONFIG_FIELDS = {  # fields of config.json
+    "mamba_num_heads": "num_heads",
+    "mamba_head_dim": "head_dim",
+    "mamba_state_size": "state_size",
+    "mamba_num_groups": "num_groups",
+    "mamba_conv_kernel": "conv_kernel",
+}
+CONFIG_DEFAULTS = Mamba2Geometry(num_heads=9, head_dim=64, state_size=64, num_groups=9)
+
+
 def native(base: BaseHeads) -> Mamba2Geometry:
     """Return one group a head, and heads like the base model's."""
     return Mamba2Geometry(

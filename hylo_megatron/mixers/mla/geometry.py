@@ -23,6 +23,16 @@ class MLAGeometry(Dimensions):
     q_lora_rank: Dimension | None = None
 
 
+CONFIG_FIELDS = {  # fields of config.json, named as DeepSeek's
+    "q_lora_rank": "q_lora_rank",
+    "kv_lora_rank": "kv_lora_rank",
+    "qk_nope_head_dim": "qk_nope_head_dim",
+    "qk_rope_head_dim": "qk_rope_head_dim",
+    "v_head_dim": "v_head_dim",
+}
+CONFIG_DEFAULTS = MLAGeometry(kv_lora_rank=256, qk_nope_head_dim=64, qk_rope_head_dim=64, v_head_dim=64)
+
+
 # (hidden size, attention heads, head dim) -> dimensions of the method's paper (arXiv 2604.24715, appendix).
 PUBLISHED = {
     (2048, 32, 64): MLAGeometry(

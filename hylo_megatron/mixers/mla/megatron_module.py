@@ -6,6 +6,8 @@ up-projections are split by heads. Under sequence parallelism the latents are ga
 parallelism: the latents go from rank to rank (``latent_ring.py``; ``--cp-comm-type``: p2p or all_gather).
 """
 
+from functools import partial
+
 import torch
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
@@ -17,13 +19,18 @@ from torch import Tensor, nn
 
 from hylo_megatron.config import Architecture
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.mixers.megatron_layers import Backend, HeadRMSNorm, ReplicatedLinear, Rotary, transformer_layer
+from hylo_megatron.mixers.megatron_layers import (
+    Backend,
+    HeadRMSNorm,
+    ReplicatedLinear,
+    Rotary,
+    column_projection,
+    row_projection,
+    transformer_layer,
+)
 from hylo_megatron.parallel.latent_ring import latent_attention
 
-
-def config_fields(arch: Architecture) -> dict:
-    """Return what this mixer adds to a ``TransformerConfig``: nothing, its dimensions come from its own geometry."""
-    return {}
+TRANSFORMER_FIELDS: dict[str, str] = {}  # megatron-core's own MLA is not used
 
 
 def layer_spec(backend: Backend, arch: Architecture, linear_cp: str = "auto") -> ModuleSpec:
@@ -50,12 +57,7 @@ class MLASelfAttention(MegatronModule):
         heads, self.key_dim = config.num_attention_heads, geometry.qk_nope_head_dim + geometry.qk_rope_head_dim
         self.local_heads = heads // pg_collection.tp.size()
 
-        def column(inputs, outputs):
-            return build_module(
-                backend.column_linear, inputs, outputs, config=config, init_method=config.init_method,
-                gather_output=False, bias=False, skip_bias_add=False, is_expert=False, tp_group=pg_collection.tp,
-            )  # fmt: skip
-
+        column = partial(column_projection, backend.column_linear, config=config, tp_group=pg_collection.tp)
         if geometry.q_lora_rank:
             self.linear_q_down_proj = ReplicatedLinear(config.hidden_size, geometry.q_lora_rank, config)
             self.linear_q_up_proj = column(geometry.q_lora_rank, heads * self.key_dim)
@@ -66,11 +68,8 @@ class MLASelfAttention(MegatronModule):
         self.linear_kv_up_proj = column(
             geometry.kv_lora_rank, heads * (geometry.qk_nope_head_dim + geometry.v_head_dim)
         )
-        self.linear_proj = build_module(
-            backend.row_linear, heads * geometry.v_head_dim, config.hidden_size, config=config,
-            init_method=config.output_layer_init_method, bias=False, input_is_parallel=True, skip_bias_add=True,
-            is_expert=False, tp_group=pg_collection.tp,
-        )  # fmt: skip
+        values = heads * geometry.v_head_dim
+        self.linear_proj = row_projection(backend.row_linear, values, config.hidden_size, config, pg_collection.tp)
         self.q_norm = self.k_norm = None
         if arch.mla_qk_norm:
             self.q_norm = HeadRMSNorm(config, self.key_dim, config.layernorm_epsilon)
