@@ -1,4 +1,5 @@
-"""Chunked form of a gated linear recurrence, with or without the delta rule; forward and backward by hand.
+"""A gated linear recurrence, with or without the delta rule: in chunks, forward and backward by hand, and token by
+token.
 
 Per head, with a decay ``a_t = exp(g_t)`` that is one number, or one for each key channel, the recurrence is
 
@@ -106,6 +107,12 @@ def _chunk_backward(x: Chunk, state, u, inverse, d_out, d_after):
     return d_q.add_(x.gather(d_query_head)), d_k.add_(x.gather(d_key)), d_v, d_g, d_beta, d_before
 
 
+def _first_state(given: Tensor | None, k: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``given`` [B,H,K,V], or zeros, in ``dtype``."""
+    shape = (len(v), v.shape[2], k.shape[-1], v.shape[-1])
+    return v.new_zeros(shape, dtype=dtype) if given is None else given.to(dtype).expand(shape)
+
+
 def chunked_scan(
     q_BSMK: Tensor,
     k_BSMK: Tensor,
@@ -121,15 +128,28 @@ def chunked_scan(
     Value heads h*H/M and following share query and key head h; with decays of channels M has to be H. Returns o
     [B,S,H,V] in v's dtype and the last state [B,H,K,V] in the compute dtype.
     """
-    dtype = compute_dtype(q_BSMK, k_BSMK, v_BSHV, g)
-    shape = (len(v_BSHV), v_BSHV.shape[2], k_BSMK.shape[-1], v_BSHV.shape[-1])
-    if initial_state is None:
-        state = torch.zeros(shape, dtype=dtype, device=v_BSHV.device)
-    else:
-        state = initial_state.to(dtype).expand(shape)
+    state = _first_state(initial_state, k_BSMK, v_BSHV, compute_dtype(q_BSMK, k_BSMK, v_BSHV, g))
     g_BSHK = g if g.dim() == 4 else g.unsqueeze(-1)
     with torch.autocast(v_BSHV.device.type, enabled=False):  # autocast would turn the scan's fp32 products into bf16
-        out, state = _ChunkedScan.apply(
+        out, last = _ChunkedScan.apply(
             q_BSMK, k_BSMK, v_BSHV, g_BSHK, beta_BSH, state.flatten(0, 1), scale, chunk_size
         )
-    return out, state.view(shape)
+    return out, last.view(state.shape)
+
+
+def recurrent_scan(q, k, v, g, beta, scale, initial_state, chunk_size=1) -> tuple[Tensor, Tensor]:
+    """Run ``chunked_scan`` one token at a time, for decoding and as the reference in tests."""
+    dtype, groups = compute_dtype(q, k, v, g), v.shape[2] // q.shape[2]
+    q_BSHK, k_BSHK = (x.to(dtype).repeat_interleave(groups, 2) for x in (q, k))
+    q_BSHK, v_BSHV = q_BSHK * scale, v.to(dtype)
+    decay_BSHK = (g if g.dim() == 4 else g.unsqueeze(-1)).to(dtype).exp()
+    state_BHKV, outs = _first_state(initial_state, k, v, dtype), []
+    for t in range(v.shape[1]):
+        state_BHKV = state_BHKV * decay_BSHK[:, t].unsqueeze(-1)
+        u_BHV = v_BSHV[:, t]
+        if beta is not None:
+            seen_BHV = torch.einsum("bhk,bhkv->bhv", k_BSHK[:, t], state_BHKV)
+            u_BHV = (u_BHV - seen_BHV) * beta[:, t].to(dtype).unsqueeze(-1)
+        state_BHKV = state_BHKV + k_BSHK[:, t].unsqueeze(-1) * u_BHV.unsqueeze(-2)
+        outs.append(torch.einsum("bhk,bhkv->bhv", q_BSHK[:, t], state_BHKV))
+    return torch.stack(outs, 1).to(v.dtype), state_BHKV

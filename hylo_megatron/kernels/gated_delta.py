@@ -5,11 +5,12 @@ Same meaning as fla.ops.gated_delta_rule and fla.ops.kda. Legend: B batch, S seq
 multiple of M; value heads h*H/M .. share key head h), K key dim, V value dim.
 """
 
-import torch
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor
 
-from hylo_megatron.kernels.chunked import chunked_scan, compute_dtype
+from hylo_megatron.kernels.chunked import chunked_scan, recurrent_scan
 from hylo_megatron.kernels.norm import l2norm, wide
 
 
@@ -35,6 +36,7 @@ def chunk_gated_delta_rule(
     use_qk_l2norm_in_kernel: bool = False,
     chunk_size: int = 64,
     cu_seqlens: Tensor | None = None,
+    scan: Callable = chunked_scan,
     **_,
 ) -> tuple[Tensor, Tensor | None]:
     """Run the rule in chunks.
@@ -47,42 +49,13 @@ def chunk_gated_delta_rule(
     if use_qk_l2norm_in_kernel:
         q, k = l2norm(q), l2norm(k)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    out, state = chunked_scan(q, k, v, g, beta, scale, initial_state, chunk_size)
+    out, state = scan(q, k, v, g, beta, scale, initial_state, chunk_size)
     return out, state if output_final_state else None
 
 
-def recurrent_gated_delta_rule(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    scale: float | None = None,
-    initial_state: Tensor | None = None,
-    output_final_state: bool = False,
-    use_qk_l2norm_in_kernel: bool = False,
-    **_,
-) -> tuple[Tensor, Tensor | None]:
-    """Run ``chunk_gated_delta_rule`` one token at a time: for decoding, and as the reference in tests."""
-    if use_qk_l2norm_in_kernel:
-        q, k = l2norm(q), l2norm(k)
-    dtype, groups = compute_dtype(q, k, v, g), v.shape[2] // q.shape[2]
-    q_BSHK = q.to(dtype).repeat_interleave(groups, 2) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    k_BSHK, v_BSHV = k.to(dtype).repeat_interleave(groups, 2), v.to(dtype)
-    decay_BSHK = (g if g.dim() == 4 else g.unsqueeze(-1)).to(dtype).exp()
-    beta_BSH1 = beta.to(dtype).unsqueeze(-1)
-    if initial_state is None:
-        state_BHKV = v_BSHV.new_zeros(len(v), v.shape[2], k.shape[-1], v.shape[-1])
-    else:
-        state_BHKV = initial_state.to(dtype)
-    outs = []
-    for t in range(v.shape[1]):
-        state_BHKV = state_BHKV * decay_BSHK[:, t].unsqueeze(-1)
-        seen_BHV = torch.einsum("bhk,bhkv->bhv", k_BSHK[:, t], state_BHKV)
-        u_BHV = (v_BSHV[:, t] - seen_BHV) * beta_BSH1[:, t]
-        state_BHKV = state_BHKV + k_BSHK[:, t].unsqueeze(-1) * u_BHV.unsqueeze(-2)
-        outs.append(torch.einsum("bhk,bhkv->bhv", q_BSHK[:, t], state_BHKV))
-    return torch.stack(outs, 1).to(v.dtype), state_BHKV if output_final_state else None
+def recurrent_gated_delta_rule(*inputs: Tensor, **kwargs) -> tuple[Tensor, Tensor | None]:
+    """Run ``chunk_gated_delta_rule`` one token at a time."""
+    return chunk_gated_delta_rule(*inputs, **kwargs, scan=recurrent_scan)
 
 
 def chunk_kda(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, *, A_log=None, dt_bias=None, **kwargs):
@@ -94,5 +67,5 @@ def chunk_kda(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, *, A_log
 
 
 def recurrent_kda(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, *, A_log=None, dt_bias=None, **kwargs):
-    """Run ``chunk_kda`` one token at a time: for decoding, and as the reference in tests."""
+    """Run ``chunk_kda`` one token at a time."""
     return recurrent_gated_delta_rule(q, k, v, g if A_log is None else kda_decay(g, A_log, dt_bias), beta, **kwargs)

@@ -7,7 +7,6 @@ A mixer's folder has the same few files, each imported only where its library is
     mapping.py           weights: Hugging Face names and shapes, Megatron names
     initialise.py        the mixer from a base model's attention
     megatron_module.py   the layer for megatron-core, with tensor and context parallelism
-    state_passing.py     linear blocks: their recurrence over a sequence that ranks share (kda has gdn's)
     hf_module.py         the layer for transformers
     serving.py           the dimensions that vLLM runs, and the settings of vLLM that fit them; no torch, no vLLM
     vllm_weights.py      exported tensors as vLLM's parameters; no vLLM

@@ -33,6 +33,20 @@ class Backend:
     row_linear: type
     core_attention: type
 
+    def column(self, inputs: int, outputs: int, config, tp_group, kind: type | None = None) -> nn.Module:
+        """Return a projection without bias whose outputs tensor-parallel ranks share."""
+        return build_module(
+            kind or self.column_linear, inputs, outputs, config=config, init_method=config.init_method,
+            gather_output=False, bias=False, skip_bias_add=False, is_expert=False, tp_group=tp_group,
+        )  # fmt: skip
+
+    def row(self, inputs: int, outputs: int, config, tp_group) -> nn.Module:
+        """Return a mixer's last projection, without bias, whose inputs tensor-parallel ranks share."""
+        return build_module(
+            self.row_linear, inputs, outputs, config=config, init_method=config.output_layer_init_method, bias=False,
+            input_is_parallel=True, skip_bias_add=True, is_expert=False, tp_group=tp_group,
+        )  # fmt: skip
+
 
 class RMSNorm(nn.Module):
     """RMSNorm (arXiv 1910.07467) over the last dimension, statistics in fp32.
@@ -85,22 +99,6 @@ class ReplicatedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.weight)
-
-
-def column_projection(kind: type, inputs: int, outputs: int, config, tp_group) -> nn.Module:
-    """Return a projection without bias whose outputs tensor-parallel ranks share. ``kind``: a class of ``Backend``."""
-    return build_module(
-        kind, inputs, outputs, config=config, init_method=config.init_method, gather_output=False, bias=False,
-        skip_bias_add=False, is_expert=False, tp_group=tp_group,
-    )  # fmt: skip
-
-
-def row_projection(kind: type, inputs: int, outputs: int, config, tp_group) -> nn.Module:
-    """Return a projection without bias whose inputs tensor-parallel ranks share: the last of a mixer."""
-    return build_module(
-        kind, inputs, outputs, config=config, init_method=config.output_layer_init_method, bias=False,
-        input_is_parallel=True, skip_bias_add=True, is_expert=False, tp_group=tp_group,
-    )  # fmt: skip
 
 
 class Rotary:

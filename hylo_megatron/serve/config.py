@@ -11,7 +11,7 @@ from hylo_megatron.errors import HyLoError
 from hylo_megatron.hf.config_values import described
 from hylo_megatron.hf.configuration_hylo import HyLoConfig
 from hylo_megatron.mixers import CACHED, MIXERS
-from hylo_megatron.mixers.config_fields import geometry_to_config
+from hylo_megatron.mixers.dimensions import geometry_to_config
 from hylo_megatron.planner.pages import expanded_bytes, pages
 from hylo_megatron.serve.geometry import Served, serve
 

@@ -1,6 +1,6 @@
 """Dimensions of Gated DeltaNet layers, and the presets for a base model."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.json_file import Dimension, Positive
@@ -32,6 +32,7 @@ CONFIG_FIELDS = {  # fields of config.json, named as Qwen3-Next's
     "linear_norm_eps": "norm_eps",
 }
 CONFIG_DEFAULTS = GDNGeometry(num_key_heads=9, num_value_heads=18, key_head_dim=64, value_head_dim=64)
+SHRUNK_BY = {"key_head_dim": "width", "value_head_dim": "width"}
 
 
 # (hidden size, attention heads, head dim) -> heads, each of 256 key dimensions (arXiv 2604.24715, appendix).
@@ -53,11 +54,6 @@ def published(base: BaseHeads) -> GDNGeometry:
     """Return the dimensions of the method's paper; ``mla.geometry.published`` refuses unknown base models."""
     heads = PUBLISHED_HEADS[base.hidden_size, base.num_heads, base.head_dim]
     return GDNGeometry(num_key_heads=heads, num_value_heads=heads, key_head_dim=256, value_head_dim=512)
-
-
-def shrunk(g: GDNGeometry, *, heads: int, width: int) -> GDNGeometry:
-    """Return the dimensions for a small model: heads ``heads`` times and hidden states ``width`` times narrower."""
-    return replace(g, key_head_dim=g.key_head_dim // width, value_head_dim=g.value_head_dim // width)
 
 
 def check(head_dim: int, gdn: GDNGeometry) -> None:

@@ -10,9 +10,9 @@ from torch import Tensor
 from hylo_megatron.config import Architecture
 from hylo_megatron.kernels import log_decay, ops_for
 from hylo_megatron.mixers.gdn import MIXER
-from hylo_megatron.mixers.gdn.state_passing import chunk_delta_rule
 from hylo_megatron.mixers.megatron_layers import Backend, HeadRMSNorm, transformer_layer
 from hylo_megatron.mixers.megatron_linear import LinearMixer, sharing
+from hylo_megatron.mixers.state_passing import chunk_delta_rule
 from hylo_megatron.parallel.zigzag import from_rows, to_rows
 
 TRANSFORMER_FIELDS = {

@@ -1,6 +1,6 @@
 """Dimensions of Kimi Delta Attention layers, and the presets for a base model."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.json_file import Dimension, Positive
@@ -30,6 +30,7 @@ CONFIG_FIELDS = {  # fields of config.json
     "kda_norm_eps": "norm_eps",
 }
 CONFIG_DEFAULTS = KDAGeometry(num_heads=18, head_dim=64)
+SHRUNK_BY = {"head_dim": "heads"}
 
 
 def native(base: BaseHeads) -> KDAGeometry:
@@ -44,11 +45,6 @@ def native(base: BaseHeads) -> KDAGeometry:
 def published(base: BaseHeads) -> KDAGeometry:
     """Return the native dimensions: the method's paper has no Kimi Delta Attention."""
     return native(base)
-
-
-def shrunk(g: KDAGeometry, *, heads: int, width: int) -> KDAGeometry:
-    """Return the dimensions for a small model: heads ``heads`` times and hidden states ``width`` times narrower."""
-    return replace(g, head_dim=g.head_dim // heads)
 
 
 def check(head_dim: int, kda: KDAGeometry) -> None:

@@ -25,18 +25,11 @@ from torch import Tensor, nn
 
 from hylo_megatron.config import Architecture
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.mixers.gdn.state_passing import chunk_delta_rule
 from hylo_megatron.mixers.kda import MIXER
 from hylo_megatron.mixers.kda.geometry import KDAGeometry
-from hylo_megatron.mixers.megatron_layers import (
-    Backend,
-    HeadRMSNorm,
-    ReplicatedLinear,
-    column_projection,
-    row_projection,
-    transformer_layer,
-)
+from hylo_megatron.mixers.megatron_layers import Backend, HeadRMSNorm, ReplicatedLinear, transformer_layer
 from hylo_megatron.mixers.megatron_linear import LinearMixer, sharing
+from hylo_megatron.mixers.state_passing import chunk_delta_rule
 from hylo_megatron.parallel.zigzag import from_rows, to_rows
 
 TRANSFORMER_FIELDS = {  # by which megatron-core counts operations
@@ -62,12 +55,12 @@ class _Parameters(MegatronModule):
         self.layer_number, self.pg_collection, self.head_dim = layer_number, pg_collection, geometry.head_dim
         tp, width = pg_collection.tp.size(), geometry.num_heads * geometry.head_dim
         self.heads, self.width = geometry.num_heads // tp, width // tp
-        column = partial(column_projection, config=config, tp_group=pg_collection.tp)
-        self.in_proj = column(backend.projection, config.hidden_size, 3 * width + geometry.num_heads)
+        column = partial(backend.column, config=config, tp_group=pg_collection.tp)
+        self.in_proj = column(config.hidden_size, 3 * width + geometry.num_heads, kind=backend.projection)
         self.down = ReplicatedLinear(config.hidden_size, 2 * self.head_dim, config)
-        self.decay_up = column(backend.column_linear, self.head_dim, width)
-        self.gate_up = column(backend.column_linear, self.head_dim, width)
-        self.out_proj = row_projection(backend.row_linear, width, config.hidden_size, config, pg_collection.tp)
+        self.decay_up = column(self.head_dim, width)
+        self.gate_up = column(self.head_dim, width)
+        self.out_proj = backend.row(width, config.hidden_size, config, pg_collection.tp)
         self.out_norm = HeadRMSNorm(config, self.head_dim, geometry.norm_eps or config.layernorm_epsilon)
         self.conv_weight = self._split_by_heads(3 * self.width, 1, geometry.conv_kernel)
         self.A_log, self.dt_bias = self._split_by_heads(self.heads), self._split_by_heads(self.width)

@@ -12,9 +12,9 @@ from torch import Tensor
 from hylo_megatron.config import Architecture
 from hylo_megatron.kernels import mamba_split_conv1d_scan_combined
 from hylo_megatron.mixers.mamba2 import MIXER
-from hylo_megatron.mixers.mamba2.state_passing import chunk_ssd
 from hylo_megatron.mixers.megatron_layers import Backend
 from hylo_megatron.mixers.megatron_linear import LinearMixer, sharing
+from hylo_megatron.mixers.state_passing import chunk_ssd
 from hylo_megatron.parallel.zigzag import from_rows, to_rows
 
 TRANSFORMER_FIELDS = {

@@ -19,15 +19,7 @@ from torch import Tensor, nn
 
 from hylo_megatron.config import Architecture
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.mixers.megatron_layers import (
-    Backend,
-    HeadRMSNorm,
-    ReplicatedLinear,
-    Rotary,
-    column_projection,
-    row_projection,
-    transformer_layer,
-)
+from hylo_megatron.mixers.megatron_layers import Backend, HeadRMSNorm, ReplicatedLinear, Rotary, transformer_layer
 from hylo_megatron.parallel.latent_ring import latent_attention
 
 TRANSFORMER_FIELDS: dict[str, str] = {}  # megatron-core's own MLA is not used
@@ -57,7 +49,7 @@ class MLASelfAttention(MegatronModule):
         heads, self.key_dim = config.num_attention_heads, geometry.qk_nope_head_dim + geometry.qk_rope_head_dim
         self.local_heads = heads // pg_collection.tp.size()
 
-        column = partial(column_projection, backend.column_linear, config=config, tp_group=pg_collection.tp)
+        column = partial(backend.column, config=config, tp_group=pg_collection.tp)
         if geometry.q_lora_rank:
             self.linear_q_down_proj = ReplicatedLinear(config.hidden_size, geometry.q_lora_rank, config)
             self.linear_q_up_proj = column(geometry.q_lora_rank, heads * self.key_dim)
@@ -68,8 +60,7 @@ class MLASelfAttention(MegatronModule):
         self.linear_kv_up_proj = column(
             geometry.kv_lora_rank, heads * (geometry.qk_nope_head_dim + geometry.v_head_dim)
         )
-        values = heads * geometry.v_head_dim
-        self.linear_proj = row_projection(backend.row_linear, values, config.hidden_size, config, pg_collection.tp)
+        self.linear_proj = backend.row(heads * geometry.v_head_dim, config.hidden_size, config, pg_collection.tp)
         self.q_norm = self.k_norm = None
         if arch.mla_qk_norm:
             self.q_norm = HeadRMSNorm(config, self.key_dim, config.layernorm_epsilon)
