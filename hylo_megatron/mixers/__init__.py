@@ -20,6 +20,6 @@ To add a mixer: write its folder and name it in ``registry.py``.
 """
 
 from hylo_megatron.mixers.mixer import BaseHeads, Mixer
-from hylo_megatron.mixers.registry import CACHED, FAST_SUFFIXES, FP32_SUFFIXES, LINEAR, MIXERS, mixer
+from hylo_megatron.mixers.registry import CACHED, FAST_SUFFIXES, FP32_SUFFIXES, LINEAR, MIXERS
 
-__all__ = ["CACHED", "FAST_SUFFIXES", "FP32_SUFFIXES", "LINEAR", "MIXERS", "BaseHeads", "Mixer", "mixer"]
+__all__ = ["CACHED", "FAST_SUFFIXES", "FP32_SUFFIXES", "LINEAR", "MIXERS", "BaseHeads", "Mixer"]

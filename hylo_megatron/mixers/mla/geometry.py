@@ -35,17 +35,11 @@ SHRUNK_BY = dict.fromkeys(("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim
 SHRUNK_BY["q_lora_rank"] = "width"
 
 
-# (hidden size, attention heads, head dim) -> dimensions of the method's paper (arXiv 2604.24715, appendix).
+# (hidden size, attention heads, head dim) -> dimensions of the method's paper (arXiv 2604.24715, appendix), in order.
 PUBLISHED = {
-    (2048, 32, 64): MLAGeometry(
-        kv_lora_rank=128, qk_nope_head_dim=32, qk_rope_head_dim=32, v_head_dim=64, q_lora_rank=1344
-    ),
-    (3072, 24, 128): MLAGeometry(
-        kv_lora_rank=128, qk_nope_head_dim=64, qk_rope_head_dim=64, v_head_dim=128, q_lora_rank=1536
-    ),
-    (2048, 16, 128): MLAGeometry(
-        kv_lora_rank=256, qk_nope_head_dim=64, qk_rope_head_dim=64, v_head_dim=128, q_lora_rank=1344
-    ),
+    (2048, 32, 64): MLAGeometry(128, 32, 32, 64, 1344),
+    (3072, 24, 128): MLAGeometry(128, 64, 64, 128, 1536),
+    (2048, 16, 128): MLAGeometry(256, 64, 64, 128, 1344),
 }
 
 
