@@ -22,10 +22,14 @@ class HyLoRMSNorm(nn.Module):
 
 
 class HyLoGateNorm(HyLoRMSNorm):
-    """RMSNorm of ``x``, times SiLU of ``gate``, in one kernel."""
+    """RMSNorm of ``x``, times ``activation`` (``silu`` or ``sigmoid``) of ``gate``, in one kernel."""
+
+    def __init__(self, size: int, eps: float, activation: str = "silu"):
+        super().__init__(size, eps)
+        self.activation = activation
 
     def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-        return kernels.ops_for(x).gated_rms_norm(x, gate, self.weight, self.eps)
+        return kernels.ops_for(x).gated_rms_norm(x, gate, self.weight, self.eps, activation=self.activation)
 
 
 class HyLoKeyNorm(HyLoRMSNorm):

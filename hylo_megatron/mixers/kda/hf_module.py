@@ -3,19 +3,11 @@
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from hylo_megatron import kernels
 from hylo_megatron.mixers.hf_layers import HyLoGateNorm
 from hylo_megatron.mixers.hf_linear import DeltaRuleMixer, States, linear
 from hylo_megatron.mixers.kda import MIXER
 
 NO_DECAY = -1e4  # softplus of it is 0
-
-
-class HyLoSigmoidGateNorm(HyLoGateNorm):
-    """RMSNorm of ``x``, times the sigmoid of ``gate``."""
-
-    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
-        return kernels.ops_for(x).gated_rms_norm(x, gate, self.weight, self.eps, activation="sigmoid")
 
 
 class HyLoKimiDeltaAttention(DeltaRuleMixer):
@@ -32,7 +24,7 @@ class HyLoKimiDeltaAttention(DeltaRuleMixer):
         self.key_dim = self.value_dim = kda.head_dim
         self.f_a_proj, self.f_b_proj = linear(hidden, kda.head_dim), linear(kda.head_dim, width)
         self.g_a_proj, self.g_b_proj = linear(hidden, kda.head_dim), linear(kda.head_dim, width)
-        self.o_norm = HyLoSigmoidGateNorm(kda.head_dim, kda.norm_eps or config.rms_norm_eps)
+        self.o_norm = HyLoGateNorm(kda.head_dim, kda.norm_eps or config.rms_norm_eps, "sigmoid")
 
     def gate(self, x_BSD: Tensor) -> Tensor:
         return self.g_b_proj(self.g_a_proj(x_BSD))
