@@ -17,7 +17,8 @@ class States:
     """The states that a linear mixer starts from and leaves behind in its layer of a ``HyLoCache``, if it has one."""
 
     def __init__(self, x_BSD: Tensor, cache: Cache | None, layer: int):
-        self.ops, self.cache, self.layer = kernels.ops_for(x_BSD), cache, layer
+        self.ops = kernels.ops_for(x_BSD)
+        self.cache, self.layer = cache, layer
         self.past = {} if cache is None else cache[layer]
         self.decoding = "state" in self.past and x_BSD.shape[1] == 1
 
