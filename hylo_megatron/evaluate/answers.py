@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from hylo_megatron.evaluate.questions import Short, prompt_ids
 from hylo_megatron.evaluate.task import Prompt, Task
 
+INSTRUCTION = "Answer with a few words only, without a sentence."
 ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 PUNCTUATION = str.maketrans("", "", string.punctuation + "‘’“”–—…")
 
@@ -18,17 +19,20 @@ def normalised(text: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Answers(Task):
-    """Answer in a few words. The first line of the answer has to match one of the references."""
+    """Answer in a few words, after ``examples``. The answer's first line has to match one of the references."""
 
     name: str = "answers"
     max_new_tokens: int = 24
     questions: tuple[Short, ...]
+    examples: tuple[Short, ...] = ()
 
     def prompts(self, tokenizer, length: int, samples: int, seed: int) -> list[Prompt]:
         """Return the prompts of the first ``samples`` questions."""
+        examples = [(example.question, example.answers[0]) for example in self.examples]
+        room = length - self.max_new_tokens
         return [
             Prompt(
-                ids=prompt_ids(tokenizer, _asked(short.question), short.where, length - self.max_new_tokens),
+                ids=prompt_ids(tokenizer, INSTRUCTION, examples, short.question, short.where, room),
                 length=length,
                 references=short.answers,
             )
@@ -41,7 +45,3 @@ class Answers(Task):
 
     def finished(self, text: str) -> bool:
         return "\n" in text.lstrip()
-
-
-def _asked(question: str) -> str:
-    return f"Answer with a few words only, without a sentence.\n{question}"

@@ -21,6 +21,7 @@ from hylo_megatron.evaluate.task import Prompt, Task
 from hylo_megatron.evaluate.tasks import Answerer, run, summary
 
 LETTER = re.compile(r"^\W*([A-Z])(?![\w'])|(?i:\b(?:answer|option)(?: is)?:?)\s*\W?([A-Z])(?![\w'])")
+INSTRUCTION = "Answer with the letter of the right option only."
 LETTER_IS_OVER = re.compile(r"[A-Z][^\w']|\n\s*\S")
 
 
@@ -50,12 +51,21 @@ def first_letter(text: str, options: int) -> str:
     return ""
 
 
+def listed(question: Choice, shift: int) -> tuple[str, str]:
+    """Return a question with its options from number ``shift`` on, and the letter of the right one."""
+    count = len(question.options)
+    shifted = [question.options[(index + shift) % count] for index in range(count)]
+    lines = [f"{letter}. {option}" for letter, option in zip(ascii_uppercase, shifted, strict=False)]
+    return "\n".join([question.question, *lines]), ascii_uppercase[(question.answer - shift) % count]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Letters(Task):
-    """Name the letter of the right option, for every cyclic shift of the options."""
+    """Name the letter of the right option, for every cyclic shift of the options, after ``examples``."""
 
     max_new_tokens: int = 8
     questions: tuple[Choice, ...]
+    examples: tuple[Choice, ...] = ()
 
     def prompts(self, tokenizer, length: int, samples: int, seed: int) -> list[LetterPrompt]:
         """Return the prompts of the first ``samples`` questions."""
@@ -67,16 +77,15 @@ class Letters(Task):
 
     def _prompt(self, tokenizer, length: int, number: int, shift: int) -> LetterPrompt:
         question = self.questions[number]
-        count = len(question.options)
-        shifted = [question.options[(index + shift) % count] for index in range(count)]
-        lines = [f"{letter}. {option}" for letter, option in zip(ascii_uppercase, shifted, strict=False)]
-        text = "\n".join([question.question, *lines, "Answer with the letter of the right option only."])
+        examples = [listed(example, place) for place, example in enumerate(self.examples)]  # letters differ
+        text, letter = listed(question, shift)
+        room = length - self.max_new_tokens
         return LetterPrompt(
-            ids=prompt_ids(tokenizer, text, question.where, length - self.max_new_tokens),
+            ids=prompt_ids(tokenizer, INSTRUCTION, examples, text, question.where, room),
             length=length,
-            references=(ascii_uppercase[(question.answer - shift) % count],),
+            references=(letter,),
             question=number,
-            options=count,
+            options=len(question.options),
         )
 
     def score(self, answer: str, prompt: LetterPrompt) -> float:
@@ -136,10 +145,9 @@ def _hit(values: list[float], question: Choice) -> float:
     return 1 / len(best) if question.answer in best else 0.0
 
 
-def by_letter(tokenizer, questions: tuple[Choice, ...], answer: Answerer, length: int, label: str = "") -> dict:
+def by_letter(task: Letters, tokenizer, answer: Answerer, length: int, label: str = "") -> dict:
     """Return the summary over questions; a question's score is the mean over the shifts of its options."""
-    task = Letters(name="letters", questions=questions)
-    results = run(task, tokenizer, answer, lengths=(length,), samples=len(questions), label=label)["samples"]
+    results = run(task, tokenizer, answer, lengths=(length,), samples=len(task.questions), label=label)["samples"]
     scores: dict[int, list[float]] = {}
     for result in results:
         scores.setdefault(result["question"], []).append(result["score"])

@@ -36,6 +36,12 @@ def parse() -> argparse.Namespace:
     add("--choice", nargs="+", default=(), metavar="FILE", help="JSON lines of question, options and answer")
     add("--answers", nargs="+", default=(), metavar="FILE", help="JSON lines of question and answers, a list")
     add("--questions", type=size, help="questions drawn from each file; all")
+    add(
+        "--shots",
+        type=count,
+        default=3,
+        help="answered examples, from the same file, before a question to be answered",
+    )
     add("--context", type=size, default=2048, help="tokens to which documents are cut")
     add("--ppl-tokens", type=size, default=20_000, help="tokens that are scored of each file")
     add("--long-context", type=size, default=32_768, help="tokens of a long document; shorter documents are skipped")

@@ -52,31 +52,44 @@ class Short:
     where: str
 
 
-def read_choices(file: Path, limit: int | None = None, seed: int = 0) -> tuple[Choice, ...]:
-    """Return the multiple-choice questions of a file, or ``limit`` of them drawn with ``seed``."""
-    return _some(file, _choice, limit, seed)
+def read_choices(file: Path) -> tuple[Choice, ...]:
+    """Return the multiple-choice questions of a file."""
+    return _all(file, _choice)
 
 
-def read_answers(file: Path, limit: int | None = None, seed: int = 0) -> tuple[Short, ...]:
-    """Return the questions of a file with their short answers, or ``limit`` of them drawn with ``seed``."""
-    return _some(file, _short, limit, seed)
+def read_answers(file: Path) -> tuple[Short, ...]:
+    """Return the questions of a file with their short answers."""
+    return _all(file, _short)
 
 
-def prompt_ids(tokenizer, question: str, where: str, room: int) -> tuple[int, ...]:
-    """Return the ids of a question and the start of its answer, at most ``room`` of them."""
+def draw(questions: tuple[T, ...], shots: int, limit: int | None, seed: int) -> tuple[tuple[T, ...], tuple[T, ...]]:
+    """Return ``shots`` examples and the questions to ask, at most ``limit``, drawn from the others in file order."""
+    if len(questions) <= shots:
+        raise HyLoError(f"{questions[0].where}: {len(questions)} questions, too few for --shots {shots}: give fewer")
+    order = random.Random(seed).sample(range(len(questions)), len(questions))
+    examples, asked = order[:shots], sorted(order[shots:][:limit])
+    return tuple(questions[index] for index in examples), tuple(questions[index] for index in asked)
+
+
+def prompt_ids(
+    tokenizer, instruction: str, examples: list[tuple[str, str]], question: str, where: str, room: int
+) -> tuple[int, ...]:
+    """Return the ids of answered examples, a question and the start of its answer, at most ``room`` of them."""
+    answered = (f"Question: {asked}\nAnswer: {answer}" for asked, answer in examples)
+    question = "\n\n".join([instruction, *answered, f"Question: {question}"])
     ids = tuple(encode_start(tokenizer, question_text(tokenizer, question, "Answer:")))
     if len(ids) > room:
-        raise HyLoError(f"{where}: the prompt has {len(ids):,} tokens, expected at most {room:,}: raise --context")
+        raise HyLoError(
+            f"{where}: the prompt has {len(ids):,} tokens, expected at most {room:,}: raise --context or lower --shots"
+        )
     return ids
 
 
-def _some(file: Path, read: Callable[[Any, str], T], limit: int | None, seed: int) -> tuple[T, ...]:
-    found = [read(value, where) for value, where in _rows(Path(file))]
+def _all(file: Path, read: Callable[[Any, str], T]) -> tuple[T, ...]:
+    found = tuple(read(value, where) for value, where in _rows(Path(file)))
     if not found:
         raise HyLoError(f"{file} has no questions: expected JSON lines")
-    if limit is None or limit >= len(found):
-        return tuple(found)
-    return tuple(found[index] for index in sorted(random.Random(seed).sample(range(len(found)), limit)))
+    return found
 
 
 def _rows(file: Path) -> Iterator[tuple[Any, str]]:

@@ -15,7 +15,8 @@ class Settings:
     Lengths are in tokens. ``suites`` empty: those of ``DEFAULT_SUITES`` that have a file. ``long_join``: documents
     shorter than ``long_context`` are joined. ``batch_size`` None suits the device. ``needle_samples`` and
     ``ruler_samples`` are per cell. ``teacher_needle_limit``: the teacher gets no longer prompts, for example prompts
-    far beyond its training length. ``questions``: questions drawn from each file.
+    far beyond its training length. ``questions``: questions drawn from each file;
+    ``shots``: answered examples before each.
     ``prefill_chunk``: tokens of a prompt or document that one forward pass reads. ``teacher_yarn``: YaRN's factor for
     a second measurement of the teacher.
     """
@@ -38,6 +39,7 @@ class Settings:
     ruler_lengths: tuple[int, ...] = (4096,)
     ruler_samples: int = 20
     questions: int | None = None
+    shots: int = 3
     prefill_chunk: int = 32_768
     teacher_yarn: float | None = None
 

@@ -9,7 +9,7 @@ from hylo_megatron.evaluate.answers import Answers
 from hylo_megatron.evaluate.models import Loaded
 from hylo_megatron.evaluate.needle import Needle
 from hylo_megatron.evaluate.perplexity import long_documents_of, perplexity_of
-from hylo_megatron.evaluate.questions import read_answers, read_choices
+from hylo_megatron.evaluate.questions import draw, read_answers, read_choices
 from hylo_megatron.evaluate.settings import Settings
 from hylo_megatron.evaluate.task import Task
 from hylo_megatron.evaluate.tasks import answerer, run, summary
@@ -110,14 +110,14 @@ def _needle(job: Job) -> dict:
 def _choice(job: Job) -> dict:
     settings, found = job.settings, {}
     for file in job.files["choice"]:
-        questions = read_choices(file, settings.questions, settings.seed)
+        examples, questions = draw(read_choices(file), settings.shots, settings.questions, settings.seed)
         tokenizer, score = job.loaded.tokenizer, choice.scorer(job.loaded.model, settings.batch_size)
-        answer = job.answerer(choice.Letters(name="letters", questions=questions))
+        task = choice.Letters(name="letters", questions=questions, examples=examples)
         label = job.label(f"letters of {file.stem}")
         found[file.stem] = {
             "chance": choice.chance(questions),
             "likelihood": choice.by_likelihood(tokenizer, questions, score),
-            "letters": choice.by_letter(tokenizer, questions, answer, settings.context, label),
+            "letters": choice.by_letter(task, tokenizer, job.answerer(task), settings.context, label),
         }
     return found
 
@@ -125,8 +125,9 @@ def _choice(job: Job) -> dict:
 def _answers(job: Job) -> dict:
     settings, found = job.settings, {}
     for file in job.files["answers"]:
-        questions = read_answers(file, settings.questions, settings.seed)
-        found[file.stem] = job.run(Answers(questions=questions), (settings.context,), len(questions))
+        examples, questions = draw(read_answers(file), settings.shots, settings.questions, settings.seed)
+        task = Answers(questions=questions, examples=examples)
+        found[file.stem] = job.run(task, (settings.context,), len(questions))
     return found
 
 

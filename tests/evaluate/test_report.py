@@ -127,7 +127,7 @@ def test_side_by_side_with_yarn_a_control_and_questions(tmp_path, folder, prose,
     choices = write_lines(tmp_path / "sums.jsonl", [{"question": "1 + 1?", "options": ["2", "3"], "answer": 0}] * 2)
     short = write_lines(tmp_path / "short.jsonl", [{"question": "1 + 1?", "answers": ["2"]}])
     settings = Settings(
-        suites=("perplexity", "choice", "answers"), context=256, ppl_tokens=400, teacher_yarn=4.0, questions=1
+        suites=("perplexity", "choice", "answers"), context=256, ppl_tokens=400, teacher_yarn=4.0, questions=1, shots=0
     )
     sides = {"teacher_dir": folder, "control_dir": tmp_path / "control"}
     files = {"prose": prose, "choice": [choices], "answers": [short]}
@@ -191,7 +191,7 @@ def test_every_suite_of_an_oracle_is_at_100(tmp_path, folder, prose, monkeypatch
     short = write_lines(tmp_path / "short.jsonl", [{"question": "1 + 1?", "answers": ["2"]}])
     settings = Settings(
         suites=("needle", "choice", "answers", "ruler"), needle_lengths=(450,), needle_samples=1, needle_depths=1,
-        ruler_lengths=(1500, 3000), ruler_samples=1, teacher_needle_limit=1600,
+        ruler_lengths=(1500, 3000), ruler_samples=1, teacher_needle_limit=1600, shots=0,
     )  # fmt: skip
     report = evaluate(
         folder, teacher_dir=folder, out_dir=tmp_path / "out", prose=prose, choice=[choices], answers=[short],

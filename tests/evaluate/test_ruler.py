@@ -22,10 +22,10 @@ CHAT = (
     "{% for m in messages %}<|user|>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 SPECIAL = ["<unk>", "<s>", "<|end|>", "<|user|>", "<|assistant|>"]
-NAMES = (
-    "niah_single_1 niah_single_2 niah_single_3 niah_multikey_1 niah_multikey_2 niah_multikey_3 niah_multivalue"
-    " niah_multiquery vt cwe fwe qa_1 qa_2"
-).split()
+NAMES = [
+    "niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3",
+    "niah_multivalue", "niah_multiquery", "vt", "cwe", "fwe", "qa_1", "qa_2",
+]  # fmt: skip
 NEW_TOKENS = {"vt": 30, "cwe": 120, "fwe": 50, "qa_1": 32, "qa_2": 32}  # the others: 128
 ASKED = {"niah_multivalue": 4, "niah_multiquery": 4}
 HIDDEN = ASKED | {"niah_multikey_1": 4}
@@ -38,7 +38,7 @@ WORDS = [
 def make_prose(seed: int, sentences: int) -> str:
     pick = random.Random(seed).choice
     return " ".join(
-        f"The {pick(WORDS)} {pick(WORDS)} slowly met a {pick(WORDS)}, and nobody saw the {pick(WORDS)} of {pick(WORDS)}."
+        f"The {pick(WORDS)} {pick(WORDS)} met a {pick(WORDS)}, and nobody saw the {pick(WORDS)} {pick(WORDS)}."
         for _ in range(sentences)
     )
 
@@ -127,10 +127,10 @@ def test_prompts_fill_the_length_and_are_the_ids_of_their_text(all_tasks, name, 
     assert prompts[0] != task.prompts(tokenizer, length, 1, 8)[0]
     for prompt in prompts:
         room = length - task.max_new_tokens - len(prompt.ids)
-        assert prompt.length == length and 0 <= room <= (100 if name == "niah_multikey_3" else 16)
-        text = tokenizer.decode(prompt.ids, skip_special_tokens=False).removeprefix("<s>")
-        again = tokenizer(text, add_special_tokens=kind == "line_ends").input_ids
-        assert list(prompt.ids) == again or kind == "merging" and tokenizer.decode(again) == text
+        assert prompt.length == length and 0 <= room <= (48 if kind == "merging" else 16)
+        text = tokenizer.decode(prompt.ids, skip_special_tokens=False)
+        text = text.removeprefix({"line_ends": "<s>", "merging": " "}.get(kind, ""))
+        assert prompt.ids == tuple(tokenizer(text, add_special_tokens=kind == "line_ends").input_ids)
         assert "<unk>" not in text and ("<|user|>" in text) == ("<|assistant|>" in text) == (kind == "byte_level")
 
 
@@ -207,15 +207,23 @@ def test_answers_stand_in_one_document(all_tasks, name):
         (answer,) = references
         documents = re.split(r"^Document \d+:$", text, flags=re.M)[1:]
         assert sum(answer in document for document in documents) == 1
-        asked = re.search(r"Question: .*?([A-Z][a-z]+) (?:go|was born)?\?*", text)
-        assert asked and len(set(documents)) == len(documents)
+        assert len(set(documents)) == len(documents) and text.endswith("?\nAnswer:")
+
+
+def test_the_tokenizer_decides_whether_texts_are_encoded_one_by_one(all_tasks):
+    def joins(task, kind: str) -> bool:
+        return task._joins(task.sources.encoder(tokenizer_of(kind), task.border), 2048, "seed")
+
+    for kind in ("byte_level", "line_ends"):
+        assert all(joins(task, kind) for task in all_tasks.values())
+    assert not joins(all_tasks["niah_single_2"], "merging")
 
 
 def test_prompts_of_256k_tokens(all_tasks):
     tokenizer, length = tokenizer_of("byte_level"), 262_144
     for name in ("niah_single_1", "niah_multiquery", "vt", "fwe"):
         (prompt,) = all_tasks[name].prompts(tokenizer, length, 1, 0)
-        assert len(prompt.ids) == length - all_tasks[name].max_new_tokens
+        assert 0 <= length - all_tasks[name].max_new_tokens - len(prompt.ids) <= 2
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,6 +1,7 @@
 """Every judge scores a perfect oracle 100 and a blind guesser at chance; question files; intervals."""
 
 import random
+import re
 from string import ascii_uppercase
 
 import pytest
@@ -12,7 +13,7 @@ from hylo_megatron.evaluate import choice
 from hylo_megatron.evaluate.answers import Answers, normalised
 from hylo_megatron.evaluate.intervals import bootstrap, of_scores, wilson
 from hylo_megatron.evaluate.needle import Needle
-from hylo_megatron.evaluate.questions import read_answers, read_choices
+from hylo_megatron.evaluate.questions import draw, read_answers, read_choices
 from hylo_megatron.evaluate.settings import SUITES
 from hylo_megatron.evaluate.suites import REGISTRY
 from hylo_megatron.evaluate.tasks import answerer, run
@@ -65,28 +66,30 @@ def test_an_oracle_scores_100_and_a_blind_guesser_chance(tokenizer, prose, files
 
 @pytest.mark.parametrize("letter", "ABCD")
 def test_a_preference_for_a_letter_scores_exactly_at_chance(tokenizer, files, letter):
-    questions = read_choices(files[0], limit=9)
-    found = choice.by_letter(tokenizer, questions, lambda ps: ((i, f" {letter}.") for i in range(len(ps))), 300)
+    questions = read_choices(files[0])[:9]
+    task = choice.Letters(name="letters", questions=questions)
+    found = choice.by_letter(task, tokenizer, lambda ps: ((i, f" {letter}.") for i in range(len(ps))), 300)
     assert found["accuracy"] == choice.chance(questions) == 0.25 and found["low"] == found["high"] == 0.25
     assert found["samples"] == 9 and len(found["samples_of_shifts"]) == 36
 
 
 def test_letters_and_answers_of_a_model(tokenizer, files):
     """The way through batches, decoding and stopping, with a model that knows everything."""
-    questions, short = read_choices(files[0], limit=5), read_answers(files[1], limit=7)
+    questions, short = read_choices(files[0]), read_answers(files[1])
 
     def answer_of(text):
-        lines = text.splitlines()
+        lines = text.rsplit("Question: ", 1)[1].splitlines()
         right = sum(int(word) for word in lines[0].rstrip("?").split() if word.isdigit())
         return next(f" {line[0]}. That" for line in lines if line.endswith(f". {right}"))
 
     model = Stub(tokenizer, answer_of)
-    task = choice.Letters(name="letters", questions=questions)
-    found = choice.by_letter(tokenizer, questions, answerer(model, tokenizer, task), 300)
+    task = choice.Letters(name="letters", questions=questions[:5], examples=questions[9:11])
+    found = choice.by_letter(task, tokenizer, answerer(model, tokenizer, task), 900)
     assert found["accuracy"] == 1 and found["hits"] == found["samples"] == 5
-    know = Stub(tokenizer, lambda text: f" The number {''.join(filter(str.isdigit, text))}!\nAnd so on")
-    task = Answers(questions=short)
-    answered = run(task, tokenizer, answerer(know, tokenizer, task), lengths=(300,), samples=7)
+    number = re.compile(r"(\d+)\?<\|assistant\|>Answer:$")
+    know = Stub(tokenizer, lambda text: f" The number {number.search(text).group(1)}!\nAnd so on")
+    task = Answers(questions=short[:7], examples=short[20:22])
+    answered = run(task, tokenizer, answerer(know, tokenizer, task), lengths=(900,), samples=7)
     assert answered["accuracy"] == 1
     assert all("And" not in sample["answer"] for sample in answered["samples"])  # stopped after the first line
 
@@ -110,7 +113,7 @@ def test_likelihood_of_an_oracle_and_of_chance(tokenizer, files):
 
 def test_likelihood_is_that_of_the_options_tokens(tokenizer, files):
     model = make_model(tokenizer)
-    question = read_choices(files[0], limit=1)[0]
+    question = read_choices(files[0])[0]
     options = choice.candidates(tokenizer, question)
     for candidate, option in zip(options, question.options, strict=True):
         assert tokenizer.decode(candidate.ids[candidate.start :]) == f" {option}"
@@ -173,13 +176,29 @@ def test_wrong_questions_are_refused_with_file_and_line(tmp_path):
 def test_a_question_that_does_not_fit_is_refused(tokenizer, tmp_path):
     file = write_lines(tmp_path / "long.jsonl", [SHORT[0], {"question": "very long " * 99, "answers": ["no"]}])
     task = Answers(questions=read_answers(file))
-    with pytest.raises(HyLoError, match=r"long\.jsonl:2: the prompt has .* expected at most 276: raise --context"):
+    with pytest.raises(HyLoError, match=r"long\.jsonl:2: the prompt has .* expected at most 276: raise --context or"):
         task.prompts(tokenizer, 300, 2, 0)
 
 
 def test_drawn_questions_depend_on_the_seed_only(files):
-    assert read_choices(files[0], 5, 1) == read_choices(files[0], 5, 1) != read_choices(files[0], 5, 2)
-    assert len(read_choices(files[0], 999)) == 150
+    questions = read_choices(files[0])
+    assert draw(questions, 3, 5, 1) == draw(questions, 3, 5, 1) != draw(questions, 3, 5, 2)
+    examples, asked = draw(questions, 3, None, 0)
+    assert len(examples) == 3 and len(asked) == 147 and not set(examples) & set(asked)
+    assert draw(questions, 0, 999, 0) == ((), questions)
+    with pytest.raises(HyLoError, match=r"sums\.jsonl:1: 150 questions, too few for --shots 150"):
+        draw(questions, 150, None, 0)
+
+
+def test_examples_stand_before_the_question(tokenizer, files):
+    questions = read_choices(files[0])
+    task = choice.Letters(name="letters", questions=questions[5:6], examples=questions[7:9])
+    prompt = task.prompts(tokenizer, 900, 1, 0)[1]
+    text = tokenizer.decode(list(prompt.ids))
+    assert "Question: What is 7 plus 7?\nA. 14\nB. 15\nC. 16\nD. 17\nAnswer: A\n\n" in text
+    assert "Question: What is 8 plus 8?\nA. 17\nB. 18\nC. 19\nD. 16\nAnswer: D\n\n" in text
+    assert text.endswith("Question: What is 5 plus 5?\nA. 11\nB. 12\nC. 13\nD. 10<|assistant|>Answer:")
+    assert prompt.references == ("D",)
 
 
 def test_intervals():

@@ -21,7 +21,7 @@ def tasks(prose: Path, squad: Path | None = None, hotpot: Path | None = None) ->
     """Return the 13 tasks in RULER's order.
 
     ``prose``: text file of the haystacks and words. ``squad`` and ``hotpot``: files of questions for qa_1 and qa_2;
-    without them the questions are made, and their scores say nothing about the published ones.
+    without them the questions are made, and their scores are not comparable with published ones.
     """
     sources = Sources(prose=prose, squad=squad, hotpot=hotpot)
     return (

@@ -6,7 +6,7 @@ from itertools import accumulate, chain, islice
 
 from transformers import PreTrainedTokenizerBase
 
-from hylo_megatron.evaluate.prompts import PLACEHOLDER, encode_start
+from hylo_megatron.evaluate.prompts import PLACEHOLDER, encode_start, question_text
 
 BLOCK = 256  # texts that are tokenised together
 MOST_CACHED = 200_000
@@ -30,13 +30,7 @@ def around(tokenizer: PreTrainedTokenizerBase, head: str, tail: str, prefix: str
     ``head`` and ``tail`` are the instruction around the text. ``prefix`` begins the answer. The chat format is used if
     the tokenizer has one.
     """
-    message = f"{head}{PLACEHOLDER}{tail}"
-    if not tokenizer.chat_template:
-        whole = f"{message}\n{prefix}"
-    else:
-        chat = [{"role": "user", "content": message}]
-        whole = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, enable_thinking=False)
-        whole += prefix
+    whole = question_text(tokenizer, f"{head}{PLACEHOLDER}{tail}", prefix)
     before, _, after = whole.partition(PLACEHOLDER)
     return before, after
 

@@ -11,8 +11,8 @@ from hylo_megatron.evaluate.ruler.sources import Sources, number, random_uuid
 
 NOISE = "The road is dry. The hill is steep. The barn is red. On we walk. Up and down we go.\n"
 DEPTHS = 40  # places of a needle in prose, evenly spread from the beginning to the end
-HEAD_ONE = "A secret {kind} stands somewhere in this text. Keep the {kind} in mind, since a question follows.\n"
-HEAD = "Several secret {kind}s stand somewhere in this text. Keep the {kind}s in mind, since a question follows.\n"
+HEAD_ONE = "The following text mentions a secret {kind}. Keep the {kind} in mind, since a question follows.\n"
+HEAD = "The following text mentions several secret {kind}s. Keep the {kind}s in mind, since a question follows.\n"
 FACT = "A secret {kind} belonging to {key} is {value}."
 TAIL_ONE = "Which secret {kind} belongs to {key} in the text above?"
 TAIL = "Which secret {kind}s belong to {key} in the text above? Name them all."

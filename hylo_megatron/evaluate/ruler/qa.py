@@ -11,7 +11,7 @@ from hylo_megatron.evaluate.ruler.encoding import Encoder, beginnings, longest
 from hylo_megatron.evaluate.ruler.questions import Library, Question
 from hylo_megatron.evaluate.task import Prompt
 
-ASK = "Answer the question at the end from these documents. Reply with the answer and nothing else.\n\n"
+ASK = "Answer the question from these documents. Reply with the answer and nothing else.\n\n"
 TAIL = f"{ASK}Question: {{question}}"
 PREFIX = "Answer:"
 TRIES = 200
