@@ -54,12 +54,7 @@ PACKAGES = (
         "training with tensor, sequence, pipeline, context and data parallelism",
         "megatron-core==0.19.2",
     ),
-    Package(
-        "flash-linear-attention",
-        "fla",
-        "Gated DeltaNet kernels (Triton)",
-        "flash-linear-attention==0.6.0",
-    ),
+    Package("flash-linear-attention", "fla", "Gated DeltaNet kernels (Triton)", "flash-linear-attention==0.6.0"),
     Package("triton", "triton", "the compiler of the linear-attention kernels", "'triton>=3.7.1'"),
     Package("tilelang", "tilelang", "Gated DeltaNet's backward on Hopper with any triton", "tilelang"),
     Package(

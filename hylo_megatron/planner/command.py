@@ -96,10 +96,7 @@ def training(student: Architecture, known) -> PlannedRun:
     )
     batch = known.global_batch or known.micro_batch * known.dp * known.pp  # enough to fill the pipeline
     work = Work(
-        processes=layout.ranks * known.dp,
-        seq_length=known.sequence,
-        micro_batch=known.micro_batch,
-        global_batch=batch,
+        processes=layout.ranks * known.dp, seq_length=known.sequence, micro_batch=known.micro_batch, global_batch=batch
     )
     check_parallel_layout({"student": student, "teacher": teacher}, layout, work)
     return PlannedRun(
