@@ -15,14 +15,26 @@ from typing import Any
 
 from packaging.specifiers import SpecifierSet
 
-from hylo_megatron.engine.importing import import_megatron
 from hylo_megatron.engine.patch import MISSING, Patch, Place, installed_version
 from hylo_megatron.errors import HyLoError
 
 ALLOW = "HYLO_ALLOW_UNTESTED_VERSIONS"
 
 
-@dataclass(frozen=True, kw_only=True)
+def import_megatron() -> None:
+    """Import the parts of megatron-core that are changed. Raises ``HyLoError`` when megatron does not import."""
+    try:
+        with installed("importing"):
+            import megatron.core
+            import megatron.core.ssm.gated_delta_net  # noqa: F401
+    except ImportError as error:
+        raise HyLoError(
+            f"megatron-core does not import ({error}): it brings training and checkpoints; "
+            "install with  pip install 'hylo-megatron[train]'  (Python 3.12)"
+        ) from error
+
+
+@dataclass(frozen=True)
 class Group:
     """Entries that are installed together: who needs them, in which modules they are, and what goes before them."""
 
@@ -33,26 +45,19 @@ class Group:
 
 
 GROUPS = {
-    "cpu": Group(what="torch without CUDA", modules=("cpu",)),
-    "quiet": Group(what="warnings and log lines of megatron-core", modules=("quiet",)),
-    "importing": Group(what="while megatron-core is imported", modules=("importing",), needs=("quiet",)),
-    "reading": Group(
-        what="reads of checkpoints and of sample indices", modules=("reading",), needs=("cpu", "quiet"),
-        before=import_megatron,
-    ),
-    "megatron": Group(
-        what="models and optimizers of megatron-core",
-        modules=("cpu_generators", "linear_kernels", "distributed_optimizer", "datasets"), needs=("reading",),
-    ),
-    "results": Group(what="the queue of what was written", modules=("checkpoint_writer",)),
-    "writing": Group(what="writes of checkpoints", modules=("checkpoint_writer",), needs=("cpu",)),
-    "training": Group(
-        what="the training loop, and how it saves and loads",
-        modules=("checkpoint_writer", "checkpoint_hooks", "training_hooks"), needs=("megatron", "writing"),
-    ),
-    "transformers": Group(what="the auto classes of transformers", modules=("auto_classes",)),
-    "vllm": Group(what="the vLLM plugin", modules=("vllm_plugin",)),
-    "vllm model": Group(what="a hybrid in vLLM", modules=("vllm_plugin",)),
+    "cpu": Group("torch without CUDA", ("cpu",)),
+    "quiet": Group("warnings and log lines of megatron-core", ("quiet",)),
+    "importing": Group("while megatron-core is imported", ("importing",), ("quiet",)),
+    "reading": Group("reads of checkpoints and of sample indices", ("reading",), ("cpu", "quiet"), import_megatron),
+    "megatron": Group("models and optimizers of megatron-core",
+                      ("cpu", "linear_kernels", "distributed_optimizer", "importing"), ("reading",)),
+    "results": Group("the queue of what was written", ("checkpoint_writer",)),
+    "writing": Group("writes of checkpoints", ("checkpoint_writer",), ("cpu",)),
+    "training": Group("the training loop, and how it saves and loads",
+                      ("checkpoint_writer", "checkpoint_hooks", "training_hooks"), ("megatron", "writing")),
+    "transformers": Group("the auto classes of transformers", ("auto_classes",)),
+    "vllm": Group("the vLLM plugin", ("vllm_plugin",)),
+    "vllm model": Group("a hybrid in vLLM", ("vllm_plugin",)),
 }  # fmt: skip
 
 

@@ -35,6 +35,5 @@ def entry_lines() -> list[str]:
     for name, group in GROUPS.items():
         lines += ["", f"{name}: {group.what}"]
         for patch in patches(name):
-            upstream = f" ({patch.upstream})" if patch.upstream else ""
-            lines.append(f"  {patch.target}: {patch.why}{upstream}")
+            lines.append(f"  {patch.target}: {patch.why}")
     return lines
