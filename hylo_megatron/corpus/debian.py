@@ -104,8 +104,4 @@ class DebFile:
 
     def read(self, name: str) -> bytes:
         """Return the content of one file. Raises ``KeyError`` if there is no such name."""
-        return self.open(name).read()
-
-    def open(self, name: str) -> io.BufferedReader:
-        """Return the content of one file as a stream, for large files."""
-        return self._tar.extractfile(self._members[name])
+        return self._tar.extractfile(self._members[name]).read()

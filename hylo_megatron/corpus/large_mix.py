@@ -9,9 +9,7 @@ from dataclasses import replace
 from hylo_megatron.corpus.sources import ALL, SMALL_MIX, source
 
 _CHANGED = {  # changes of the small mix's training sources
-    "openwebtext": {"limit": ALL},
-    "house-of-commons": {"limit": ALL},
-    "shakespeare": {"limit": ALL},
+    **dict.fromkeys(("openwebtext", "house-of-commons", "shakespeare"), {"limit": ALL}),
     "sympy": {"limit": 2_500_000},
     "sqlalchemy": {"limit": 1_500_000},
     "django": {"limit": 2_000_000},

@@ -81,10 +81,7 @@ def book(archive: Archive, member: str) -> Iterator[str]:
 
 
 def dictionary(archive: Archive, member: str) -> Iterator[str]:
-    """Read the entries of a dictd dictionary in parts of about PART characters.
-
-    Each entry begins at the left margin.
-    """
+    """Read the entries of a dictd dictionary, which begin at the left margin, in parts of about PART characters."""
     part: list[str] = []
     size = 0
     for entry in re.split(r"\n\n(?=\S)", _DICTIONARY_CREDIT.sub("", _text(archive.read(member), member))):
@@ -99,12 +96,9 @@ def dictionary(archive: Archive, member: str) -> Iterator[str]:
 
 
 def inner_tar(archive: Archive, member: str) -> Iterator[str]:
-    """Read text files of a tar file in the archive.
-
-    ``member``: the tar file's name, a space, and patterns for files in it.
-    """
+    """Read text files of a tar file. ``member``: the tar file's name, a space, and patterns for files in it."""
     name, _, patterns = member.partition(" ")
-    with archive.open(name) as packed, tarfile.open(fileobj=packed, mode="r|*") as inner:
+    with tarfile.open(fileobj=io.BytesIO(archive.read(name)), mode="r|*") as inner:
         for entry in inner:
             if entry.isfile() and matching([entry.name], patterns):
                 yield inner.extractfile(entry).read().decode("utf-8", "replace")

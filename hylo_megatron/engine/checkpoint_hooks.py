@@ -42,7 +42,7 @@ def _first_rank_alone(action: Callable[[], object]) -> None:
 
 
 class _Files:
-    """megatron's file functions, of which ``open`` writes a tracker whole or not at all.
+    """File functions of megatron, of which ``open`` writes a tracker whole or not at all.
 
     Then ``committed`` is called with the tracker's folder and what the tracker says.
     """
@@ -138,7 +138,7 @@ def _make_room(folder: str, iteration: int, room: SaveRoom | None) -> None:
 
 
 def _is_the_one_loaded(args, iteration: int) -> bool:
-    """Whether a finished run that was started again would save what it has just loaded."""
+    """Return whether a finished run that was started again would save what it has just loaded."""
     from megatron.training import checkpointing
 
     same_folder = args.load and Path(args.load).resolve() == Path(args.save).resolve()

@@ -1,4 +1,4 @@
-"""How checkpoints are written: no failure of a writer makes a trainer wait, and each names file, need, free space.
+"""Writes of checkpoints: no failure of a writer makes a trainer wait, and each names file, need and free space.
 
 megatron-core 0.19.2 waits without end in these cases. Where several threads write, the failure of one ends the
 writer's process before it answers (``filesystem_async.py:291``). A writer that is killed answers nothing

@@ -20,7 +20,7 @@ _COUNTING = ("megatron.training.initialize", "megatron.core.dist_checkpointing.s
 
 
 def without_cuda() -> bool:
-    """Whether torch finds no CUDA device, whatever has been replaced since."""
+    """Return whether torch finds no CUDA device, whatever has been replaced since."""
     return not _is_available()
 
 

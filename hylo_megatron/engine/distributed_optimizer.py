@@ -137,7 +137,7 @@ def slice_without_gaps(sharded, run):
 
 
 def _has_torch_adam() -> bool:
-    """Whether megatron-core found neither TransformerEngine nor Apex, whose Adam it prefers."""
+    """Return whether megatron-core found neither TransformerEngine nor Apex, whose Adam it prefers."""
     from megatron.core.optimizer import distrib_optimizer
 
     return not distrib_optimizer.HAVE_APEX_OR_TE

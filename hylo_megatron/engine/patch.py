@@ -50,7 +50,7 @@ class Patch:
         return Place.find(self.target)
 
     def fits(self, value: Any) -> bool:
-        """Whether ``value`` is what the entry was written for."""
+        """Return whether ``value`` is what the entry was written for."""
         return describe(value) in self.expects.split(" or ")
 
     def versioned(self) -> str:
@@ -91,7 +91,7 @@ class Place:
         return cls(owner, last["key"] if is_key else last["attribute"], is_key)
 
     def get(self) -> Any:
-        """The value, as the owner itself holds it: of a class method the descriptor."""
+        """Return the value as the owner itself holds it, for example a class method's descriptor."""
         if self.is_key:
             return self.owner.get(self.name, MISSING)
         if inspect.isclass(self.owner) and self.name in vars(self.owner):

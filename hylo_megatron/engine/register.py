@@ -1,4 +1,4 @@
-"""The register: every name of another library that this product replaces at run time, and who asks for it.
+"""Register of every name of another library that this product replaces at run time.
 
 An entry point calls ``install`` with a group. No import of this package replaces anything, with one exception:
 ``import hylo_megatron`` registers the hybrid with transformers. Each entry names the versions of the package that it
@@ -9,7 +9,7 @@ import contextlib
 import importlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +36,7 @@ def import_megatron() -> None:
 
 @dataclass(frozen=True)
 class Group:
-    """Entries that are installed together: who needs them, in which modules they are, and what goes before them."""
+    """Entries that are installed together, the modules that hold them, the groups they need, and what runs before."""
 
     what: str
     modules: tuple[str, ...]
@@ -73,7 +73,7 @@ _warned: set[str] = set()
 
 
 def patches(*groups: str) -> list[Patch]:
-    """The entries of these groups, or all. The modules that hold them import torch at most."""
+    """Return the entries of these groups, or all. The modules that hold them import torch at most."""
     found = []
     for name in groups or GROUPS:
         for module in GROUPS[name].modules:
@@ -83,7 +83,7 @@ def patches(*groups: str) -> list[Patch]:
 
 
 def with_needs(group: str) -> list[str]:
-    """The names of the groups that ``group`` needs, in the order of installation, and its own."""
+    """Return the names of the groups that ``group`` needs, in the order of installation, and its own."""
     before = [name for need in GROUPS[group].needs for name in with_needs(need)]
     return [*dict.fromkeys(before), group]
 
@@ -107,7 +107,7 @@ def install(group: str, run: Any = None) -> None:
 
 
 def check_installed(group: str) -> None:
-    """Raises ``HyLoError`` when nobody has installed ``group`` in this process."""
+    """Raise ``HyLoError`` unless ``group`` is installed in this process."""
     if group not in _groups:
         raise HyLoError(
             f"{GROUPS[group].what}: the fixes of this package are not installed in this process; call"
@@ -127,7 +127,7 @@ def uninstall(*groups: str) -> None:
 
 @contextlib.contextmanager
 def installed(group: str) -> Iterator[None]:
-    """Inside, the names of ``group`` are replaced; those that were replaced before stay so afterwards."""
+    """Replace the names of ``group`` during the block; names that were replaced before stay so."""
     before = set(_groups)
     install(group)
     try:
@@ -137,14 +137,14 @@ def installed(group: str) -> Iterator[None]:
 
 
 def original(target: str) -> Any:
-    """What ``target`` is without this product."""
+    """Return the value of ``target`` without this product."""
     known = [there.original for patch, there in _installed.items() if patch.target == target]
     value = known[0] if known else Place.find(target).get()
     return getattr(value, "__func__", value) if isinstance(value, staticmethod | classmethod) else value
 
 
 def lists(patch: Patch, version: str) -> bool:
-    """Whether the entry was written for this version of its package."""
+    """Return whether the entry was written for this version of its package."""
     return SpecifierSet(patch.versions).contains(version, prereleases=True)
 
 
@@ -174,3 +174,39 @@ def _replace(patch: Patch, run: Any) -> None:
     if patch not in _installed:
         _installed[patch] = _Installed(value, MISSING if place.is_inherited() else value)
     place.set(patch.replacement(_installed[patch].original, run))
+
+
+# ---- the register as text, for the doctor ----
+
+
+def _by_package() -> dict[tuple[str, str], list[Patch]]:
+    found: dict[tuple[str, str], list[Patch]] = {}
+    for patch in patches():
+        found.setdefault((patch.package, patch.versions), []).append(patch)
+    return found
+
+
+def _verdict(package: str, entries: Iterable[Patch]) -> str:
+    version = installed_version(package)
+    if version is None:
+        return "-"
+    return version if all(lists(patch, version) for patch in entries) else f"{version}: refused"
+
+
+def package_lines() -> list[str]:
+    """Return a line for each package: the versions listed, the one installed, and how many names are replaced."""
+    lines = [f"{'names replaced in':24}{'versions':14}{'here':16}{'names':>5}  groups"]
+    for (package, versions), entries in _by_package().items():
+        groups = ", ".join(dict.fromkeys(patch.group for patch in entries))
+        lines.append(f"{package:24}{versions:14}{_verdict(package, entries):16}{len(entries):5}  {groups}")
+    return lines
+
+
+def entry_lines() -> list[str]:
+    """Return a line for each name, under the group that it belongs to."""
+    lines = package_lines()
+    for name, group in GROUPS.items():
+        lines += ["", f"{name}: {group.what}"]
+        for patch in patches(name):
+            lines.append(f"  {patch.target}: {patch.why}")
+    return lines

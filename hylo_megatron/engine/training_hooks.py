@@ -46,7 +46,7 @@ def with_groups(configure, run: TrainingRun):
 
 
 def with_step_log(log, run: TrainingRun):
-    """megatron's ``training_log``, after a line of this product's own log."""
+    """Return megatron's ``training_log`` with a line of this product's own log before it."""
 
     def log_step(losses, total, learning_rate, iteration, scale, report, skipped, grad_norm, *rest, **kwargs):
         from megatron.training import get_args
@@ -63,7 +63,7 @@ def with_step_log(log, run: TrainingRun):
 
 
 def teacher_fed_schedule(choose, run: TrainingRun):
-    """megatron's choice of a schedule; a layerwise stage in a pipeline has its own."""
+    """Return megatron's choice of a schedule, or our own for a layer-wise stage in a pipeline."""
 
     def choose_schedule(**kwargs):
         from megatron.training import get_args

@@ -4,8 +4,8 @@ import argparse
 from dataclasses import fields
 from pathlib import Path
 
-from hylo_megatron.errors import HyLoError, command_line
-from hylo_megatron.flags import Parser, count, size
+from hylo_megatron.errors import HyLoError
+from hylo_megatron.flags import Parser, command_line, count, size
 
 
 def lengths(text: str) -> tuple[int, ...]:
