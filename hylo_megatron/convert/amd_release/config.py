@@ -102,16 +102,15 @@ class _Fields:
         return HyLoError(f"{self.path}: {self.within}{name} is {what}, expected {wanted}")
 
     def size(self, name: str) -> int:
-        found = self.values.pop(name, None)
-        if not isinstance(found, int) or isinstance(found, bool) or found < 1:
-            raise self.refuse(name, found, "a positive integer; take the file from the release again")
-        return found
+        return self._positive(name, self.values.pop(name, None), int, "a positive integer")
 
     def number(self, name: str, default: float | None = None) -> float:
-        found = self.values.pop(name, default)
-        if not isinstance(found, int | float) or isinstance(found, bool) or found <= 0:
-            raise self.refuse(name, found, "a positive number; take the file from the release again")
-        return float(found)
+        return float(self._positive(name, self.values.pop(name, default), int | float, "a positive number"))
+
+    def _positive(self, name: str, found, kinds, wanted: str):
+        if not isinstance(found, kinds) or isinstance(found, bool) or found <= 0:
+            raise self.refuse(name, found, f"{wanted}; take the file from the release again")
+        return found
 
     def fixed(self, table: dict) -> None:
         for name, (wanted, meaning) in table.items():
