@@ -7,7 +7,8 @@ import importlib
 import sys
 from dataclasses import dataclass
 
-from hylo_megatron.errors import HyLoError, command_line
+from hylo_megatron.errors import HyLoError
+from hylo_megatron.flags import command_line
 
 
 @dataclass(frozen=True)

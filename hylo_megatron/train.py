@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from hylo_megatron.config import Architecture
 from hylo_megatron.engine.register import install
-from hylo_megatron.errors import HyLoError, command_line
+from hylo_megatron.errors import HyLoError
+from hylo_megatron.flags import command_line
 from hylo_megatron.run.parent import bind_forks, die_with_parent, own_store
 
 if TYPE_CHECKING:
@@ -77,8 +78,7 @@ def write_companions(args) -> None:
 
 def wait_for_student(args) -> None:
     """Wait until the student's checkpoint is complete. Everything slow about starting is done before."""
-    from hylo_megatron.checkpoint.iterations import trained_to
-    from hylo_megatron.engine.waiting import check_still_trains
+    from hylo_megatron.checkpoint.iterations import check_still_trains, trained_to
 
     parent = os.getppid()
     while not trained_to(args.hylo_student, args.hylo_student_iteration):

@@ -20,8 +20,8 @@ from hylo_megatron.convert.hf_to_megatron import megatron_tensors
 from hylo_megatron.convert.shapes import hf_shapes
 from hylo_megatron.convert.tables import mappings
 from hylo_megatron.convert.tokenizer_files import check_tokenizer, copy_companions
-from hylo_megatron.errors import HyLoError, command_line
-from hylo_megatron.flags import Parser, count, size
+from hylo_megatron.errors import HyLoError
+from hylo_megatron.flags import Parser, command_line, count, size
 from hylo_megatron.init.calibration import calibration_tokens
 from hylo_megatron.init.linear_algebra import relative_error, ridge_correction
 from hylo_megatron.init.mixer_forward import MixerRunner

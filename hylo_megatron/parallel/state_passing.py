@@ -130,9 +130,7 @@ def starts(transfer: Tensor, written: Tensor, group) -> Tensor:
 
 
 def split_convolve(local: Ops, group, x_BSC: Tensor, weight: Tensor, bias: Tensor | None, sizes, start: int = 0):
-    """Compute ``conv.split_convolve``; the few positions before a chunk that the taps need come from the previous
-    chunk.
-    """
+    """Compute ``conv.split_convolve``; the positions before a chunk that the taps need come from the chunk before."""
     back, channels = weight.shape[1] - 1, slice(start, start + len(weight))
     if x_BSC.shape[1] < back:
         raise HyLoError(

@@ -128,10 +128,7 @@ class Run:
         return self.trainings[-1]
 
     def train(self, index: int) -> Path:
-        """Train the stage to its last step and return its checkpoint folder.
-
-        On a GPU the next stage starts in the meantime.
-        """
+        """Train the stage to its last step and return its folder. On a GPU the next stage starts meanwhile."""
         self.number += 1
         stage = self.recipe.stages[index]
         save, label = self.out / stage.name, f"[{self.number:2d}/{self.total}] {stage.name}"

@@ -39,13 +39,8 @@ class HyLoDecoderLayer(nn.Module):
         self.mixer_name = entry.module
         layer = entry.part("vllm_module").LAYER(config, vllm_config, f"{prefix}.{entry.module}")
         setattr(self, entry.module, layer)
-        self.mlp = LlamaMLP(
-            config.hidden_size,
-            config.intermediate_size,
-            config.hidden_act,
-            quant_config=vllm_config.quant_config,
-            prefix=f"{prefix}.mlp",
-        )
+        sizes, quant = (config.hidden_size, config.intermediate_size), vllm_config.quant_config
+        self.mlp = LlamaMLP(*sizes, config.hidden_act, quant_config=quant, prefix=f"{prefix}.mlp")
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
@@ -94,9 +89,9 @@ class HyLoModel(nn.Module):
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: Tensor | None = None,
     ) -> Tensor | IntermediateTensors:
+        residual = None
         if get_pp_group().is_first_rank:
             hidden = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
-            residual = None
         else:
             hidden, residual = intermediate_tensors["hidden_states"], intermediate_tensors["residual"]
         rotation = self.rotation(positions)
@@ -124,12 +119,8 @@ class HyLoForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
         self.quantized, self.dtype = vllm_config.quant_config is not None, vllm_config.model_config.dtype
         self.model = HyLoModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         if get_pp_group().is_last_rank:
-            self.lm_head = ParallelLMHead(
-                config.vocab_size,
-                config.hidden_size,
-                quant_config=vllm_config.quant_config,
-                prefix=maybe_prefix(prefix, "lm_head"),
-            )
+            sizes, where = (config.vocab_size, config.hidden_size), maybe_prefix(prefix, "lm_head")
+            self.lm_head = ParallelLMHead(*sizes, quant_config=vllm_config.quant_config, prefix=where)
             if config.tie_word_embeddings:
                 self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
         else:
@@ -192,12 +183,8 @@ class HyLoForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
     def _write(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, str | int | None]]:
         """Write each tensor into its parameter, and yield the parameter's name and the part that was written."""
         config, parameters = self.config, dict(self.named_parameters())
-        padding = Padding(
-            trained=trained_geometry(config),
-            served=config.geometry(),
-            heads=config.num_attention_heads,
-            kinds=frozenset(config.mixers),
-        )
+        padding = Padding(trained=trained_geometry(config), served=config.geometry(),
+                          heads=config.num_attention_heads, kinds=frozenset(config.mixers))  # fmt: skip
         head = None
         for name, tensor, part in served_weights(weights, padding):
             if is_pp_missing_parameter(name, self):

@@ -51,6 +51,19 @@ def test_round_trip_keeps_every_bit(tmp_path, shape, shards, dtype):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["back", "ckpt", "hf"]
 
 
+def test_a_trained_transformer_is_exported_with_its_own_rope_or_not_at_all(tmp_path):
+    source = tiny.save_model(tiny.teacher_model(next(iter(tiny.SHAPES)), torch.float32), tmp_path / "hf")
+    base = hf_to_megatron.convert(source, tmp_path / "ckpt")
+    changed = replace(base, rope_parameters=base.rope_parameters | {"rope_theta": 77.0}, max_position_embeddings=512)
+    changed.save(tmp_path / "ckpt")
+    megatron_to_hf.convert(tmp_path / "ckpt", tmp_path / "out")
+    assert read_architecture(tmp_path / "out") == changed != base
+    replace(base, rms_norm_eps=0.5).save(tmp_path / "ckpt")
+    with pytest.raises(HyLoError, match="hf/config.json: rms_norm_eps is .*hylo.json has 0.5"):
+        megatron_to_hf.convert(tmp_path / "ckpt", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("kind", HYBRIDS)
 def test_hybrid_export_import_export_keeps_every_bit(tmp_path, kind, dtype):
