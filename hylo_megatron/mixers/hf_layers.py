@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from hylo_megatron import kernels
-from hylo_megatron.kernels.rope import cos_and_sin, rope_frequencies, turn
+from hylo_megatron.kernels.rope import Angles, cos_and_sin, query_scale, rope_frequencies, scaled, turn
 
 
 class HyLoRMSNorm(nn.Module):
@@ -88,12 +88,17 @@ def fp32_parameter(size: int) -> nn.Parameter:
 
 
 class Rotation:
-    """Cosines and sines [B,S,P/2] of positions [B,S]. Frequencies are computed on first use and never saved."""
+    """``Angles`` of positions [B,S], tensors [B,S,P/2] and [B,S,1]. Frequencies are computed once and never saved."""
 
     def __init__(self, config: PreTrainedConfig):
         self.config, self.by_device = config, {}
 
-    def __call__(self, positions_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, positions_BS: torch.Tensor) -> Angles:
+        log_scale = self.config.log_scale
+        cos, sin = self._cos_and_sin(positions_BS) if self.config.mla_rope else (None, None)
+        return Angles(cos, sin, query_scale(positions_BS, log_scale) if log_scale else None)
+
+    def _cos_and_sin(self, positions_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         device, config = positions_BS.device, self.config
         if device not in self.by_device:
             frequencies, scaling = rope_frequencies(
@@ -103,9 +108,13 @@ class Rotation:
         return cos_and_sin(positions_BS, *self.by_device[device])
 
 
-def rotate(x_BSHP: torch.Tensor, cos_BSp: torch.Tensor, sin_BSp: torch.Tensor) -> torch.Tensor:
-    """Rotate the last dimension of ``x``; all heads of a position turn alike."""
-    return turn(x_BSHP, cos_BSp.unsqueeze(2), sin_BSp.unsqueeze(2))
+def rotate(x_BSHP: torch.Tensor, cos_BSp: torch.Tensor | None, sin_BSp: torch.Tensor | None) -> torch.Tensor:
+    """Rotate the last dimension of ``x``; all heads of a position turn alike. Without angles ``x`` is returned."""
+    return x_BSHP if cos_BSp is None else turn(x_BSHP, cos_BSp.unsqueeze(2), sin_BSp.unsqueeze(2))
+
+
+def scale_queries(query_BSHK: torch.Tensor, scale_BS1: torch.Tensor | None) -> torch.Tensor:
+    return query_BSHK if scale_BS1 is None else scaled(query_BSHK, scale_BS1.unsqueeze(2))
 
 
 def real_tokens(real_BS: torch.Tensor | None) -> torch.Tensor | None:

@@ -10,6 +10,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 
 from hylo_megatron import kernels
+from hylo_megatron.kernels.rope import Angles
 from hylo_megatron.mixers.gdn import MIXER
 from hylo_megatron.mixers.gdn.geometry import GDNGeometry
 from hylo_megatron.mixers.hf_layers import HyLoConv1d, HyLoGateNorm, KeepsFp32, fp32_parameter, held
@@ -48,12 +49,12 @@ class HyLoGatedDeltaNet(KeepsFp32):
     def forward(
         self,
         x_BSD: torch.Tensor,
-        rotation: tuple[torch.Tensor, torch.Tensor] | None = None,
+        angles: Angles | None = None,
         allowed: torch.Tensor | None = None,
         real_BS1: torch.Tensor | None = None,
         cache: Cache | None = None,
     ) -> torch.Tensor:
-        """``real_BS1``: True at tokens that are no padding. ``rotation`` and ``allowed`` are not read."""
+        """``real_BS1``: True at tokens that are no padding. ``angles`` and ``allowed`` are not read."""
         ops = kernels.ops_for(x_BSD)
         if real_BS1 is not None:
             x_BSD = x_BSD * real_BS1

@@ -6,6 +6,7 @@ from vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn import QwenGatedD
 from vllm.model_executor.layers.mamba.mamba_utils import MambaStateDtypeCalculator, MambaStateShapeCalculator
 from vllm.platforms import current_platform
 
+from hylo_megatron.kernels.rope import Angles
 from hylo_megatron.mixers.gdn import MIXER
 from hylo_megatron.mixers.serving import trained_geometry
 from hylo_megatron.mixers.vllm_weights import conv_loader, keep_fp32
@@ -32,7 +33,7 @@ class HyLoGatedDeltaNet(QwenGatedDeltaNetAttention):
     def get_attn_backend(self):
         return GDNBackend
 
-    def mix(self, hidden_TD: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    def mix(self, hidden_TD: Tensor, angles: Angles) -> Tensor:
         return self(hidden_TD)
 
     def _output_projection(self, core_attn_out: Tensor, z: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from vllm.utils.torch_utils import direct_register_custom_op
 
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.kernels import gated_rms_norm
+from hylo_megatron.kernels.rope import Angles
 from hylo_megatron.mixers.kda.geometry import KDAGeometry
 from hylo_megatron.mixers.vllm_weights import conv_loader
 from hylo_megatron.serve.versions import GDNBackend
@@ -50,7 +51,7 @@ class HyLoKimiDeltaAttention(KimiGatedDeltaNetAttention):
     def get_attn_backend(self):
         return GDNBackend
 
-    def mix(self, hidden_TD: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    def mix(self, hidden_TD: Tensor, angles: Angles) -> Tensor:
         return self._forward_plain(hidden_TD) if current_platform.is_cpu() else self(hidden_TD, None)
 
     def _forward_plain(self, hidden_TD: Tensor) -> Tensor:

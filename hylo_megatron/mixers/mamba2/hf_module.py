@@ -13,6 +13,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 
 from hylo_megatron import kernels
+from hylo_megatron.kernels.rope import Angles
 from hylo_megatron.mixers.hf_layers import HyLoConv1d, KeepsFp32, fp32_parameter, held
 from hylo_megatron.mixers.mamba2 import MIXER
 from hylo_megatron.mixers.mamba2.geometry import NORM_EPS, Mamba2Geometry
@@ -47,12 +48,12 @@ class HyLoMamba2(KeepsFp32):
     def forward(
         self,
         x_BSD: torch.Tensor,
-        rotation: tuple[torch.Tensor, torch.Tensor] | None = None,
+        angles: Angles | None = None,
         allowed: torch.Tensor | None = None,
         real_BS1: torch.Tensor | None = None,
         cache: Cache | None = None,
     ) -> torch.Tensor:
-        """``real_BS1``: True at tokens that are no padding. ``rotation`` and ``allowed`` are not read."""
+        """``real_BS1``: True at tokens that are no padding. ``angles`` and ``allowed`` are not read."""
         ops = kernels.ops_for(x_BSD)
         if real_BS1 is not None:
             x_BSD = x_BSD * real_BS1
