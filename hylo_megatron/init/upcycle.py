@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hylo_megatron.checkpoint.folder import LazyTensor, check_empty, write_checkpoint
 from hylo_megatron.config import Architecture, Geometry, Plan, geometry_preset, positions
-from hylo_megatron.config.geometry import check_heads
+from hylo_megatron.config.geometry import GEOMETRY_HELP, check_heads
 from hylo_megatron.config.rope import same_at_any_width
 from hylo_megatron.convert.hf_folder import save_tensors
 from hylo_megatron.convert.hf_to_megatron import megatron_tensors
@@ -193,8 +193,8 @@ def main(argv: list[str] | None = None) -> None:
     add(
         "--geometry",
         default="native",
-        choices=("native", "published"),
-        help="dimensions of the new mixers: what serving engines run unpadded, or the paper's",
+        metavar="PRESET[:RANK+ROPE]",
+        help=f"dimensions of the new mixers: {GEOMETRY_HELP}",
     )
     add(
         "--calibration",
