@@ -17,6 +17,7 @@ from typing_extensions import TypedDict
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.flags import short
 from hylo_megatron.json_file import AtLeastZero, Count
+from hylo_megatron.mixers import MIXERS
 
 FIELDS = {"mla_rope": True, "linear_rope": False, "log_scale": None}  # of ``Architecture``, with their defaults
 
@@ -50,9 +51,23 @@ def misfit(arch) -> str | None:
     for name in ("mla_rope", "log_scale"):
         if getattr(arch, name) != FIELDS[name] and "mla" not in arch.plan:
             return f"{name} is {getattr(arch, name)}, but the plan has no mla layers"
+    if arch.linear_rope:
+        widths = [rotary_width(kind, arch.geometry) for kind in dict.fromkeys(arch.plan) if MIXERS[kind].linear]
+        if not all(widths):
+            return "linear_rope is True, but the plan has linear layers without queries and keys that can rotate"
+        if not widths:
+            return "linear_rope is True, but the plan has no linear layers"
+        if any(width % 2 for width in widths):
+            return f"linear_rope is True, but linear layers have heads of {widths}, expected even numbers"
     if arch.log_scale and not _computable(arch.log_scale):
         return f"log_scale is {arch.log_scale}, expected numbers of 0 or more whose sum is above 1"
     return None
+
+
+def rotary_width(kind: str, geometry) -> int:
+    """Return the head size of a linear mixer's queries and keys, 0 where they cannot rotate."""
+    entry = MIXERS[kind]
+    return getattr(entry.dimensions(geometry), entry.rotary) if entry.rotary else 0
 
 
 def _computable(scale: LogScale) -> bool:
@@ -74,6 +89,12 @@ def add_flags(add, prefix: str = "--") -> None:
         type=switch,
         metavar="on|off",
         help="off: MLA layers do not rotate queries and keys (NoPE); best from the start of a distillation stage on",
+    )
+    add(
+        flag("linear_rope", prefix),
+        type=switch,
+        metavar="on|off",
+        help="on: linear layers rotate queries and keys behind the convolution, as the base model's attention does",
     )
     add_log_scale(add, prefix)
 

@@ -15,7 +15,7 @@ from hylo_megatron.config.geometry import ALWAYS
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.json_file import AtLeastZero, Dimension, Positive, check
 from hylo_megatron.mixers import CACHED, LINEAR, MIXERS, Mixer
-from hylo_megatron.mixers.config_fields import config_defaults, config_fields, config_types
+from hylo_megatron.mixers.dimensions import config_defaults, config_fields, config_types
 
 HYBRID = (*CACHED, *LINEAR)  # the mixers that a hybrid may have
 # A default for any of these would belong to another model, and the weights would fit nevertheless.

@@ -11,7 +11,7 @@ from hylo_megatron.config.rope import checked_rope
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.hf.config_values import DEFAULTS, HYBRID, check_complete, check_values, described, fields
 from hylo_megatron.mixers import CACHED, LINEAR, MIXERS
-from hylo_megatron.mixers.config_fields import config_to_geometry, geometry_to_config
+from hylo_megatron.mixers.dimensions import config_to_geometry, geometry_to_config
 
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Fields with the same name and value in ``config.json`` and in ``Architecture``.

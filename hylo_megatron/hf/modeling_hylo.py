@@ -20,7 +20,8 @@ from hylo_megatron.hf.cache import HyLoCache
 from hylo_megatron.hf.configuration_hylo import HyLoConfig
 from hylo_megatron.hf.packing import Documents, document_starts, restarted
 from hylo_megatron.mixers import LINEAR, MIXERS
-from hylo_megatron.mixers.hf_layers import HyLoRMSNorm, KeepsFp32, Rotation, real_tokens
+from hylo_megatron.mixers.hf_layers import HyLoRMSNorm, Rotation, real_tokens
+from hylo_megatron.mixers.hf_linear import LinearMixer
 
 _FP32 = sorted({rf"{MIXERS[kind].module}\.{name}$" for kind in LINEAR for name in MIXERS[kind].fp32})
 LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index", "shift_labels")
@@ -75,7 +76,7 @@ class HyLoPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, KeepsFp32):
+        if isinstance(module, LinearMixer):
             module.initial_values()
 
 

@@ -56,12 +56,15 @@ def cos_and_sin(positions: Tensor, frequencies: Tensor, scaling: float) -> tuple
 class Angles(NamedTuple):
     """What the layers of exported models read of positions, fp32. None: the model has no such setting.
 
-    ``cos`` and ``sin`` rotate queries and keys of MLA, and ``scale`` multiplies its queries.
+    ``cos`` and ``sin`` rotate queries and keys of MLA, and ``scale`` multiplies its queries. ``linear_cos`` and
+    ``linear_sin`` rotate queries and keys of linear layers.
     """
 
     cos: Tensor | None
     sin: Tensor | None
     scale: Tensor | None
+    linear_cos: Tensor | None = None
+    linear_sin: Tensor | None = None
 
 
 def query_scale(positions: Tensor, log_scale: LogScale) -> Tensor:

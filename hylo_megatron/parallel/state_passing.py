@@ -5,10 +5,10 @@ recurrences of linear blocks are linear in their state, so over a chunk
 
     last state = transfer · start + written        o_t = o_t from a zero state + read_t · start
 
-with ``transfer`` and ``read_t`` that do not depend on the values. One scan from zero gives all four (a mixer's
-``state_passing.py``). Then ``transfer`` and ``written`` of all chunks are gathered, and each rank composes those
-before its own (``starts``). Backward is the transpose: the gradients of all ``start`` are gathered, and each rank
-composes those after its own. The kernels are those of a complete sequence, forward and backward, once each.
+with ``transfer`` and ``read_t`` that do not depend on the values. One scan from zero gives all four
+(``mixers/state_passing.py``). Then ``transfer`` and ``written`` of all chunks are gathered, and each rank composes
+those before its own (``starts``). Backward is the transpose: the gradients of all ``start`` are gathered, and each
+rank composes those after its own. The kernels are those of a complete sequence, forward and backward, once each.
 
 Legend: B rows (two for each sequence of this rank), S positions of a chunk, C channels, H value heads, K key dim,
 V value dim; n ranks, and 2n chunks in the order of the sequence.

@@ -109,6 +109,7 @@ class Recipe:
     layers: int = 30
     text: str = "small"  # the mix of hylo fetch-text
     geometry: str | Geometry = "native"
+    linear_rope: bool = False  # linear layers rotate queries and keys (config/positions.py)
     init: str = "data"  # or "svd", the initialisation of the method's paper
     save_every: int = 20
     seed: int = 1234

@@ -11,7 +11,7 @@ from hylo_megatron.errors import HyLoError
 from hylo_megatron.hf.config_values import described
 from hylo_megatron.hf.configuration_hylo import HyLoConfig
 from hylo_megatron.mixers import CACHED, MIXERS
-from hylo_megatron.mixers.config_fields import geometry_to_config
+from hylo_megatron.mixers.dimensions import geometry_to_config
 from hylo_megatron.planner.pages import expanded_bytes, pages
 from hylo_megatron.serve.geometry import Served, serve
 
@@ -126,6 +126,12 @@ def refuse(vllm_config) -> None:
             "--decode-context-parallel-size",
             vllm_config.parallel_config.decode_context_parallel_size > 1,
             "recurrent states cannot be split by position; use --tensor-parallel-size",
+        ),
+        (
+            "linear_rope in config.json",
+            model.hf_config.linear_rope and on_gpu(),
+            "vLLM's kernels for a GPU convolve and scan in one step, without a rotation between; use transformers, or"
+            " train without --linear-rope",
         ),
         (
             f"--kv-cache-dtype {dtype}",

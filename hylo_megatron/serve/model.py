@@ -27,7 +27,7 @@ from vllm.sequence import IntermediateTensors
 
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.kernels.rope import Angles
-from hylo_megatron.mixers import CACHED, MIXERS
+from hylo_megatron.mixers import CACHED, MIXERS, Mixer
 from hylo_megatron.mixers.serving import trained_geometry
 from hylo_megatron.serve.config import refuse
 from hylo_megatron.serve.weights import Padding, check_parts, fits, served_weights
@@ -142,11 +142,15 @@ class HyLoForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
 
     @classmethod
     def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig):
-        return _linear(vllm_config).state_dtypes(vllm_config)
+        cache = vllm_config.cache_config
+        types = cache.mamba_cache_dtype, cache.mamba_ssm_cache_dtype
+        return _linear(vllm_config).part("vllm_module").state_dtypes(vllm_config.model_config.dtype, *types)
 
     @classmethod
     def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig):
-        return _linear(vllm_config).state_shapes(vllm_config)
+        entry, tp = _linear(vllm_config), vllm_config.parallel_config.tensor_parallel_size
+        dimensions = entry.dimensions(vllm_config.model_config.hf_config.geometry())
+        return entry.part("vllm_module").state_shapes(tp, dimensions)
 
     @classmethod
     def get_mamba_state_copy_func(cls):
@@ -239,8 +243,8 @@ class HyLoForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
                 module.derive(name, loaded, self.dtype)
 
 
-def _linear(vllm_config: VllmConfig):
-    return MIXERS[vllm_config.model_config.hf_config.linear_type].part("vllm_module")
+def _linear(vllm_config: VllmConfig) -> Mixer:
+    return MIXERS[vllm_config.model_config.hf_config.linear_type]
 
 
 def under_reload(model: nn.Module) -> bool:

@@ -41,6 +41,10 @@ HYBRIDS = {
     "mamba2-log_scale-qk_norm": tiny.hybrid(
         "mamba2", model_type="qwen3", head_dim=32, mla_qk_norm=True, geometry=_QK_NORM, log_scale=tiny.LOG_SCALE
     ),
+    "gdn-linear_rope-nope": tiny.hybrid("gdn", mla_rope=False, linear_rope=True),
+    "kda-linear_rope-yarn": tiny.hybrid(
+        "kda", linear_rope=True, geometry=tiny.GEOMETRY_Q_LORA, rope_parameters=tiny.YARN
+    ),
     "no-mla": tiny.hybrid("mamba2", plan=("mamba2",) * 4),
     "all-mla": tiny.hybrid(plan=("mla",) * 3),  # an odd number of layers for the pipeline
 }
@@ -97,6 +101,8 @@ def test_hybrid_logits_equal_the_exported_model(folder, kind):
         ("mamba2-q_lora-linear", dict(rope_parameters=tiny.DEFAULT)),
         ("gdn-nope-log_scale", dict(mla_rope=True)),
         ("gdn-nope-log_scale", dict(log_scale=None)),
+        ("gdn-linear_rope-nope", dict(linear_rope=False)),
+        ("kda-linear_rope-yarn", dict(linear_rope=False)),
         ("mamba2-llama3-padded", dict(rope_parameters={**tiny.DEFAULT, "rope_theta": 5e5})),
     ],
 )

@@ -27,7 +27,7 @@ MODELS = {  # students: of PP2's stages, the mixed one's have three and two laye
     "mamba2": dict(linear="mamba2", **QWEN3),
     "kda": dict(linear="kda", **QWEN3),
     "mixed": dict(linear="gdn", plan=("gdn", "mla", "mamba2", "gdn", "mla")),
-    "nope": dict(linear="gdn", mla_rope=False, log_scale={"base": 3.0, "length": 8}),
+    "nope": dict(linear="gdn", mla_rope=False, log_scale={"base": 3.0, "length": 8}, linear_rope=True),
 }
 RUNS = {  # what trains in ``ild`` and in ``distill``, and with which teacher in the latter
     "gdn": dict(ild=("gdn", "all"), distill=("gdn", "all")),

@@ -23,17 +23,23 @@ class MLAGeometry(Dimensions):
     q_lora_rank: Dimension | None = None
 
 
-# (hidden size, attention heads, head dim) -> dimensions of the method's paper (arXiv 2604.24715, appendix).
+CONFIG_FIELDS = {  # fields of config.json, named as DeepSeek's
+    "q_lora_rank": "q_lora_rank",
+    "kv_lora_rank": "kv_lora_rank",
+    "qk_nope_head_dim": "qk_nope_head_dim",
+    "qk_rope_head_dim": "qk_rope_head_dim",
+    "v_head_dim": "v_head_dim",
+}
+CONFIG_DEFAULTS = MLAGeometry(kv_lora_rank=256, qk_nope_head_dim=64, qk_rope_head_dim=64, v_head_dim=64)
+SHRUNK_BY = dict.fromkeys(("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), "heads")
+SHRUNK_BY["q_lora_rank"] = "width"
+
+
+# (hidden size, attention heads, head dim) -> dimensions of the method's paper (arXiv 2604.24715, appendix), in order.
 PUBLISHED = {
-    (2048, 32, 64): MLAGeometry(
-        kv_lora_rank=128, qk_nope_head_dim=32, qk_rope_head_dim=32, v_head_dim=64, q_lora_rank=1344
-    ),
-    (3072, 24, 128): MLAGeometry(
-        kv_lora_rank=128, qk_nope_head_dim=64, qk_rope_head_dim=64, v_head_dim=128, q_lora_rank=1536
-    ),
-    (2048, 16, 128): MLAGeometry(
-        kv_lora_rank=256, qk_nope_head_dim=64, qk_rope_head_dim=64, v_head_dim=128, q_lora_rank=1344
-    ),
+    (2048, 32, 64): MLAGeometry(128, 32, 32, 64, 1344),
+    (3072, 24, 128): MLAGeometry(128, 64, 64, 128, 1536),
+    (2048, 16, 128): MLAGeometry(256, 64, 64, 128, 1344),
 }
 
 
@@ -95,17 +101,6 @@ def published(base: BaseHeads) -> MLAGeometry:
             f" {base.head_dim} (there are for {known}); use --geometry native"
         )
     return PUBLISHED[key]
-
-
-def shrunk(g: MLAGeometry, *, heads: int, width: int) -> MLAGeometry:
-    """Return the dimensions for a small model: heads ``heads`` times and hidden states ``width`` times narrower."""
-    return MLAGeometry(
-        kv_lora_rank=g.kv_lora_rank // heads,
-        qk_nope_head_dim=g.qk_nope_head_dim // heads,
-        qk_rope_head_dim=g.qk_rope_head_dim // heads,
-        v_head_dim=g.v_head_dim // heads,
-        q_lora_rank=g.q_lora_rank and g.q_lora_rank // width,
-    )
 
 
 def check(head_dim: int, mla: MLAGeometry) -> None:

@@ -11,6 +11,7 @@ import math
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hylo_megatron.config import Architecture
@@ -44,13 +45,13 @@ def _nope_rows(arch: Architecture, rope: Tensor) -> Tensor:
 def _factor(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Return ``up [rows, rank], down [rank, D]``, the best approximation of that rank, with Σ split evenly."""
     u, s, v = torch.linalg.svd(matrix.double(), full_matrices=False)
-    rank, kept = min(rank, len(s)), rank
     root = s[:rank].sqrt()
-    up, down = u[:, :rank] * root, root[:, None] * v[:rank]
-    if kept > rank:
-        up = torch.cat([up, up.new_zeros(len(up), kept - rank)], 1)
-        down = torch.cat([down, down.new_zeros(kept - rank, down.shape[1])])
-    return up, down
+    return _widened(u[:, :rank] * root, root[:, None] * v[:rank], rank)
+
+
+def _widened(up: Tensor, down: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return both factors with zeros up to ``rank``, where the matrix has a lower one."""
+    return F.pad(up, (0, rank - len(down))), F.pad(down, (0, 0, 0, rank - len(down)))
 
 
 def _score_factors(arch: Architecture) -> Tensor:
@@ -194,9 +195,7 @@ def _latent(keys_GnD, values_GvD, q_HnD, cov, rank: int):
     energy, basis = energy[-keep:], basis[:, -keep:]
     sigma = energy.clamp_min(1e-14).sqrt()
     down, up = 0.5 * (basis.T @ yw) / sigma[:, None], 2 * (basis * sigma) / weight[:, None]
-    if keep < rank:
-        down = torch.cat([down, down.new_zeros(rank - keep, down.shape[1])])
-        up = torch.cat([up, up.new_zeros(len(up), rank - keep)], 1)
+    up, down = _widened(up, down, rank)
     return down, up[:n_keys].unflatten(0, (groups, -1)), up[n_keys:].unflatten(0, (groups, -1))
 
 

@@ -6,6 +6,8 @@ up-projections are split by heads. Under sequence parallelism the latents are ga
 parallelism: the latents go from rank to rank (``latent_ring.py``; ``--cp-comm-type``: p2p or all_gather).
 """
 
+from functools import partial
+
 import torch
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
@@ -23,10 +25,7 @@ from hylo_megatron.mixers.megatron_layers import Backend, HeadRMSNorm, Replicate
 from hylo_megatron.parallel.latent_ring import latent_attention
 from hylo_megatron.parallel.zigzag import zigzag_positions
 
-
-def config_fields(arch: Architecture) -> dict:
-    """Return what this mixer adds to a ``TransformerConfig``: nothing, its dimensions come from its own geometry."""
-    return {}
+TRANSFORMER_FIELDS: dict[str, str] = {}  # megatron-core's own MLA is not used
 
 
 def layer_spec(backend: Backend, arch: Architecture, linear_cp: str = "auto") -> ModuleSpec:
@@ -71,12 +70,7 @@ class MLASelfAttention(MegatronModule):
         heads, self.key_dim = config.num_attention_heads, geometry.qk_nope_head_dim + geometry.qk_rope_head_dim
         self.local_heads = heads // pg_collection.tp.size()
 
-        def column(inputs, outputs):
-            return build_module(
-                backend.column_linear, inputs, outputs, config=config, init_method=config.init_method,
-                gather_output=False, bias=False, skip_bias_add=False, is_expert=False, tp_group=pg_collection.tp,
-            )  # fmt: skip
-
+        column = partial(backend.column, config=config, tp_group=pg_collection.tp)
         if geometry.q_lora_rank:
             self.linear_q_down_proj = ReplicatedLinear(config.hidden_size, geometry.q_lora_rank, config)
             self.linear_q_up_proj = column(geometry.q_lora_rank, heads * self.key_dim)
@@ -87,11 +81,7 @@ class MLASelfAttention(MegatronModule):
         self.linear_kv_up_proj = column(
             geometry.kv_lora_rank, heads * (geometry.qk_nope_head_dim + geometry.v_head_dim)
         )
-        self.linear_proj = build_module(
-            backend.row_linear, heads * geometry.v_head_dim, config.hidden_size, config=config,
-            init_method=config.output_layer_init_method, bias=False, input_is_parallel=True, skip_bias_add=True,
-            is_expert=False, tp_group=pg_collection.tp,
-        )  # fmt: skip
+        self.linear_proj = backend.row(heads * geometry.v_head_dim, config.hidden_size, config, pg_collection.tp)
         self.q_norm = self.k_norm = None
         if arch.mla_qk_norm:
             self.q_norm = HeadRMSNorm(config, self.key_dim, config.layernorm_epsilon)
@@ -110,17 +100,19 @@ class MLASelfAttention(MegatronModule):
         return q.unflatten(-1, (self.local_heads, self.key_dim))
 
     def project_latent(self, hidden_SBD: Tensor) -> tuple[Tensor, Tensor]:
-        """``(latent_SBR, k_rope_SBP)``: what a cache would hold, the key not yet rotated."""
+        """Return ``(latent_SBR, k_rope_SBP)``: what a cache would hold, but the key is not rotated yet."""
         g = self.geometry
         latent_SBR, k_rope_SBP = self.linear_kv_down_proj(hidden_SBD).split([g.kv_lora_rank, g.qk_rope_head_dim], -1)
-        if self.config.sequence_parallel:
-            k_rope_SBP = gather_from_sequence_parallel_region(k_rope_SBP, group=self.tp_group)
-        else:
-            k_rope_SBP = copy_to_tensor_model_parallel_region(k_rope_SBP, group=self.tp_group)
-        return latent_SBR.contiguous(), k_rope_SBP  # NCCL gathers no views
+        return latent_SBR.contiguous(), self._of_all_ranks(k_rope_SBP)  # NCCL gathers no views
+
+    def _of_all_ranks(self, x_SBR: Tensor) -> Tensor:
+        """Return the complete sequence for this rank's heads; the gradient is summed over tensor-parallel ranks."""
+        shared = self.config.sequence_parallel
+        of_all = gather_from_sequence_parallel_region if shared else copy_to_tensor_model_parallel_region
+        return of_all(x_SBR, group=self.tp_group)
 
     def expand_latent(self, kv: Tensor, k_rope_SBP: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-        """``(k_SBHK, v_SBHV)`` at the positions of context-parallel rank ``rank``; ``kv``: up-projected latents."""
+        """Return ``(k_SBHK, v_SBHV)`` of up-projected latents ``kv`` at the positions of context-parallel ``rank``."""
         g = self.geometry
         kv = kv.unflatten(-1, (self.local_heads, g.qk_nope_head_dim + g.v_head_dim))
         k_nope, v_SBHV = kv.split([g.qk_nope_head_dim, g.v_head_dim], -1)
@@ -144,10 +136,8 @@ class MLASelfAttention(MegatronModule):
         return self.linear_proj(self.core_attention(q_SBHK, *self.expand_latent(kv, k_rope_SBP, rank)))
 
     def _attend_across_ranks(self, q_SBHK: Tensor, latent_SBR: Tensor, k_rope_SBP: Tensor) -> Tensor:
-        """``[S, B, H*V]``: this rank's queries over the latents of all context-parallel ranks."""
-        of_all = (gather_from_sequence_parallel_region if self.config.sequence_parallel
-                  else copy_to_tensor_model_parallel_region)  # fmt: skip
-        latents = torch.cat([of_all(latent_SBR, group=self.tp_group), k_rope_SBP], -1)
+        """Return ``[S, B, H*V]``, attention from this rank's queries to the latents of all context-parallel ranks."""
+        latents = torch.cat([self._of_all_ranks(latent_SBR), k_rope_SBP], -1)
         weight = self.linear_kv_up_proj.weight
 
         def expand(latents: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -10,28 +10,38 @@ from vllm.model_executor.layers.attention import Attention, MLAAttention
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
 
+from hylo_megatron.config.positions import rotary_width
 from hylo_megatron.kernels.rope import Angles, cos_and_sin, query_scale, rope_frequencies, scaled, turn
 from hylo_megatron.mixers.serving import trained_geometry
 from hylo_megatron.mixers.vllm_weights import pad
 
 
 class Rotation(nn.Module):
-    """``Angles`` of positions ``[T]``, tensors ``[T, 1, P/2]`` and ``[T, 1, 1]``. Pairs of padding do not turn."""
+    """``Angles`` of positions ``[T]``, tensors ``[T, 1, ..]``. Pairs of padding do not turn."""
 
     def __init__(self, config):
         super().__init__()
-        self.rotates, self.log_scale = config.mla_rope, config.log_scale
-        rope = trained_geometry(config).mla.qk_rope_head_dim
-        frequencies, self.scaling = rope_frequencies(config.rope_parameters, rope, config.max_position_embeddings)
-        frequencies = pad(frequencies, 0, config.qk_rope_head_dim // 2)
-        device = torch.get_default_device()
-        self.register_buffer("frequencies", frequencies.to(device), persistent=False)
+        self.rotates, self.log_scale, self.linear_rope = config.mla_rope, config.log_scale, config.linear_rope
+        trained = trained_geometry(config)
+        self._keep("frequencies", config, trained.mla.qk_rope_head_dim, config.qk_rope_head_dim // 2)
+        if self.linear_rope:
+            width = rotary_width(config.linear_type, trained)
+            self._keep("linear_frequencies", config, width, width // 2)
+
+    def _keep(self, name: str, config, width: int, pairs: int) -> None:
+        """Keep the frequencies of a head of ``width``, padded to ``pairs``, as a buffer."""
+        parameters, longest = config.rope_parameters, config.max_position_embeddings
+        frequencies, self.scaling = rope_frequencies(parameters, width, longest)
+        padded = pad(frequencies, 0, pairs).to(torch.get_default_device())
+        self.register_buffer(name, padded, persistent=False)
 
     def forward(self, positions_T: Tensor) -> Angles:
-        positions, cos, sin = positions_T.unsqueeze(1), None, None
+        positions, mla, linear = positions_T.unsqueeze(1), (None, None), (None, None)
         if self.rotates:
-            cos, sin = cos_and_sin(positions, self.frequencies, self.scaling)
-        return Angles(cos, sin, query_scale(positions, self.log_scale) if self.log_scale else None)
+            mla = cos_and_sin(positions, self.frequencies, self.scaling)
+        if self.linear_rope:
+            linear = cos_and_sin(positions, self.linear_frequencies, self.scaling)
+        return Angles(*mla, query_scale(positions, self.log_scale) if self.log_scale else None, *linear)
 
 
 class HyLoMLA(nn.Module):
