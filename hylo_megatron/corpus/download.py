@@ -19,7 +19,8 @@ CACHE_VARIABLE = "HYLO_CACHE"
 class Wheel:
     """One file of a package index. ``target``: the pip options that choose this file on every machine.
 
-    Wheels are only read, never run, so they need not match this interpreter and platform.
+    Wheels are only read, never run, so they need not match this interpreter and platform. ``source``: a source
+    package, whose metadata pip builds after it has checked the sha256.
     """
 
     package: str
@@ -27,6 +28,7 @@ class Wheel:
     file_name: str
     sha256: str
     target: tuple[str, ...] = ("--platform", "any", "--python-version", "3.12")
+    source: bool = False
 
 
 def cache_folder(chosen: str | os.PathLike | None = None) -> Path:
@@ -83,16 +85,13 @@ def _pip_download(wheel: Wheel, folder: str) -> None:
         "--disable-pip-version-check",
         "--no-cache-dir",
         "--no-deps",
-        "--only-binary",
-        ":all:",
         "--retries",
         "5",
         "--timeout",
         "60",
-        *wheel.target,
         "--dest",
         folder,
-        f"{wheel.package}=={wheel.version}",
+        *_choice_of(wheel, folder),
     ]
     # pip unpacks into TMPDIR first, which is set to the cache's disk because /tmp is often small
     environment = {**os.environ, "TMPDIR": folder}
@@ -112,6 +111,16 @@ def _pip_download(wheel: Wheel, folder: str) -> None:
         f"pip could not download {wheel.package}=={wheel.version} ({reason[:200]}): check the network and "
         f"pip's index settings, or put {wheel.file_name} into {Path(folder).parent} yourself"
     )
+
+
+def _choice_of(wheel: Wheel, folder: str) -> list[str]:
+    """Return the pip arguments that choose the file. Only a requirements file can have a hash."""
+    wanted = f"{wheel.package}=={wheel.version}"
+    if not wheel.source:
+        return ["--only-binary", ":all:", *wheel.target, wanted]
+    requirements = Path(folder) / "requirements.txt"
+    requirements.write_text(f"{wanted} --hash=sha256:{wheel.sha256}\n", encoding="utf-8")
+    return ["--no-binary", wheel.package, "--requirement", str(requirements)]
 
 
 def replace_folder(partial: Path, out: Path) -> None:

@@ -19,10 +19,11 @@ class Chunk:
     padding = 0  # zeros behind the positions
 
     def __init__(self, span: slice, q_BSMK, k_BSMK, v_BSHV, g_BSHK, beta_BSH, scale: float, dtype: torch.dtype):
-        self.span, self.batch, self.dtype = span, len(v_BSHV), dtype
+        self.span, self.length = span, span.stop - span.start
+        self.batch, self.dtype = len(v_BSHV), dtype
         self.groups = v_BSHV.shape[2] // q_BSMK.shape[2]
-        self.length = span.stop - span.start
-        self.q, self.k, self.v = self.take(q_BSMK) * scale, self.take(k_BSMK), self.take(v_BSHV)
+        self.q, self.k = self.take(q_BSMK) * scale, self.take(k_BSMK)
+        self.v = self.take(v_BSHV)
         self.beta = None if beta_BSH is None else self.take(beta_BSH.unsqueeze(-1))
         self.q_H, self.k_H = self.spread(self.q), self.spread(self.k)
         self.read_pairs(self.take(g_BSHK))

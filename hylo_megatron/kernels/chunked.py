@@ -84,7 +84,8 @@ def _chunk_backward(x: Chunk, state, u, inverse, d_out, d_after):
     """
     d_u = torch.baddbmm(x.key_tail @ d_after, x.scores.mT, d_out)
     d_before = torch.baddbmm(d_after * x.end, x.query_head.mT, d_out)
-    d_v, d_beta, d_system = d_u, None, None
+    d_v, d_beta = d_u, None
+    d_system = None
     if inverse is not None:
         d_solved = inverse.mT @ d_u
         d_system = torch.bmm(d_solved, u.mT).neg_()

@@ -122,7 +122,8 @@ def linear_heads(
 
     ``scan(q, k, v, x_BSD, times)`` returns the block's outputs before its norm with ``eps``, ``[B,S,h,t,K]``.
     """
-    heads, q_HKD, k_GKD, v_GKD = arch.num_attention_heads, *linearised_qkv(layer, arch)
+    heads = arch.num_attention_heads
+    q_HKD, k_GKD, v_GKD = linearised_qkv(layer, arch)
     chosen = choose_heads(layer, arch, count).to(q_HKD.device)
     group = chosen // (heads // arch.num_key_value_heads)
     rows = slice(0, max(1, _CALIBRATION_TOKENS // layer.inputs_BSD.shape[1]))

@@ -26,7 +26,8 @@ class HyLoMamba2(LinearMixer):
     def __init__(self, config: PreTrainedConfig, layer: int):
         super().__init__()
         mamba2 = config.geometry().mamba2
-        self.layer, self.heads, self.groups = layer, mamba2.num_heads, mamba2.num_groups
+        self.layer = layer
+        self.heads, self.groups = mamba2.num_heads, mamba2.num_groups
         inner, bc = self.heads * mamba2.head_dim, self.groups * mamba2.state_size
         self.sizes, self.conv_sizes = [inner, inner + 2 * bc, self.heads], [inner, bc, bc]
         self.in_proj = linear(config.hidden_size, sum(self.sizes))
