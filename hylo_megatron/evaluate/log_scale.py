@@ -16,13 +16,15 @@ from hylo_megatron.json_file import read_json
 BASES = "300,500,700,900"  # about those of HypeNet (arXiv 2601.22156)
 
 
-def losses_by_base(model, documents: list[list[int]], scales: list[dict | None], file: Path) -> list[list[dict]]:
+def losses_by_base(
+    model, documents: list[list[int]], scales: list[dict | None], file: Path, prefill: int | None = None
+) -> list[list[dict]]:
     """Return the loss by position (rows of ``score``) with each of ``scales``. The model keeps the scale it had."""
     kept, found = model.config.log_scale, []
     try:
         for scale in scales:
             model.config.log_scale = scale
-            found.append(score(model, documents, file)["by_position"])
+            found.append(score(model, documents, file, prefill=prefill)["by_position"])
     finally:
         model.config.log_scale = kept
     return found
@@ -58,6 +60,7 @@ def _flags() -> Parser:
     add("--bases", default=BASES, help="bases to try, beside no scale at all")
     add("--from", dest="start", type=count, default=0, help="the LENGTH of --log-scale BASE,LENGTH")
     add("--after", type=count, help="choose by the loss from this position on (default: half of --length)")
+    add("--prefill", type=size, help="tokens that one forward pass reads (default: whole documents)")
     add("--device", default="auto")
     add("--dtype", default="auto")
     add("--write", action="store_true", help="write the best scale into the folder's config.json")
@@ -74,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     if loaded.model.config.model_type != "hylo" or "mla" not in loaded.model.config.mixers:
         raise HyLoError(f"{folder}: has no MLA layers, whose queries a log scale multiplies; give another model")
     documents = encode_long_documents(loaded.tokenizer, options.text, options.length, options.documents)
-    found = losses_by_base(loaded.model, documents, scales, Path(options.text))
+    found = losses_by_base(loaded.model, documents, scales, Path(options.text), options.prefill)
     after = options.length // 2 if options.after is None else options.after
     means = [mean_loss(rows, after) for rows in found]
     print(table(scales, found, means, after))

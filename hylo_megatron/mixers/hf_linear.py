@@ -17,6 +17,9 @@ from hylo_megatron.mixers.hf_layers import HyLoConv1d, held, rotate
 class States:
     """The states that a linear mixer starts from and leaves behind in its layer of a ``HyLoCache``, if it has one.
 
+    ``turn``: cosines and sines that rotate queries and keys, or a pair of None.
+    """
+
     def __init__(self, x_BSD: Tensor, cache: Cache | None, layer: int, angles: Angles | None = None):
         self.ops = kernels.ops_for(x_BSD)
         self.cache, self.layer = cache, layer
