@@ -110,7 +110,7 @@ def write_hybrid_config(arch: Architecture, folder: Path, dtype: torch.dtype) ->
 
 
 def convert(checkpoint: str | Path, out: str | Path, dtype: torch.dtype | None = None,
-            allow_nan: bool = False, **settings) -> Architecture:  # fmt: skip
+            allow_nan: bool = False, settings: dict | None = None) -> Architecture:  # fmt: skip
     """Write ``out``, which gets its name only when it is complete. ``dtype=None`` keeps the checkpoint's dtypes.
 
     ``settings``: fields of ``config/positions.py`` that the exported model has in place of the checkpoint's.
@@ -118,7 +118,7 @@ def convert(checkpoint: str | Path, out: str | Path, dtype: torch.dtype | None =
     checkpoint, out = Path(checkpoint), Path(out)
     finite = None if allow_nan else f"{FINITE}, or let it pass with --allow-nan"
     arch, reader = Architecture.load(checkpoint), CheckpointReader(checkpoint, finite)
-    arch = positions.changed(arch, settings, str(checkpoint))
+    arch = positions.changed(arch, settings or {}, str(checkpoint))
     check_tokenizer(checkpoint / "hf", arch.vocab_size)
     keys = [key for mapping in mappings(arch) for key in mapping.megatron]
     total = sum(math.prod(reader.shape(key)) * (dtype or reader.dtype(key)).itemsize for key in keys)
@@ -145,6 +145,6 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     start = time.time()
     dtype = None if options.dtype == "keep" else getattr(torch, options.dtype)
-    arch = convert(options.ckpt, options.out, dtype, options.allow_nan, **positions.given(options))
+    arch = convert(options.ckpt, options.out, dtype, options.allow_nan, settings=positions.given(options))
     seconds, memory = time.time() - start, peak_memory_gib()
     print(f"{arch.plan.name} -> {options.out}  {seconds:.1f} s, peak memory {memory:.2f} GiB")

@@ -89,7 +89,7 @@ def test_rotation_is_dropped_at_the_start_of_a_stage_and_stays_so(world, tmp_pat
     for folder in (first, then):
         arch = Architecture.load(folder)
         assert not arch.mla_rope and arch.log_scale == {"base": 9.0, "length": 16}
-    megatron_to_hf.convert(then, tmp_path / "hf", log_scale=None)
+    megatron_to_hf.convert(then, tmp_path / "hf", settings={"log_scale": None})
     config = HyLoConfig.from_pretrained(tmp_path / "hf")
     assert not config.mla_rope and config.log_scale is None
     refused = train(*train_flags(world, "distill", tmp_path / "no", hylo_mla_rope="none"))
