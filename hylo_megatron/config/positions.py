@@ -82,30 +82,32 @@ def switch(text: str) -> bool:
     return text == "on"
 
 
-def add_flags(add, prefix: str = "--") -> None:
-    """Add a flag for each setting. A flag that is not given leaves the setting as it is."""
+def add_flags(add, prefix: str = "--", default: str | None = None) -> None:
+    """Add a flag for each setting. A flag that is not given leaves the setting as it is, which ``default`` says."""
     add(
         flag("mla_rope", prefix),
         type=switch,
         metavar="on|off",
-        help="off: MLA layers do not rotate queries and keys (NoPE); best from the start of a distillation stage on",
+        help="off: MLA layers do not rotate queries and keys (NoPE); best from the start of a distillation stage on"
+        f" (default: {default or 'on'})",
     )
     add(
         flag("linear_rope", prefix),
         type=switch,
         metavar="on|off",
-        help="on: linear layers rotate queries and keys behind the convolution, as the base model's attention does",
+        help="on: linear layers rotate queries and keys behind the convolution, as the base model's attention does"
+        f" (default: {default or 'off'})",
     )
-    add_log_scale(add, prefix)
+    add_log_scale(add, prefix, default)
 
 
-def add_log_scale(add, prefix: str = "--") -> None:
+def add_log_scale(add, prefix: str = "--", default: str | None = None) -> None:
     add(
         flag("log_scale", prefix),
         type=log_scale,
         metavar="BASE[,LENGTH]|off",
         help="multiply MLA's queries at position t by log(max(t, LENGTH) + BASE) / log(LENGTH + BASE); LENGTH: 0, or"
-        " the trained length, before which nothing changes",
+        f" the trained length, before which nothing changes (default: {default or 'off'})",
     )
 
 

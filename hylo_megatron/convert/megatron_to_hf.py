@@ -141,7 +141,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", required=True, help="Hugging Face folder to write")
     parser.add_argument("--dtype", choices=("keep", "bfloat16", "float16", "float32"), default="keep")
     parser.add_argument("--allow-nan", action="store_true", help="let NaN and Inf in weights pass")
-    positions.add_log_scale(parser.add_argument)
+    positions.add_log_scale(parser.add_argument, default="as the checkpoint has it")
     options = parser.parse_args(argv)
     start = time.time()
     dtype = None if options.dtype == "keep" else getattr(torch, options.dtype)

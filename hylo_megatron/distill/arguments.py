@@ -29,7 +29,7 @@ def _add_model_arguments(add) -> None:
         " (auto: a2a where the heads divide by the ranks)",
     )
     add("--hylo-rope", type=json_object, help='change the student\'s rotary embedding, e.g. {"rope_theta": 4e5}')
-    positions.add_flags(add, "--hylo-")
+    positions.add_flags(add, "--hylo-", "as --hylo-student has it")
     add(
         "--hylo-teacher-rope",
         type=json_object,
