@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hylo_megatron.checkpoint.folder import FINITE, CheckpointReader, whole_folder
-from hylo_megatron.config import Architecture
+from hylo_megatron.config import Architecture, positions
 from hylo_megatron.convert.hf_folder import read_architecture, save_tensors
 from hylo_megatron.convert.shapes import hf_shapes
 from hylo_megatron.convert.tables import mappings
@@ -126,11 +126,15 @@ def write_hybrid_config(arch: Architecture, folder: Path, dtype: torch.dtype) ->
 
 
 def convert(checkpoint: str | Path, out: str | Path, dtype: torch.dtype | None = None,
-            allow_nan: bool = False) -> Architecture:  # fmt: skip
-    """Write ``out``, which gets its name only when it is complete. ``dtype=None`` keeps the checkpoint's dtypes."""
+            allow_nan: bool = False, settings: dict | None = None) -> Architecture:  # fmt: skip
+    """Write ``out``, which gets its name only when it is complete. ``dtype=None`` keeps the checkpoint's dtypes.
+
+    ``settings``: fields of ``config/positions.py`` that the exported model has in place of the checkpoint's.
+    """
     checkpoint, out = Path(checkpoint), Path(out)
     finite = None if allow_nan else f"{FINITE}, or let it pass with --allow-nan"
     arch, reader = Architecture.load(checkpoint), CheckpointReader(checkpoint, finite)
+    arch = positions.changed(arch, settings or {}, str(checkpoint))
     check_tokenizer(checkpoint / "hf", arch.vocab_size)
     keys = [key for mapping in mappings(arch) for key in mapping.megatron]
     total = sum(math.prod(reader.shape(key)) * (dtype or reader.dtype(key)).itemsize for key in keys)
@@ -148,9 +152,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", required=True, help="Hugging Face folder to write")
     parser.add_argument("--dtype", choices=("keep", "bfloat16", "float16", "float32"), default="keep")
     parser.add_argument("--allow-nan", action="store_true", help="let NaN and Inf in weights pass")
+    positions.add_log_scale(parser.add_argument, default="as the checkpoint has it")
     options = parser.parse_args(argv)
     start = time.time()
     dtype = None if options.dtype == "keep" else getattr(torch, options.dtype)
-    arch = convert(options.ckpt, options.out, dtype, options.allow_nan)
+    arch = convert(options.ckpt, options.out, dtype, options.allow_nan, settings=positions.given(options))
     seconds, memory = time.time() - start, peak_memory_gib()
     print(f"{arch.plan.name} -> {options.out}  {seconds:.1f} s, peak memory {memory:.2f} GiB")

@@ -10,16 +10,21 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 
 from hylo_megatron import kernels
-from hylo_megatron.mixers.hf_layers import HyLoConv1d, held
+from hylo_megatron.kernels.rope import Angles
+from hylo_megatron.mixers.hf_layers import HyLoConv1d, held, rotate
 
 
 class States:
-    """The states that a linear mixer starts from and leaves behind in its layer of a ``HyLoCache``, if it has one."""
+    """The states that a linear mixer starts from and leaves behind in its layer of a ``HyLoCache``, if it has one.
 
-    def __init__(self, x_BSD: Tensor, cache: Cache | None, layer: int):
+    ``turn``: cosines and sines that rotate queries and keys, or a pair of None.
+    """
+
+    def __init__(self, x_BSD: Tensor, cache: Cache | None, layer: int, angles: Angles | None = None):
         self.ops = kernels.ops_for(x_BSD)
         self.cache, self.layer = cache, layer
         self.past = {} if cache is None else cache[layer]
+        self.turn = (None, None) if angles is None else (angles.linear_cos, angles.linear_sin)
         self.decoding = "state" in self.past and x_BSD.shape[1] == 1
 
     def convolve(self, x_BSC: Tensor, weight_CW: Tensor, bias_C: Tensor | None = None) -> Tensor:
@@ -55,14 +60,14 @@ class LinearMixer(nn.Module):
     def forward(
         self,
         x_BSD: Tensor,
-        rotation: tuple[Tensor, Tensor] | None = None,
+        angles: Angles | None = None,
         allowed: Tensor | None = None,
         real_BS1: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
-        """``real_BS1``: True at tokens that are no padding. ``rotation`` and ``allowed`` are not read."""
+        """``real_BS1``: True at tokens that are no padding. ``allowed`` is not read."""
         x_BSD = x_BSD if real_BS1 is None else x_BSD * real_BS1
-        return self.mix(x_BSD, real_BS1, States(x_BSD, cache, self.layer))
+        return self.mix(x_BSD, real_BS1, States(x_BSD, cache, self.layer, angles))
 
     def _apply(self, fn, recurse=True):
         kept = {id(getattr(self, name)) for name in self.fp32_names}
@@ -106,7 +111,7 @@ class DeltaRuleMixer(LinearMixer):
         weight = torch.cat([held(conv, HyLoConv1d)[0] for conv in (self.q_conv1d, self.k_conv1d, self.v_conv1d)])
         q, k, v = states.convolve(projected, weight).split(self.conv_sizes, -1)
         # Not in the kernel: fla compiles its own norm anew for every size of batch, and prompts come in all sizes.
-        q, k = (kernels.l2norm(t.unflatten(-1, (-1, self.key_dim))) for t in (q, k))
+        q, k = (kernels.l2norm(rotate(t.unflatten(-1, (-1, self.key_dim)), *states.turn)) for t in (q, k))
         v, gate = (t.unflatten(-1, (-1, self.value_dim)) for t in (v, self.gate(x_BSD)))
         out = self.delta_rule(states, x_BSD, real_BS1, q, k, v, beta=self.b_proj(x_BSD).sigmoid())
         return self.o_proj(self.o_norm(out, gate).flatten(-2))

@@ -12,6 +12,7 @@ from vllm.model_executor.layers.mamba.mamba_utils import is_conv_state_dim_first
 from vllm.model_executor.layers.mamba.ops.cpu.gdn_attention import _unpacked_conv_weight
 
 from hylo_megatron.kernels import causal_conv1d, chunk_gated_delta_rule, l2norm, recurrent_gated_delta_rule
+from hylo_megatron.kernels.rope import Angles, turn
 
 Step = Callable[[slice, Tensor | None, Tensor | None], tuple[Tensor, Tensor]]
 
@@ -42,7 +43,15 @@ def run_requests(layer, step: Step) -> None:
 
 
 def gated_delta_rule(
-    layer, qkv_TC: Tensor, g: Tensor, beta_TH: Tensor, out_THV: Tensor, *, key_dim: int, keys_last: bool
+    layer,
+    qkv_TC: Tensor,
+    g: Tensor,
+    beta_TH: Tensor,
+    out_THV: Tensor,
+    angles: Angles,
+    *,
+    key_dim: int,
+    keys_last: bool,
 ) -> None:
     """Fill ``out_THV`` by the convolution and the delta rule of each request, from the request's cached states.
 
@@ -58,7 +67,10 @@ def gated_delta_rule(
             qkv_TC[tokens][None], weight_CW, initial_state=conv_state, output_final_state=True
         )
         q, k, v = qkv.split([keys, keys, values], -1)
-        q, k = (l2norm(x.unflatten(-1, (-1, key_dim))) for x in (q, k))
+        q, k = (x.unflatten(-1, (-1, key_dim)) for x in (q, k))
+        if angles.linear_cos is not None:
+            q, k = (turn(x, angles.linear_cos[tokens], angles.linear_sin[tokens]) for x in (q, k))
+        q, k = l2norm(q), l2norm(k)
         rule = recurrent_gated_delta_rule if q.shape[1] == 1 else chunk_gated_delta_rule
         before = state.mT if keys_last and state is not None else state
         decay, beta = g[tokens][None], beta_TH[tokens][None].sigmoid()

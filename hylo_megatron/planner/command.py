@@ -16,6 +16,7 @@ from math import prod
 from pathlib import Path
 
 from hylo_megatron.config import Architecture, Plan, geometry_preset
+from hylo_megatron.config.geometry import GEOMETRY_HELP
 from hylo_megatron.config.layout import ParallelLayout, Work, check_parallel_layout
 from hylo_megatron.config.pair import check_teacher, check_vocabularies
 from hylo_megatron.config.stages import STAGE_KINDS, TRAIN, stage_kind
@@ -148,7 +149,7 @@ def main() -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--plan", help="layers of the hybrid that a base model would become, such as 6MLA22GDN")
-    parser.add_argument("--geometry", default="native")
+    parser.add_argument("--geometry", default="native", metavar="PRESET[:RANK+ROPE]", help=GEOMETRY_HELP)
     parser.add_argument("--gpu-gib", type=positive, default=139.8, help="memory of the GPU (default: an H200's)")
     parser.add_argument("--utilization", type=share, default=0.9, help="vLLM's --gpu-memory-utilization")
     parser.add_argument("--tp", type=size, default=1)

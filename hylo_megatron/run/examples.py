@@ -139,7 +139,7 @@ def job_of(name: str) -> Job:
     small = value("PROXY", "0") != "0"
     linear = value("LINEAR") or linear_of_name(value("PLAN", "")) or LINEAR[0]
     geometry = value("GEOMETRY", "published")
-    if linear not in LINEAR or geometry not in PRESETS:
+    if linear not in LINEAR or geometry.partition(":")[0] not in PRESETS:
         expected = f"{' or '.join(LINEAR)}, and {' or '.join(reversed(PRESETS))}"
         raise HyLoError(f"LINEAR={linear} GEOMETRY={geometry}: expected {expected}")
     recipe = published(name, value("PLAN"), linear, number("TOKENS", TOKENS), number("SEED", 1234), geometry)

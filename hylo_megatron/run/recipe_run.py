@@ -107,6 +107,7 @@ class Run:
         upcycle(
             self.base, self.out / "student", self.plan, init=recipe.init, geometry=recipe.geometry, tokens_BS=tokens,
             qk_norm=recipe.init == "svd" and Architecture.load(self.base).qk_norm, device=device,
+            linear_rope=recipe.linear_rope,
         )  # fmt: skip
 
     def _trained(self, stage: Stage) -> bool:

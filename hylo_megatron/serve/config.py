@@ -114,6 +114,9 @@ def refuse(vllm_config) -> None:
          f"expected {' or '.join(weights)}, with which vLLM quantises an exported folder while it loads"),
         ("--decode-context-parallel-size", split,
          "recurrent states cannot be split by position; use --tensor-parallel-size"),
+        ("linear_rope in config.json", model.hf_config.linear_rope and on_gpu(),
+         "vLLM's kernels for a GPU convolve and scan in one step, without a rotation between; use transformers, or"
+         " train without --linear-rope"),
         (f"--kv-cache-dtype {dtype}", current_platform.is_cpu() and dtype not in CPU_CACHES,
          f"a CPU keeps {', '.join(CPU_CACHES)}; leave it out"),
     )  # fmt: skip

@@ -26,6 +26,7 @@ from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
 from hylo_megatron.errors import HyLoError
+from hylo_megatron.kernels.rope import Angles
 from hylo_megatron.mixers import CACHED, MIXERS, Mixer
 from hylo_megatron.mixers.serving import trained_geometry
 from hylo_megatron.serve.config import refuse
@@ -44,14 +45,12 @@ class HyLoDecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(
-        self, hidden_TD: Tensor, residual_TD: Tensor | None, rotation: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, hidden_TD: Tensor, residual_TD: Tensor | None, angles: Angles) -> tuple[Tensor, Tensor]:
         if residual_TD is None:
             normed, residual_TD = self.input_layernorm(hidden_TD), hidden_TD
         else:
             normed, residual_TD = self.input_layernorm(hidden_TD, residual_TD)
-        mixed = getattr(self, self.mixer_name).mix(normed, rotation)
+        mixed = getattr(self, self.mixer_name).mix(normed, angles)
         normed, residual_TD = self.post_attention_layernorm(mixed, residual_TD)
         return self.mlp(normed), residual_TD
 
@@ -94,9 +93,9 @@ class HyLoModel(nn.Module):
             hidden = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
         else:
             hidden, residual = intermediate_tensors["hidden_states"], intermediate_tensors["residual"]
-        rotation = self.rotation(positions)
+        angles = self.rotation(positions)
         for layer in self.layers[self.start_layer : self.end_layer]:
-            hidden, residual = layer(hidden, residual, rotation)
+            hidden, residual = layer(hidden, residual, angles)
         if not get_pp_group().is_last_rank:
             return IntermediateTensors({"hidden_states": hidden, "residual": residual})
         return self.norm(hidden, residual)[0]

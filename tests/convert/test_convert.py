@@ -17,16 +17,19 @@ from helpers import tiny  # noqa: E402
 from helpers.paths import ROOT
 
 from hylo_megatron.checkpoint import folder as checkpoint
-from hylo_megatron.config import Architecture, Plan, geometry_preset  # noqa: E402
+from hylo_megatron.config import Architecture, MLAGeometry, Plan, geometry_preset  # noqa: E402
+from hylo_megatron.config.geometry import check_heads  # noqa: E402
 from hylo_megatron.config.plan import uniform_layers  # noqa: E402
 from hylo_megatron.convert import hf_to_megatron, megatron_to_hf  # noqa: E402
 from hylo_megatron.convert.hf_folder import HFWeights, read_architecture  # noqa: E402
 from hylo_megatron.errors import HyLoError  # noqa: E402
+from hylo_megatron.mixers.mla.memory import row_values  # noqa: E402
 
 HYBRIDS = {
     "gdn": tiny.hybrid("gdn"),
     "mamba2": tiny.hybrid("mamba2", tie_word_embeddings=False),
     "kda": tiny.hybrid("kda"),
+    "positions": tiny.hybrid("gdn", mla_rope=False, linear_rope=True, log_scale=tiny.LOG_SCALE),
     "q_lora": tiny.hybrid("gdn", geometry=tiny.GEOMETRY_Q_LORA, rope_parameters=tiny.YARN),
     "qk_norm": tiny.hybrid("mamba2", model_type="qwen3", qk_norm=True, mla_qk_norm=True),
 }
@@ -522,5 +525,18 @@ def test_native_geometry_is_what_engines_run_without_padding(base):
 def test_geometry_that_is_not_there():
     with pytest.raises(HyLoError, match="no published dimensions for d 576.*--geometry native"):
         geometry_preset("published", 576, 9, 64)
-    with pytest.raises(HyLoError, match="expected one of native, published"):
-        geometry_preset("small", 576, 9, 64)
+    for name in ("small", "native:128", "native:128+x", "native:0+32", "native:128+32+64", "native:"):
+        with pytest.raises(HyLoError, match="expected one of native, published, or with another latent"):
+            geometry_preset(name, 576, 9, 64)
+
+
+def test_another_latent_in_the_same_cache():
+    """Six layers of 128 + 32 hold what three of 256 + 64 hold, and every frequency is one of the head's."""
+    native, split = (geometry_preset(name, 576, 9, 64) for name in ("native", "native:128+32"))
+    assert split == replace(native, mla=MLAGeometry(128, 64, 32, 64))
+    assert 6 * row_values(split.mla) == 3 * row_values(native.mla)
+    check_heads(64, split, {"mla", "gdn"})
+    wide = geometry_preset("native:128+32", 3072, 24, 128).mla
+    assert (wide.qk_nope_head_dim, wide.qk_rope_head_dim) == (96, 32)
+    with pytest.raises(HyLoError, match="qk_rope_head_dim 24 must divide the head dimension 64"):
+        check_heads(64, geometry_preset("native:128+24", 576, 9, 64), {"mla"})

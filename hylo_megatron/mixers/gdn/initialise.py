@@ -4,6 +4,8 @@ Calibrated, SiLU is undone on values by ± pairs: ``silu(z) - silu(-z) = z``. Tw
 The legend and the rest of the method are in ``mixers/initialise.py``.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,6 +13,7 @@ from torch import Tensor
 from hylo_megatron.config import Architecture
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.kernels import chunk_gated_delta_rule
+from hylo_megatron.kernels.rope import cos_and_sin, turn
 from hylo_megatron.mixers.initialise import (
     OPEN_SILU,
     first_rows,
@@ -50,13 +53,21 @@ def from_rows(layer, arch: Architecture, generator: torch.Generator) -> dict[str
     return weights
 
 
-def _scan(q: Tensor, k: Tensor, v: Tensor, x_BSD: Tensor, times: Tensor) -> Tensor:
-    """Return the outputs ``[B,S,h,t,K]`` of the block's heads at every decay time."""
+def _scan(q: Tensor, k: Tensor, v: Tensor, x_BSD: Tensor, times: Tensor, frequencies: Tensor | None) -> Tensor:
+    """Return the outputs ``[B,S,h,t,K]`` of the block's heads at every decay time.
+
+    ``frequencies``: those by which queries and keys rotate, None where the block does not rotate them.
+    """
     q_BShK, k_BShK, v_BShK = (torch.einsum("bsd,hkd->bshk", x_BSD, weight) for weight in (q, k, v))
     values = v_BShK.repeat_interleave(len(times), 2)
     decay = (-1 / times).repeat(len(q)).expand(*values.shape[:3])
     beta = torch.full_like(decay, 0.5)
-    out, _ = chunk_gated_delta_rule(F.silu(q_BShK), F.silu(k_BShK), values, decay, beta, use_qk_l2norm_in_kernel=True)
+    q_BShK, k_BShK = F.silu(q_BShK), F.silu(k_BShK)
+    if frequencies is not None:
+        positions = torch.arange(x_BSD.shape[1], device=x_BSD.device)[:, None]
+        angles = cos_and_sin(positions, frequencies.to(x_BSD.device), 1.0)  # a factor would go with the norm
+        q_BShK, k_BShK = turn(q_BShK, *angles), turn(k_BShK, *angles)
+    out, _ = chunk_gated_delta_rule(q_BShK, k_BShK, values, decay, beta, use_qk_l2norm_in_kernel=True)
     return out.unflatten(2, (len(q), -1))
 
 
@@ -66,7 +77,8 @@ def calibrated(layer, arch: Architecture, frequencies: Tensor) -> dict[str, Tens
     if g.num_value_heads != 2 * g.num_key_heads or g.key_head_dim != dim or g.value_head_dim != dim:
         raise HyLoError("--init data for GDN needs heads like the base model's, two value heads a key head"
                         " (--geometry native); use --init svd for other geometries")  # fmt: skip
-    start = linear_heads(layer, arch, g.num_key_heads, _scan, eps=g.norm_eps or arch.rms_norm_eps)
+    scan = partial(_scan, frequencies=frequencies if arch.linear_rope else None)
+    start = linear_heads(layer, arch, g.num_key_heads, scan, eps=g.norm_eps or arch.rms_norm_eps)
     half = start.out * (start.factor / (2 * OPEN_SILU))[:, None]
     key_rows, value_rows = g.num_key_heads * dim, g.num_value_heads * dim
     return {

@@ -54,16 +54,17 @@ class GDNMixer(LinearMixer, GatedDeltaNet):
         self.out_norm.eps = norm_eps or self.out_norm.eps
 
     def forward(self, hidden_states: Tensor, attention_mask=None, **kwargs):
-        if self.chunks > 1:
-            self.refuse_packed(kwargs.get("packed_seq_params"))
-        elif self.cp_size > 1 or self.recompute_norm_out or kwargs.get("packed_seq_params") is not None:
+        packed = kwargs.get("packed_seq_params")
+        if self.chunks > 1 or self.rotary is not None:
+            self.refuse_packed(packed)
+        if self.chunks == 1 and (self.cp_size > 1 or self.recompute_norm_out or packed is not None):
             return super().forward(hidden_states, attention_mask, **kwargs)
         x_SBC, _ = self.in_proj(hidden_states)
         run = self.kernels(x_SBC)
         sections = run.split_convolve(
             to_rows(x_SBC, self.chunks), self.conv1d.weight.squeeze(1), self.conv1d.bias, self.in_proj_split_sections
         )
-        q_BSMK, k_BSMK = (x.unflatten(-1, (-1, self.key_head_dim)) for x in sections[:2])
+        q_BSMK, k_BSMK = self.rotate(*(x.unflatten(-1, (-1, self.key_head_dim)) for x in sections[:2]))
         v_BSHV, gate_BSHV = (x.unflatten(-1, (-1, self.value_head_dim)) for x in sections[2:4])
         beta_BSH, alpha_BSH = sections[4:]
         g_BSH, beta_BSH = self._compute_g_and_beta(self.A_log, self.dt_bias, alpha_BSH, beta_BSH)
@@ -79,7 +80,7 @@ class GDNMixer(LinearMixer, GatedDeltaNet):
     def _prepare_input_for_gated_delta_rule(self, qkv, gate, batch, seq_len, *gate_feats):
         qk, v = self.qk_dim_local_tp // self.cp_size, self.v_dim_local_tp // self.cp_size
         q, k, v = qkv.split([qk, qk, v], -1)
-        q_BSMK, k_BSMK = (x.unflatten(-1, (-1, self.key_head_dim)) for x in (q, k))
+        q_BSMK, k_BSMK = self.rotate(*(x.unflatten(-1, (-1, self.key_head_dim)) for x in (q, k)))
         return q_BSMK, k_BSMK, v.unflatten(-1, (-1, self.value_head_dim)), gate, *gate_feats
 
     def _compute_g_and_beta(self, A_log_H: Tensor, dt_bias_H: Tensor, alpha_BSH: Tensor, beta_BSH: Tensor):

@@ -7,6 +7,7 @@ from vllm.model_executor.layers.mamba.mamba_utils import MambaStateDtypeCalculat
 from vllm.platforms import current_platform
 
 from hylo_megatron.kernels import log_decay
+from hylo_megatron.kernels.rope import Angles
 from hylo_megatron.mixers.gdn import MIXER
 from hylo_megatron.mixers.gdn.geometry import GDNGeometry
 from hylo_megatron.mixers.serving import trained_geometry
@@ -28,13 +29,13 @@ class HyLoGatedDeltaNet(QwenGatedDeltaNetAttention):
             self.layer_norm_epsilon = eps  # vLLM's fused norm reads it
             device = current_platform.current_device()
             self.norm = RMSNormGated(self.norm_dim, eps=eps, group_size=None, norm_before_gate=True, device=device)
-        if current_platform.is_cpu():
-            self._forward_method = self._forward_plain
 
     def get_attn_backend(self):
         return GDNBackend
 
-    def mix(self, hidden_TD: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    def mix(self, hidden_TD: Tensor, angles: Angles) -> Tensor:
+        if current_platform.is_cpu():
+            return self._forward_plain(hidden_TD, angles)
         return self(hidden_TD)
 
     def _output_projection(self, core_attn_out: Tensor, z: Tensor) -> Tensor:
@@ -42,7 +43,7 @@ class HyLoGatedDeltaNet(QwenGatedDeltaNetAttention):
         out = self.norm(core_attn_out.reshape(-1, self.norm_dim), z.reshape(-1, self.norm_dim))
         return self.out_proj(out.reshape(tokens, -1))[0]
 
-    def _forward_plain(self, hidden_TD: Tensor) -> Tensor:
+    def _forward_plain(self, hidden_TD: Tensor, angles: Angles) -> Tensor:
         from hylo_megatron.mixers.vllm_cpu import gated_delta_rule
 
         values = self.value_dim // self.tp_size
@@ -51,7 +52,7 @@ class HyLoGatedDeltaNet(QwenGatedDeltaNetAttention):
         beta, decay = ba.chunk(2, -1)
         out = hidden_TD.new_zeros(len(hidden_TD), values // self.head_v_dim, self.head_v_dim)
         decay = log_decay(decay, self.A_log, self.dt_bias)
-        gated_delta_rule(self, qkv, decay, beta, out, key_dim=self.head_k_dim, keys_last=True)
+        gated_delta_rule(self, qkv, decay, beta, out, angles, key_dim=self.head_k_dim, keys_last=True)
         return self._output_projection(out, z)
 
 

@@ -130,6 +130,7 @@ class KDAMixer(LinearMixer, _Parameters):
         *qkv, beta_BSH = run.split_convolve(to_rows(x_SBC, self.chunks), taps_CW, None, (*[width] * 3, heads))
         rows = (*qkv, to_rows(decay_SBV, self.chunks), to_rows(gate_SBV, self.chunks))
         q_BSHK, k_BSHK, v_BSHK, decay_BSHK, gate_BSHK = (x.unflatten(-1, (heads, -1)) for x in rows)
+        q_BSHK, k_BSHK = self.rotate(q_BSHK, k_BSHK)
         out_BSHK, _ = run.chunk_kda(
             q_BSHK, k_BSHK, v_BSHK, g=decay_BSHK, beta=beta_BSH.sigmoid(), A_log=A_log_H, dt_bias=dt_bias_V,
             use_qk_l2norm_in_kernel=True,

@@ -11,6 +11,7 @@ from vllm.utils.torch_utils import direct_register_custom_op
 
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.kernels import gated_rms_norm, kda_decay
+from hylo_megatron.kernels.rope import Angles
 from hylo_megatron.mixers.kda.geometry import KDAGeometry
 from hylo_megatron.mixers.vllm_states import GDNBackend
 from hylo_megatron.mixers.vllm_weights import conv_loader
@@ -50,10 +51,10 @@ class HyLoKimiDeltaAttention(KimiGatedDeltaNetAttention):
     def get_attn_backend(self):
         return GDNBackend
 
-    def mix(self, hidden_TD: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-        return self._forward_plain(hidden_TD) if current_platform.is_cpu() else self(hidden_TD, None)
+    def mix(self, hidden_TD: Tensor, angles: Angles) -> Tensor:
+        return self._forward_plain(hidden_TD, angles) if current_platform.is_cpu() else self(hidden_TD, None)
 
-    def _forward_plain(self, hidden_TD: Tensor) -> Tensor:
+    def _forward_plain(self, hidden_TD: Tensor, angles: Angles) -> Tensor:
         from hylo_megatron.mixers.vllm_cpu import gated_delta_rule
 
         merged = self.in_proj_qkvgfab(hidden_TD)[0]
@@ -62,7 +63,7 @@ class HyLoKimiDeltaAttention(KimiGatedDeltaNetAttention):
         decay, gate = (x.unflatten(-1, (-1, self.head_dim)) for x in (decay, gate))
         out = hidden_TD.new_zeros(gate.shape)
         decay = kda_decay(decay, self.A_log, self.dt_bias)
-        gated_delta_rule(self, qkv, decay, beta, out, key_dim=self.head_dim, keys_last=False)
+        gated_delta_rule(self, qkv, decay, beta, out, angles, key_dim=self.head_dim, keys_last=False)
         out = gated_rms_norm(out, gate, self.o_norm.weight, self.o_norm.eps, activation="sigmoid")
         return self.o_proj(out.flatten(1))[0]
 

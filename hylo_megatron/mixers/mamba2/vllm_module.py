@@ -5,6 +5,7 @@ from vllm.model_executor.layers.mamba.mamba_mixer2 import MambaMixer2
 from vllm.model_executor.layers.mamba.mamba_utils import MambaStateDtypeCalculator, MambaStateShapeCalculator
 
 from hylo_megatron.engine.register import install
+from hylo_megatron.kernels.rope import Angles
 from hylo_megatron.mixers.mamba2 import MIXER
 from hylo_megatron.mixers.mamba2.geometry import NORM_EPS, Mamba2Geometry
 from hylo_megatron.mixers.vllm_states import Mamba2Backend
@@ -41,7 +42,7 @@ class HyLoMamba2(MambaMixer2):
     def get_attn_backend(self):
         return Mamba2Backend
 
-    def mix(self, hidden_TD: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    def mix(self, hidden_TD: Tensor, angles: Angles) -> Tensor:
         return self(hidden_TD)
 
 

@@ -1,6 +1,6 @@
 """Dimensions of MLA layers, and the presets for a base model."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.json_file import Dimension, PartDimension
@@ -72,14 +72,23 @@ def native(base: BaseHeads) -> MLAGeometry:
     Other heads get the widest rotary part that divides them; GPU kernels pad it to 64. Raises ``HyLoError``.
     """
     rope = rotary_width(base.head_dim)
-    # Narrow heads have every rotary pair in both parts, wide ones in one of the two.
-    nope = base.head_dim if base.head_dim <= WIDEST_ROPE else min(WIDEST_NOPE, base.head_dim - rope)
     return MLAGeometry(
         kv_lora_rank=min(256, 2 * base.num_heads * base.head_dim),
-        qk_nope_head_dim=nope,
+        qk_nope_head_dim=_nope_width(base.head_dim, rope),
         qk_rope_head_dim=rope,
         v_head_dim=base.head_dim,
     )
+
+
+def _nope_width(head_dim: int, rope: int) -> int:
+    """Return the width beside a rotary part: narrow heads have every pair in both, wide ones in one of the two."""
+    return head_dim if head_dim <= WIDEST_ROPE else min(WIDEST_NOPE, head_dim - rope)
+
+
+def with_latent(mla: MLAGeometry, head_dim: int, rank: int, rope: int) -> MLAGeometry:
+    """Return ``mla`` with another row in the cache, ``rank + rope`` values. ``check`` tells whether it fits."""
+    nope = _nope_width(head_dim, min(rope, head_dim))
+    return replace(mla, kv_lora_rank=rank, qk_rope_head_dim=rope, qk_nope_head_dim=nope)
 
 
 def published(base: BaseHeads) -> MLAGeometry:

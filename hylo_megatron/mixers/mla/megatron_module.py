@@ -18,18 +18,38 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from torch import Tensor, nn
 
 from hylo_megatron.config import Architecture
+from hylo_megatron.config.positions import LogScale
 from hylo_megatron.errors import HyLoError
+from hylo_megatron.kernels.rope import query_scale, scaled
 from hylo_megatron.mixers.megatron_layers import Backend, HeadRMSNorm, ReplicatedLinear, Rotary, transformer_layer
 from hylo_megatron.parallel.latent_ring import latent_attention
+from hylo_megatron.parallel.zigzag import zigzag_positions
 
 TRANSFORMER_FIELDS: dict[str, str] = {}  # megatron-core's own MLA is not used
 
 
 def layer_spec(backend: Backend, arch: Architecture, linear_cp: str = "auto") -> ModuleSpec:
     """Return the spec of the layer that holds this mixer."""
-    rotary = Rotary(arch, arch.geometry.mla.qk_rope_head_dim)  # one for all layers
-    mixer = ModuleSpec(module=MLASelfAttention, params={"arch": arch, "backend": backend, "rotary": rotary})
-    return transformer_layer(backend, mixer)
+    params = {"arch": arch, "backend": backend}
+    if arch.mla_rope:
+        params["rotary"] = Rotary(arch, arch.geometry.mla.qk_rope_head_dim)  # one for all layers
+    if arch.log_scale:
+        params["scale"] = QueryScale(arch.log_scale)
+    return transformer_layer(backend, ModuleSpec(module=MLASelfAttention, params=params))
+
+
+class QueryScale:
+    """The factor of queries that grows with their position. All layers share one, with a table for each length."""
+
+    def __init__(self, log_scale: LogScale):
+        self.log_scale, self.tables = log_scale, {}
+
+    def __call__(self, q_SBHK: Tensor, ranks: int, rank: int) -> Tensor:
+        """Return queries at the positions of a context-parallel rank, multiplied."""
+        key = (len(q_SBHK), ranks, rank, q_SBHK.device)
+        if key not in self.tables:
+            self.tables[key] = query_scale(zigzag_positions(*key[:3]), self.log_scale).to(q_SBHK.device)
+        return scaled(q_SBHK, self.tables[key][:, None, None])
 
 
 class MLASelfAttention(MegatronModule):
@@ -38,8 +58,9 @@ class MLASelfAttention(MegatronModule):
     ``arch.mla_qk_norm`` keeps Qwen3's per-head norms, over the nope and rope dimensions together, before the rotation.
     """
 
-    def __init__(self, config, layer_number, arch: Architecture, backend: Backend, rotary: Rotary, pg_collection=None,
-                 cp_comm_type: str | None = None, **_):  # fmt: skip
+    def __init__(self, config, layer_number, arch: Architecture, backend: Backend, rotary: Rotary | None = None,
+                 scale: QueryScale | None = None, pg_collection=None, cp_comm_type: str | None = None,
+                 **_):  # fmt: skip
         super().__init__(config)
         if cp_comm_type not in (None, "p2p", "all_gather"):
             raise HyLoError(f"--cp-comm-type {cp_comm_type}: MLA layers have p2p (a ring of latents) and all_gather")
@@ -65,7 +86,7 @@ class MLASelfAttention(MegatronModule):
         if arch.mla_qk_norm:
             self.q_norm = HeadRMSNorm(config, self.key_dim, config.layernorm_epsilon)
             self.k_norm = HeadRMSNorm(config, self.key_dim, config.layernorm_epsilon)
-        self.rotary = rotary
+        self.rotary, self.scale = rotary, scale
         self.core_attention = build_module(
             backend.core_attention, config=config, layer_number=layer_number, attn_mask_type=None,
             attention_type="self", softmax_scale=self.key_dim**-0.5, pg_collection=pg_collection,
@@ -106,6 +127,8 @@ class MLASelfAttention(MegatronModule):
         if self.q_norm is not None:
             q_SBHK = self.q_norm(q_SBHK)
         q_SBHK = self._rotate(q_SBHK, rank)
+        if self.scale is not None:
+            q_SBHK = self.scale(q_SBHK, self.cp_group.size(), rank)
         latent_SBR, k_rope_SBP = self.project_latent(hidden_states)
         if self.cp_group.size() > 1:
             return self.linear_proj(self._attend_across_ranks(q_SBHK, latent_SBR, k_rope_SBP))
@@ -129,5 +152,7 @@ class MLASelfAttention(MegatronModule):
         return out_BHSV.permute(2, 0, 1, 3).flatten(2)
 
     def _rotate(self, x_SBHK: Tensor, rank: int) -> Tensor:
+        if self.rotary is None:
+            return x_SBHK
         nope, rope = x_SBHK.split([self.geometry.qk_nope_head_dim, self.geometry.qk_rope_head_dim], -1)
         return torch.cat([nope, self.rotary(rope, self.cp_group.size(), rank)], -1)
