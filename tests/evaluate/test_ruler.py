@@ -265,4 +265,4 @@ def test_a_tiny_model_answers_all_tasks(all_tasks):
     for task in all_tasks.values():
         (prompt,) = task.prompts(tokenizer, 1536, 1, 0)
         (ids,) = greedy(model, [prompt.ids], task.max_new_tokens, lambda ids: False)
-        assert len(ids) == task.max_new_tokens and task.score(tokenizer.decode(ids), prompt) == 0
+        assert len(ids) == task.max_new_tokens and task.score(tokenizer.decode(ids), prompt) < 0.5
