@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hylo_megatron.corpus.download import Wheel, cache_folder, fetch_wheel
-from hylo_megatron.errors import command_line
 from hylo_megatron.files import write_text
-from hylo_megatron.flags import Parser
+from hylo_megatron.flags import Parser, command_line
 
 BIG_BENCH = Wheel(
     "bigbench",

@@ -4,9 +4,9 @@ import argparse
 from dataclasses import fields
 from pathlib import Path
 
-from hylo_megatron.errors import HyLoError, command_line
+from hylo_megatron.errors import HyLoError
 from hylo_megatron.evaluate.settings import DEFAULT_SUITES, SUITES
-from hylo_megatron.flags import Parser, count, positive, size
+from hylo_megatron.flags import Parser, command_line, count, positive, size
 
 MEASURED = ("prose", "book", "code", "c", "long", "choice", "answers")
 KINDS = (*MEASURED, "ruler_squad", "ruler_hotpot")
