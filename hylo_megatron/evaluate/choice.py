@@ -1,7 +1,7 @@
-"""Multiple choice: by the likelihood of each option, and by the letter that a model generates.
+"""Multiple choice: by the likelihood of each option, and by the letter or the option that a model writes.
 
-Every question is asked for its letter once for each cyclic shift of its options, so the right option stands at every
-letter once. A model that always says the same letter scores exactly at chance.
+For the written answer every question is asked once for each cyclic shift of its options, so the right option stands at
+every letter once. A model that always writes the same letter, or always the first option, scores exactly at chance.
 """
 
 import re
@@ -13,6 +13,7 @@ from string import ascii_uppercase
 
 import torch
 
+from hylo_megatron.evaluate.answers import normalised
 from hylo_megatron.evaluate.greedy import batches
 from hylo_megatron.evaluate.intervals import of_scores
 from hylo_megatron.evaluate.perplexity import IGNORED, token_losses
@@ -39,7 +40,7 @@ Scorer = Callable[[list[Candidate]], list[float]]  # log-probability of each can
 @dataclass(frozen=True, kw_only=True)
 class LetterPrompt(Prompt):
     question: int
-    options: int
+    options: tuple[str, ...]
 
 
 def first_letter(text: str, options: int) -> str:
@@ -51,19 +52,35 @@ def first_letter(text: str, options: int) -> str:
     return ""
 
 
-def listed(question: Choice, shift: int) -> tuple[str, str]:
-    """Return a question with its options from number ``shift`` on, and the letter of the right one."""
+def shifted_options(question: Choice, shift: int) -> tuple[str, ...]:
+    """Return the options from number ``shift`` on, the first ones last."""
     count = len(question.options)
-    shifted = [question.options[(index + shift) % count] for index in range(count)]
+    return tuple(question.options[(index + shift) % count] for index in range(count))
+
+
+def listed(question: Choice, shift: int) -> tuple[str, str]:
+    """Return a question with its shifted options, and the letter of the right one."""
+    count, shifted = len(question.options), shifted_options(question, shift)
     lines = [f"{letter}. {option}" for letter, option in zip(ascii_uppercase, shifted, strict=False)]
     return "\n".join([question.question, *lines]), ascii_uppercase[(question.answer - shift) % count]
+
+
+def chosen(answer: str, options: tuple[str, ...]) -> str:
+    """Return the letter of the option whose text is the answer's first line, otherwise the letter that it names.
+
+    Small models often write the option itself. An option that is a single letter can only be named.
+    """
+    line = normalised(next(iter(answer.strip().splitlines()), ""))
+    texts = [normalised(option) if len(option) > 1 or not option.isalpha() else "" for option in options]
+    same = [at for at, text in enumerate(texts) if line and text == line]
+    return ascii_uppercase[same[0]] if len(same) == 1 else first_letter(answer, len(options))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Letters(Task):
     """Name the letter of the right option, for every cyclic shift of the options, after ``examples``."""
 
-    max_new_tokens: int = 8
+    max_new_tokens: int = 24
     questions: tuple[Choice, ...]
     examples: tuple[Choice, ...] = ()
 
@@ -85,11 +102,11 @@ class Letters(Task):
             length=length,
             references=(letter,),
             question=number,
-            options=len(question.options),
+            options=shifted_options(question, shift),
         )
 
     def score(self, answer: str, prompt: LetterPrompt) -> float:
-        return float(first_letter(answer, prompt.options) == prompt.references[0])
+        return float(chosen(answer, prompt.options) == prompt.references[0])
 
     def finished(self, text: str) -> bool:
         return bool(LETTER_IS_OVER.search(text.lstrip()))

@@ -163,7 +163,7 @@ def _choice_rows(figures: dict) -> Iterator[tuple[str, dict | None]]:
         at = f"(chance {100 * result['chance']:.0f} %)"
         yield f"{name}, likelihood {at}", result["likelihood"]["sum"]
         yield f"{name}, likelihood per character {at}", result["likelihood"]["normalised"]
-        yield f"{name}, letter {at}", result["letters"]
+        yield f"{name}, written {at}", result["letters"]
 
 
 def _answers_rows(figures: dict) -> Iterator[tuple[str, dict | None]]:

@@ -145,7 +145,7 @@ def test_side_by_side_with_yarn_a_control_and_questions(tmp_path, folder, prose,
     text = (tmp_path / "out" / "evaluation.md").read_text()
     assert "|  | teacher | teacher with YaRN | control | model | model / teacher | model / control |" in text
     assert "| name | tiny | tiny, YaRN × 4 | control | tiny |  |  |" in text
-    assert "| sums, letter (chance 50 %) |" in text and "| short, exact match | 0 % (0/1; 0–79) |" in text
+    assert "| sums, written (chance 50 %) |" in text and "| short, exact match | 0 % (0/1; 0–79) |" in text
     page = (tmp_path / "out" / "evaluation.html").read_text()
     assert page.count("data:image/png") == 1 and "teacher with YaRN" in page and str(tmp_path) not in page
 
@@ -198,7 +198,7 @@ def test_every_suite_of_an_oracle_is_at_100(tmp_path, folder, prose, monkeypatch
         settings=settings,
     )  # fmt: skip
     text = (tmp_path / "out" / "evaluation.md").read_text()
-    for row in ("needle, 450 tokens", "sums, letter (chance 50 %)", "short, exact match"):
+    for row in ("needle, 450 tokens", "sums, written (chance 50 %)", "short, exact match"):
         assert f"| {row} | 100 % (1/1; 21–100) | 100 % (1/1; 21–100) | +0.0 points |" in text
     assert "| RULER, mean of 13, 1,500 tokens | 100 % (13/13; 77–100) | 100 % (13/13; 77–100) | +0.0 points |" in text
     assert "| RULER, mean of 13, 3,000 tokens | not run | 100 % (13/13; 77–100) |  |" in text

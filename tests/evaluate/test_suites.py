@@ -48,7 +48,7 @@ def test_an_oracle_scores_100_and_a_blind_guesser_chance(tokenizer, prose, files
             choice.Letters(name="letters", chance=0.25, questions=read_choices(files[0])),
             300,
             150,
-            lambda prompt: rng.choice(ascii_uppercase[: prompt.options]),
+            lambda prompt: rng.choice(ascii_uppercase[: len(prompt.options)]),
         ),
         "answers": (Answers(questions=read_answers(files[1])), 300, 40, lambda _: rng.choice(["dog", "red"])),
     }[name]
@@ -78,7 +78,7 @@ def test_letters_and_answers_of_a_model(tokenizer, files):
     questions, short = read_choices(files[0]), read_answers(files[1])
 
     def answer_of(text):
-        lines = text.rsplit("Question: ", 1)[1].splitlines()
+        lines = text.removesuffix("<|assistant|>Answer:").rsplit("Question: ", 1)[1].splitlines()
         right = sum(int(word) for word in lines[0].rstrip("?").split() if word.isdigit())
         return next(f" {line[0]}. That" for line in lines if line.endswith(f". {right}"))
 
@@ -133,6 +133,21 @@ def test_letters_in_answers():
         ("Apple", ""), ("I think so", ""), ("E", ""), ("", ""), ("I. The answer is C", "C"),
     ):  # fmt: skip
         assert choice.first_letter(text, 4) == letter, text
+
+
+def test_options_written_in_place_of_their_letters():
+    options = ("New Delhi", "the Sun", "Mercury", "4")
+    for text, letter in (
+        (" new delhi.\nQuestion", "A"), ("The sun", "B"), ("B. the Sun", "B"), ("4", "D"), ("Mercury is", ""),
+    ):  # fmt: skip
+        assert choice.chosen(text, options) == letter, text
+    assert choice.chosen("A cat", ("A dog", "A cat")) == "B" and choice.chosen("cat", ("A cat", "The cat")) == ""
+
+
+def test_the_first_option_scores_exactly_at_chance(tokenizer, files):
+    task = choice.Letters(name="letters", questions=read_choices(files[0])[10:20])
+    found = choice.by_letter(task, tokenizer, lambda ps: ((i, f" {p.options[0]}") for i, p in enumerate(ps)), 300)
+    assert found["accuracy"] == 0.25 and found["low"] == found["high"] == 0.25
 
 
 def test_normalised_answers():
