@@ -1,5 +1,6 @@
 """The registry of suites: what each one measures, and the rows of the report's table that its figures give."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,7 +138,10 @@ def _ruler(job: Job) -> dict:
     settings, found = job.settings, {}
     lengths, not_run = job.split(settings.ruler_lengths)
     given = {kind: job.files[f"ruler_{kind}"][0] for kind in ("squad", "hotpot") if f"ruler_{kind}" in job.files}
-    for task in tasks(job.files["prose"][0], **given):
+    chosen = tasks(job.files["prose"][0], **given)
+    for task, length in itertools.product(chosen, lengths):
+        task.check(job.loaded.tokenizer, length)
+    for task in chosen:
         found[task.name] = job.run(task, lengths, settings.ruler_samples)
     scores: dict[int, list[float]] = {}
     for result in found.values():

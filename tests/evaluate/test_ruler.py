@@ -157,8 +157,10 @@ def test_prompts_of_256k_tokens(all_tasks):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_length_without_room_is_refused(all_tasks, name):
-    with pytest.raises(HyLoError, match=r"too short .* use \d+|use a greater length"):
-        all_tasks[name].prompts(tokenizer_of("byte_level"), 150, 1, 0)
+    for refuse in (all_tasks[name].check, lambda *where: all_tasks[name].prompts(*where, 1, 0)):
+        with pytest.raises(HyLoError, match=r"too short .* use \d+ or more|use a greater length"):
+            refuse(tokenizer_of("byte_level"), 150)
+    all_tasks[name].check(tokenizer_of("byte_level"), 1536)
 
 
 def test_prose_that_cannot_be_used_is_refused(tmp_path):
@@ -265,4 +267,4 @@ def test_a_tiny_model_answers_all_tasks(all_tasks):
     for task in all_tasks.values():
         (prompt,) = task.prompts(tokenizer, 1536, 1, 0)
         (ids,) = greedy(model, [prompt.ids], task.max_new_tokens, lambda ids: False)
-        assert len(ids) == task.max_new_tokens and task.score(tokenizer.decode(ids), prompt) == 0
+        assert len(ids) == task.max_new_tokens and task.score(tokenizer.decode(ids), prompt) < 0.5

@@ -56,6 +56,19 @@ class RulerTask(Task):
         draft = self.draft(random.Random(seed), encoder, length, min(length, CHECKED))
         return draft.encode(encoder, whole=False) == draft.encode(encoder, whole=True)
 
+    def check(self, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
+        """Refuse a length that is too short, before any prompt is answered. Raises ``HyLoError``."""
+        encoder = self.sources.encoder(tokenizer, self.border)
+        self._check(self.draft(random.Random(0), encoder, length, 0).encode(encoder, whole=True), length)
+
+    def _check(self, ids: Ids, length: int) -> None:
+        least = len(ids) + self.max_new_tokens
+        if least > length:
+            raise HyLoError(
+                f"length {length} is too short for RULER's {self.name}: its question and answer have {least} tokens,"
+                f" use {least} or more"
+            )
+
     def score(self, answer: str, prompt: Prompt) -> float:
         """Return the share of references that stand in the answer, in upper or lower case."""
         return sum(reference.lower() in answer.lower() for reference in prompt.references) / len(prompt.references)
@@ -68,9 +81,7 @@ class RulerTask(Task):
             return draft, draft.encode(encoder, whole)
 
         draft, ids = fit(make, room)
-        if len(ids) > room:
-            least = len(ids) + self.max_new_tokens
-            raise HyLoError(f"length {length} is too short for {self.name}, which needs {least} tokens: use {least}")
+        self._check(ids, length)
         return Prompt(ids=ids, length=length, references=draft.references)
 
 

@@ -86,7 +86,8 @@ def _question(rng: random.Random, library: Library, encoder: Encoder, room: int)
         if needed + encoder.count(f"{ASK}{TAIL}{asked.text}") < room:
             return asked
     raise HyLoError(
-        f"{room} tokens are too short for the documents of a question, the last one had {needed}: use a greater length"
+        f"{room} tokens are too few for the documents of one of RULER's questions, the last ones had {needed}:"
+        " use a greater length"
     )
 
 
