@@ -38,16 +38,13 @@ class SaveRoom:
         self._saving: Path | None = None
         self._watching = False
 
-    def _line(self, what: str, need: int) -> str:
-        return disk.line(self.folder, need, what)
-
     def _refuse_unless_room(self, need: int, what: str) -> None:
         if disk.free(self.folder) >= need:
             return
         for path in iterations.leftovers(self.folder):  # of failed saves: their room may suffice
             shutil.rmtree(path, ignore_errors=True)
         if disk.free(self.folder) < need:
-            raise HyLoError(self._line(what, need))
+            raise HyLoError(disk.line(self.folder, need, what))
 
     def check_start(self, saves: int, keep: int | None) -> None:
         """Check room for ``saves``. Raises ``HyLoError`` when the first cannot fit; warns when not all can stay."""
@@ -57,7 +54,7 @@ class SaveRoom:
             what = f"no room for all {saves} checkpoints (--hylo-keep-last deletes old ones)"
             if keep:
                 what = f"no room for {keep} checkpoints and the next one"
-            print(f"warning: {self._line(what, kept * self.need)}", file=sys.stderr, flush=True)
+            print(f"warning: {disk.line(self.folder, kept * self.need, what)}", file=sys.stderr, flush=True)
 
     def begin(self, place: Path) -> None:
         """Begin a save into ``place``. Raises ``HyLoError`` when it cannot fit beside one that still runs."""

@@ -143,11 +143,9 @@ def collect(cache: Path, sources: tuple[Source, ...]) -> tuple[dict[str, list[Do
         by_role[source.role] += kept
         characters = sum(len(document.text) for document in kept)
         rows.append({"source": source, "documents": len(kept), "characters": characters, "dropped": dropped})
-        print(
-            f"{source.name} ({source.role}): {len(kept)} documents, {characters / 1e6:.2f}M characters"
-            + (f", {dropped} dropped as copies" if dropped else ""),
-            flush=True,
-        )
+        size = f"{len(kept)} documents, {characters / 1e6:.2f}M characters"
+        copies = f", {dropped} dropped as copies" if dropped else ""
+        print(f"{source.name} ({source.role}): {size}{copies}", flush=True)
     return by_role, rows
 
 

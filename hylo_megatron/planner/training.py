@@ -114,9 +114,8 @@ def stage_sub_layers(run: PlannedRun, layers: range) -> list[SubLayer]:
 
 def forward_bytes(sub_layers: list[SubLayer], recompute: int) -> int:
     """Return what a micro-batch keeps for the backward pass: only the input of the first ``recompute`` sub-layers."""
-    return sum(sub_layer.entry for sub_layer in sub_layers[:recompute]) + sum(
-        sub_layer.kept for sub_layer in sub_layers[recompute:]
-    )
+    kept = sum(sub_layer.kept for sub_layer in sub_layers[recompute:])
+    return kept + sum(sub_layer.entry for sub_layer in sub_layers[:recompute])
 
 
 def backward_bytes(sub_layers: list[SubLayer], recompute: int) -> int:
