@@ -15,9 +15,9 @@ from hylo_megatron.convert.hf_folder import save_tensors
 from hylo_megatron.convert.shapes import hf_shapes
 from hylo_megatron.convert.tables import mappings
 from hylo_megatron.convert.tokenizer_files import check_tokenizer, copy_companions
+from hylo_megatron.convert.transformer_config import write_transformer_config
 from hylo_megatron.errors import HyLoError, command_line
 from hylo_megatron.flags import Parser
-from hylo_megatron.json_file import read_json
 from hylo_megatron.mixers import FP32_SUFFIXES
 from hylo_megatron.progress import byte_progress, peak_memory_gib
 
@@ -92,9 +92,7 @@ class ShardWriter:
 
 def _write_config(arch: Architecture, checkpoint: Path, folder: Path, dtype: torch.dtype) -> None:
     if not arch.is_hybrid:
-        config = read_json(checkpoint / "hf" / "config.json", advice="expected the base model's")
-        config["dtype"] = str(dtype).removeprefix("torch.")
-        (folder / "config.json").write_text(json.dumps(config, indent=2))
+        write_transformer_config(arch, checkpoint / "hf", folder, dtype)
         return
     write_hybrid_config(arch, folder, dtype)
 

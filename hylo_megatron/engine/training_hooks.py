@@ -33,7 +33,7 @@ def learning_rate_groups(args) -> dict:
         groups[key] = {"max_lr": args.lr * factor, "min_lr": (args.min_lr or 0.0) * factor}
 
     if args.hylo_copied_lr_mult != 1.0:
-        add("hylo_copied", lambda name: not is_new(name), args.hylo_copied_lr_mult)
+        add("hylo_copied", lambda name: args.hylo_control or not is_new(name), args.hylo_copied_lr_mult)
     add("hylo_decay", _is_decay, args.hylo_decay_lr_mult)
     add("hylo_skip", _is_other_fp32, 1.0)
     return groups
@@ -47,6 +47,34 @@ def with_groups(configure, run: TrainingRun):
     return configure_with_groups
 
 
+def with_step_start(train_step, run: TrainingRun):
+    """megatron's ``train_step``, after the models have been told its number, and with the guard's gate if asked."""
+
+    def step(forward_step, data, models, optimizer, scheduler, config, schedule, iteration=None, **kwargs):
+        from megatron.training import get_args
+
+        from hylo_megatron.engine.guard import Guard
+
+        args = get_args()
+        phases = [model.begin_step(iteration, args.train_iters) for model in run.models]
+        run.guard = run.guard or Guard(args, run.data)
+        run.guard.begin(phases)
+        with run.guard.gate(optimizer) as losses:
+
+            def keep_losses(**batch):
+                found = schedule(**batch)
+                losses[:] = found or []
+                return found
+
+            result = train_step(
+                forward_step, data, models, optimizer, scheduler, config, keep_losses, iteration=iteration, **kwargs
+            )
+        run.guard.after(models, optimizer, scheduler)
+        return result
+
+    return step
+
+
 def with_step_log(log, run: TrainingRun):
     """megatron's ``training_log``, after a line of this product's own log."""
 
@@ -58,7 +86,7 @@ def with_step_log(log, run: TrainingRun):
         if run.log is None:
             run.log = StepLog(get_args(), run.models)
             run.log.truncate(iteration - 1)
-        run.log.write(losses, iteration, learning_rate, grad_norm)
+        run.log.write(losses, iteration, learning_rate, grad_norm, run.guard)
         return log(losses, total, learning_rate, iteration, scale, report, skipped, grad_norm, *rest, **kwargs)
 
     return log_step
@@ -95,6 +123,12 @@ PATCHES = (
         why="the loop takes no parameter groups of its user; fp32 and bf16 parameters in one group cannot be saved",
         upstream="megatron/core/optimizer/distrib_optimizer.py:1353",
         expects="(args)",
+    ),
+    _training(
+        target="megatron.training.training:train_step",
+        replacement=with_step_start,
+        why="the loop has no callback before a step, where weights of the loss change with its number",
+        expects="(forward_step_func, data_iterator, model, optimizer, ... 10, 3bb2572e)",
     ),
     _training(
         target="megatron.training.training:training_log",

@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 
 from hylo_megatron.checkpoint.iterations import latest_number
+from hylo_megatron.distill.spikes import DIVERGED, why_diverged
 from hylo_megatron.errors import HyLoError
 
 QUIET_SECONDS = 1800  # longer than a step, a save, or the start of a training takes
@@ -12,6 +13,8 @@ QUIET_SECONDS = 1800  # longer than a step, a save, or the start of a training t
 def check_still_trains(student: Path, wanted: int, now: float | None = None) -> None:
     """Raises ``HyLoError`` when ``student`` is no training's folder, is past ``wanted``, or is not written to."""
     reached = latest_number(student)
+    if (marker := student / DIVERGED).is_file():
+        raise HyLoError(f"--hylo-student {student}: its training diverged ({why_diverged(marker)})")
     where = f"--hylo-student {student}, --hylo-student-iteration {wanted}"
     if reached == 0:
         raise HyLoError(f"{where}: no training writes there, it is a finished student; leave the iteration out")

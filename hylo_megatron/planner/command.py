@@ -22,7 +22,7 @@ from hylo_megatron.config.stages import STAGE_KINDS, TRAIN, stage_kind
 from hylo_megatron.convert.shapes import hf_shapes
 from hylo_megatron.distill.losses import LOSSES, loss_of
 from hylo_megatron.errors import HyLoError, command_line
-from hylo_megatron.flags import Parser, count, positive, share, size
+from hylo_megatron.flags import Parser, count, positive, share, size, weight
 from hylo_megatron.json_file import read_json
 from hylo_megatron.planner.pages import Pages, expanded_bytes, pages, row_bytes, state_bytes
 from hylo_megatron.planner.training import Peak, PlannedRun, peaks
@@ -102,11 +102,13 @@ def training(student: Architecture, known) -> PlannedRun:
         global_batch=batch,
     )
     check_parallel_layout({"student": student, "teacher": teacher}, layout, work)
+    loss = loss_of(kind, known)
+    loss.check(student, teacher, known.pp, bool(known.recompute))
     return PlannedRun(
         student=student,
         teacher=teacher,
         kind=kind,
-        loss=loss_of(kind, known),
+        loss=loss,
         layout=layout,
         work=work,
         train=known.hylo_train or kind.train,
@@ -162,6 +164,14 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     # The losses read these under the names of the trainer's flags.
     add("--loss", dest="hylo_loss", choices=tuple(LOSSES), help="--hylo-loss")
     add("--kl-chunk", dest="hylo_kl_chunk", type=size, default=4096, help="--hylo-kl-chunk (default: the recipes')")
+    add("--hidden-weight", dest="hylo_hidden_weight", type=weight, default=0.0, help="--hylo-hidden-weight")
+    add(
+        "--hidden-layers-weight",
+        dest="hylo_hidden_layers_weight",
+        type=weight,
+        default=0.0,
+        help="--hylo-hidden-layers-weight",
+    )
     add("--teacher-length", dest="hylo_teacher_length", type=size, help="--hylo-teacher-length")
 
 
