@@ -114,6 +114,13 @@ class Guard:
         if diverged := self.spikes.took(loss, norm, updated=self.wrong is None):
             self._stop(iteration, diverged, loss, norm)
 
+    def failed_check(self, iteration: int) -> None:
+        """End a step in which megatron has found the same value that is not finite twice. All ranks call this."""
+        why = "megatron's check found a value that is not finite in the gradient, and again when it repeated the step"
+        if self.writes:
+            self._stop(iteration, why, math.nan, None)
+        raise HyLoError(f"diverged at step {iteration}: {why}")
+
     def _event(self, iteration: int, what: str, why: str, loss: float, norm: float | None) -> str:
         order = self.data if self.args.dataloader_type == "single" else None  # no other loader's order is known
         samples = step_samples(order, self.first, get_current_global_batch_size())

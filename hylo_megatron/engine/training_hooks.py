@@ -51,6 +51,7 @@ def with_step_start(train_step, run: TrainingRun):
     """megatron's ``train_step``, after the models have been told its number, and with the guard's gate if asked."""
 
     def step(forward_step, data, models, optimizer, scheduler, config, schedule, iteration=None, **kwargs):
+        from megatron.core.rerun_state_machine import EXIT_CODE_FAILED_ON_RESULT_VALIDATION
         from megatron.training import get_args
 
         from hylo_megatron.engine.guard import Guard
@@ -70,6 +71,8 @@ def with_step_start(train_step, run: TrainingRun):
                 forward_step, data, models, optimizer, scheduler, config, keep_losses, iteration=iteration, **kwargs
             )
         run.guard.after(models, optimizer, scheduler)
+        if result[3] and result[4] == EXIT_CODE_FAILED_ON_RESULT_VALIDATION:
+            run.guard.failed_check(iteration + 1)
         return result
 
     return step

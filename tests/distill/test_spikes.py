@@ -137,6 +137,14 @@ def test_a_rollback_takes_the_weights_of_the_last_checkpoint(world, tmp_path):
     assert not torch.equal(*(CheckpointReader(each)["final_norm.weight"] for each in (tmp_path / "further", folder)))
 
 
+@pytest.mark.slow
+def test_megatrons_own_check_ends_in_the_same_way(world, tmp_path):
+    """It repeats the step, then asks for another run from a checkpoint, before it calls the value a fault."""
+    folder = tmp_path / "run"
+    codes = [run(world, folder, "warn", {3: math.nan}, save_interval=2).returncode for _ in range(2)]
+    assert codes == [16, 2] and (folder / "diverged.json").is_file() and not (folder / "iter_0000014").exists()
+
+
 @pytest.mark.parametrize(
     "action, spoiled", [("stop", {12: 1000.0}), ("warn", {3: math.nan}), ("skip", {s: math.nan for s in range(3, 14)})]
 )
