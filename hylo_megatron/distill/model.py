@@ -72,10 +72,9 @@ class DistillModel(MegatronModule):
         self.layer_tokens = torch.zeros((), device=device)
 
     def _start_from(self, settings: DistillSettings) -> list:
-        ranks, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+        first = (settings.seed * torch.distributed.get_world_size() + torch.distributed.get_rank()) * 1000
         blocks = [module for module in self.student.modules() if isinstance(module, SharedSequence)]
-        seeds = ((settings.seed * 1000 + block.layer_number) * ranks + rank for block in blocks)
-        return [block.start_from(settings.initial_states, seed) for block, seed in zip(blocks, seeds, strict=True)]
+        return [block.start_from(settings.initial_states, first + index) for index, block in enumerate(blocks)]
 
     def _prepare_head(self) -> None:
         loss = self.settings.loss
@@ -207,7 +206,7 @@ class DistillModel(MegatronModule):
         )
 
     def _taught_mask(self, mask_BS: Tensor, positions_BS: Tensor) -> Tensor:
-        limit = self.settings.loss.teacher_length
+        limit = self.settings.loss.teacher_reads
         return (mask_BS if limit is None else mask_BS * (positions_BS < limit)).T.float()
 
     def _with_distances(self, parts: Tensor, student_SBD: Tensor, teacher_SBC: Tensor, mask_SB: Tensor) -> Tensor:

@@ -7,6 +7,7 @@
 import contextlib
 import json
 import math
+import operator
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import get_current_global_batch_size
+from megatron.core.rerun_state_machine import EXIT_CODE_RESUME_TO_DISAMBIGUATE
 
 from hylo_megatron.checkpoint.iterations import complete_iterations
+from hylo_megatron.distill.losses import Loss
 from hylo_megatron.distill.samples import shown, step_samples
 from hylo_megatron.distill.spikes import DIVERGED, Spikes, SpikeSettings
 from hylo_megatron.errors import HyLoError
@@ -31,10 +34,11 @@ def settings_of(args) -> SpikeSettings:
 
 
 class Guard:
-    """Of one rank. ``data``: the training's data set."""
+    """Of one rank. ``loss`` is the training's, ``data`` its data set."""
 
-    def __init__(self, args, data: Any = None):
+    def __init__(self, args, loss: Loss, data: Any = None):
         self.args, self.data, self.spikes = args, data, Spikes(settings=settings_of(args))
+        self.weights = dict(zip(loss.parts, loss.weights, strict=True)) if loss.layerwise else {loss.parts[0]: 1.0}
         save = Path(args.save or ".")
         self.events = (Path(args.hylo_log).parent if args.hylo_log else save) / "events.jsonl"
         self.diverged = save / DIVERGED
@@ -83,7 +87,7 @@ class Guard:
     def _agreed(self, losses: list) -> str | None:
         """Return what is wrong with the step, the same on all ranks."""
         norm = None if self.norm is None else float(self.norm)
-        wrong = [self.spikes.judge(mean_loss(losses), norm)]
+        wrong = [self.spikes.judge(mean_loss(losses, self.weights), norm)]
         torch.distributed.broadcast_object_list(wrong, 0)
         return wrong[0]
 
@@ -114,9 +118,14 @@ class Guard:
         if diverged := self.spikes.took(loss, norm, updated=self.wrong is None):
             self._stop(iteration, diverged, loss, norm)
 
-    def failed_check(self, iteration: int) -> None:
-        """End a step in which megatron has found the same value that is not finite twice. All ranks call this."""
-        why = "megatron's check found a value that is not finite in the gradient, and again when it repeated the step"
+    def failed_check(self, iteration: int, code: int) -> None:
+        """End a step whose gradient is not finite by megatron's own check. All ranks call this.
+
+        megatron repeats such a step, and would then exit by ``code`` without saying why.
+        """
+        again = "also when the step was repeated" if code == EXIT_CODE_RESUME_TO_DISAMBIGUATE else (
+            "but not the same when the step was repeated: look for a faulty device")  # fmt: skip
+        why = f"the gradient is not finite, {again}"
         if self.writes:
             self._stop(iteration, why, math.nan, None)
         raise HyLoError(f"diverged at step {iteration}: {why}")
@@ -140,11 +149,12 @@ class Guard:
         raise HyLoError(f"diverged at {text}: {REMEDY}")
 
 
-def mean_loss(micro_batches: list[dict]) -> float:
+def mean_loss(micro_batches: list[dict], weights: dict[str, float]) -> float:
     """Return the loss of a step over all ranks' tokens, on every rank; sums over pipeline stages with losses."""
     total = torch.zeros(2, device=torch.cuda.current_device())
     for each in micro_batches:
-        total += each["loss"].view(-1)
+        parts, counts = zip(*(each[name].view(-1) for name in weights), strict=True)
+        total += torch.stack([sum(map(operator.mul, weights.values(), parts)), counts[0]])
     torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     loss = total[0] / total[1].clamp_min(1e-30)
     torch.distributed.all_reduce(loss, group=parallel_state.get_pipeline_model_parallel_group())

@@ -50,15 +50,14 @@ def with_groups(configure, run: TrainingRun):
 def with_step_start(train_step, run: TrainingRun):
     """megatron's ``train_step``, after the models have been told its number, and with the guard's gate if asked."""
 
-    def step(forward_step, data, models, optimizer, scheduler, config, schedule, iteration=None, **kwargs):
-        from megatron.core.rerun_state_machine import EXIT_CODE_FAILED_ON_RESULT_VALIDATION
+    def step(forward_step, data, models, optimizer, scheduler, config, schedule, **kwargs):
         from megatron.training import get_args
 
         from hylo_megatron.engine.guard import Guard
 
         args = get_args()
-        phases = [model.begin_step(iteration, args.train_iters) for model in run.models]
-        run.guard = run.guard or Guard(args, run.data)
+        phases = [model.begin_step(kwargs["iteration"], args.train_iters) for model in run.models]
+        run.guard = run.guard or Guard(args, run.models[0].settings.loss, run.data)
         run.guard.begin(phases)
         with run.guard.gate(optimizer) as losses:
 
@@ -67,12 +66,11 @@ def with_step_start(train_step, run: TrainingRun):
                 losses[:] = found or []
                 return found
 
-            result = train_step(
-                forward_step, data, models, optimizer, scheduler, config, keep_losses, iteration=iteration, **kwargs
-            )
+            result = train_step(forward_step, data, models, optimizer, scheduler, config, keep_losses, **kwargs)
         run.guard.after(models, optimizer, scheduler)
-        if result[3] and result[4] == EXIT_CODE_FAILED_ON_RESULT_VALIDATION:
-            run.guard.failed_check(iteration + 1)
+        should_exit, code = result[3:5]
+        if should_exit:
+            run.guard.failed_check(kwargs["iteration"] + 1, code)
         return result
 
     return step
