@@ -160,7 +160,7 @@ def prepare_command_line() -> Architecture:
     """Put the student's flags in front of the user's in ``sys.argv``. Raises ``HyLoError`` before anything starts."""
     user = sys.argv[1:]
     if {"-h", "--help"} & set(user):
-        ours = add_hylo_arguments(argparse.ArgumentParser(add_help=False))
+        ours = add_hylo_arguments(Parser(add_help=False))
         print("python -m hylo_megatron.train: all of Megatron's flags, and\n" + ours.format_help())
         sys.exit(0)
     known = user_flags(user)
