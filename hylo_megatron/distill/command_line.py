@@ -7,13 +7,14 @@ import os
 import sys
 from pathlib import Path
 
+from hylo_megatron.checkpoint.diverged import DIVERGED, why_diverged
 from hylo_megatron.config import Architecture
 from hylo_megatron.config.layout import ParallelLayout, Work, check_parallel_layout
 from hylo_megatron.config.pair import check_pair
 from hylo_megatron.config.stages import STAGE_KINDS, stage_kind
 from hylo_megatron.distill.arguments import add_hylo_arguments, engine_flags, run_architecture
 from hylo_megatron.distill.losses import loss_of
-from hylo_megatron.distill.spikes import DIVERGED, GATES, why_diverged
+from hylo_megatron.distill.spikes import GATES
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.flags import Parser, share, size, weight
 
@@ -149,10 +150,10 @@ def check_control(known: argparse.Namespace, student: Architecture) -> None:
 
 
 def check_not_diverged(student: Path) -> None:
-    if (marker := student / DIVERGED).is_file():
+    if why := why_diverged(student):
         raise HyLoError(
-            f"--hylo-student {student}: its training diverged ({why_diverged(marker)}); train it again, or remove"
-            f" {marker} to take its last checkpoint"
+            f"--hylo-student {student}: its training diverged ({why}); train it again, or remove"
+            f" {student / DIVERGED} to take its last checkpoint"
         )
 
 

@@ -19,7 +19,7 @@ from hylo_megatron.distill.losses.hidden import hidden_distance, shared_gradient
 from hylo_megatron.distill.payload import Payload
 from hylo_megatron.distill.settings import DistillSettings
 from hylo_megatron.layers.load import load_state, model_tensors
-from hylo_megatron.mixers.megatron_linear import SharedSequence
+from hylo_megatron.mixers.megatron_linear import LinearMixer
 
 
 def _give_gradient(module, inputs, embedded: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ class DistillModel(MegatronModule):
 
     def _start_from(self, settings: DistillSettings) -> list:
         first = (settings.seed * torch.distributed.get_world_size() + torch.distributed.get_rank()) * 1000
-        blocks = [module for module in self.student.modules() if isinstance(module, SharedSequence)]
+        blocks = [module for module in self.student.modules() if isinstance(module, LinearMixer)]
         return [block.start_from(settings.initial_states, first + index) for index, block in enumerate(blocks)]
 
     def _prepare_head(self) -> None:

@@ -3,12 +3,10 @@
 import math
 from collections import deque
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import median
 
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.flags import positive
-from hylo_megatron.json_file import read_json
 from hylo_megatron.options import option
 
 ACTIONS = ("warn", "skip", "rollback", "stop")
@@ -16,12 +14,7 @@ GATES = ("skip", "rollback")  # these decide before the weights change
 WINDOW = 50  # steps whose median a step is compared with
 LEAST = 10  # steps before anything is compared
 SKIPS = 10  # steps skipped in a row, after which the training counts as diverged
-DIVERGED = "diverged.json"  # in --save: at which step and why a training was stopped
 ROLLBACKS = 3  # rollbacks, after which it counts as diverged
-
-
-def why_diverged(marker: Path) -> str:
-    return str(read_json(marker).get("why", "for an unknown reason"))
 
 
 @dataclass(frozen=True, kw_only=True)

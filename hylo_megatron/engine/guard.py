@@ -17,10 +17,11 @@ from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import get_current_global_batch_size
 from megatron.core.rerun_state_machine import EXIT_CODE_RESUME_TO_DISAMBIGUATE
 
+from hylo_megatron.checkpoint.diverged import DIVERGED
 from hylo_megatron.checkpoint.iterations import complete_iterations
 from hylo_megatron.distill.losses import Loss
 from hylo_megatron.distill.samples import shown, step_samples
-from hylo_megatron.distill.spikes import DIVERGED, Spikes, SpikeSettings
+from hylo_megatron.distill.spikes import Spikes, SpikeSettings
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.files import write_text
 from hylo_megatron.options import from_options

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from math import ceil
 from typing import Any
 
-from hylo_megatron.config import Geometry
+from hylo_megatron.config import Geometry, positions
 from hylo_megatron.config.stages import stage_kind
 
 
@@ -23,7 +23,8 @@ class Stage:
 
     ``lr`` is the peak of a cosine schedule. ``mix`` has the shares of the packed data sets that ``run/datasets.py``
     names; without a mix the training text is read unchanged. ``rope`` and ``teacher_rope`` are changes of the rotary
-    embeddings. ``teacher_length`` is the teacher's own context; beyond it the loss is ``ce_beyond`` times the
+    embeddings. ``mla_rope`` and ``log_scale`` (``config/positions.py``) change the student's architecture at the start
+    of the stage. ``teacher_length`` is the teacher's own context; beyond it the loss is ``ce_beyond`` times the
     cross-entropy of the text. ``recompute`` is the number of sub-layers (mixers and MLPs) whose activations are
     recomputed.
     """
@@ -46,6 +47,8 @@ class Stage:
     mix: tuple[tuple[str, float], ...] = ()
     rope: dict | None = None
     teacher_rope: dict | None = None
+    mla_rope: bool | None = None  # None: as the previous stage left it
+    log_scale: str | None = None  # BASE or BASE,LENGTH
     teacher_length: int | None = None
     ce_beyond: float = 1.0
     answer_weight: float = 0.0
@@ -77,9 +80,9 @@ class Stage:
 
     def to_dict(self) -> dict:
         """Return the fields, except levers at their defaults, so that recipes of earlier versions stay equal."""
-        used = self.levers()
-        return {each.name: getattr(self, each.name) for each in fields(self)
-                if "flag" not in each.metadata or each.name in used}  # fmt: skip
+        unused = {each.name for each in fields(self) if "flag" in each.metadata} - self.levers().keys()
+        unused |= {name for name in ("mla_rope", "log_scale") if getattr(self, name) is None}
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.name not in unused}
 
     def flags(self) -> list[str]:
         """Return the flags of ``python -m hylo_megatron.train`` for this stage."""
@@ -99,6 +102,7 @@ class Stage:
             values["--hylo-rope"] = json.dumps(self.rope)
         if self.teacher_rope:
             values["--hylo-teacher-rope"] = json.dumps(self.teacher_rope)
+        values |= positions.flags(self, "--hylo-")
         if self.recompute:
             values |= {"--recompute-granularity": "full", "--recompute-method": "block",
                        "--recompute-num-layers": self.recompute}  # fmt: skip
@@ -135,6 +139,7 @@ class Recipe:
     layers: int = 30
     text: str = "small"  # the mix of hylo fetch-text
     geometry: str | Geometry = "native"
+    linear_rope: bool = False  # linear layers rotate queries and keys (config/positions.py)
     init: str = "data"  # or "svd", the initialisation of the method's paper
     save_every: int = 20
     seed: int = 1234
@@ -148,6 +153,7 @@ class Recipe:
     def to_dict(self) -> dict:
         """Return the recipe as JSON reads it, with lists for tuples."""
         values = asdict(self) | {"stages": [stage.to_dict() for stage in self.stages]}
-        if not self.control:
-            del values["control"]
+        for name in ("control", "linear_rope"):  # neither did earlier versions have
+            if not values[name]:
+                del values[name]
         return json.loads(json.dumps(values))

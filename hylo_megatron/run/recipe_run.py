@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 
 from hylo_megatron.checkpoint import disk
+from hylo_megatron.checkpoint.diverged import DIVERGED, why_diverged
 from hylo_megatron.checkpoint.iterations import trained_to
 from hylo_megatron.config import Architecture, Plan
 from hylo_megatron.config.stages import stage_kind
 from hylo_megatron.convert import hf_to_megatron, megatron_to_hf
 from hylo_megatron.convert.hf_folder import read_architecture
-from hylo_megatron.distill.spikes import DIVERGED, why_diverged
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.files import write_text
 from hylo_megatron.json_file import read_json
@@ -111,16 +111,17 @@ class Run:
         upcycle(
             self.base, self.out / "student", self.plan, init=recipe.init, geometry=recipe.geometry, tokens_BS=tokens,
             qk_norm=recipe.init == "svd" and Architecture.load(self.base).qk_norm, device=device,
+            linear_rope=recipe.linear_rope,
         )  # fmt: skip
 
     def _trained(self, stage: Stage) -> bool:
         return trained_to(self.out / stage.name, stage.steps)
 
     def _check_not_diverged(self, stage: Stage) -> None:
-        if (marker := self.out / stage.name / DIVERGED).is_file():
+        if why := why_diverged(self.out / stage.name):
             raise HyLoError(
-                f"{stage.name} diverged: {why_diverged(marker)}. Run with a lower lr of this stage in another OUT"
-                f"; or remove {marker} and continue from the last checkpoint with --hylo-on-spike rollback"
+                f"{stage.name} diverged: {why}. Run with a lower lr of this stage in another OUT; or remove"
+                f" {self.out / stage.name / DIVERGED} and continue with --hylo-on-spike rollback"
             )
 
     def _start(self, index: int) -> TrainingProcess:
@@ -141,10 +142,7 @@ class Run:
         return self.trainings[-1]
 
     def train(self, index: int) -> Path:
-        """Train the stage to its last step and return its checkpoint folder.
-
-        On a GPU the next stage starts in the meantime.
-        """
+        """Train the stage to its last step and return its folder. On a GPU the next stage starts meanwhile."""
         self.number += 1
         stage = self.recipe.stages[index]
         save, label = self.out / stage.name, f"[{self.number:2d}/{self.total}] {stage.name}"

@@ -18,7 +18,6 @@ from hylo_megatron.checkpoint.folder import CheckpointReader  # noqa: E402
 from hylo_megatron.config import Architecture  # noqa: E402
 from hylo_megatron.convert import megatron_to_hf  # noqa: E402
 from hylo_megatron.convert.hf_folder import read_architecture  # noqa: E402
-from hylo_megatron.convert.transformer_config import write_transformer_config  # noqa: E402
 from hylo_megatron.distill import command_line  # noqa: E402
 from hylo_megatron.errors import HyLoError  # noqa: E402
 from hylo_megatron.run.launch import Processes  # noqa: E402
@@ -78,14 +77,14 @@ def test_config_json_is_read_as_it_was_meant(world, tmp_path, changes):
     arch = Architecture.load(world["teacher"])
     kept = {"rope_theta": 1e4} if "rope_type" in changes else arch.rope_parameters
     arch = replace(arch, rope_parameters=kept | changes, max_position_embeddings=512)
-    base = tmp_path / "base"
+    base = tmp_path / "hf"
     base.mkdir()
     config = json.loads((world["teacher"] / "hf" / "config.json").read_text())
     theta = config.pop("rope_parameters")["rope_theta"]
     (base / "config.json").write_text(json.dumps(config | {"rope_theta": theta}))  # an older spelling
     out = tmp_path / "out"
     out.mkdir()
-    write_transformer_config(arch, base, out, torch.bfloat16)
+    megatron_to_hf._write_config(arch, tmp_path, out, torch.bfloat16)
     found = read_architecture(out)
     assert found.rope_parameters == arch.rope_parameters and found.max_position_embeddings == 512
     assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"

@@ -19,7 +19,7 @@ from hylo_megatron.kernels import ops_for  # noqa: E402
 from hylo_megatron.layers.load import layout_config, load_model  # noqa: E402
 from hylo_megatron.mixers import LINEAR  # noqa: E402
 from hylo_megatron.mixers.initial_states import InitialStates  # noqa: E402
-from hylo_megatron.mixers.megatron_linear import SharedSequence  # noqa: E402
+from hylo_megatron.mixers.megatron_linear import LinearMixer  # noqa: E402
 
 B, S, H, K = 2, 64, 3, 8
 
@@ -36,8 +36,8 @@ def model_of(pair, mode: str, **config) -> DistillModel:
     return DistillModel(*models, *archs, settings).train()
 
 
-def blocks(model) -> list[SharedSequence]:
-    return [module for module in model.student.modules() if isinstance(module, SharedSequence)]
+def blocks(model) -> list[LinearMixer]:
+    return [module for module in model.student.modules() if isinstance(module, LinearMixer)]
 
 
 def test_carried_states_continue_a_text():
