@@ -20,11 +20,10 @@ MODES = ("zero", "random", "carried")
 class InitialStates:
     """The kernels of one block, whose recurrence starts from a state that ``begin_step`` makes.
 
-    Only for training: evaluations start from zero, as the first step does.
-    ``carried``: the final states of the previous step's last micro-batch. ``random``: normal noise with mean and
-    deviation of these, for each head. No gradient reaches the
-    step that a state comes from. States are written in place: a CUDA graph reads them, and a recomputed layer reads
-    the same ones again.
+    Only for training: evaluations start from zero, as the first step does. ``carried``: the final states of the
+    previous step's last micro-batch. ``random``: normal noise with mean and deviation of these, for each head. No
+    gradient reaches the step that a state comes from. States are written in place: a CUDA graph reads them, and a
+    recomputed layer reads the same ones again.
     """
 
     def __init__(self, mode: str, recurrences: Iterable[str], seed: int):
@@ -35,7 +34,7 @@ class InitialStates:
     def begin_step(self, step: int) -> None:
         if self.final is None:
             return
-        if self.initial is None:
+        if self.initial is None or self.initial.shape != self.final.shape:
             self.initial = torch.empty_like(self.final)
         self.initial.copy_(self.final if self.mode == "carried" else self._noise(step))
 
