@@ -29,6 +29,7 @@ COMMANDS = {
     "assemble": Command("convert.assemble", "join an all-MLA and an all-linear student"),
     "train": Command("train", "train one stage (on several ranks: torchrun -m hylo_megatron.train)"),
     "export": Command("convert.megatron_to_hf", "Megatron checkpoint -> Hugging Face folder"),
+    "card": Command("convert.model_card", "put an evaluation's figures into an exported folder's model card"),
     "evaluate": Command("evaluate.command", "perplexity, loss by position and needles of a model"),
     "plan": Command("planner.command", "memory that serving or training a model takes"),
     "serve-demo": Command("serve.demo", "one chat with an exported model in vLLM"),
