@@ -212,5 +212,8 @@ class Run:
             return
         table = closing_table(self.out, self.recipe, self.processes, time.time() - self.started)
         write_text(self.out / "report" / "run.md", table + "\n")
-        put_figures(folder, self.out / "report" / "evaluation.json")
+        try:
+            put_figures(folder, self.out / "report" / "evaluation.json")
+        except HyLoError as error:  # a person, or an earlier version, wrote this card
+            print(f"model card left as it is: {error}")
         print(table)
