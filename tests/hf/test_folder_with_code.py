@@ -111,7 +111,7 @@ for folder in map(Path, sys.argv[1:]):
     torch.save(logits, folder / "logits.pt")
     options = dict(max_new_tokens=6, do_sample=False)
     tokens = model.generate(ids, **options)
-    assert torch.equal(tokens, model.generate(ids, **options, use_cache=False)) and tokens.shape == (1, 43)
+    assert torch.equal(tokens, model.generate(ids, **options, use_cache=False))
     text = pipeline("text-generation", model=str(folder), **own)("w5 w6", **options)[0]["generated_text"]
     model(ids, labels=ids).loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
