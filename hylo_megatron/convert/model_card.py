@@ -6,11 +6,11 @@ person wrote into the file stays.
 
 from pathlib import Path
 
-from hylo_megatron.config import Architecture
+from hylo_megatron.config import Architecture, positions
 from hylo_megatron.convert.card_records import Origin
-from hylo_megatron.errors import HyLoError, command_line
+from hylo_megatron.errors import HyLoError
 from hylo_megatron.files import write_text
-from hylo_megatron.flags import Parser
+from hylo_megatron.flags import Parser, command_line
 from hylo_megatron.json_file import read_json
 from hylo_megatron.markdown import table
 from hylo_megatron.mixers import MIXERS
@@ -128,6 +128,8 @@ def _architecture(arch: Architecture) -> list[list[str]]:
         sizes = vars(getattr(arch.geometry, kind))
         rows.append([MIXERS[kind].title, ", ".join(f"{name} {value}" for name, value in sizes.items() if value)])
     rope = ", ".join(f"{name} {value}" for name, value in arch.rope_parameters.items())
+    settings = [(name, getattr(arch, name), default) for name, default in positions.FIELDS.items()]
+    rows += [[f"`{name}` (`config.json`)", str(value)] for name, value, default in settings if value != default]
     return [*rows, ["rotary embedding", rope], ["maximum length", f"{arch.max_position_embeddings:,} tokens"]]
 
 

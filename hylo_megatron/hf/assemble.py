@@ -15,7 +15,7 @@ from hylo_megatron.mixers import MIXERS
 
 PACKAGE = "hylo_megatron"
 ENTRY = "hf.modeling_hylo"
-PARTS = ("hf_config", "hf_module")  # files of a mixer that the model imports by name
+PARTS = ("hf_module",)  # files of a mixer that the model imports by name
 REPLACED = {"hf.code_beside": "hf.code_in_folder"}  # the one module that has to know where it lies
 OPTIONAL = ("fla", "triton")  # packages without which ``kernels/choose.py`` uses torch
 _ROOT = Path(__file__).parents[1]
