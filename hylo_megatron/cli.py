@@ -30,6 +30,7 @@ COMMANDS = {
     "assemble": Command("convert.assemble", "join an all-MLA and an all-linear student"),
     "train": Command("train", "train one stage (on several ranks: torchrun -m hylo_megatron.train)"),
     "export": Command("convert.megatron_to_hf", "Megatron checkpoint -> Hugging Face folder"),
+    "card": Command("convert.model_card", "put an evaluation's figures into an exported folder's model card"),
     "evaluate": Command("evaluate.command", "perplexity, needles, RULER and questions, beside the teacher"),
     "fit-log-scale": Command("evaluate.log_scale", "fit the scale of MLA's queries on long documents"),
     "plan": Command("planner.command", "memory that serving or training a model takes"),

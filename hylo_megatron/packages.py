@@ -70,7 +70,7 @@ PACKAGES = (
     Package("sentencepiece", "sentencepiece", "tokenizers shipped as .model files (Llama 2)", "sentencepiece"),
     Package("gguf", "gguf", "reading teachers from GGUF files", "gguf"),
     Package("matplotlib", "matplotlib", "plots of an evaluation", "matplotlib"),
-    Package("lm-eval", "lm_eval", "not used here: its `--model hf` should load exports (not run)", "lm-eval==0.4.13"),
+    Package("lm-eval", "lm_eval", "the harness whose `--model hf` loads exports", "'lm-eval[hf]==0.4.13'"),
     Package("wandb", "wandb", "logging to Weights & Biases", "wandb"),
     Package("tensorboard", "tensorboard", "logging to TensorBoard", "tensorboard"),
 )  # fmt: skip

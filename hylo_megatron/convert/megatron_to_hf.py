@@ -13,7 +13,9 @@ from torch import Tensor
 
 from hylo_megatron.checkpoint.folder import FINITE, CheckpointReader, whole_folder
 from hylo_megatron.config import Architecture, positions
+from hylo_megatron.convert.card_records import UNKNOWN, Origin, origin_of
 from hylo_megatron.convert.hf_folder import read_architecture, save_tensors
+from hylo_megatron.convert.model_card import figures, write_card
 from hylo_megatron.convert.shapes import hf_shapes
 from hylo_megatron.convert.tables import mappings
 from hylo_megatron.convert.tokenizer_files import check_tokenizer, copy_companions
@@ -24,16 +26,6 @@ from hylo_megatron.mixers import FP32_SUFFIXES
 from hylo_megatron.progress import byte_progress, peak_memory_gib
 
 SHARD_BYTES = 4 * 2**30
-README = """# {plan}: a hybrid of MLA and linear attention, made with hylo-megatron
-
-The code of this model is in the Python package hylo-megatron. Install it from its repository (`pip install -e .` in a
-clone), then load this folder in one of these ways:
-
-- In Python: `import hylo_megatron`, then `transformers.AutoModelForCausalLM.from_pretrained("FOLDER")`.
-- In programs that never import the package, such as `lm_eval --model hf` or TRL: pass `trust_remote_code=True`.
-  `hylo_megatron_loader.py` in this folder then imports the package. It holds no other code.
-- To serve: `vllm serve FOLDER`, in an environment with vLLM and the package (`pip install -e '.[serve]'`).
-"""
 
 
 def _unpadded(name: str, tensor: Tensor, arch: Architecture) -> Tensor:
@@ -97,9 +89,6 @@ def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], total: in
 
 
 def _write_config(arch: Architecture, checkpoint: Path, folder: Path, dtype: torch.dtype) -> None:
-    if arch.is_hybrid:
-        write_hybrid_config(arch, folder, dtype)
-        return
     source = checkpoint / "hf" / "config.json"
     config, base = read_json(source, advice="expected the base model's"), read_architecture(source.parent)
     config["dtype"] = str(dtype).removeprefix("torch.")
@@ -115,33 +104,45 @@ def _write_config(arch: Architecture, checkpoint: Path, folder: Path, dtype: tor
     (folder / "config.json").write_text(json.dumps(config, indent=2))
 
 
-def write_hybrid_config(arch: Architecture, folder: Path, dtype: torch.dtype) -> None:
-    from hylo_megatron.hf import HyLoConfig
+def write_hybrid_config(arch: Architecture, folder: Path, dtype: torch.dtype, origin: Origin = UNKNOWN,
+                        with_code: bool = False) -> None:  # fmt: skip
+    """Write ``config.json``, the code that it names (all of it or a loader), and the model card."""
+    from hylo_megatron.hf import HyLoConfig, code_beside
 
-    config = HyLoConfig.from_architecture(arch)
-    config.dtype = dtype
-    config.architectures = ["HyLoForCausalLM"]
+    config = HyLoConfig.from_architecture(arch, dtype=dtype)
+    config.auto_map = code_beside.auto_map(code_beside.WITH_CODE if with_code else code_beside.WITH_LOADER)
     config.save_pretrained(folder)
-    (folder / "README.md").write_text(README.format(plan=arch.plan.name))
+    write_card(folder, arch, origin, with_code)
 
 
 def convert(checkpoint: str | Path, out: str | Path, dtype: torch.dtype | None = None,
-            allow_nan: bool = False, settings: dict | None = None) -> Architecture:  # fmt: skip
+            allow_nan: bool = False, settings: dict | None = None, with_code: bool = False,
+            **known) -> Architecture:  # fmt: skip
     """Write ``out``, which gets its name only when it is complete. ``dtype=None`` keeps the checkpoint's dtypes.
 
     ``settings``: fields of ``config/positions.py`` that the exported model has in place of the checkpoint's.
+    ``known``: fields of the model card's ``Origin`` that the records beside the checkpoint do not have.
     """
     checkpoint, out = Path(checkpoint), Path(out)
     finite = None if allow_nan else f"{FINITE}, or let it pass with --allow-nan"
     arch, reader = Architecture.load(checkpoint), CheckpointReader(checkpoint, finite)
     arch = positions.changed(arch, settings or {}, str(checkpoint))
     check_tokenizer(checkpoint / "hf", arch.vocab_size)
+    if with_code and not arch.is_hybrid:
+        raise HyLoError(f"{checkpoint}: --with-code is for hybrids, this is a Transformer that transformers knows")
+    origin = replace(origin_of(checkpoint), **{name: value for name, value in known.items() if value})
+    if origin.evaluation:
+        figures(origin.evaluation, arch)  # refuses a wrong file before the weights are written
     keys = [key for mapping in mappings(arch) for key in mapping.megatron]
     total = sum(math.prod(reader.shape(key)) * (dtype or reader.dtype(key)).itemsize for key in keys)
     with whole_folder(out, total) as scratch:
         copy_companions(checkpoint / "hf", scratch, with_config=False)
         write_weights(scratch, hf_tensors(arch, reader, dtype), total, "export", SHARD_BYTES)
-        _write_config(arch, checkpoint, scratch, dtype or reader.dtype("embedding.word_embeddings.weight"))
+        stored = dtype or reader.dtype("embedding.word_embeddings.weight")
+        if arch.is_hybrid:
+            write_hybrid_config(arch, scratch, stored, origin, with_code)
+        else:
+            _write_config(arch, checkpoint, scratch, stored)
     return arch
 
 
@@ -153,9 +154,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=("keep", "bfloat16", "float16", "float32"), default="keep")
     parser.add_argument("--allow-nan", action="store_true", help="let NaN and Inf in weights pass")
     positions.add_log_scale(parser.add_argument, default="as the checkpoint has it")
+    parser.add_argument("--with-code", action="store_true", help="put the model's code into the folder: it then loads"
+                        " with trust_remote_code=True where this package is not installed")  # fmt: skip
+    card = parser.add_argument_group("model card (README.md in the folder)", "a run's own records are found")
+    card.add_argument("--evaluation", type=Path, help="evaluation.json of hylo evaluate, for the figures")
+    card.add_argument("--base-model", metavar="NAME", help="the base model's name on the Hugging Face Hub")
+    card.add_argument("--licence", metavar="ID", help="licence of the weights as the Hub names it, e.g. apache-2.0")
     options = parser.parse_args(argv)
     start = time.time()
     dtype = None if options.dtype == "keep" else getattr(torch, options.dtype)
-    arch = convert(options.ckpt, options.out, dtype, options.allow_nan, settings=positions.given(options))
+    known = {name: getattr(options, name) for name in ("evaluation", "base_model", "licence")}
+    settings = positions.given(options)
+    arch = convert(options.ckpt, options.out, dtype, options.allow_nan, settings, options.with_code, **known)
     seconds, memory = time.time() - start, peak_memory_gib()
     print(f"{arch.plan.name} -> {options.out}  {seconds:.1f} s, peak memory {memory:.2f} GiB")

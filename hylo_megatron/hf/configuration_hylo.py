@@ -1,6 +1,5 @@
 """``HyLoConfig``: the description of a hybrid, saved as ``config.json``."""
 
-import shutil
 from pathlib import Path
 
 from transformers.configuration_utils import PretrainedConfig
@@ -9,6 +8,7 @@ from hylo_megatron.config import Architecture, Geometry, positions
 from hylo_megatron.config.architecture import misfit
 from hylo_megatron.config.rope import checked_rope
 from hylo_megatron.errors import HyLoError
+from hylo_megatron.hf import code_beside
 from hylo_megatron.hf.config_values import DEFAULTS, HYBRID, check_complete, check_values, described, fields
 from hylo_megatron.mixers import CACHED, LINEAR, MIXERS
 from hylo_megatron.mixers.dimensions import config_to_geometry, geometry_to_config
@@ -110,15 +110,14 @@ class HyLoConfig(PretrainedConfig):
         return Architecture(**values, plan=plan, geometry=self.geometry(), extra=extra)
 
     def save_pretrained(self, save_directory, **kwargs) -> None:
-        """Write ``config.json`` and the loader that it names for processes that do not know ``model_type: hylo``."""
-        classes = {"AutoConfig": "HyLoConfig", "AutoModel": "HyLoModel", "AutoModelForCausalLM": "HyLoForCausalLM"}
-        self.auto_map = {auto: f"hylo_megatron_loader.{name}" for auto, name in classes.items()}
+        """Write ``config.json`` and the code that it names for processes that do not know ``model_type: hylo``."""
+        code_beside.choose(self)
         super().save_pretrained(save_directory, **kwargs)
-        shutil.copyfile(Path(__file__).with_name("in_folder.py"), Path(save_directory) / "hylo_megatron_loader.py")
+        code_beside.write(self, Path(save_directory))
 
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoConfig") -> None:
-        """Do nothing: ``save_pretrained`` writes the loader, where transformers would copy this module."""
+        """Do nothing: ``save_pretrained`` writes the code, where transformers would copy this module alone."""
 
 
 def _mixers(values: dict) -> list[str]:

@@ -40,6 +40,12 @@ def refuse_holes(mask: torch.Tensor | None) -> None:
         raise ValueError("HyLoModel: attention_mask has padding between real tokens: pad a row on one side only")
 
 
+def refuse_cache(use_cache: bool | None, past_key_values) -> None:
+    """Raise ``ValueError`` if a call with packed documents asks for a cache or brings one."""
+    if use_cache or past_key_values is not None:
+        raise ValueError("HyLoModel: packed documents cannot be cached: set use_cache=False, without past_key_values")
+
+
 def check_positions(position_ids: torch.Tensor | None, batch: int, length: int) -> None:
     if position_ids is not None and tuple(position_ids.shape) not in ((batch, length), (1, length)):
         raise ValueError(

@@ -110,43 +110,36 @@ class HyLoModel(HyLoPreTrainedModel):
 
         ``position_ids`` that restart at 0, ``cu_seq_lens_q`` or ``seq_idx`` [B,S] separate packed documents.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("HyLoModel: give either input_ids or inputs_embeds")
+        x_BSD = self._embedded(input_ids, inputs_embeds)
         attentions = self.config.output_attentions if output_attentions is None else output_attentions
         inputs.refuse_unknown({**kwargs, "output_attentions": attentions})
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        x_BSD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache = self._cache(past_key_values, use_cache, len(x_BSD))
-        past = cache.length if cache is not None else 0
+        past = 0 if cache is None else cache.length
         mask = inputs.checked_mask(attention_mask, len(x_BSD), past + x_BSD.shape[1])
         inputs.check_positions(position_ids, *x_BSD.shape[:2])
-        starts_BS = None
-        if x_BSD.shape[1] > 1 or cu_seq_lens_q is not None or cu_seq_lens_k is not None or seq_idx is not None:
-            shape, real_BS = x_BSD.shape[:2], None if mask is None else mask[:, past:]
-            starts_BS = document_starts(shape, position_ids, real_BS, (cu_seq_lens_q, cu_seq_lens_k), seq_idx)
+        real_BS = None if mask is None else mask[:, past:]
+        starts_BS = document_starts(x_BSD.shape[:2], position_ids, real_BS, (cu_seq_lens_q, cu_seq_lens_k), seq_idx)
         if starts_BS is None:
             inputs.refuse_holes(mask)
-        elif use_cache or past_key_values is not None:
-            raise ValueError(
-                "HyLoModel: packed documents cannot be cached: set use_cache=False, without past_key_values"
-            )
         else:
+            inputs.refuse_cache(use_cache, past_key_values)
             cache = None
         *beside, documents = self._beside(x_BSD, mask, position_ids, past, starts_BS)
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         states = []
         for layer in self.layers:
-            if output_hidden_states:
+            if wanted:
                 states.append(x_BSD)
             x_BSD = layer(x_BSD, *beside, cache, documents)
         if cache is not None:
             cache.length += x_BSD.shape[1]
         x_BSD = self.norm(x_BSD)
-        return BaseModelOutputWithPast(
-            last_hidden_state=x_BSD,
-            past_key_values=cache,
-            hidden_states=(*states, x_BSD) if output_hidden_states else None,
-        )
+        return BaseModelOutputWithPast(x_BSD, cache, (*states, x_BSD) if wanted else None)
+
+    def _embedded(self, input_ids, inputs_embeds) -> torch.Tensor:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("HyLoModel: give either input_ids or inputs_embeds")
+        return self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
 
     def _beside(self, x_BSD, mask, position_ids, past: int, starts_BS):
         """Return what layers need besides ``x_BSD``: angles, what each query sees, real tokens, packed

@@ -60,14 +60,15 @@ def document_starts(
 ) -> torch.Tensor | None:
     """Return [B,S], True where a document starts, or None if every row is one document.
 
-    ``mask_BS``: True for real tokens. Raises ``ValueError`` for wrong or contradictory boundaries.
+    The position of a single token starts no document. ``mask_BS``: True for real tokens. Raises ``ValueError`` for
+    wrong or contradictory boundaries.
     """
     given = [
         starts for starts in (_from_lengths(shape, *cu_seq_lens), _from_index(shape, seq_idx)) if starts is not None
     ]
     if len(given) == 2 and not torch.equal(*given):
         raise ValueError("HyLoModel: cu_seq_lens and seq_idx place documents differently: give one of them")
-    if not given and position_ids is None:
+    if not given and (position_ids is None or shape[1] == 1):
         return None
     starts_BS = None if position_ids is None else _from_positions(shape, position_ids, mask_BS)
     if given:

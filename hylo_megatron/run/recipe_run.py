@@ -20,6 +20,7 @@ from hylo_megatron.config import Architecture, Plan
 from hylo_megatron.config.stages import stage_kind
 from hylo_megatron.convert import hf_to_megatron, megatron_to_hf
 from hylo_megatron.convert.hf_folder import read_architecture
+from hylo_megatron.convert.model_card import put_figures
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.files import write_text
 from hylo_megatron.json_file import read_json
@@ -229,4 +230,8 @@ class Run:
             return
         table = closing_table(self.out, self.recipe, self.processes, time.time() - self.started)
         write_text(self.out / "report" / "run.md", table + "\n")
+        try:
+            put_figures(folder, self.out / "report" / "evaluation.json")
+        except HyLoError as error:  # a person, or an earlier version, wrote this card
+            print(f"model card left as it is: {error}")
         print(table)

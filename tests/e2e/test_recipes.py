@@ -27,6 +27,7 @@ def test_every_stage_of_the_gpu_recipe_and_a_kill(tmp_path):
     names = [stage.name for stage in toy_recipe().stages]
     assert [name for name in names if f"after {name}" in printed] == names
     assert "| needles found | 256 |" in printed
+    assert "| perplexity, prose |" in (whole / "hf-distill-32k" / "README.md").read_text()
     assert {"evaluation.md", "evaluation.json", "run.md"} <= {path.name for path in (whole / "report").iterdir()}
 
     # the same again, its third stage killed after the checkpoint at step 3
