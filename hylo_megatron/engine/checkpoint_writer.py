@@ -162,7 +162,7 @@ def start_watched(start, run: TrainingRun):
         known = cls._persistent_process
         process = start.__func__(cls, *args, **kwargs)
         if process is not known:
-            run.closing.clear()
+            run.closing = threading.Event()  # its own, because the watch on an earlier writer may still read its event
             for each in (cls._persistent_queue, cls._persistent_preload_q):
                 each._on_queue_feeder_error = _not_sent
             threading.Thread(target=_watch, args=(process, run.closing, folder, need), daemon=True).start()

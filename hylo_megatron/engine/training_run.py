@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 class TrainingRun:
     """One call of ``pretrain``. The model provider adds to ``models`` before the first step.
 
-    ``room`` is that of the disk which checkpoints are saved to. ``closing`` is set while the writer of checkpoints is
-    asked to end.
+    ``room`` is that of the disk which checkpoints are saved to. ``closing`` belongs to the present writer of
+    checkpoints, and is set once that writer is asked to end.
     """
 
     room: SaveRoom | None = None
