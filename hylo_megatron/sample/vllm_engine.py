@@ -7,7 +7,8 @@ from pathlib import Path
 from hylo_megatron import packages
 from hylo_megatron.sample.decoder import Request, Sampling, Written
 
-ROWS = 4096  # rows that vLLM is given at once; it batches them itself
+ROWS = 256  # rows that vLLM runs at once, unless --batch-size says otherwise
+WAITING = 4  # times as many are given to it at once, so that a finished row gives way to another
 
 
 class VllmEngine:
@@ -16,16 +17,16 @@ class VllmEngine:
     def __init__(self, folder: Path, sampling: Sampling, dtype: str, rows: int | None):
         self.vllm = packages.load("vllm", "hylo sample-text --engine vllm")
         self.sampling = sampling
-        limits = {"max_num_seqs": rows} if rows else {}
+        self.rows = rows or ROWS
         self.engine = self.vllm.LLM(
             str(folder), dtype=dtype, seed=sampling.seed, max_model_len=sampling.length, enable_prefix_caching=False,
-            **limits,
+            max_num_seqs=self.rows,
         )  # fmt: skip
 
     def write(self, requests: Iterable[Request]) -> Iterator[Written]:
         """Yield every request's row."""
         waiting = iter(requests)
-        while part := list(itertools.islice(waiting, ROWS)):
+        while part := list(itertools.islice(waiting, WAITING * self.rows)):
             prompts = [{"prompt_token_ids": list(request.ids)} for request in part]
             answers = self.engine.generate(prompts, [self._parameters(request) for request in part], use_tqdm=False)
             for request, answer in zip(part, answers, strict=True):
