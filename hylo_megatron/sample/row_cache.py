@@ -5,6 +5,7 @@ L positions, K key heads, G query heads per key head, D width of a head.
 """
 
 import functools
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from hylo_megatron.errors import HyLoError
 
 ATTENTION = "hylo_rows"
+CHECKED = 16  # tokens by which a model over the cache is compared with itself
+TOLERANCE = 0.05  # ‖difference of logits‖ / ‖logits‖; rounding to bf16 gives about 0.01
 FLASH_TYPES = (torch.bfloat16, torch.float16)
 
 
@@ -128,12 +131,39 @@ def refusal(config, length: int) -> str | None:
     return None
 
 
+@torch.inference_mode()
 def use_rows(model: PreTrainedModel, length: int) -> PreTrainedModel:
-    """Make ``model`` attend over a ``row_cache``. Raises ``HyLoError`` for models that cannot."""
-    reason = refusal(model.config, length)
+    """Make ``model`` attend over a ``row_cache``, and compare its logits with those it gave before.
+
+    Raises ``HyLoError`` for models that cannot, and if the logits differ.
+    """
+    name, reason = model.config.name_or_path, refusal(model.config, length)
     if reason or not model._supports_attention_backend:
         reason = reason or "a model whose attention transformers does not let us replace"
-        raise HyLoError(f"{model.config.name_or_path}: {reason}: sample it with --engine vllm")
+        raise HyLoError(f"{name}: {reason}: sample it with --engine vllm")
+    tokens = min(CHECKED, length)
+    ids = (7 * torch.arange(tokens, device=model.device) + 1)[None] % model.get_input_embeddings().weight.shape[0]
+    plain = model(input_ids=ids, use_cache=False).logits[0].float()
     AttentionInterface.register(ATTENTION, _attention)
     model.set_attn_implementation(ATTENTION)
+    worst = max(float((row - plain).norm() / plain.norm()) for row in _stepwise(model, ids))
+    if not worst < TOLERANCE:
+        raise HyLoError(
+            f"{name}: logits of single tokens over the cache differ by {worst:.1%} from those of the whole text,"
+            f" expected less than {TOLERANCE:.0%}: sample it with --engine vllm, and report the model's type"
+        )
     return model
+
+
+def _stepwise(model: PreTrainedModel, ids: Tensor) -> Iterator[Tensor]:
+    """Yield the logits ``[tokens, vocabulary]`` of two rows that read ``ids``, the second a token behind the first."""
+    tokens = ids.shape[1]
+    position = torch.zeros(2, dtype=torch.int64, device=ids.device)
+    cache, logits = row_cache(model.config.num_hidden_layers, tokens, position), []
+    for at in range(tokens + 1):
+        position[0], position[1] = min(at, tokens - 1), max(at - 1, 0)
+        row = ids[0, position][:, None]
+        out = model(input_ids=row, position_ids=position[:, None], past_key_values=cache, use_cache=True)
+        logits.append(out.logits[:, -1].float())
+    yield torch.stack([step[0] for step in logits[:-1]])
+    yield torch.stack([step[1] for step in logits[1:]])

@@ -11,7 +11,7 @@ from helpers import text, tiny
 from hylo_megatron.data.prepare import prepare
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.kernels import draw
-from hylo_megatron.sample import command, prompts, vllm_engine
+from hylo_megatron.sample import command, prompts, row_cache, vllm_engine
 from hylo_megatron.sample.decoder import Decoder, Request, Sampling, Written, rows_by_memory
 from hylo_megatron.sample.keep import Keeper, Rules
 from hylo_megatron.sample.run import SamplingRun
@@ -47,6 +47,16 @@ def test_rows_of_a_batch_are_those_of_rows_alone(shape):
         decoder = Decoder(tiny.teacher_model(shape), sampling(), rows)
         assert sorted(decoder.write(iter(requests))) == alone
     assert {row.ended for row in alone} == {True, False}  # both ways to end
+
+
+def test_an_attention_that_sees_too_much_is_refused(monkeypatch):
+    def everything(query, keys, values, position, scale):
+        return plain(query, keys, values, torch.full_like(position, keys.shape[1] - 1), scale)
+
+    plain = row_cache.attend_plain
+    monkeypatch.setattr(row_cache, "attend_plain", everything)
+    with pytest.raises(HyLoError, match="logits of single tokens over the cache differ by .*, expected less than 5%"):
+        Decoder(tiny.teacher_model("smollm2"), sampling(), 2)
 
 
 def test_uniform_numbers_are_a_rows_own():
