@@ -14,7 +14,7 @@ STARTED_BY = os.getppid()  # as early as possible: see run/parent.py
 
 
 def _is_own_program() -> bool:
-    """Whether this process runs a program of this package or of its repository."""
+    """Return whether this process runs a program of this package or of its repository."""
     if os.environ.get("HYLO_REGISTER") == "0" or "HYLO_PARENT" in os.environ:  # started by a program of this package
         return True
     package = Path(__file__).resolve().parent

@@ -7,7 +7,8 @@ import importlib
 import sys
 from dataclasses import dataclass
 
-from hylo_megatron.errors import HyLoError, command_line
+from hylo_megatron.errors import HyLoError
+from hylo_megatron.flags import command_line
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ COMMANDS = {
     "assemble": Command("convert.assemble", "join an all-MLA and an all-linear student"),
     "train": Command("train", "train one stage (on several ranks: torchrun -m hylo_megatron.train)"),
     "export": Command("convert.megatron_to_hf", "Megatron checkpoint -> Hugging Face folder"),
-    "evaluate": Command("evaluate.command", "perplexity, loss by position and needles of a model"),
+    "evaluate": Command("evaluate.command", "perplexity, needles, RULER and questions, beside the teacher"),
+    "fit-log-scale": Command("evaluate.log_scale", "fit the scale of MLA's queries on long documents"),
     "plan": Command("planner.command", "memory that serving or training a model takes"),
     "serve-demo": Command("serve.demo", "one chat with an exported model in vLLM"),
     "recipe": Command("recipes.smollm2", "the whole SmolLM2 recipe, from weights to a report"),

@@ -32,7 +32,7 @@ PURPOSES = {
 
 @functools.cache
 def devices() -> tuple[Device, ...]:
-    """CUDA devices that torch sees; empty without torch or without a GPU."""
+    """Return the CUDA devices that torch sees; none without torch or without a GPU."""
     if not has("torch"):
         return ()
     torch = load("torch", "listing devices")
@@ -49,7 +49,7 @@ def _miscompiles(triton: str | None) -> bool:
 
 
 def known_problems(found: dict[str, Capability] | None = None, gpus: Iterable[Device] | None = None) -> list[str]:
-    """Combinations that are known to fail or, worse, to compute something wrong; one line each."""
+    """Return a line for each combination of packages that is known to fail or to compute something wrong."""
     found = capabilities() if found is None else found
     gpus = devices() if gpus is None else gpus
     problems = []
@@ -66,7 +66,7 @@ def known_problems(found: dict[str, Capability] | None = None, gpus: Iterable[De
 
 
 def _memory_gib() -> float:
-    """Memory that this process may use: the machine's or its control group's limit, the smaller."""
+    """Return the memory that this process may use: the machine's or its control group's limit."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
@@ -110,16 +110,16 @@ def _work(found: dict[str, Capability], gpus: tuple[Device, ...]) -> list[str]:
 
 
 def register_table(full: bool) -> list[str]:
-    """Names of other libraries that are replaced at run time: a line for each package, or for each name."""
+    """Return a line for each package in which names are replaced, or for each such name."""
     if not has("torch"):
         return ["replaced names of other libraries: unknown without torch"]
-    from hylo_megatron.engine.table import entry_lines, package_lines
+    from hylo_megatron.engine.register import entry_lines, package_lines
 
     return entry_lines() if full else [*package_lines(), "hylo doctor --patches lists each name with its reason"]
 
 
 def report(patches: bool = False) -> str:
-    """The doctor's text."""
+    """Return the doctor's text."""
     found, gpus = capabilities(), devices()
     parts = [
         _machine(gpus),

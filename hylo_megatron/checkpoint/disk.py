@@ -43,10 +43,7 @@ def text(size: int) -> str:
 
 
 def cause_of(error: BaseException) -> BaseException | None:
-    """Return the error of a full disk in ``error`` or in its causes, because libraries wrap it.
-
-    None if there is none.
-    """
+    """Return the error of a full disk in ``error`` or in its causes, since libraries wrap it; None without one."""
     while error is not None:
         hidden = not isinstance(error, HyLoError) and any(words in str(error) for words in HIDDEN)
         if hidden or (isinstance(error, OSError) and error.errno in FULL):
@@ -82,10 +79,7 @@ def check(path: str | os.PathLike, need: int) -> None:
 
 
 def explained(error: BaseException, path: str | os.PathLike, need: int | None = None) -> HyLoError | None:
-    """Return a full disk's error as one line, or None if ``error`` is another one.
-
-    ``path``: what was being written.
-    """
+    """Return a full disk's error as one line, or None for another error. ``path``: what was being written."""
     cause = cause_of(error)
     if cause is None:
         return None
@@ -99,9 +93,7 @@ def explained(error: BaseException, path: str | os.PathLike, need: int | None = 
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike, need: int | None = None) -> Iterator[None]:
-    """Surround the writing of ``path``: check the room first, and raise one line if the disk fills up in the
-    meantime.
-    """
+    """Surround the writing of ``path``: check the room first, and raise one line if the disk fills up meanwhile."""
     if need is not None:
         check(path, need)
     try:

@@ -31,6 +31,7 @@ from hylo_megatron.checkpoint.iterations import TRACKER, hold_latest
 from hylo_megatron.checkpoint.safe_pickles import SafeReader, check_parts, check_pickles
 from hylo_megatron.config import Architecture
 from hylo_megatron.errors import HyLoError
+from hylo_megatron.files import fresh_partial
 
 FINITE = "take an earlier iteration: write its number into the tracker"
 
@@ -65,9 +66,7 @@ class _StreamingPlanner(DefaultSavePlanner):
 
 
 class _BoundedFiles(dcp.FileSystemWriter):
-    """Writes files of at most ``FILE_BYTES`` (or one tensor): torch's writer keeps written tensors until a file
-    ends.
-    """
+    """Writes files of at most ``FILE_BYTES`` (or one tensor): torch's writer keeps tensors until a file ends."""
 
     def _write_data(self, planner, file_queue):
         _, name, items = file_queue.get_nowait()
@@ -91,22 +90,28 @@ def check_empty(folder: Path) -> None:
         raise HyLoError(f"{folder} exists and is not empty: choose another --out, or remove it")
 
 
+def _begin(out: Path, need: int) -> Path:
+    check_empty(out)
+    disk.check(out, need)
+    return fresh_partial(out)
+
+
+def _end(scratch: Path, out: Path) -> None:
+    if out.exists():
+        out.rmdir()
+    os.replace(scratch, out)
+
+
 @contextlib.contextmanager
 def whole_folder(out: Path, need: int | None = None) -> Iterator[Path]:
     """Yield a folder to fill. It gets the name ``out`` when the block ends, and is removed if the block raises.
 
     ``need``: size in bytes for which there must be room. Raises ``HyLoError`` if there is not.
     """
-    check_empty(out)
-    disk.check(out, need or 0)
-    scratch = out.with_name(out.name + ".partial")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
+    scratch = _begin(out, need or 0)
     try:
         yield scratch
-        if out.exists():
-            out.rmdir()
-        os.replace(scratch, out)
+        _end(scratch, out)
     except BaseException as error:
         shutil.rmtree(scratch, ignore_errors=True)
         raise _said(error, out, need) from None
@@ -121,34 +126,24 @@ def write_checkpoint(folder: str | os.PathLike, arch: Architecture, tensors: dic
     ``verify`` gets the complete checkpoint's folder before the renaming, and may raise.
     """
     folder = Path(folder)
-    check_empty(folder)
     need = sum(prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors.values())
-    disk.check(folder, need)
-    scratch = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(scratch, ignore_errors=True)
+    scratch = _begin(folder, need)
     release = scratch / "release"
-    release.mkdir(parents=True)
     try:
+        release.mkdir()
         state = {key: torch.empty(t.shape, dtype=t.dtype, device="meta") for key, t in tensors.items()}
         # megatron-core keeps everything that is not a tensor under this one key.
         state["common_state/shard_0_1"] = [{"checkpoint_version": 3.0, "iteration": 0}]
-        dcp.save(
-            state,
-            storage_writer=_BoundedFiles(release, thread_count=1, single_file_per_rank=True),
-            planner=_StreamingPlanner(tensors, progress),
-            no_dist=True,
-        )
-        (release / "metadata.json").write_text(
-            json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1})
-        )
+        files = _BoundedFiles(release, thread_count=1, single_file_per_rank=True)
+        dcp.save(state, storage_writer=files, planner=_StreamingPlanner(tensors, progress), no_dist=True)
+        described = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+        (release / "metadata.json").write_text(json.dumps(described))
         (scratch / TRACKER).write_text("release")
         if companions:
             companions(scratch / "hf")
         arch.save(scratch)
         verify(scratch)
-        if folder.exists():
-            folder.rmdir()
-        os.replace(scratch, folder)
+        _end(scratch, folder)
     except BaseException as error:
         shutil.rmtree(scratch, ignore_errors=True)
         # torch wraps the planner's error; the message that tells the user what to do is inside.
@@ -156,23 +151,17 @@ def write_checkpoint(folder: str | os.PathLike, arch: Architecture, tensors: dic
         if said is not error:
             disk.drop_tracebacks(error)
         raise said from None
-    return None
 
 
 def _said(error: BaseException, folder: Path, need: int | None) -> BaseException:
-    """Return ``error``, or one line that says how much ``folder`` needs and how much is free without the part
-    written.
-    """
+    """Return ``error``, or one line that says how much ``folder`` needs and how much space is free."""
     if isinstance(error, HyLoError) or not isinstance(error, Exception):
         return error
     return disk.explained(error, folder, need) or error
 
 
 def _cause(error: BaseException, kinds: tuple) -> BaseException | None:
-    """Return the first of ``kinds`` in the failures that torch collected or in their causes.
-
-    torch's zip writer hides a full disk.
-    """
+    """Return the first of ``kinds`` in the failures that torch collected or in their causes."""
     failures = getattr(error, "failures", None) or {}
     for failure in failures.values():
         inner = failure[0] if isinstance(failure, tuple) else failure

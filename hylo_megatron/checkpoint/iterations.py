@@ -1,4 +1,4 @@
-"""Which iteration of a checkpoint folder is loaded, which are complete, and which may be deleted.
+"""Choose the iteration of a checkpoint folder to load, and find those that are complete or may be deleted.
 
 The tracker (``latest_checkpointed_iteration.txt``) names the iteration to load. If a crash left the tracker empty,
 missing or with an incomplete iteration, the newest complete iteration is loaded. An iteration is complete if its
@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -20,6 +21,7 @@ from hylo_megatron.files import write_text
 from hylo_megatron.json_file import read_json
 
 TRACKER = "latest_checkpointed_iteration.txt"
+QUIET_SECONDS = 1800  # more than a step, a save or the start of a training takes
 INCOMPLETE, DROPPED = ".incomplete", ".dropped"  # suffixes of folders that are not checkpoints, or no longer
 
 
@@ -60,9 +62,7 @@ def _tracked(folder: Path) -> Path | None:
 
 
 def latest_number(folder: str | os.PathLike) -> int | None:
-    """Return the iteration that the tracker names, 0 for a checkpoint that no training wrote, or None if it names
-    nothing.
-    """
+    """Return the iteration that the tracker names, 0 for a checkpoint that no training wrote, or None."""
     path = _tracked(Path(folder))
     return path and (0 if path.name == "release" else _number(path))
 
@@ -96,6 +96,23 @@ def trained_to(folder: str | os.PathLike, iteration: int) -> bool:
     return path is not None and path == iteration_folder(folder, iteration) and is_complete(path)
 
 
+def check_still_trains(student: Path, wanted: int, now: float | None = None) -> None:
+    """Raise ``HyLoError`` if ``student`` is not being trained, is past ``wanted``, or was not written to for long."""
+    reached = latest_number(student)
+    where = f"--hylo-student {student}, --hylo-student-iteration {wanted}"
+    if reached == 0:
+        raise HyLoError(f"{where}: no training writes there, it is a finished student; leave the iteration out")
+    if reached is not None and reached > wanted:
+        raise HyLoError(f"{where}: the student is at iteration {reached} already; leave the iteration out")
+    written = [path.stat().st_mtime for path in student.iterdir()] if student.is_dir() else []
+    quiet = (now or time.time()) - max(written, default=now or time.time())
+    if quiet > QUIET_SECONDS:
+        raise HyLoError(
+            f"{where}: nothing was written there for {quiet / 60:.0f} minutes, iteration {reached or 'none'} is the"
+            " last; start the training that writes it, or leave the iteration out"
+        )
+
+
 # ---- changes, made only by the one process that saves ----
 
 
@@ -119,10 +136,7 @@ def write_tracker(folder: Path, word: str) -> None:
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a folder that is incomplete, or in the way of a new save.
-
-    A folder that an earlier crash left under the new name is deleted.
-    """
+    """Rename a folder that is incomplete, or in the way of a new save. An older one of the new name is deleted."""
     target = path.with_name(path.name + INCOMPLETE)
     shutil.rmtree(target, ignore_errors=True)
     os.replace(path, target)
@@ -170,11 +184,6 @@ def leftovers(folder: str | os.PathLike) -> list[Path]:
     return [*Path(folder).glob("iter_*" + DROPPED), *Path(folder).glob("iter_*" + INCOMPLETE)]
 
 
-def drop_older_checkpoints(folder: str | os.PathLike, keep: int = 1) -> None:
-    for path in retire_older(folder, keep):
-        shutil.rmtree(path, ignore_errors=True)
-
-
 def _retire(path: Path) -> None:
     if path.is_symlink():  # a link belongs to the user
         return
@@ -192,9 +201,7 @@ def _retire(path: Path) -> None:
 
 
 def _hold(path: Path) -> IO | None:
-    """Return a lock that keeps ``path`` from being deleted until the lock is closed; None if it is being deleted
-    already.
-    """
+    """Return a lock that keeps ``path`` from being deleted until it is closed; None if the deletion has begun."""
     try:
         file = (path / "metadata.json").open()
     except FileNotFoundError:

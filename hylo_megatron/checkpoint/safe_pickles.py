@@ -73,7 +73,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 @contextmanager
 def _unchanged_classes(where: str) -> Iterator[None]:
-    """A pickle can set attributes of the classes that it names, and so change what they do later."""
+    """Undo and refuse changes to classes: a pickle can set attributes of the classes that it names."""
     classes = [known for known in KNOWN.values() if isinstance(known, type)]
     shared = classes + [member for known in classes if issubclass(known, Enum) for member in known]
     before, changed = [dict(vars(known)) for known in shared], []
@@ -225,7 +225,7 @@ def _check_metadata(metadata: names.Metadata, folder: Path) -> None:
 
 
 def _covers(entry: names.TensorStorageMetadata, places: list) -> bool:
-    """Whether the chunks of a tensor fill the tensor, and each has a place in a file."""
+    """Return whether the chunks of a tensor fill the tensor, and each has a place in a file."""
     size = tuple(entry.size)
     offsets = [tuple(chunk.offsets) for chunk in entry.chunks]
     if sorted(offsets) != sorted(map(tuple, places)) or len(set(offsets)) != len(offsets):

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import ConfigDict, Field
 from typing_extensions import TypedDict
 
+from hylo_megatron.config import positions
 from hylo_megatron.config.geometry import ALWAYS, Geometry
 from hylo_megatron.config.plan import Plan
 from hylo_megatron.config.rope import checked_rope
@@ -38,7 +39,8 @@ class Architecture:
 
     ``rope_parameters`` is transformers' dictionary (``rope_type``, ``rope_theta``, scaling fields). ``geometry`` is
     set when the plan has mixers other than ``attention``. ``qk_norm`` is a per-head RMSNorm on queries and keys of
-    attention (Qwen3), ``mla_qk_norm`` the same in MLA layers. ``extra`` is kept as it is: token ids, and the norms of
+    attention (Qwen3), ``mla_qk_norm`` the same in MLA layers. ``config/positions.py`` explains ``mla_rope``,
+    ``linear_rope`` and ``log_scale``. ``extra`` is kept as it is: token ids, and the norms of
     the teacher's layers that ILD divides by.
     """
 
@@ -61,6 +63,9 @@ class Architecture:
     mla_qk_norm: bool = False
     geometry: Geometry | None = None
     extra: Extra = field(default_factory=dict)
+    mla_rope: bool = positions.FIELDS["mla_rope"]
+    linear_rope: bool = positions.FIELDS["linear_rope"]
+    log_scale: positions.LogScale | None = positions.FIELDS["log_scale"]
 
     def __post_init__(self):
         object.__setattr__(self, "plan", Plan(self.plan))  # files and transformers have a list
@@ -82,7 +87,8 @@ class Architecture:
 
     def as_teacher(self) -> "Architecture":
         """Return the architecture of a base model with the same sizes."""
-        return replace(self, plan=Plan.transformer(self.num_layers), geometry=None)
+        plan = Plan.transformer(self.num_layers)
+        return replace(self, plan=plan, geometry=None, **positions.FIELDS)
 
     def kv_bytes_per_token(self, bytes_per_value: int = 2) -> int:
         """Bytes that one more token adds to the cache. States of fixed size are not counted."""
@@ -92,6 +98,9 @@ class Architecture:
     def to_dict(self) -> dict:
         values = asdict(self)
         values["plan"] = list(self.plan)
+        for name, default in positions.FIELDS.items():  # earlier versions read files without settings new to them
+            if values[name] == default:
+                del values[name]
         return values
 
     @classmethod
@@ -141,6 +150,8 @@ def misfit(arch: Architecture) -> str | None:
     for many, count, few, divisor in shared:
         if count % divisor:
             return f"{many} is {count}, expected a multiple of {few} ({divisor})"
+    if reason := positions.misfit(arch):
+        return reason
     rotated = {"head_dim": arch.head_dim}
     if "mla" in arch.plan:
         rotated["mla.qk_rope_head_dim"] = arch.geometry.mla.qk_rope_head_dim

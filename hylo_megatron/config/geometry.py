@@ -3,9 +3,11 @@
 from dataclasses import asdict, make_dataclass
 
 from hylo_megatron.errors import HyLoError
+from hylo_megatron.flags import short
 from hylo_megatron.json_file import check
 from hylo_megatron.mixers import MIXERS, BaseHeads
 from hylo_megatron.mixers.dimensions import Dimensions
+from hylo_megatron.mixers.mla.geometry import with_latent
 
 _KINDS = {name: entry for name, entry in MIXERS.items() if entry.geometry}
 # Files of earlier versions have these three always, and lack the mixers that came later.
@@ -29,14 +31,33 @@ Geometry.__module__ = __name__  # make_dataclass takes a module from Python 3.12
 Geometry.__doc__ = "One dataclass of dimensions for each mixer, by the mixer's name in the registry."
 
 PRESETS = ("native", "published")
+GEOMETRY_HELP = "native (what serving engines run unpadded) or published (the paper's), with :RANK+ROPE another latent"
 
 
 def geometry_preset(name: str, hidden_size: int, num_attention_heads: int, head_dim: int) -> Geometry:
-    """Return the ``native`` (default) or ``published`` geometry for a base model. Raises ``HyLoError``."""
-    if name not in PRESETS:
-        raise HyLoError(f"--geometry {name!r}: expected one of {', '.join(PRESETS)}")
+    """Return the ``native`` or ``published`` geometry for a base model; ``native:128+32``: with that latent of MLA.
+
+    Raises ``HyLoError``.
+    """
+    preset, latent = geometry_name(name)
     base = BaseHeads(hidden_size=hidden_size, num_heads=num_attention_heads, head_dim=head_dim)
-    return Geometry(**{kind: getattr(entry.part("geometry"), name)(base) for kind, entry in _KINDS.items()})
+    parts = {kind: getattr(entry.part("geometry"), preset)(base) for kind, entry in _KINDS.items()}
+    if latent:
+        parts["mla"] = with_latent(parts["mla"], head_dim, *latent)
+    return Geometry(**parts)
+
+
+def geometry_name(name: str) -> tuple[str, tuple[int, int] | None]:
+    """Return the preset and the latent ``(rank, rope)`` of ``PRESET[:RANK+ROPE]``. Raises ``HyLoError``."""
+    preset, colon, latent = name.partition(":")
+    sizes = latent.split("+")
+    fits = len(sizes) == 2 and all(size.isdecimal() and 0 < int(size) < 2**31 for size in sizes)
+    if preset not in PRESETS or (colon and not fits):
+        raise HyLoError(
+            f"--geometry {short(name)}: expected one of {', '.join(PRESETS)}, or with another latent native:RANK+ROPE,"
+            " such as native:128+32"
+        )
+    return preset, tuple(map(int, sizes)) if colon else None
 
 
 def check_heads(head_dim: int, geometry: Geometry, kinds: set[str]) -> None:

@@ -9,16 +9,13 @@ from hylo_megatron.config import Architecture, Plan
 from hylo_megatron.config.pair import check_vocabularies
 from hylo_megatron.convert.tables import mappings
 from hylo_megatron.convert.tokenizer_files import copy_companions
-from hylo_megatron.errors import HyLoError, command_line
-from hylo_megatron.flags import Parser
+from hylo_megatron.errors import HyLoError
+from hylo_megatron.flags import Parser, command_line
 from hylo_megatron.mixers import LINEAR, MIXERS
 
 
 def assemble(mla: str | Path, linear: str | Path, plan: tuple[str, ...], out: str | Path) -> Architecture:
-    """Write the hybrid checkpoint ``out``. Everything outside the mixers comes from the MLA student.
-
-    Raises ``HyLoError``.
-    """
+    """Write the hybrid checkpoint ``out``. Everything outside the mixers comes from the MLA student."""
     first, second = Architecture.load(mla), Architecture.load(linear)
     for name in ("hidden_size", "vocab_size", "intermediate_size", "geometry", "mla_qk_norm"):
         if getattr(first, name) != getattr(replace(second, plan=first.plan), name):
@@ -33,7 +30,7 @@ def assemble(mla: str | Path, linear: str | Path, plan: tuple[str, ...], out: st
     extra = dict(first.extra)
     if all(norms):
         extra["ild_norms"] = [norms[linear][layer] for layer, linear in enumerate(is_linear)]
-    arch = replace(first, plan=plan, geometry=second.geometry, extra=extra)
+    arch = replace(first, plan=plan, geometry=second.geometry, extra=extra, linear_rope=second.linear_rope)
     readers = CheckpointReader(mla, FINITE), CheckpointReader(linear, FINITE)
     # megatron-core counts mixers and MLPs as layers
     linear_layers = {2 * layer for layer, linear in enumerate(is_linear) if linear}

@@ -146,10 +146,7 @@ def _rope(parameters: dict, max_positions: int, path: Path) -> dict:
 
 
 def read_architecture(folder: str | os.PathLike) -> Architecture:
-    """Read the ``config.json`` of a Llama, Mistral, Qwen2 or Qwen3 model or of an exported hybrid.
-
-    Raises ``HyLoError``.
-    """
+    """Read ``config.json`` of a Llama, Mistral, Qwen2, Qwen3 or exported hybrid model. Raises ``HyLoError``."""
     raw, path = read_config(folder)
     kind = raw.get("model_type")
     if kind == "hylo":

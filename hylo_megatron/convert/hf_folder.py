@@ -10,7 +10,7 @@ from typing_extensions import TypedDict
 
 from hylo_megatron.checkpoint import disk
 from hylo_megatron.config import Architecture
-from hylo_megatron.convert.hf_config import read_architecture  # noqa: F401  others import it from here
+from hylo_megatron.convert.hf_config import read_architecture  # noqa: F401  other modules import it from here
 from hylo_megatron.convert.shapes import hf_shapes
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.json_file import Object, check, read_json
@@ -22,7 +22,8 @@ _OF_QUANTISED = re.compile(
     r"|weight_format|absmax|(nested_)?quant_map|quant_state\..*|SCB|CB)$"
 )
 _SIDECARS = ("hf_quant_config.json", "quant_config.json", "quantize_config.json")
-_ROWS = 4096
+_HEAD, _TABLE = "lm_head.weight", "model.embed_tokens.weight"
+_ROWS = 4096  # compared at a time, since embeddings are a model's largest tensors
 
 
 class _Index(TypedDict):
@@ -43,13 +44,10 @@ class HFWeights:
         self._files: dict[str, object] = {}
         self.where = self._index()
         self._refuse_quantised()
-        self.names = self._names({**self.expected, "lm_head.weight": ()})
+        self.names = self._names({**self.expected, _HEAD: ()})
         self.where = {key: self.where[name] for key, name in self.names.items()}
         self.where = {k: v for k, v in self.where.items() if not k.endswith("rotary_emb.inv_freq")}
-        copied = arch.tie_word_embeddings and self.where.pop("lm_head.weight", None)
-        self._check()
-        if copied:
-            self._check_copy(copied)
+        self._check(arch.tie_word_embeddings)
 
     def _index(self) -> dict[str, str]:
         """Return the file of each tensor, by the tensor names in the files."""
@@ -103,10 +101,7 @@ class HFWeights:
                 )
 
     def _names(self, known) -> dict[str, str]:
-        """Return ``{our name: the file's name}``.
-
-        As in transformers, a missing prefix of the model is added, and an extra one dropped.
-        """
+        """Return ``{our name: the file's name}``. As in transformers, a prefix of the model is added or dropped."""
         names: dict[str, str] = {}
         for name in self.where:
             short, long = name.removeprefix("model."), f"model.{name}"
@@ -140,7 +135,8 @@ class HFWeights:
     def _at(self, key: str):
         return self._slice(self.names.get(key, key), self.where[key])
 
-    def _check(self) -> None:
+    def _check(self, tied: bool) -> None:
+        copied = tied and self.where.pop(_HEAD, None)
         for key, shape in self.expected.items():
             if key not in self.where:
                 raise HyLoError(
@@ -157,6 +153,8 @@ class HFWeights:
             raise HyLoError(
                 f"{self.folder}: unexpected tensor {unused[0]} ({len(unused)} in all) has no mapping{self.unmapped}"
             )
+        if copied:
+            self._check_copy(copied)
 
     def _alike(self, key: str) -> str:
         other = next((name for name in sorted(self.where) if name.endswith(f".{key.removeprefix('model.')}")), None)
@@ -167,8 +165,8 @@ class HFWeights:
 
         transformers keeps a different ``lm_head``, other tools use only one of the two tensors.
         """
-        head, table = self._slice(self.names["lm_head.weight"], file), self._at("model.embed_tokens.weight")
-        rows = range(0, self.expected["model.embed_tokens.weight"][0], _ROWS)
+        head, table = self._slice(self.names.get(_HEAD, _HEAD), file), self._at(_TABLE)
+        rows = range(0, self.expected[_TABLE][0], _ROWS)
         same = head.get_shape() == table.get_shape() and head.get_dtype() == table.get_dtype()
         same = same and all(
             torch.equal(*(part[i : i + _ROWS].view(torch.uint8) for part in (head, table))) for i in rows

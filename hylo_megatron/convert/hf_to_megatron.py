@@ -13,8 +13,7 @@ from hylo_megatron.convert.hf_folder import HFWeights, read_architecture
 from hylo_megatron.convert.self_check import check_frequencies, self_check, transformers_model
 from hylo_megatron.convert.tables import mappings
 from hylo_megatron.convert.tokenizer_files import check_tokenizer, copy_companions
-from hylo_megatron.errors import command_line
-from hylo_megatron.flags import Parser
+from hylo_megatron.flags import Parser, command_line
 from hylo_megatron.mixers.mapping import Mapping
 from hylo_megatron.progress import byte_progress, peak_memory_gib
 

@@ -4,19 +4,21 @@ import json
 import math
 import os
 import time
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from hylo_megatron.checkpoint.folder import FINITE, CheckpointReader, whole_folder
-from hylo_megatron.config import Architecture
-from hylo_megatron.convert.hf_folder import save_tensors
+from hylo_megatron.config import Architecture, positions
+from hylo_megatron.convert.hf_folder import read_architecture, save_tensors
 from hylo_megatron.convert.shapes import hf_shapes
 from hylo_megatron.convert.tables import mappings
 from hylo_megatron.convert.tokenizer_files import check_tokenizer, copy_companions
-from hylo_megatron.errors import HyLoError, command_line
-from hylo_megatron.flags import Parser
+from hylo_megatron.errors import HyLoError
+from hylo_megatron.flags import Parser, command_line
 from hylo_megatron.json_file import read_json
 from hylo_megatron.mixers import FP32_SUFFIXES
 from hylo_megatron.progress import byte_progress, peak_memory_gib
@@ -41,10 +43,7 @@ def _unpadded(name: str, tensor: Tensor, arch: Architecture) -> Tensor:
 
 
 def hf_tensors(arch: Architecture, reader: CheckpointReader, dtype: torch.dtype | None):
-    """Yield ``(Hugging Face key, tensor)`` in the order of the table.
-
-    Decay parameters stay fp32, whatever ``dtype``.
-    """
+    """Yield ``(Hugging Face key, tensor)`` in the table's order. Decay parameters stay fp32, whatever ``dtype``."""
     expected = hf_shapes(arch)
     for mapping in mappings(arch):
         megatron = [_unpadded(key, reader[key], arch) for key in mapping.megatron]
@@ -55,10 +54,7 @@ def hf_tensors(arch: Architecture, reader: CheckpointReader, dtype: torch.dtype 
 
 
 class ShardWriter:
-    """Writes safetensors files of at most ``limit`` bytes (or one tensor) and their index.
-
-    The tensors of the current file are kept in memory.
-    """
+    """Writes safetensors files of at most ``limit`` bytes (or one tensor), kept in memory until then, and an index."""
 
     def __init__(self, folder: Path, limit: int):
         self.folder, self.limit = folder, limit
@@ -90,13 +86,33 @@ class ShardWriter:
         (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
 
 
+def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], total: int, what: str, limit: int) -> None:
+    """Write ``tensors``, of ``total`` bytes, as shards of at most ``limit`` bytes, and show the progress."""
+    writer = ShardWriter(folder, limit)
+    with byte_progress(total, what) as advance:
+        for key, tensor in tensors:
+            writer.add(key, tensor)
+            advance(tensor.nbytes)
+    writer.finish()
+
+
 def _write_config(arch: Architecture, checkpoint: Path, folder: Path, dtype: torch.dtype) -> None:
-    if not arch.is_hybrid:
-        config = read_json(checkpoint / "hf" / "config.json", advice="expected the base model's")
-        config["dtype"] = str(dtype).removeprefix("torch.")
-        (folder / "config.json").write_text(json.dumps(config, indent=2))
+    if arch.is_hybrid:
+        write_hybrid_config(arch, folder, dtype)
         return
-    write_hybrid_config(arch, folder, dtype)
+    source = checkpoint / "hf" / "config.json"
+    config, base = read_json(source, advice="expected the base model's"), read_architecture(source.parent)
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    rotary = {"rope_parameters": arch.rope_parameters, "max_position_embeddings": arch.max_position_embeddings}
+    if any(getattr(base, name) != value for name, value in rotary.items()):  # changed by --hylo-rope
+        config = {key: config[key] for key in config if key not in ("rope_theta", "rope_scaling")} | rotary
+    for name, value in vars(replace(base, extra=arch.extra, **rotary)).items():
+        if value != getattr(arch, name):
+            raise HyLoError(
+                f"{source}: {name} is {value}, {checkpoint / 'hylo.json'} has {getattr(arch, name)}; export from a"
+                " checkpoint whose hf folder is its own base model's"
+            )
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
 
 
 def write_hybrid_config(arch: Architecture, folder: Path, dtype: torch.dtype) -> None:
@@ -110,22 +126,21 @@ def write_hybrid_config(arch: Architecture, folder: Path, dtype: torch.dtype) ->
 
 
 def convert(checkpoint: str | Path, out: str | Path, dtype: torch.dtype | None = None,
-            allow_nan: bool = False) -> Architecture:  # fmt: skip
-    """Write ``out``, which gets its name only when it is complete. ``dtype=None`` keeps the checkpoint's dtypes."""
+            allow_nan: bool = False, settings: dict | None = None) -> Architecture:  # fmt: skip
+    """Write ``out``, which gets its name only when it is complete. ``dtype=None`` keeps the checkpoint's dtypes.
+
+    ``settings``: fields of ``config/positions.py`` that the exported model has in place of the checkpoint's.
+    """
     checkpoint, out = Path(checkpoint), Path(out)
     finite = None if allow_nan else f"{FINITE}, or let it pass with --allow-nan"
     arch, reader = Architecture.load(checkpoint), CheckpointReader(checkpoint, finite)
+    arch = positions.changed(arch, settings or {}, str(checkpoint))
     check_tokenizer(checkpoint / "hf", arch.vocab_size)
     keys = [key for mapping in mappings(arch) for key in mapping.megatron]
     total = sum(math.prod(reader.shape(key)) * (dtype or reader.dtype(key)).itemsize for key in keys)
     with whole_folder(out, total) as scratch:
         copy_companions(checkpoint / "hf", scratch, with_config=False)
-        writer = ShardWriter(scratch, SHARD_BYTES)
-        with byte_progress(total, "export") as advance:
-            for key, tensor in hf_tensors(arch, reader, dtype):
-                writer.add(key, tensor)
-                advance(tensor.nbytes)
-        writer.finish()
+        write_weights(scratch, hf_tensors(arch, reader, dtype), total, "export", SHARD_BYTES)
         _write_config(arch, checkpoint, scratch, dtype or reader.dtype("embedding.word_embeddings.weight"))
     return arch
 
@@ -137,9 +152,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", required=True, help="Hugging Face folder to write")
     parser.add_argument("--dtype", choices=("keep", "bfloat16", "float16", "float32"), default="keep")
     parser.add_argument("--allow-nan", action="store_true", help="let NaN and Inf in weights pass")
+    positions.add_log_scale(parser.add_argument, default="as the checkpoint has it")
     options = parser.parse_args(argv)
     start = time.time()
     dtype = None if options.dtype == "keep" else getattr(torch, options.dtype)
-    arch = convert(options.ckpt, options.out, dtype, options.allow_nan)
+    arch = convert(options.ckpt, options.out, dtype, options.allow_nan, settings=positions.given(options))
     seconds, memory = time.time() - start, peak_memory_gib()
     print(f"{arch.plan.name} -> {options.out}  {seconds:.1f} s, peak memory {memory:.2f} GiB")

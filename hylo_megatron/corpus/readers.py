@@ -28,16 +28,8 @@ Archive = zipfile.ZipFile | DebFile
 SKIPPED_PARTS = ("/tests/", "/testing/", "/locale/", "/_vendor/", "/migrations/")
 PART = 60_000  # characters
 _DICTIONARY_CREDIT = re.compile(r"\n +\[[^\[\]\n]*(?:Webster|WordNet|PJC)[^\[\]\n]*\]$", re.MULTILINE)
-_UNREADABLE = (
-    KeyError,
-    ValueError,
-    EOFError,
-    csv.Error,
-    tarfile.TarError,
-    gzip.BadGzipFile,
-    zipfile.BadZipFile,
-    zlib.error,
-)
+_DAMAGED = (csv.Error, tarfile.TarError, gzip.BadGzipFile, zipfile.BadZipFile, zlib.error, EOFError)
+_UNREADABLE = (*_DAMAGED, KeyError, ValueError)
 
 
 def first_of_variants(archive: Archive, member: str) -> Iterator[str]:
@@ -89,10 +81,7 @@ def book(archive: Archive, member: str) -> Iterator[str]:
 
 
 def dictionary(archive: Archive, member: str) -> Iterator[str]:
-    """Read the entries of a dictd dictionary in parts of about PART characters.
-
-    Each entry begins at the left margin.
-    """
+    """Read the entries of a dictd dictionary, which begin at the left margin, in parts of about PART characters."""
     part: list[str] = []
     size = 0
     for entry in re.split(r"\n\n(?=\S)", _DICTIONARY_CREDIT.sub("", _text(archive.read(member), member))):
@@ -107,12 +96,9 @@ def dictionary(archive: Archive, member: str) -> Iterator[str]:
 
 
 def inner_tar(archive: Archive, member: str) -> Iterator[str]:
-    """Read text files of a tar file in the archive.
-
-    ``member``: the tar file's name, a space, and patterns for files in it.
-    """
+    """Read text files of a tar file. ``member``: the tar file's name, a space, and patterns for files in it."""
     name, _, patterns = member.partition(" ")
-    with archive.open(name) as packed, tarfile.open(fileobj=packed, mode="r|*") as inner:
+    with tarfile.open(fileobj=io.BytesIO(archive.read(name)), mode="r|*") as inner:
         for entry in inner:
             if entry.isfile() and matching([entry.name], patterns):
                 yield inner.extractfile(entry).read().decode("utf-8", "replace")
@@ -132,21 +118,10 @@ def wikipedia_dump(archive: Archive, member: str) -> Iterator[str]:
         element.clear()
 
 
-READERS = {
-    reader.__name__: reader
-    for reader in (
-        first_of_variants,
-        zipped_csv,
-        json_articles,
-        files,
-        documents,
-        pages,
-        book,
-        dictionary,
-        inner_tar,
-        wikipedia_dump,
-    )  # fmt: skip
-}
+_ALL = (
+    first_of_variants, zipped_csv, json_articles, files, documents, pages, book, dictionary, inner_tar, wikipedia_dump,
+)  # fmt: skip
+READERS = {reader.__name__: reader for reader in _ALL}
 
 
 def read_source(reader: str, archive: Archive, member: str) -> Iterator[str]:

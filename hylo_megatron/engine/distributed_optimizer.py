@@ -9,13 +9,11 @@ On a GPU the optimizer's step also takes 20 ms of a 141 ms step of a 135M model:
 gradient's norm. torch's fused AdamW is one launch, and the copy to the 16-bit weights is one more.
 """
 
-from functools import partial, wraps
+from functools import wraps
 
 import torch
 
-from hylo_megatron.engine.patch import Patch
-
-_MODULE = "megatron.core.optimizer.distrib_optimizer"
+from hylo_megatron.engine.patch import entries
 
 
 def _fuse(optimizer) -> None:
@@ -139,58 +137,32 @@ def slice_without_gaps(sharded, run):
 
 
 def _has_torch_adam() -> bool:
-    """Whether megatron-core found neither TransformerEngine nor Apex, whose Adam it prefers."""
+    """Return whether megatron-core found neither TransformerEngine nor Apex, whose Adam it prefers."""
     from megatron.core.optimizer import distrib_optimizer
 
     return not distrib_optimizer.HAVE_APEX_OR_TE
 
 
-_optimizer = partial(Patch, group="megatron", package="megatron-core", versions="==0.19.2")
-_adam = partial(_optimizer, needed=_has_torch_adam)
-_CLASS = f"{_MODULE}:DistributedOptimizer"
-_LINE = "megatron/core/optimizer/distrib_optimizer.py"
-
-PATCHES = (
-    _optimizer(
-        target=f"{_CLASS}.sharded_param_state_fully_reshardable",
-        replacement=slice_without_gaps,
-        why="line 1740 gathers the states without the gaps between buckets, line 1755 cuts them as if the gaps were"
-        " there: with several buckets (tied embeddings in a pipeline, overlapped gradient reduction) a checkpoint"
-        " would hold the states of one parameter under the name of another",
-        upstream=f"{_LINE}:1755",
-        expects="(self, model_sharded_state_dict, is_loading, metadata)",
-    ),
-    _adam(
-        target=f"{_CLASS}.__init__",
-        replacement=initialise_fused,
-        why="torch's AdamW runs hundreds of small kernels",
-        expects="(self, optimizer, config, grad_scaler, init_state_fn, ... 11, 444b93a3)",
-    ),
-    _adam(
-        target=f"{_CLASS}._copy_main_params_to_model_params",
-        replacement=copy_at_once,
-        why="one copy for each parameter",
-        expects="(self)",
-    ),
-    _adam(
-        target=f"{_CLASS}._set_main_param_and_optimizer_states",
-        replacement=set_without_step,
-        why="KeyError: step, an autograd error, or a step of zero",
-        upstream=f"{_LINE}:1223",
-        expects="(self, model_param, tensors)",
-    ),
-    _adam(
-        target=f"{_CLASS}.sharded_state_dict",
-        replacement=shard_fresh_states,
-        why="asserts on a fresh optimizer",
-        upstream=f"{_LINE}:839",
-        expects="(self, model_sharded_state_dict, is_loading, sharding_type, ... 5, 27589f72)",
-    ),
-    _adam(
-        target=f"{_CLASS}.load_state_dict",
-        replacement=load_own_steps,
-        why="gives all parameters one shared step tensor",
-        upstream=f"{_LINE}:1028",
-        expects="(self, state_dict)",
-    ),
-)
+_CLASS = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"
+_FILE = "megatron/core/optimizer/distrib_optimizer.py"
+PATCHES = entries(
+    "megatron", "megatron-core",
+    (f"{_CLASS}.sharded_param_state_fully_reshardable", slice_without_gaps,
+     "(self, model_sharded_state_dict, is_loading, metadata)",
+     "line 1740 gathers the states without the gaps between buckets, line 1755 cuts them as if the gaps were there:"
+     " with several buckets (tied embeddings in a pipeline, overlapped gradient reduction) a checkpoint would hold the"
+     f" states of one parameter under the name of another ({_FILE}:1755)"),
+) + entries(
+    "megatron", "megatron-core",
+    (f"{_CLASS}.__init__", initialise_fused, "(self, optimizer, config, grad_scaler, init_state_fn, ... 11, 444b93a3)",
+     "torch's AdamW runs hundreds of small kernels"),
+    (f"{_CLASS}._copy_main_params_to_model_params", copy_at_once, "(self)", "one copy for each parameter"),
+    (f"{_CLASS}._set_main_param_and_optimizer_states", set_without_step, "(self, model_param, tensors)",
+     f"KeyError: step, an autograd error, or a step of zero ({_FILE}:1223)"),
+    (f"{_CLASS}.sharded_state_dict", shard_fresh_states,
+     "(self, model_sharded_state_dict, is_loading, sharding_type, ... 5, 27589f72)",
+     f"asserts on a fresh optimizer ({_FILE}:839)"),
+    (f"{_CLASS}.load_state_dict", load_own_steps, "(self, state_dict)",
+     f"gives all parameters one shared step tensor ({_FILE}:1028)"),
+    needed=_has_torch_adam,
+)  # fmt: skip

@@ -1,25 +1,10 @@
-"""Names that are replaced while megatron-core is imported, so that the import takes a third of its time."""
+"""Names that are replaced while megatron-core is imported, and what it compiles at its start."""
 
+import importlib.util
 import sys
 
 from hylo_megatron.engine.cpu import without_cuda
-from hylo_megatron.engine.patch import Patch, instead
-from hylo_megatron.errors import HyLoError
-
-
-def import_megatron() -> None:
-    """Import the parts of megatron-core that are changed. Raises ``HyLoError`` when megatron does not import."""
-    from hylo_megatron.engine.register import installed
-
-    try:
-        with installed("importing"):
-            import megatron.core
-            import megatron.core.ssm.gated_delta_net  # noqa: F401
-    except ImportError as error:
-        raise HyLoError(
-            f"megatron-core does not import ({error}): it brings training and checkpoints; "
-            "install with  pip install 'hylo-megatron[train]'  (Python 3.12)"
-        ) from error
+from hylo_megatron.engine.patch import Patch, entries, instead
 
 
 def no_compiler(original, run):
@@ -27,32 +12,32 @@ def no_compiler(original, run):
     return lambda model=None, **_: model if model is not None else lambda function: function
 
 
-def _hidden(name: str) -> Patch:
+def _hidden(name: str) -> tuple[Patch, ...]:
     """Hide a module of fla. Without CUDA all of fla is hidden; with CUDA what this product does not use."""
-    return Patch(
-        group="importing",
-        target=f"sys:modules[{name}]",
-        replacement=instead(None),
-        why="all of fla is 480 modules, more than half of the seconds that a training takes to import; fla-core has no"
-        " layers and models at all",
-        package="flash-linear-attention",
-        versions="==0.6.0",
-        expects="missing",
+    return entries(
+        "importing", "flash-linear-attention",
+        (f"sys:modules[{name}]", instead(None), "missing",
+         "all of fla is 480 modules, more than half of the seconds that a training takes to import; fla-core has no"
+         " layers and models at all"),
         needed=lambda: name not in sys.modules and (name == "fla") == without_cuda(),
-    )
+    )  # fmt: skip
 
 
 PATCHES = (
-    Patch(
-        group="importing",
-        target="torch:compile",
-        replacement=no_compiler,
-        why="megatron's jit_fuser compiles functions; with dynamo disabled that changes nothing, but imports Inductor",
-        upstream="megatron/core/jit.py",
-        package="torch",
-        versions=">=2.11",
-        expects="(model, fullgraph, dynamic, backend, mode, options, name, ... 11, f1a7a927)",
+    *entries(
+        "importing", "torch",
+        ("torch:compile", no_compiler,
+         "(model, fullgraph, dynamic, backend, mode, options, name, ... 11, f1a7a927)",
+         "megatron's jit_fuser compiles functions; with dynamo disabled that changes nothing, but imports Inductor"
+         " (megatron/core/jit.py)"),
         needed=without_cuda,
     ),
-    *(_hidden(name) for name in ("fla", "fla.layers", "fla.models")),
-)
+    *(each for name in ("fla", "fla.layers", "fla.models") for each in _hidden(name)),
+    *entries(
+        "megatron", "megatron-core",
+        ("megatron.core.datasets.utils:compile_helpers", instead(lambda: None), "()",
+         "the wheel brings the helpers compiled, and no Makefile: compiling them at the start fails"
+         " (megatron/core/datasets/utils.py)"),
+        needed=lambda: importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None,
+    ),
+)  # fmt: skip

@@ -1,13 +1,14 @@
 """megatron-core's Gated DeltaNet and Mamba-2 without fla and mamba-ssm: torch references take the kernels' place."""
 
-from functools import cache, partial
+from functools import cache
 from importlib import import_module
 
 from hylo_megatron.engine.cpu import without_cuda
-from hylo_megatron.engine.patch import Patch, instead
+from hylo_megatron.engine.patch import entries, instead
 from hylo_megatron.engine.register import original
 
 _GDN, _MAMBA = "megatron.core.ssm.gated_delta_net", "megatron.core.ssm.mamba_mixer"
+_NO_GPU, _NO_MAMBA = "fla's kernels need a GPU", "mamba-ssm is not installed"
 
 
 def _reference(name: str):
@@ -42,43 +43,22 @@ def sharded_norm() -> type:
     return ShardedRMSNormGated
 
 
-def _without_mamba_ssm() -> bool:
-    return not original(f"{_MAMBA}:HAVE_MAMBA_SSM")
-
-
-_megatron = partial(Patch, group="megatron", package="megatron-core", versions="==0.19.2")
-_gdn = partial(_megatron, needed=without_cuda, why="fla's kernels need a GPU")
-_mamba = partial(_megatron, needed=_without_mamba_ssm, why="mamba-ssm is not installed")
-
-PATCHES = (
-    _gdn(target=f"{_GDN}.common:HAVE_FLA", replacement=instead(True), expects="bool"),
-    _gdn(
-        target=f"{_GDN}.common:l2norm", replacement=_reference("l2norm"), expects="NoneType or (x, eps, output_dtype)"
-    ),
-    _gdn(
-        target=f"{_GDN}.gdn:causal_conv1d",
-        replacement=convolve,
-        expects="NoneType or (x, weight, bias, residual, initial_state, ... 13, dd467e87)",
-    ),
-    _gdn(
-        target=f"{_GDN}.gdn:chunk_gated_delta_rule",  # named at construction; the layer of this product replaces it
-        replacement=_reference("chunk_gated_delta_rule"),
-        expects="NoneType or (q, k, v, g, beta, scale, initial_state, output_final_state, ... 17, 9cba1fbc)",
-    ),
-    _mamba(target=f"{_MAMBA}:HAVE_MAMBA_SSM", replacement=instead(True), expects="bool"),
-    _mamba(
-        target=f"{_MAMBA}:mamba_split_conv1d_scan_combined",
-        replacement=_reference("mamba_split_conv1d_scan_combined"),
-        expects="NoneType",
-    ),
-    _mamba(
-        target=f"{_MAMBA}:RMSNormGated",
-        replacement=lambda original, run: sharded_norm(),
-        expects="NoneType or (*args, **kwargs)",
-    ),
-    _mamba(
-        target=f"{_MAMBA}:ExtendedRMSNorm",
-        replacement=lambda original, run: sharded_norm(),
-        expects="NoneType or (*args, **kwargs)",
-    ),
-)
+PATCHES = entries(
+    "megatron", "megatron-core",
+    (f"{_GDN}.common:HAVE_FLA", instead(True), "bool", _NO_GPU),
+    (f"{_GDN}.common:l2norm", _reference("l2norm"), "NoneType or (x, eps, output_dtype)", _NO_GPU),
+    (f"{_GDN}.gdn:causal_conv1d", convolve,
+     "NoneType or (x, weight, bias, residual, initial_state, ... 13, dd467e87)", _NO_GPU),
+    (f"{_GDN}.gdn:chunk_gated_delta_rule",  # named at construction; the layer of this product replaces it
+     _reference("chunk_gated_delta_rule"),
+     "NoneType or (q, k, v, g, beta, scale, initial_state, output_final_state, ... 17, 9cba1fbc)", _NO_GPU),
+    needed=without_cuda,
+) + entries(
+    "megatron", "megatron-core",
+    (f"{_MAMBA}:HAVE_MAMBA_SSM", instead(True), "bool", _NO_MAMBA),
+    (f"{_MAMBA}:mamba_split_conv1d_scan_combined", _reference("mamba_split_conv1d_scan_combined"), "NoneType",
+     _NO_MAMBA),
+    *((f"{_MAMBA}:{name}", lambda original, run: sharded_norm(), "NoneType or (*args, **kwargs)", _NO_MAMBA)
+      for name in ("RMSNormGated", "ExtendedRMSNorm")),
+    needed=lambda: not original(f"{_MAMBA}:HAVE_MAMBA_SSM"),
+)  # fmt: skip

@@ -1,7 +1,6 @@
 """One entry of the register: a name of another library that is replaced at run time."""
 
 import importlib
-import importlib.metadata
 import inspect
 import re
 import zlib
@@ -9,7 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from hylo_megatron.packages import version_of
+
 SHOWN = 60  # characters of a list of parameters
+# The versions of each package that the entries were written for.
+VERSIONS = {"megatron-core": "==0.19.2", "torch": ">=2.11", "transformers": ">=5.6.2,<6", "vllm": ">=0.26,<0.33",
+            "flash-linear-attention": "==0.6.0"}  # fmt: skip
 MISSING = object()  # the value of a name that does not exist; as a replacement: delete the name
 _STEP = re.compile(r"\.?(?P<attribute>\w+)(?:\((?P<argument>[^)]*)\))?|\[(?P<key>[^]]*)\]")
 
@@ -30,7 +34,7 @@ class Patch:
     ``target`` is ``module:path``. A path has attributes, keys and calls: ``torch:Tensor.cuda``, ``os:environ[HOME]``,
     ``logging:getLogger(torch).filters``. ``replacement`` is called with the original and with what the entry point
     gave to ``install``, and returns the new value. ``expects`` describes the original as ``describe`` does, with "or"
-    between alternatives.
+    between alternatives. ``why`` ends with the place in the library's source, where that helps.
     """
 
     group: str
@@ -40,18 +44,26 @@ class Patch:
     package: str
     versions: str
     expects: str
-    upstream: str = ""
     needed: Callable[[], bool] = always
 
     def place(self) -> "Place":
         return Place.find(self.target)
 
     def fits(self, value: Any) -> bool:
-        """Whether ``value`` is what the entry was written for."""
+        """Return whether ``value`` is what the entry was written for."""
         return describe(value) in self.expects.split(" or ")
 
     def versioned(self) -> str:
         return f"{self.package}{self.versions}"
+
+
+def entries(group: str, package: str, *rows: tuple[str, Callable, str, str], needed=always) -> tuple[Patch, ...]:
+    """Return an entry for each row: target, replacement, what is expected there, and why it is replaced."""
+    return tuple(
+        Patch(group=group, package=package, versions=VERSIONS[package], needed=needed, target=target,
+              replacement=replacement, expects=expects, why=why)
+        for target, replacement, expects, why in rows
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -79,7 +91,7 @@ class Place:
         return cls(owner, last["key"] if is_key else last["attribute"], is_key)
 
     def get(self) -> Any:
-        """The value, as the owner itself holds it: of a class method the descriptor."""
+        """Return the value as the owner itself holds it, for example a class method's descriptor."""
         if self.is_key:
             return self.owner.get(self.name, MISSING)
         if inspect.isclass(self.owner) and self.name in vars(self.owner):
@@ -124,10 +136,5 @@ def describe(value: Any) -> str:
 
 
 def installed_version(package: str) -> str | None:
-    """The version of a package as installed here. vLLM's CPU build has a name of its own."""
-    for name in (package, f"{package}-cpu"):
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return None
+    """Return the version of a package as installed here. vLLM's CPU build has a name of its own."""
+    return version_of(package, f"{package}-cpu")

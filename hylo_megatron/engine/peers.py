@@ -1,9 +1,9 @@
-"""How a training ends when one of its ranks cannot go on: a lost rank, a dead writer, a full disk.
+"""End a training on all its ranks when one of them cannot go on: a lost rank, a dead writer, a full disk.
 
-Without this a rank that is left waits in a collective, for ten minutes or for ever, and two ranks that fail print each
-other's tracebacks. Every rank keeps a connection to rank 0. The kernel closes it when a process dies, however it dies:
-rank 0 then says why, once, and all ranks end. Python's own exit is not used, since it waits for helper processes that
-may be dead.
+Otherwise the ranks that are left wait in a collective, for ten minutes or for ever, and two ranks that fail print each
+other's tracebacks. So every rank keeps a connection to rank 0, which the kernel closes when the rank's process dies.
+Rank 0 then prints the reason once, and all ranks end. They do not use Python's own exit, which waits for helper
+processes that may be dead.
 """
 
 import contextlib
@@ -23,15 +23,19 @@ from typing import NoReturn
 from hylo_megatron.checkpoint import disk
 from hylo_megatron.errors import HyLoError
 
-CODE = 2  # of every rank that ends here
-NEWS_SECONDS = 5  # a rank whose collective fails waits so long for the rank with the cause
-SIGNAL_SECONDS = 1  # torchrun ends all ranks when one is lost: time for the line that says which
+CODE = 2  # exit code of every rank that ends here
+NEWS_SECONDS = 5  # how long a rank whose collective fails waits for the rank with the cause
+SIGNAL_SECONDS = 1  # torchrun ends all ranks when one is lost; this is the time to print which one
 AGAIN = "the same command goes on from the last checkpoint"
-KEEPALIVE = (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4))  # a node without power shows in 30 s
+KEEPALIVE = (
+    ("TCP_KEEPIDLE", 10),
+    ("TCP_KEEPINTVL", 5),
+    ("TCP_KEEPCNT", 4),
+)  # notices a lost node in 30 s
 
 
 class _Run:
-    """What this process knows of its run; ``link``: of other ranks than 0, their connection to it."""
+    """State of this process. ``link``: its connection to rank 0; ``others``: rank 0's connections."""
 
     rank, size, pid = 0, 1, 0
     link: socket.socket | None = None
@@ -48,7 +52,7 @@ def _end() -> NoReturn:
 
 
 def _end_in(seconds: float) -> None:
-    """End this process by then, whatever its threads wait for, such as a pipe that nobody reads."""
+    """End this process after ``seconds``, even if its threads wait, for example on a pipe that nobody reads."""
     timer = threading.Timer(seconds, os._exit, (CODE,))
     timer.daemon = True
     timer.start()
@@ -65,13 +69,13 @@ def _send(connection: socket.socket, **message) -> None:
 
 
 def fail(text: str) -> NoReturn:
-    """Say ``text`` once for the whole run, and end all ranks. From any thread."""
-    if not _Run.lock.acquire(blocking=False):  # another thread is at it, which ends this process
+    """Print ``text`` once for the whole run, and end all ranks. Any thread may call this."""
+    if not _Run.lock.acquire(blocking=False):  # another thread is ending this process
         threading.Event().wait()
     _end_in(4 * NEWS_SECONDS)
     if _Run.link is not None:
         _send(_Run.link, failed=text)
-        time.sleep(NEWS_SECONDS)  # rank 0 says it, and closes the connection: ``_listen`` ends this process
+        time.sleep(NEWS_SECONDS)  # rank 0 prints it and closes the connection; ``_listen`` then ends this process
     _say(text)
     for other in list(_Run.others):
         _send(other, stop=True)
@@ -101,7 +105,7 @@ def _gone(who: dict) -> str:
 
 
 def _received(connection: socket.socket, token: str) -> bool:
-    """Whether ``connection`` of rank 0 goes on. Ends the run when its rank has failed or is gone."""
+    """Read from a connection of rank 0, and return whether it stays open. Ends the run when its rank is gone."""
     state = _Run.others.get(connection, {"rest": b""})
     try:
         data = connection.recv(65536)
@@ -116,7 +120,7 @@ def _received(connection: socket.socket, token: str) -> bool:
     except ValueError:
         return False
     for message in messages:
-        if "rank" not in state and message.get("token") != token:  # a stranger
+        if "rank" not in state and message.get("token") != token:  # not a rank of this run
             return False
         if "failed" in message:
             fail(f"rank {state['rank']}: {message['failed']}")
@@ -156,7 +160,7 @@ def _listen(link: socket.socket, zero: dict) -> None:
         ended = ended or any("end" in message for message in messages)
     if ended or _Run.left:
         return
-    if _Run.rank == 1:  # one for all
+    if _Run.rank == 1:  # one rank prints it for all
         _say(_gone(zero))
     _end()
 
@@ -171,7 +175,7 @@ def _reach(addresses: list[str], port: int) -> socket.socket | None:
 
 
 def connect() -> None:
-    """Connect all ranks. Called by each of them at the same place, once ``torch.distributed`` is initialised."""
+    """Connect all ranks. Every rank calls this at the same place, once ``torch.distributed`` is initialised."""
     import torch
 
     if _Run.connected or torch.distributed.get_world_size() == 1:
@@ -205,7 +209,7 @@ def connect() -> None:
 
 
 def _terminated(number: int, _) -> None:
-    """On SIGTERM. Whoever sends it to all ranks means no loss, so no rank is missed when this one ends."""
+    """Handle SIGTERM: tell the others that this rank is not lost, because its sender ends all ranks."""
     if os.getpid() == _Run.pid:
         time.sleep(SIGNAL_SECONDS)
         _leave()
@@ -225,7 +229,7 @@ def _leave() -> None:
 
 
 def _failures(error: BaseException) -> list[BaseException] | None:
-    """The errors that torch's checkpoint collected on rank 0 (none on the others); None for another error."""
+    """Return the errors that torch's checkpoint collected on rank 0 (none elsewhere), or None for another error."""
     found = getattr(error, "failures", None)
     if found is None:
         return None
@@ -233,7 +237,7 @@ def _failures(error: BaseException) -> list[BaseException] | None:
 
 
 def _is_of_a_collective(error: BaseException) -> bool:
-    """Whether ``error`` may be the echo of another rank's."""
+    """Return whether ``error`` may be a consequence of another rank's error."""
     if _Run.size == 1:
         return False
     words = ("connection closed by peer", "connection reset", "gloo", "nccl", "broken pipe", "tcpstore")
@@ -254,14 +258,14 @@ def _ended_by(error: BaseException, folder: str | None, need: int | None) -> NoR
 
 @contextlib.contextmanager
 def ending_together(folder: str | None, need: int | None = None) -> Iterator[None]:
-    """Around a training: what ends it on one rank ends it on all, in one line where the user can do something.
+    """End the training on all ranks when the block raises on one, in one line if the user can do something about it.
 
-    ``folder`` and ``need``: what is written, and how large it is, for errors that name no file.
+    ``folder`` and ``need``: what is written, and its size, for errors that name no file.
     """
     try:
         yield
     except SystemExit as leaving:
-        if leaving.code not in (None, 0):  # another rank has said why
+        if leaving.code not in (None, 0):  # another rank has printed the reason
             time.sleep(NEWS_SECONDS if _Run.link is not None else 0)
             _end()
         _leave()

@@ -1,9 +1,8 @@
 """Warnings and log lines of megatron-core that say nothing to a user of this product."""
 
 import re
-from functools import partial
 
-from hylo_megatron.engine.patch import Patch
+from hylo_megatron.engine.patch import entries
 
 _MESSAGES = re.compile(r".*(transformer.engine|Apex|apex|barrier\(\)|nvidia_resiliency_ext).*", re.IGNORECASE)
 _MODULES = re.compile(r"megatron\..*")
@@ -15,28 +14,14 @@ def _without(text: str):
     return lambda filters, run: [*filters, lambda record: text not in record.getMessage()]
 
 
-_quiet = partial(Patch, group="quiet", package="megatron-core", versions="==0.19.2")
-PATCHES = (
-    _quiet(
-        target="warnings:filters",
-        replacement=lambda filters, run: [*_RULES, *filters],
-        why="dozens of warnings at each start, about packages that are optional",
-        expects="list",
-    ),
-    Patch(
-        group="quiet",
-        package="torch",
-        versions=">=2.11",
-        target="logging:getLogger(torch.utils.cpp_extension).filters",
-        replacement=_without("No CUDA runtime is found"),
-        why="said at each import on a machine without CUDA that has nvcc",
-        upstream="torch/utils/cpp_extension.py:178",
-        expects="list",
-    ),
-    _quiet(
-        target="logging:getLogger(megatron.core.tensor_parallel.random).filters",
-        replacement=_without("CPU RNG state changed"),
-        why="without CUDA the generator of the CPU takes part in every step, and changes",
-        expects="list",
-    ),
-)
+PATCHES = entries(
+    "quiet", "megatron-core",
+    ("warnings:filters", lambda filters, run: [*_RULES, *filters], "list",
+     "dozens of warnings at each start, about packages that are optional"),
+    ("logging:getLogger(megatron.core.tensor_parallel.random).filters", _without("CPU RNG state changed"), "list",
+     "without CUDA the generator of the CPU takes part in every step, and changes"),
+) + entries(
+    "quiet", "torch",
+    ("logging:getLogger(torch.utils.cpp_extension).filters", _without("No CUDA runtime is found"), "list",
+     "said at each import on a machine without CUDA that has nvcc (torch/utils/cpp_extension.py:178)"),
+)  # fmt: skip

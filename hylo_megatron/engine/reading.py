@@ -3,46 +3,20 @@
 The child processes of a training inherit the two environment variables.
 """
 
-from functools import partial
-
 from hylo_megatron.checkpoint.safe_pickles import load_array, read_metadata
-from hylo_megatron.engine.patch import MISSING, Patch, instead
+from hylo_megatron.engine.patch import MISSING, entries, instead
 
-_torch = partial(Patch, group="reading", package="torch", versions=">=2.11")
 _MODULES = ("safe_globals", "datasets.gpt_dataset", "datasets.blended_dataset", "datasets.masked_dataset")
-
-PATCHES = (
-    _torch(
-        target="os:environ[TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD]",
-        replacement=instead(MISSING),
-        why="would win over the next one",
-        expects="missing",
-    ),
-    _torch(
-        target="os:environ[TORCH_FORCE_WEIGHTS_ONLY_LOAD]",
-        replacement=instead("1"),
-        why="torch's planner of checkpoints asks for weights_only=False",
-        upstream="torch/distributed/checkpoint/default_planner.py",
-        expects="missing or str",
-    ),
-    _torch(
-        target="torch.distributed.checkpoint:FileSystemReader.read_metadata",
-        replacement=instead(read_metadata),
-        why="reads .metadata as a plain pickle",
-        upstream="torch/distributed/checkpoint/filesystem.py",
-        expects="(self, *args, **kwargs)",
-    ),
-    *(
-        Patch(
-            group="reading",
-            package="megatron-core",
-            versions="==0.19.2",
-            target=f"megatron.core.{module}:safe_numpy_load",
-            replacement=instead(load_array),
-            why="takes pickles: indices of samples are numbers and hold none",
-            upstream="megatron/core/safe_globals.py:70",
-            expects="(path, **kwargs)",
-        )
-        for module in _MODULES
-    ),
-)
+PATCHES = entries(
+    "reading", "torch",
+    ("os:environ[TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD]", instead(MISSING), "missing", "would win over the next one"),
+    ("os:environ[TORCH_FORCE_WEIGHTS_ONLY_LOAD]", instead("1"), "missing or str",
+     "torch's planner of checkpoints asks for weights_only=False (torch/distributed/checkpoint/default_planner.py)"),
+    ("torch.distributed.checkpoint:FileSystemReader.read_metadata", instead(read_metadata), "(self, *args, **kwargs)",
+     "reads .metadata as a plain pickle (torch/distributed/checkpoint/filesystem.py)"),
+) + entries(
+    "reading", "megatron-core",
+    *((f"megatron.core.{module}:safe_numpy_load", instead(load_array), "(path, **kwargs)",
+       "takes pickles: indices of samples are numbers and hold none (megatron/core/safe_globals.py:70)")
+      for module in _MODULES),
+)  # fmt: skip

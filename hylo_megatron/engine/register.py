@@ -1,4 +1,4 @@
-"""The register: every name of another library that this product replaces at run time, and who asks for it.
+"""Register of every name of another library that this product replaces at run time.
 
 An entry point calls ``install`` with a group. No import of this package replaces anything, with one exception:
 ``import hylo_megatron`` registers the hybrid with transformers. Each entry names the versions of the package that it
@@ -9,22 +9,34 @@ import contextlib
 import importlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from packaging.specifiers import SpecifierSet
 
-from hylo_megatron.engine.importing import import_megatron
 from hylo_megatron.engine.patch import MISSING, Patch, Place, installed_version
 from hylo_megatron.errors import HyLoError
 
 ALLOW = "HYLO_ALLOW_UNTESTED_VERSIONS"
 
 
-@dataclass(frozen=True, kw_only=True)
+def import_megatron() -> None:
+    """Import the parts of megatron-core that are changed. Raises ``HyLoError`` when megatron does not import."""
+    try:
+        with installed("importing"):
+            import megatron.core
+            import megatron.core.ssm.gated_delta_net  # noqa: F401
+    except ImportError as error:
+        raise HyLoError(
+            f"megatron-core does not import ({error}): it brings training and checkpoints; "
+            "install with  pip install 'hylo-megatron[train]'  (Python 3.12)"
+        ) from error
+
+
+@dataclass(frozen=True)
 class Group:
-    """Entries that are installed together: who needs them, in which modules they are, and what goes before them."""
+    """Entries that are installed together, the modules that hold them, the groups they need, and what runs before."""
 
     what: str
     modules: tuple[str, ...]
@@ -33,26 +45,19 @@ class Group:
 
 
 GROUPS = {
-    "cpu": Group(what="torch without CUDA", modules=("cpu",)),
-    "quiet": Group(what="warnings and log lines of megatron-core", modules=("quiet",)),
-    "importing": Group(what="while megatron-core is imported", modules=("importing",), needs=("quiet",)),
-    "reading": Group(
-        what="reads of checkpoints and of sample indices", modules=("reading",), needs=("cpu", "quiet"),
-        before=import_megatron,
-    ),
-    "megatron": Group(
-        what="models and optimizers of megatron-core",
-        modules=("cpu_generators", "linear_kernels", "distributed_optimizer", "datasets"), needs=("reading",),
-    ),
-    "results": Group(what="the queue of what was written", modules=("checkpoint_writer",)),
-    "writing": Group(what="writes of checkpoints", modules=("checkpoint_writer",), needs=("cpu",)),
-    "training": Group(
-        what="the training loop, and how it saves and loads",
-        modules=("checkpoint_writer", "checkpoint_hooks", "training_hooks"), needs=("megatron", "writing"),
-    ),
-    "transformers": Group(what="the auto classes of transformers", modules=("auto_classes",)),
-    "vllm": Group(what="the vLLM plugin", modules=("vllm_plugin",)),
-    "vllm model": Group(what="a hybrid in vLLM", modules=("vllm_plugin",)),
+    "cpu": Group("torch without CUDA", ("cpu",)),
+    "quiet": Group("warnings and log lines of megatron-core", ("quiet",)),
+    "importing": Group("while megatron-core is imported", ("importing",), ("quiet",)),
+    "reading": Group("reads of checkpoints and of sample indices", ("reading",), ("cpu", "quiet"), import_megatron),
+    "megatron": Group("models and optimizers of megatron-core",
+                      ("cpu", "linear_kernels", "distributed_optimizer", "importing"), ("reading",)),
+    "results": Group("the queue of what was written", ("checkpoint_writer",)),
+    "writing": Group("writes of checkpoints", ("checkpoint_writer",), ("cpu",)),
+    "training": Group("the training loop, and how it saves and loads",
+                      ("checkpoint_writer", "checkpoint_hooks", "training_hooks"), ("megatron", "writing")),
+    "transformers": Group("the auto classes of transformers", ("auto_classes",)),
+    "vllm": Group("the vLLM plugin", ("vllm_plugin",)),
+    "vllm model": Group("a hybrid in vLLM", ("vllm_plugin",)),
 }  # fmt: skip
 
 
@@ -68,7 +73,7 @@ _warned: set[str] = set()
 
 
 def patches(*groups: str) -> list[Patch]:
-    """The entries of these groups, or all. The modules that hold them import torch at most."""
+    """Return the entries of these groups, or all. The modules that hold them import torch at most."""
     found = []
     for name in groups or GROUPS:
         for module in GROUPS[name].modules:
@@ -78,7 +83,7 @@ def patches(*groups: str) -> list[Patch]:
 
 
 def with_needs(group: str) -> list[str]:
-    """The names of the groups that ``group`` needs, in the order of installation, and its own."""
+    """Return the names of the groups that ``group`` needs, in the order of installation, and its own."""
     before = [name for need in GROUPS[group].needs for name in with_needs(need)]
     return [*dict.fromkeys(before), group]
 
@@ -102,7 +107,7 @@ def install(group: str, run: Any = None) -> None:
 
 
 def check_installed(group: str) -> None:
-    """Raises ``HyLoError`` when nobody has installed ``group`` in this process."""
+    """Raise ``HyLoError`` unless ``group`` is installed in this process."""
     if group not in _groups:
         raise HyLoError(
             f"{GROUPS[group].what}: the fixes of this package are not installed in this process; call"
@@ -122,7 +127,7 @@ def uninstall(*groups: str) -> None:
 
 @contextlib.contextmanager
 def installed(group: str) -> Iterator[None]:
-    """Inside, the names of ``group`` are replaced; those that were replaced before stay so afterwards."""
+    """Replace the names of ``group`` during the block; names that were replaced before stay so."""
     before = set(_groups)
     install(group)
     try:
@@ -132,14 +137,14 @@ def installed(group: str) -> Iterator[None]:
 
 
 def original(target: str) -> Any:
-    """What ``target`` is without this product."""
+    """Return the value of ``target`` without this product."""
     known = [there.original for patch, there in _installed.items() if patch.target == target]
     value = known[0] if known else Place.find(target).get()
     return getattr(value, "__func__", value) if isinstance(value, staticmethod | classmethod) else value
 
 
 def lists(patch: Patch, version: str) -> bool:
-    """Whether the entry was written for this version of its package."""
+    """Return whether the entry was written for this version of its package."""
     return SpecifierSet(patch.versions).contains(version, prereleases=True)
 
 
@@ -169,3 +174,39 @@ def _replace(patch: Patch, run: Any) -> None:
     if patch not in _installed:
         _installed[patch] = _Installed(value, MISSING if place.is_inherited() else value)
     place.set(patch.replacement(_installed[patch].original, run))
+
+
+# ---- the register as text, for the doctor ----
+
+
+def _by_package() -> dict[tuple[str, str], list[Patch]]:
+    found: dict[tuple[str, str], list[Patch]] = {}
+    for patch in patches():
+        found.setdefault((patch.package, patch.versions), []).append(patch)
+    return found
+
+
+def _verdict(package: str, entries: Iterable[Patch]) -> str:
+    version = installed_version(package)
+    if version is None:
+        return "-"
+    return version if all(lists(patch, version) for patch in entries) else f"{version}: refused"
+
+
+def package_lines() -> list[str]:
+    """Return a line for each package: the versions listed, the one installed, and how many names are replaced."""
+    lines = [f"{'names replaced in':24}{'versions':14}{'here':16}{'names':>5}  groups"]
+    for (package, versions), entries in _by_package().items():
+        groups = ", ".join(dict.fromkeys(patch.group for patch in entries))
+        lines.append(f"{package:24}{versions:14}{_verdict(package, entries):16}{len(entries):5}  {groups}")
+    return lines
+
+
+def entry_lines() -> list[str]:
+    """Return a line for each name, under the group that it belongs to."""
+    lines = package_lines()
+    for name, group in GROUPS.items():
+        lines += ["", f"{name}: {group.what}"]
+        for patch in patches(name):
+            lines.append(f"  {patch.target}: {patch.why}")
+    return lines

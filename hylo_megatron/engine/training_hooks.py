@@ -1,10 +1,8 @@
 """Changes to the training loop of ``megatron.training``: parameter groups, schedule, a log line each step."""
 
-from functools import partial
-
 from hylo_megatron.config.decisions import is_new
 from hylo_megatron.config.stages import stage_kind
-from hylo_megatron.engine.patch import Patch
+from hylo_megatron.engine.patch import entries
 from hylo_megatron.engine.training_run import TrainingRun
 from hylo_megatron.mixers import FAST_SUFFIXES, FP32_SUFFIXES
 
@@ -48,7 +46,7 @@ def with_groups(configure, run: TrainingRun):
 
 
 def with_step_log(log, run: TrainingRun):
-    """megatron's ``training_log``, after a line of this product's own log."""
+    """Return megatron's ``training_log`` with a line of this product's own log before it."""
 
     def log_step(losses, total, learning_rate, iteration, scale, report, skipped, grad_norm, *rest, **kwargs):
         from megatron.training import get_args
@@ -65,7 +63,7 @@ def with_step_log(log, run: TrainingRun):
 
 
 def teacher_fed_schedule(choose, run: TrainingRun):
-    """megatron's choice of a schedule; a layerwise stage in a pipeline has its own."""
+    """Return megatron's choice of a schedule, or our own for a layer-wise stage in a pipeline."""
 
     def choose_schedule(**kwargs):
         from megatron.training import get_args
@@ -81,25 +79,15 @@ def teacher_fed_schedule(choose, run: TrainingRun):
     return choose_schedule
 
 
-_training = partial(Patch, group="training", package="megatron-core", versions="==0.19.2")
-PATCHES = (
-    _training(
-        target="megatron.training.training:get_forward_backward_func",
-        replacement=teacher_fed_schedule,
-        why="megatron has no schedule in which the teacher's stages feed the student's",
-        expects="(pp_size, vp_size, schedule_pg_collection)",
-    ),
-    _training(
-        target="megatron.training.training:get_megatron_optimizer_config",
-        replacement=with_groups,
-        why="the loop takes no parameter groups of its user; fp32 and bf16 parameters in one group cannot be saved",
-        upstream="megatron/core/optimizer/distrib_optimizer.py:1353",
-        expects="(args)",
-    ),
-    _training(
-        target="megatron.training.training:training_log",
-        replacement=with_step_log,
-        why="the loop has no callback after a step that knows losses and gradient norm",
-        expects="(loss_dict, total_loss_dict, learning_rate, iteration, ... 15, 1a70c299)",
-    ),
-)
+_LOOP = "megatron.training.training"
+PATCHES = entries(
+    "training", "megatron-core",
+    (f"{_LOOP}:get_forward_backward_func", teacher_fed_schedule, "(pp_size, vp_size, schedule_pg_collection)",
+     "megatron has no schedule in which the teacher's stages feed the student's"),
+    (f"{_LOOP}:get_megatron_optimizer_config", with_groups, "(args)",
+     "the loop takes no parameter groups of its user; fp32 and bf16 parameters in one group cannot be saved"
+     " (megatron/core/optimizer/distrib_optimizer.py:1353)"),
+    (f"{_LOOP}:training_log", with_step_log,
+     "(loss_dict, total_loss_dict, learning_rate, iteration, ... 15, 1a70c299)",
+     "the loop has no callback after a step that knows losses and gradient norm"),
+)  # fmt: skip

@@ -1,4 +1,4 @@
-"""What the replacements of one training share."""
+"""State that the replacements of one training share."""
 
 import threading
 from dataclasses import dataclass, field

@@ -1,9 +1,8 @@
-"""What vLLM offers no public way to register, and a bug of one of its kernels."""
+"""Names that vLLM has no public way to register, and a bug of one of its kernels."""
 
-from functools import partial
 from importlib import import_module
 
-from hylo_megatron.engine.patch import Patch
+from hylo_megatron.engine.patch import entries
 
 
 def _of_the_plugin(name: str):
@@ -27,28 +26,15 @@ def _tries_racy_tilings() -> bool:
     return current_platform.is_device_capability(90) and not hasattr(ssd_chunk_scan, "_drop_racy_wgmma_configs")
 
 
-_vllm = partial(Patch, package="vllm", versions=">=0.26,<0.33")
-PATCHES = (
-    _vllm(
-        group="vllm",
-        target="vllm.transformers_utils.model_arch_config_convertor:MODEL_ARCH_CONFIG_CONVERTORS[hylo]",
-        replacement=_of_the_plugin("HyLoArchConvertor"),
-        why="a plugin has no public way to tell vLLM the sizes of latents",
-        expects="missing",
-    ),
-    _vllm(
-        group="vllm",
-        target="vllm.model_executor.models.config:MODELS_CONFIG_MAP[HyLoForCausalLM]",
-        replacement=_of_the_plugin("EngineSettings"),
-        why="a plugin has no public way to check and complete vLLM's settings",
-        expects="missing",
-    ),
-    _vllm(
-        group="vllm model",
-        target="vllm.model_executor.layers.mamba.ops.ssd_chunk_scan:_chunk_scan_fwd_kernel.configs",
-        replacement=sound_tilings,
-        why="vLLM 0.26 tries tilings that Triton miscompiles on Hopper, and may find one of them fastest",
-        expects="list",
-        needed=_tries_racy_tilings,
-    ),
-)
+PATCHES = entries(
+    "vllm", "vllm",
+    ("vllm.transformers_utils.model_arch_config_convertor:MODEL_ARCH_CONFIG_CONVERTORS[hylo]",
+     _of_the_plugin("HyLoArchConvertor"), "missing", "a plugin has no public way to tell vLLM the sizes of latents"),
+    ("vllm.model_executor.models.config:MODELS_CONFIG_MAP[HyLoForCausalLM]", _of_the_plugin("EngineSettings"),
+     "missing", "a plugin has no public way to check and complete vLLM's settings"),
+) + entries(
+    "vllm model", "vllm",
+    ("vllm.model_executor.layers.mamba.ops.ssd_chunk_scan:_chunk_scan_fwd_kernel.configs", sound_tilings, "list",
+     "vLLM 0.26 tries tilings that Triton miscompiles on Hopper, and may find one of them fastest"),
+    needed=_tries_racy_tilings,
+)  # fmt: skip

@@ -1,7 +1,21 @@
-"""Perplexity, loss by position and needle retrieval of any Hugging Face model, compared with its teacher."""
+"""Measurements of any Hugging Face model beside its teacher: perplexity, retrieval, questions and their report.
 
-from hylo_megatron.evaluate.needle import needles_of
-from hylo_megatron.evaluate.perplexity import long_documents_of, perplexity_of
-from hylo_megatron.evaluate.runner import Settings, evaluate
+Imports neither torch nor transformers until something here is used.
+"""
 
-__all__ = ["Settings", "evaluate", "long_documents_of", "needles_of", "perplexity_of"]
+_WHERE = {
+    "Settings": "settings",
+    "evaluate": "runner",
+    "long_documents_of": "perplexity",
+    "needles_of": "needle",
+    "perplexity_of": "perplexity",
+}
+__all__ = list(_WHERE)
+
+
+def __getattr__(name: str):
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from hylo_megatron.convert.tokenizer_files import check_rows, identity_of, open_tokenizer
@@ -69,13 +69,31 @@ def check_folder(folder: str | Path) -> Path:
     return folder
 
 
-def load(folder: str | Path, device: torch.device, dtype: torch.dtype) -> Loaded:
-    """Read model and tokenizer from the disk only. Code in the folder is never run."""
+def with_yarn(config, factor: float, folder: str | Path) -> PreTrainedConfig:
+    """Return a configuration whose rotary frequencies YaRN stretches by ``factor``, to ``factor`` times the window."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if config.model_type == "hylo" or rope.get("rope_type") != "default":
+        raise HyLoError(
+            f"{folder}/config.json: rope_type is {rope.get('rope_type')!r} and model_type {config.model_type!r}; YaRN "
+            "needs a base model with rope_type 'default': leave out --teacher-yarn"
+        )
+    window = config.max_position_embeddings
+    config.rope_parameters = {
+        **rope, "rope_type": "yarn", "factor": factor, "original_max_position_embeddings": window
+    }  # fmt: skip
+    config.max_position_embeddings = int(window * factor)
+    return config
+
+
+def load(folder: str | Path, device: torch.device, dtype: torch.dtype, yarn: float | None = None) -> Loaded:
+    """Read model and tokenizer from the disk only. Code in the folder is never run. ``yarn``: see ``with_yarn``."""
     folder = check_folder(folder)
     register()
     options = {"local_files_only": True, "trust_remote_code": False}
     tokenizer = open_tokenizer(folder)
     try:
+        if yarn:
+            options["config"] = with_yarn(AutoConfig.from_pretrained(folder, **options), yarn, folder)
         model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
     except HyLoError:
         raise

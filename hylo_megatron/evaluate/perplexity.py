@@ -1,6 +1,7 @@
 """Perplexity per token and loss by position, without ever holding the logits of a whole sequence.
 
-Shapes: B documents, S tokens, D model width, T scored tokens of a batch, N vocabulary.
+Shapes: B documents, S tokens, D model width, T scored tokens of a batch, N vocabulary,
+K buckets of positions. In sums over documents D is their number.
 """
 
 import math
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hylo_megatron.data.documents import read_texts
 from hylo_megatron.errors import HyLoError
+from hylo_megatron.evaluate.intervals import bootstrap
 from hylo_megatron.evaluate.models import rows_per_batch
 
 IGNORED = -100
@@ -54,22 +56,30 @@ def encode_windows(tokenizer: PreTrainedTokenizerBase, file: str | Path, context
     return windows
 
 
-def encode_long_documents(tokenizer: PreTrainedTokenizerBase, file: str | Path, context: int, count: int) -> list:
+def encode_long_documents(
+    tokenizer: PreTrainedTokenizerBase, file: str | Path, context: int, count: int, join: bool = False
+) -> list:
     """Return the first ``context`` ids of the first ``count`` documents that have as many, in file order.
 
-    If the file has fewer such documents, all are returned. Raises ``HyLoError`` if it has none.
+    ``join``: documents that are too short are continued with the next ones, after an empty line. If the file has fewer
+    long documents, all are returned. Raises ``HyLoError`` if it has none.
     """
-    documents = []
+    documents, begun = [], []
     for text in read_texts(Path(file), tokenizer):
-        if 4 * len(text) < context:  # a token has at least one byte of UTF-8, so tokenising is not needed
-            continue
-        ids = _encode_start(tokenizer, text, context)
-        if len(ids) == context:
-            documents.append(ids)
+        if begun:
+            begun += tokenizer("\n\n" + text, add_special_tokens=False, verbose=False).input_ids
+        elif join or 4 * len(text) >= context:  # a token has a byte of UTF-8 or more: others are too short
+            begun = _encode_start(tokenizer, text, context)
+        if len(begun) >= context:
+            documents.append(begun[:context])
+        if len(begun) >= context or not join:
+            begun = []
         if len(documents) == count:
             break
     if not documents:
-        raise HyLoError(f"{file} holds no document of {context:,} tokens: give longer ones, or a shorter long context")
+        raise HyLoError(
+            f"{file} holds no document of {context:,} tokens: give longer ones, a shorter long context or --long-join"
+        )
     return documents
 
 
@@ -95,20 +105,27 @@ def batches(documents: list[list[int]], model: PreTrainedModel, batch_size: int 
         ordered = ordered[rows:]
 
 
-def token_losses(model: PreTrainedModel, ids_BS: torch.Tensor, chunk: int) -> torch.Tensor:
-    """Return the negative log likelihood (nats, float32) of tokens 1.. of every row, [B, S-1]; 0 for ``IGNORED`` ids.
+def token_losses(model: PreTrainedModel, ids_BS: torch.Tensor, chunk: int, prefill: int | None = None) -> torch.Tensor:
+    """Return the negative log likelihood (nats, float32) of tokens 1.. of every row, [B,S-1]; 0 for ``IGNORED`` ids.
 
-    Rows are padded on the right. No token depends on later ones, so padding needs no mask.
+    Rows are padded on the right. No token depends on later ones, so padding needs no mask. ``prefill``: positions that
+    one forward pass reads; the cache carries the rest, so activations of a whole document never exist at once.
     """
-    hidden_BSD = model.base_model(input_ids=ids_BS.clamp_min(0), use_cache=False).last_hidden_state
-    hidden_TD = hidden_BSD[:, :-1].flatten(0, 1)
-    targets_T = ids_BS[:, 1:].flatten()
-    head = model.get_output_embeddings()
-    losses = [
-        F.cross_entropy(head(h_TD).float(), target_T, ignore_index=IGNORED, reduction="none")
-        for h_TD, target_T in zip(hidden_TD.split(chunk), targets_T.split(chunk), strict=True)
-    ]
-    return torch.cat(losses).view(ids_BS.shape[0], -1)
+    length = ids_BS.shape[1]
+    prefill = min(prefill or length, length)
+    head, losses, past = model.get_output_embeddings(), [], None
+    for start in range(0, length - 1, prefill):
+        piece_BS = ids_BS[:, start : start + prefill].clamp_min(0)
+        out = model.base_model(input_ids=piece_BS, past_key_values=past, use_cache=prefill < length)
+        past, targets_BS = out.past_key_values, ids_BS[:, start + 1 : start + 1 + prefill]
+        hidden_TD = out.last_hidden_state[:, : targets_BS.shape[1]].flatten(0, 1)
+        parts = zip(hidden_TD.split(chunk), targets_BS.flatten().split(chunk), strict=True)
+        found = [
+            F.cross_entropy(head(h_TD).float(), target_T, ignore_index=IGNORED, reduction="none")
+            for h_TD, target_T in parts
+        ]
+        losses.append(torch.cat(found).view(len(ids_BS), -1))
+    return torch.cat(losses, 1)
 
 
 def bucket_edges(context: int) -> list[int]:
@@ -120,13 +137,26 @@ def bucket_edges(context: int) -> list[int]:
     return [*edges, context]
 
 
-def _by_position(loss_S: torch.Tensor, count_S: torch.Tensor) -> list[dict]:
-    """Return the mean loss of the tokens at positions ``from`` <= p < ``to`` of their documents."""
-    rows, edges = [], bucket_edges(len(loss_S))
-    for start, end in zip(edges, edges[1:], strict=False):
-        tokens = int(count_S[start:end].sum())
-        if tokens:
-            rows.append({"from": start, "to": end, "tokens": tokens, "loss": loss_S[start:end].sum().item() / tokens})
+def _buckets(values_BS: torch.Tensor, edges: list[int]) -> torch.Tensor:
+    """Return the sums over each bucket of positions, [B,K] float64; ``values_BS`` may end before the last bucket."""
+    values_BS = values_BS.double().cpu()
+    pairs = zip(edges, edges[1:], strict=False)
+    return torch.stack([values_BS[:, start:end].sum(1) for start, end in pairs], 1)
+
+
+def _by_position(loss_DK: torch.Tensor, count_DK: torch.Tensor, edges: list[int]) -> list[dict]:
+    """Return the mean loss of the tokens at positions ``from`` <= p < ``to`` of their documents.
+
+    ``low`` to ``high`` is the 95 % interval over documents.
+    """
+    rows = []
+    for bucket, (start, end) in enumerate(zip(edges, edges[1:], strict=False)):
+        reached = count_DK[:, bucket] > 0
+        loss_D, count_D = loss_DK[reached, bucket], count_DK[reached, bucket]
+        if tokens := int(count_D.sum()):
+            low, high = bootstrap(loss_D, count_D)
+            loss = loss_D.sum().item() / tokens
+            rows.append({"from": start, "to": end, "tokens": tokens, "loss": loss, "low": low, "high": high})
     return rows
 
 
@@ -140,6 +170,7 @@ def perplexity_of(
     chunk: int = 1024,
     label: str = "",
     whole: bool = False,
+    prefill: int | None = None,
 ) -> dict:
     """Measure the perplexity per token of a JSON-lines file with documents cut to ``context``.
 
@@ -148,7 +179,7 @@ def perplexity_of(
     if context < 2 or max_tokens < 1:
         raise HyLoError(f"context {context} and {max_tokens} tokens to score: expected at least 2 and 1")
     documents = (encode_windows if whole else encode_documents)(tokenizer, file, context, max_tokens)
-    return score(model, documents, file, batch_size, chunk, label)
+    return score(model, documents, file, batch_size, chunk, label, prefill)
 
 
 def long_documents_of(
@@ -160,12 +191,17 @@ def long_documents_of(
     batch_size: int | None = None,
     chunk: int = 1024,
     label: str = "",
+    prefill: int | None = None,
+    join: bool = False,
 ) -> dict:
-    """Measure the loss of the first ``context`` tokens of ``count`` documents that are at least that long."""
+    """Measure the loss of the first ``context`` tokens of ``count`` documents that are at least that long.
+
+    ``join``: shorter documents are joined.
+    """
     if context < 2 or count < 1:
         raise HyLoError(f"long context {context} and {count} long documents: expected at least 2 and 1")
-    documents = encode_long_documents(tokenizer, file, context, count)
-    return score(model, documents, file, batch_size, chunk, label)
+    documents = encode_long_documents(tokenizer, file, context, count, join)
+    return score(model, documents, file, batch_size, chunk, label, prefill)
 
 
 @torch.inference_mode()
@@ -176,35 +212,44 @@ def score(
     batch_size: int | None = None,
     chunk: int = 1024,
     label: str = "",
+    prefill: int | None = None,
 ) -> dict:
     """Compute the losses of ``documents``, the token ids of ``file``.
 
-    ``chunk``: positions whose logits exist at a time. Returns perplexity, loss (nats per token), tokens and documents
-    scored, by_position and seconds.
+    ``chunk``: positions whose logits exist at a time. ``prefill``: positions that one forward pass reads. Returns
+    perplexity and its 95 % interval over documents (``low`` to ``high``), loss (nats per token), tokens and documents
+    scored, by_position, document_losses (tokens and summed loss of each document, longest first) and seconds.
     """
     if any(getattr(model.config, name, None) not in (None, 1.0) for name in OTHER_HEADS):
         raise HyLoError(f"{model.config.model_type} scales or caps its logits, which this evaluation does not cover")
     began = shown = time.perf_counter()
-    longest, total = max(map(len, documents)), sum(len(ids) - 1 for ids in documents)
-    loss_S, count_S = (torch.zeros(longest, dtype=torch.float64) for _ in range(2))
+    edges, total = bucket_edges(max(map(len, documents))), sum(len(ids) - 1 for ids in documents)
+    losses, counts, scored = [], [], 0
     for batch in batches(documents, model, batch_size):
         ids_BS = torch.full((len(batch), len(batch[0])), IGNORED)
         for row, ids in enumerate(batch):
             ids_BS[row, : len(ids)] = torch.tensor(ids)
-        losses = token_losses(model, ids_BS.to(model.device), chunk)
-        loss_S[1 : ids_BS.shape[1]] += losses.double().sum(0).cpu()
-        count_S[1 : ids_BS.shape[1]] += (ids_BS[:, 1:] != IGNORED).sum(0)
-        if label and (time.perf_counter() - shown > 10 or count_S.sum() == total):
+        found_BS = token_losses(model, ids_BS.to(model.device), chunk, prefill)
+        losses.append(_buckets(F.pad(found_BS, (1, 0)), edges))  # position 0 is not scored
+        counts.append(_buckets(F.pad(ids_BS[:, 1:] != IGNORED, (1, 0)), edges))
+        scored += int(counts[-1].sum())
+        if label and (time.perf_counter() - shown > 10 or scored == total):
             shown = time.perf_counter()
-            print(f"{label}: {int(count_S.sum())}/{total} tokens, {shown - began:.0f} s", flush=True)
-    loss = loss_S.sum().item() / total
+            print(f"{label}: {scored}/{total} tokens, {shown - began:.0f} s", flush=True)
+    loss_DK, count_DK = torch.cat(losses), torch.cat(counts)
+    loss = loss_DK.sum().item() / total
     if not math.isfinite(loss):
         raise HyLoError(f"the loss on {file} is not a finite number: the weights are broken or overflow in this dtype")
+    loss_D, count_D = loss_DK.sum(1), count_DK.sum(1)
+    low, high = bootstrap(loss_D, count_D)
     return {
         "perplexity": math.exp(loss),
+        "low": math.exp(low),
+        "high": math.exp(high),
         "loss": loss,
         "tokens": total,
         "documents": len(documents),
-        "by_position": _by_position(loss_S, count_S),
+        "by_position": _by_position(loss_DK, count_DK, edges),
+        "document_losses": [[int(n), round(x, 4)] for n, x in zip(count_D.tolist(), loss_D.tolist(), strict=True)],
         "seconds": round(time.perf_counter() - began, 2),
     }

@@ -1,18 +1,20 @@
 """Prompts of the needle test: one fact hidden in prose and a question after it.
 
-All prompts of a length are equally long. A prompt is assembled from the token ids of its sentences, so a prompt of 32K
-tokens needs no tokenising.
+All prompts of a length are equally long. A prompt is assembled from the token ids of its sentences, so a prompt of
+256K tokens needs no tokenising.
 """
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate, chain, islice
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from hylo_megatron.errors import HyLoError
+from hylo_megatron.evaluate.task import Prompt
 from hylo_megatron.evaluate.texts import key_words, read_some, sentences_of
 
 FACT = "One of the special magic numbers for {key} is: {value}."
@@ -37,21 +39,17 @@ class Piece:
     ids: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class NeedlePrompt:
-    """The token ids of one prompt. ``length``: tokens of prompt and answer. ``depth``: from 0 (first) to 1 (last)."""
+@dataclass(frozen=True, kw_only=True)
+class NeedlePrompt(Prompt):
+    """A prompt with one needle. ``cell`` has the depth, from 0 (first sentence) to 1 (last)."""
 
-    length: int
-    depth: float
     placed_depth: float  # depth of the sentence boundary where the fact is, measured in tokens
     key: str
     value: str
-    ids: tuple[int, ...]
 
 
-def prompt_text(tokenizer: PreTrainedTokenizerBase, text: str, key: str) -> str:
-    """Return the question and the beginning of the answer, in the chat format if the tokenizer has one."""
-    question, answer = PROMPT.format(text=text, key=key), ANSWER.format(key=key)
+def question_text(tokenizer: PreTrainedTokenizerBase, question: str, answer: str) -> str:
+    """Return a question and the beginning of its answer, in the chat format if the tokenizer has one."""
     if not tokenizer.chat_template:
         return f"{question}\n{answer}"
     chat = tokenizer.apply_chat_template(
@@ -60,9 +58,20 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, text: str, key: str) -> str:
     return chat + answer
 
 
+def prompt_text(tokenizer: PreTrainedTokenizerBase, text: str, key: str) -> str:
+    """Return the question for the needle in ``text`` and the beginning of its answer."""
+    return question_text(tokenizer, PROMPT.format(text=text, key=key), ANSWER.format(key=key))
+
+
 def encode_start(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Return the ids of a prompt or of its beginning. A chat template has already written BOS."""
     return tokenizer(text, add_special_tokens=not tokenizer.chat_template, verbose=False).input_ids
+
+
+@lru_cache(maxsize=1)
+def prose_of(file: Path, tokenizer: PreTrainedTokenizerBase) -> "Prose":
+    """Return the prose of a file, kept for the next length or task of the same model."""
+    return Prose(file, tokenizer)
 
 
 class Prose:
@@ -152,7 +161,15 @@ def make_needle(haystack: Prose, length: int, depth: float, rng: random.Random) 
         pieces, placed = place(haystack.take(start, budget), fact, depth)
         ids = haystack.encode(pieces, key)
         if len(ids) <= room and (best is None or len(ids) > len(best.ids)):
-            best = NeedlePrompt(length, depth, placed, key, value, tuple(ids))
+            best = NeedlePrompt(
+                ids=tuple(ids),
+                length=length,
+                references=(value,),
+                cell={"depth": depth},
+                placed_depth=placed,
+                key=key,
+                value=value,
+            )
         if len(ids) == room:
             break
         budget += room - len(ids)
@@ -162,13 +179,10 @@ def make_needle(haystack: Prose, length: int, depth: float, rng: random.Random) 
     return best
 
 
-def make_needles(haystack: Prose, lengths: Iterable[int], depths: int, samples: int, seed: int) -> list[NeedlePrompt]:
-    """Return ``samples`` prompts for every length and depth, each with its own seed, so cells do not depend on each
-    other.
-    """
+def make_needles(haystack: Prose, length: int, depths: int, samples: int, seed: int) -> list[NeedlePrompt]:
+    """Return ``samples`` prompts for every depth, each with its own seed, so cells do not depend on each other."""
     return [
         make_needle(haystack, length, depth, random.Random(f"{seed}/{length}/{depth:.4f}/{sample}"))
-        for length in lengths
         for depth in depths_of(depths)
         for sample in range(samples)
     ]

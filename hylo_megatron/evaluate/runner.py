@@ -1,9 +1,9 @@
-"""``evaluate``: every measurement of one model, or of a teacher and a model."""
+"""``evaluate``: every measurement of a model, beside its teacher, the teacher with YaRN and a control."""
 
 import gc
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -12,104 +12,49 @@ import transformers
 from hylo_megatron.data.documents import check_texts
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.evaluate import models
-from hylo_megatron.evaluate.needle import needles_of
-from hylo_megatron.evaluate.perplexity import long_documents_of, perplexity_of
+from hylo_megatron.evaluate.compare import comparisons_of, ratios_of
 from hylo_megatron.evaluate.plots import new_figure, read_log
-from hylo_megatron.evaluate.report import TEXTS, ratios_of, write_report
-
-PARTS = ("perplexity", "long", "needle")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Settings of the measurements.
-
-    Lengths are in tokens. ``batch_size`` None suits the device. ``needle_samples`` is per cell.
-    ``teacher_needle_limit``: the teacher gets no longer prompts, for example prompts far beyond its training length.
-    """
-
-    context: int = 2048
-    ppl_tokens: int = 20_000
-    long_context: int = 32_768
-    long_documents: int = 4
-    needle_lengths: tuple[int, ...] = (1024, 2048)
-    needle_samples: int = 4
-    needle_depths: int = 5
-    teacher_needle_limit: int | None = None
-    skip: tuple[str, ...] = ()
-    batch_size: int | None = None
-    dtype: str = "auto"
-    device: str = "auto"
-    seed: int = 0
-
-    def __post_init__(self):
-        counts = {
-            "context": self.context,
-            "ppl_tokens": self.ppl_tokens,
-            "long_context": self.long_context,
-            "long_documents": self.long_documents,
-            "needle_samples": self.needle_samples,
-            "needle_depths": self.needle_depths,
-            "batch_size": self.batch_size,
-            "needle_lengths": min(self.needle_lengths, default=0),
-        }
-        for name, value in counts.items():
-            if value is not None and value < 1:
-                raise HyLoError(f"evaluation setting {name} is {value}, expected 1 or more")
-        if unknown := set(self.skip) - set(PARTS):
-            raise HyLoError(f"cannot skip {', '.join(sorted(unknown))}: the parts are {', '.join(PARTS)}")
-        if not self.needle_lengths_of("teacher"):
-            raise HyLoError(
-                f"teacher_needle_limit {self.teacher_needle_limit} leaves the teacher no needle length: raise it to "
-                f"{min(self.needle_lengths)} or more"
-            )
-
-    def needle_lengths_of(self, role: str) -> tuple[int, ...]:
-        limit = self.teacher_needle_limit if role == "teacher" else None
-        return tuple(length for length in self.needle_lengths if limit is None or length <= limit)
+from hylo_megatron.evaluate.questions import read_answers, read_choices
+from hylo_megatron.evaluate.report import write_report
+from hylo_megatron.evaluate.settings import DEFAULT_SUITES, Settings
+from hylo_megatron.evaluate.suites import REGISTRY, Files, Job
 
 
-def measure(folder: str | Path, role: str, files: dict[str, Path], settings: Settings) -> dict:
-    """Return all figures of one model, which is freed afterwards. ``files``: the existing text files, by kind."""
+def _read_library(file: Path) -> None:
+    from hylo_megatron.evaluate.ruler.questions import read_library
+
+    read_library(file)
+
+
+READERS = {  # other kinds of files are texts
+    "choice": read_choices,
+    "answers": read_answers,
+    "ruler_squad": _read_library,
+    "ruler_hotpot": _read_library,
+}
+
+
+def suites_for(files: Files, settings: Settings) -> list[str]:
+    """Return the suites to measure: those asked for, or the default ones that have a file."""
+    wanted = [name for name in settings.suites or DEFAULT_SUITES if name not in settings.skip]
+    found = [name for name in wanted if set(REGISTRY[name].needs) & set(files)]
+    if settings.suites and (lacking := [name for name in wanted if name not in found]):
+        needs = " or ".join(f"--{kind}" for kind in REGISTRY[lacking[0]].needs)
+        raise HyLoError(f"suite {lacking[0]} has no file to measure on: give {needs}")
+    return found
+
+
+def measure(folder: str | Path, role: str, files: Files, settings: Settings) -> dict:
+    """Return all figures of one model, which is freed afterwards. ``files``: the existing files, by kind."""
     device = models.resolve_device(settings.device)
     print(f"{role}: loading {Path(folder).name}", flush=True)
-    loaded = models.load(folder, device, models.resolve_dtype(settings.dtype, device))
-    figures = models.describe(loaded)
-    common = {"model": loaded.model, "tokenizer": loaded.tokenizer, "batch_size": settings.batch_size}
-    if "long" not in settings.skip and "long" in files:
-        figures["long"] = long_documents_of(
-            **common,
-            file=files["long"],
-            context=settings.long_context,
-            count=settings.long_documents,
-            label=f"{role}: long documents",
-        )
-    if "perplexity" not in settings.skip:
-        figures["perplexity"] = {
-            name: perplexity_of(
-                **common,
-                file=files[name],
-                context=settings.context,
-                max_tokens=settings.ppl_tokens,
-                whole=name == "book",
-                label=f"{role}: {name}",
-            )
-            for name in TEXTS
-            if name in files
-        }
-    if "needle" not in settings.skip and "prose" in files:
-        lengths = settings.needle_lengths_of(role)
-        figures["needle"] = needles_of(
-            **common,
-            file=files["prose"],
-            lengths=lengths,
-            depths=settings.needle_depths,
-            samples=settings.needle_samples,
-            seed=settings.seed,
-            label=f"{role}: needle",
-        )
-        figures["needle"]["not_run"] = [length for length in settings.needle_lengths if length not in lengths]
-    del loaded, common
+    yarn = settings.teacher_yarn if role == "teacher_yarn" else None
+    loaded = models.load(folder, device, models.resolve_dtype(settings.dtype, device), yarn)
+    figures = models.describe(loaded) | ({"yarn": yarn} if yarn else {})
+    job = Job(role=role, loaded=loaded, files=files, settings=settings)
+    for name in suites_for(files, settings):
+        figures[name] = REGISTRY[name].measure(job)
+    del loaded, job
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -121,30 +66,45 @@ def evaluate(
     *,
     teacher_dir: str | Path | None = None,
     teacher_figures: dict | None = None,
+    control_dir: str | Path | None = None,
     out_dir: str | Path | None = None,
     prose: str | Path | None = None,
     book: str | Path | None = None,
     code: str | Path | None = None,
     c: str | Path | None = None,
     long: str | Path | None = None,
+    choice: Sequence[str | Path] = (),
+    answers: Sequence[str | Path] = (),
+    ruler_squad: str | Path | None = None,
+    ruler_hotpot: str | Path | None = None,
     curves: Sequence[str | Path] = (),
     settings: Settings | None = None,
 ) -> dict:
-    """Measure a Hugging Face folder, optionally with its teacher. With ``out_dir`` write JSON, Markdown and PNG files.
+    """Measure a Hugging Face folder, optionally beside others. ``out_dir`` gets JSON, Markdown, HTML and PNG files.
 
     ``prose``, ``book`` (complete documents, in windows), ``code``, ``c`` and ``long`` (loss by position in long
-    documents) are text files as for ``hylo prepare-data``. What has no file is not measured (needles need ``prose``).
-    ``teacher_figures``: what an earlier call for the teacher alone returned under "model", with the same files and
-    settings; the teacher is not measured again then. ``curves``: training logs, JSON lines with stage, iteration and
-    loss.
+    documents) are text files as for ``hylo prepare-data``; ``choice`` and ``answers`` are files of questions. What has
+    no file is not measured (needles and RULER need ``prose``). ``ruler_squad`` and ``ruler_hotpot``: questions in the
+    layouts of SQuAD and HotpotQA for two of RULER's tasks. ``control_dir``: the teacher after training on the
+    student's tokens. ``teacher_figures``: what an earlier call for the teacher alone returned under "model", with the
+    same files and settings; the teacher is not measured again then. ``curves``: training logs, JSON lines with stage,
+    iteration and loss.
     """
     settings = settings or Settings()
-    folders = {"teacher": teacher_dir, "model": model_dir}
+    if settings.teacher_yarn and teacher_dir is None:
+        raise HyLoError("--teacher-yarn measures the teacher once more, with YaRN: give --teacher")
+    yarn_dir = teacher_dir if settings.teacher_yarn else None
+    folders = {"teacher": teacher_dir, "teacher_yarn": yarn_dir, "control": control_dir, "model": model_dir}
     folders = {role: models.check_folder(folder) for role, folder in folders.items() if folder is not None}
-    files = {"prose": prose, "book": book, "code": code, "c": c, "long": long}
-    files = {name: Path(file) for name, file in files.items() if file}
-    for file in files.values():
-        check_texts(file)  # refuses the file now, not after minutes of measuring
+    given = {"prose": (prose,), "book": (book,), "code": (code,), "c": (c,), "long": (long,)}
+    given |= {"choice": choice, "answers": answers, "ruler_squad": (ruler_squad,), "ruler_hotpot": (ruler_hotpot,)}
+    files = {kind: tuple(map(Path, filter(None, paths))) for kind, paths in given.items() if any(paths)}
+    for kind, paths in files.items():
+        if len({file.stem for file in paths}) < len(paths):
+            raise HyLoError(f"--{kind}: two files have one name, which is the name of their figures: rename one")
+        for file in paths:
+            READERS.get(kind, check_texts)(file)  # refuses the file now, not after minutes of measuring
+    suites_for(files, settings)
     device = models.resolve_device(settings.device)
     dtype = models.resolve_dtype(settings.dtype, device)
     if out_dir is not None:  # fails now, not after minutes of measuring
@@ -158,6 +118,7 @@ def evaluate(
     report = {
         **figures,
         "ratios": ratios_of(figures["teacher"], figures["model"]) if "teacher" in figures else {},
+        "compared_with": comparisons_of(figures),
         "settings": asdict(settings),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "dtype": str(dtype).removeprefix("torch."),

@@ -9,12 +9,13 @@ from typing import Any, Literal
 from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
+from hylo_megatron.config import positions
 from hylo_megatron.config.architecture import MODEL_TYPES, Extra
 from hylo_megatron.config.geometry import ALWAYS
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.json_file import AtLeastZero, Dimension, Positive, check
 from hylo_megatron.mixers import CACHED, LINEAR, MIXERS, Mixer
-from hylo_megatron.mixers.config_fields import config_defaults, config_fields, config_types
+from hylo_megatron.mixers.dimensions import config_defaults, config_fields, config_types
 
 HYBRID = (*CACHED, *LINEAR)  # the mixers that a hybrid may have
 # A default for any of these would belong to another model, and the weights would fit nevertheless.
@@ -37,6 +38,9 @@ _MODEL = {
     "mixers": (list[Literal[HYBRID]] | None, None),
     "linear_type": (Literal[LINEAR] | None, None),
     "qk_norm": (bool, False),
+    "mla_rope": (bool, positions.FIELDS["mla_rope"]),
+    "linear_rope": (bool, positions.FIELDS["linear_rope"]),
+    "log_scale": (positions.LogScale | None, positions.FIELDS["log_scale"]),
     "base_model_type": (Literal[MODEL_TYPES], "llama"),
     "base_qk_norm": (bool, False),
     "attention_bias": (bool, False),

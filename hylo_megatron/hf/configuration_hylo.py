@@ -5,13 +5,13 @@ from pathlib import Path
 
 from transformers.configuration_utils import PretrainedConfig
 
-from hylo_megatron.config import Architecture, Geometry
+from hylo_megatron.config import Architecture, Geometry, positions
 from hylo_megatron.config.architecture import misfit
 from hylo_megatron.config.rope import checked_rope
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.hf.config_values import DEFAULTS, HYBRID, check_complete, check_values, described, fields
 from hylo_megatron.mixers import CACHED, LINEAR, MIXERS
-from hylo_megatron.mixers.config_fields import config_to_geometry, geometry_to_config
+from hylo_megatron.mixers.dimensions import config_to_geometry, geometry_to_config
 
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Fields with the same name and value in ``config.json`` and in ``Architecture``.
@@ -27,6 +27,7 @@ _SHARED = (
     "rope_parameters",
     "tie_word_embeddings",
     "attention_bias",
+    *positions.FIELDS,
 )
 # Field of ``config.json`` -> field of ``Architecture``.
 _RENAMED = {"base_model_type": "model_type", "base_qk_norm": "qk_norm", "qk_norm": "mla_qk_norm"}
@@ -37,7 +38,8 @@ class HyLoConfig(PretrainedConfig):
 
     ``mixers`` names each layer's mixer; ``layer_types`` is derived from it for transformers and vLLM.
     ``rope_parameters``, ``rms_norm_eps`` and the MLP sizes are the base model's. ``qk_norm``: per-head RMSNorm on
-    MLA's queries and keys. ``linear_norm_eps``: of Gated DeltaNet's output norm, if another than ``rms_norm_eps``.
+    MLA's queries and keys. ``config/positions.py`` explains ``mla_rope``, ``linear_rope`` and ``log_scale``.
+    ``linear_norm_eps``: of Gated DeltaNet's output norm, if another than ``rms_norm_eps``.
     ``base_*``, ``num_key_value_heads``, ``head_dim`` and ``attention_bias`` describe the base model's attention and
     ``architecture_extra`` belongs to training; nothing here computes with them.
     """

@@ -20,7 +20,8 @@ from hylo_megatron.hf.cache import HyLoCache
 from hylo_megatron.hf.configuration_hylo import HyLoConfig
 from hylo_megatron.hf.packing import Documents, document_starts, restarted
 from hylo_megatron.mixers import LINEAR, MIXERS
-from hylo_megatron.mixers.hf_layers import HyLoRMSNorm, KeepsFp32, Rotation, real_tokens
+from hylo_megatron.mixers.hf_layers import HyLoRMSNorm, Rotation, real_tokens
+from hylo_megatron.mixers.hf_linear import LinearMixer
 
 _FP32 = sorted({rf"{MIXERS[kind].module}\.{name}$" for kind in LINEAR for name in MIXERS[kind].fp32})
 LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index", "shift_labels")
@@ -49,9 +50,9 @@ class HyLoDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = HyLoRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = HyLoRMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x_BSD, rotation, allowed, real_BS1, cache, documents=None) -> torch.Tensor:
+    def forward(self, x_BSD, angles, allowed, real_BS1, cache, documents=None) -> torch.Tensor:
         mix = getattr(self, self.mixer_name)
-        beside = (rotation, allowed, real_BS1, cache)
+        beside = (angles, allowed, real_BS1, cache)
         normed = self.input_layernorm(x_BSD)
         x_BSD = x_BSD + (mix(normed, *beside) if documents is None else documents.apply(mix, normed))
         return x_BSD + self.mlp(self.post_attention_layernorm(x_BSD))
@@ -75,7 +76,7 @@ class HyLoPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, KeepsFp32):
+        if isinstance(module, LinearMixer):
             module.initial_values()
 
 
@@ -148,18 +149,19 @@ class HyLoModel(HyLoPreTrainedModel):
         )
 
     def _beside(self, x_BSD, mask, position_ids, past: int, starts_BS):
-        """Return what layers need besides ``x_BSD``: cos and sin, what each query sees, real tokens, packed
+        """Return what layers need besides ``x_BSD``: angles, what each query sees, real tokens, packed
         documents.
         """
         length, device = x_BSD.shape[1], x_BSD.device
-        if position_ids is None:
-            unpacked = starts_BS is None
-            position_ids = inputs.counted(mask, past, length, device) if unpacked else restarted(starts_BS)
-        rotation = self.rotation(position_ids)
         if starts_BS is not None:
-            return rotation, None, None, Documents(starts_BS, rotation)
+            position_ids = restarted(starts_BS)
+        elif position_ids is None:
+            position_ids = inputs.counted(mask, past, length, device)
+        angles = self.rotation(position_ids)
+        if starts_BS is not None:
+            return angles, None, None, Documents(starts_BS, angles)
         real_BS1 = real_tokens(None if mask is None else mask[:, past:])
-        return rotation, inputs.allowed(mask, past, length, device), real_BS1, None
+        return angles, inputs.allowed(mask, past, length, device), real_BS1, None
 
     def _cache(self, given, use_cache: bool | None, batch: int) -> HyLoCache | None:
         """Return the cache that this call reads and writes, or None."""

@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 import torch
 
-SHORT = 16  # documents of up to this many tokens form one group
+from hylo_megatron.kernels.rope import Angles
 
-Turn = tuple[torch.Tensor, torch.Tensor]  # cos and sin [B,S,P]
+SHORT = 16  # documents of up to this many tokens form one group
 
 
 class Documents:
@@ -21,7 +21,7 @@ class Documents:
     bounds the padding.
     """
 
-    def __init__(self, starts_BS: torch.Tensor, rotation: Turn):
+    def __init__(self, starts_BS: torch.Tensor, angles: Angles):
         first = starts_BS.flatten().nonzero().flatten().tolist()
         groups = defaultdict(list)
         for start, end in zip(first, [*first[1:], starts_BS.numel()], strict=True):
@@ -37,14 +37,16 @@ class Documents:
             filled += index_NL.numel()
             self.groups.append(index_NL.to(starts_BS.device))
         self.place = place.to(starts_BS.device)
-        turns = [turn.expand(*self.shape, -1).flatten(0, 1) for turn in rotation]
-        self.rotations = [tuple(turn[index_NL] for turn in turns) for index_NL in self.groups]
+        flat = [part if part is None else part.expand(*self.shape, -1).flatten(0, 1) for part in angles]
+        self.angles = [
+            Angles(*(part if part is None else part[index_NL] for part in flat)) for index_NL in self.groups
+        ]
 
-    def apply(self, mixer: Callable[[torch.Tensor, Turn], torch.Tensor], x_BSD: torch.Tensor) -> torch.Tensor:
-        """Return ``mixer(x [N,L,D], rotation)`` of every group, at the positions of the documents in the rows."""
+    def apply(self, mixer: Callable[[torch.Tensor, Angles], torch.Tensor], x_BSD: torch.Tensor) -> torch.Tensor:
+        """Return ``mixer(x [N,L,D], angles)`` of every group, at the positions of the documents in the rows."""
         flat = x_BSD.flatten(0, 1)
         outs = [
-            mixer(flat[index], turn).flatten(0, 1) for index, turn in zip(self.groups, self.rotations, strict=True)
+            mixer(flat[index], angles).flatten(0, 1) for index, angles in zip(self.groups, self.angles, strict=True)
         ]
         return torch.cat(outs)[self.place].unflatten(0, self.shape)
 

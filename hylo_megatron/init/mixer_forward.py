@@ -29,10 +29,10 @@ class MixerRunner:
         projection = self.mixer.get_submodule(self.projection)
         hook = projection.register_forward_pre_hook(lambda _, args: captured.append(args[0]))
         positions = torch.arange(x_BSD.shape[1], device=x_BSD.device)[None]
-        rotation = self.rotation(positions)
+        angles = self.rotation(positions)
         try:
             for row in x_BSD:
-                self.mixer(row[None], rotation)
+                self.mixer(row[None], angles)
         finally:
             hook.remove()
         return torch.cat(captured)

@@ -12,16 +12,16 @@ from safetensors import safe_open
 from torch import Tensor
 
 from hylo_megatron.checkpoint.folder import LazyTensor, check_empty, write_checkpoint
-from hylo_megatron.config import Architecture, Geometry, Plan, geometry_preset
-from hylo_megatron.config.geometry import check_heads
+from hylo_megatron.config import Architecture, Geometry, Plan, geometry_preset, positions
+from hylo_megatron.config.geometry import GEOMETRY_HELP, check_heads
 from hylo_megatron.config.rope import same_at_any_width
 from hylo_megatron.convert.hf_folder import save_tensors
 from hylo_megatron.convert.hf_to_megatron import megatron_tensors
 from hylo_megatron.convert.shapes import hf_shapes
 from hylo_megatron.convert.tables import mappings
 from hylo_megatron.convert.tokenizer_files import check_tokenizer, copy_companions
-from hylo_megatron.errors import HyLoError, command_line
-from hylo_megatron.flags import Parser, count, size
+from hylo_megatron.errors import HyLoError
+from hylo_megatron.flags import Parser, command_line, count, size
 from hylo_megatron.init.calibration import calibration_tokens
 from hylo_megatron.init.linear_algebra import relative_error, ridge_correction
 from hylo_megatron.init.mixer_forward import MixerRunner
@@ -82,15 +82,19 @@ class _StudentWeights:
 
 
 def student_architecture(teacher: Architecture, plan: tuple[str, ...], geometry: str | Geometry,
-                         qk_norm: bool = False) -> Architecture:  # fmt: skip
-    """Return the architecture of a student. ``geometry``: the name of a preset, or the dimensions themselves."""
+                         qk_norm: bool = False, **settings) -> Architecture:  # fmt: skip
+    """Return the architecture of a student.
+
+    ``geometry``: the name of a preset, or the dimensions themselves. ``settings``: fields of ``config/positions.py``.
+    """
     if isinstance(geometry, str):
         geometry = geometry_preset(geometry, teacher.hidden_size, teacher.num_attention_heads, teacher.head_dim)
     check_heads(teacher.head_dim, geometry, set(plan))
     rope = same_at_any_width(teacher.rope_parameters, teacher.head_dim)
-    return replace(
+    arch = replace(
         teacher, plan=plan, geometry=geometry, mla_qk_norm=qk_norm, rope_parameters=rope, extra=dict(teacher.extra)
     )
+    return positions.changed(arch, settings, "--mla-layers")
 
 
 def _line(entry: dict) -> str:
@@ -120,7 +124,8 @@ def _initialise(base: BaseModel, arch: Architecture, scratch: Path, tokens_BS: T
 
 def upcycle(teacher: str | Path, out: str | Path, plan: tuple[str, ...], *, init: str = "data",
             geometry: str | Geometry = "native", qk_norm: bool = False, tokens_BS: Tensor | None = None,
-            ridge: bool = True, seed: int = 0, device: str | torch.device = "cpu", log=print) -> dict:  # fmt: skip
+            ridge: bool = True, seed: int = 0, device: str | torch.device = "cpu", log=print,
+            **settings) -> dict:  # fmt: skip
     """Write student checkpoint ``out``; return the report, which is saved in it too. Raises ``HyLoError``."""
     out = Path(out)
     check_empty(out)
@@ -128,7 +133,7 @@ def upcycle(teacher: str | Path, out: str | Path, plan: tuple[str, ...], *, init
     base.reader.finite = "convert it again from sound weights"
     if base.arch.is_hybrid:
         raise HyLoError(f"{teacher} is already a hybrid ({base.arch.plan.name}); give the Transformer it came from")
-    arch = student_architecture(base.arch, plan, geometry, qk_norm)
+    arch = student_architecture(base.arch, plan, geometry, qk_norm, **settings)
     check_tokenizer(Path(teacher) / "hf", arch.vocab_size)
     if init == "data" and tokens_BS is None:
         raise HyLoError("--init data needs --calibration TEXT: a text file similar to the intended use")
@@ -188,8 +193,8 @@ def main(argv: list[str] | None = None) -> None:
     add(
         "--geometry",
         default="native",
-        choices=("native", "published"),
-        help="dimensions of the new mixers: what serving engines run unpadded, or the paper's",
+        metavar="PRESET[:RANK+ROPE]",
+        help=f"dimensions of the new mixers: {GEOMETRY_HELP}",
     )
     add(
         "--calibration",
@@ -199,6 +204,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--calibration-length", type=size, default=1024, help="tokens per row")
     add("--no-ridge", action="store_true", help="keep the transferred output projections of linear blocks")
     add("--mla-qk-norm", action="store_true", help="keep Qwen3's per-head norms in MLA layers (published form)")
+    positions.add_flags(add)
     add("--seed", type=count, default=0)
     options = parser.parse_args(argv)
     start = time.time()
@@ -214,7 +220,7 @@ def main(argv: list[str] | None = None) -> None:
     report = upcycle(
         options.teacher, options.out, plan, init=options.init, geometry=options.geometry, qk_norm=options.mla_qk_norm,
         tokens_BS=tokens, ridge=not options.no_ridge, seed=options.seed,
-        device="cuda" if torch.cuda.is_available() else "cpu",
+        device="cuda" if torch.cuda.is_available() else "cpu", **positions.given(options),
     )  # fmt: skip
     print(f"relative error of the new mixers, mean: {summary(report)}")
     print(f"{plan.name} -> {options.out}  {time.time() - start:.1f} s, peak memory {peak_memory_gib():.2f} GiB")

@@ -2,8 +2,14 @@
 
 from hylo_megatron.kernels.choose import Ops, ops, ops_for
 from hylo_megatron.kernels.conv import causal_conv1d
-from hylo_megatron.kernels.gated_delta import chunk_gated_delta_rule, log_decay, recurrent_gated_delta_rule
-from hylo_megatron.kernels.kda import chunk_kda, kda_decay, recurrent_kda
+from hylo_megatron.kernels.gated_delta import (
+    chunk_gated_delta_rule,
+    chunk_kda,
+    kda_decay,
+    log_decay,
+    recurrent_gated_delta_rule,
+    recurrent_kda,
+)
 from hylo_megatron.kernels.mamba_interface import RMSNormGated, mamba_split_conv1d_scan_combined
 from hylo_megatron.kernels.norm import gated_rms_norm, l2norm, rms_norm, swiglu
 from hylo_megatron.kernels.ssd import recurrent_ssd, ssd_chunk_scan

@@ -6,12 +6,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from hylo_megatron.kernels.conv import causal_conv1d, split_convolve
-from hylo_megatron.kernels.gated_delta import chunk_gated_delta_rule, recurrent_gated_delta_rule
-from hylo_megatron.kernels.kda import chunk_kda, recurrent_kda
-from hylo_megatron.kernels.norm import distance, gated_rms_norm, rms_norm, swiglu, swiglu_packed
-from hylo_megatron.kernels.rope import rotate
-from hylo_megatron.kernels.ssd import recurrent_ssd, ssd_chunk_scan
+from hylo_megatron.kernels import conv, gated_delta, norm, rope, ssd
 
 
 @dataclass(frozen=True)
@@ -19,20 +14,20 @@ class Ops:
     """The kernels of the mixers: ``chunk`` for whole sequences, ``step`` for one token with a state."""
 
     name: str
-    chunk_gated_delta_rule: Callable = chunk_gated_delta_rule
-    step_gated_delta_rule: Callable = recurrent_gated_delta_rule
-    chunk_kda: Callable = chunk_kda
-    step_kda: Callable = recurrent_kda
-    chunk_ssd: Callable = ssd_chunk_scan
-    step_ssd: Callable = recurrent_ssd
-    causal_conv1d: Callable = causal_conv1d
-    split_convolve: Callable = split_convolve
-    rotate: Callable = rotate
-    rms_norm: Callable = rms_norm
-    gated_rms_norm: Callable = gated_rms_norm
-    swiglu: Callable = swiglu
-    swiglu_packed: Callable = swiglu_packed
-    distance: Callable = distance
+    chunk_gated_delta_rule: Callable = gated_delta.chunk_gated_delta_rule
+    step_gated_delta_rule: Callable = gated_delta.recurrent_gated_delta_rule
+    chunk_kda: Callable = gated_delta.chunk_kda
+    step_kda: Callable = gated_delta.recurrent_kda
+    chunk_ssd: Callable = ssd.ssd_chunk_scan
+    step_ssd: Callable = ssd.recurrent_ssd
+    causal_conv1d: Callable = conv.causal_conv1d
+    split_convolve: Callable = conv.split_convolve
+    rotate: Callable = rope.rotate
+    rms_norm: Callable = norm.rms_norm
+    gated_rms_norm: Callable = norm.gated_rms_norm
+    swiglu: Callable = norm.swiglu
+    swiglu_packed: Callable = norm.swiglu_packed
+    distance: Callable = norm.distance
 
 
 TORCH = Ops("torch")

@@ -42,7 +42,7 @@ __all__ = [
 
 
 def causal_conv1d(x, weight, bias=None, activation="silu", initial_state=None, output_final_state=False, **kwargs):
-    """Compute ``conv.causal_conv1d``, which runs itself when it continues from a state (one token at a time)."""
+    """Compute ``conv.causal_conv1d``, which runs itself where there is a state (one token at a time)."""
     if initial_state is not None:
         return conv.causal_conv1d(x, weight, bias, activation, initial_state, output_final_state, **kwargs)
     y, _ = fla_conv1d(x=x, weight=weight, bias=bias, activation=activation)
@@ -52,9 +52,7 @@ def causal_conv1d(x, weight, bias=None, activation="silu", initial_state=None, o
 
 
 def rms_norm(x, weight, eps):
-    """Compute ``norm.rms_norm``. torch's own kernels are used except for the gradient of a trained weight, which is
-    slow.
-    """
+    """Compute ``norm.rms_norm`` with torch's own kernels, but for the gradient of a trained weight, which is slow."""
     trained = weight is not None and weight.requires_grad and torch.is_grad_enabled()
     return (triton_pointwise if trained and weight.dtype == x.dtype else norm).rms_norm(x, weight, eps)
 
@@ -74,14 +72,12 @@ def gated_rms_norm(x, z, weight, eps, group_size=None, norm_before_gate=True, ac
 
 
 def chunk_kda(q, k, v, g, beta, *, A_log=None, **kwargs):
-    """Compute ``kda.chunk_kda``. fla's kernel computes the decay and saves only the decay's inputs for the backward
-    pass.
-    """
+    """Compute ``gated_delta.chunk_kda``. fla's kernel also computes the decay, whose inputs alone it saves."""
     return fla_chunk_kda(q, k, v, g, beta, A_log=A_log, use_gate_in_kernel=A_log is not None, **kwargs)
 
 
 def step_kda(q, k, v, g, beta, *, A_log=None, **kwargs):
-    """Compute ``kda.recurrent_kda``, without a gradient."""
+    """Compute ``gated_delta.recurrent_kda``, without a gradient."""
     return fused_recurrent_kda(q, k, v, g, beta, A_log=A_log, use_gate_in_kernel=A_log is not None, **kwargs)
 
 
@@ -115,9 +111,7 @@ class _GatedLinearAttention(torch.autograd.Function):
 
 
 def chunk_ssd(x, dt, A, B, C, chunk_size=64, D=None, initial_state=None, output_final_state=False):
-    """Compute ``ssd.ssd_chunk_scan``: state-space duality is gated linear attention with one decay per head and scale
-    1.
-    """
+    """Compute ``ssd.ssd_chunk_scan``, which is gated linear attention with one decay for each head and scale 1."""
     heads = x.shape[2] // B.shape[2]
     if heads > 1:
         B, C = B.repeat_interleave(heads, 2), C.repeat_interleave(heads, 2)

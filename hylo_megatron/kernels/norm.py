@@ -1,4 +1,4 @@
-"""Normalisations with fp32 statistics. Legend: the last dimension is normalised."""
+"""Normalisations of the last dimension with fp32 statistics, SwiGLU, and the distance of hidden states."""
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +57,7 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 
 def swiglu_packed(x: torch.Tensor) -> torch.Tensor:
-    """``[.., gate | up] -> silu(gate) * up``."""
+    """Return ``silu(gate) * up`` for ``x [.., gate | up]``."""
     return swiglu(*x.chunk(2, -1))
 
 

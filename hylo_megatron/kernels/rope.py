@@ -6,10 +6,12 @@ Half-split ("rotate_half", neox) order: pair i consists of dimensions i and i + 
 import functools
 import json
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from hylo_megatron.config.positions import LogScale
 from hylo_megatron.config.rope import checked_rope
 from hylo_megatron.errors import HyLoError
 
@@ -49,6 +51,31 @@ def cos_and_sin(positions: Tensor, frequencies: Tensor, scaling: float) -> tuple
     """Return cosines and sines ``[..., P]`` of positions ``[...]`` for P frequencies, fp32."""
     angles = positions[..., None].float() * frequencies
     return angles.cos() * scaling, angles.sin() * scaling
+
+
+class Angles(NamedTuple):
+    """What the layers of exported models read of positions, fp32. None: the model has no such setting.
+
+    ``cos`` and ``sin`` rotate queries and keys of MLA, and ``scale`` multiplies its queries. ``linear_cos`` and
+    ``linear_sin`` rotate queries and keys of linear layers.
+    """
+
+    cos: Tensor | None
+    sin: Tensor | None
+    scale: Tensor | None
+    linear_cos: Tensor | None = None
+    linear_sin: Tensor | None = None
+
+
+def query_scale(positions: Tensor, log_scale: LogScale) -> Tensor:
+    """Return ``[..., 1]``, by what MLA's queries at positions ``[...]`` are multiplied (``config/positions.py``)."""
+    base, length = log_scale["base"], log_scale["length"]
+    return torch.log(positions[..., None].float().clamp_min(length) + base) / math.log(length + base)
+
+
+def scaled(x: Tensor, scale: Tensor) -> Tensor:
+    """Return ``x * scale``, computed in fp32 or wider, in the dtype of ``x``."""
+    return (x.to(torch.promote_types(x.dtype, torch.float32)) * scale).to(x.dtype)
 
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

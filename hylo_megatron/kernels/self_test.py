@@ -6,6 +6,7 @@ run.
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +25,11 @@ def _random(*shape: int, device) -> Tensor:
     return torch.randn(*shape, generator=generator).to(device, torch.bfloat16)
 
 
-def gdn_case(arch: Architecture, tp: int, device) -> tuple[list[Tensor], Callable]:
-    """Return inputs of the gated delta rule with this model's heads, and a function of kernels and inputs."""
+# Each case returns inputs with a model's sizes on one of ``tp`` ranks, and a function of kernels and these inputs.
+Case = tuple[list[Tensor], Callable]
+
+
+def gdn_case(arch: Architecture, tp: int, device) -> Case:
     g = arch.geometry.gdn
     keys, values = g.num_key_heads // tp, g.num_value_heads // tp
     q, k = (_random(1, LENGTH, keys, g.key_head_dim, device=device) for _ in "qk")
@@ -39,8 +43,8 @@ def gdn_case(arch: Architecture, tp: int, device) -> tuple[list[Tensor], Callabl
     return [q, k.roll(1, 1), v, decay, beta], run
 
 
-def kda_case(arch: Architecture, tp: int, device) -> tuple[list[Tensor], Callable]:
-    """Return the same for Kimi Delta Attention, whose kernel also computes the decay."""
+def kda_case(arch: Architecture, tp: int, device) -> Case:
+    """The kernel also computes the decay."""
     g = arch.geometry.kda
     heads, dim = g.num_heads // tp, g.head_dim
     q, k, v, raw = (_random(1, LENGTH, heads, dim, device=device).roll(i, 1) for i in range(4))
@@ -54,25 +58,18 @@ def kda_case(arch: Architecture, tp: int, device) -> tuple[list[Tensor], Callabl
     return [q, k, v, raw, beta, rate, bias], run
 
 
-def mamba2_case(arch: Architecture, tp: int, device) -> tuple[list[Tensor], Callable]:
-    """Return the same for Mamba-2's scan."""
+def mamba2_case(arch: Architecture, tp: int, device) -> Case:
     g = arch.geometry.mamba2
     heads, groups = g.num_heads // tp, g.num_groups // tp
     x = _random(1, LENGTH, heads, g.head_dim, device=device)
     dt = F.softplus(_random(1, LENGTH, heads, device=device).float() - 2)
     B, C = (_random(1, LENGTH, groups, g.state_size, device=device) for _ in "BC")
     A = -torch.linspace(0.5, 2, heads, device=device)
-
-    def run(kernels: Ops, x, dt, B, C):
-        return kernels.chunk_ssd(x, dt, A, B, C)[0]
-
-    return [x, dt, B, C.roll(1, 1)], run
+    return [x, dt, B, C.roll(1, 1)], lambda kernels, x, dt, B, C: kernels.chunk_ssd(x, dt, A, B, C)[0]
 
 
-def projection_case(arch: Architecture, tp: int, device) -> tuple[list[Tensor], Callable]:
-    """Return the same for a projection of three sections, the second convolved; sequences are interleaved, as in
-    training.
-    """
+def projection_case(arch: Architecture, tp: int, device) -> Case:
+    """Three sections, the second convolved; sequences are interleaved, as in training."""
 
     def run(kernels: Ops, x, weight):
         return torch.cat(kernels.split_convolve(x.transpose(0, 1), weight, None, (64, 128, 18), start=64), -1)
@@ -80,28 +77,19 @@ def projection_case(arch: Architecture, tp: int, device) -> tuple[list[Tensor], 
     return [_random(LENGTH, 2, 224, device=device), _random(128, 4, device=device)], run
 
 
-def _norm_case(dim: int, activation: str, device) -> tuple[list[Tensor], Callable]:
-    """Return the same for the gated norm within heads."""
+def norm_case(dim_of: Callable, activation: str, arch: Architecture, tp: int, device) -> Case:
+    """The gated norm within heads."""
 
     def run(kernels: Ops, x, gate, weight):
         return kernels.gated_rms_norm(x, gate, weight, 1e-5, activation=activation)
 
+    dim = dim_of(arch.geometry)
     x, gate = (_random(1, LENGTH, 4, dim, device=device) for _ in range(2))
     return [x, gate.roll(1, 1), _random(dim, device=device) + 1], run
 
 
-def gdn_norm_case(arch: Architecture, tp: int, device) -> tuple[list[Tensor], Callable]:
-    """Return the same for the gated norm of Gated DeltaNet."""
-    return _norm_case(arch.geometry.gdn.value_head_dim, "silu", device)
-
-
-def kda_norm_case(arch: Architecture, tp: int, device) -> tuple[list[Tensor], Callable]:
-    """Return the same for the gated norm of Kimi Delta Attention."""
-    return _norm_case(arch.geometry.kda.head_dim, "sigmoid", device)
-
-
-def mlp_case(arch: Architecture, tp: int, device) -> tuple[list[Tensor], Callable]:
-    """Return the same for norm, SwiGLU and the distance of layer-wise distillation, one after another."""
+def mlp_case(arch: Architecture, tp: int, device) -> Case:
+    """Norm, SwiGLU and the distance of layer-wise distillation, one after another."""
 
     def run(kernels: Ops, x, weight, target):
         return kernels.distance(kernels.swiglu_packed(kernels.rms_norm(x, weight, 1e-5)), target.detach())
@@ -111,13 +99,14 @@ def mlp_case(arch: Architecture, tp: int, device) -> tuple[list[Tensor], Callabl
     return [_random(1, LENGTH, width, device=device), _random(width, device=device) + 1, target], run
 
 
+_EVERY = {"projection": projection_case, "MLP": mlp_case}
+_GDN_NORM = partial(norm_case, lambda geometry: geometry.gdn.value_head_dim, "silu")
+_KDA_NORM = partial(norm_case, lambda geometry: geometry.kda.head_dim, "sigmoid")
 CASES = {
-    "gdn": {"gated delta rule": gdn_case, "gated norm": gdn_norm_case, "projection": projection_case,
-            "MLP": mlp_case},
-    "kda": {"Kimi delta attention": kda_case, "gated norm": kda_norm_case, "projection": projection_case,
-            "MLP": mlp_case},
-    "mamba2": {"state-space scan": mamba2_case, "projection": projection_case, "MLP": mlp_case},
-}  # fmt: skip
+    "gdn": {"gated delta rule": gdn_case, "gated norm": _GDN_NORM, **_EVERY},
+    "kda": {"Kimi delta attention": kda_case, "gated norm": _KDA_NORM, **_EVERY},
+    "mamba2": {"state-space scan": mamba2_case, **_EVERY},
+}
 
 
 def errors_of(run: Callable, kernels: Ops, inputs: list[Tensor]) -> list[float]:

@@ -4,12 +4,14 @@ Legend: B batch, S sequence, H heads, P head dim, G groups (heads g*H/G .. share
 [B,H,P,N] as in mamba_ssm.
 """
 
-import torch
+from collections.abc import Callable
 
-from hylo_megatron.kernels.chunked import chunked_scan, compute_dtype
+from torch import Tensor
+
+from hylo_megatron.kernels.chunked import chunked_scan, compute_dtype, recurrent_scan
 
 
-def skip(out: torch.Tensor, x: torch.Tensor, D: torch.Tensor | None) -> torch.Tensor:
+def skip(out: Tensor, x: Tensor, D: Tensor | None) -> Tensor:
     """Return ``out + x D``, with D [H] or [H,P]."""
     if D is None:
         return out
@@ -17,16 +19,17 @@ def skip(out: torch.Tensor, x: torch.Tensor, D: torch.Tensor | None) -> torch.Te
 
 
 def ssd_chunk_scan(
-    x: torch.Tensor,
-    dt: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
     chunk_size: int = 64,
-    D: torch.Tensor | None = None,
-    initial_state: torch.Tensor | None = None,
+    D: Tensor | None = None,
+    initial_state: Tensor | None = None,
     output_final_state: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    scan: Callable = chunked_scan,
+) -> tuple[Tensor, Tensor | None]:
     """Run the scan in chunks.
 
     x [B,S,H,P], dt [B,S,H] (after softplus), A [H] (negative), B, C [B,S,G,N], D [H] or [H,P] -> y [B,S,H,P] in
@@ -35,29 +38,10 @@ def ssd_chunk_scan(
     dtype = compute_dtype(x, dt, A, B, C)
     dt = dt.to(dtype)
     state = None if initial_state is None else initial_state.mT
-    out, state = chunked_scan(C, B, x * dt.unsqueeze(-1), dt * A.to(dtype), None, 1.0, state, chunk_size)
+    out, state = scan(C, B, x * dt.unsqueeze(-1), dt * A.to(dtype), None, 1.0, state, chunk_size)
     return skip(out, x, D).to(x.dtype), state.mT if output_final_state else None
 
 
-def recurrent_ssd(
-    x: torch.Tensor,
-    dt: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    D: torch.Tensor | None = None,
-    initial_state: torch.Tensor | None = None,
-    output_final_state: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Run ``ssd_chunk_scan`` one token at a time: for decoding, and as the reference in tests."""
-    dtype = compute_dtype(x, dt, A, B, C)
-    batch, length, heads, head_dim = x.shape
-    dt = dt.to(dtype)
-    B, C = (t.to(dtype).repeat_interleave(heads // t.shape[2], 2) for t in (B, C))
-    decay, write = (dt * A.to(dtype)).exp(), x.to(dtype) * dt.unsqueeze(-1)
-    state = write.new_zeros(batch, heads, head_dim, B.shape[-1]) if initial_state is None else initial_state.to(dtype)
-    outs = []
-    for t in range(length):
-        state = state * decay[:, t, :, None, None] + write[:, t, :, :, None] * B[:, t, :, None, :]
-        outs.append(torch.einsum("bhpn,bhn->bhp", state, C[:, t]))
-    return skip(torch.stack(outs, 1), x, D).to(x.dtype), state if output_final_state else None
+def recurrent_ssd(x, dt, A, B, C, D=None, initial_state=None, output_final_state=False):
+    """Run ``ssd_chunk_scan`` one token at a time."""
+    return ssd_chunk_scan(x, dt, A, B, C, 1, D, initial_state, output_final_state, recurrent_scan)

@@ -26,7 +26,8 @@ def model_fields(arch: Architecture) -> dict:
         rotary_interleaved=False, multi_latent_attention=False,
     )  # fmt: skip
     for kind in dict.fromkeys(arch.plan):
-        fields |= MIXERS[kind].part("megatron_module").config_fields(arch)
+        table, g = MIXERS[kind].part("megatron_module").TRANSFORMER_FIELDS, getattr(arch.geometry, kind, None)
+        fields |= {field: getattr(g, name) for field, name in table.items()}
     return fields
 
 

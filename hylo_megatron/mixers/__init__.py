@@ -3,25 +3,23 @@
 A mixer's folder has the same few files, each imported only where its library is installed:
 
     __init__.py          ``MIXER``: the entry of the registry; no torch
-    geometry.py          dimensions, presets and what refuses them; no torch
+    geometry.py          dimensions, their names in ``config.json``, presets and what refuses them; no torch
     mapping.py           weights: Hugging Face names and shapes, Megatron names
     initialise.py        the mixer from a base model's attention
     megatron_module.py   the layer for megatron-core, with tensor and context parallelism
-    state_passing.py     linear blocks: their recurrence over a sequence that ranks share
-    hf_config.py         the dimensions as fields of ``config.json``; no torch
     hf_module.py         the layer for transformers
     serving.py           the dimensions that vLLM runs, and the settings of vLLM that fit them; no torch, no vLLM
     vllm_weights.py      exported tensors as vLLM's parameters; no vLLM
     vllm_module.py       the layer for vLLM and the shapes of its states
     memory.py            bytes of training and of serving; no torch
 
-What several mixers share stands beside the folders under the same names, and in ``megatron_*.py``, ``hf_layers.py``
+What several mixers share stands beside the folders under the same names, and in ``megatron_*.py``, ``hf_*.py``
 and ``vllm_*.py``.
 
 To add a mixer: write its folder and name it in ``registry.py``.
 """
 
 from hylo_megatron.mixers.mixer import BaseHeads, Mixer
-from hylo_megatron.mixers.registry import CACHED, FAST_SUFFIXES, FP32_SUFFIXES, LINEAR, MIXERS, mixer
+from hylo_megatron.mixers.registry import CACHED, FAST_SUFFIXES, FP32_SUFFIXES, LINEAR, MIXERS
 
-__all__ = ["CACHED", "FAST_SUFFIXES", "FP32_SUFFIXES", "LINEAR", "MIXERS", "BaseHeads", "Mixer", "mixer"]
+__all__ = ["CACHED", "FAST_SUFFIXES", "FP32_SUFFIXES", "LINEAR", "MIXERS", "BaseHeads", "Mixer"]

@@ -9,7 +9,8 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from hylo_megatron import kernels
-from hylo_megatron.kernels.rope import cos_and_sin, rope_frequencies, turn
+from hylo_megatron.config.positions import rotary_width
+from hylo_megatron.kernels.rope import Angles, cos_and_sin, query_scale, rope_frequencies, scaled, turn
 
 
 class HyLoRMSNorm(nn.Module):
@@ -22,10 +23,14 @@ class HyLoRMSNorm(nn.Module):
 
 
 class HyLoGateNorm(HyLoRMSNorm):
-    """RMSNorm of ``x``, times SiLU of ``gate``, in one kernel."""
+    """RMSNorm of ``x``, times ``activation`` (``silu`` or ``sigmoid``) of ``gate``, in one kernel."""
+
+    def __init__(self, size: int, eps: float, activation: str = "silu"):
+        super().__init__(size, eps)
+        self.activation = activation
 
     def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-        return kernels.ops_for(x).gated_rms_norm(x, gate, self.weight, self.eps)
+        return kernels.ops_for(x).gated_rms_norm(x, gate, self.weight, self.eps, activation=self.activation)
 
 
 class HyLoKeyNorm(HyLoRMSNorm):
@@ -62,50 +67,36 @@ def is_plain_linear(layer: nn.Module) -> bool:
     return type(layer) is nn.Linear and type(layer.weight) is nn.Parameter and layer.bias is None and not hooked
 
 
-class KeepsFp32(nn.Module):
-    """Base of linear mixers. Parameters in ``fp32_names`` stay fp32 in ``.to(bfloat16)``: rounding changes decays."""
-
-    fp32_names: tuple[str, ...] = ()
-
-    def initial_values(self) -> None:
-        """Fill the parameters in ``fp32_names`` through ``transformers.initialization``, for a model that is new."""
-        raise NotImplementedError
-
-    def _apply(self, fn, recurse=True):
-        kept = {id(getattr(self, name)) for name in self.fp32_names}
-
-        def apply(tensor):
-            moved = fn(tensor)
-            if id(tensor) not in kept or moved.dtype == tensor.dtype:
-                return moved
-            return tensor.to(moved.device)
-
-        return super()._apply(apply, recurse)
-
-
-def fp32_parameter(size: int) -> nn.Parameter:
-    return nn.Parameter(torch.zeros(size, dtype=torch.float32))
-
-
 class Rotation:
-    """Cosines and sines [B,S,P/2] of positions [B,S]. Frequencies are computed on first use and never saved."""
+    """``Angles`` of positions [B,S], tensors [B,S,..]. Frequencies are computed once and never saved."""
 
     def __init__(self, config: PreTrainedConfig):
-        self.config, self.by_device = config, {}
+        self.config, self.frequencies = config, {}
 
-    def __call__(self, positions_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        device, config = positions_BS.device, self.config
-        if device not in self.by_device:
-            frequencies, scaling = rope_frequencies(
-                config.rope_parameters, config.qk_rope_head_dim, config.max_position_embeddings
-            )
-            self.by_device[device] = frequencies.to(device), scaling
-        return cos_and_sin(positions_BS, *self.by_device[device])
+    def __call__(self, positions_BS: torch.Tensor) -> Angles:
+        config = self.config
+        width = rotary_width(config.linear_type, config.geometry()) if config.linear_rope else 0
+        mla = self._cos_and_sin(positions_BS, config.qk_rope_head_dim if config.mla_rope else 0)
+        scale = query_scale(positions_BS, config.log_scale) if config.log_scale else None
+        return Angles(*mla, scale, *self._cos_and_sin(positions_BS, width))
+
+    def _cos_and_sin(self, positions_BS: torch.Tensor, width: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        if not width:
+            return None, None
+        key, config = (positions_BS.device, width), self.config
+        if key not in self.frequencies:
+            frequencies, scaling = rope_frequencies(config.rope_parameters, width, config.max_position_embeddings)
+            self.frequencies[key] = frequencies.to(positions_BS.device), scaling
+        return cos_and_sin(positions_BS, *self.frequencies[key])
 
 
-def rotate(x_BSHP: torch.Tensor, cos_BSp: torch.Tensor, sin_BSp: torch.Tensor) -> torch.Tensor:
-    """Rotate the last dimension of ``x``; all heads of a position turn alike."""
-    return turn(x_BSHP, cos_BSp.unsqueeze(2), sin_BSp.unsqueeze(2))
+def rotate(x_BSHP: torch.Tensor, cos_BSp: torch.Tensor | None, sin_BSp: torch.Tensor | None) -> torch.Tensor:
+    """Rotate the last dimension of ``x``; all heads of a position turn alike. Without angles ``x`` is returned."""
+    return x_BSHP if cos_BSp is None else turn(x_BSHP, cos_BSp.unsqueeze(2), sin_BSp.unsqueeze(2))
+
+
+def scale_queries(query_BSHK: torch.Tensor, scale_BS1: torch.Tensor | None) -> torch.Tensor:
+    return query_BSHK if scale_BS1 is None else scaled(query_BSHK, scale_BS1.unsqueeze(2))
 
 
 def real_tokens(real_BS: torch.Tensor | None) -> torch.Tensor | None:

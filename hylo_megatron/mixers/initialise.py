@@ -9,21 +9,26 @@ A mixer's ``initialise.py`` has
 
 ``layer`` is an ``init.teacher.AttentionLayer``; weights have Hugging Face names without the layer's prefix.
 
-Calibrated linear blocks start as a linear attention whose heads are the teacher's. Convolutions are identities. Output
-gates are open: their input is a constant, which the data's constant direction supplies without a bias. Each head's
-decay is the one, of a few, whose output correlates best with the output of the teacher's head.
+Calibrated linear blocks start as a linear attention whose heads are the teacher's (``linear_heads``). Convolutions are
+identities. Output gates are open: their input is a constant, which the data's constant direction supplies without a
+bias. Each head's decay is the one, of a few, whose output correlates best with the output of the teacher's head.
 
 Legend: N tokens, B batch, S sequence, H query heads, G key-value heads, K head dim, D model, h heads of the block,
 t decay times.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hylo_megatron.config import Architecture
 
 DECAY_TIMES = (3.0, 12.0, 48.0, 192.0, 768.0, 3072.0)  # tokens until a head's state has decayed to 1/e
 OPEN_GATE = 2.0
+OPEN_SILU = F.silu(torch.tensor(OPEN_GATE)).item()  # a gate at its start
 _CALIBRATION_TOKENS = 2048  # enough to rank decays, which is all that the scans here are for
 
 
@@ -92,18 +97,57 @@ def choose_heads(layer, arch: Architecture, count: int) -> Tensor:
     return energy.topk(count).indices.sort().values.cpu()
 
 
-def unit_heads(weight_hKD: Tensor, x_BSD: Tensor) -> Tensor:
+@dataclass(frozen=True, kw_only=True)
+class LinearHeads:
+    """A linear attention whose heads stand for the teacher's.
+
+    ``q``, ``k``, ``v`` [h,K,D] and the columns ``out`` [D,h,K] of the output projection; ``factor`` [h] maps a head's
+    normed output onto that of the teacher's head, and ``dt_bias`` [h] makes its decay. ``open_gate`` [D] is a row of a
+    gate's projection that gives ``OPEN_GATE`` at every token.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    factor: Tensor
+    dt_bias: Tensor
+    open_gate: Tensor
+
+
+def linear_heads(
+    layer, arch: Architecture, count: int, scan: Callable, *, eps: float, rms: float = 1.0
+) -> LinearHeads:
+    """Return ``count`` heads whose queries, keys and values have the root mean square ``rms`` on the data.
+
+    ``scan(q, k, v, x_BSD, times)`` returns the block's outputs before its norm with ``eps``, ``[B,S,h,t,K]``.
+    """
+    heads = arch.num_attention_heads
+    q_HKD, k_GKD, v_GKD = linearised_qkv(layer, arch)
+    chosen = choose_heads(layer, arch, count).to(q_HKD.device)
+    group = chosen // (heads // arch.num_key_value_heads)
+    rows = slice(0, max(1, _CALIBRATION_TOKENS // layer.inputs_BSD.shape[1]))
+    x, times = layer.inputs_BSD[rows], torch.tensor(DECAY_TIMES, device=q_HKD.device)
+    q, k, v = (rms * _unit_heads(w, x) for w in (q_HKD[chosen], k_GKD[group], v_GKD[group]))
+    best, factor = _best_decay(scan(q, k, v, x, times), layer.heads_BSHK[rows][:, :, chosen], eps)
+    return LinearHeads(
+        q=q,
+        k=k,
+        v=v,
+        out=layer["self_attn.o_proj.weight"].unflatten(1, (heads, -1))[:, chosen],
+        factor=factor,
+        dt_bias=inverse_softplus(1 / times[best]),
+        open_gate=OPEN_GATE * constant_direction(layer.inputs_BSD.flatten(0, 1)),
+    )
+
+
+def _unit_heads(weight_hKD: Tensor, x_BSD: Tensor) -> Tensor:
     """Scale each head's rows so that its output has unit mean square on the data."""
     out = torch.einsum("bsd,hkd->bshk", x_BSD, weight_hKD)
     return weight_hKD / out.square().mean((0, 1, 3)).sqrt().clamp_min(1e-6)[:, None, None]
 
 
-def calibration_rows(layer) -> slice:
-    """Return the sequences that rank decays."""
-    return slice(0, max(1, _CALIBRATION_TOKENS // layer.inputs_BSD.shape[1]))
-
-
-def best_decay(outputs_BShtK: Tensor, target_BShK: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _best_decay(outputs_BShtK: Tensor, target_BShK: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Return per head the index of the best decay and the factor that maps its normed output onto the target."""
     o = outputs_BShtK * torch.rsqrt(outputs_BShtK.square().mean(-1, keepdim=True) + eps)
     y = target_BShK.unsqueeze(3)

@@ -57,16 +57,10 @@ class Concat(Mapping):
 
 
 @dataclass(frozen=True)
-class Rows(Mapping):
-    """One HF tensor is the rows of several Megatron tensors, in order."""
+class Rows(Concat):
+    """One HF tensor is the rows of several Megatron tensors, in order: ``Concat`` the other way round."""
 
-    rows: tuple[int, ...] = ()
-
-    def to_megatron(self, hf):
-        return list(hf[0].split(self.rows, 0))
-
-    def to_hf(self, megatron):
-        return [_join(megatron)]
+    to_megatron, to_hf = Concat.to_hf, Concat.to_megatron
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 A mixer's ``megatron_module.py`` has
 
-    config_fields    what the mixer adds to a ``TransformerConfig``
-    layer_spec       the spec of the layer that holds the mixer, for its slot in ``HybridStackSubmodules``
+    TRANSFORMER_FIELDS    fields of ``TransformerConfig`` that the mixer fills, and those of its geometry
+    layer_spec            the spec of the layer that holds the mixer, for its slot in ``HybridStackSubmodules``
 
 Legend: S sequence, B batch, H heads, d head dimension.
 """
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
-from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
 
@@ -32,6 +32,20 @@ class Backend:
     projection: type
     row_linear: type
     core_attention: type
+
+    def column(self, inputs: int, outputs: int, config, tp_group, kind: type | None = None) -> nn.Module:
+        """Return a projection without bias whose outputs tensor-parallel ranks share."""
+        return build_module(
+            kind or self.column_linear, inputs, outputs, config=config, init_method=config.init_method,
+            gather_output=False, bias=False, skip_bias_add=False, is_expert=False, tp_group=tp_group,
+        )  # fmt: skip
+
+    def row(self, inputs: int, outputs: int, config, tp_group) -> nn.Module:
+        """Return a mixer's last projection, without bias, whose inputs tensor-parallel ranks share."""
+        return build_module(
+            self.row_linear, inputs, outputs, config=config, init_method=config.output_layer_init_method, bias=False,
+            input_is_parallel=True, skip_bias_add=True, is_expert=False, tp_group=tp_group,
+        )  # fmt: skip
 
 
 class RMSNorm(nn.Module):

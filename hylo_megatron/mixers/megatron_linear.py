@@ -9,45 +9,30 @@ context-parallel group of one rank.
 from collections.abc import Callable
 from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from torch import Tensor
 
 from hylo_megatron.config import Architecture
 from hylo_megatron.config.layout import passes_states
+from hylo_megatron.config.positions import rotary_width
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.kernels import ops_for
 from hylo_megatron.kernels.norm import wide
+from hylo_megatron.mixers.megatron_layers import Rotary
 from hylo_megatron.mixers.mixer import Mixer
 from hylo_megatron.parallel.state_passing import kernels_across, without_context_parallelism
 
 
 def sharing(entry: Mixer, arch: Architecture, linear_cp: str) -> dict:
-    """Return the parameters of ``SharedSequence`` for a mixer. ``linear_cp``: ``--hylo-linear-cp``."""
-    return {"heads": getattr(entry.dimensions(arch.geometry), entry.heads[1]), "linear_cp": linear_cp}
-
-
-class FP32Parameters:
-    """Base of modules whose parameters ``fp32_names`` stay fp32 in a 16-bit model.
-
-    Rounding A_log or dt_bias to bf16 changes the decay, and -inf in A_log has killed runs. ``Float16Module`` casts the
-    complete model; overriding ``_apply`` keeps the named parameters out of it.
-    """
-
-    fp32_names: tuple[str, ...] = ()
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        for name in self.fp32_names:
-            getattr(self, name).data = wide(getattr(self, name).data)
-
-    def _apply(self, fn, recurse=True):
-        kept = {name: getattr(self, name).data for name in self.fp32_names}
-        super()._apply(fn, recurse)
-        for name, before in kept.items():
-            parameter = getattr(self, name)
-            if parameter.dtype != before.dtype:
-                parameter.data = before.to(parameter.device)
-        return self
+    """Return the parameters of ``LinearMixer`` for a mixer. ``linear_cp``: ``--hylo-linear-cp``."""
+    rotary = Rotary(arch, rotary_width(entry.name, arch.geometry)) if arch.linear_rope else None
+    return {
+        "heads": getattr(entry.dimensions(arch.geometry), entry.heads[1]),
+        "linear_cp": linear_cp,
+        "rotary": rotary,  # one for all layers
+    }
 
 
 class AlignedColumnParallelLinear(ColumnParallelLinear):
@@ -65,28 +50,58 @@ class AlignedColumnParallelLinear(ColumnParallelLinear):
         return super()._forward_impl(input, F.pad(weight, (0, 0, 0, missing)) if missing else weight, *args, **kwargs)
 
 
-class SharedSequence:
-    """Base of linear blocks under context parallelism.
+class LinearMixer:
+    """Base of linear blocks: decay parameters in fp32, and context parallelism.
+
+    The parameters ``fp32_names`` stay fp32 in a 16-bit model. Rounding A_log or dt_bias to bf16 changes the decay, and
+    -inf in A_log has killed runs. ``Float16Module`` casts the complete model; ``_apply`` keeps the parameters out of
+    the cast.
 
     ``heads``: those that the all-to-all would deal out. ``across_ranks``: the mixer's own kernels with states that
     pass between ranks, by their names in ``kernels.Ops``. Sets ``kernels``, which chooses kernels by tensor, and
     ``chunks``, the parts of a sequence that a rank has: 2 where states are passed, else 1.
     """
 
+    fp32_names: tuple[str, ...] = ()
     across_ranks: ClassVar[dict[str, Callable]] = {}
 
-    def __init__(self, config, *args, heads: int, pg_collection=None, linear_cp: str = "auto", **kwargs):
+    def __init__(self, config, *args, heads: int, pg_collection=None, linear_cp: str = "auto",
+                 rotary: Rotary | None = None, **kwargs):  # fmt: skip
         tp, cp = pg_collection.tp.size(), pg_collection.cp.size()
         states = passes_states(linear_cp, heads, tp, cp)
         groups = without_context_parallelism(pg_collection) if states else pg_collection
         super().__init__(config, *args, pg_collection=groups, **kwargs)
-        self.chunks, self.kernels = 1, ops_for
+        self.chunks, self.kernels, self.rotary, self.ranks = 1, ops_for, rotary, (1, 0)
         if states:
+            self.ranks = cp, pg_collection.cp.rank()
             self.chunks, self.kernels = 2, kernels_across(pg_collection.cp, self.across_ranks)
         for module in self.modules():
             if isinstance(module, AlignedColumnParallelLinear):
                 module.exact_width = cp > 1 and not states
+        for name in self.fp32_names:
+            getattr(self, name).data = wide(getattr(self, name).data)
+
+    def _apply(self, fn, recurse=True):
+        kept = {name: getattr(self, name).data for name in self.fp32_names}
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            parameter = getattr(self, name)
+            if parameter.dtype != before.dtype:
+                parameter.data = before.to(parameter.device)
+        return self
+
+    def rotate(self, *parts_BSHK: Tensor) -> tuple[Tensor, ...]:
+        """Rotate queries and keys ``[B,S,H,K]`` at the positions of this rank's rows, if the model does so."""
+        return parts_BSHK if self.rotary is None else tuple(map(self._rotated, parts_BSHK))
+
+    def _rotated(self, x_BSHK: Tensor) -> Tensor:
+        table = self.rotary.table(self.chunks * x_BSHK.shape[1], *self.ranks, x_BSHK.device)
+        rows = zip(x_BSHK.chunk(self.chunks), *(side.chunk(self.chunks) for side in table), strict=True)
+        turned = [ops_for(x).rotate(x.transpose(0, 1), cos, sin).transpose(0, 1) for x, cos, sin in rows]
+        return torch.cat(turned) if self.chunks > 1 else turned[0]
 
     def refuse_packed(self, packed_seq_params) -> None:
         if packed_seq_params is not None:
+            if self.rotary is not None:
+                raise HyLoError("packed sequences: linear_rope rotates by the place in a row; use --linear-rope off")
             raise HyLoError("packed sequences under context parallelism need --hylo-linear-cp a2a")

@@ -66,12 +66,21 @@ def aligned(width: int) -> int:
     return -(-width // 16) * 16
 
 
-def projection(width: int, arch: Architecture, at: Share, exact: bool) -> int:
+def projection(entry: Mixer, width: int, arch: Architecture, at: Share) -> int:
     """Return bytes that an aligned projection of ``width`` a rank keeps: its output, and the copy of its weight that
-    ends in zeros. ``exact``: the all-to-all takes it without."""
-    if exact:
+    ends in zeros. The all-to-all takes the output without zeros."""
+    if at.layout.cp > 1 and not shares_states(entry, arch, at):
         return at.inner(width)
     return at.inner(aligned(width)) + (2 * aligned(width) * arch.hidden_size if width % 16 else 0)
+
+
+def delta_rule_states(heads: int, key: int, value: int, at: Share) -> int:
+    """Return bytes that the delta rule keeps for states that pass between ranks.
+
+    K more values a head come out as ``read``. Beside them are states of the rank's own chunks and transfers of others.
+    """
+    others = (2 * at.layout.cp - 1) / 2
+    return at.inner(2 * heads * key) + at.states(int(heads * key * (key + 2.5 * value + others * key)))
 
 
 def shares_states(entry: Mixer, arch: Architecture, at: Share) -> bool:

@@ -37,6 +37,7 @@ class Mixer:
     fp32: tuple[str, ...] = ()  # parameters that stay fp32 in a 16-bit model, by their last name
     fast: tuple[str, ...] = ()  # parameters that learn at --hylo-decay-lr-mult times the rate
     heads: tuple[str, str] = ("", "")  # (title, geometry field): what TP, and CP by all-to-all, must divide
+    rotary: str = ""  # of linear blocks: the geometry field with the head size of queries and keys that can rotate
     multiples: tuple[tuple[str, str], ...] = ()  # geometry fields (many, few): many must be a multiple of few
 
     @property

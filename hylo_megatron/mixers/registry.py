@@ -23,8 +23,3 @@ def _suffixes(field: str) -> tuple[str, ...]:
 
 FP32_SUFFIXES = _suffixes("fp32")  # of parameters that stay fp32 in a 16-bit model, Megatron's names or Hugging Face's
 FAST_SUFFIXES = _suffixes("fast")  # of those that learn at --hylo-decay-lr-mult times the rate
-
-
-def mixer(name: str) -> Mixer:
-    """Return the entry of ``name``."""
-    return MIXERS[name]

@@ -1,4 +1,10 @@
-"""What the mixers' ``serving.py`` share: what they are told, and what they return. No torch or vLLM in here."""
+"""What the mixers' ``serving.py`` share: what they are told, and what they return. No torch or vLLM in here.
+
+A mixer's ``serving.py`` has
+
+    served      what vLLM runs for trained dimensions and a ``Target``
+    settings    changes settings of vLLM to fit the dimensions
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -34,3 +40,12 @@ class ServedPart:
 def trained_geometry(config) -> Geometry:
     """Return the geometry of the exported weights; ``config`` holds the served one in its own fields."""
     return Geometry.from_dict(config.trained_geometry)
+
+
+def as_trained(geometry, target: Target) -> ServedPart:
+    """Return the trained dimensions."""
+    return ServedPart(geometry=geometry)
+
+
+def no_settings(vllm_config, *, on_gpu: bool) -> None:
+    """Change nothing."""

@@ -34,6 +34,16 @@ class Rule:
     pad: Callable[[Tensor, Sizes], Tensor] | None = None
 
 
+def same(*names: str) -> dict[str, Rule]:
+    """Return rules for tensors of a linear mixer that have the same name in vLLM."""
+    return {f"mixer.{name}": Rule() for name in names}
+
+
+def merged(target: str, *names: str, pad: Callable[[Tensor, Sizes], Tensor] | None = None) -> dict[str, Rule]:
+    """Return rules for weights of a linear mixer that are, in this order, the parts of one weight in vLLM."""
+    return {f"mixer.{name}.weight": Rule(f"mixer.{target}.weight", part, pad) for part, name in enumerate(names)}
+
+
 def pad(x: Tensor, dim: int, size: int) -> Tensor:
     """Return ``x`` with zeros behind it in ``dim``."""
     missing = size - x.shape[dim]

@@ -50,10 +50,7 @@ def attend_plain_backward(d_out, q, k, v, out, lse, causal: bool, scale: float) 
 
 
 def _one_width(*parts: Tensor) -> list[Tensor]:
-    """Return ``parts`` padded with zeros to one width, a multiple of 8.
-
-    Flash attention on a GPU needs such a width, and heads may have 100 dimensions.
-    """
+    """Return ``parts`` padded with zeros to one width, a multiple of 8, which flash attention on a GPU needs."""
     width = max(part.shape[-1] for part in parts)
     width += -width % 8
     return [F.pad(part, (0, width - part.shape[-1])) for part in parts]

@@ -5,10 +5,10 @@ recurrences of linear blocks are linear in their state, so over a chunk
 
     last state = transfer · start + written        o_t = o_t from a zero state + read_t · start
 
-with ``transfer`` and ``read_t`` that do not depend on the values. One scan from zero gives all four (a mixer's
-``state_passing.py``). Then ``transfer`` and ``written`` of all chunks are gathered, and each rank composes those
-before its own (``starts``). Backward is the transpose: the gradients of all ``start`` are gathered, and each rank
-composes those after its own. The kernels are those of a complete sequence, forward and backward, once each.
+with ``transfer`` and ``read_t`` that do not depend on the values. One scan from zero gives all four
+(``mixers/state_passing.py``). Then ``transfer`` and ``written`` of all chunks are gathered, and each rank composes
+those before its own (``starts``). Backward is the transpose: the gradients of all ``start`` are gathered, and each
+rank composes those after its own. The kernels are those of a complete sequence, forward and backward, once each.
 
 Legend: B rows (two for each sequence of this rank), S positions of a chunk, C channels, H value heads, K key dim,
 V value dim; n ranks, and 2n chunks in the order of the sequence.
@@ -130,9 +130,7 @@ def starts(transfer: Tensor, written: Tensor, group) -> Tensor:
 
 
 def split_convolve(local: Ops, group, x_BSC: Tensor, weight: Tensor, bias: Tensor | None, sizes, start: int = 0):
-    """Compute ``conv.split_convolve``; the few positions before a chunk that the taps need come from the previous
-    chunk.
-    """
+    """Compute ``conv.split_convolve``; the positions before a chunk that the taps need come from the chunk before."""
     back, channels = weight.shape[1] - 1, slice(start, start + len(weight))
     if x_BSC.shape[1] < back:
         raise HyLoError(

@@ -45,9 +45,7 @@ class TeacherAhead:
         self.coming = self._request(None)
 
     def _request(self, outgoing_SBC: Tensor | None) -> _Coming:
-        """Send the teacher's state to the next stage, and request the next micro-batch's state from the previous
-        stage.
-        """
+        """Send the teacher's state to the next stage, and request the next micro-batch's from the previous stage."""
         batch, hidden_SBC, operations = next_batch(self.iterator, None), None, []
         if self.after is not None and outgoing_SBC is not None:
             operations.append(dist.P2POp(dist.isend, outgoing_SBC, self.after, self.group))
@@ -79,10 +77,7 @@ class TeacherFed:
         self.feed: TeacherAhead | None = None
 
     def _feed(self, model, iterator, limit: int | None) -> TeacherAhead:
-        """Return the micro-batches of a step.
-
-        ``limit``: number of micro-batches of an evaluation, beyond which the teacher must not read.
-        """
+        """Return the micro-batches of a step, or the first ``limit`` of an evaluation, so that no more are read."""
         inner = get_attr_wrapped_model(model, "teach", return_model_obj=True)
         group = parallel_state.get_pipeline_model_parallel_group()
         if limit is not None:

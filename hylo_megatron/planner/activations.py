@@ -4,8 +4,9 @@
 """
 
 from hylo_megatron.config import Architecture
+from hylo_megatron.config.positions import rotary_width
 from hylo_megatron.mixers import MIXERS
-from hylo_megatron.mixers.memory import Share, SubLayer
+from hylo_megatron.mixers.memory import Share, SubLayer, shares_states
 
 
 def mixer(kind: str, arch: Architecture, at: Share) -> SubLayer:
@@ -15,7 +16,15 @@ def mixer(kind: str, arch: Architecture, at: Share) -> SubLayer:
 
 def tables(arch: Architecture, kinds: set[str], at: Share) -> int:
     """Return bytes that all layers of each of ``kinds`` share, such as rotary tables."""
-    return sum(MIXERS[kind].part("memory").tables(arch, at) for kind in kinds if not MIXERS[kind].linear)
+    linear = {kind for kind in kinds if MIXERS[kind].linear}
+    shared = sum(MIXERS[kind].part("memory").tables(arch, at) for kind in kinds - linear)
+    return shared + sum(_linear_table(kind, arch, at) for kind in linear if arch.linear_rope)
+
+
+def _linear_table(kind: str, arch: Architecture, at: Share) -> int:
+    """Return bytes of fp32 cosines and sines for the positions of this rank, or of all ranks with all-to-all."""
+    ranks = 1 if shares_states(MIXERS[kind], arch, at) else at.layout.cp
+    return 4 * at.length * ranks * rotary_width(kind, arch.geometry)
 
 
 def mlp(arch: Architecture, at: Share, trained: bool) -> SubLayer:

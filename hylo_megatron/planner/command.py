@@ -16,13 +16,14 @@ from math import prod
 from pathlib import Path
 
 from hylo_megatron.config import Architecture, Plan, geometry_preset
+from hylo_megatron.config.geometry import GEOMETRY_HELP
 from hylo_megatron.config.layout import ParallelLayout, Work, check_parallel_layout
 from hylo_megatron.config.pair import check_teacher, check_vocabularies
 from hylo_megatron.config.stages import STAGE_KINDS, TRAIN, stage_kind
 from hylo_megatron.convert.shapes import hf_shapes
 from hylo_megatron.distill.losses import LOSSES, loss_of
-from hylo_megatron.errors import HyLoError, command_line
-from hylo_megatron.flags import Parser, count, positive, share, size
+from hylo_megatron.errors import HyLoError
+from hylo_megatron.flags import Parser, command_line, count, positive, share, size
 from hylo_megatron.json_file import read_json
 from hylo_megatron.planner.pages import Pages, expanded_bytes, pages, row_bytes, state_bytes
 from hylo_megatron.planner.training import Peak, PlannedRun, peaks
@@ -47,7 +48,7 @@ def read(folder: Path) -> Architecture:
 
 
 def weight_bytes(arch: Architecture, tp: int) -> int:
-    """bf16; what is not cut by tensor parallelism is small beside the rest."""
+    """Return bytes in bf16. The tensors that tensor parallelism does not cut are small beside the rest."""
     return 2 * sum(prod(shape) for shape in hf_shapes(arch).values()) // tp
 
 
@@ -87,35 +88,19 @@ def training(student: Architecture, known) -> PlannedRun:
     teacher = read(known.teacher).as_teacher() if known.teacher else replace(student.as_teacher(), mla_qk_norm=False)
     check_teacher(student, teacher, kind)
     check_vocabularies(student, teacher, (known.folder, known.teacher or known.folder))
-    layout = ParallelLayout(
-        tp=known.tp,
-        pp=known.pp,
-        cp=known.cp,
-        sequence_parallel=known.sequence_parallel and known.tp > 1,
-        linear_cp=known.linear_cp,
-    )
+    layout = ParallelLayout(tp=known.tp, pp=known.pp, cp=known.cp, linear_cp=known.linear_cp,
+                            sequence_parallel=known.sequence_parallel and known.tp > 1)  # fmt: skip
     batch = known.global_batch or known.micro_batch * known.dp * known.pp  # enough to fill the pipeline
     work = Work(
-        processes=layout.ranks * known.dp,
-        seq_length=known.sequence,
-        micro_batch=known.micro_batch,
-        global_batch=batch,
+        processes=layout.ranks * known.dp, seq_length=known.sequence, micro_batch=known.micro_batch, global_batch=batch
     )
     check_parallel_layout({"student": student, "teacher": teacher}, layout, work)
-    return PlannedRun(
-        student=student,
-        teacher=teacher,
-        kind=kind,
-        loss=loss_of(kind, known),
-        layout=layout,
-        work=work,
-        train=known.hylo_train or kind.train,
-        recompute=known.recompute,
-    )
+    return PlannedRun(student=student, teacher=teacher, kind=kind, loss=loss_of(kind, known), layout=layout, work=work,
+                      train=known.hylo_train or kind.train, recompute=known.recompute)  # fmt: skip
 
 
 def parts(found: Peak) -> list[tuple[str, int]]:
-    """``loss`` or ``backward``: the one of the two that makes the peak."""
+    """Return the parts of a peak; of loss and backward pass only the larger one counts."""
     last = ("loss", found.loss) if found.loss >= found.backward else ("backward pass", found.backward)
     return [
         ("student parameters", found.student.parameters), ("teacher parameters", found.teacher),
@@ -144,21 +129,15 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("training", "as the flags of hylo_megatron.train").add_argument
     add("--train", choices=tuple(STAGE_KINDS), help="plan this stage of training, not serving")
     add("--teacher", type=Path, help="folder of another teacher than the base model (distill)")
-    add("--pp", type=size, default=1)
-    add("--cp", type=size, default=1)
-    add("--dp", type=size, default=1)
+    for flag in ("--pp", "--cp", "--dp", "--micro-batch"):
+        add(flag, type=size, default=1)
     add("--sequence", type=size, default=2048, help="--seq-length")
-    add("--micro-batch", type=size, default=1)
     add("--global-batch", type=size, help="(default: a micro-batch for each pipeline stage)")
     add("--sequence-parallel", action="store_true")
     add("--linear-cp", choices=("auto", "a2a", "states"), default="auto", help="--hylo-linear-cp")
     add("--hylo-train", choices=TRAIN, help="(default: mixers for ild, all for distill)")
-    add(
-        "--recompute",
-        type=count,
-        default=0,
-        help="--recompute-num-layers of method block: recomputed sub-layers (mixers or MLPs) of a stage",
-    )
+    recompute = "--recompute-num-layers of method block: recomputed sub-layers (mixers or MLPs) of a stage"
+    add("--recompute", type=count, default=0, help=recompute)
     # The losses read these under the names of the trainer's flags.
     add("--loss", dest="hylo_loss", choices=tuple(LOSSES), help="--hylo-loss")
     add("--kl-chunk", dest="hylo_kl_chunk", type=size, default=4096, help="--hylo-kl-chunk (default: the recipes')")
@@ -170,7 +149,7 @@ def main() -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--plan", help="layers of the hybrid that a base model would become, such as 6MLA22GDN")
-    parser.add_argument("--geometry", default="native")
+    parser.add_argument("--geometry", default="native", metavar="PRESET[:RANK+ROPE]", help=GEOMETRY_HELP)
     parser.add_argument("--gpu-gib", type=positive, default=139.8, help="memory of the GPU (default: an H200's)")
     parser.add_argument("--utilization", type=share, default=0.9, help="vLLM's --gpu-memory-utilization")
     parser.add_argument("--tp", type=size, default=1)

@@ -1,4 +1,4 @@
-"""How vLLM lays out the caches of a hybrid on a GPU: arithmetic that matches vLLM 0.26's own (docs/serving.md).
+"""Layout of a hybrid's caches in vLLM on a GPU: arithmetic that matches vLLM 0.26's own (docs/serving.md).
 
 The caches of all layers have pages of one size. A recurrent state takes one page, so the state determines how many
 positions a page of latents holds. Layers are put into groups of one size; a group's blocks go together.
@@ -50,7 +50,7 @@ def state_bytes(served: Served, linear: str, itemsize: int = 2, state_itemsize: 
 
 
 def row_bytes(served: Served, heads: int, itemsize: int = 2, tp: int = 1) -> int:
-    """Bytes of one position of one layer that caches positions, on one rank."""
+    """Return bytes of one position of one layer that caches positions, on one rank."""
     return _CACHED.part("serving").row_bytes(
         _CACHED.dimensions(served.geometry), served.expanded, heads // tp, itemsize
     )
@@ -68,5 +68,5 @@ def pages(served: Served, plan: tuple[str, ...], heads: int, itemsize=2, state_i
 
 
 def expanded_bytes(served: Served, heads: int, itemsize: int = 2, tp: int = 1) -> int:
-    """Bytes of the keys and values of one position, written out for every head of a rank."""
+    """Return bytes of the keys and values of one position, written out for every head of a rank."""
     return _CACHED.part("serving").expanded_row_bytes(_CACHED.dimensions(served.geometry), heads // tp, itemsize)

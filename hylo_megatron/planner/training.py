@@ -120,8 +120,7 @@ def forward_bytes(sub_layers: list[SubLayer], recompute: int) -> int:
 
 
 def backward_bytes(sub_layers: list[SubLayer], recompute: int) -> int:
-    """Return the most that is needed beside ``forward_bytes`` during the backward pass, from the last sub-layer to the
-    first."""
+    """Return the most that the backward pass, from last to first sub-layer, needs beside ``forward_bytes``."""
     beside = most = 0
     for index in reversed(range(len(sub_layers))):
         sub_layer = sub_layers[index]
@@ -179,15 +178,10 @@ def payload_bytes(run: PlannedRun, pipeline_stage: int) -> int:
 
 def head_shape(run: PlannedRun) -> HeadShape:
     return HeadShape(
-        tokens=run.share.tokens,
-        taught=run.taught,
-        rows=run.rows // run.layout.tp,
-        width=run.student.hidden_size,
-        teacher_width=run.teacher.hidden_size,
-        tp=run.layout.tp,
-        sequence_parallel=run.layout.sequence_parallel,
+        tokens=run.share.tokens, taught=run.taught, rows=run.rows // run.layout.tp, width=run.student.hidden_size,
+        teacher_width=run.teacher.hidden_size, tp=run.layout.tp, sequence_parallel=run.layout.sequence_parallel,
         head_trained=run.trains(HEAD),
-    )
+    )  # fmt: skip
 
 
 def _weights(run: PlannedRun, arch: Architecture, pipeline_stage: int, trained: Callable[[str], bool]) -> Weights:
@@ -215,15 +209,11 @@ def peak(run: PlannedRun, pipeline_stage: int) -> Peak:
     reading = teacher_work(run.teacher, at) - held  # the teacher reads before the student does
     gathered = at.inner(max(d, run.teacher.hidden_size)) if layout.sequence_parallel else 0  # megatron's buffer
     return Peak(
-        layers=layers,
-        student=_weights(run, run.student, pipeline_stage, run.trains),
+        layers=layers, student=_weights(run, run.student, pipeline_stage, run.trains),
         teacher=_weights(run, run.teacher, pipeline_stage, lambda _: False).parameters,
-        activations=held * in_flight(run, pipeline_stage) + shared,
-        teacher_states=states,
-        loss=loss,
-        backward=max(backward, reading),
-        workspaces=WORKSPACES + gathered,
-    )
+        activations=held * in_flight(run, pipeline_stage) + shared, teacher_states=states, loss=loss,
+        backward=max(backward, reading), workspaces=WORKSPACES + gathered,
+    )  # fmt: skip
 
 
 def peaks(run: PlannedRun) -> list[Peak]:

@@ -15,17 +15,14 @@ from hylo_megatron.convert.shapes import hf_shapes
 from hylo_megatron.mixers import FP32_SUFFIXES, MIXERS
 
 # Parameters that every tensor-parallel rank has whole; all others are split.
-WHOLE = (
-    "layernorm.weight",
-    "model.norm.weight",
-    *(name for entry in MIXERS.values() for name in entry.part("memory").UNSPLIT),
-)
+_UNSPLIT = (name for entry in MIXERS.values() for name in entry.part("memory").UNSPLIT)
+WHOLE = ("layernorm.weight", "model.norm.weight", *_UNSPLIT)
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """Bytes of one rank."""
+    """Bytes on one rank."""
 
     parameters: int
     gradients: int = 0
@@ -34,7 +31,7 @@ class Weights:
 
 @dataclass(frozen=True, kw_only=True)
 class Shards:
-    """What one rank has of a model. ``rows``: rows of embedding and head on all ranks, with padding."""
+    """Share of a model on one rank. ``rows``: rows of embedding and head on all ranks, with padding."""
 
     rows: int
     tp: int
@@ -50,7 +47,7 @@ class Shards:
         return self.pipeline_stage == self.pp - 1
 
     def has(self, name: str, layers: range) -> bool:
-        """Whether the parameter ``name`` is on this pipeline stage, whose layers are ``layers``."""
+        """Return whether the parameter ``name`` is on this pipeline stage, whose layers are ``layers``."""
         if name.startswith("model.layers."):
             return int(name.split(".")[2]) in layers
         return self.first if name == EMBEDDING else self.last  # the final norm and the head

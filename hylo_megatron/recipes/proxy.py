@@ -10,6 +10,7 @@ from pathlib import Path
 
 from hylo_megatron.config import Architecture, Geometry, geometry_preset
 from hylo_megatron.mixers import MIXERS
+from hylo_megatron.mixers.dimensions import shrunk
 from hylo_megatron.recipes.published import Base, yarn
 from hylo_megatron.recipes.stage import Evaluation, Recipe
 from hylo_megatron.run.source import Source, Step
@@ -45,10 +46,7 @@ def small_geometry(base: Base) -> Geometry:
     g = geometry_preset("published", base.hidden, base.heads, base.head_dim)
     kinds = {name: entry for name, entry in MIXERS.items() if entry.geometry}
     return Geometry(
-        **{
-            name: entry.part("geometry").shrunk(entry.dimensions(g), heads=HEADS, width=WIDTH)
-            for name, entry in kinds.items()
-        }
+        **{name: shrunk(entry, entry.dimensions(g), heads=HEADS, width=WIDTH) for name, entry in kinds.items()}
     )
 
 

@@ -8,8 +8,7 @@ import torch
 
 from hylo_megatron.config import Plan
 from hylo_megatron.config.layout import ParallelLayout
-from hylo_megatron.errors import command_line
-from hylo_megatron.flags import Parser, count, share, size
+from hylo_megatron.flags import Parser, command_line, count, share, size
 from hylo_megatron.mixers import LINEAR, MIXERS
 from hylo_megatron.recipes.stage import Evaluation, Recipe, Stage
 from hylo_megatron.run.launch import Processes

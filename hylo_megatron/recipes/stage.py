@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict, dataclass
 from math import ceil
 
-from hylo_megatron.config import Geometry
+from hylo_megatron.config import Geometry, positions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +16,8 @@ class Stage:
 
     ``lr`` is the peak of a cosine schedule. ``mix`` has the shares of the packed data sets that ``run/datasets.py``
     names; without a mix the training text is read unchanged. ``rope`` and ``teacher_rope`` are changes of the rotary
-    embeddings. ``teacher_length`` is the teacher's own context; beyond it the loss is ``ce_beyond`` times the
+    embeddings. ``mla_rope`` and ``log_scale`` (``config/positions.py``) change the student's architecture at the start
+    of the stage. ``teacher_length`` is the teacher's own context; beyond it the loss is ``ce_beyond`` times the
     cross-entropy of the text. ``recompute`` is the number of sub-layers (mixers and MLPs) whose activations are
     recomputed.
     """
@@ -39,6 +40,8 @@ class Stage:
     mix: tuple[tuple[str, float], ...] = ()
     rope: dict | None = None
     teacher_rope: dict | None = None
+    mla_rope: bool | None = None  # None: as the previous stage left it
+    log_scale: str | None = None  # BASE or BASE,LENGTH
     teacher_length: int | None = None
     ce_beyond: float = 1.0
     answer_weight: float = 0.0
@@ -69,6 +72,7 @@ class Stage:
             values["--hylo-rope"] = json.dumps(self.rope)
         if self.teacher_rope:
             values["--hylo-teacher-rope"] = json.dumps(self.teacher_rope)
+        values |= positions.flags(self, "--hylo-")
         if self.recompute:
             values |= {"--recompute-granularity": "full", "--recompute-method": "block",
                        "--recompute-num-layers": self.recompute}  # fmt: skip
@@ -105,6 +109,7 @@ class Recipe:
     layers: int = 30
     text: str = "small"  # the mix of hylo fetch-text
     geometry: str | Geometry = "native"
+    linear_rope: bool = False  # linear layers rotate queries and keys (config/positions.py)
     init: str = "data"  # or "svd", the initialisation of the method's paper
     save_every: int = 20
     seed: int = 1234

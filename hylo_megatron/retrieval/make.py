@@ -12,8 +12,8 @@ import numpy as np
 from hylo_megatron.convert.tokenizer_files import open_tokenizer
 from hylo_megatron.data.token_writer import token_files
 from hylo_megatron.data.tokenizers import TextTokenizer, load_tokenizer
-from hylo_megatron.errors import HyLoError, command_line
-from hylo_megatron.flags import Parser, count, share, size
+from hylo_megatron.errors import HyLoError
+from hylo_megatron.flags import Parser, command_line, count, share, size
 from hylo_megatron.retrieval.chat_format import ChatFormat
 from hylo_megatron.retrieval.haystack import TokenKinds, common_words, open_haystack
 from hylo_megatron.retrieval.samples import SHORTEST, Sample, Samples

@@ -1,4 +1,4 @@
-"""The packed data sets that stages mix: what each name means, and how each is made from the training text."""
+"""Packed data sets that stages mix, made from the training text."""
 
 from pathlib import Path
 
@@ -37,12 +37,5 @@ def make_datasets(recipe: Recipe, folder: Path, tokenizer: Path) -> None:
             pack(source, out, length + 1, long_documents=name == "long")
         else:
             # one worker: samples take seconds, and starting a process takes as long
-            make_retrieval(
-                source,
-                tokenizer,
-                out,
-                length=length + 1,
-                samples=samples,
-                seed=recipe.seed,
-                chat_share=float(name == "chat"),
-            )
+            make_retrieval(source, tokenizer, out, length=length + 1, samples=samples, seed=recipe.seed,
+                           chat_share=float(name == "chat"))  # fmt: skip

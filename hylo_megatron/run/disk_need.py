@@ -27,9 +27,7 @@ def weights_bytes(folder: Path) -> int:
 
 
 def needs(run, student: Architecture, optimizer: bool = True) -> list[tuple[str, int, int]]:
-    """Return ``(name, bytes that stay, bytes during the step)`` of each step of ``run`` that is not done yet, in
-    order.
-    """
+    """Return ``(name, bytes that stay, bytes meanwhile)`` of each step of ``run`` that is not done, in order."""
     source, found = run.source, []
 
     def add(what: str, path: Path, stays: int) -> None:
@@ -56,10 +54,7 @@ def needs(run, student: Architecture, optimizer: bool = True) -> list[tuple[str,
 
 
 def check(run, student: Architecture) -> None:
-    """Refuse a run whose next training cannot save, and warn if the disk will be full before the run ends.
-
-    ``run``: a ``Run``.
-    """
+    """Refuse a ``Run`` whose next training cannot save, and warn if the disk will be full before the run ends."""
     free, taken, least, most, last = disk.free(run.out), 0, None, 0, ""
     stages = {stage.name for stage in run.recipe.stages}
     for what, stays, meanwhile in needs(run, student, "--no-save-optim" not in map(str, run.flags)):

@@ -15,8 +15,8 @@ from hylo_megatron.config.plan import linear_of_name
 from hylo_megatron.convert.hf_folder import read_architecture
 from hylo_megatron.data.documents import detect_format
 from hylo_megatron.data.token_files import check_token_files, read_summary
-from hylo_megatron.errors import HyLoError, command_line
-from hylo_megatron.flags import readable_number, short
+from hylo_megatron.errors import HyLoError
+from hylo_megatron.flags import command_line, readable_number, short
 from hylo_megatron.init.upcycle import student_architecture
 from hylo_megatron.mixers import LINEAR
 from hylo_megatron.recipes.proxy import STEPS, ProxySource, proxy
@@ -81,12 +81,8 @@ class Job:
         teacher = read_architecture(self.source.teacher) if self.source.teacher else base
         models = {"student": student_architecture(base, plan, self.recipe.geometry), "base": base, "teacher": teacher}
         for stage in self.recipe.stages:
-            work = Work(
-                processes=processes.ranks,
-                seq_length=stage.seq_length,
-                micro_batch=stage.micro_batch,
-                global_batch=stage.global_batch,
-            )
+            work = Work(processes=processes.ranks, seq_length=stage.seq_length, micro_batch=stage.micro_batch,
+                        global_batch=stage.global_batch)  # fmt: skip
             check_parallel_layout(models, processes.layout, work)
         if self.source.base.is_dir():  # a proxy's model is made later
             check_vocabularies(base, teacher, (self.source.base, self.source.teacher or self.source.base))
@@ -143,7 +139,7 @@ def job_of(name: str) -> Job:
     small = value("PROXY", "0") != "0"
     linear = value("LINEAR") or linear_of_name(value("PLAN", "")) or LINEAR[0]
     geometry = value("GEOMETRY", "published")
-    if linear not in LINEAR or geometry not in PRESETS:
+    if linear not in LINEAR or geometry.partition(":")[0] not in PRESETS:
         expected = f"{' or '.join(LINEAR)}, and {' or '.join(reversed(PRESETS))}"
         raise HyLoError(f"LINEAR={linear} GEOMETRY={geometry}: expected {expected}")
     recipe = published(name, value("PLAN"), linear, number("TOKENS", TOKENS), number("SEED", 1234), geometry)

@@ -56,10 +56,7 @@ class Processes:
 
 
 def child_environment(ranks_here: int, **changes: str) -> dict[str, str]:
-    """Return the environment of a child process: its share of the cores, and this package on PYTHONPATH.
-
-    The package need not be installed.
-    """
+    """Return a child's environment: its share of the cores, and this package, installed or not, on PYTHONPATH."""
     inherited = {name: value for name, value in os.environ.items() if name not in (PARENT, STORE)}
     package = str(Path(hylo_megatron.__file__).parent.parent)
     paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -103,8 +100,7 @@ def start_own(arguments: list[str], processes: Processes, log: Path) -> Process:
     if processes.ranks > 1:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes.ranks)]
         return Process([*launcher, *arguments], log, child_environment(processes.ranks))
-    # For one process torchrun is not needed, and importing torch for it costs time. With port 0 the process listens on
-    # a port
+    # One process needs no torchrun, whose import of torch takes seconds. With port 0 the process listens on a port
     # that is free when it starts; a port that is free now may be taken by then.
     alone = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     return Process(arguments, log, child_environment(1, **alone, **{PARENT: str(os.getpid())}))

@@ -13,10 +13,7 @@ KINDS = {"prose": "eval_prose", "book": "eval_long", "code": "eval_code", "c": "
 
 @dataclass(frozen=True)
 class Measurement:
-    """The measurement of one model.
-
-    ``full``: include needles and loss by position. ``report``: folder for pictures and tables.
-    """
+    """The measurement of one model. ``full``: with needles and loss by position. ``report``: folder for tables."""
 
     name: str
     model: Path

@@ -114,6 +114,7 @@ class Run:
         upcycle(
             self.base, self.out / "student", self.plan, init=recipe.init, geometry=recipe.geometry, tokens_BS=tokens,
             qk_norm=recipe.init == "svd" and Architecture.load(self.base).qk_norm, device=device,
+            linear_rope=recipe.linear_rope,
         )  # fmt: skip
 
     def _trained(self, stage: Stage) -> bool:
@@ -135,10 +136,7 @@ class Run:
         return self.trainings[-1]
 
     def train(self, index: int) -> Path:
-        """Train the stage to its last step and return its checkpoint folder.
-
-        On a GPU the next stage starts in the meantime.
-        """
+        """Train the stage to its last step and return its folder. On a GPU the next stage starts meanwhile."""
         self.number += 1
         stage = self.recipe.stages[index]
         save, label = self.out / stage.name, f"[{self.number:2d}/{self.total}] {stage.name}"

@@ -1,4 +1,4 @@
-"""What a run starts from: the base model, optionally another teacher, training text and held-out text."""
+"""Inputs of a run: the base model, optionally another teacher, training text and held-out text."""
 
 import json
 import os

@@ -20,9 +20,7 @@ def both(figures: dict) -> float:
 
 
 def speed(log: Path, stage: Stage) -> tuple[float, float]:
-    """Return ``(tokens per second, peak GiB)`` of a stage: the median step's, and the maximum over steps (0 on a
-    CPU).
-    """
+    """Return a stage's tokens per second in the median step, and its peak GiB over all steps (0 on a CPU)."""
     lines = read_steps(log)
     seconds = [line["seconds"] for line in lines if line["seconds"]]
     tokens = stage.global_batch * stage.seq_length

@@ -34,9 +34,8 @@ def _show(stage: Stage, line: dict | None, started: float, terminal: bool) -> No
         text = f"      {stage.name}: starting, {time.time() - started:.0f} s"
     else:
         rate = stage.global_batch * stage.seq_length / (line["seconds"] or math.inf)
-        text = (
-            f"      {stage.name}: step {line['iteration']}/{stage.steps}, loss {line['loss']:.3f}, {rate:.0f} tokens/s"
-        )
+        at = f"step {line['iteration']}/{stage.steps}"
+        text = f"      {stage.name}: {at}, loss {line['loss']:.3f}, {rate:.0f} tokens/s"
     print(f"\r{text:<78}" if terminal else text, end="" if terminal else "\n", flush=True)
 
 

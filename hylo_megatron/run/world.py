@@ -100,9 +100,7 @@ class World:
 
 
 def leave_after_the_first() -> None:
-    """Wait before exiting: torchrun ends all ranks when one has ended, and rank 0 needs the time to report the
-    cause.
-    """
+    """Exit later than rank 0: torchrun ends all ranks when one has ended, and rank 0 has to report the cause."""
     time.sleep(3 * OTHERS_SECONDS)
     sys.exit(1)
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from hylo_megatron import packages
-from hylo_megatron.errors import HyLoError, command_line
+from hylo_megatron.errors import HyLoError
 from hylo_megatron.evaluate.models import check_folder, kv_bytes_per_token, load, resolve_device, resolve_dtype
-from hylo_megatron.flags import Parser, count, positive, readable_number, share, size
+from hylo_megatron.flags import Parser, command_line, count, positive, readable_number, share, size
 from hylo_megatron.hf import register
 from hylo_megatron.json_file import read_json
 from hylo_megatron.sample import prompts as prompt_kinds

@@ -1,4 +1,4 @@
-"""What vLLM is told about a hybrid: the geometry that it runs, and settings that fit."""
+"""Settings of vLLM for a hybrid, and the geometry that it runs."""
 
 import os
 
@@ -11,7 +11,7 @@ from hylo_megatron.errors import HyLoError
 from hylo_megatron.hf.config_values import described
 from hylo_megatron.hf.configuration_hylo import HyLoConfig
 from hylo_megatron.mixers import CACHED, MIXERS
-from hylo_megatron.mixers.config_fields import geometry_to_config
+from hylo_megatron.mixers.dimensions import geometry_to_config
 from hylo_megatron.planner.pages import expanded_bytes, pages
 from hylo_megatron.serve.geometry import Served, serve
 
@@ -101,38 +101,25 @@ def refuse(vllm_config) -> None:
     """Raise ``HyLoError`` for options with which a hybrid would start, and then ignore them or give wrong tokens."""
     model, dtype = vllm_config.model_config, vllm_config.cache_config.cache_dtype
     weights = ONLINE_FP8[-1:] if current_platform.is_cpu() else ONLINE_FP8
+    draft, lora = vllm_config.speculative_config, vllm_config.lora_config
+    quantised = getattr(model.hf_config, "quantization_config", None)
+    split = vllm_config.parallel_config.decode_context_parallel_size > 1
     refused = (
-        (
-            "--speculative-config",
-            vllm_config.speculative_config,
-            "rejected drafts would stay in the recurrent states; leave it out",
-        ),
-        (
-            "--enable-lora",
-            vllm_config.lora_config,
-            "adapters are not applied; merge them into the weights (peft: merge_and_unload) and serve the result",
-        ),
-        (
-            "quantization_config in config.json",
-            getattr(model.hf_config, "quantization_config", None),
-            f"export the model unquantised, then choose --quantization {weights[0]}",
-        ),
-        (
-            f"--quantization {model.quantization}",
-            model.quantization not in (None, *weights),
-            f"expected {' or '.join(weights)}, with which vLLM quantises an exported folder while it loads",
-        ),
-        (
-            "--decode-context-parallel-size",
-            vllm_config.parallel_config.decode_context_parallel_size > 1,
-            "recurrent states cannot be split by position; use --tensor-parallel-size",
-        ),
-        (
-            f"--kv-cache-dtype {dtype}",
-            current_platform.is_cpu() and dtype not in CPU_CACHES,
-            f"a CPU keeps {', '.join(CPU_CACHES)}; leave it out",
-        ),
-    )
+        ("--speculative-config", draft, "rejected drafts would stay in the recurrent states; leave it out"),
+        ("--enable-lora", lora,
+         "adapters are not applied; merge them into the weights (peft: merge_and_unload) and serve the result"),
+        ("quantization_config in config.json", quantised,
+         f"export the model unquantised, then choose --quantization {weights[0]}"),
+        (f"--quantization {model.quantization}", model.quantization not in (None, *weights),
+         f"expected {' or '.join(weights)}, with which vLLM quantises an exported folder while it loads"),
+        ("--decode-context-parallel-size", split,
+         "recurrent states cannot be split by position; use --tensor-parallel-size"),
+        ("linear_rope in config.json", model.hf_config.linear_rope and on_gpu(),
+         "vLLM's kernels for a GPU convolve and scan in one step, without a rotation between; use transformers, or"
+         " train without --linear-rope"),
+        (f"--kv-cache-dtype {dtype}", current_platform.is_cpu() and dtype not in CPU_CACHES,
+         f"a CPU keeps {', '.join(CPU_CACHES)}; leave it out"),
+    )  # fmt: skip
     for option, given, advice in refused:
         if given:
             raise HyLoError(f"{option}: not supported for a hybrid: {advice}")
@@ -151,11 +138,9 @@ def limit_requests(vllm_config) -> None:
     each = block * expanded_bytes(runs, heads, tp=tp)
     fits = max(1, WORKSPACE // each)
     if scheduler.max_num_seqs > fits:
+        wanted = scheduler.max_num_seqs
+        text = "HyLo: at most %d requests run at once: %d would take %.0f GiB of work space"
         logger.warning_once(
-            "HyLo: at most %d requests run at once: %d would take %.0f GiB of work space (--mamba-ssm-cache-dtype"
-            " bfloat16 halves it).",
-            fits,
-            scheduler.max_num_seqs,
-            scheduler.max_num_seqs * each / 2**30,
+            f"{text} (--mamba-ssm-cache-dtype bfloat16 halves it).", fits, wanted, wanted * each / 2**30
         )
         scheduler.max_num_seqs = fits

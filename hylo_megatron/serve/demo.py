@@ -1,5 +1,6 @@
 """Serve an exported folder with vLLM on 127.0.0.1, stream one chat completion from it, and stop."""
 
+import http.client
 import json
 import os
 import signal
@@ -7,7 +8,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,38 +18,52 @@ from hylo_megatron.flags import Parser
 class Server:
     """vLLM's OpenAI server on a free port of 127.0.0.1, ready when the ``with`` block begins and gone after it."""
 
+    program = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
+
     def __init__(self, model: Path, log: Path, options: list[str], wait: float = 600):
+        self.name, self.log, self.options, self.wait = str(model), log, options, wait
+
+    def __enter__(self) -> "Server":
+        for last in (False, True):
+            self._start()
+            if self._becomes_ready():
+                return self
+            self.__exit__()
+            text = self.log.read_text(errors="replace")
+            if last or "Address already in use" not in text:
+                errors = [line for line in text.splitlines() if "Error" in line]
+                sys.exit(f"error: the server did not start (its log: {self.log}): {errors[-1] if errors else '-'}")
+
+    def _start(self) -> None:
+        """Start vLLM on a port that is free now. Another program may take the port before vLLM listens on it."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        self.name, self.url, self.log, self.wait = str(model), f"http://127.0.0.1:{port}", log, wait
-        self.command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--host",
-                        "127.0.0.1", "--port", str(port), *options]  # fmt: skip
-
-    def __enter__(self) -> "Server":
+        self.url = f"http://127.0.0.1:{port}"
+        command = [*self.program, "--model", self.name, "--host", "127.0.0.1", "--port", str(port), *self.options]
         env = {"VLLM_CPU_KVCACHE_SPACE": "2", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", **os.environ}
         with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                self.command, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True
-            )
+            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env,
+                                            start_new_session=True)  # fmt: skip
+
+    def _becomes_ready(self) -> bool:
         end = time.monotonic() + self.wait
-        while not self._ready():
-            if self.process.poll() is not None or time.monotonic() > end:
-                self.__exit__()
-                errors = [line for line in self.log.read_text().splitlines() if "Error" in line]
-                sys.exit(f"error: the server did not start (its words: {self.log}): {errors[-1] if errors else '-'}")
+        while self.process.poll() is None and time.monotonic() < end:
+            if self._ready():
+                return True
             time.sleep(0.5)
-        return self
+        return False
 
     def _ready(self) -> bool:
+        """Return whether this server answers, and not another program on the same port."""
         try:
-            with urllib.request.urlopen(f"{self.url}/health", timeout=5) as answer:
-                return answer.status == 200
-        except (urllib.error.URLError, OSError):
+            with urllib.request.urlopen(f"{self.url}/v1/models", timeout=5) as answer:
+                return json.load(answer)["data"][0]["id"] == self.name
+        except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError):
             return False
 
     def __exit__(self, *_) -> None:
-        for sent in (signal.SIGTERM, signal.SIGKILL):  # to its whole group: the engine is a process of its own
+        for sent in (signal.SIGTERM, signal.SIGKILL):  # to its whole group: vLLM's engine is a process of its own
             try:
                 os.killpg(self.process.pid, sent)
             except ProcessLookupError:
@@ -61,7 +75,7 @@ class Server:
             time.sleep(1)
 
     def chat(self, text: str, max_tokens: int) -> Iterator[str]:
-        """The answer, piece by piece."""
+        """Yield the answer, piece by piece."""
         body = dict(model=self.name, messages=[dict(role="user", content=text)], max_tokens=max_tokens, stream=True,
                     temperature=0)  # fmt: skip
         request = urllib.request.Request(
@@ -83,7 +97,7 @@ def main() -> None:
     if not (known.model / "config.json").exists():
         sys.exit(f"error: {known.model} holds no exported model: run `make demo` first, or name another folder")
     log = known.model.with_name(known.model.name + "-server.log")
-    print(f"starting vLLM on {known.model} (its words: {log})", flush=True)
+    print(f"starting vLLM on {known.model} (its log: {log})", flush=True)
     started = time.monotonic()
     with Server(known.model, log, ["--max-model-len", "2048", "--max-num-seqs", "4"]) as server:
         print(f"ready after {time.monotonic() - started:.0f} s at {server.url}\n\n> {known.prompt}", flush=True)

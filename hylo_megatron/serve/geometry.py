@@ -1,4 +1,4 @@
-"""Which geometry vLLM runs for a trained one. Pure arithmetic: no import of vLLM or torch.
+"""Choose the geometry that vLLM runs for a trained one. Pure arithmetic: no import of vLLM or torch.
 
 Kernels of a GPU take few sizes. What each mixer does about it, exactly, is in its ``serving.py``.
 """

@@ -26,7 +26,8 @@ from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.mixers import CACHED, MIXERS
+from hylo_megatron.kernels.rope import Angles
+from hylo_megatron.mixers import CACHED, MIXERS, Mixer
 from hylo_megatron.mixers.serving import trained_geometry
 from hylo_megatron.serve.config import refuse
 from hylo_megatron.serve.weights import Padding, check_parts, fits, served_weights
@@ -39,24 +40,17 @@ class HyLoDecoderLayer(nn.Module):
         self.mixer_name = entry.module
         layer = entry.part("vllm_module").LAYER(config, vllm_config, f"{prefix}.{entry.module}")
         setattr(self, entry.module, layer)
-        self.mlp = LlamaMLP(
-            config.hidden_size,
-            config.intermediate_size,
-            config.hidden_act,
-            quant_config=vllm_config.quant_config,
-            prefix=f"{prefix}.mlp",
-        )
+        sizes, quant = (config.hidden_size, config.intermediate_size), vllm_config.quant_config
+        self.mlp = LlamaMLP(*sizes, config.hidden_act, quant_config=quant, prefix=f"{prefix}.mlp")
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(
-        self, hidden_TD: Tensor, residual_TD: Tensor | None, rotation: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, hidden_TD: Tensor, residual_TD: Tensor | None, angles: Angles) -> tuple[Tensor, Tensor]:
         if residual_TD is None:
             normed, residual_TD = self.input_layernorm(hidden_TD), hidden_TD
         else:
             normed, residual_TD = self.input_layernorm(hidden_TD, residual_TD)
-        mixed = getattr(self, self.mixer_name).mix(normed, rotation)
+        mixed = getattr(self, self.mixer_name).mix(normed, angles)
         normed, residual_TD = self.post_attention_layernorm(mixed, residual_TD)
         return self.mlp(normed), residual_TD
 
@@ -94,14 +88,14 @@ class HyLoModel(nn.Module):
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: Tensor | None = None,
     ) -> Tensor | IntermediateTensors:
+        residual = None
         if get_pp_group().is_first_rank:
             hidden = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
-            residual = None
         else:
             hidden, residual = intermediate_tensors["hidden_states"], intermediate_tensors["residual"]
-        rotation = self.rotation(positions)
+        angles = self.rotation(positions)
         for layer in self.layers[self.start_layer : self.end_layer]:
-            hidden, residual = layer(hidden, residual, rotation)
+            hidden, residual = layer(hidden, residual, angles)
         if not get_pp_group().is_last_rank:
             return IntermediateTensors({"hidden_states": hidden, "residual": residual})
         return self.norm(hidden, residual)[0]
@@ -124,12 +118,8 @@ class HyLoForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
         self.quantized, self.dtype = vllm_config.quant_config is not None, vllm_config.model_config.dtype
         self.model = HyLoModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         if get_pp_group().is_last_rank:
-            self.lm_head = ParallelLMHead(
-                config.vocab_size,
-                config.hidden_size,
-                quant_config=vllm_config.quant_config,
-                prefix=maybe_prefix(prefix, "lm_head"),
-            )
+            sizes, where = (config.vocab_size, config.hidden_size), maybe_prefix(prefix, "lm_head")
+            self.lm_head = ParallelLMHead(*sizes, quant_config=vllm_config.quant_config, prefix=where)
             if config.tie_word_embeddings:
                 self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
         else:
@@ -143,11 +133,15 @@ class HyLoForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
 
     @classmethod
     def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig):
-        return _linear(vllm_config).state_dtypes(vllm_config)
+        cache = vllm_config.cache_config
+        types = cache.mamba_cache_dtype, cache.mamba_ssm_cache_dtype
+        return _linear(vllm_config).part("vllm_module").state_dtypes(vllm_config.model_config.dtype, *types)
 
     @classmethod
     def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig):
-        return _linear(vllm_config).state_shapes(vllm_config)
+        entry, tp = _linear(vllm_config), vllm_config.parallel_config.tensor_parallel_size
+        dimensions = entry.dimensions(vllm_config.model_config.hf_config.geometry())
+        return entry.part("vllm_module").state_shapes(tp, dimensions)
 
     @classmethod
     def get_mamba_state_copy_func(cls):
@@ -188,12 +182,8 @@ class HyLoForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
     def _write(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, str | int | None]]:
         """Write each tensor into its parameter, and yield the parameter's name and the part that was written."""
         config, parameters = self.config, dict(self.named_parameters())
-        padding = Padding(
-            trained=trained_geometry(config),
-            served=config.geometry(),
-            heads=config.num_attention_heads,
-            kinds=frozenset(config.mixers),
-        )
+        padding = Padding(trained=trained_geometry(config), served=config.geometry(),
+                          heads=config.num_attention_heads, kinds=frozenset(config.mixers))  # fmt: skip
         head = None
         for name, tensor, part in served_weights(weights, padding):
             if is_pp_missing_parameter(name, self):
@@ -240,8 +230,8 @@ class HyLoForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
                 module.derive(name, loaded, self.dtype)
 
 
-def _linear(vllm_config: VllmConfig):
-    return MIXERS[vllm_config.model_config.hf_config.linear_type].part("vllm_module")
+def _linear(vllm_config: VllmConfig) -> Mixer:
+    return MIXERS[vllm_config.model_config.hf_config.linear_type]
 
 
 def under_reload(model: nn.Module) -> bool:

@@ -3,12 +3,18 @@
 import json
 import multiprocessing
 import os
+import shutil
 
 import pytest
 
 from hylo_megatron.checkpoint import iterations
 from hylo_megatron.checkpoint.iterations import TRACKER, latest, reading, repair, retire_older
 from hylo_megatron.errors import HyLoError
+
+
+def drop_older(folder, keep=1):
+    for path in retire_older(folder, keep):
+        shutil.rmtree(path)
 
 
 def write(folder, *numbers, tracker=None):
@@ -88,7 +94,7 @@ def test_a_folder_of_others_is_not_tidied(tmp_path):
 @pytest.mark.parametrize("keep, left", [(1, [8]), (2, [6, 8]), (3, [4, 6, 8]), (9, [2, 4, 6, 8])])
 def test_the_newest_are_kept(keep, left, tmp_path):
     write(tmp_path, 2, 4, 6, 8, tracker="8")
-    iterations.drop_older_checkpoints(tmp_path, keep)
+    drop_older(tmp_path, keep)
     assert names(tmp_path) == [f"iter_{number:07d}" for number in left]
 
 
@@ -105,7 +111,7 @@ def test_nothing_goes_before_a_newer_one_is_complete_and_named(tmp_path):
 def test_what_is_set_aside_goes_with_the_older_ones(tmp_path):
     write(tmp_path, 2, 4, tracker="4")
     iterations.set_aside(tmp_path / "iter_0000002")
-    iterations.drop_older_checkpoints(tmp_path, 3)
+    drop_older(tmp_path, 3)
     assert names(tmp_path) == ["iter_0000004"]
 
 
@@ -124,12 +130,12 @@ def test_what_another_process_reads_stays_until_it_is_done(tmp_path):
     reader.start()
     assert locked.wait(60)
     write(tmp_path, 4, 6, tracker="6")
-    iterations.drop_older_checkpoints(tmp_path)
+    drop_older(tmp_path)
     assert names(tmp_path) == ["iter_0000002", "iter_0000006"]
     go_on.set()
     reader.join()
     assert reader.exitcode == 0
-    iterations.drop_older_checkpoints(tmp_path)
+    drop_older(tmp_path)
     assert names(tmp_path) == ["iter_0000006"]
 
 
@@ -143,7 +149,7 @@ def test_a_reader_that_was_killed_holds_nothing(tmp_path):
     reader.kill()
     reader.join()
     write(tmp_path, 4, tracker="4")
-    iterations.drop_older_checkpoints(tmp_path)
+    drop_older(tmp_path)
     assert names(tmp_path) == ["iter_0000004"]
 
 
@@ -151,7 +157,7 @@ def test_a_link_is_not_deleted(tmp_path):
     write(tmp_path / "elsewhere", 2)
     write(tmp_path / "run", 4, tracker="4")
     (tmp_path / "run" / "iter_0000002").symlink_to(tmp_path / "elsewhere" / "iter_0000002")
-    iterations.drop_older_checkpoints(tmp_path / "run")
+    drop_older(tmp_path / "run")
     assert names(tmp_path / "run") == ["iter_0000002", "iter_0000004"]
 
 

@@ -17,16 +17,19 @@ from helpers import tiny  # noqa: E402
 from helpers.paths import ROOT
 
 from hylo_megatron.checkpoint import folder as checkpoint
-from hylo_megatron.config import Architecture, Plan, geometry_preset  # noqa: E402
+from hylo_megatron.config import Architecture, MLAGeometry, Plan, geometry_preset  # noqa: E402
+from hylo_megatron.config.geometry import check_heads  # noqa: E402
 from hylo_megatron.config.plan import uniform_layers  # noqa: E402
 from hylo_megatron.convert import hf_to_megatron, megatron_to_hf  # noqa: E402
 from hylo_megatron.convert.hf_folder import HFWeights, read_architecture  # noqa: E402
 from hylo_megatron.errors import HyLoError  # noqa: E402
+from hylo_megatron.mixers.mla.memory import row_values  # noqa: E402
 
 HYBRIDS = {
     "gdn": tiny.hybrid("gdn"),
     "mamba2": tiny.hybrid("mamba2", tie_word_embeddings=False),
     "kda": tiny.hybrid("kda"),
+    "positions": tiny.hybrid("gdn", mla_rope=False, linear_rope=True, log_scale=tiny.LOG_SCALE),
     "q_lora": tiny.hybrid("gdn", geometry=tiny.GEOMETRY_Q_LORA, rope_parameters=tiny.YARN),
     "qk_norm": tiny.hybrid("mamba2", model_type="qwen3", qk_norm=True, mla_qk_norm=True),
 }
@@ -49,6 +52,19 @@ def test_round_trip_keeps_every_bit(tmp_path, shape, shards, dtype):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "back" / name).read_bytes() == (source / name).read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["back", "ckpt", "hf"]
+
+
+def test_a_trained_transformer_is_exported_with_its_own_rope_or_not_at_all(tmp_path):
+    source = tiny.save_model(tiny.teacher_model(next(iter(tiny.SHAPES)), torch.float32), tmp_path / "hf")
+    base = hf_to_megatron.convert(source, tmp_path / "ckpt")
+    changed = replace(base, rope_parameters=base.rope_parameters | {"rope_theta": 77.0}, max_position_embeddings=512)
+    changed.save(tmp_path / "ckpt")
+    megatron_to_hf.convert(tmp_path / "ckpt", tmp_path / "out")
+    assert read_architecture(tmp_path / "out") == changed != base
+    replace(base, rms_norm_eps=0.5).save(tmp_path / "ckpt")
+    with pytest.raises(HyLoError, match="hf/config.json: rms_norm_eps is .*hylo.json has 0.5"):
+        megatron_to_hf.convert(tmp_path / "ckpt", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -509,5 +525,18 @@ def test_native_geometry_is_what_engines_run_without_padding(base):
 def test_geometry_that_is_not_there():
     with pytest.raises(HyLoError, match="no published dimensions for d 576.*--geometry native"):
         geometry_preset("published", 576, 9, 64)
-    with pytest.raises(HyLoError, match="expected one of native, published"):
-        geometry_preset("small", 576, 9, 64)
+    for name in ("small", "native:128", "native:128+x", "native:0+32", "native:128+32+64", "native:"):
+        with pytest.raises(HyLoError, match="expected one of native, published, or with another latent"):
+            geometry_preset(name, 576, 9, 64)
+
+
+def test_another_latent_in_the_same_cache():
+    """Six layers of 128 + 32 hold what three of 256 + 64 hold, and every frequency is one of the head's."""
+    native, split = (geometry_preset(name, 576, 9, 64) for name in ("native", "native:128+32"))
+    assert split == replace(native, mla=MLAGeometry(128, 64, 32, 64))
+    assert 6 * row_values(split.mla) == 3 * row_values(native.mla)
+    check_heads(64, split, {"mla", "gdn"})
+    wide = geometry_preset("native:128+32", 3072, 24, 128).mla
+    assert (wide.qk_nope_head_dim, wide.qk_rope_head_dim) == (96, 32)
+    with pytest.raises(HyLoError, match="qk_rope_head_dim 24 must divide the head dimension 64"):
+        check_heads(64, geometry_preset("native:128+24", 576, 9, 64), {"mla"})

@@ -74,6 +74,28 @@ def test_layer_by_layer_on_a_pipeline_then_end_to_end_then_export(world, tmp_pat
     assert torch.equal(model.get_input_embeddings().weight, embedding)
 
 
+def test_rotation_is_dropped_at_the_start_of_a_stage_and_stays_so(world, tmp_path):
+    """The first step starts from the loss of the changed student; later stages and the export follow it."""
+    from hylo_megatron.convert import megatron_to_hf
+    from hylo_megatron.hf import HyLoConfig
+
+    changes = dict(hylo_mla_rope="off", hylo_log_scale="9,16")
+    first, plain, then = (tmp_path / name for name in ("first", "plain", "then"))
+    short = dict(train_iters=2, lr_warmup_iters=1)
+    succeeded(train(*train_flags(world, "distill", first, **short, **changes)))
+    succeeded(train(*train_flags(world, "distill", plain, **short)))
+    assert abs(losses(first)[0][0] - losses(plain)[0][0]) > 1e-4
+    succeeded(train(*train_flags(world, "distill", then, student=first, **short)))
+    for folder in (first, then):
+        arch = Architecture.load(folder)
+        assert not arch.mla_rope and arch.log_scale == {"base": 9.0, "length": 16}
+    megatron_to_hf.convert(then, tmp_path / "hf", settings={"log_scale": None})
+    config = HyLoConfig.from_pretrained(tmp_path / "hf")
+    assert not config.mla_rope and config.log_scale is None
+    refused = train(*train_flags(world, "distill", tmp_path / "no", hylo_mla_rope="none"))
+    assert "argument --hylo-mla-rope: 'none': expected on or off" in refused.stderr
+
+
 # ---- stop and go ----
 
 

@@ -17,11 +17,11 @@ if not has("megatron-core"):
 from helpers import tiny  # noqa: E402
 from helpers import train as helpers  # noqa: E402
 
+from hylo_megatron.checkpoint import iterations  # noqa: E402
 from hylo_megatron.config import Architecture  # noqa: E402
 from hylo_megatron.data.data_check import check_data  # noqa: E402
 from hylo_megatron.data.prepare import MASK, prepare  # noqa: E402
 from hylo_megatron.distill import command_line
-from hylo_megatron.engine import waiting  # noqa: E402
 from hylo_megatron.errors import HyLoError  # noqa: E402
 from hylo_megatron.run import examples  # noqa: E402
 
@@ -177,15 +177,15 @@ def test_tokens_belong_to_the_models_and_their_tokenizer(world, tmp_path):
 
 def test_a_student_that_nobody_trains_is_not_waited_for(world, tmp_path):
     with pytest.raises(HyLoError, match="it is a finished student"):
-        waiting.check_still_trains(world["student"], 4)
-    waiting.check_still_trains(tmp_path / "not-there-yet", 4)
+        iterations.check_still_trains(world["student"], 4)
+    iterations.check_still_trains(tmp_path / "not-there-yet", 4)
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("8")
     with pytest.raises(HyLoError, match="is at iteration 8 already"):
-        waiting.check_still_trains(tmp_path, 4)
-    waiting.check_still_trains(tmp_path, 12)
+        iterations.check_still_trains(tmp_path, 4)
+    iterations.check_still_trains(tmp_path, 12)
     written = (tmp_path / "latest_checkpointed_iteration.txt").stat().st_mtime
     with pytest.raises(HyLoError, match="nothing was written there for 60 minutes"):
-        waiting.check_still_trains(tmp_path, 12, now=written + 3600)
+        iterations.check_still_trains(tmp_path, 12, now=written + 3600)
 
 
 # ---- a run that goes on ----

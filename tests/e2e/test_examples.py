@@ -138,7 +138,8 @@ PROGRAM = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
-from hylo_megatron.errors import HyLoError, command_line
+from hylo_megatron.errors import HyLoError
+from hylo_megatron.flags import command_line
 from hylo_megatron.run.launch import Processes
 from hylo_megatron.run.world import World, exit_on_signals
 

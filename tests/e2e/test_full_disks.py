@@ -38,7 +38,8 @@ from hylo_megatron.convert import hf_to_megatron, megatron_to_hf
 from hylo_megatron.data.prepare import prepare  # noqa: E402
 from hylo_megatron.engine import checkpoint_writer, peers
 from hylo_megatron.engine.register import install
-from hylo_megatron.errors import HyLoError, command_line  # noqa: E402
+from hylo_megatron.errors import HyLoError  # noqa: E402
+from hylo_megatron.flags import command_line  # noqa: E402
 from hylo_megatron.init.upcycle import student_architecture, upcycle  # noqa: E402
 from hylo_megatron.recipes.proxy import proxy  # noqa: E402
 from hylo_megatron.recipes.published import BASES, published  # noqa: E402

@@ -12,7 +12,7 @@ from helpers.paths import ROOT
 
 from hylo_megatron.engine import register
 from hylo_megatron.engine.patch import MISSING, Patch, describe, instead
-from hylo_megatron.engine.table import entry_lines, package_lines
+from hylo_megatron.engine.register import entry_lines, package_lines
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.packages import has
 

@@ -8,6 +8,9 @@ from contextlib import contextmanager
 @contextmanager
 def one_rank() -> Iterator[None]:
     """Start the groups of one rank, and end them after the tests that need them."""
+    from hylo_megatron.engine.register import install
+
+    install("megatron")  # before the import of megatron-core in the next line
     from hylo_megatron.layers.load import start_process_groups
 
     start_process_groups()

@@ -59,6 +59,8 @@ HYBRIDS = {
     "kda": dict(mixers=("kda", "mla", "kda", "mla")),
     "qk_norm": dict(mixers=("mla", "gdn"), qk_norm=True, q_lora_rank=None),
     "yarn": dict(mixers=("mla", "gdn"), rope_parameters=YARN, tie_word_embeddings=True),
+    "nope": dict(mixers=("mla", "gdn", "mla"), mla_rope=False, log_scale={"base": 3.0, "length": 4}),
+    "linear_rope": dict(mixers=("kda", "mla", "kda"), linear_rope=True),
     "no_mla": dict(mixers=("gdn", "gdn")),
 }
 each_hybrid = pytest.mark.parametrize("kind", HYBRIDS)

@@ -56,7 +56,7 @@ def ar_bytes(members: Members) -> bytes:
 
 
 def deb_bytes(members: Members, links: dict[str, str] | None = None, packing: str = "xz") -> bytes:
-    pack = {"xz": lzma.compress, "gz": lambda data: zlib.compress(data, wbits=31), "zst": bytes}[packing]
+    pack = {"xz": lzma.compress, "gz": lambda data: zlib.compress(data, wbits=31)}[packing]
     data = pack(tar_bytes({f"./{name}": content for name, content in members.items()}, links))
     return ar_bytes({"debian-binary": "2.0\n", "control.tar.xz": "odd", f"data.tar.{packing}": data})
 

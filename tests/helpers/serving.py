@@ -18,6 +18,7 @@ GEOMETRIES = {
         MLAGeometry(256, 64, 64, 64), GDNGeometry(2, 4, 64, 64), Mamba2Geometry(4, 64, 64, 4), KDAGeometry(4, 64)
     ),
     "native-100": Geometry(MLAGeometry(256, 50, 50, 100), GDNGeometry(2, 4, 100, 100), Mamba2Geometry(4, 100, 100, 4)),
+    "split": Geometry(MLAGeometry(128, 64, 32, 64), GDNGeometry(2, 4, 64, 64), Mamba2Geometry(4, 64, 64, 4)),
     "llama-1b": Geometry(
         MLAGeometry(128, 32, 32, 64, q_lora_rank=96), GDNGeometry(2, 2, 256, 512), Mamba2Geometry(4, 64, 64, 4)
     ),

@@ -157,7 +157,7 @@ def test_qk_norm_is_per_head_over_all_dims_before_the_rotation():
     latent, shared = mla.kv_a_proj_with_mqa(x).split([20, 8], -1)
     k_nope, v = mla.kv_b_proj(latent).view(1, 9, 4, 16).split([6, 10], -1)
     k = mla.k_norm(torch.cat([k_nope, shared.unsqueeze(2).expand(-1, -1, 4, -1)], -1))
-    cos, sin = (t.repeat(1, 1, 2).unsqueeze(2) for t in Rotation(config)(positions))
+    cos, sin = (t.repeat(1, 1, 2).unsqueeze(2) for t in Rotation(config)(positions)[:2])
 
     def turn(t):
         a, b = t[..., 6:10], t[..., 10:]

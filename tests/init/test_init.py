@@ -287,6 +287,20 @@ def test_calibrated_linear_blocks_beat_the_row_copy(bases, kind, shape):
     assert calibrated < 0.85  # zeros give 1
 
 
+def test_linear_blocks_that_rotate_start_from_decays_that_suit_the_rotation(bases):
+    """A start chosen without the rotation, run with it, is no better; both kinds start alike."""
+    layer, base = bases.layer(tokens=RUNS, common=1.0)
+    outs = {}
+    for kind in ("gdn", "kda"):
+        plain, turned = student(base, kind), replace(student(base, kind), linear_rope=True)
+        chosen, blind = (initialise(kind).calibrated(layer, arch, base.frequencies) for arch in (turned, plain))
+        assert any(not torch.equal(chosen[name], blind[name]) for name in chosen)
+        assert error(layer, turned, chosen) <= error(layer, turned, blind)
+        outs[kind] = output(layer, turned, chosen)
+        assert relative_error(output(layer, plain, chosen), outs[kind]) > 1e-2
+    assert relative_error(outs["kda"], outs["gdn"]) < 5e-3
+
+
 def test_copied_rows_are_the_reference_ones(bases):
     """GDN: overlapping rows of Q, K, V and columns of O. Mamba-2: x from V, B from K, C from Q, out from O."""
     layer, base = bases.layer()

@@ -178,14 +178,8 @@ def test_mamba_split_conv1d_scan_combined(wide_skip):
     expected = mamba_ssm_reference(*args, heads, head_dim, groups)
     assert_same([got], [expected], atol=1e-10, rtol=1e-9)
     assert_same(gradients([got], args), gradients([expected], args), atol=1e-9, rtol=1e-8)
-    # With a norm weight the norm is applied inside; megatron applies the same one to the gated result afterwards.
-    weight = torch.rand(inner).double()
-    normed = kernels.mamba_split_conv1d_scan_combined(
-        *args, 256, rmsnorm_weight=weight, rmsnorm_eps=1e-5, norm_before_gate=False, **shape
-    )
-    norm = kernels.RMSNormGated(inner, 1e-5, inner // groups, False, dtype=torch.float64)
-    norm.weight.data.copy_(weight)
-    assert_same([normed], [norm(expected)], atol=1e-9, rtol=1e-8)
+    with pytest.raises(TypeError, match="rmsnorm_weight"):  # what megatron-core does not give is refused, not ignored
+        kernels.mamba_split_conv1d_scan_combined(*args, 256, rmsnorm_weight=torch.ones(inner), **shape)
 
 
 def test_gated_norm_matches_transformers_and_order_matters():

@@ -36,6 +36,15 @@ HYBRIDS = {
         "gdn", model_type="qwen3", head_dim=32, qk_norm=True, mla_qk_norm=True, geometry=_QK_NORM, rms_norm_eps=1e-6
     ),
     "mamba2-llama3-padded": tiny.hybrid("mamba2", rope_parameters=tiny.LLAMA3, vocab_size=301),
+    "gdn-nope-log_scale": tiny.hybrid("gdn", mla_rope=False, log_scale=tiny.LOG_SCALE),
+    "kda-nope-yarn": tiny.hybrid("kda", mla_rope=False, rope_parameters=tiny.YARN, geometry=tiny.GEOMETRY_Q_LORA),
+    "mamba2-log_scale-qk_norm": tiny.hybrid(
+        "mamba2", model_type="qwen3", head_dim=32, mla_qk_norm=True, geometry=_QK_NORM, log_scale=tiny.LOG_SCALE
+    ),
+    "gdn-linear_rope-nope": tiny.hybrid("gdn", mla_rope=False, linear_rope=True),
+    "kda-linear_rope-yarn": tiny.hybrid(
+        "kda", linear_rope=True, geometry=tiny.GEOMETRY_Q_LORA, rope_parameters=tiny.YARN
+    ),
     "no-mla": tiny.hybrid("mamba2", plan=("mamba2",) * 4),
     "all-mla": tiny.hybrid(plan=("mla",) * 3),  # an odd number of layers for the pipeline
 }
@@ -90,13 +99,17 @@ def test_hybrid_logits_equal_the_exported_model(folder, kind):
         ("gdn-norm_eps", dict(geometry=tiny.GEOMETRY)),
         ("gdn-q_lora-yarn", dict(rope_parameters=tiny.DEFAULT)),
         ("mamba2-q_lora-linear", dict(rope_parameters=tiny.DEFAULT)),
+        ("gdn-nope-log_scale", dict(mla_rope=True)),
+        ("gdn-nope-log_scale", dict(log_scale=None)),
+        ("gdn-linear_rope-nope", dict(linear_rope=False)),
+        ("kda-linear_rope-yarn", dict(linear_rope=False)),
         ("mamba2-llama3-padded", dict(rope_parameters={**tiny.DEFAULT, "rope_theta": 5e5})),
     ],
 )
 def test_rope_scaling_and_norm_eps_show_in_the_logits(folder, kind, other):
     """Else the comparison above would not see what both sides leave out."""
     want = hybrid(folder, kind)
-    changed = folder / f"{kind}-plain"
+    changed = folder / f"{kind}-without-{next(iter(other))}"
     tiny.write_hybrid(changed, replace(HYBRIDS[kind], **other))
     assert (logits(load_model(changed)[0], tiny.tokens()) - want).abs().max() > 100 * TOLERANCE
 

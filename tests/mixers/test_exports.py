@@ -12,7 +12,7 @@ from helpers.hf import model_of, tiny_config
 from hylo_megatron.hf import config_values
 from hylo_megatron.hf.config_values import HYBRID, described
 from hylo_megatron.mixers import MIXERS
-from hylo_megatron.mixers.config_fields import config_fields, config_to_geometry, geometry_to_config
+from hylo_megatron.mixers.dimensions import config_fields, config_to_geometry, geometry_to_config
 from hylo_megatron.serve.geometry import serve
 from hylo_megatron.serve.weights import Padding, served_weights
 
@@ -56,7 +56,7 @@ def test_what_planner_and_plugin_read_needs_no_torch(name):
     code = f"""
 import sys
 from hylo_megatron.mixers import MIXERS
-for part in ("geometry", "hf_config", "serving"):
+for part in ("geometry", "serving"):
     MIXERS[{name!r}].part(part)
 assert not [module for module in ("torch", "transformers", "vllm", "megatron") if module in sys.modules]
 """

@@ -27,12 +27,14 @@ MODELS = {  # students: of PP2's stages, the mixed one's have three and two laye
     "mamba2": dict(linear="mamba2", **QWEN3),
     "kda": dict(linear="kda", **QWEN3),
     "mixed": dict(linear="gdn", plan=("gdn", "mla", "mamba2", "gdn", "mla")),
+    "nope": dict(linear="gdn", mla_rope=False, log_scale={"base": 3.0, "length": 8}, linear_rope=True),
 }
 RUNS = {  # what trains in ``ild`` and in ``distill``, and with which teacher in the latter
     "gdn": dict(ild=("gdn", "all"), distill=("gdn", "all")),
     "mamba2": dict(ild=("mamba2", "mixers"), distill=("big", "all")),
     "kda": dict(ild=("kda", "all"), distill=("kda", "all")),
     "mixed": dict(ild=("mixed", "all"), distill=("big", "all")),
+    "nope": dict(distill=("nope", "all")),
 }
 
 
@@ -47,6 +49,7 @@ CASES = [
 
 def in_make_test(processes: int, layout: str, model: str, stage: str) -> bool:
     few = {"mixed": ("PP2",), "kda": ("TP2", "TP2 SP", "CP2", "CP2 ring, states")}
+    few["nope"] = ("TP2", "CP2", "CP2 ring, states")
     return processes == 2 and layout in few.get(model, (layout,))
 
 

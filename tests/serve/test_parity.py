@@ -22,6 +22,13 @@ CASES = [  # geometry, linear blocks, norms on queries and keys, whose kernels' 
     ("qwen3-1.7b", "mamba2", False, "gpu"),
 ]
 
+POSITIONS = [  # geometry, linear blocks, norms on queries and keys, whose kernels' geometry, rotation in linear blocks
+    ("native", "gdn", False, "cpu", True),
+    ("native", "kda", False, "cpu", True),
+    ("split", "gdn", False, "gpu", False),
+    ("qwen3-1.7b", "gdn", True, "gpu", False),
+]
+
 
 def check(folder, answers: list, prompts: list[list[int]], tolerance: float, close: float = 0) -> None:
     """Each token is the most probable one after those before it, or within ``close`` of that, and as probable as
@@ -69,6 +76,19 @@ def test_every_geometry_is_served_exactly(geometry, linear, qk_norm, device, tmp
     padded = device == "gpu" and not qk_norm and (trained.kv_lora_rank, trained.v_head_dim) != (256, 128)
     assert ("runs padded with zeros" in got["log"]) == padded
     assert ("keeps them expanded" in got["log"]) == qk_norm
+
+
+@pytest.mark.parametrize("geometry, linear, qk_norm, device, linear_rope", POSITIONS)
+def test_settings_of_positions_are_served_exactly(geometry, linear, qk_norm, device, linear_rope, tmp_path):
+    settings = dict(mla_rope=False, log_scale={"base": 9.0, "length": 20}, linear_rope=linear_rope)
+    folder = write_folder(tmp_path / "model", geometry, linear, qk_norm, **settings)
+    prompts = [prompt(length, i) for i, length in enumerate(LENGTHS)]
+    env = ON_GPU if device == "gpu" else {}
+    sizes = dict(dtype="float32", max_model_len=1024, max_num_seqs=8)
+    check(folder, generate(tmp_path, folder, prompts, 8, env, **sizes)["answers"], prompts, 1e-4)
+    if linear_rope:
+        refused = start(tmp_path, folder, prompts, 1, ON_GPU, **sizes)
+        assert "linear_rope in config.json: not supported for a hybrid" in refused.stdout + refused.stderr
 
 
 def test_one_token_to_twenty_thousand_and_no_state_leaks(tmp_path):

@@ -1,4 +1,4 @@
-"""What the plugin adds to older engines (versions.py): above all, first tokens start from states of zeros."""
+"""What the plugin adds to older engines (vllm_states.py): above all, first tokens start from states of zeros."""
 
 from types import SimpleNamespace
 
@@ -12,7 +12,7 @@ from hylo_megatron.engine.register import patches
 from hylo_megatron.mixers.gdn.vllm_module import HyLoGatedDeltaNet
 from hylo_megatron.mixers.kda.vllm_module import HyLoKimiDeltaAttention
 from hylo_megatron.mixers.mamba2.vllm_module import HyLoMamba2
-from hylo_megatron.serve.versions import FreshStates
+from hylo_megatron.mixers.vllm_states import FreshStates
 
 
 class Metadata(SimpleNamespace):

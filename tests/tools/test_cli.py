@@ -59,3 +59,37 @@ def test_a_missing_package_is_one_line():
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
     assert "error: hylo upcycle needs the package" in done.stderr and "hylo doctor" in done.stderr
+
+
+SERVER = """
+import http.server, json, os, sys
+given = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+if not os.path.exists(given["--marker"]):
+    open(given["--marker"], "w").close()
+    sys.exit("OSError: [Errno 98] Address already in use")
+class Models(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps({"data": [{"id": given["--model"]}]}).encode())
+http.server.HTTPServer(("127.0.0.1", int(given["--port"])), Models).serve_forever()
+"""
+
+
+def test_the_demo_takes_another_port_when_its_port_was_taken(tmp_path, monkeypatch):
+    from hylo_megatron.serve.demo import Server
+
+    (tmp_path / "server.py").write_text(SERVER)
+    monkeypatch.setattr(Server, "program", (sys.executable, str(tmp_path / "server.py")))
+    server = Server(tmp_path / "model", tmp_path / "log", ["--marker", str(tmp_path / "marker")], wait=60)
+    with server:
+        assert server.process.poll() is None and "already in use" not in server.log.read_text()
+    assert server.process.poll() is not None
+    monkeypatch.setattr(
+        Server, "program", (sys.executable, "-c", "import sys; sys.exit('OSError: Address already in use')")
+    )
+    with (
+        pytest.raises(SystemExit, match="did not start .*Address already in use"),
+        Server(tmp_path, tmp_path / "log", []),
+    ):
+        raise AssertionError("a server that never had a port")

@@ -21,7 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from hylo_megatron import packages  # noqa: E402
 from hylo_megatron.engine.register import install  # noqa: E402
-from hylo_megatron.errors import command_line  # noqa: E402
+from hylo_megatron.flags import command_line  # noqa: E402
 
 install("megatron")
 from hylo_megatron.data.dali_loader import DaliLoader  # noqa: E402

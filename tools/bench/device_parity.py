@@ -13,7 +13,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from hylo_megatron.errors import HyLoError, command_line
+from hylo_megatron.errors import HyLoError
+from hylo_megatron.flags import command_line
 
 LIMITS = {"bf16": 1e-2, "fp32": 1e-4}
 STAGES = {"ild": ["--lr", "2e-4"], "distill": ["--lr", "3e-5"]}

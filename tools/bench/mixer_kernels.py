@@ -17,7 +17,7 @@ from hylo_megatron.config import geometry_preset
 from hylo_megatron.distill import kl_fused
 from hylo_megatron.distill.head import HeadInputs
 from hylo_megatron.distill.losses import KL
-from hylo_megatron.errors import command_line
+from hylo_megatron.flags import command_line
 from hylo_megatron.kernels.choose import TORCH, Ops, ops
 
 MODELS = {"SmolLM2": (576, 9, 64, 1536, 49152), "Llama-3.2-3B": (3072, 24, 128, 8192, 128256)}

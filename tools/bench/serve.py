@@ -18,7 +18,8 @@ import time
 from pathlib import Path
 
 from hylo_megatron.config import Architecture, Plan, geometry_preset
-from hylo_megatron.errors import HyLoError, command_line
+from hylo_megatron.errors import HyLoError
+from hylo_megatron.flags import command_line
 from hylo_megatron.planner.pages import state_bytes
 from hylo_megatron.serve.geometry import serve
 

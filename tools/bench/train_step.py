@@ -23,7 +23,8 @@ import torch
 from hylo_megatron.config import Architecture
 from hylo_megatron.config.stages import stage_kind
 from hylo_megatron.convert.shapes import hf_shapes
-from hylo_megatron.errors import HyLoError, command_line
+from hylo_megatron.errors import HyLoError
+from hylo_megatron.flags import command_line
 from hylo_megatron.recipes.stage import Stage
 from hylo_megatron.run.datasets import data_path
 from hylo_megatron.run.launch import Processes

@@ -1,1 +1,1 @@
-"""AMD's released HyLo checkpoints, as ours."""
+"""Conversion of AMD's released HyLo checkpoints."""

@@ -1,7 +1,7 @@
-"""``hybrid_config.json`` of AMD's HyLo releases -> ``Architecture``. What cannot be computed exactly is refused.
+"""Read ``hybrid_config.json`` of AMD's HyLo releases. What cannot be computed exactly is refused.
 
-Meanings: ``Zebra-Llama/hybrid`` in github.com/AMD-AGI/AMD-Hybrid-Models, the code before HyLo's, and the releases'
-model cards. Every field has to be known, since one that nobody reads may change what the model computes.
+The meaning of the fields comes from ``Zebra-Llama/hybrid`` in github.com/AMD-AGI/AMD-Hybrid-Models (the code before
+HyLo's) and from the releases' model cards. Every field must be known, because an unknown one may change the result.
 """
 
 import math
@@ -17,7 +17,7 @@ from hylo_megatron.errors import HyLoError
 FILE_NAME = "hybrid_config.json"
 FLA_NORM_EPS = 1e-5  # GatedDeltaNet's default in flash-linear-attention
 
-# field: the only value that can be mapped, and what another one means
+# Each field has the only value that can be mapped, and the meaning of any other value.
 _FIXED = {
     "hidden_act": ("silu", "another activation in the MLPs"),
     "attention_bias": (False, "biases in MLA's projections"),
@@ -32,7 +32,7 @@ _FIXED_SSM = {
     "d_ssm": (None, "channels that bypass the state"),
     "dt_limit": ([0.0, math.inf], "clamped time steps"),
 }
-# flash-linear-attention's arguments, in case that the file has them beside the two that it must have
+# optional fields that are arguments of flash-linear-attention
 _FIXED_GDN = {
     "gdn_expand_v": (2, "another ratio of value to key dimension"),
     "gdn_num_v_heads": (None, "value heads of another number"),
@@ -42,7 +42,7 @@ _FIXED_GDN = {
     "gdn_conv_bias": (False, "biases in the convolution"),
     "gdn_allow_neg_eigval": (False, "beta up to 2"),
 }
-# Not read in the forward pass: the rotary cache's first size, dropout, rounding of ranks, initial values, speed.
+# Fields without effect on the forward pass: dropout, rounding of ranks, initial values, speed, the first cache size.
 _UNREAD = ("max_position_embeddings", "attention_dropout", "qkv_rank_divisor", "rope_type")
 _UNREAD_SSM = ("expand", "headdim", "chunk_size", "use_mem_eff_path", "conv_init", "A_init_range", "dt_min", "dt_max",
                "dt_init_floor", "sequence_parallel")  # fmt: skip
@@ -57,10 +57,10 @@ _ROPE = {  # rope_scaling's fields by type: those it needs and those it may have
 
 @dataclass(frozen=True)
 class Unsaid:
-    """What a release's files do not say.
+    """Settings that no file of a release has.
 
-    ``interleaved``: a rotary pair is two neighbours, as in the code before HyLo's (else half a head apart).
-    ``ignored_fields``: unknown ones that change nothing.
+    ``interleaved``: rotary pairs are neighbours, as in the code before HyLo's, instead of half a head apart.
+    ``ignored_fields``: unknown fields that change nothing.
     """
 
     max_position_embeddings: int | None = None
@@ -86,7 +86,7 @@ class Release:
 
 
 class _Fields:
-    """A JSON object that is emptied by asking for its fields. ``ignored``: names that may be left in it."""
+    """A JSON object from which each read field is removed. ``ignored``: fields that may remain."""
 
     def __init__(self, path: Path, values: dict, ignored: tuple[str, ...], within: str = ""):
         self.path, self.values, self.ignored, self.within = path, dict(values), ignored, within
@@ -102,16 +102,15 @@ class _Fields:
         return HyLoError(f"{self.path}: {self.within}{name} is {what}, expected {wanted}")
 
     def size(self, name: str) -> int:
-        found = self.values.pop(name, None)
-        if not isinstance(found, int) or isinstance(found, bool) or found < 1:
-            raise self.refuse(name, found, "a positive integer; take the file from the release again")
-        return found
+        return self._positive(name, self.values.pop(name, None), int, "a positive integer")
 
     def number(self, name: str, default: float | None = None) -> float:
-        found = self.values.pop(name, default)
-        if not isinstance(found, int | float) or isinstance(found, bool) or found <= 0:
-            raise self.refuse(name, found, "a positive number; take the file from the release again")
-        return float(found)
+        return float(self._positive(name, self.values.pop(name, default), int | float, "a positive number"))
+
+    def _positive(self, name: str, found, kinds, wanted: str):
+        if not isinstance(found, kinds) or isinstance(found, bool) or found <= 0:
+            raise self.refuse(name, found, f"{wanted}; take the file from the release again")
+        return found
 
     def fixed(self, table: dict) -> None:
         for name, (wanted, meaning) in table.items():

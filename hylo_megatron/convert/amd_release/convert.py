@@ -1,4 +1,4 @@
-"""AMD's HyLo release -> Hugging Face folder of ours, which transformers and convert_hf_to_megatron.py read."""
+"""Convert a HyLo release of AMD's to a Hugging Face folder of a hybrid, as ``hylo export`` writes it."""
 
 import math
 import time
@@ -10,18 +10,17 @@ from torch import Tensor
 from hylo_megatron.checkpoint.folder import whole_folder
 from hylo_megatron.config import Architecture
 from hylo_megatron.convert.amd_release.config import FLA_NORM_EPS, Release, Unsaid, read_release
-from hylo_megatron.convert.amd_release.tables import EMBEDDING, OUTPUT, source_shapes, takes
+from hylo_megatron.convert.amd_release.tables import EMBEDDING, source_shapes, takes
 from hylo_megatron.convert.hf_folder import HFWeights
-from hylo_megatron.convert.megatron_to_hf import ShardWriter, write_hybrid_config
+from hylo_megatron.convert.megatron_to_hf import write_hybrid_config, write_weights
 from hylo_megatron.convert.shapes import hf_shapes
 from hylo_megatron.convert.tokenizer_files import check_tokenizer, copy_companions
-from hylo_megatron.errors import HyLoError, command_line
-from hylo_megatron.flags import Parser
+from hylo_megatron.errors import HyLoError
+from hylo_megatron.flags import Parser, command_line
 from hylo_megatron.mixers import FP32_SUFFIXES
-from hylo_megatron.progress import byte_progress, peak_memory_gib
+from hylo_megatron.progress import peak_memory_gib
 
 SHARD_BYTES = 2**30
-COMPARED_ROWS = 4096
 
 
 class ReleasedWeights(HFWeights):
@@ -37,20 +36,7 @@ class ReleasedWeights(HFWeights):
     def check(self, release: Release) -> None:
         """Raise ``HyLoError`` unless the tensors are those of the table, with their shapes."""
         self.expected = source_shapes(release)
-        if release.arch.tie_word_embeddings and OUTPUT in self.where:
-            self.expected[OUTPUT] = self.expected[EMBEDDING]
-        self._check()
-        if release.arch.tie_word_embeddings and OUTPUT in self.where and not self._same(OUTPUT, EMBEDDING):
-            raise HyLoError(
-                f"{self.folder}: {OUTPUT} differs from {EMBEDDING}, expected a copy, since tie_word_embeddings is true"
-                " in config.json; set it to false there to keep both"
-            )
-
-    def _same(self, one: str, other: str) -> bool:
-        """Compare a few rows at a time: embeddings are a model's largest tensors."""
-        a, b = (self._open(self.where[key]).get_slice(key) for key in (one, other))
-        rows = range(0, self.expected[one][0], COMPARED_ROWS)
-        return all(torch.equal(a[i : i + COMPARED_ROWS], b[i : i + COMPARED_ROWS]) for i in rows)
+        self._check(release.arch.tie_word_embeddings)
 
 
 def converted(release: Release, weights: ReleasedWeights, dtype: torch.dtype | None):
@@ -72,16 +58,11 @@ def convert(folder: str | Path, out: str | Path, dtype: torch.dtype | None = Non
     release = read_release(folder, weights.where, unsaid)
     check_tokenizer(folder, release.arch.vocab_size)
     weights.check(release)
+    stored = dtype or weights.dtype(EMBEDDING)
+    total = stored.itemsize * sum(map(math.prod, hf_shapes(release.arch).values()))
     with whole_folder(out) as scratch:
         copy_companions(folder, scratch, with_config=False)
-        writer = ShardWriter(scratch, SHARD_BYTES)
-        stored = dtype or weights.dtype(EMBEDDING)
-        total = stored.itemsize * sum(map(math.prod, hf_shapes(release.arch).values()))
-        with byte_progress(total, "convert") as advance:
-            for key, tensor in converted(release, weights, dtype):
-                writer.add(key, tensor)
-                advance(tensor.nbytes)
-        writer.finish()
+        write_weights(scratch, converted(release, weights, dtype), total, "convert", SHARD_BYTES)
         write_hybrid_config(release.arch, scratch, stored)
     return release.arch
 

@@ -1,9 +1,8 @@
-"""Weight mappings from AMD's HyLo releases to our Hugging Face names, as tables.
+"""Tables of the weights in AMD's HyLo releases and their Hugging Face names in our hybrids.
 
-Every target consists of rows of one source: as they are, reordered, or repeated. ``{i}`` is the layer. The names are
-those of ``Zebra-Llama/hybrid`` in github.com/AMD-AGI/AMD-Hybrid-Models for MLA and Mamba-2, and of
-flash-linear-attention's ``GatedDeltaNet`` for GDN. Number and sizes of these tensors give the releases' published
-parameter counts.
+Every target consists of rows of one source: unchanged, reordered or repeated. ``{i}`` is the layer. The names for MLA
+and Mamba-2 are those of ``Zebra-Llama/hybrid`` in github.com/AMD-AGI/AMD-Hybrid-Models, the names for GDN those of
+flash-linear-attention's ``GatedDeltaNet``. Number and sizes of these tensors match the published parameter counts.
 """
 
 from dataclasses import dataclass
@@ -62,16 +61,13 @@ def mla_table(release: Release) -> list[Take]:
     rope = half_split(g.qk_rope_head_dim, release.interleaved)
     head, latent = after_one_another(whole(g.qk_nope_head_dim), rope), after_one_another(whole(g.kv_lora_rank), rope)
     keys_values = repeated_heads(release.mla_kv_heads, heads, g.qk_nope_head_dim + g.v_head_dim)
-    table = [
-        ("kv_a_proj_with_mqa", "kv_a_proj_with_mqa", latent),
-        ("kv_b_proj", "kv_b_proj", keys_values),
-        ("out_proj", "o_proj", None),
-    ]
+    table = [("kv_a_proj_with_mqa", "kv_a_proj_with_mqa", latent), ("kv_b_proj", "kv_b_proj", keys_values),
+             ("out_proj", "o_proj", None)]  # fmt: skip
     if g.q_lora_rank:
         table += [("q_a_proj", "q_a_proj", None), ("q_b_proj", "q_b_proj", in_every_head(head, heads))]
     else:
         table += [("q_proj", "q_proj", in_every_head(head, heads))]
-    if arch.mla_qk_norm:  # their weights stand before the rotation, so they follow its order
+    if arch.mla_qk_norm:  # applied before the rotation, so their rows follow its order
         table += [("q_norm", "q_norm", head), ("k_norm", "k_norm", head)]
     layer = "model.layers.{i}."
     return [Take(f"{layer}mla.{theirs}.weight", f"{layer}self_attn.{ours}.weight", rows)

@@ -7,10 +7,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from hylo_megatron.config import Architecture
 from hylo_megatron.mixers.megatron_layers import Backend, HeadRMSNorm, Rotary, transformer_layer
 
-
-def config_fields(arch: Architecture) -> dict:
-    """Return what this mixer adds to a ``TransformerConfig``: nothing beyond the base model's dimensions."""
-    return {}
+TRANSFORMER_FIELDS: dict[str, str] = {}  # the base model's are filled already
 
 
 def layer_spec(backend: Backend, arch: Architecture, linear_cp: str = "auto") -> ModuleSpec:

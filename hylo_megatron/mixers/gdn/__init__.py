@@ -14,5 +14,6 @@ MIXER = Mixer(
     fp32=("A_log", "dt_bias"),
     fast=("A_log", "dt_bias"),
     heads=("GDN key heads", "num_key_heads"),
+    rotary="key_head_dim",
     multiples=(("num_value_heads", "num_key_heads"),),
 )

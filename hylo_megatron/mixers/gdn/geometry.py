@@ -1,6 +1,6 @@
 """Dimensions of Gated DeltaNet layers, and the presets for a base model."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.json_file import Dimension, Positive
@@ -23,6 +23,18 @@ class GDNGeometry(Dimensions):
     norm_eps: Positive | None = None
 
 
+CONFIG_FIELDS = {  # fields of config.json, named as Qwen3-Next's
+    "linear_num_key_heads": "num_key_heads",
+    "linear_num_value_heads": "num_value_heads",
+    "linear_key_head_dim": "key_head_dim",
+    "linear_value_head_dim": "value_head_dim",
+    "linear_conv_kernel_dim": "conv_kernel",
+    "linear_norm_eps": "norm_eps",
+}
+CONFIG_DEFAULTS = GDNGeometry(num_key_heads=9, num_value_heads=18, key_head_dim=64, value_head_dim=64)
+SHRUNK_BY = {"key_head_dim": "width", "value_head_dim": "width"}
+
+
 # (hidden size, attention heads, head dim) -> heads, each of 256 key dimensions (arXiv 2604.24715, appendix).
 PUBLISHED_HEADS = {(2048, 32, 64): 6, (3072, 24, 128): 9, (2048, 16, 128): 6}
 
@@ -42,11 +54,6 @@ def published(base: BaseHeads) -> GDNGeometry:
     """Return the dimensions of the method's paper; ``mla.geometry.published`` refuses unknown base models."""
     heads = PUBLISHED_HEADS[base.hidden_size, base.num_heads, base.head_dim]
     return GDNGeometry(num_key_heads=heads, num_value_heads=heads, key_head_dim=256, value_head_dim=512)
-
-
-def shrunk(g: GDNGeometry, *, heads: int, width: int) -> GDNGeometry:
-    """Return the dimensions for a small model: heads ``heads`` times and hidden states ``width`` times narrower."""
-    return replace(g, key_head_dim=g.key_head_dim // width, value_head_dim=g.value_head_dim // width)
 
 
 def check(head_dim: int, gdn: GDNGeometry) -> None:

@@ -4,6 +4,8 @@ Calibrated, SiLU is undone on values by ± pairs: ``silu(z) - silu(-z) = z``. Tw
 The legend and the rest of the method are in ``mixers/initialise.py``.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,111 +13,86 @@ from torch import Tensor
 from hylo_megatron.config import Architecture
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.kernels import chunk_gated_delta_rule
+from hylo_megatron.kernels.rope import cos_and_sin, turn
 from hylo_megatron.mixers.initialise import (
-    DECAY_TIMES,
-    OPEN_GATE,
-    best_decay,
-    calibration_rows,
-    choose_heads,
-    constant_direction,
+    OPEN_SILU,
     first_rows,
     identity_conv,
-    inverse_softplus,
-    linearised_qkv,
+    linear_heads,
     random_conv,
     random_decay,
     repeated_qkv,
-    unit_heads,
 )
 
 OUTPUT_PROJECTION = "mixer.o_proj.weight"
 REFIT = True
 
 
-def _fresh(arch: Architecture, generator: torch.Generator) -> dict[str, Tensor]:
-    """Return megatron-core's defaults for what the paper does not transfer."""
-    g, d = arch.geometry.gdn, arch.hidden_size
-    k, v = g.num_key_heads * g.key_head_dim, g.num_value_heads * g.value_head_dim
-
-    def normal(rows):
-        return torch.randn(rows, d, generator=generator) * 0.02
-
-    a_log = random_decay(g.num_value_heads, generator)
-    return {
-        "mixer.g_proj.weight": normal(v),
-        "mixer.a_proj.weight": normal(g.num_value_heads),
-        "mixer.b_proj.weight": normal(g.num_value_heads),
-        "mixer.q_conv1d.weight": random_conv(k, g.conv_kernel, generator),
-        "mixer.k_conv1d.weight": random_conv(k, g.conv_kernel, generator),
-        "mixer.v_conv1d.weight": random_conv(v, g.conv_kernel, generator),
-        "mixer.A_log": a_log,
-        "mixer.dt_bias": torch.ones(g.num_value_heads),
-        "mixer.o_norm.weight": torch.ones(g.value_head_dim),
-    }
-
-
 def from_rows(layer, arch: Architecture, generator: torch.Generator) -> dict[str, Tensor]:
-    """Return the paper's transfer: overlapping rows of Q, K, V and columns of O, key-value heads repeated to H."""
-    g = arch.geometry.gdn
+    """Return the paper's transfer: overlapping rows of Q, K, V and columns of O, key-value heads repeated to H.
+
+    The paper does not transfer the rest, which has megatron-core's defaults.
+    """
+    g, d = arch.geometry.gdn, arch.hidden_size
     q, k, v = repeated_qkv(layer, arch)
     out = layer["self_attn.o_proj.weight"]
-    width = g.num_value_heads * g.value_head_dim
-    columns = torch.cat([out[:, :width], out.new_zeros(len(out), max(0, width - out.shape[1]))], 1)
-    return _fresh(arch, generator) | {
+    keys, values = g.num_key_heads * g.key_head_dim, g.num_value_heads * g.value_head_dim
+    weights = {
         "mixer.q_proj.weight": first_rows(q, g.num_key_heads, g.key_head_dim),
         "mixer.k_proj.weight": first_rows(k, g.num_key_heads, g.key_head_dim),
         "mixer.v_proj.weight": first_rows(v, g.num_value_heads, g.value_head_dim),
-        "mixer.o_proj.weight": columns,
+        "mixer.o_proj.weight": torch.cat([out[:, :values], out.new_zeros(d, max(0, values - out.shape[1]))], 1),
+        "mixer.A_log": random_decay(g.num_value_heads, generator),
+        "mixer.dt_bias": torch.ones(g.num_value_heads),
+        "mixer.o_norm.weight": torch.ones(g.value_head_dim),
     }
+    for name, rows in {"g": values, "a": g.num_value_heads, "b": g.num_value_heads}.items():
+        weights[f"mixer.{name}_proj.weight"] = torch.randn(rows, d, generator=generator) * 0.02
+    for name, rows in {"q": keys, "k": keys, "v": values}.items():
+        weights[f"mixer.{name}_conv1d.weight"] = random_conv(rows, g.conv_kernel, generator)
+    return weights
 
 
-def _scan(q: Tensor, k: Tensor, v: Tensor, x_BSD: Tensor) -> Tensor:
-    """Return the outputs ``[B,S,h,t,K]`` of the block's heads at every decay time."""
+def _scan(q: Tensor, k: Tensor, v: Tensor, x_BSD: Tensor, times: Tensor, frequencies: Tensor | None) -> Tensor:
+    """Return the outputs ``[B,S,h,t,K]`` of the block's heads at every decay time.
 
-    def feature(weight_hKD):
-        return torch.einsum("bsd,hkd->bshk", x_BSD, weight_hKD)
-
-    times = torch.tensor(DECAY_TIMES, device=x_BSD.device)
-    values = feature(v).repeat_interleave(len(times), 2)
+    ``frequencies``: those by which queries and keys rotate, None where the block does not rotate them.
+    """
+    q_BShK, k_BShK, v_BShK = (torch.einsum("bsd,hkd->bshk", x_BSD, weight) for weight in (q, k, v))
+    values = v_BShK.repeat_interleave(len(times), 2)
     decay = (-1 / times).repeat(len(q)).expand(*values.shape[:3])
-    half = torch.full_like(decay, 0.5)  # beta
-    out, _ = chunk_gated_delta_rule(
-        F.silu(feature(q)), F.silu(feature(k)), values, decay, half, use_qk_l2norm_in_kernel=True
-    )
+    beta = torch.full_like(decay, 0.5)
+    q_BShK, k_BShK = F.silu(q_BShK), F.silu(k_BShK)
+    if frequencies is not None:
+        positions = torch.arange(x_BSD.shape[1], device=x_BSD.device)[:, None]
+        angles = cos_and_sin(positions, frequencies.to(x_BSD.device), 1.0)  # a factor would go with the norm
+        q_BShK, k_BShK = turn(q_BShK, *angles), turn(k_BShK, *angles)
+    out, _ = chunk_gated_delta_rule(q_BShK, k_BShK, values, decay, beta, use_qk_l2norm_in_kernel=True)
     return out.unflatten(2, (len(q), -1))
 
 
 def calibrated(layer, arch: Architecture, frequencies: Tensor) -> dict[str, Tensor]:
     """Return a Gated DeltaNet that starts as a decayed linear attention with the teacher's heads."""
-    g, dim, heads = arch.geometry.gdn, arch.head_dim, arch.num_attention_heads
+    g, dim = arch.geometry.gdn, arch.head_dim
     if g.num_value_heads != 2 * g.num_key_heads or g.key_head_dim != dim or g.value_head_dim != dim:
         raise HyLoError("--init data for GDN needs heads like the base model's, two value heads a key head"
                         " (--geometry native); use --init svd for other geometries")  # fmt: skip
-    q, k, v = linearised_qkv(layer, arch)
-    chosen = choose_heads(layer, arch, g.num_key_heads).to(q.device)
-    group, calibration = chosen // (heads // arch.num_key_value_heads), calibration_rows(layer)
-    x = layer.inputs_BSD[calibration]
-    q, k, v = unit_heads(q[chosen], x), unit_heads(k[group], x), unit_heads(v[group], x)
-    target = layer.heads_BSHK[calibration][:, :, chosen]
-    best, factor = best_decay(_scan(q, k, v, x), target, g.norm_eps or arch.rms_norm_eps)
-    out = layer["self_attn.o_proj.weight"].unflatten(1, (heads, dim))[:, chosen]
-    gate = F.silu(torch.tensor(OPEN_GATE)).item()
-    half = out * (factor / (2 * gate))[:, None]
-    one = constant_direction(layer.inputs_BSD.flatten(0, 1))
-    times = torch.tensor(DECAY_TIMES, device=q.device)
+    scan = partial(_scan, frequencies=frequencies if arch.linear_rope else None)
+    start = linear_heads(layer, arch, g.num_key_heads, scan, eps=g.norm_eps or arch.rms_norm_eps)
+    half = start.out * (start.factor / (2 * OPEN_SILU))[:, None]
     key_rows, value_rows = g.num_key_heads * dim, g.num_value_heads * dim
     return {
-        "mixer.q_proj.weight": q.flatten(0, 1),
-        "mixer.k_proj.weight": k.flatten(0, 1),
-        "mixer.v_proj.weight": torch.stack([v, -v], 1).flatten(0, 2),
-        "mixer.g_proj.weight": (OPEN_GATE * one).expand(value_rows, -1).clone(),
+        "mixer.q_proj.weight": start.q.flatten(0, 1),
+        "mixer.k_proj.weight": start.k.flatten(0, 1),
+        "mixer.v_proj.weight": torch.stack([start.v, -start.v], 1).flatten(0, 2),
+        "mixer.g_proj.weight": start.open_gate.expand(value_rows, -1).clone(),
         "mixer.a_proj.weight": torch.zeros(g.num_value_heads, arch.hidden_size),
         "mixer.b_proj.weight": torch.zeros(g.num_value_heads, arch.hidden_size),
         "mixer.q_conv1d.weight": identity_conv(key_rows, g.conv_kernel),
         "mixer.k_conv1d.weight": identity_conv(key_rows, g.conv_kernel),
         "mixer.v_conv1d.weight": identity_conv(value_rows, g.conv_kernel),
         "mixer.A_log": torch.zeros(g.num_value_heads),
-        "mixer.dt_bias": inverse_softplus(1 / times[best]).repeat_interleave(2),
+        "mixer.dt_bias": start.dt_bias.repeat_interleave(2),
         "mixer.o_norm.weight": torch.ones(dim),
         "mixer.o_proj.weight": torch.stack([half, -half], 2).flatten(1),
     }

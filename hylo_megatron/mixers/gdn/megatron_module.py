@@ -1,5 +1,6 @@
 """megatron-core's Gated DeltaNet with fp32 decay parameters and kernels through ``kernels.ops``."""
 
+from functools import partial
 from typing import ClassVar
 
 from megatron.core.ssm.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
@@ -9,22 +10,18 @@ from torch import Tensor
 from hylo_megatron.config import Architecture
 from hylo_megatron.kernels import log_decay, ops_for
 from hylo_megatron.mixers.gdn import MIXER
-from hylo_megatron.mixers.gdn.state_passing import chunk_gated_delta_rule
 from hylo_megatron.mixers.megatron_layers import Backend, HeadRMSNorm, transformer_layer
-from hylo_megatron.mixers.megatron_linear import FP32Parameters, SharedSequence, sharing
+from hylo_megatron.mixers.megatron_linear import LinearMixer, sharing
+from hylo_megatron.mixers.state_passing import chunk_delta_rule
 from hylo_megatron.parallel.zigzag import from_rows, to_rows
 
-
-def config_fields(arch: Architecture) -> dict:
-    """Return what this mixer adds to a ``TransformerConfig``."""
-    g = arch.geometry.gdn
-    return dict(
-        linear_conv_kernel_dim=g.conv_kernel,
-        linear_key_head_dim=g.key_head_dim,
-        linear_value_head_dim=g.value_head_dim,
-        linear_num_key_heads=g.num_key_heads,
-        linear_num_value_heads=g.num_value_heads,
-    )
+TRANSFORMER_FIELDS = {
+    "linear_conv_kernel_dim": "conv_kernel",
+    "linear_key_head_dim": "key_head_dim",
+    "linear_value_head_dim": "value_head_dim",
+    "linear_num_key_heads": "num_key_heads",
+    "linear_num_value_heads": "num_value_heads",
+}
 
 
 def layer_spec(backend: Backend, arch: Architecture, linear_cp: str = "auto") -> ModuleSpec:
@@ -39,7 +36,7 @@ def layer_spec(backend: Backend, arch: Architecture, linear_cp: str = "auto") ->
     return transformer_layer(backend, mixer)
 
 
-class GDNMixer(FP32Parameters, SharedSequence, GatedDeltaNet):
+class GDNMixer(LinearMixer, GatedDeltaNet):
     """Gated DeltaNet (arXiv 2412.06464), ``hidden_SBD -> (out_SBD, None)``.
 
     megatron-core's forward pass copies between layouts at every step, writes out repeated key heads and fp32 copies,
@@ -49,7 +46,7 @@ class GDNMixer(FP32Parameters, SharedSequence, GatedDeltaNet):
     """
 
     fp32_names = MIXER.fp32
-    across_ranks: ClassVar = {"chunk_gated_delta_rule": chunk_gated_delta_rule}
+    across_ranks: ClassVar = {"chunk_gated_delta_rule": partial(chunk_delta_rule, "chunk_gated_delta_rule")}
 
     def __init__(self, config, *args, pp_layer_offset=None, norm_eps: float | None = None, **kwargs):
         super().__init__(config, *args, **kwargs)
@@ -57,16 +54,17 @@ class GDNMixer(FP32Parameters, SharedSequence, GatedDeltaNet):
         self.out_norm.eps = norm_eps or self.out_norm.eps
 
     def forward(self, hidden_states: Tensor, attention_mask=None, **kwargs):
-        if self.chunks > 1:
-            self.refuse_packed(kwargs.get("packed_seq_params"))
-        elif self.cp_size > 1 or self.recompute_norm_out or kwargs.get("packed_seq_params") is not None:
+        packed = kwargs.get("packed_seq_params")
+        if self.chunks > 1 or self.rotary is not None:
+            self.refuse_packed(packed)
+        if self.chunks == 1 and (self.cp_size > 1 or self.recompute_norm_out or packed is not None):
             return super().forward(hidden_states, attention_mask, **kwargs)
         x_SBC, _ = self.in_proj(hidden_states)
         run = self.kernels(x_SBC)
         sections = run.split_convolve(
             to_rows(x_SBC, self.chunks), self.conv1d.weight.squeeze(1), self.conv1d.bias, self.in_proj_split_sections
         )
-        q_BSMK, k_BSMK = (x.unflatten(-1, (-1, self.key_head_dim)) for x in sections[:2])
+        q_BSMK, k_BSMK = self.rotate(*(x.unflatten(-1, (-1, self.key_head_dim)) for x in sections[:2]))
         v_BSHV, gate_BSHV = (x.unflatten(-1, (-1, self.value_head_dim)) for x in sections[2:4])
         beta_BSH, alpha_BSH = sections[4:]
         g_BSH, beta_BSH = self._compute_g_and_beta(self.A_log, self.dt_bias, alpha_BSH, beta_BSH)
@@ -82,7 +80,7 @@ class GDNMixer(FP32Parameters, SharedSequence, GatedDeltaNet):
     def _prepare_input_for_gated_delta_rule(self, qkv, gate, batch, seq_len, *gate_feats):
         qk, v = self.qk_dim_local_tp // self.cp_size, self.v_dim_local_tp // self.cp_size
         q, k, v = qkv.split([qk, qk, v], -1)
-        q_BSMK, k_BSMK = (x.unflatten(-1, (-1, self.key_head_dim)) for x in (q, k))
+        q_BSMK, k_BSMK = self.rotate(*(x.unflatten(-1, (-1, self.key_head_dim)) for x in (q, k)))
         return q_BSMK, k_BSMK, v.unflatten(-1, (-1, self.value_head_dim)), gate, *gate_feats
 
     def _compute_g_and_beta(self, A_log_H: Tensor, dt_bias_H: Tensor, alpha_BSH: Tensor, beta_BSH: Tensor):

@@ -4,7 +4,7 @@ from hylo_megatron.config import Architecture
 from hylo_megatron.config.decisions import CHUNK
 from hylo_megatron.mixers.gdn import MIXER
 from hylo_megatron.mixers.gdn.geometry import GDNGeometry
-from hylo_megatron.mixers.memory import Share, SubLayer, projection, shares_states
+from hylo_megatron.mixers.memory import Share, SubLayer, delta_rule_states, projection, shares_states
 
 UNSPLIT = ("mixer.o_norm.weight",)
 
@@ -24,12 +24,10 @@ def activations(arch: Architecture, at: Share) -> SubLayer:
     """
     g, tp, d = arch.geometry.gdn, at.layout.tp, arch.hidden_size
     m, h, k, v = g.num_key_heads // tp, g.num_value_heads // tp, g.key_head_dim, g.value_head_dim
-    across = shares_states(MIXER, arch, at)
-    kept = at.outer(d) + projection(2 * m * k + 2 * h * v + 2 * h, arch, at, exact=at.layout.cp > 1 and not across)
+    kept = at.outer(d) + projection(MIXER, 2 * m * k + 2 * h * v + 2 * h, arch, at)
     kept += at.inner(2 * m * k + 4 * h * v + CHUNK * h)
     kept += at.inner(h + 2 * (4 * h + 2 * m))  # beta; decay in three forms, three statistics
-    if across:  # K more values a head, which come out as ``read``; states of own chunks, transfers of the others
-        others = (2 * at.layout.cp - 1) / 2
-        kept += at.inner(2 * h * k) + at.states(int(h * k * (k + 2.5 * v + others * k)))
+    if shares_states(MIXER, arch, at):
+        kept += delta_rule_states(h, k, v, at)
     work = at.inner(2 * h * k * v / CHUNK + 4 * h * v + 4 * h * k)  # states and their gradients; dq, dk, dv, w, u, ..
     return SubLayer(kept, work, at.outer(d))

@@ -6,10 +6,13 @@ from vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn import QwenGatedD
 from vllm.model_executor.layers.mamba.mamba_utils import MambaStateDtypeCalculator, MambaStateShapeCalculator
 from vllm.platforms import current_platform
 
+from hylo_megatron.kernels import log_decay
+from hylo_megatron.kernels.rope import Angles
 from hylo_megatron.mixers.gdn import MIXER
+from hylo_megatron.mixers.gdn.geometry import GDNGeometry
 from hylo_megatron.mixers.serving import trained_geometry
+from hylo_megatron.mixers.vllm_states import GDNBackend
 from hylo_megatron.mixers.vllm_weights import conv_loader, keep_fp32
-from hylo_megatron.serve.versions import GDNBackend
 
 
 class HyLoGatedDeltaNet(QwenGatedDeltaNetAttention):
@@ -26,13 +29,13 @@ class HyLoGatedDeltaNet(QwenGatedDeltaNetAttention):
             self.layer_norm_epsilon = eps  # vLLM's fused norm reads it
             device = current_platform.current_device()
             self.norm = RMSNormGated(self.norm_dim, eps=eps, group_size=None, norm_before_gate=True, device=device)
-        if current_platform.is_cpu():
-            self._forward_method = self._forward_plain
 
     def get_attn_backend(self):
         return GDNBackend
 
-    def mix(self, hidden_TD: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    def mix(self, hidden_TD: Tensor, angles: Angles) -> Tensor:
+        if current_platform.is_cpu():
+            return self._forward_plain(hidden_TD, angles)
         return self(hidden_TD)
 
     def _output_projection(self, core_attn_out: Tensor, z: Tensor) -> Tensor:
@@ -40,37 +43,26 @@ class HyLoGatedDeltaNet(QwenGatedDeltaNetAttention):
         out = self.norm(core_attn_out.reshape(-1, self.norm_dim), z.reshape(-1, self.norm_dim))
         return self.out_proj(out.reshape(tokens, -1))[0]
 
-    def _forward_plain(self, hidden_TD: Tensor) -> Tensor:
-        from hylo_megatron.mixers.gdn.vllm_cpu import gated_delta_net
+    def _forward_plain(self, hidden_TD: Tensor, angles: Angles) -> Tensor:
+        from hylo_megatron.mixers.vllm_cpu import gated_delta_rule
 
         values = self.value_dim // self.tp_size
         qkvz, ba = self.in_proj_qkvz(hidden_TD)[0], self.in_proj_ba(hidden_TD)[0]
         qkv, z = qkvz.split([qkvz.shape[-1] - values, values], -1)
         beta, decay = ba.chunk(2, -1)
         out = hidden_TD.new_zeros(len(hidden_TD), values // self.head_v_dim, self.head_v_dim)
-        gated_delta_net(self, qkv, beta, decay, out)
+        decay = log_decay(decay, self.A_log, self.dt_bias)
+        gated_delta_rule(self, qkv, decay, beta, out, angles, key_dim=self.head_k_dim, keys_last=True)
         return self._output_projection(out, z)
 
 
-def state_dtypes(vllm_config):
-    """Types of a request's states: the window of the convolutions and the recurrent state."""
-    cache = vllm_config.cache_config
-    return MambaStateDtypeCalculator.gated_delta_net_state_dtype(
-        vllm_config.model_config.dtype, cache.mamba_cache_dtype, cache.mamba_ssm_cache_dtype
-    )
+state_dtypes = MambaStateDtypeCalculator.gated_delta_net_state_dtype
 
 
-def state_shapes(vllm_config):
-    """Shapes of the same states on one rank."""
-    gdn = vllm_config.model_config.hf_config.geometry().gdn
-    return MambaStateShapeCalculator.gated_delta_net_state_shape(
-        vllm_config.parallel_config.tensor_parallel_size,
-        gdn.num_key_heads,
-        gdn.num_value_heads,
-        gdn.key_head_dim,
-        gdn.value_head_dim,
-        gdn.conv_kernel,
-    )
+def state_shapes(tp: int, gdn: GDNGeometry):
+    """Return the shapes of a request's states on one rank: the window of the convolutions, the recurrent state."""
+    heads, dims = (gdn.num_key_heads, gdn.num_value_heads), (gdn.key_head_dim, gdn.value_head_dim)
+    return MambaStateShapeCalculator.gated_delta_net_state_shape(tp, *heads, *dims, gdn.conv_kernel)
 
 
 LAYER = HyLoGatedDeltaNet

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from hylo_megatron.mixers.vllm_weights import Rule, Sizes
+from hylo_megatron.mixers.vllm_weights import Rule, Sizes, merged
 
 
 def value_heads(x: Tensor, sizes: Sizes) -> Tensor:
@@ -11,17 +11,11 @@ def value_heads(x: Tensor, sizes: Sizes) -> Tensor:
 
 
 RULES = {
-    "mixer.q_proj.weight": Rule("mixer.in_proj_qkvz.weight", 0),
-    "mixer.k_proj.weight": Rule("mixer.in_proj_qkvz.weight", 1),
-    "mixer.v_proj.weight": Rule("mixer.in_proj_qkvz.weight", 2),
-    "mixer.g_proj.weight": Rule("mixer.in_proj_qkvz.weight", 3),
-    "mixer.b_proj.weight": Rule("mixer.in_proj_ba.weight", 0, value_heads),
-    "mixer.a_proj.weight": Rule("mixer.in_proj_ba.weight", 1, value_heads),
+    **merged("in_proj_qkvz", "q_proj", "k_proj", "v_proj", "g_proj"),
+    **merged("in_proj_ba", "b_proj", "a_proj", pad=value_heads),
+    **merged("conv1d", "q_conv1d", "k_conv1d", "v_conv1d"),
     "mixer.dt_bias": Rule(pad=value_heads),
     "mixer.A_log": Rule(pad=value_heads),
     "mixer.o_norm.weight": Rule("mixer.norm.weight"),
     "mixer.o_proj.weight": Rule("mixer.out_proj.weight"),
-    "mixer.q_conv1d.weight": Rule("mixer.conv1d.weight", 0),
-    "mixer.k_conv1d.weight": Rule("mixer.conv1d.weight", 1),
-    "mixer.v_conv1d.weight": Rule("mixer.conv1d.weight", 2),
 }

@@ -14,4 +14,5 @@ MIXER = Mixer(
     fp32=("A_log", "dt_bias"),
     fast=("A_log", "dt_bias"),
     heads=("KDA heads", "num_heads"),
+    rotary="head_dim",
 )

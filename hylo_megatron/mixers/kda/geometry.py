@@ -1,6 +1,6 @@
 """Dimensions of Kimi Delta Attention layers, and the presets for a base model."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.json_file import Dimension, Positive
@@ -23,6 +23,16 @@ class KDAGeometry(Dimensions):
     norm_eps: Positive | None = None
 
 
+CONFIG_FIELDS = {  # fields of config.json
+    "kda_num_heads": "num_heads",
+    "kda_head_dim": "head_dim",
+    "kda_conv_kernel": "conv_kernel",
+    "kda_norm_eps": "norm_eps",
+}
+CONFIG_DEFAULTS = KDAGeometry(num_heads=18, head_dim=64)
+SHRUNK_BY = {"head_dim": "heads"}
+
+
 def native(base: BaseHeads) -> KDAGeometry:
     """Return as many heads as Gated DeltaNet's native preset has value heads.
 
@@ -35,11 +45,6 @@ def native(base: BaseHeads) -> KDAGeometry:
 def published(base: BaseHeads) -> KDAGeometry:
     """Return the native dimensions: the method's paper has no Kimi Delta Attention."""
     return native(base)
-
-
-def shrunk(g: KDAGeometry, *, heads: int, width: int) -> KDAGeometry:
-    """Return the dimensions for a small model: heads ``heads`` times and hidden states ``width`` times narrower."""
-    return replace(g, head_dim=g.head_dim // heads)
 
 
 def check(head_dim: int, kda: KDAGeometry) -> None:

@@ -8,20 +8,13 @@ decay to ``dt_bias`` and the gate at one half, and both learn from the first ste
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hylo_megatron.config import Architecture
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.mixers.gdn import initialise as gdn
 from hylo_megatron.mixers.gdn.geometry import GDNGeometry
-from hylo_megatron.mixers.initialise import (
-    OPEN_GATE,
-    inverse_softplus,
-    random_conv,
-    random_decay,
-    repeated_qkv,
-)
+from hylo_megatron.mixers.initialise import OPEN_SILU, inverse_softplus, random_conv, random_decay, repeated_qkv
 
 OUTPUT_PROJECTION = gdn.OUTPUT_PROJECTION
 REFIT = gdn.REFIT
@@ -30,15 +23,10 @@ _STEPS = (1e-3, 1e-1)  # Kimi Linear draws softplus(dt_bias) between them, evenl
 
 
 def _bottlenecks(arch: Architecture, generator: torch.Generator) -> dict[str, Tensor]:
-    g = arch.geometry.kda
-
-    def normal(rows, columns):
-        return torch.randn(rows, columns, generator=generator) * _STD
-
-    parts = {}
-    for name in "fg":
-        parts[f"mixer.{name}_a_proj.weight"] = normal(g.head_dim, arch.hidden_size)
-        parts[f"mixer.{name}_b_proj.weight"] = normal(g.num_heads * g.head_dim, g.head_dim)
+    g, parts = arch.geometry.kda, {}
+    shapes = {"a": (g.head_dim, arch.hidden_size), "b": (g.num_heads * g.head_dim, g.head_dim)}
+    for name in ("f_a", "f_b", "g_a", "g_b"):
+        parts[f"mixer.{name}_proj.weight"] = torch.randn(*shapes[name[-1]], generator=generator) * _STD
     return parts
 
 
@@ -83,7 +71,7 @@ def calibrated(layer, arch: Architecture, frequencies: Tensor) -> dict[str, Tens
         heads = weights[f"mixer.{name}.weight"].unflatten(0, (-1, g.head_dim))
         weights[f"mixer.{name}.weight"] = heads.repeat_interleave(2, 0).flatten(0, 1)
     weights["mixer.dt_bias"] = weights["mixer.dt_bias"].repeat_interleave(g.head_dim)
-    weights["mixer.o_proj.weight"] = weights["mixer.o_proj.weight"] * (2 * F.silu(torch.tensor(OPEN_GATE)).item())
+    weights["mixer.o_proj.weight"] = weights["mixer.o_proj.weight"] * (2 * OPEN_SILU)
     bottlenecks = _bottlenecks(arch, torch.Generator().manual_seed(layer.index))
     for name in "fg":
         bottlenecks[f"mixer.{name}_b_proj.weight"].zero_()

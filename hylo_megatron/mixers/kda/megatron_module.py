@@ -7,6 +7,7 @@ Legend: S sequence, B batch (with context parallelism its chunks), D model, H he
 V = H*K, C channels.
 """
 
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -14,7 +15,7 @@ from megatron.core.ssm.gated_delta_net.common import get_parameter_local_cp, ten
 from megatron.core.ssm.mamba_mixer import _split_tensor_factory
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.utils import (
     ensure_metadata_has_dp_cp_group,
     make_sharded_tensors_for_checkpoint,
@@ -26,22 +27,18 @@ from hylo_megatron.config import Architecture
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.mixers.kda import MIXER
 from hylo_megatron.mixers.kda.geometry import KDAGeometry
-from hylo_megatron.mixers.kda.state_passing import chunk_kda
 from hylo_megatron.mixers.megatron_layers import Backend, HeadRMSNorm, ReplicatedLinear, transformer_layer
-from hylo_megatron.mixers.megatron_linear import FP32Parameters, SharedSequence, sharing
+from hylo_megatron.mixers.megatron_linear import LinearMixer, sharing
+from hylo_megatron.mixers.state_passing import chunk_delta_rule
 from hylo_megatron.parallel.zigzag import from_rows, to_rows
 
-
-def config_fields(arch: Architecture) -> dict:
-    """Return what this mixer adds to a ``TransformerConfig``: sizes by which megatron-core counts operations."""
-    g = arch.geometry.kda
-    return dict(
-        linear_conv_kernel_dim=g.conv_kernel,
-        linear_key_head_dim=g.head_dim,
-        linear_value_head_dim=g.head_dim,
-        linear_num_key_heads=g.num_heads,
-        linear_num_value_heads=g.num_heads,
-    )
+TRANSFORMER_FIELDS = {  # by which megatron-core counts operations
+    "linear_conv_kernel_dim": "conv_kernel",
+    "linear_key_head_dim": "head_dim",
+    "linear_value_head_dim": "head_dim",
+    "linear_num_key_heads": "num_heads",
+    "linear_num_value_heads": "num_heads",
+}
 
 
 def layer_spec(backend: Backend, arch: Architecture, linear_cp: str = "auto") -> ModuleSpec:
@@ -58,22 +55,12 @@ class _Parameters(MegatronModule):
         self.layer_number, self.pg_collection, self.head_dim = layer_number, pg_collection, geometry.head_dim
         tp, width = pg_collection.tp.size(), geometry.num_heads * geometry.head_dim
         self.heads, self.width = geometry.num_heads // tp, width // tp
-        common = dict(config=config, bias=False, is_expert=False, tp_group=pg_collection.tp)
-
-        def column(kind, inputs, outputs):
-            return build_module(
-                kind, inputs, outputs, init_method=config.init_method, gather_output=False, skip_bias_add=False,
-                **common,
-            )  # fmt: skip
-
-        self.in_proj = column(backend.projection, config.hidden_size, 3 * width + geometry.num_heads)
+        column = partial(backend.column, config=config, tp_group=pg_collection.tp)
+        self.in_proj = column(config.hidden_size, 3 * width + geometry.num_heads, kind=backend.projection)
         self.down = ReplicatedLinear(config.hidden_size, 2 * self.head_dim, config)
-        self.decay_up = column(backend.column_linear, self.head_dim, width)
-        self.gate_up = column(backend.column_linear, self.head_dim, width)
-        self.out_proj = build_module(
-            backend.row_linear, width, config.hidden_size, init_method=config.output_layer_init_method,
-            input_is_parallel=True, skip_bias_add=True, **common,
-        )  # fmt: skip
+        self.decay_up = column(self.head_dim, width)
+        self.gate_up = column(self.head_dim, width)
+        self.out_proj = backend.row(width, config.hidden_size, config, pg_collection.tp)
         self.out_norm = HeadRMSNorm(config, self.head_dim, geometry.norm_eps or config.layernorm_epsilon)
         self.conv_weight = self._split_by_heads(3 * self.width, 1, geometry.conv_kernel)
         self.A_log, self.dt_bias = self._split_by_heads(self.heads), self._split_by_heads(self.width)
@@ -110,11 +97,11 @@ class _Parameters(MegatronModule):
         return state
 
 
-class KDAMixer(FP32Parameters, SharedSequence, _Parameters):
+class KDAMixer(LinearMixer, _Parameters):
     """Kimi Delta Attention, ``hidden_SBD -> (out_SBD, None)``, a ``self_attention`` of megatron's layer."""
 
     fp32_names = MIXER.fp32
-    across_ranks: ClassVar = {"chunk_kda": chunk_kda}
+    across_ranks: ClassVar = {"chunk_kda": partial(chunk_delta_rule, "chunk_kda")}
 
     def forward(self, hidden_states: Tensor, attention_mask=None, packed_seq_params=None, **_):
         if packed_seq_params is not None:
@@ -143,6 +130,7 @@ class KDAMixer(FP32Parameters, SharedSequence, _Parameters):
         *qkv, beta_BSH = run.split_convolve(to_rows(x_SBC, self.chunks), taps_CW, None, (*[width] * 3, heads))
         rows = (*qkv, to_rows(decay_SBV, self.chunks), to_rows(gate_SBV, self.chunks))
         q_BSHK, k_BSHK, v_BSHK, decay_BSHK, gate_BSHK = (x.unflatten(-1, (heads, -1)) for x in rows)
+        q_BSHK, k_BSHK = self.rotate(q_BSHK, k_BSHK)
         out_BSHK, _ = run.chunk_kda(
             q_BSHK, k_BSHK, v_BSHK, g=decay_BSHK, beta=beta_BSH.sigmoid(), A_log=A_log_H, dt_bias=dt_bias_V,
             use_qk_l2norm_in_kernel=True,

@@ -4,7 +4,7 @@ from hylo_megatron.config import Architecture
 from hylo_megatron.config.decisions import CHUNK
 from hylo_megatron.mixers.kda import MIXER
 from hylo_megatron.mixers.kda.geometry import KDAGeometry
-from hylo_megatron.mixers.memory import Share, SubLayer, projection, shares_states
+from hylo_megatron.mixers.memory import Share, SubLayer, delta_rule_states, projection, shares_states
 
 UNSPLIT = ("mixer.o_norm.weight", "mixer.f_a_proj.weight", "mixer.g_a_proj.weight")
 
@@ -23,13 +23,11 @@ def activations(arch: Architecture, at: Share) -> SubLayer:
     """
     g, tp, d = arch.geometry.kda, at.layout.tp, arch.hidden_size
     h, k = g.num_heads // tp, g.head_dim
-    across = shares_states(MIXER, arch, at)
-    kept = at.outer(d + 2 * k) + projection(3 * h * k + h, arch, at, exact=at.layout.cp > 1 and not across)
+    kept = at.outer(d + 2 * k) + projection(MIXER, 3 * h * k + h, arch, at)
     kept += at.inner(7 * h * k + 2 * CHUNK * h)
     kept += at.inner(h + 2 * 3 * h)  # beta; three statistics
-    if across:  # K more values a head, which come out as ``read``; states of own chunks, transfers of the others
-        others = (2 * at.layout.cp - 1) / 2
-        kept += at.inner(2 * h * k) + at.states(int(h * k * k * (3.5 + others)))
+    if shares_states(MIXER, arch, at):
+        kept += delta_rule_states(h, k, k, at)
     # Counted in fla's backward pass: states and their gradients, triangular matrices with theirs, and as wide as the
     # heads what it makes again (w, u, decayed queries and keys, fp32 decays) beside gradients, some of them fp32.
     work = at.inner(2 * h * k * k / CHUNK + 20 * h * k + 4 * CHUNK * h)

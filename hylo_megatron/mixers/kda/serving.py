@@ -1,13 +1,5 @@
 """Kimi Delta Attention in vLLM, whose kernels take all sizes that fla's take. No torch or vLLM in here."""
 
-from hylo_megatron.mixers.kda.geometry import KDAGeometry
-from hylo_megatron.mixers.serving import ServedPart, Target
+from hylo_megatron.mixers.serving import as_trained, no_settings
 
-
-def served(kda: KDAGeometry, target: Target) -> ServedPart:
-    """Return the trained dimensions."""
-    return ServedPart(geometry=kda)
-
-
-def settings(vllm_config, *, on_gpu: bool) -> None:
-    """Change nothing."""
+served, settings = as_trained, no_settings

@@ -10,10 +10,11 @@ from vllm.platforms import current_platform
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.kernels import gated_rms_norm
+from hylo_megatron.kernels import gated_rms_norm, kda_decay
+from hylo_megatron.kernels.rope import Angles
 from hylo_megatron.mixers.kda.geometry import KDAGeometry
+from hylo_megatron.mixers.vllm_states import GDNBackend
 from hylo_megatron.mixers.vllm_weights import conv_loader
-from hylo_megatron.serve.versions import GDNBackend
 
 try:
     from vllm.model_executor.layers.mamba.gdn.kimi_gdn_linear_attn import KimiGatedDeltaNetAttention
@@ -50,31 +51,26 @@ class HyLoKimiDeltaAttention(KimiGatedDeltaNetAttention):
     def get_attn_backend(self):
         return GDNBackend
 
-    def mix(self, hidden_TD: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-        return self._forward_plain(hidden_TD) if current_platform.is_cpu() else self(hidden_TD, None)
+    def mix(self, hidden_TD: Tensor, angles: Angles) -> Tensor:
+        return self._forward_plain(hidden_TD, angles) if current_platform.is_cpu() else self(hidden_TD, None)
 
-    def _forward_plain(self, hidden_TD: Tensor) -> Tensor:
-        from hylo_megatron.mixers.kda.vllm_cpu import kimi_delta_attention
+    def _forward_plain(self, hidden_TD: Tensor, angles: Angles) -> Tensor:
+        from hylo_megatron.mixers.vllm_cpu import gated_delta_rule
 
         merged = self.in_proj_qkvgfab(hidden_TD)[0]
         qkv, beta, low = merged.split([3 * self.local_projection_size, self.local_num_heads, self.head_dim], -1)
         decay, gate = self.f_b_proj(low)[0], self.g_b_proj(self.g_a_proj(hidden_TD)[0])[0]
         decay, gate = (x.unflatten(-1, (-1, self.head_dim)) for x in (decay, gate))
         out = hidden_TD.new_zeros(gate.shape)
-        kimi_delta_attention(self, qkv, decay, beta, out)
+        decay = kda_decay(decay, self.A_log, self.dt_bias)
+        gated_delta_rule(self, qkv, decay, beta, out, angles, key_dim=self.head_dim, keys_last=False)
         out = gated_rms_norm(out, gate, self.o_norm.weight, self.o_norm.eps, activation="sigmoid")
         return self.o_proj(out.flatten(1))[0]
 
 
 def _run(qkv: Tensor, decay: Tensor, gate: Tensor, beta: Tensor, out: Tensor, layer: str) -> None:
-    KimiGatedDeltaNetAttention._forward(
-        get_forward_context().no_compile_layers[layer],
-        mixed_qkv=qkv,
-        g1=decay,
-        g2=gate,
-        beta=beta,
-        core_attn_out=out,
-    )
+    layer = get_forward_context().no_compile_layers[layer]
+    KimiGatedDeltaNetAttention._forward(layer, mixed_qkv=qkv, g1=decay, g2=gate, beta=beta, core_attn_out=out)
 
 
 def _fake(qkv: Tensor, decay: Tensor, gate: Tensor, beta: Tensor, out: Tensor, layer: str) -> None:
@@ -84,18 +80,11 @@ def _fake(qkv: Tensor, decay: Tensor, gate: Tensor, beta: Tensor, out: Tensor, l
 direct_register_custom_op(OP, _run, mutates_args=["out"], fake_impl=_fake)
 
 
-def state_dtypes(vllm_config):
-    """Types of a request's states: the window of the convolutions and the recurrent state."""
-    cache = vllm_config.cache_config
-    return MambaStateDtypeCalculator.kda_state_dtype(
-        vllm_config.model_config.dtype, cache.mamba_cache_dtype, cache.mamba_ssm_cache_dtype
-    )
+state_dtypes = MambaStateDtypeCalculator.kda_state_dtype
 
 
-def state_shapes(vllm_config):
-    """Shapes of the same states on one rank."""
-    kda = vllm_config.model_config.hf_config.geometry().kda
-    tp = vllm_config.parallel_config.tensor_parallel_size
+def state_shapes(tp: int, kda: KDAGeometry):
+    """Return the shapes of a request's states on one rank: the window of the convolutions, the recurrent state."""
     return MambaStateShapeCalculator.kda_state_shape(tp, kda.num_heads, kda.head_dim, conv_kernel_size=kda.conv_kernel)
 
 

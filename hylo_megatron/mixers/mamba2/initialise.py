@@ -14,21 +14,16 @@ from hylo_megatron.config import Architecture
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.kernels import ssd_chunk_scan
 from hylo_megatron.mixers.initialise import (
-    DECAY_TIMES,
-    OPEN_GATE,
-    best_decay,
-    calibration_rows,
-    choose_heads,
-    constant_direction,
+    OPEN_SILU,
     first_rows,
     identity_conv,
     inverse_softplus,
-    linearised_qkv,
+    linear_heads,
     random_conv,
     random_decay,
     repeated_qkv,
-    unit_heads,
 )
+from hylo_megatron.mixers.mamba2.geometry import NORM_EPS
 
 OUTPUT_PROJECTION = "mixer.out_proj.weight"
 REFIT = True
@@ -40,15 +35,9 @@ def from_rows(layer, arch: Architecture, generator: torch.Generator) -> dict[str
     g = arch.geometry.mamba2
     q, k, v = repeated_qkv(layer, arch)
     inner, state = g.num_heads * g.head_dim, g.num_groups * g.state_size
-    z = torch.randn(inner, arch.hidden_size, generator=generator) * 0.02
-    dt = torch.randn(g.num_heads, arch.hidden_size, generator=generator) * 0.02
-    rows = [
-        z.to(q),
-        first_rows(v, g.num_heads, g.head_dim),
-        first_rows(k, g.num_groups, g.state_size),
-        first_rows(q, g.num_groups, g.state_size),
-        dt.to(q),
-    ]
+    z, dt = ((torch.randn(n, arch.hidden_size, generator=generator) * 0.02).to(q) for n in (inner, g.num_heads))
+    keys, queries = (first_rows(weight, g.num_groups, g.state_size) for weight in (k, q))
+    rows = [z, first_rows(v, g.num_heads, g.head_dim), keys, queries, dt]
     step = torch.exp(torch.rand(g.num_heads, generator=generator) * math.log(100) + math.log(1e-3))
     conv = inner + 2 * state
     conv_weight = random_conv(conv, g.conv_kernel, generator)
@@ -65,47 +54,35 @@ def from_rows(layer, arch: Architecture, generator: torch.Generator) -> dict[str
     }
 
 
-def _scan(q: Tensor, k: Tensor, v: Tensor, x_BSD: Tensor) -> Tensor:
-    """Return the outputs ``[B,S,h,t,K]`` of the block's heads at every decay time."""
+def _scan(q: Tensor, k: Tensor, v: Tensor, x_BSD: Tensor, times: Tensor) -> Tensor:
+    """Return the gated outputs ``[B,S,h,t,K]`` of the block's heads at every decay time."""
     features = [F.silu(torch.einsum("bsd,hkd->bshk", x_BSD, weight)) for weight in (v, k, q)]
-    times = torch.tensor(DECAY_TIMES, device=x_BSD.device)
     values, keys, queries = (f.repeat_interleave(len(times), 2) for f in features)
     steps = (1 / times).repeat(len(q))
     out, _ = ssd_chunk_scan(values, steps.expand(*values.shape[:3]), -torch.ones_like(steps), keys, queries)
-    return out.unflatten(2, (len(q), -1))
+    return out.unflatten(2, (len(q), -1)) * OPEN_SILU
 
 
 def calibrated(layer, arch: Architecture, frequencies: Tensor) -> dict[str, Tensor]:
     """Return a Mamba-2 that starts as a decayed linear attention with the teacher's heads."""
-    g, dim, heads = arch.geometry.mamba2, arch.head_dim, arch.num_attention_heads
+    g, dim = arch.geometry.mamba2, arch.head_dim
     if g.num_groups != g.num_heads or g.state_size != dim or g.head_dim != dim:
         raise HyLoError("--init data for Mamba-2 needs one group a head and heads like the base model's"
                         " (--geometry native); use --init svd for other geometries")  # fmt: skip
-    q, k, v = linearised_qkv(layer, arch)
-    chosen = choose_heads(layer, arch, g.num_heads).to(q.device)
-    group, calibration = chosen // (heads // arch.num_key_value_heads), calibration_rows(layer)
-    x = layer.inputs_BSD[calibration]
-    q, k, v = (_LINEAR_RANGE * unit_heads(w, x) for w in (q[chosen], k[group], v[group]))
-    gate = F.silu(torch.tensor(OPEN_GATE)).item()
-    best, factor = best_decay(_scan(q, k, v, x) * gate, layer.heads_BSHK[calibration][:, :, chosen], 1e-5)
-    one = constant_direction(layer.inputs_BSD.flatten(0, 1))
-    times = torch.tensor(DECAY_TIMES, device=q.device)
-    inner, state = g.num_heads * dim, g.num_groups * dim
+    start = linear_heads(layer, arch, g.num_heads, _scan, eps=NORM_EPS, rms=_LINEAR_RANGE)
+    inner, conv = g.num_heads * dim, (g.num_heads + 2 * g.num_groups) * dim
     rows = [
-        (OPEN_GATE * one).expand(inner, -1),
-        v.flatten(0, 1),
-        k.flatten(0, 1),
-        q.flatten(0, 1),
-        one.new_zeros(g.num_heads, arch.hidden_size),
+        start.open_gate.expand(inner, -1),
+        *(weight.flatten(0, 1) for weight in (start.v, start.k, start.q)),
+        start.q.new_zeros(g.num_heads, arch.hidden_size),
     ]
-    out = layer["self_attn.o_proj.weight"].unflatten(1, (heads, dim))[:, chosen] * factor[:, None]
     return {
         "mixer.in_proj.weight": torch.cat(rows),
-        "mixer.conv1d.weight": identity_conv(inner + 2 * state, g.conv_kernel),
-        "mixer.conv1d.bias": torch.zeros(inner + 2 * state),
+        "mixer.conv1d.weight": identity_conv(conv, g.conv_kernel),
+        "mixer.conv1d.bias": torch.zeros(conv),
         "mixer.A_log": torch.zeros(g.num_heads),
         "mixer.D": torch.zeros(g.num_heads),
-        "mixer.dt_bias": inverse_softplus(1 / times[best]),
+        "mixer.dt_bias": start.dt_bias,
         "mixer.norm.weight": torch.ones(inner),
-        "mixer.out_proj.weight": out.flatten(1),
+        "mixer.out_proj.weight": (start.out * start.factor[:, None]).flatten(1),
     }

@@ -12,21 +12,17 @@ from torch import Tensor
 from hylo_megatron.config import Architecture
 from hylo_megatron.kernels import mamba_split_conv1d_scan_combined
 from hylo_megatron.mixers.mamba2 import MIXER
-from hylo_megatron.mixers.mamba2.state_passing import chunk_ssd
 from hylo_megatron.mixers.megatron_layers import Backend
-from hylo_megatron.mixers.megatron_linear import FP32Parameters, SharedSequence, sharing
+from hylo_megatron.mixers.megatron_linear import LinearMixer, sharing
+from hylo_megatron.mixers.state_passing import chunk_ssd
 from hylo_megatron.parallel.zigzag import from_rows, to_rows
 
-
-def config_fields(arch: Architecture) -> dict:
-    """Return what this mixer adds to a ``TransformerConfig``."""
-    g = arch.geometry.mamba2
-    return dict(
-        mamba_num_heads=g.num_heads,
-        mamba_head_dim=g.head_dim,
-        mamba_state_dim=g.state_size,
-        mamba_num_groups=g.num_groups,
-    )
+TRANSFORMER_FIELDS = {
+    "mamba_num_heads": "num_heads",
+    "mamba_head_dim": "head_dim",
+    "mamba_state_dim": "state_size",
+    "mamba_num_groups": "num_groups",
+}
 
 
 def layer_spec(backend: Backend, arch: Architecture, linear_cp: str = "auto") -> ModuleSpec:
@@ -44,7 +40,7 @@ def layer_spec(backend: Backend, arch: Architecture, linear_cp: str = "auto") ->
     )
 
 
-class Mamba2Mixer(FP32Parameters, SharedSequence, MambaMixer):
+class Mamba2Mixer(LinearMixer, MambaMixer):
     """Mamba-2 (arXiv 2405.21060), ``hidden_SBD -> (out_SBD, None)``; gated norm per group."""
 
     fp32_names = MIXER.fp32

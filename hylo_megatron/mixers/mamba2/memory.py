@@ -23,10 +23,9 @@ def activations(arch: Architecture, at: Share) -> SubLayer:
     """
     g, tp, d = arch.geometry.mamba2, at.layout.tp, arch.hidden_size
     h, groups, p, n = g.num_heads // tp, g.num_groups // tp, g.head_dim, g.state_size
-    across = shares_states(MIXER, arch, at)
-    kept = at.outer(d) + projection(2 * h * p + 2 * groups * n + h, arch, at, exact=at.layout.cp > 1 and not across)
+    kept = at.outer(d) + projection(MIXER, 2 * h * p + 2 * groups * n + h, arch, at)
     kept += at.inner(6 * h * p + 2 * h * n) + at.inner(2 * (4 * h + groups))
-    if across:
+    if shares_states(MIXER, arch, at):
         kept += at.inner(groups * n + h * p + 2 * h) + at.states(int(1.5 * h * p * n))
     work = at.inner(2 * h * p * n / CHUNK + 2 * h * n + h * p)
     return SubLayer(kept, work, at.outer(d))

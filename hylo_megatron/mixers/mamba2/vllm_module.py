@@ -5,10 +5,11 @@ from vllm.model_executor.layers.mamba.mamba_mixer2 import MambaMixer2
 from vllm.model_executor.layers.mamba.mamba_utils import MambaStateDtypeCalculator, MambaStateShapeCalculator
 
 from hylo_megatron.engine.register import install
+from hylo_megatron.kernels.rope import Angles
 from hylo_megatron.mixers.mamba2 import MIXER
-from hylo_megatron.mixers.mamba2.geometry import NORM_EPS
+from hylo_megatron.mixers.mamba2.geometry import NORM_EPS, Mamba2Geometry
+from hylo_megatron.mixers.vllm_states import Mamba2Backend
 from hylo_megatron.mixers.vllm_weights import keep_fp32
-from hylo_megatron.serve.versions import Mamba2Backend
 
 VLLM_NAMES = {"A_log": "A"}
 
@@ -41,29 +42,18 @@ class HyLoMamba2(MambaMixer2):
     def get_attn_backend(self):
         return Mamba2Backend
 
-    def mix(self, hidden_TD: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    def mix(self, hidden_TD: Tensor, angles: Angles) -> Tensor:
         return self(hidden_TD)
 
 
-def state_dtypes(vllm_config):
-    """Types of a request's states: the window of the convolution and the recurrent state."""
-    cache = vllm_config.cache_config
-    return MambaStateDtypeCalculator.mamba2_state_dtype(
-        vllm_config.model_config.dtype, cache.mamba_cache_dtype, cache.mamba_ssm_cache_dtype
-    )
+state_dtypes = MambaStateDtypeCalculator.mamba2_state_dtype
 
 
-def state_shapes(vllm_config):
-    """Shapes of the same states on one rank."""
-    mamba2 = vllm_config.model_config.hf_config.geometry().mamba2
+def state_shapes(tp: int, mamba2: Mamba2Geometry):
+    """Return the shapes of a request's states on one rank: the window of the convolution, the recurrent state."""
+    heads, dim = mamba2.num_heads, mamba2.head_dim
     return MambaStateShapeCalculator.mamba2_state_shape(
-        tp_world_size=vllm_config.parallel_config.tensor_parallel_size,
-        intermediate_size=mamba2.num_heads * mamba2.head_dim,
-        n_groups=mamba2.num_groups,
-        num_heads=mamba2.num_heads,
-        head_dim=mamba2.head_dim,
-        state_size=mamba2.state_size,
-        conv_kernel=mamba2.conv_kernel,
+        tp, heads * dim, mamba2.num_groups, heads, dim, mamba2.state_size, mamba2.conv_kernel
     )
 
 

@@ -1,14 +1,8 @@
 """Exported tensors of Mamba-2 as vLLM's parameters. No vLLM in here."""
 
-from hylo_megatron.mixers.vllm_weights import Rule
+from hylo_megatron.mixers.vllm_weights import Rule, same
 
 RULES = {
     "mixer.A_log": Rule("mixer.A"),
-    "mixer.D": Rule(),
-    "mixer.dt_bias": Rule(),
-    "mixer.in_proj.weight": Rule(),
-    "mixer.conv1d.weight": Rule(),
-    "mixer.conv1d.bias": Rule(),
-    "mixer.norm.weight": Rule(),
-    "mixer.out_proj.weight": Rule(),
+    **same("D", "dt_bias", "in_proj.weight", "conv1d.weight", "conv1d.bias", "norm.weight", "out_proj.weight"),
 }

@@ -1,6 +1,6 @@
 """Dimensions of MLA layers, and the presets for a base model."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.json_file import Dimension, PartDimension
@@ -23,17 +23,23 @@ class MLAGeometry(Dimensions):
     q_lora_rank: Dimension | None = None
 
 
-# (hidden size, attention heads, head dim) -> dimensions of the method's paper (arXiv 2604.24715, appendix).
+CONFIG_FIELDS = {  # fields of config.json, named as DeepSeek's
+    "q_lora_rank": "q_lora_rank",
+    "kv_lora_rank": "kv_lora_rank",
+    "qk_nope_head_dim": "qk_nope_head_dim",
+    "qk_rope_head_dim": "qk_rope_head_dim",
+    "v_head_dim": "v_head_dim",
+}
+CONFIG_DEFAULTS = MLAGeometry(kv_lora_rank=256, qk_nope_head_dim=64, qk_rope_head_dim=64, v_head_dim=64)
+SHRUNK_BY = dict.fromkeys(("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), "heads")
+SHRUNK_BY["q_lora_rank"] = "width"
+
+
+# (hidden size, attention heads, head dim) -> dimensions of the method's paper (arXiv 2604.24715, appendix), in order.
 PUBLISHED = {
-    (2048, 32, 64): MLAGeometry(
-        kv_lora_rank=128, qk_nope_head_dim=32, qk_rope_head_dim=32, v_head_dim=64, q_lora_rank=1344
-    ),
-    (3072, 24, 128): MLAGeometry(
-        kv_lora_rank=128, qk_nope_head_dim=64, qk_rope_head_dim=64, v_head_dim=128, q_lora_rank=1536
-    ),
-    (2048, 16, 128): MLAGeometry(
-        kv_lora_rank=256, qk_nope_head_dim=64, qk_rope_head_dim=64, v_head_dim=128, q_lora_rank=1344
-    ),
+    (2048, 32, 64): MLAGeometry(128, 32, 32, 64, 1344),
+    (3072, 24, 128): MLAGeometry(128, 64, 64, 128, 1536),
+    (2048, 16, 128): MLAGeometry(256, 64, 64, 128, 1344),
 }
 
 
@@ -66,14 +72,23 @@ def native(base: BaseHeads) -> MLAGeometry:
     Other heads get the widest rotary part that divides them; GPU kernels pad it to 64. Raises ``HyLoError``.
     """
     rope = rotary_width(base.head_dim)
-    # Narrow heads have every rotary pair in both parts, wide ones in one of the two.
-    nope = base.head_dim if base.head_dim <= WIDEST_ROPE else min(WIDEST_NOPE, base.head_dim - rope)
     return MLAGeometry(
         kv_lora_rank=min(256, 2 * base.num_heads * base.head_dim),
-        qk_nope_head_dim=nope,
+        qk_nope_head_dim=_nope_width(base.head_dim, rope),
         qk_rope_head_dim=rope,
         v_head_dim=base.head_dim,
     )
+
+
+def _nope_width(head_dim: int, rope: int) -> int:
+    """Return the width beside a rotary part: narrow heads have every pair in both, wide ones in one of the two."""
+    return head_dim if head_dim <= WIDEST_ROPE else min(WIDEST_NOPE, head_dim - rope)
+
+
+def with_latent(mla: MLAGeometry, head_dim: int, rank: int, rope: int) -> MLAGeometry:
+    """Return ``mla`` with another row in the cache, ``rank + rope`` values. ``check`` tells whether it fits."""
+    nope = _nope_width(head_dim, min(rope, head_dim))
+    return replace(mla, kv_lora_rank=rank, qk_rope_head_dim=rope, qk_nope_head_dim=nope)
 
 
 def published(base: BaseHeads) -> MLAGeometry:
@@ -86,17 +101,6 @@ def published(base: BaseHeads) -> MLAGeometry:
             f" {base.head_dim} (there are for {known}); use --geometry native"
         )
     return PUBLISHED[key]
-
-
-def shrunk(g: MLAGeometry, *, heads: int, width: int) -> MLAGeometry:
-    """Return the dimensions for a small model: heads ``heads`` times and hidden states ``width`` times narrower."""
-    return MLAGeometry(
-        kv_lora_rank=g.kv_lora_rank // heads,
-        qk_nope_head_dim=g.qk_nope_head_dim // heads,
-        qk_rope_head_dim=g.qk_rope_head_dim // heads,
-        v_head_dim=g.v_head_dim // heads,
-        q_lora_rank=g.q_lora_rank and g.q_lora_rank // width,
-    )
 
 
 def check(head_dim: int, mla: MLAGeometry) -> None:

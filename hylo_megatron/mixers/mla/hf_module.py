@@ -9,7 +9,8 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
-from hylo_megatron.mixers.hf_layers import HyLoKeyNorm, HyLoRMSNorm, held, is_plain_linear, rotate
+from hylo_megatron.kernels.rope import Angles
+from hylo_megatron.mixers.hf_layers import HyLoKeyNorm, HyLoRMSNorm, held, is_plain_linear, rotate, scale_queries
 
 
 class HyLoMLA(nn.Module):
@@ -38,7 +39,7 @@ class HyLoMLA(nn.Module):
     def forward(
         self,
         x_BSD: torch.Tensor,
-        rotation: tuple[torch.Tensor, torch.Tensor],
+        angles: Angles,
         allowed: torch.Tensor | None = None,
         real_BS1: torch.Tensor | None = None,
         cache: Cache | None = None,
@@ -51,9 +52,9 @@ class HyLoMLA(nn.Module):
         query_BSHK = query.unflatten(-1, (self.heads, -1))
         if self.qk_norm:
             query_BSHK = self.q_norm(query_BSHK)
-        q_nope, q_rope = query_BSHK.split([self.nope, self.rope], -1)
-        q_rope = rotate(q_rope, *rotation)
-        rows = self._rows(x_BSD, rotation)
+        q_nope, q_rope = scale_queries(query_BSHK, angles.scale).split([self.nope, self.rope], -1)
+        q_rope = rotate(q_rope, angles.cos, angles.sin)
+        rows = self._rows(x_BSD, angles)
         decoding = cache is not None and cache.length > 0 and x_BSD.shape[1] == 1
         if cache is not None:
             rows = cache.append(self.layer, rows)
@@ -61,7 +62,7 @@ class HyLoMLA(nn.Module):
         attend = self._absorbed if absorb else self._expanded
         return self.o_proj(attend(q_nope, q_rope, rows, allowed).flatten(-2))
 
-    def _rows(self, x_BSD, rotation) -> torch.Tensor:
+    def _rows(self, x_BSD, angles) -> torch.Tensor:
         """Return what is cached, [B,S,R+P].
 
         With ``qk_norm`` the shared key is multiplied by the norm's weight, with which the rotation does not commute,
@@ -69,11 +70,11 @@ class HyLoMLA(nn.Module):
         """
         latent, key = self.kv_a_proj_with_mqa(x_BSD).split([self.rank, self.rope], -1)
         if not self.qk_norm:
-            return torch.cat([latent, rotate(key.unsqueeze(2), *rotation).squeeze(2)], -1)
+            return torch.cat([latent, rotate(key.unsqueeze(2), angles.cos, angles.sin).squeeze(2)], -1)
         wide = key.float()
         weighted = (wide * held(self.k_norm, HyLoKeyNorm)[self.nope :].float()).unsqueeze(2)
-        rows = [latent.float(), rotate(weighted, *rotation).squeeze(2), wide.square().sum(-1, keepdim=True)]
-        return torch.cat(rows, -1)
+        weighted = rotate(weighted, angles.cos, angles.sin).squeeze(2)
+        return torch.cat([latent.float(), weighted, wide.square().sum(-1, keepdim=True)], -1)
 
     def _expanded(self, q_nope, q_rope, rows_BTR, allowed) -> torch.Tensor:
         """Attend with keys and values of every head, [B,S,H,V].

@@ -11,6 +11,7 @@ import math
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hylo_megatron.config import Architecture
@@ -44,13 +45,13 @@ def _nope_rows(arch: Architecture, rope: Tensor) -> Tensor:
 def _factor(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Return ``up [rows, rank], down [rank, D]``, the best approximation of that rank, with Σ split evenly."""
     u, s, v = torch.linalg.svd(matrix.double(), full_matrices=False)
-    rank, kept = min(rank, len(s)), rank
     root = s[:rank].sqrt()
-    up, down = u[:, :rank] * root, root[:, None] * v[:rank]
-    if kept > rank:
-        up = torch.cat([up, up.new_zeros(len(up), kept - rank)], 1)
-        down = torch.cat([down, down.new_zeros(kept - rank, down.shape[1])])
-    return up, down
+    return _widened(u[:, :rank] * root, root[:, None] * v[:rank], rank)
+
+
+def _widened(up: Tensor, down: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return both factors with zeros up to ``rank``, where the matrix has a lower one."""
+    return F.pad(up, (0, rank - len(down))), F.pad(down, (0, 0, 0, rank - len(down)))
 
 
 def _score_factors(arch: Architecture) -> Tensor:
@@ -60,17 +61,11 @@ def _score_factors(arch: Architecture) -> Tensor:
     return torch.cat([torch.full((g.qk_nope_head_dim,), scaling**2), torch.ones(g.qk_rope_head_dim)]).double()
 
 
-def _query(q_HKD: Tensor, arch: Architecture, cov: Tensor | None) -> dict[str, Tensor]:
-    rank, q = arch.geometry.mla.q_lora_rank, q_HKD.flatten(0, 1).double()
-    factors_Y1 = _score_factors(arch).to(q.device).repeat(len(q_HKD))[:, None]
-    if not rank:
-        return {"q_proj.weight": q * factors_Y1}
-    if cov is None:
-        up, down = _factor(q, rank)
-    else:  # the subspace that keeps most of the queries' variance on the data
-        basis = torch.linalg.eigh(q @ cov @ q.T)[1][:, -rank:]
-        up, down = basis, basis.T @ q
-    return {"q_a_proj.weight": down, "q_b_proj.weight": up * factors_Y1}
+def _query(up: Tensor, down: Tensor | None, arch: Architecture) -> dict[str, Tensor]:
+    """Return the weights of queries ``up · down · x``, or ``up · x``, with YaRN's factor."""
+    factors = _score_factors(arch).to(up.device)
+    up = up * factors.repeat(len(up) // len(factors))[:, None]
+    return {"q_proj.weight": up} if down is None else {"q_a_proj.weight": down, "q_b_proj.weight": up}
 
 
 def _kept_norms(layer, arch: Architecture) -> dict[str, Tensor]:
@@ -110,14 +105,11 @@ def from_rows(layer, arch: Architecture, generator: torch.Generator | None = Non
     rows = torch.cat([nope, rope])
     twice = torch.bincount(rows, minlength=arch.head_dim)[rows, None]
     scale = math.sqrt((g.qk_nope_head_dim + g.qk_rope_head_dim) / arch.head_dim) / twice
+    up, q_down = q, None
     if g.q_lora_rank:
-        up, down = _factor(q.flatten(0, 1), g.q_lora_rank)
-        up = up.view(*q.shape[:2], -1)
-        up = torch.cat([up[:, nope], up[:, rope]], 1) * scale * _score_factors(arch).to(up.device)[:, None]
-        up = up.flatten(0, 1)
-        queries = {"q_a_proj.weight": down, "q_b_proj.weight": up}
-    else:
-        queries = _query(torch.cat([q[:, nope], q[:, rope]], 1) * scale, arch, None)
+        up, q_down = _factor(q.flatten(0, 1), g.q_lora_rank)
+        up = up.unflatten(0, q.shape[:2])
+    queries = _query((torch.cat([up[:, nope], up[:, rope]], 1) * scale).flatten(0, 1), q_down, arch)
     joint_up, joint_down = _factor(torch.cat([k[:, nope].flatten(0, 1), v.flatten(0, 1)]), g.kv_lora_rank)
     key_up, value_up = joint_up.split([k.shape[0] * len(nope), v.shape[0] * v.shape[1]])
     weights = _assemble(
@@ -194,9 +186,7 @@ def _latent(keys_GnD, values_GvD, q_HnD, cov, rank: int):
     energy, basis = energy[-keep:], basis[:, -keep:]
     sigma = energy.clamp_min(1e-14).sqrt()
     down, up = 0.5 * (basis.T @ yw) / sigma[:, None], 2 * (basis * sigma) / weight[:, None]
-    if keep < rank:
-        down = torch.cat([down, down.new_zeros(rank - keep, down.shape[1])])
-        up = torch.cat([up, up.new_zeros(len(up), rank - keep)], 1)
+    up, down = _widened(up, down, rank)
     return down, up[:n_keys].unflatten(0, (groups, -1)), up[n_keys:].unflatten(0, (groups, -1))
 
 
@@ -213,6 +203,10 @@ def calibrated(layer, arch: Architecture, frequencies: Tensor) -> dict[str, Tens
     q_rope, k_rope, remainder = shared_rope_key(q, k, cov, rope_pairs(arch).to(q.device))
     q_nope, k_nope = _remainder_part(q, remainder, position_sensitivity(frequencies), cov, g.qk_nope_head_dim)
     down, key_up, value_up = _latent(k_nope, v, q_nope, cov, g.kv_lora_rank)
-    queries = _query(torch.cat([q_nope, q_rope], 1), arch, cov)
+    up, q_down = torch.cat([q_nope, q_rope], 1).flatten(0, 1), None
+    if g.q_lora_rank:  # the subspace that keeps most of the queries' variance on the data
+        basis = torch.linalg.eigh(up @ cov @ up.T)[1][:, -g.q_lora_rank :]
+        up, q_down = basis, basis.T @ up
+    queries = _query(up, q_down, arch)
     weights = _assemble(arch, queries, down, key_up, value_up, k_rope, layer["self_attn.o_proj.weight"])
     return weights | _kept_norms(layer, arch)

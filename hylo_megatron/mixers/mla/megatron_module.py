@@ -6,6 +6,8 @@ up-projections are split by heads. Under sequence parallelism the latents are ga
 parallelism: the latents go from rank to rank (``latent_ring.py``; ``--cp-comm-type``: p2p or all_gather).
 """
 
+from functools import partial
+
 import torch
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
@@ -16,21 +18,38 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from torch import Tensor, nn
 
 from hylo_megatron.config import Architecture
+from hylo_megatron.config.positions import LogScale
 from hylo_megatron.errors import HyLoError
+from hylo_megatron.kernels.rope import query_scale, scaled
 from hylo_megatron.mixers.megatron_layers import Backend, HeadRMSNorm, ReplicatedLinear, Rotary, transformer_layer
 from hylo_megatron.parallel.latent_ring import latent_attention
+from hylo_megatron.parallel.zigzag import zigzag_positions
 
-
-def config_fields(arch: Architecture) -> dict:
-    """Return what this mixer adds to a ``TransformerConfig``: nothing, its dimensions come from its own geometry."""
-    return {}
+TRANSFORMER_FIELDS: dict[str, str] = {}  # megatron-core's own MLA is not used
 
 
 def layer_spec(backend: Backend, arch: Architecture, linear_cp: str = "auto") -> ModuleSpec:
     """Return the spec of the layer that holds this mixer."""
-    rotary = Rotary(arch, arch.geometry.mla.qk_rope_head_dim)  # one for all layers
-    mixer = ModuleSpec(module=MLASelfAttention, params={"arch": arch, "backend": backend, "rotary": rotary})
-    return transformer_layer(backend, mixer)
+    params = {"arch": arch, "backend": backend}
+    if arch.mla_rope:
+        params["rotary"] = Rotary(arch, arch.geometry.mla.qk_rope_head_dim)  # one for all layers
+    if arch.log_scale:
+        params["scale"] = QueryScale(arch.log_scale)
+    return transformer_layer(backend, ModuleSpec(module=MLASelfAttention, params=params))
+
+
+class QueryScale:
+    """The factor of queries that grows with their position. All layers share one, with a table for each length."""
+
+    def __init__(self, log_scale: LogScale):
+        self.log_scale, self.tables = log_scale, {}
+
+    def __call__(self, q_SBHK: Tensor, ranks: int, rank: int) -> Tensor:
+        """Return queries at the positions of a context-parallel rank, multiplied."""
+        key = (len(q_SBHK), ranks, rank, q_SBHK.device)
+        if key not in self.tables:
+            self.tables[key] = query_scale(zigzag_positions(*key[:3]), self.log_scale).to(q_SBHK.device)
+        return scaled(q_SBHK, self.tables[key][:, None, None])
 
 
 class MLASelfAttention(MegatronModule):
@@ -39,8 +58,9 @@ class MLASelfAttention(MegatronModule):
     ``arch.mla_qk_norm`` keeps Qwen3's per-head norms, over the nope and rope dimensions together, before the rotation.
     """
 
-    def __init__(self, config, layer_number, arch: Architecture, backend: Backend, rotary: Rotary, pg_collection=None,
-                 cp_comm_type: str | None = None, **_):  # fmt: skip
+    def __init__(self, config, layer_number, arch: Architecture, backend: Backend, rotary: Rotary | None = None,
+                 scale: QueryScale | None = None, pg_collection=None, cp_comm_type: str | None = None,
+                 **_):  # fmt: skip
         super().__init__(config)
         if cp_comm_type not in (None, "p2p", "all_gather"):
             raise HyLoError(f"--cp-comm-type {cp_comm_type}: MLA layers have p2p (a ring of latents) and all_gather")
@@ -50,12 +70,7 @@ class MLASelfAttention(MegatronModule):
         heads, self.key_dim = config.num_attention_heads, geometry.qk_nope_head_dim + geometry.qk_rope_head_dim
         self.local_heads = heads // pg_collection.tp.size()
 
-        def column(inputs, outputs):
-            return build_module(
-                backend.column_linear, inputs, outputs, config=config, init_method=config.init_method,
-                gather_output=False, bias=False, skip_bias_add=False, is_expert=False, tp_group=pg_collection.tp,
-            )  # fmt: skip
-
+        column = partial(backend.column, config=config, tp_group=pg_collection.tp)
         if geometry.q_lora_rank:
             self.linear_q_down_proj = ReplicatedLinear(config.hidden_size, geometry.q_lora_rank, config)
             self.linear_q_up_proj = column(geometry.q_lora_rank, heads * self.key_dim)
@@ -66,16 +81,12 @@ class MLASelfAttention(MegatronModule):
         self.linear_kv_up_proj = column(
             geometry.kv_lora_rank, heads * (geometry.qk_nope_head_dim + geometry.v_head_dim)
         )
-        self.linear_proj = build_module(
-            backend.row_linear, heads * geometry.v_head_dim, config.hidden_size, config=config,
-            init_method=config.output_layer_init_method, bias=False, input_is_parallel=True, skip_bias_add=True,
-            is_expert=False, tp_group=pg_collection.tp,
-        )  # fmt: skip
+        self.linear_proj = backend.row(heads * geometry.v_head_dim, config.hidden_size, config, pg_collection.tp)
         self.q_norm = self.k_norm = None
         if arch.mla_qk_norm:
             self.q_norm = HeadRMSNorm(config, self.key_dim, config.layernorm_epsilon)
             self.k_norm = HeadRMSNorm(config, self.key_dim, config.layernorm_epsilon)
-        self.rotary = rotary
+        self.rotary, self.scale = rotary, scale
         self.core_attention = build_module(
             backend.core_attention, config=config, layer_number=layer_number, attn_mask_type=None,
             attention_type="self", softmax_scale=self.key_dim**-0.5, pg_collection=pg_collection,
@@ -89,17 +100,19 @@ class MLASelfAttention(MegatronModule):
         return q.unflatten(-1, (self.local_heads, self.key_dim))
 
     def project_latent(self, hidden_SBD: Tensor) -> tuple[Tensor, Tensor]:
-        """``(latent_SBR, k_rope_SBP)``: what a cache would hold, the key not yet rotated."""
+        """Return ``(latent_SBR, k_rope_SBP)``: what a cache would hold, but the key is not rotated yet."""
         g = self.geometry
         latent_SBR, k_rope_SBP = self.linear_kv_down_proj(hidden_SBD).split([g.kv_lora_rank, g.qk_rope_head_dim], -1)
-        if self.config.sequence_parallel:
-            k_rope_SBP = gather_from_sequence_parallel_region(k_rope_SBP, group=self.tp_group)
-        else:
-            k_rope_SBP = copy_to_tensor_model_parallel_region(k_rope_SBP, group=self.tp_group)
-        return latent_SBR.contiguous(), k_rope_SBP  # NCCL gathers no views
+        return latent_SBR.contiguous(), self._of_all_ranks(k_rope_SBP)  # NCCL gathers no views
+
+    def _of_all_ranks(self, x_SBR: Tensor) -> Tensor:
+        """Return the complete sequence for this rank's heads; the gradient is summed over tensor-parallel ranks."""
+        shared = self.config.sequence_parallel
+        of_all = gather_from_sequence_parallel_region if shared else copy_to_tensor_model_parallel_region
+        return of_all(x_SBR, group=self.tp_group)
 
     def expand_latent(self, kv: Tensor, k_rope_SBP: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-        """``(k_SBHK, v_SBHV)`` at the positions of context-parallel rank ``rank``; ``kv``: up-projected latents."""
+        """Return ``(k_SBHK, v_SBHV)`` of up-projected latents ``kv`` at the positions of context-parallel ``rank``."""
         g = self.geometry
         kv = kv.unflatten(-1, (self.local_heads, g.qk_nope_head_dim + g.v_head_dim))
         k_nope, v_SBHV = kv.split([g.qk_nope_head_dim, g.v_head_dim], -1)
@@ -114,6 +127,8 @@ class MLASelfAttention(MegatronModule):
         if self.q_norm is not None:
             q_SBHK = self.q_norm(q_SBHK)
         q_SBHK = self._rotate(q_SBHK, rank)
+        if self.scale is not None:
+            q_SBHK = self.scale(q_SBHK, self.cp_group.size(), rank)
         latent_SBR, k_rope_SBP = self.project_latent(hidden_states)
         if self.cp_group.size() > 1:
             return self.linear_proj(self._attend_across_ranks(q_SBHK, latent_SBR, k_rope_SBP))
@@ -121,10 +136,8 @@ class MLASelfAttention(MegatronModule):
         return self.linear_proj(self.core_attention(q_SBHK, *self.expand_latent(kv, k_rope_SBP, rank)))
 
     def _attend_across_ranks(self, q_SBHK: Tensor, latent_SBR: Tensor, k_rope_SBP: Tensor) -> Tensor:
-        """``[S, B, H*V]``: this rank's queries over the latents of all context-parallel ranks."""
-        of_all = (gather_from_sequence_parallel_region if self.config.sequence_parallel
-                  else copy_to_tensor_model_parallel_region)  # fmt: skip
-        latents = torch.cat([of_all(latent_SBR, group=self.tp_group), k_rope_SBP], -1)
+        """Return ``[S, B, H*V]``, attention from this rank's queries to the latents of all context-parallel ranks."""
+        latents = torch.cat([self._of_all_ranks(latent_SBR), k_rope_SBP], -1)
         weight = self.linear_kv_up_proj.weight
 
         def expand(latents: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -139,5 +152,7 @@ class MLASelfAttention(MegatronModule):
         return out_BHSV.permute(2, 0, 1, 3).flatten(2)
 
     def _rotate(self, x_SBHK: Tensor, rank: int) -> Tensor:
+        if self.rotary is None:
+            return x_SBHK
         nope, rope = x_SBHK.split([self.geometry.qk_nope_head_dim, self.geometry.qk_rope_head_dim], -1)
         return torch.cat([nope, self.rotary(rope, self.cp_group.size(), rank)], -1)

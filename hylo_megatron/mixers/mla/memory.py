@@ -22,8 +22,9 @@ def cached_values(arch: Architecture) -> int:
 
 
 def tables(arch: Architecture, at: Share) -> int:
-    """Return bytes of the rotary table (``megatron_layers.Rotary``): fp32 cosines and sines of half the dimensions."""
-    return 4 * at.length * arch.geometry.mla.qk_rope_head_dim
+    """Return bytes of the tables by position: fp32 cosines and sines of half the rotary dimensions, query scales."""
+    rotary = arch.geometry.mla.qk_rope_head_dim if arch.mla_rope else 0
+    return 4 * at.length * (rotary + bool(arch.log_scale))
 
 
 def activations(arch: Architecture, at: Share) -> SubLayer:

@@ -10,24 +10,38 @@ from vllm.model_executor.layers.attention import Attention, MLAAttention
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
 
-from hylo_megatron.kernels.rope import cos_and_sin, rope_frequencies, turn
+from hylo_megatron.config.positions import rotary_width
+from hylo_megatron.kernels.rope import Angles, cos_and_sin, query_scale, rope_frequencies, scaled, turn
 from hylo_megatron.mixers.serving import trained_geometry
 from hylo_megatron.mixers.vllm_weights import pad
 
 
 class Rotation(nn.Module):
-    """Cosines and sines ``[T, 1, P/2]`` of positions ``[T]``, fp32, as in training. Pairs of padding do not turn."""
+    """``Angles`` of positions ``[T]``, tensors ``[T, 1, ..]``. Pairs of padding do not turn."""
 
     def __init__(self, config):
         super().__init__()
-        rope = trained_geometry(config).mla.qk_rope_head_dim
-        frequencies, self.scaling = rope_frequencies(config.rope_parameters, rope, config.max_position_embeddings)
-        frequencies = pad(frequencies, 0, config.qk_rope_head_dim // 2)
-        device = torch.get_default_device()
-        self.register_buffer("frequencies", frequencies.to(device), persistent=False)
+        self.rotates, self.log_scale, self.linear_rope = config.mla_rope, config.log_scale, config.linear_rope
+        trained = trained_geometry(config)
+        self._keep("frequencies", config, trained.mla.qk_rope_head_dim, config.qk_rope_head_dim // 2)
+        if self.linear_rope:
+            width = rotary_width(config.linear_type, trained)
+            self._keep("linear_frequencies", config, width, width // 2)
 
-    def forward(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
-        return cos_and_sin(positions_T.unsqueeze(1), self.frequencies, self.scaling)
+    def _keep(self, name: str, config, width: int, pairs: int) -> None:
+        """Keep the frequencies of a head of ``width``, padded to ``pairs``, as a buffer."""
+        parameters, longest = config.rope_parameters, config.max_position_embeddings
+        frequencies, self.scaling = rope_frequencies(parameters, width, longest)
+        padded = pad(frequencies, 0, pairs).to(torch.get_default_device())
+        self.register_buffer(name, padded, persistent=False)
+
+    def forward(self, positions_T: Tensor) -> Angles:
+        positions, mla, linear = positions_T.unsqueeze(1), (None, None), (None, None)
+        if self.rotates:
+            mla = cos_and_sin(positions, self.frequencies, self.scaling)
+        if self.linear_rope:
+            linear = cos_and_sin(positions, self.linear_frequencies, self.scaling)
+        return Angles(*mla, query_scale(positions, self.log_scale) if self.log_scale else None, *linear)
 
 
 class HyLoMLA(nn.Module):
@@ -78,15 +92,15 @@ class HyLoMLA(nn.Module):
                 **_backend(vllm_config),
             )
 
-    def mix(self, hidden_TD: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-        return self(hidden_TD, *rotation)
+    def mix(self, hidden_TD: Tensor, angles: Angles) -> Tensor:
+        return self(hidden_TD, angles)
 
     def derive(self, name: str, loaded: set[str], dtype: torch.dtype) -> None:
         """Compute anew, in place, what vLLM's latent attention derived from ``kv_b_proj`` when it started."""
         if f"{name}.kv_b_proj.weight" in loaded and not self.config.qk_norm:
             self.attn.process_weights_after_loading(dtype)
 
-    def forward(self, hidden_TD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, hidden_TD: Tensor, angles: Angles) -> Tensor:
         config = self.config
         if config.q_lora_rank:
             query, _ = self.q_b_proj(self.q_a_proj(hidden_TD)[0])
@@ -97,26 +111,33 @@ class HyLoMLA(nn.Module):
             [config.kv_lora_rank, config.qk_rope_head_dim], -1
         )
         attend = self._expanded if config.qk_norm else self._latent
-        out_THV = attend(query_THK, latent.contiguous(), k_rope.unsqueeze(1), cos, sin)
+        out_THV = attend(query_THK, latent.contiguous(), k_rope.unsqueeze(1), angles)
         return self.o_proj(out_THV[..., : self.value_dim].flatten(1))[0]
 
-    def _turn(self, x_THK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def _turn(self, x_THK: Tensor, angles: Angles) -> Tensor:
+        if angles.cos is None:
+            return x_THK
         nope, rope = x_THK.split([self.config.qk_nope_head_dim, self.config.qk_rope_head_dim], -1)
-        return torch.cat([nope, turn(rope, cos, sin)], -1)
+        return torch.cat([nope, turn(rope, angles.cos, angles.sin)], -1)
 
-    def _latent(self, query_THK, latent, k_rope, cos, sin) -> Tensor:
+    def _query(self, query_THK: Tensor, angles: Angles) -> Tensor:
+        turned = self._turn(query_THK, angles)
+        return turned if angles.scale is None else scaled(turned, angles.scale)
+
+    def _latent(self, query_THK, latent, k_rope, angles) -> Tensor:
         width = self.config.v_head_dim
         shape = (latent.shape[0], self.heads * width)
-        out = self.attn(self._turn(query_THK, cos, sin), latent, turn(k_rope, cos, sin), output_shape=shape)
+        k_rope = k_rope.contiguous() if angles.cos is None else turn(k_rope, angles.cos, angles.sin)
+        out = self.attn(self._query(query_THK, angles), latent, k_rope, output_shape=shape)
         return out.unflatten(-1, (self.heads, width))
 
-    def _expanded(self, query_THK, latent, k_rope, cos, sin) -> Tensor:
+    def _expanded(self, query_THK, latent, k_rope, angles) -> Tensor:
         config = self.config
         kv = self.kv_b_proj(latent)[0].unflatten(-1, (self.heads, -1))
         k_nope, value = kv.split([config.qk_nope_head_dim, config.v_head_dim], -1)
         key = torch.cat([k_nope, k_rope.expand(-1, self.heads, -1)], -1)
         query, key = self.q_norm(query_THK.contiguous()), self.k_norm(key.contiguous())
-        parts = self._turn(query, cos, sin), self._turn(key, cos, sin), value
+        parts = self._query(query, angles), self._turn(key, angles), value
         out = self.attn(*(pad(part, -1, config.expanded_head_size).flatten(1) for part in parts))
         return out.unflatten(-1, (self.heads, config.expanded_head_size))
 

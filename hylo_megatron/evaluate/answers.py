@@ -1,0 +1,47 @@
+"""Short generated answers, scored by exact match after the usual normalisation."""
+
+import re
+import string
+from dataclasses import dataclass
+
+from hylo_megatron.evaluate.questions import Short, prompt_ids
+from hylo_megatron.evaluate.task import Prompt, Task
+
+INSTRUCTION = "Answer with a few words only, without a sentence."
+ARTICLES = re.compile(r"\b(?:a|an|the)\b")
+PUNCTUATION = str.maketrans("", "", string.punctuation + "‘’“”–—…")
+
+
+def normalised(text: str) -> str:
+    """Return a text in lower case without punctuation, articles and surplus spaces, as SQuAD's script does."""
+    return " ".join(ARTICLES.sub(" ", text.lower().translate(PUNCTUATION)).split())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers(Task):
+    """Answer in a few words, after ``examples``. The answer's first line has to match one of the references."""
+
+    name: str = "answers"
+    max_new_tokens: int = 24
+    questions: tuple[Short, ...]
+    examples: tuple[Short, ...] = ()
+
+    def prompts(self, tokenizer, length: int, samples: int, seed: int) -> list[Prompt]:
+        """Return the prompts of the first ``samples`` questions."""
+        examples = [(example.question, example.answers[0]) for example in self.examples]
+        room = length - self.max_new_tokens
+        return [
+            Prompt(
+                ids=prompt_ids(tokenizer, INSTRUCTION, examples, short.question, short.where, room),
+                length=length,
+                references=short.answers,
+            )
+            for short in self.questions[:samples]
+        ]
+
+    def score(self, answer: str, prompt: Prompt) -> float:
+        first = next(iter(answer.strip().splitlines()), "")
+        return float(normalised(first) in {normalised(reference) for reference in prompt.references})
+
+    def finished(self, text: str) -> bool:
+        return "\n" in text.lstrip()

@@ -1,0 +1,163 @@
+"""Multiple choice: by the likelihood of each option, and by the letter that a model generates.
+
+Every question is asked for its letter once for each cyclic shift of its options, so the right option stands at every
+letter once. A model that always says the same letter scores exactly at chance.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from string import ascii_uppercase
+
+import torch
+
+from hylo_megatron.evaluate.greedy import batches
+from hylo_megatron.evaluate.intervals import of_scores
+from hylo_megatron.evaluate.perplexity import IGNORED, token_losses
+from hylo_megatron.evaluate.questions import Choice, prompt_ids
+from hylo_megatron.evaluate.task import Prompt, Task
+from hylo_megatron.evaluate.tasks import Answerer, run, summary
+
+LETTER = re.compile(r"^\W*([A-Z])(?![\w'])|(?i:\b(?:answer|option)(?: is)?:?)\s*\W?([A-Z])(?![\w'])")
+INSTRUCTION = "Answer with the letter of the right option only."
+LETTER_IS_OVER = re.compile(r"[A-Z][^\w']|\n\s*\S")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """Ids of a question with one option. The option's likelihood is that of the ids from ``start`` on."""
+
+    ids: tuple[int, ...]
+    start: int
+
+
+Scorer = Callable[[list[Candidate]], list[float]]  # log-probability of each candidate's option
+
+
+@dataclass(frozen=True, kw_only=True)
+class LetterPrompt(Prompt):
+    question: int
+    options: int
+
+
+def first_letter(text: str, options: int) -> str:
+    """Return the letter of an option that an answer begins with or announces; empty if there is none."""
+    for found in LETTER.finditer(text):
+        letter = found.group(1) or found.group(2)
+        if letter in ascii_uppercase[:options]:
+            return letter
+    return ""
+
+
+def listed(question: Choice, shift: int) -> tuple[str, str]:
+    """Return a question with its options from number ``shift`` on, and the letter of the right one."""
+    count = len(question.options)
+    shifted = [question.options[(index + shift) % count] for index in range(count)]
+    lines = [f"{letter}. {option}" for letter, option in zip(ascii_uppercase, shifted, strict=False)]
+    return "\n".join([question.question, *lines]), ascii_uppercase[(question.answer - shift) % count]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Letters(Task):
+    """Name the letter of the right option, for every cyclic shift of the options, after ``examples``."""
+
+    max_new_tokens: int = 8
+    questions: tuple[Choice, ...]
+    examples: tuple[Choice, ...] = ()
+
+    def prompts(self, tokenizer, length: int, samples: int, seed: int) -> list[LetterPrompt]:
+        """Return the prompts of the first ``samples`` questions."""
+        return [
+            self._prompt(tokenizer, length, number, shift)
+            for number, question in enumerate(self.questions[:samples])
+            for shift in range(len(question.options))
+        ]
+
+    def _prompt(self, tokenizer, length: int, number: int, shift: int) -> LetterPrompt:
+        question = self.questions[number]
+        examples = [listed(example, place) for place, example in enumerate(self.examples)]  # letters differ
+        text, letter = listed(question, shift)
+        room = length - self.max_new_tokens
+        return LetterPrompt(
+            ids=prompt_ids(tokenizer, INSTRUCTION, examples, text, question.where, room),
+            length=length,
+            references=(letter,),
+            question=number,
+            options=len(question.options),
+        )
+
+    def score(self, answer: str, prompt: LetterPrompt) -> float:
+        return float(first_letter(answer, prompt.options) == prompt.references[0])
+
+    def finished(self, text: str) -> bool:
+        return bool(LETTER_IS_OVER.search(text.lstrip()))
+
+
+def candidates(tokenizer, question: Choice) -> list[Candidate]:
+    """Return a candidate for each option, in plain text without a chat format, as evaluations by likelihood do."""
+    context = f"Question: {question.question}\nAnswer:"
+    before, found = tokenizer(context).input_ids, []
+    for option in question.options:
+        ids = tokenizer(f"{context} {option}").input_ids
+        same = [a == b for a, b in zip(before, ids, strict=False)]
+        start = same.index(False) if False in same else len(same)
+        found.append(Candidate(ids=tuple(ids), start=max(1, start)))
+    return found
+
+
+def scorer(model, batch_size: int | None = None) -> Scorer:
+    """Return what scores candidates with a model."""
+
+    @torch.inference_mode()
+    def score(options: list[Candidate]) -> list[float]:
+        found = [0.0] * len(options)
+        for batch in batches([len(option.ids) for option in options], model, batch_size):
+            ids_BS = torch.full((len(batch), max(len(options[i].ids) for i in batch)), IGNORED)
+            for row, index in enumerate(batch):
+                ids_BS[row, : len(options[index].ids)] = torch.tensor(options[index].ids)
+            losses_BS = token_losses(model, ids_BS.to(model.device), chunk=1024).double().cpu()
+            for row, index in enumerate(batch):
+                found[index] = -losses_BS[row, options[index].start - 1 :].sum().item()
+        return found
+
+    return score
+
+
+def by_likelihood(tokenizer, questions: tuple[Choice, ...], score: Scorer) -> dict:
+    """Return the summaries ``sum`` and ``normalised`` (log-probability per character), and each question's scores."""
+    listed = [candidates(tokenizer, question) for question in questions]
+    left = iter(score([option for options in listed for option in options]))
+    samples = []
+    for question in questions:
+        sums = [next(left) for _ in question.options]
+        means = [value / len(option) for value, option in zip(sums, question.options, strict=True)]
+        hits = {"sum": _hit(sums, question), "normalised": _hit(means, question)}
+        samples.append({"where": Path(question.where).name, "log_probabilities": sums, **hits})
+    names = ("sum", "normalised")
+    return {**{name: summary([sample[name] for sample in samples]) for name in names}, "samples": samples}
+
+
+def _hit(values: list[float], question: Choice) -> float:
+    """Return 1 if the right option has the largest value; options that share it share the hit."""
+    best = [index for index, value in enumerate(values) if value == max(values)]
+    return 1 / len(best) if question.answer in best else 0.0
+
+
+def by_letter(task: Letters, tokenizer, answer: Answerer, length: int, label: str = "") -> dict:
+    """Return the summary over questions; a question's score is the mean over the shifts of its options."""
+    results = run(task, tokenizer, answer, lengths=(length,), samples=len(task.questions), label=label)["samples"]
+    scores: dict[int, list[float]] = {}
+    for result in results:
+        scores.setdefault(result["question"], []).append(result["score"])
+    means = [fmean(values) for values in scores.values()]
+    low, high = of_scores(means)
+    hits = round(sum(means), 4)
+    row = {"hits": hits, "samples": len(means), "accuracy": fmean(means), "low": low, "high": high}
+    return {**row, "samples_of_shifts": results}
+
+
+def chance(questions: tuple[Choice, ...]) -> float:
+    """Return the expected score of a blind guesser."""
+    return fmean(1 / len(question.options) for question in questions)

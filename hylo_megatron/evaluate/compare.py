@@ -1,0 +1,51 @@
+"""Compare the figures of the models of a report: perplexities with paired intervals, caches, scores."""
+
+import math
+
+from hylo_megatron.evaluate.intervals import bootstrap
+
+ROLES = {"teacher": "teacher", "teacher_yarn": "teacher with YaRN", "control": "control", "model": "model"}
+BASES = ("teacher", "control")  # roles that the model is compared with
+
+
+def losses_of(figures: dict) -> dict[str, dict]:
+    """Return all results of one model that have a loss per token: those of its texts and of long documents."""
+    return figures.get("perplexity", {}) | ({"long": figures["long"]} if "long" in figures else {})
+
+
+def ratios_of(base: dict, model: dict) -> dict[str, float]:
+    """Return the model's figures divided by the base's: cache, and perplexities if both read the same tokens."""
+    return {name: found["ratio"] for name, found in compared(base, model).items()}
+
+
+def compared(base: dict, model: dict) -> dict[str, dict]:
+    """Return each ratio, and its 95 % interval (``low`` to ``high``) where it can be known.
+
+    Both models read the same documents. The interval draws documents and compares the models on each draw, so what
+    makes a document hard for both does not widen it.
+    """
+    found = {}
+    if base["kv_cache_bytes_per_token"]:
+        ratio = model["kv_cache_bytes_per_token"] / base["kv_cache_bytes_per_token"]
+        found["kv_cache"] = {"ratio": ratio}
+    if base["vocabulary"] == model["vocabulary"]:
+        before = losses_of(base)
+        for text, after in losses_of(model).items():
+            if text in before and before[text]["tokens"] == after["tokens"]:
+                ratio = after["perplexity"] / before[text]["perplexity"]
+                found[f"perplexity_{text}"] = {"ratio": ratio, **_paired(before[text], after)}
+    return found
+
+
+def _paired(before: dict, after: dict) -> dict:
+    """Return the interval of a ratio; empty for a single document, or without losses of documents (older reports)."""
+    pairs = list(zip(before.get("document_losses", ()), after.get("document_losses", ()), strict=False))
+    if len(pairs) < 2 or any(a[0] != b[0] for a, b in pairs):
+        return {}
+    low, high = bootstrap([b[1] - a[1] for a, b in pairs], [a[0] for a, _ in pairs])
+    return {"low": math.exp(low), "high": math.exp(high)}
+
+
+def comparisons_of(figures: dict[str, dict]) -> dict[str, dict]:
+    """Return the model's ratios to the teacher and to the control, as far as they were measured."""
+    return {base: compared(figures[base], figures["model"]) for base in BASES if base in figures}

@@ -1,0 +1,90 @@
+"""The common part of RULER's tasks: prompts of exact length, and the two ways of scoring by string match."""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from hylo_megatron.errors import HyLoError
+from hylo_megatron.evaluate.ruler.encoding import LINES, Border, Encoder, around
+from hylo_megatron.evaluate.ruler.sources import Sources
+from hylo_megatron.evaluate.task import Prompt, Task
+
+ATTEMPTS = 4
+CHECKED = 8192  # tokens of the prompt that is tokenised both ways
+Ids = tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draft:
+    """A prompt before it is tokenised. ``head`` and ``tail`` are the instruction, ``prefix`` begins the answer."""
+
+    head: str
+    texts: list[str]
+    tail: str
+    prefix: str
+    references: tuple[str, ...]
+
+    def encode(self, encoder: Encoder, whole: bool) -> Ids:
+        before, after = around(encoder.tokenizer, self.head, self.tail, self.prefix)
+        return (encoder.whole if whole else encoder.prompt)(before, self.texts, after)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RulerTask(Task):
+    """A task of RULER. ``border``: how the texts of its prompts meet."""
+
+    sources: Sources
+    border: Border = LINES
+
+    def draft(self, rng: random.Random, encoder: Encoder, length: int, budget: int) -> Draft:
+        """Return a prompt with about ``budget`` tokens beside what it needs. ``rng`` starts in one state."""
+        raise NotImplementedError
+
+    def prompts(self, tokenizer: PreTrainedTokenizerBase, length: int, samples: int, seed: int) -> list[Prompt]:
+        """Return prompts from the ids of their texts, if that gives the ids of the first prompt as a whole.
+
+        Otherwise the tokenizer merges across texts, and every prompt is tokenised as a whole.
+        """
+        encoder = self.sources.encoder(tokenizer, self.border)
+        seeds = [f"{seed}/{self.name}/{length}/{sample}" for sample in range(samples)]
+        whole = bool(seeds) and not self._joins(encoder, length, seeds[0])
+        return [self._prompt(encoder, length, seed, whole) for seed in seeds]
+
+    def _joins(self, encoder: Encoder, length: int, seed: str) -> bool:
+        draft = self.draft(random.Random(seed), encoder, length, min(length, CHECKED))
+        return draft.encode(encoder, whole=False) == draft.encode(encoder, whole=True)
+
+    def score(self, answer: str, prompt: Prompt) -> float:
+        """Return the share of references that stand in the answer, in upper or lower case."""
+        return sum(reference.lower() in answer.lower() for reference in prompt.references) / len(prompt.references)
+
+    def _prompt(self, encoder: Encoder, length: int, seed: str, whole: bool) -> Prompt:
+        room = length - self.max_new_tokens
+
+        def make(budget: int) -> tuple[Draft, Ids]:
+            draft = self.draft(random.Random(seed), encoder, length, budget)
+            return draft, draft.encode(encoder, whole)
+
+        draft, ids = fit(make, room)
+        if len(ids) > room:
+            least = len(ids) + self.max_new_tokens
+            raise HyLoError(f"length {length} is too short for {self.name}, which needs {least} tokens: use {least}")
+        return Prompt(ids=ids, length=length, references=draft.references)
+
+
+def fit(make: Callable[[int], tuple[Draft, Ids]], room: int) -> tuple[Draft, Ids]:
+    """Return the longest draft found with its ids: at most ``room``, unless the shortest draft has more."""
+    best = make(0)
+    budget = room - len(best[1])
+    for _ in range(ATTEMPTS):
+        if budget < 1 or len(best[1]) == room:
+            break
+        draft, ids = make(budget)
+        if len(best[1]) < len(ids) <= room:
+            best = draft, ids
+        if len(ids) == room:
+            break
+        budget += room - len(ids)
+    return best

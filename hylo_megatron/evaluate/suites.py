@@ -1,0 +1,183 @@
+"""The registry of suites: what each one measures, and the rows of the report's table that its figures give."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from hylo_megatron.evaluate import choice
+from hylo_megatron.evaluate.answers import Answers
+from hylo_megatron.evaluate.models import Loaded
+from hylo_megatron.evaluate.needle import Needle
+from hylo_megatron.evaluate.perplexity import long_documents_of, perplexity_of
+from hylo_megatron.evaluate.questions import draw, read_answers, read_choices
+from hylo_megatron.evaluate.settings import Settings
+from hylo_megatron.evaluate.task import Task
+from hylo_megatron.evaluate.tasks import answerer, run, summary
+
+TEXTS = ("prose", "book", "code", "c")  # kinds of text with a perplexity
+Files = dict[
+    str, tuple[Path, ...]
+]  # by kind: those of TEXTS and "long" have one file each, "choice" and "answers" more
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One model with what it is measured on."""
+
+    role: str
+    loaded: Loaded
+    files: Files
+    settings: Settings
+
+    @property
+    def common(self) -> dict:
+        """Return the arguments that both perplexities take."""
+        return {
+            "model": self.loaded.model,
+            "tokenizer": self.loaded.tokenizer,
+            "batch_size": self.settings.batch_size,
+            "prefill": self.settings.prefill_chunk,
+        }
+
+    def label(self, name: str) -> str:
+        return f"{self.role}: {name}"
+
+    def answerer(self, task: Task):
+        settings = self.settings
+        return answerer(self.loaded.model, self.loaded.tokenizer, task, settings.batch_size, settings.prefill_chunk)
+
+    def run(self, task: Task, lengths: tuple[int, ...], samples: int) -> dict:
+        return run(
+            task,
+            self.loaded.tokenizer,
+            self.answerer(task),
+            lengths=lengths,
+            samples=samples,
+            seed=self.settings.seed,
+            label=self.label(task.name),
+        )
+
+    def split(self, lengths: tuple[int, ...]) -> tuple[tuple[int, ...], list[int]]:
+        """Return the prompt lengths that this model gets, and the others."""
+        allowed = self.settings.lengths_for(self.role, lengths)
+        return allowed, [length for length in lengths if length not in allowed]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suite:
+    """``needs``: kinds of files, any of which is enough. ``rows``: yields label and summary for the report's table."""
+
+    needs: tuple[str, ...]
+    measure: Callable[[Job], dict]
+    rows: Callable[[dict], Iterator[tuple[str, dict | None]]] = lambda figures: iter(())
+
+
+def _perplexity(job: Job) -> dict:
+    settings = job.settings
+    return {
+        name: perplexity_of(
+            **job.common,
+            file=job.files[name][0],
+            context=settings.context,
+            max_tokens=settings.ppl_tokens,
+            whole=name == "book",
+            label=job.label(name),
+        )
+        for name in TEXTS
+        if name in job.files
+    }
+
+
+def _long(job: Job) -> dict:
+    settings = job.settings
+    return long_documents_of(
+        **job.common,
+        file=job.files["long"][0],
+        context=settings.long_context,
+        count=settings.long_documents,
+        join=settings.long_join,
+        label=job.label("long documents"),
+    )
+
+
+def _needle(job: Job) -> dict:
+    settings = job.settings
+    task = Needle(file=job.files["prose"][0], depths=settings.needle_depths)
+    lengths, not_run = job.split(settings.needle_lengths)
+    return {**job.run(task, lengths, settings.needle_samples), "not_run": not_run}
+
+
+def _choice(job: Job) -> dict:
+    settings, found = job.settings, {}
+    for file in job.files["choice"]:
+        examples, questions = draw(read_choices(file), settings.shots, settings.questions, settings.seed)
+        tokenizer, score = job.loaded.tokenizer, choice.scorer(job.loaded.model, settings.batch_size)
+        task = choice.Letters(name="letters", questions=questions, examples=examples)
+        label = job.label(f"letters of {file.stem}")
+        found[file.stem] = {
+            "chance": choice.chance(questions),
+            "likelihood": choice.by_likelihood(tokenizer, questions, score),
+            "letters": choice.by_letter(task, tokenizer, job.answerer(task), settings.context, label),
+        }
+    return found
+
+
+def _answers(job: Job) -> dict:
+    settings, found = job.settings, {}
+    for file in job.files["answers"]:
+        examples, questions = draw(read_answers(file), settings.shots, settings.questions, settings.seed)
+        task = Answers(questions=questions, examples=examples)
+        found[file.stem] = job.run(task, (settings.context,), len(questions))
+    return found
+
+
+def _ruler(job: Job) -> dict:
+    from hylo_megatron.evaluate.ruler import tasks
+
+    settings, found = job.settings, {}
+    lengths, not_run = job.split(settings.ruler_lengths)
+    given = {kind: job.files[f"ruler_{kind}"][0] for kind in ("squad", "hotpot") if f"ruler_{kind}" in job.files}
+    for task in tasks(job.files["prose"][0], **given):
+        found[task.name] = job.run(task, lengths, settings.ruler_samples)
+    scores: dict[int, list[float]] = {}
+    for result in found.values():
+        for sample in result["samples"]:
+            scores.setdefault(sample["length"], []).append(sample["score"])
+    means = [{"length": length, **summary(values)} for length, values in scores.items()]
+    return {"tasks": found, "by_length": means, "not_run": not_run}
+
+
+def _length_rows(name: str, result: dict) -> Iterator[tuple[str, dict | None]]:
+    for row in result["by_length"]:
+        yield f"{name}, {row['length']:,} tokens", row
+    for length in result.get("not_run", ()):
+        yield f"{name}, {length:,} tokens", None
+
+
+def _choice_rows(figures: dict) -> Iterator[tuple[str, dict | None]]:
+    for name, result in figures.items():
+        at = f"(chance {100 * result['chance']:.0f} %)"
+        yield f"{name}, likelihood {at}", result["likelihood"]["sum"]
+        yield f"{name}, likelihood per character {at}", result["likelihood"]["normalised"]
+        yield f"{name}, letter {at}", result["letters"]
+
+
+def _answers_rows(figures: dict) -> Iterator[tuple[str, dict | None]]:
+    for name, result in figures.items():
+        yield f"{name}, exact match", result["by_length"][0]
+
+
+def _ruler_rows(figures: dict) -> Iterator[tuple[str, dict | None]]:
+    yield from _length_rows(f"RULER, mean of {len(figures['tasks'])}", figures)
+    for name, result in figures["tasks"].items():
+        yield from _length_rows(f"RULER {name}", result)
+
+
+REGISTRY = {
+    "perplexity": Suite(needs=TEXTS, measure=_perplexity),
+    "long": Suite(needs=("long",), measure=_long),
+    "needle": Suite(needs=("prose",), measure=_needle, rows=lambda figures: _length_rows("needle", figures)),
+    "choice": Suite(needs=("choice",), measure=_choice, rows=_choice_rows),
+    "answers": Suite(needs=("answers",), measure=_answers, rows=_answers_rows),
+    "ruler": Suite(needs=("prose",), measure=_ruler, rows=_ruler_rows),
+}

@@ -1,0 +1,95 @@
+"""Settings of positions: rotation off in MLA, a scale of queries; flags, files, refusals and the start of a stage."""
+
+import argparse
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import tiny
+
+from hylo_megatron.config import Architecture, positions
+from hylo_megatron.config.layout import ParallelLayout
+from hylo_megatron.errors import HyLoError
+from hylo_megatron.flags import Parser
+from hylo_megatron.kernels.rope import query_scale, scaled
+from hylo_megatron.mixers.memory import Share
+from hylo_megatron.mixers.mla.memory import tables
+from hylo_megatron.recipes.stage import Stage
+
+NOPE = tiny.hybrid("gdn", mla_rope=False, log_scale=tiny.LOG_SCALE)
+STAGE = Stage(name="distill", kind="distill", seq_length=64, global_batch=1, steps=1, lr=1e-4)
+
+
+def parsed(*flags: str) -> dict:
+    parser = Parser()
+    positions.add_flags(parser.add_argument)
+    return positions.given(parser.parse_args(flags))
+
+
+def test_flags_give_settings_and_nothing_else():
+    assert parsed() == {}
+    assert parsed("--mla-rope", "off", "--log-scale", "600") == {
+        "mla_rope": False, "log_scale": {"base": 600.0, "length": 0},
+    }  # fmt: skip
+    assert parsed("--mla-rope", "on", "--log-scale", "off") == {"mla_rope": True, "log_scale": None}
+    assert parsed("--log-scale", "0,2048")["log_scale"] == {"base": 0.0, "length": 2048}
+
+
+@pytest.mark.parametrize(
+    "text", ["", "x", "1", "0", "-5", "nan", "inf", "600,", "600,x", "600,1.5", "600,-1", "600,2,3"]
+)
+def test_scales_that_cannot_be_computed_are_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="expected off, or BASE"):
+        positions.log_scale(text)
+    with pytest.raises(HyLoError, match="argument --mla-rope: 'none': expected on or off"):
+        parsed("--mla-rope", "none")
+
+
+def test_the_scale_is_that_of_the_paper_and_starts_at_the_trained_length():
+    t = torch.tensor([0, 1, 100, 5000, 250_000])
+    paper = torch.log(t + 500.0) / math.log(500.0)  # arXiv 2601.22156
+    torch.testing.assert_close(query_scale(t, {"base": 500.0, "length": 0})[:, 0], paper)
+    later = query_scale(t, {"base": 0.0, "length": 2048})[:, 0]
+    torch.testing.assert_close(later[:3], torch.ones(3))
+    torch.testing.assert_close(later[3:], torch.log(t[3:]) / math.log(2048))
+    both = query_scale(t, {"base": 500.0, "length": 2048})[:, 0]
+    assert (both[:3] == 1).all() and (both[3:] > 1).all() and (both[3:] < later[3:]).all()
+    x = torch.full((5, 3), 1.01, dtype=torch.bfloat16)
+    assert scaled(x, both[:, None]).dtype == x.dtype and torch.equal(scaled(x, both[:, None])[0], x[0])
+
+
+def test_files_of_models_without_the_settings_are_as_before():
+    plain = tiny.hybrid("gdn").to_dict()
+    assert not plain.keys() & positions.FIELDS.keys()
+    assert Architecture.from_dict(plain) == tiny.hybrid("gdn")
+    assert Architecture.from_dict(NOPE.to_dict()) == NOPE
+    assert NOPE.as_teacher() == tiny.hybrid("gdn").as_teacher()
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(mla_rope=False, plan=("gdn",) * 4), "mla_rope is False, but the plan has no mla layers"),
+    (dict(log_scale=tiny.LOG_SCALE, plan=("gdn",) * 4), "but the plan has no mla layers"),
+    (dict(log_scale={"base": 0.5, "length": 0}), "log_scale is {'base': 0.5, 'length': 0}, expected"),
+    (dict(log_scale={"base": 600.0}), "field log_scale.length is missing"),
+    (dict(log_scale={"base": 600.0, "length": 0, "slope": 1}), "field log_scale.slope is unknown"),
+    (dict(mla_rope="off"), "field mla_rope is 'off'"),
+])  # fmt: skip
+def test_files_with_settings_that_nothing_computes_are_refused(changes, words):
+    with pytest.raises(HyLoError) as refused:
+        Architecture.from_dict(replace(tiny.hybrid("gdn"), **changes).to_dict())
+    assert words in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_stage_has_the_flags_of_its_settings():
+    assert not [flag for flag in STAGE.flags() if "mla-rope" in flag or "log-scale" in flag]
+    flags = replace(STAGE, mla_rope=False, log_scale="600,64").flags()
+    assert flags[flags.index("--hylo-mla-rope") + 1] == "off"
+    assert flags[flags.index("--hylo-log-scale") + 1] == "600,64"
+    assert "on" in replace(STAGE, mla_rope=True).flags()
+
+
+def test_the_planner_counts_the_tables_that_there_are():
+    share = Share(ParallelLayout(), 1, 64)
+    plain, scale = tiny.hybrid("gdn"), replace(NOPE, mla_rope=True)
+    assert tables(NOPE, share) == 4 * 64 and tables(scale, share) == tables(plain, share) + 4 * 64

@@ -1,0 +1,205 @@
+"""Whole evaluations: files, comparisons, and what is refused."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers.evaluation import make_model, random_hybrid, write_lines
+from helpers.paths import ROOT
+from helpers.waits import PATIENCE
+
+from hylo_megatron.errors import HyLoError
+from hylo_megatron.evaluate import Settings, evaluate, suites
+from hylo_megatron.evaluate import models as hf_models
+from hylo_megatron.evaluate.plots import read_log, running_mean
+from hylo_megatron.hf.configuration_hylo import HyLoConfig
+
+
+def test_report_files(tmp_path, folder, prose):
+    log = tmp_path / "train.jsonl"
+    lines = [{"stage": stage, "iteration": i, "loss": 5 / i} for stage in ("ild", "kl") for i in range(1, 60)]
+    write_lines(log, [{"event": "start"}, *lines])
+    with log.open("a") as file:
+        file.write('{"stage": "kl", "itera')  # stopped while writing
+    settings = Settings(
+        context=128, ppl_tokens=300, long_context=300, long_documents=2, needle_lengths=(450, 500), needle_samples=1,
+        needle_depths=2, teacher_needle_limit=460,
+    )  # fmt: skip
+    out = tmp_path / "out"
+    files = {"out_dir": out, "prose": prose, "code": prose, "c": prose, "long": prose, "curves": [log]}
+    report = evaluate(folder, teacher_dir=folder, settings=settings, **files)
+    assert json.loads((out / "evaluation.json").read_text()) == json.loads(json.dumps(report))
+    assert report["model"]["name"] == "tiny" and report["model"]["kv_cache_bytes_per_token"] == 2 * (2 * 2 * 8 * 2)
+    assert report["ratios"] == {
+        "kv_cache": 1.0, "perplexity_prose": 1.0, "perplexity_code": 1.0, "perplexity_c": 1.0, "perplexity_long": 1.0
+    }  # fmt: skip
+    assert report["model"]["perplexity"]["prose"]["tokens"] == 300
+    assert report["model"]["long"]["documents"] == 2 and report["model"]["long"]["tokens"] == 2 * 299
+    assert [row["length"] for row in report["teacher"]["needle"]["by_length"]] == [450]
+    assert report["teacher"]["needle"]["not_run"] == [500] and report["model"]["needle"]["not_run"] == []
+    again = evaluate(
+        folder, teacher_figures=report["teacher"], out_dir=tmp_path / "again", prose=prose, settings=settings
+    )
+    assert again["teacher"] == report["teacher"] and again["ratios"] == {"kv_cache": 1.0, "perplexity_prose": 1.0}
+    for name in ("needle.png", "loss_by_position.png", "loss_curves.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    text = (out / "evaluation.md").read_text()
+    assert "|  | teacher | model | model / teacher |" in text and "| perplexity, C |" in text
+    assert "| needle, 450 tokens | 0 % (0/2; 0–66) | 0 % (0/2; 0–66) | +0.0 points |" in text
+    assert "| needle, 500 tokens | not run | 0 % (0/2; 0–66) |  |" in text
+    assert "## Loss by position, long documents\n\nNats a token, 598 tokens of 2 documents." in text
+    assert f"{report['model']['perplexity']['prose']['perplexity']:.3f}" in text
+    assert not list(out.glob("*.partial*")) and str(tmp_path) not in text + (out / "evaluation.json").read_text()
+
+
+def test_model_alone_without_needles(tmp_path, folder, prose):
+    report = evaluate(folder, out_dir=tmp_path, prose=prose, settings=Settings(ppl_tokens=60, skip=("needle",)))
+    assert "teacher" not in report and "needle" not in report["model"] and report["ratios"] == {}
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "evaluation.html", "evaluation.json", "evaluation.md", "loss_by_position.png"
+    ]  # fmt: skip
+
+
+def test_cache_of_a_hybrid_counts_mla_rows():
+    config = HyLoConfig(mixers=["gdn", "mla", "gdn", "gdn", "mla"], kv_lora_rank=256, qk_rope_head_dim=64)
+    assert hf_models.kv_bytes_per_token(config) == 2 * 2 * (256 + 64)
+
+
+def test_log_of_a_resumed_run(tmp_path):
+    records = [{"stage": "kl", "iteration": i, "loss": loss} for i, loss in ((1, 3.0), (2, 9.0), (2, 2.0), (3, 1.0))]
+    assert read_log(write_lines(tmp_path / "log.jsonl", records)) == {"kl": [(1, 3.0), (2, 2.0), (3, 1.0)]}
+    assert running_mean([4.0, 2.0, 6.0, 1.0], 2) == [4.0, 4.0, 3.0, 3.5]
+
+
+def test_bad_paths_and_settings(tmp_path, folder, prose):
+    bad_line = tmp_path / "bad.jsonl"
+    bad_line.write_text('{"text": "fine"}\n{"words": 3}\n')
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for message, model, options in (
+        ("model folder .* not found", tmp_path / "absent", {}),
+        ("no config.json", empty, {}),
+        ("model folder .* not found", folder, {"teacher_dir": tmp_path / "absent"}),
+        ("absent.jsonl: no such file", folder, {"prose": tmp_path / "absent.jsonl"}),
+        ("bad.jsonl:2: expected a string under 'text'", folder, {"prose": bad_line}),
+        ("training log .* not found", folder, {"out_dir": tmp_path / "out", "curves": [tmp_path / "absent.jsonl"]}),
+        ("device 'abacus'", folder, {"settings": Settings(device="abacus")}),
+        ("dtype 'int3'", folder, {"settings": Settings(dtype="int3")}),
+    ):
+        with pytest.raises(HyLoError, match=message):
+            evaluate(model, **options)
+    for wrong in (
+        {"context": 0}, {"long_documents": 0}, {"needle_lengths": ()}, {"skip": ("all",)}, {"batch_size": 0},
+        {"teacher_needle_limit": 512},
+    ):  # fmt: skip
+        with pytest.raises(HyLoError):
+            Settings(**wrong)
+
+
+def test_folder_that_does_not_fit(tmp_path, tokenizer):
+    small, thin = tmp_path / "small", tmp_path / "thin"
+    make_model(tokenizer, vocab_size=len(tokenizer) - 1).save_pretrained(small)
+    make_model(tokenizer).save_pretrained(thin)
+    config = json.loads((thin / "config.json").read_text())
+    (thin / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    for path, message in ((small, "do not belong together"), (thin, "weights are missing")):
+        with pytest.raises(HyLoError, match="has no tokenizer"):
+            evaluate(path)
+        tokenizer.save_pretrained(path)
+        with pytest.raises(HyLoError, match=message):
+            evaluate(path)
+
+
+def test_tool_reports_a_bad_path_in_one_line(tmp_path):
+    tool = ROOT / "tools" / "evaluate.py"
+    command = [sys.executable, tool, "--model", tmp_path / "absent", "--out", tmp_path / "out", "--prose", "p.jsonl"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 2 and re.fullmatch(r"error: model folder .* not found.*\n", done.stderr), done.stderr
+
+
+def test_side_by_side_with_yarn_a_control_and_questions(tmp_path, folder, prose, tokenizer):
+    make_model(tokenizer, initializer_range=0.3).save_pretrained(tmp_path / "control")
+    tokenizer.save_pretrained(tmp_path / "control")
+    choices = write_lines(tmp_path / "sums.jsonl", [{"question": "1 + 1?", "options": ["2", "3"], "answer": 0}] * 2)
+    short = write_lines(tmp_path / "short.jsonl", [{"question": "1 + 1?", "answers": ["2"]}])
+    settings = Settings(
+        suites=("perplexity", "choice", "answers"), context=256, ppl_tokens=400, teacher_yarn=4.0, questions=1, shots=0
+    )
+    sides = {"teacher_dir": folder, "control_dir": tmp_path / "control"}
+    files = {"prose": prose, "choice": [choices], "answers": [short]}
+    report = evaluate(folder, **sides, **files, out_dir=tmp_path / "out", settings=settings)
+    roles = ("teacher", "teacher_yarn", "control", "model")
+    loss = {role: report[role]["perplexity"]["prose"]["loss"] for role in roles}
+    assert loss["teacher"] == loss["model"] and len(set(loss.values())) == 3
+    assert report["teacher_yarn"]["yarn"] == 4.0 and "needle" not in report["model"]
+    compared = report["compared_with"]
+    assert compared["teacher"]["perplexity_prose"] == {"ratio": 1.0, "low": 1.0, "high": 1.0}
+    control = compared["control"]["perplexity_prose"]
+    assert control["low"] <= control["ratio"] <= control["high"]
+    assert control["ratio"] == pytest.approx(math.exp(loss["model"] - loss["control"]))
+    assert report["model"]["choice"]["sums"]["letters"]["samples"] == 1 and "short" in report["model"]["answers"]
+    text = (tmp_path / "out" / "evaluation.md").read_text()
+    assert "|  | teacher | teacher with YaRN | control | model | model / teacher | model / control |" in text
+    assert "| name | tiny | tiny, YaRN × 4 | control | tiny |  |  |" in text
+    assert "| sums, letter (chance 50 %) |" in text and "| short, exact match | 0 % (0/1; 0–79) |" in text
+    page = (tmp_path / "out" / "evaluation.html").read_text()
+    assert page.count("data:image/png") == 1 and "teacher with YaRN" in page and str(tmp_path) not in page
+
+
+def test_yarn_and_suites_that_cannot_be_measured(tmp_path, folder, prose, tokenizer):
+    hybrid = tmp_path / "hybrid"
+    random_hybrid(tokenizer, "gdn").save_pretrained(hybrid)
+    tokenizer.save_pretrained(hybrid)
+    yarn = Settings(teacher_yarn=2.0)
+    for message, options in (
+        ("--teacher-yarn measures the teacher once more, with YaRN: give --teacher", {"settings": yarn}),
+        ("suite choice has no file to measure on: give --choice", {"settings": Settings(suites=("choice",))}),
+        ("suite needle has no file to measure on: give --prose", {"settings": Settings(suites=("needle",))}),
+        ("--choice: two files have one name", {"choice": [prose, tmp_path / "other" / prose.name]}),
+    ):
+        with pytest.raises(HyLoError, match=message):
+            evaluate(folder, **options)
+    with pytest.raises(HyLoError, match=r"config.json: rope_type is .*; YaRN needs a base model with rope_type 'def"):
+        hf_models.load(hybrid, hf_models.resolve_device("cpu"), torch.float32, yarn=2.0)
+
+
+def test_yarn_is_what_transformers_computes(folder):
+    device, dtype = hf_models.resolve_device("cpu"), torch.float32
+    plain = hf_models.load(folder, device, dtype).model.config
+    model = hf_models.load(folder, device, dtype, yarn=8.0).model
+    rope = model.config.rope_parameters
+    assert (rope["rope_type"], rope["factor"], rope["original_max_position_embeddings"]) == ("yarn", 8.0, 2048)
+    assert rope["rope_theta"] == plain.rope_parameters["rope_theta"]
+    assert model.config.max_position_embeddings == 8 * plain.max_position_embeddings
+    frequencies = model.model.rotary_emb.inv_freq
+    unchanged = plain.rope_parameters["rope_theta"] ** -(torch.arange(0, 8, 2) / 8)
+    assert frequencies[0] == pytest.approx(unchanged[0]) and frequencies[-1] == pytest.approx(unchanged[-1] / 8)
+
+
+def test_every_suite_of_an_oracle_is_at_100(tmp_path, folder, prose, monkeypatch):
+    """The suites find their tasks and files, and the table has their rows; only the answers are not the model's."""
+
+    def oracle(prompts):
+        return ((index, f" {', '.join(prompt.references)}\n") for index, prompt in enumerate(prompts))
+
+    monkeypatch.setattr(suites, "answerer", lambda *_: oracle)
+    choices = write_lines(tmp_path / "sums.jsonl", [{"question": "1 + 1?", "options": ["2", "3"], "answer": "2"}])
+    short = write_lines(tmp_path / "short.jsonl", [{"question": "1 + 1?", "answers": ["2"]}])
+    settings = Settings(
+        suites=("needle", "choice", "answers", "ruler"), needle_lengths=(450,), needle_samples=1, needle_depths=1,
+        ruler_lengths=(1500, 3000), ruler_samples=1, teacher_needle_limit=1600, shots=0,
+    )  # fmt: skip
+    report = evaluate(
+        folder, teacher_dir=folder, out_dir=tmp_path / "out", prose=prose, choice=[choices], answers=[short],
+        settings=settings,
+    )  # fmt: skip
+    text = (tmp_path / "out" / "evaluation.md").read_text()
+    for row in ("needle, 450 tokens", "sums, letter (chance 50 %)", "short, exact match"):
+        assert f"| {row} | 100 % (1/1; 21–100) | 100 % (1/1; 21–100) | +0.0 points |" in text
+    assert "| RULER, mean of 13, 1,500 tokens | 100 % (13/13; 77–100) | 100 % (13/13; 77–100) | +0.0 points |" in text
+    assert "| RULER, mean of 13, 3,000 tokens | not run | 100 % (13/13; 77–100) |  |" in text
+    assert len(report["model"]["ruler"]["tasks"]) == 13

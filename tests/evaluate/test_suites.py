@@ -1,0 +1,213 @@
+"""Every judge scores a perfect oracle 100 and a blind guesser at chance; question files; intervals."""
+
+import random
+import re
+from string import ascii_uppercase
+
+import pytest
+import torch
+from helpers.evaluation import Stub, make_model, write_lines
+
+from hylo_megatron.errors import HyLoError
+from hylo_megatron.evaluate import choice
+from hylo_megatron.evaluate.answers import Answers, normalised
+from hylo_megatron.evaluate.intervals import bootstrap, of_scores, wilson
+from hylo_megatron.evaluate.needle import Needle
+from hylo_megatron.evaluate.questions import draw, read_answers, read_choices
+from hylo_megatron.evaluate.settings import SUITES
+from hylo_megatron.evaluate.suites import REGISTRY
+from hylo_megatron.evaluate.tasks import answerer, run
+
+CHOICES = [
+    {"question": f"What is {n} plus {n}?", "options": [str(2 * n + d) for d in range(4)], "answer": str(2 * n)}
+    for n in range(150)
+]
+SHORT = [{"question": f"How many is {n}?", "answers": [f"number {n}", f"{n}"]} for n in range(40)]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("questions")
+    return write_lines(folder / "sums.jsonl", CHOICES), write_lines(folder / "numbers.jsonl", SHORT)
+
+
+def oracle(prompts):
+    return ((index, f" {prompt.references[0]}.\nMore") for index, prompt in enumerate(prompts))
+
+
+def test_the_registry_has_the_suites_of_the_settings():
+    assert tuple(REGISTRY) == SUITES
+
+
+@pytest.mark.parametrize("name", ["needle", "letters", "answers"])
+def test_an_oracle_scores_100_and_a_blind_guesser_chance(tokenizer, prose, files, name):
+    rng = random.Random(1)
+    task, length, samples, guess = {
+        "needle": (Needle(file=prose, depths=3), 500, 10, lambda _: str(rng.randint(1_000_000, 9_999_999))),
+        "letters": (
+            choice.Letters(name="letters", chance=0.25, questions=read_choices(files[0])),
+            300,
+            150,
+            lambda prompt: rng.choice(ascii_uppercase[: prompt.options]),
+        ),
+        "answers": (Answers(questions=read_answers(files[1])), 300, 40, lambda _: rng.choice(["dog", "red"])),
+    }[name]
+    found = run(task, tokenizer, oracle, lengths=(length,), samples=samples)
+    assert found["accuracy"] == 1 and found["low"] < 1 == pytest.approx(found["high"])
+
+    def blind(prompts):
+        return ((index, f" {guess(prompt)}\n") for index, prompt in enumerate(prompts))
+
+    found = run(task, tokenizer, blind, lengths=(length,), samples=samples)
+    assert found["chance"] == task.chance and found["low"] <= task.chance <= found["high"]
+    wrong = run(task, tokenizer, lambda prompts: ((i, "") for i in range(len(prompts))), lengths=(length,), samples=2)
+    assert wrong["accuracy"] == 0
+
+
+@pytest.mark.parametrize("letter", "ABCD")
+def test_a_preference_for_a_letter_scores_exactly_at_chance(tokenizer, files, letter):
+    questions = read_choices(files[0])[:9]
+    task = choice.Letters(name="letters", questions=questions)
+    found = choice.by_letter(task, tokenizer, lambda ps: ((i, f" {letter}.") for i in range(len(ps))), 300)
+    assert found["accuracy"] == choice.chance(questions) == 0.25 and found["low"] == found["high"] == 0.25
+    assert found["samples"] == 9 and len(found["samples_of_shifts"]) == 36
+
+
+def test_letters_and_answers_of_a_model(tokenizer, files):
+    """The way through batches, decoding and stopping, with a model that knows everything."""
+    questions, short = read_choices(files[0]), read_answers(files[1])
+
+    def answer_of(text):
+        lines = text.rsplit("Question: ", 1)[1].splitlines()
+        right = sum(int(word) for word in lines[0].rstrip("?").split() if word.isdigit())
+        return next(f" {line[0]}. That" for line in lines if line.endswith(f". {right}"))
+
+    model = Stub(tokenizer, answer_of)
+    task = choice.Letters(name="letters", questions=questions[:5], examples=questions[9:11])
+    found = choice.by_letter(task, tokenizer, answerer(model, tokenizer, task), 900)
+    assert found["accuracy"] == 1 and found["hits"] == found["samples"] == 5
+    number = re.compile(r"(\d+)\?<\|assistant\|>Answer:$")
+    know = Stub(tokenizer, lambda text: f" The number {number.search(text).group(1)}!\nAnd so on")
+    task = Answers(questions=short[:7], examples=short[20:22])
+    answered = run(task, tokenizer, answerer(know, tokenizer, task), lengths=(900,), samples=7)
+    assert answered["accuracy"] == 1
+    assert all("And" not in sample["answer"] for sample in answered["samples"])  # stopped after the first line
+
+
+def test_likelihood_of_an_oracle_and_of_chance(tokenizer, files):
+    questions = read_choices(files[0])
+
+    def rate(right):
+        """Return a scorer that gives ``right(question, option)`` to each candidate."""
+        flat = [right(question, index) for question in questions for index in range(len(question.options))]
+        return lambda candidates: flat
+
+    found = choice.by_likelihood(tokenizer, questions, rate(lambda question, index: -float(index != question.answer)))
+    assert found["sum"]["accuracy"] == found["normalised"]["accuracy"] == 1
+    found = choice.by_likelihood(tokenizer, questions, rate(lambda *_: 0.0))  # all options are equal
+    assert found["sum"]["accuracy"] == pytest.approx(0.25)
+    rng = random.Random(0)
+    found = choice.by_likelihood(tokenizer, questions, rate(lambda *_: -rng.random()))
+    assert found["sum"]["low"] < 0.25 < found["sum"]["high"]
+
+
+def test_likelihood_is_that_of_the_options_tokens(tokenizer, files):
+    model = make_model(tokenizer)
+    question = read_choices(files[0])[0]
+    options = choice.candidates(tokenizer, question)
+    for candidate, option in zip(options, question.options, strict=True):
+        assert tokenizer.decode(candidate.ids[candidate.start :]) == f" {option}"
+    together = choice.scorer(model, batch_size=4)(options)
+    for candidate, found in zip(options, together, strict=True):
+        ids = torch.tensor([candidate.ids])
+        with torch.no_grad():
+            logs = model(ids).logits[0].log_softmax(-1)
+        parts = [logs[at - 1, candidate.ids[at]].item() for at in range(candidate.start, len(candidate.ids))]
+        assert found == pytest.approx(sum(parts), rel=1e-4)
+
+
+def test_letters_in_answers():
+    for text, letter in (
+        (" B", "B"), (" (C)", "C"), ("**D**", "D"), ("The answer is A.", "A"), (" Answer: B", "B"), ("A dog", "A"),
+        (" the correct answer is D", "D"),
+        ("Apple", ""), ("I think so", ""), ("E", ""), ("", ""), ("I. The answer is C", "C"),
+    ):  # fmt: skip
+        assert choice.first_letter(text, 4) == letter, text
+
+
+def test_normalised_answers():
+    assert normalised(" The  Eiffel-Tower, a tower. ") == "eiffeltower tower"
+    assert normalised("“Paris”…") == "paris" and normalised("theatre") == "theatre"
+
+
+def test_wrong_questions_are_refused_with_file_and_line(tmp_path):
+    right = {"question": "?", "options": ["a", "b"], "answer": 1}
+    for change, message in (
+        ({"options": ["a"]}, "field options"),
+        ({"options": ["a", "a"]}, "field options"),
+        ({"options": ["a", " "]}, "field options"),
+        ({"options": "ab"}, "field options"),
+        ({"answer": 2}, "field answer is 2: expected one of the options"),
+        ({"answer": -1}, "field answer"),
+        ({"answer": "B"}, "field answer is 'B'"),
+        ({"answer": True}, "field answer"),
+        ({"question": " "}, "field question is empty"),
+    ):
+        file = write_lines(tmp_path / "bad.jsonl", [right, {**right, **change}])
+        with pytest.raises(HyLoError, match=rf"bad\.jsonl:2: {message}"):
+            read_choices(file)
+    for row, message in (
+        ({"question": "?"}, "field answers is missing"),
+        ({"question": "?", "answers": []}, "answers"),
+    ):
+        file = write_lines(tmp_path / "short.jsonl", [row])
+        with pytest.raises(HyLoError, match=rf"short\.jsonl:1: .*{message}"):
+            read_answers(file)
+    (tmp_path / "text.jsonl").write_text("no JSON\n")
+    with pytest.raises(HyLoError, match=r"text\.jsonl:1: not valid JSON"):
+        read_answers(tmp_path / "text.jsonl")
+    (tmp_path / "text.jsonl").write_text("\n")
+    with pytest.raises(HyLoError, match="has no questions"):
+        read_choices(tmp_path / "text.jsonl")
+    with pytest.raises(HyLoError, match="no such file"):
+        read_choices(tmp_path / "absent.jsonl")
+
+
+def test_a_question_that_does_not_fit_is_refused(tokenizer, tmp_path):
+    file = write_lines(tmp_path / "long.jsonl", [SHORT[0], {"question": "very long " * 99, "answers": ["no"]}])
+    task = Answers(questions=read_answers(file))
+    with pytest.raises(HyLoError, match=r"long\.jsonl:2: the prompt has .* expected at most 276: raise --context or"):
+        task.prompts(tokenizer, 300, 2, 0)
+
+
+def test_drawn_questions_depend_on_the_seed_only(files):
+    questions = read_choices(files[0])
+    assert draw(questions, 3, 5, 1) == draw(questions, 3, 5, 1) != draw(questions, 3, 5, 2)
+    examples, asked = draw(questions, 3, None, 0)
+    assert len(examples) == 3 and len(asked) == 147 and not set(examples) & set(asked)
+    assert draw(questions, 0, 999, 0) == ((), questions)
+    with pytest.raises(HyLoError, match=r"sums\.jsonl:1: 150 questions, too few for --shots 150"):
+        draw(questions, 150, None, 0)
+
+
+def test_examples_stand_before_the_question(tokenizer, files):
+    questions = read_choices(files[0])
+    task = choice.Letters(name="letters", questions=questions[5:6], examples=questions[7:9])
+    prompt = task.prompts(tokenizer, 900, 1, 0)[1]
+    text = tokenizer.decode(list(prompt.ids))
+    assert "Question: What is 7 plus 7?\nA. 14\nB. 15\nC. 16\nD. 17\nAnswer: A\n\n" in text
+    assert "Question: What is 8 plus 8?\nA. 17\nB. 18\nC. 19\nD. 16\nAnswer: D\n\n" in text
+    assert text.endswith("Question: What is 5 plus 5?\nA. 11\nB. 12\nC. 13\nD. 10<|assistant|>Answer:")
+    assert prompt.references == ("D",)
+
+
+def test_intervals():
+    assert of_scores([1.0, 0.0, 1.0]) == wilson(2, 3)
+    values = [random.Random(n).gauss(5, 2) for n in range(400)]
+    low, high = bootstrap(values)
+    assert high - low == pytest.approx(2 * 1.96 * 2 / 400**0.5, rel=0.2) and low < 5 < high
+    assert bootstrap(values) == (low, high) != bootstrap(values, seed=1)
+    assert bootstrap([3.0], [2.0]) == (1.5, 1.5)
+    weights = [random.Random(n).uniform(1, 9) for n in range(50)]
+    assert bootstrap([2 * weight for weight in weights], weights) == pytest.approx((2, 2))
+    assert of_scores([0.5, 1.0, 0.0])[0] < 0.5 < of_scores([0.5, 1.0, 0.0])[1]
