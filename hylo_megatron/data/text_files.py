@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from hylo_megatron import packages
 from hylo_megatron.errors import HyLoError
 
 BLOCK = 1 << 20  # bytes that are decompressed and decoded together
@@ -37,9 +38,13 @@ def check_file(path: str | Path) -> Path:
     """Return ``path`` if it is a regular file. Raises ``HyLoError`` otherwise."""
     path = Path(path)
     if path.is_dir():
-        raise HyLoError(f"{path}: a folder, expected a file of text: name the files in it")
+        raise HyLoError(
+            f"{path}: a folder, expected a file of text: name the files in it, or hf://{path} for a folder that the"
+            " package datasets reads"
+        )
     if not path.exists():
-        raise HyLoError(f"{path}: no such file")
+        hub = f" (a data set of a hub is hf://{path})" if len(path.parts) == 2 and not path.suffix else ""
+        raise HyLoError(f"{path}: no such file{hub}")
     if not path.is_file():
         raise HyLoError(f"{path}: not a regular file, and it has to be read twice: write the text to a file first")
     return path
@@ -135,10 +140,7 @@ def _zstd(raw: BinaryIO, path: Path) -> Iterator[bytes]:
     """Decompress frame by frame, because the package's ``stream_reader`` ends without an error if a frame is cut
     off.
     """
-    try:
-        import zstandard
-    except ImportError:
-        raise HyLoError(f"{path}: reading it needs the package zstandard: pip install zstandard") from None
+    zstandard = packages.load("zstandard", f"{path}: reading it")
     frame = None
     try:
         while data := raw.read(BLOCK // 8):

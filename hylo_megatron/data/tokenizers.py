@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from hylo_megatron import packages
 from hylo_megatron.convert.tokenizer_files import (
     check_model_beside,
     has_tokenizer,
@@ -74,12 +75,9 @@ def _hugging_face(path: Path, workers: int, eod_token: str | None) -> TextTokeni
 
 
 def _sentencepiece(path: Path, workers: int, eod_token: str | None) -> TextTokenizer:
+    sentencepiece = packages.load("sentencepiece", f"{path}: reading it")
     try:
-        from sentencepiece import SentencePieceProcessor
-    except ImportError as error:
-        raise HyLoError(f"{path}: reading it needs the package sentencepiece: pip install sentencepiece") from error
-    try:
-        processor = SentencePieceProcessor(model_file=str(path))
+        processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (OSError, RuntimeError) as error:
         raise HyLoError(f"{path}: not a sentencepiece model ({error})") from error
     eod_id = processor.piece_to_id(eod_token) if eod_token else processor.eos_id()

@@ -52,6 +52,13 @@ def _add_run_arguments(add) -> None:
         type=size,
         help="wait until --hylo-student holds this iteration: an earlier stage may still be training it",
     )
+    add(
+        "--dataloader",
+        choices=("torch", "dali"),
+        default="torch",
+        help="what reads the samples: torch's loader, or NVIDIA DALI, which copies them to the GPU ahead of their step"
+        " (default: torch; same samples, same order)",
+    )
     add("--no-self-test", action="store_true", help="do not compare the GPU kernels with their references at start-up")
     add("--hylo-keep-last", type=size, help="checkpoints to keep, the newest; older ones are deleted (default: all)")
     add(

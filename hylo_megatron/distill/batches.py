@@ -11,6 +11,7 @@ from megatron.core.datasets.utils import get_blend_from_list
 from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank
 from megatron.training import get_args, get_tokenizer
 
+from hylo_megatron import packages
 from hylo_megatron.data.packed_data import (
     DocumentConfig,
     DocumentDataset,
@@ -19,6 +20,7 @@ from hylo_megatron.data.packed_data import (
     check_packed,
 )
 from hylo_megatron.distill.losses import Loss
+from hylo_megatron.errors import HyLoError
 
 LEARNT = "learnt"  # in the log: the share of positions that the loss mask leaves in the loss
 NO_TOKENS = 1e-30  # divisor in place of zero tokens; in fp32 no count of tokens is changed by a number so small
@@ -56,10 +58,46 @@ def datasets(num_samples, vp_stage=None):
     packed = check_packed(prefixes(args), args.seq_length)
     config = dataset_config(args, packed)
     kind = PackedDataset if packed else MockGPTDataset if config.mock else DocumentDataset
-    return BlendedMegatronDatasetBuilder(kind, num_samples, lambda: True, config).build()
+    found = BlendedMegatronDatasetBuilder(kind, num_samples, lambda: True, config).build()
+    return dali_loaders(args, found) if args.dataloader == "dali" else found
 
 
 datasets.is_distributed = True
+
+
+def check_dataloader(args) -> None:
+    """Refuse ``--dataloader dali`` beside flags that it does not know, and where DALI is missing."""
+    if args.dataloader != "dali":
+        return
+    others = {
+        f"--dataloader-type {args.dataloader_type}": args.dataloader_type != "single",
+        "--full-validation": args.full_validation,
+        "--hybrid-context-parallel": args.hybrid_context_parallel,
+        "--phase-transition-iterations": bool(args.phase_transition_iterations),
+    }
+    if wrong := next((flag for flag, given in others.items() if given), None):
+        raise HyLoError(f"{wrong}: not with --dataloader dali, leave out one of them")
+    packages.require("nvidia-dali", "--dataloader dali")
+    args.dataloader_type = "external"  # megatron takes the loaders of ``datasets`` as they are
+
+
+def dali_loaders(args, found: list) -> list:
+    """Return a loader in place of each data set, with the samples of megatron's own loader for this rank."""
+    from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
+
+    from hylo_megatron.data.dali_loader import DaliLoader
+
+    consumed, loaders = (args.consumed_train_samples, args.consumed_valid_samples, 0), []
+    for number, (dataset, begun) in enumerate(zip(found, consumed, strict=True)):
+        if dataset is None:
+            loaders.append(None)
+            continue
+        rows = getattr(args, "eval_micro_batch_size", args.micro_batch_size) if number else args.micro_batch_size
+        group = parallel_state.get_data_parallel_group()
+        sampler = MegatronPretrainingSampler(len(dataset), begun, rows, group.rank(), group.size())
+        device = torch.cuda.current_device() if torch.cuda.device_count() else None
+        loaders.append(DaliLoader(dataset, sampler, KEYS, rows, device))
+    return loaders
 
 
 def next_batch(iterator, *default) -> dict[str, torch.Tensor] | None:

@@ -8,11 +8,12 @@ import torch
 
 from hylo_megatron.config import Plan
 from hylo_megatron.config.layout import ParallelLayout
-from hylo_megatron.flags import Parser, command_line, count, size
+from hylo_megatron.flags import Parser, command_line, count, share, size
 from hylo_megatron.mixers import LINEAR, MIXERS
 from hylo_megatron.recipes.stage import Evaluation, Recipe, Stage
 from hylo_megatron.run.launch import Processes
 from hylo_megatron.run.recipe_run import Run
+from hylo_megatron.run.sampled import with_sampled
 
 TEACHER_LENGTH = 6144  # the teacher supports 8,192 tokens, but is worse near that end
 # the base model's value, with the slowest of 32 frequencies four times slower (NTK)
@@ -83,10 +84,16 @@ def main(argv: list[str] | None = None) -> None:
     add("--tp", type=size, default=1, help="tensor-parallel ranks (SmolLM2 has 9 heads: 1 or 3)")
     add("--pp", type=size, default=1, help="pipeline stages; the remaining factor of the GPUs is data parallel")
     add("--seed", type=count, default=1234)
+    add(
+        "--sampled-share",
+        type=share,
+        default=0.0,
+        help="share of the plain text that the teacher writes itself before training (default: none)",
+    )
     add("--no-cuda-graph", action="store_true", help="launch the kernels of a training step one by one")
     add("--out", help="folder of the run (default: runs/smollm2-PLAN)")
     options = parser.parse_args(argv)
-    recipe = found_recipe(options.plan, options.linear, options.seed)
+    recipe = with_sampled(found_recipe(options.plan, options.linear, options.seed), options.sampled_share)
     plan = Plan.parse(recipe.layers, recipe.plan, recipe.linear).name
     out = Path(options.out or os.path.join("runs", f"smollm2-{plan}"))
     layout = ParallelLayout(tp=options.tp, pp=options.pp)

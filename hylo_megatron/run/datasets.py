@@ -6,9 +6,9 @@ from hylo_megatron.data.pack import pack
 from hylo_megatron.recipes.stage import Recipe, Stage
 from hylo_megatron.retrieval.make import make_retrieval
 
-# "text": documents joined and cut; "long": windows of long documents; the others: questions about such text with
-# answers
-NAMES = ("text", "long", "chat", "retrieval")
+# "text": documents joined and cut; "long": windows of long documents; "sampled": documents that the teacher wrote,
+# joined and cut; the others: questions about such text with answers
+NAMES = ("text", "long", "sampled", "chat", "retrieval")
 
 
 def prefix(folder: Path, name: str, stage: Stage) -> Path:
@@ -23,17 +23,17 @@ def data_path(folder: Path, stage: Stage, tokens: tuple[Path, ...] = ()) -> list
 
 
 def make_datasets(recipe: Recipe, folder: Path, tokenizer: Path) -> None:
-    """Make each data set that ``recipe``'s stages mix and that is missing, from ``folder/train``."""
+    """Make each data set that ``recipe``'s stages mix and that is missing, from ``folder/train`` or ``/sampled``."""
     wanted: dict[tuple[str, int], int] = {}
     for stage in recipe.stages:
         for name, share in stage.mix:
             key = (name, stage.seq_length)
             wanted[key] = wanted.get(key, 0) + stage.samples(share)
     for (name, length), samples in wanted.items():
-        out, source = folder / f"{name}-{length}", folder / "train"
+        out, source = folder / f"{name}-{length}", folder / ("sampled" if name == "sampled" else "train")
         if out.with_suffix(".json").is_file():
             continue
-        if name in ("text", "long"):
+        if name in ("text", "long", "sampled"):
             pack(source, out, length + 1, long_documents=name == "long")
         else:
             # one worker: samples take seconds, and starting a process takes as long

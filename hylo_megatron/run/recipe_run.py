@@ -31,6 +31,7 @@ from hylo_megatron.run.datasets import data_path, make_datasets
 from hylo_megatron.run.launch import Processes, start_own
 from hylo_megatron.run.measurements import Measurement
 from hylo_megatron.run.sample import write_sample
+from hylo_megatron.run.sampled import sampled_tokens, write_sampled
 from hylo_megatron.run.source import FetchedSource, Source
 from hylo_megatron.run.table import closing_table
 from hylo_megatron.run.training_process import TrainingProcess
@@ -57,6 +58,7 @@ class Run:
         self.student = self.base if recipe.control else out / "student"
         self.total = 4 - recipe.control + len(self.source.steps()) + len(recipe.stages) + (self.teacher != self.base)
         self.total += 2 + len(recipe.stages) if self.source.held_out else 0
+        self.total += bool(sampled_tokens(recipe))
         self.background = Background(self.logs, beside)
         self.trainings: list[TrainingProcess] = []
         self.next_training: TrainingProcess | None = None
@@ -95,6 +97,11 @@ class Run:
             self.background.wait("teacher")  # the report compares the student with the teacher
         job = Measurement(name, model, self.out, self.source.held_out, self.recipe, full, report)
         self.step(f"evaluate {name}", lambda: self.background.start(name, job), job.result)
+
+    def sample_text(self) -> None:
+        write_sampled(
+            self.recipe, self.source.teacher or self.hf, self.out / "sampled", self.data / "sampled", self.hf
+        )
 
     def prepare(self) -> None:
         """Make the tokens and the packed data sets of the stages."""
@@ -195,6 +202,9 @@ class Run:
     def _execute(self) -> None:
         for step in self.source.steps():
             self.step(*step)
+        if tokens := sampled_tokens(self.recipe):  # before an evaluation shares the GPU
+            done = self.data / "sampled.json"
+            self.step(f"sample {tokens:,} tokens from the teacher", self.sample_text, done)
         self._check_disk()
         self.measure("teacher", self.hf, full=True)
         self.step("tokens", self.prepare)

@@ -1,0 +1,1 @@
+"""Text that the teacher writes itself, as training text."""

@@ -1,0 +1,237 @@
+"""``hylo sample-text``: rows written in batches are the teacher's, and files of an interrupted run are the same."""
+
+import itertools
+import json
+import types
+
+import pytest
+import torch
+from helpers import text, tiny
+
+from hylo_megatron.data.prepare import prepare
+from hylo_megatron.errors import HyLoError
+from hylo_megatron.kernels import draw
+from hylo_megatron.sample import command, prompts, row_cache, vllm_engine
+from hylo_megatron.sample.decoder import Decoder, Request, Sampling, Written, rows_by_memory
+from hylo_megatron.sample.keep import Keeper, Rules
+from hylo_megatron.sample.run import SamplingRun
+from hylo_megatron.sample.shards import Shards
+
+LENGTH = 24
+
+
+def sampling(**changes) -> Sampling:
+    values = dict(temperature=0.9, top_p=0.9, length=LENGTH, seed=5, ends=frozenset({2, 7}))
+    return Sampling(**(values | changes))
+
+
+def written_alone(model, request: Request, rules: Sampling) -> Written:
+    """The same row with the whole text read again for every token."""
+    ids = list(request.ids)
+    while len(ids) < rules.length:
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[:, -1]
+        uniform = draw.uniforms(rules.seed, torch.tensor([request.row]), torch.tensor([len(ids) - 1]))
+        token = int(draw.draw(logits, uniform, rules.temperature, rules.top_p))
+        if token in rules.ends:
+            return Written(request.row, ids[len(request.ids) :], True)
+        ids.append(token)
+    return Written(request.row, ids[len(request.ids) :], False)
+
+
+@pytest.mark.parametrize("shape", ["smollm2", "qwen3", "qwen2"])
+def test_rows_of_a_batch_are_those_of_rows_alone(shape):
+    requests = [Request(row, tuple(range(3, 4 + row % 5))) for row in range(9)]
+    alone = [written_alone(tiny.teacher_model(shape), request, sampling()) for request in requests]
+    for rows in (2, 4):
+        decoder = Decoder(tiny.teacher_model(shape), sampling(), rows)
+        assert sorted(decoder.write(iter(requests))) == alone
+    assert {row.ended for row in alone} == {True, False}  # both ways to end
+
+
+def test_an_attention_that_sees_too_much_is_refused(monkeypatch):
+    def everything(query, keys, values, position, scale):
+        return plain(query, keys, values, torch.full_like(position, keys.shape[1] - 1), scale)
+
+    plain = row_cache.attend_plain
+    monkeypatch.setattr(row_cache, "attend_plain", everything)
+    with pytest.raises(HyLoError, match="logits of single tokens over the cache differ by .*, expected less than 5%"):
+        Decoder(tiny.teacher_model("smollm2"), sampling(), 2)
+
+
+def test_uniform_numbers_are_a_rows_own():
+    rows, places = torch.arange(2000) % 40, torch.arange(2000) // 40
+    found = draw.uniforms(1, rows, places)
+    assert torch.equal(draw.uniforms(1, rows[7:9], places[7:9]), found[7:9])
+    assert found.unique().numel() > 1995 and found.min() >= 0 and found.max() < 1
+    assert abs(found.mean() - 0.5) < 0.03 and abs(torch.corrcoef(torch.stack([found[1:], found[:-1]]))[0, 1]) < 0.1
+    assert not torch.equal(draw.uniforms(2, rows, places), found)
+
+
+def test_draws_have_the_shares_of_the_nucleus():
+    shares = torch.tensor([0.05, 0.4, 0.1, 0.3, 0.15])
+    uniform = (torch.arange(10000) + 0.5) / 10000
+    logits = shares.log().expand(10000, 5)
+    counts = torch.bincount(draw.draw(logits, uniform, 1.0, 1.0), minlength=5) / 10000
+    torch.testing.assert_close(counts, shares, atol=1e-3, rtol=0)
+    counts = torch.bincount(draw.draw(logits, uniform, 1.0, 0.8), minlength=5) / 10000
+    torch.testing.assert_close(counts, torch.tensor([0, 0.4, 0, 0.3, 0.15]) / 0.85, atol=1e-3, rtol=0)
+    sharper = torch.bincount(draw.draw(logits, uniform, 0.5, 1.0), minlength=5) / 10000
+    torch.testing.assert_close(sharper, shares**2 / (shares**2).sum(), atol=1e-3, rtol=0)
+
+
+def test_rows_by_memory():
+    assert rows_by_memory(80 * 2**30, 23040, 1024, 49152) == 2048
+    assert rows_by_memory(20 * 2**30, 23040, 1024, 49152) == 704
+    assert rows_by_memory(2**28, 23040, 1024, 49152) == 8
+    with pytest.raises(HyLoError, match="--length 1024"):
+        rows_by_memory(2**20, 23040, 1024, 49152)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    folder = tiny.save_model(tiny.teacher_model("smollm2"), tmp_path_factory.mktemp("sampled") / "teacher")
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    return text.make_tokenizer(folder)
+
+
+def flags(teacher, out, *more) -> list[str]:
+    values = ["--teacher", teacher, "--out", out, "--tokens", 300, "--length", 48, "--batch-size", 3,
+              "--rows-per-shard", 4, "--shortest", 1, *more]  # fmt: skip
+    return [str(value) for value in values]
+
+
+def files(folder) -> dict[str, str]:
+    return {path.name: path.read_text() for path in folder.glob("*.jsonl")}
+
+
+def test_an_interrupted_run_goes_on_with_the_same_text(teacher, tmp_path, monkeypatch):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    command.main(flags(teacher, whole))
+    expected = files(whole)
+    assert len(expected) >= 2
+    write = Decoder.write
+
+    def dying(self, requests):
+        yield from itertools.islice(write(self, requests), 6)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Decoder, "write", dying)
+        command.main(flags(teacher, cut))
+    assert len(files(cut)) == 1
+    (cut / "sampled-00001.jsonl").write_text("a shard that is not listed")
+    command.main([part for part in flags(teacher, cut) if part not in ("--batch-size", "3")])
+    assert files(cut) == expected
+    about = json.loads((cut / "sampled.json").read_text())
+    assert about["licence"] == "apache-2.0" and about["settings"]["teacher"] == "teacher"
+    assert about["tokens"] >= 300 and about["rows"] == 4 * len(expected)
+    assert sum(about["dropped"].values()) == about["rows"] - sum(
+        len(lines.splitlines()) for lines in expected.values()
+    )
+    command.main(flags(teacher, cut, "--tokens", 500))  # more of the same
+    assert files(cut).items() > expected.items()
+
+
+class Echo:
+    """An engine whose rows are the letters of ``texts``, in turn and in a strange order, ended or not."""
+
+    def __init__(self, teller, *texts: tuple[str, bool]):
+        self.teller, self.texts = teller, texts
+
+    def write(self, requests):
+        for part in iter(lambda: list(itertools.islice(requests, 3)), []):
+            for request in reversed(part):
+                content, ended = self.texts[request.row % len(self.texts)]
+                yield Written(request.row, list(self.teller.plain(content)), ended)
+
+
+def run_of(teacher, out, prompt: prompts.Prompt, *texts: tuple[str, bool]) -> SamplingRun:
+    teller = prompts.Teller(teacher)
+    return SamplingRun(
+        engine=Echo(teller, *texts), prompts=prompts.Prompts([prompt], 1), teller=teller,
+        keeper=Keeper(Rules(shortest=2)), shards=Shards(out, {}, {}), rows_per_shard=4, keep_prompt=True,
+    )  # fmt: skip
+
+
+def test_dropped_rows_are_counted_by_reason(teacher, tmp_path):
+    good, other, loop = ("the quick brown fox", True), ("user system", False), ("the user " * 40, True)
+    run = run_of(teacher, tmp_path, prompts.Prompt((0,)), good, loop, ("fox", True), other, good)
+    run.until(1)
+    assert run.shards.dropped() == {"looping": 1, "short": 1}
+    assert [json.loads(line)["row"] for line in files(tmp_path)["sampled-00000.jsonl"].splitlines()] == [0, 3]
+    with pytest.raises(HyLoError, match="0 of the last 4 rows were kept .2 copies, 1 looping, 1 short"):
+        run_of(teacher, tmp_path, prompts.Prompt((0,)), good, loop, ("fox", True), other, good).until(9999)
+
+
+def test_an_answer_that_does_not_end_is_dropped(teacher, tmp_path):
+    asked = prompts.Prompt((0,), messages=[{"role": "user", "content": "Who jumps?"}])
+    run = run_of(teacher, tmp_path, asked, ("the brown fox", True), ("the system", False))
+    run.until(1)
+    assert run.shards.dropped() == {"unfinished": 2, "copies": 1}
+
+
+@pytest.mark.parametrize("change", [("--seed", 2), ("--temperature", 0.5), ("--batch-size", 4)])
+def test_other_settings_are_refused(teacher, tmp_path, change, capsys):
+    command.main(flags(teacher, tmp_path / "out", "--tokens", 20))
+    with pytest.raises(SystemExit):
+        command.main(flags(teacher, tmp_path / "out", "--tokens", 400, *change))
+    assert "use the same flags to go on, or another --out" in capsys.readouterr().err
+
+
+def test_first_sentences_and_instructions_reach_prepare_data(teacher, tmp_path):
+    prose = tmp_path / "prose.txt"
+    prose.write_text("The quick brown fox jumps. It rests.\n\nAnother user has\nan assistant here! Yes.\n\nShort.\n")
+    command.main(flags(teacher, tmp_path / "kept", "--first-sentences", prose))
+    command.main(flags(teacher, tmp_path / "bare", "--first-sentences", prose, "--no-keep-prompt"))
+    kept, bare = ("".join(files(tmp_path / name).values()) for name in ("kept", "bare"))
+    assert "The quick brown fox jumps." in kept and "Another user has an assistant here!" in kept
+    assert "Short." not in kept and "The quick brown fox jumps." not in bare
+    asked = text.write(
+        tmp_path / "asked.jsonl", {"instruction": "Add.", "input": "1, 2"}, text.HELLO, {"messages": "none"}
+    )
+    chats = tmp_path / "chats"
+    command.main(flags(teacher, chats, "--instructions", asked, "--tokens", 60, "--length", 200, "--top-p", 1))
+    lines = [json.loads(line) for lines in files(chats).values() for line in lines.splitlines()]
+    questions = {line["messages"][0]["content"] for line in lines}
+    assert questions <= {"Add.\n\n1, 2", "Hello"} and all(len(line["messages"]) == 2 for line in lines)
+    for name, documents in (("kept", kept.count("\n")), ("chats", len(lines))):
+        inputs = sorted((tmp_path / name).glob("*.jsonl"))
+        assert prepare(inputs, teacher, tmp_path / "tokens")["documents"] == documents
+
+
+def test_a_student_is_left_to_vllm(teacher, tmp_path, monkeypatch, capsys):
+    """vLLM is a stand-in here, which answers with the last token of a prompt, then with an end."""
+    calls = []
+
+    class LLM:
+        def __init__(self, folder, **options):
+            calls.append(options)
+
+        def generate(self, prompts, parameters, use_tqdm):
+            ids = [[prompt["prompt_token_ids"][-1], 2, 9] for prompt in prompts]
+            calls.append([given["seed"] for given in parameters])
+            return [types.SimpleNamespace(outputs=[types.SimpleNamespace(token_ids=found)]) for found in ids]
+
+    fake = types.SimpleNamespace(LLM=LLM, SamplingParams=dict)
+    monkeypatch.setattr(vllm_engine.packages, "load", lambda *_: fake)
+    engine = vllm_engine.VllmEngine(teacher, sampling(), "float32", 4)
+    rows = list(engine.write(Request(row, (5, row + 10)) for row in range(3)))
+    assert rows == [Written(row, [row + 10], True) for row in range(3)]
+    assert calls[0]["max_model_len"] == LENGTH and len(set(calls[1])) == 3
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (("--length", 9999), "was made for 256 tokens"),
+        (("--top-p", 0), "--top-p 0"),
+        (("--start-token", "two words"), "expected one"),
+        (("--first-sentences", "nowhere.txt"), "no such file"),
+    ],
+)
+def test_refused_in_one_line(teacher, tmp_path, more, message, capsys):
+    with pytest.raises(SystemExit):
+        command.main(flags(teacher, tmp_path / "out", *more))
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
