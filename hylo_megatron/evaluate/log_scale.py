@@ -6,11 +6,11 @@ No weight changes. Every base is a pass over the same documents; ``--write`` put
 from pathlib import Path
 
 from hylo_megatron.config import positions
-from hylo_megatron.errors import HyLoError, command_line
+from hylo_megatron.errors import HyLoError
 from hylo_megatron.evaluate.models import load, resolve_device, resolve_dtype
 from hylo_megatron.evaluate.perplexity import encode_long_documents, score
 from hylo_megatron.files import write_json
-from hylo_megatron.flags import Parser, count, size
+from hylo_megatron.flags import Parser, command_line, count, size
 from hylo_megatron.json_file import read_json
 
 BASES = "300,500,700,900"  # about those of HypeNet (arXiv 2601.22156)
