@@ -16,7 +16,8 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
     """Shows each flag's default, unless the flag has none or the help text already gives it."""
 
     def _get_help_string(self, action):
-        if action.default in (None, False, (), []) or "default" in (action.help or ""):
+        none = action.default is None or action.default is False or action.default in ((), [])  # zero is a default
+        if none or "default" in (action.help or ""):
             return action.help
         if action.help is None:
             return "(default: %(default)s)"

@@ -4,6 +4,7 @@ The loop is megatron.training's, with all its flags. This file says which model,
 """
 
 import copy
+import functools
 import os
 import shutil
 import time
@@ -130,6 +131,18 @@ def save_room(args, arch: Architecture):
     return room
 
 
+def remembered(datasets, run: "TrainingRun"):
+    """Return ``datasets``, which megatron calls, so that ``run`` knows the training's data set."""
+
+    @functools.wraps(datasets)
+    def build(*args, **kwargs):
+        built = datasets(*args, **kwargs)
+        run.data = built[0]
+        return built
+
+    return build
+
+
 @command_line
 def main() -> None:
     die_with_parent()
@@ -168,7 +181,7 @@ def main() -> None:
     config = pretrain_cfg_container_from_args(args)
     with peers.ending_together(args.save, run.room and run.room.need):
         pretrain(
-            config, datasets, ModelType.encoder_or_decoder, forward_step,
+            config, remembered(datasets, run), ModelType.encoder_or_decoder, forward_step,
             lambda **kwargs: model_provider(run, **kwargs), store=own_store(),
         )  # fmt: skip
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from hylo_megatron.checkpoint.diverged import why_diverged
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.files import write_text
 from hylo_megatron.json_file import read_json
@@ -98,6 +99,8 @@ def trained_to(folder: str | os.PathLike, iteration: int) -> bool:
 
 def check_still_trains(student: Path, wanted: int, now: float | None = None) -> None:
     """Raise ``HyLoError`` if ``student`` is not being trained, is past ``wanted``, or was not written to for long."""
+    if why := why_diverged(student):
+        raise HyLoError(f"--hylo-student {student}: its training diverged ({why})")
     reached = latest_number(student)
     where = f"--hylo-student {student}, --hylo-student-iteration {wanted}"
     if reached == 0:

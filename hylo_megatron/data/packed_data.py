@@ -127,11 +127,15 @@ class PackedDataset(MegatronDataset):
     def __len__(self) -> int:
         return self.num_samples or len(self.indices)
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+    def sequence(self, index: int) -> int:
+        """Return the number of a sample's sequence in the file."""
         epoch, position = divmod(int(index), len(self.indices))
         if epoch != self._epoch:
             self._epoch, self._order = epoch, np.random.default_rng([*self.seed, epoch]).permutation(self.indices)
-        sequence = int(self._order[position])
+        return int(self._order[position])
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        sequence = self.sequence(index)
         ids = torch.from_numpy(self.dataset[sequence].astype(np.int64))
         check_ids(int(ids.max()), self.config.rows, self.dataset_path)
         length = len(ids) - 1

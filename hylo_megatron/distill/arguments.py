@@ -10,8 +10,10 @@ from hylo_megatron.config import Architecture, positions
 from hylo_megatron.config.rope import checked_rope
 from hylo_megatron.config.stages import STAGE_KINDS, TRAIN
 from hylo_megatron.distill.losses import LOSSES
+from hylo_megatron.distill.spikes import ACTIONS, SpikeSettings
 from hylo_megatron.flags import json_object, size, weight
 from hylo_megatron.json_file import Object, check
+from hylo_megatron.mixers.initial_states import MODES
 from hylo_megatron.options import add_options
 
 
@@ -27,6 +29,13 @@ def _add_model_arguments(add) -> None:
         default="auto",
         help="context parallelism of linear blocks: all-to-all over heads, or states composed from those of all ranks"
         " (auto: a2a where the heads divide by the ranks)",
+    )
+    add(
+        "--hylo-initial-states",
+        choices=MODES,
+        default="zero",
+        help="what linear blocks start a sequence from: the last states of the previous step (carried), or noise with"
+        " their mean and deviation (random); for the last steps of a training, to reach further",
     )
     add("--hylo-rope", type=json_object, help='change the student\'s rotary embedding, e.g. {"rope_theta": 4e5}')
     positions.add_flags(add, "--hylo-", "as --hylo-student has it")
@@ -45,6 +54,14 @@ def _add_run_arguments(add) -> None:
     )
     add("--no-self-test", action="store_true", help="do not compare the GPU kernels with their references at start-up")
     add("--hylo-keep-last", type=size, help="checkpoints to keep, the newest; older ones are deleted (default: all)")
+    add(
+        "--hylo-on-spike",
+        choices=ACTIONS,
+        default="warn",
+        help="what follows a loss spike, or a loss or gradient that is not finite. skip: leave the step's update out;"
+        " rollback: go back to the last checkpoint's weights and on with the next samples; stop: end the training, as"
+        " warn does for values that are not finite",
+    )
     add("--hylo-log", help="JSON lines with the losses of every step (default: SAVE/train_log.jsonl)")
 
 
@@ -65,6 +82,11 @@ def add_hylo_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         help="mixers: weights copied from the base stay frozen"
         f" (default: {', '.join(f'{kind.train} for {kind.name}' for kind in STAGE_KINDS.values())})",
     )
+    add(
+        "--hylo-control",
+        action="store_true",
+        help="train a Transformer as student, the control of a hybrid; all of its weights count as copied",
+    )
     add("--hylo-copied-lr-mult", type=weight, default=0.2, help="learning rate of copied weights, as a factor")
     add("--hylo-decay-lr-mult", type=weight, default=5.0, help="learning rate of A_log and dt_bias, as a factor")
     add("--hylo-loss", choices=tuple(LOSSES), help="what student and teacher are compared by (default: the stage's)")
@@ -77,6 +99,7 @@ def add_hylo_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         help="cross-entropy of the answers in packed data (hylo make-retrieval), as a share of a sample's tokens",
     )
     _add_run_arguments(add)
+    add_options(group, SpikeSettings)
     return parser
 
 

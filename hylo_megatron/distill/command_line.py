@@ -7,12 +7,14 @@ import os
 import sys
 from pathlib import Path
 
+from hylo_megatron.checkpoint.diverged import DIVERGED, why_diverged
 from hylo_megatron.config import Architecture
 from hylo_megatron.config.layout import ParallelLayout, Work, check_parallel_layout
 from hylo_megatron.config.pair import check_pair
 from hylo_megatron.config.stages import STAGE_KINDS, stage_kind
 from hylo_megatron.distill.arguments import add_hylo_arguments, engine_flags, run_architecture
-from hylo_megatron.distill.losses import loss_class
+from hylo_megatron.distill.losses import loss_of
+from hylo_megatron.distill.spikes import GATES
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.flags import Parser, share, size, weight
 
@@ -86,6 +88,8 @@ def check_given(known: argparse.Namespace, user: list[str]) -> None:
         raise HyLoError(f"--eval-iters {known.eval_iters}: no data to validate on; give --split, such as 99,1,0")
     if "--transformer-impl" in user:
         raise HyLoError("--transformer-impl has no effect here: --hylo-backend says which layers are built")
+    if known.check_for_spiky_loss:
+        raise HyLoError("--check-for-spiky-loss has no effect here: --hylo-on-spike and --hylo-spike-factor do this")
     _check_blends(known)
     steps = known.lr_decay_iters or known.train_iters or 0
     if steps and (known.lr_warmup_iters or 0) >= steps:
@@ -99,7 +103,13 @@ def check_models(known: argparse.Namespace, student: Architecture) -> None:
     teacher = Architecture.load(known.hylo_teacher)
     kind = stage_kind(known.hylo_stage)
     check_pair(student, teacher, kind, (Path(known.hylo_student), Path(known.hylo_teacher)))
-    loss_class(kind, known.hylo_loss)
+    loss = loss_of(kind, known)
+    loss.check(student, teacher, known.pipeline_model_parallel_size, bool(known.recompute_granularity))
+    if known.hylo_initial_states != "zero" and known.context_parallel_size > 1:
+        raise HyLoError(
+            f"--hylo-initial-states {known.hylo_initial_states}: a sequence must be on one rank, and"
+            f" --context-parallel-size is {known.context_parallel_size}; leave one of the two out"
+        )
     virtual_stages = known.num_layers_per_virtual_pipeline_stage or known.num_virtual_stages_per_pipeline_rank
     if kind.layerwise and virtual_stages:
         raise HyLoError(f"--hylo-stage {kind.name} has a pipeline schedule of its own: omit virtual pipeline stages")
@@ -119,20 +129,50 @@ def check_models(known: argparse.Namespace, student: Architecture) -> None:
     check_parallel_layout({"student": student, "teacher": teacher}, layout, work)
 
 
+def check_control(known: argparse.Namespace, student: Architecture) -> None:
+    """Refuse a Transformer as student unless ``--hylo-control`` asks for it, and what a control cannot train."""
+    where = f"--hylo-student {known.hylo_student}"
+    if not known.hylo_control:
+        if not student.is_hybrid:
+            raise HyLoError(
+                f"{where} is a Transformer; run hylo upcycle on it first, or train it as a control by --hylo-control"
+            )
+        return
+    if student.is_hybrid:
+        raise HyLoError(f"{where} is a hybrid: --hylo-control trains a Transformer; leave the flag out")
+    if known.hylo_initial_states != "zero":
+        raise HyLoError("--hylo-initial-states: a Transformer has no linear blocks; leave it out with --hylo-control")
+    kind = stage_kind(known.hylo_stage)
+    if kind.layerwise:
+        raise HyLoError(f"--hylo-control: --hylo-stage {kind.name} has nothing to align in a Transformer; use distill")
+    if (known.hylo_train or kind.train) == "mixers":
+        raise HyLoError("--hylo-control: a Transformer has no new mixers to train; use --hylo-train all")
+
+
+def check_not_diverged(student: Path) -> None:
+    if why := why_diverged(student):
+        raise HyLoError(
+            f"--hylo-student {student}: its training diverged ({why}); train it again, or remove"
+            f" {student / DIVERGED} to take its last checkpoint"
+        )
+
+
 def prepare_command_line() -> Architecture:
     """Put the student's flags in front of the user's in ``sys.argv``. Raises ``HyLoError`` before anything starts."""
     user = sys.argv[1:]
     if {"-h", "--help"} & set(user):
-        ours = add_hylo_arguments(argparse.ArgumentParser(add_help=False))
+        ours = add_hylo_arguments(Parser(add_help=False))
         print("python -m hylo_megatron.train: all of Megatron's flags, and\n" + ours.format_help())
         sys.exit(0)
     known = user_flags(user)
     check_given(known, user)
     arch = run_architecture(known.hylo_student, seq_length=known.seq_length)
-    if not arch.is_hybrid:
-        raise HyLoError(f"--hylo-student {known.hylo_student} is a Transformer; run hylo upcycle on it first")
+    check_control(known, arch)
+    check_not_diverged(Path(known.hylo_student))
     check_models(known, arch)
     flags = engine_flags(arch, Path(known.hylo_student) / "hf") + (async_flags() if known.async_save else [])
+    if known.hylo_on_spike in GATES:  # megatron would end the training before our guard can decide
+        flags += ["--no-check-for-nan-in-loss-and-grad"]
     # A run resumes from --save if that folder holds a checkpoint, else it starts from the student's weights.
     flags += ["--pretrained-checkpoint", known.hylo_student]
     if known.save and "--load" not in user:

@@ -30,7 +30,8 @@ class HeadInputs:
 
     ``t_TC`` may have fewer rows than ``h_TD``: the teacher has read the first tokens only, and the others have weight
     zero in the divergence. Rows of the heads from ``vocab_size`` on are padding. ``reduce_input_grad`` says to sum the
-    gradient of ``h_TD`` over ``group``; under sequence parallelism the gather of ``h_TD`` does that.
+    gradient of ``h_TD`` over ``group``; under sequence parallelism the gather of ``h_TD`` does that. ``late``: see
+    ``KL.token_weights``.
     """
 
     h_TD: Tensor
@@ -44,6 +45,7 @@ class HeadInputs:
     vocab_size: int
     group: dist.ProcessGroup | None = None
     reduce_input_grad: bool = True
+    late: Tensor | None = None
 
     def __post_init__(self):
         rows = len(self.head_ND), len(self.teacher_head_NC)
@@ -68,7 +70,7 @@ class TokenWeights:
 
 def token_weights(inputs: HeadInputs, loss: KL) -> TokenWeights:
     mask_T = inputs.mask_T.float()
-    kl_T, ce_T = loss.token_weights(inputs.position_T, mask_T, inputs.answer_weight_T)
+    kl_T, ce_T = loss.token_weights(inputs.position_T, mask_T, inputs.answer_weight_T, inputs.late)
     return TokenWeights(labels_T=inputs.labels_T, mask_T=mask_T, kl_T=kl_T, ce_T=ce_T)
 
 
@@ -146,7 +148,7 @@ class _HeadLoss(torch.autograd.Function):
         grad_head = torch.zeros(head_ND.shape, **exact) if need_head else None
         sums = torch.zeros(3, **exact)
         run_chunk = loss.fused_chunk(h_TD) or torch_chunk
-        for rows, taught in token_chunks(len(h_TD), len(inputs.t_TC) if loss.kl_weight else 0, loss.chunk):
+        for rows, taught in token_chunks(len(h_TD), len(inputs.t_TC) if loss.compares else 0, loss.chunk):
             teacher_TN = F.linear(inputs.t_TC[rows], inputs.teacher_head_NC) if taught else None
             w = weights[rows]
             kl_T, ce_T, gradient_TN = run_chunk(F.linear(h_TD[rows], head_ND), teacher_TN, w, shard, loss)

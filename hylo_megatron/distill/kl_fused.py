@@ -60,9 +60,9 @@ def _kernels():
     return statistics, gradient
 
 
-def fits(h_TD: Tensor, loss) -> bool:
-    """Whether the kernels run: on a GPU, for the forward KL at temperature 1."""
-    return h_TD.is_cuda and not loss.reverse and loss.temperature == 1.0
+def fits(h_TD: Tensor) -> bool:
+    """Whether the kernels run: on a GPU. ``KL.has_kernels`` says for which settings they are."""
+    return h_TD.is_cuda
 
 
 def _log_normaliser(logits_TN: Tensor, shard) -> Tensor:

@@ -15,9 +15,11 @@ from hylo_megatron.config import Architecture
 from hylo_megatron.config.decisions import taught_length
 from hylo_megatron.distill.head import HeadInputs
 from hylo_megatron.distill.ild import HiddenStates
+from hylo_megatron.distill.losses.hidden import hidden_distance, shared_gradient
 from hylo_megatron.distill.payload import Payload
 from hylo_megatron.distill.settings import DistillSettings
 from hylo_megatron.layers.load import load_state, model_tensors
+from hylo_megatron.mixers.megatron_linear import LinearMixer
 
 
 def _give_gradient(module, inputs, embedded: Tensor) -> Tensor:
@@ -50,8 +52,12 @@ class DistillModel(MegatronModule):
             parameter.requires_grad_(settings.kind.trains(name, settings.train))
         if self.pre_process and settings.train == "mixers":
             student.embedding.register_forward_hook(_give_gradient)
+        self._initial_states = self._start_from(settings) if settings.initial_states != "zero" else []
+        self.late = None  # see ``KL.token_weights``
         if settings.kind.layerwise:
             self._prepare_layers()
+        else:
+            self._prepare_head()
 
     def _prepare_layers(self) -> None:
         """Tensors of a layer-wise loss are made once, on the device: a CUDA graph reads and adds to them in place."""
@@ -64,6 +70,30 @@ class DistillModel(MegatronModule):
         self.weights_P = torch.tensor(loss.weights).to(device)
         self.layer_sums_LP = torch.zeros_like(self.norms_LP)  # since the log took them
         self.layer_tokens = torch.zeros((), device=device)
+
+    def _start_from(self, settings: DistillSettings) -> list:
+        first = (settings.seed * torch.distributed.get_world_size() + torch.distributed.get_rank()) * 1000
+        blocks = [module for module in self.student.modules() if isinstance(module, LinearMixer)]
+        return [block.start_from(settings.initial_states, first + index) for index, block in enumerate(blocks)]
+
+    def _prepare_head(self) -> None:
+        loss = self.settings.loss
+        if loss.ce_from:
+            self.late = torch.zeros((), device=torch.cuda.current_device())
+        stacks = (self.student.decoder, self.teacher.decoder) if loss.hidden_layers_weight else ()
+        self._both_states = [HiddenStates(stack) for stack in stacks]
+
+    def begin_step(self, step: int, steps: int) -> bool:
+        """Set what depends on the number of the step, counted from 0; a CUDA graph reads the value in place.
+
+        Returns a value that changes where the loss gets other weights.
+        """
+        for states in self._initial_states:
+            states.begin_step(step)
+        late = self.late is not None and self.settings.loss.late_at(step, steps)
+        if self.late is not None:
+            self.late.fill_(float(late))
+        return late
 
     @property
     def teacher(self):
@@ -153,18 +183,42 @@ class DistillModel(MegatronModule):
 
     def _head_loss(self, student_SBD: Tensor, teacher_SBC: Tensor, labels_BS: Tensor, mask_BS: Tensor,
                    positions_BS: Tensor, answer_weight_BS: Tensor | None) -> Tensor:  # fmt: skip
-        if self.config.sequence_parallel:
-            student_SBD, teacher_SBC = (
-                gather_from_sequence_parallel_region(x, group=self.tp_group) for x in (student_SBD, teacher_SBC)
-            )
+        student_SBD, teacher_SBC = self._gathered(student_SBD), self._gathered(teacher_SBC)
         inputs = HeadInputs(
             h_TD=student_SBD.flatten(0, 1), head_ND=self._head(self.student),
             t_TC=teacher_SBC.flatten(0, 1), teacher_head_NC=self._head(self.teacher),
             labels_T=labels_BS.T.flatten(), mask_T=mask_BS.T.flatten(), position_T=positions_BS.T.flatten(),
             answer_weight_T=None if answer_weight_BS is None else answer_weight_BS.T.flatten(),
             vocab_size=self.vocab_size, group=self.tp_group, reduce_input_grad=not self.config.sequence_parallel,
+            late=self.late,
         )  # fmt: skip
-        return self.settings.loss(inputs)
+        parts = self.settings.loss(inputs)
+        if not self.settings.loss.distances:
+            return parts
+        return self._with_distances(parts, student_SBD, teacher_SBC, self._taught_mask(mask_BS, positions_BS))
+
+    def _gathered(self, x_SBD: Tensor) -> Tensor:
+        """Return the states of all tokens of this context-parallel rank."""
+        return (
+            gather_from_sequence_parallel_region(x_SBD, group=self.tp_group)
+            if self.config.sequence_parallel
+            else x_SBD
+        )
+
+    def _taught_mask(self, mask_BS: Tensor, positions_BS: Tensor) -> Tensor:
+        limit = self.settings.loss.teacher_reads
+        return (mask_BS if limit is None else mask_BS * (positions_BS < limit)).T.float()
+
+    def _with_distances(self, parts: Tensor, student_SBD: Tensor, teacher_SBC: Tensor, mask_SB: Tensor) -> Tensor:
+        """Add the distances between hidden states to the loss, and append them to its parts."""
+        weights, ranks = self.settings.loss.distances, self.tp_group.size() if self.config.sequence_parallel else 1
+        found = {"hidden": hidden_distance(student_SBD, teacher_SBC, mask_SB)} if "hidden" in weights else {}
+        if "hidden layers" in weights:
+            student, teacher = (states.take()[2::2] for states in self._both_states)  # after each layer's MLP
+            pairs = [map(self._gathered, pair) for pair in zip(student, teacher, strict=True)]
+            found["hidden layers"] = sum(hidden_distance(*pair, mask_SB) for pair in pairs)
+        loss = parts[0] + sum(weights[name] * shared_gradient(value, ranks) for name, value in found.items())
+        return torch.stack([loss, *parts[1:], *(value.detach() for value in found.values())])
 
     @staticmethod
     def _head(model) -> Tensor:

@@ -25,7 +25,8 @@ FLAGS = {
     "wd_incr_steps": "--train-iters",
 }
 # Settings that decide which parameters are trained, and in which groups. A run cannot change them on the way.
-FIXED = ("hylo_stage", "hylo_train", "hylo_copied_lr_mult", "hylo_decay_lr_mult")
+FIXED = ("hylo_stage", "hylo_train", "hylo_copied_lr_mult", "hylo_decay_lr_mult", "hylo_control")
+UNKNOWN = {"hylo_control": False}  # of runs that were started before there was the flag
 
 
 def _flag(name: str) -> str:
@@ -34,7 +35,7 @@ def _flag(name: str) -> str:
 
 def check_fixed(saved, args, path: Path) -> None:
     for name in FIXED:
-        before, now = getattr(saved, name, None), getattr(args, name)
+        before, now = getattr(saved, name, UNKNOWN.get(name)), getattr(args, name)
         if before != now:
             raise HyLoError(
                 f"{_flag(name)} is {now}, the run in {path.parent} was started with {before}: a run that goes on keeps"

@@ -14,9 +14,17 @@ class DistillSettings:
     kind: StageKind
     train: str
     loss: Loss
+    initial_states: str = "zero"  # of linear blocks: one of ``mixers.initial_states.MODES``
+    seed: int = 1234  # of random initial states
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> "DistillSettings":
         """Return the settings that the flags of a training give."""
         kind = stage_kind(args.hylo_stage)
-        return cls(kind=kind, train=args.hylo_train or kind.train, loss=loss_of(kind, args))
+        return cls(
+            kind=kind,
+            train=args.hylo_train or kind.train,
+            loss=loss_of(kind, args),
+            initial_states=args.hylo_initial_states,
+            seed=args.seed,
+        )

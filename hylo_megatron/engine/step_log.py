@@ -1,9 +1,12 @@
 """The log of a training: one line of JSON for each step."""
 
+from __future__ import annotations
+
 import json
 import math
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from megatron.core import parallel_state
@@ -11,6 +14,9 @@ from megatron.core import parallel_state
 from hylo_megatron.distill.batches import LEARNT, NO_TOKENS
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.files import write_text
+
+if TYPE_CHECKING:
+    from hylo_megatron.engine.guard import Guard
 
 
 def _step_of(line: str) -> float:
@@ -52,8 +58,11 @@ class StepLog:
         torch.distributed.all_reduce(means, group=parallel_state.get_pipeline_model_parallel_group())
         return means.tolist()
 
-    def write(self, losses: dict, iteration: int, learning_rate, grad_norm) -> None:
-        """Append the line of a step. All ranks call this. Raises ``HyLoError`` when the loss is not finite."""
+    def write(self, losses: dict, iteration: int, learning_rate, grad_norm, guard: Guard | None = None) -> None:
+        """Append the line of a step. All ranks call this. Raises ``HyLoError`` when the training must not go on.
+
+        A step that ``guard`` has skipped has no line if its loss is not finite.
+        """
         layers = self.layer_means()
         losses = self._of_last_stage(losses)
         if not self.writes:
@@ -68,13 +77,20 @@ class StepLog:
                 weight * value for weight, value in zip(self.models[0].settings.loss.weights, totals, strict=True)
             )
             losses = {"loss": loss} | losses
+        skipped = guard is not None and guard.wrong is not None
+        if guard is not None:
+            guard.report(iteration, losses["loss"], grad_norm and float(grad_norm))
         if not math.isfinite(losses["loss"]):
+            if skipped:
+                return
             raise HyLoError(f"loss {losses['loss']} at step {iteration}: lower --lr, or look at the data around it")
         now = time.time()
         line = {"stage": self.stage, "iteration": iteration}
         line |= losses | {LEARNT: learnt, "lr": learning_rate, "grad_norm": grad_norm and float(grad_norm)}
         line |= {"tokens": iteration * self.tokens, "seconds": self.last and round(now - self.last, 4)}
         line["memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        if skipped:
+            line["skipped"] = True
         if layers:
             line["layers"] = [[round(x, 5) for x in layer] for layer in layers]
         self.last = now

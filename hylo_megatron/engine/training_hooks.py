@@ -31,7 +31,7 @@ def learning_rate_groups(args) -> dict:
         groups[key] = {"max_lr": args.lr * factor, "min_lr": (args.min_lr or 0.0) * factor}
 
     if args.hylo_copied_lr_mult != 1.0:
-        add("hylo_copied", lambda name: not is_new(name), args.hylo_copied_lr_mult)
+        add("hylo_copied", lambda name: args.hylo_control or not is_new(name), args.hylo_copied_lr_mult)
     add("hylo_decay", _is_decay, args.hylo_decay_lr_mult)
     add("hylo_skip", _is_other_fp32, 1.0)
     return groups
@@ -45,6 +45,35 @@ def with_groups(configure, run: TrainingRun):
     return configure_with_groups
 
 
+def with_step_start(train_step, run: TrainingRun):
+    """megatron's ``train_step``, after the models have been told its number, and with the guard's gate if asked."""
+
+    def step(forward_step, data, models, optimizer, scheduler, config, schedule, **kwargs):
+        from megatron.training import get_args
+
+        from hylo_megatron.engine.guard import Guard
+
+        args = get_args()
+        phases = [model.begin_step(kwargs["iteration"], args.train_iters) for model in run.models]
+        run.guard = run.guard or Guard(args, run.models[0].settings.loss, run.data)
+        run.guard.begin(phases)
+        with run.guard.gate(optimizer) as losses:
+
+            def keep_losses(**batch):
+                found = schedule(**batch)
+                losses[:] = found or []
+                return found
+
+            result = train_step(forward_step, data, models, optimizer, scheduler, config, keep_losses, **kwargs)
+        run.guard.after(models, optimizer, scheduler)
+        should_exit, code = result[3:5]
+        if should_exit:
+            run.guard.failed_check(kwargs["iteration"] + 1, code)
+        return result
+
+    return step
+
+
 def with_step_log(log, run: TrainingRun):
     """Return megatron's ``training_log`` with a line of this product's own log before it."""
 
@@ -56,7 +85,7 @@ def with_step_log(log, run: TrainingRun):
         if run.log is None:
             run.log = StepLog(get_args(), run.models)
             run.log.truncate(iteration - 1)
-        run.log.write(losses, iteration, learning_rate, grad_norm)
+        run.log.write(losses, iteration, learning_rate, grad_norm, run.guard)
         return log(losses, total, learning_rate, iteration, scale, report, skipped, grad_norm, *rest, **kwargs)
 
     return log_step
@@ -87,6 +116,8 @@ PATCHES = entries(
     (f"{_LOOP}:get_megatron_optimizer_config", with_groups, "(args)",
      "the loop takes no parameter groups of its user; fp32 and bf16 parameters in one group cannot be saved"
      " (megatron/core/optimizer/distrib_optimizer.py:1353)"),
+    (f"{_LOOP}:train_step", with_step_start, "(forward_step_func, data_iterator, model, optimizer, ... 10, 3bb2572e)",
+     "the loop has no callback before a step, where weights of the loss change with its number"),
     (f"{_LOOP}:training_log", with_step_log,
      "(loss_dict, total_loss_dict, learning_rate, iteration, ... 15, 1a70c299)",
      "the loop has no callback after a step that knows losses and gradient norm"),

@@ -20,6 +20,7 @@ from hylo_megatron.config.positions import rotary_width
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.kernels import ops_for
 from hylo_megatron.kernels.norm import wide
+from hylo_megatron.mixers.initial_states import InitialStates
 from hylo_megatron.mixers.megatron_layers import Rotary
 from hylo_megatron.mixers.mixer import Mixer
 from hylo_megatron.parallel.state_passing import kernels_across, without_context_parallelism
@@ -99,6 +100,14 @@ class LinearMixer:
         rows = zip(x_BSHK.chunk(self.chunks), *(side.chunk(self.chunks) for side in table), strict=True)
         turned = [ops_for(x).rotate(x.transpose(0, 1), cos, sin).transpose(0, 1) for x, cos, sin in rows]
         return torch.cat(turned) if self.chunks > 1 else turned[0]
+
+    def start_from(self, mode: str, seed: int) -> InitialStates:
+        """Let the recurrence start from other states than zero in training, and return what makes these states."""
+        if self.chunks > 1 or self.kernels is not ops_for or getattr(self, "recompute_norm_out", False):
+            raise HyLoError(f"--hylo-initial-states {mode}: split sequences or recomputed norms have none")
+        states = InitialStates(mode, self.across_ranks, seed)
+        self.kernels = lambda x: states.kernels(x) if self.training else ops_for(x)
+        return states
 
     def refuse_packed(self, packed_seq_params) -> None:
         if packed_seq_params is not None:

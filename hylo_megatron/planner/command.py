@@ -23,7 +23,7 @@ from hylo_megatron.config.stages import STAGE_KINDS, TRAIN, stage_kind
 from hylo_megatron.convert.shapes import hf_shapes
 from hylo_megatron.distill.losses import LOSSES, loss_of
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.flags import Parser, command_line, count, positive, share, size
+from hylo_megatron.flags import Parser, command_line, count, positive, share, size, weight
 from hylo_megatron.json_file import read_json
 from hylo_megatron.planner.pages import Pages, expanded_bytes, pages, row_bytes, state_bytes
 from hylo_megatron.planner.training import Peak, PlannedRun, peaks
@@ -95,7 +95,9 @@ def training(student: Architecture, known) -> PlannedRun:
         processes=layout.ranks * known.dp, seq_length=known.sequence, micro_batch=known.micro_batch, global_batch=batch
     )
     check_parallel_layout({"student": student, "teacher": teacher}, layout, work)
-    return PlannedRun(student=student, teacher=teacher, kind=kind, loss=loss_of(kind, known), layout=layout, work=work,
+    loss = loss_of(kind, known)
+    loss.check(student, teacher, known.pp, bool(known.recompute))
+    return PlannedRun(student=student, teacher=teacher, kind=kind, loss=loss, layout=layout, work=work,
                       train=known.hylo_train or kind.train, recompute=known.recompute)  # fmt: skip
 
 
@@ -141,6 +143,14 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     # The losses read these under the names of the trainer's flags.
     add("--loss", dest="hylo_loss", choices=tuple(LOSSES), help="--hylo-loss")
     add("--kl-chunk", dest="hylo_kl_chunk", type=size, default=4096, help="--hylo-kl-chunk (default: the recipes')")
+    add("--hidden-weight", dest="hylo_hidden_weight", type=weight, default=0.0, help="--hylo-hidden-weight")
+    add(
+        "--hidden-layers-weight",
+        dest="hylo_hidden_layers_weight",
+        type=weight,
+        default=0.0,
+        help="--hylo-hidden-layers-weight",
+    )
     add("--teacher-length", dest="hylo_teacher_length", type=size, help="--hylo-teacher-length")
 
 

@@ -106,7 +106,11 @@ def stage_sub_layers(run: PlannedRun, layers: range) -> list[SubLayer]:
         if run.kind.layerwise:
             compared = hidden + at.outer(run.loss.values_kept)
             rest = replace(rest, kept=rest.kept + compared, work=rest.work - freed)
-        else:  # x, and its statistics where the norm's weight is not trained
+        elif run.loss.hidden_layers_weight:  # the teacher's state, and the difference in fp32
+            rest = replace(
+                rest, kept=rest.kept + at.outer(run.teacher.hidden_size) + at.inner(2 * run.student.hidden_size)
+            )
+        if not run.kind.layerwise:  # x, and its statistics where the norm's weight is not trained
             mixer = replace(mixer, kept=mixer.kept + hidden + (0 if copied else at.outer(2)))
         sub_layers += [mixer, rest]
     return sub_layers

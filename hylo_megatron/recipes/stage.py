@@ -4,10 +4,17 @@ Each stage after the first is a visible ``replace(...)`` of the previous one.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields, replace
 from math import ceil
+from typing import Any
 
 from hylo_megatron.config import Geometry, positions
+from hylo_megatron.config.stages import stage_kind
+
+
+def _lever(flag: str, default: Any) -> Any:
+    """Return a field that ``flag`` of the trainer has; neither flags nor ``recipe.json`` show its default."""
+    return field(default=default, metadata={"flag": flag})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +53,16 @@ class Stage:
     ce_beyond: float = 1.0
     answer_weight: float = 0.0
     recompute: int = 0
+    # levers, which docs/recipe.md explains
+    loss: str | None = _lever("--hylo-loss", None)
+    jsd_beta: float = _lever("--hylo-jsd-beta", 0.5)
+    ce_from: float = _lever("--hylo-ce-from", 0.0)
+    hidden_weight: float = _lever("--hylo-hidden-weight", 0.0)
+    hidden_layers_weight: float = _lever("--hylo-hidden-layers-weight", 0.0)
+    initial_states: str = _lever("--hylo-initial-states", "zero")
+    on_spike: str = _lever("--hylo-on-spike", "warn")
+    spike_factor: float = _lever("--hylo-spike-factor", 3.0)
+    burst_factor: float = _lever("--hylo-burst-factor", 10.0)
 
     @property
     def tokens(self) -> int:
@@ -54,6 +71,18 @@ class Stage:
     def samples(self, share: float) -> int:
         """Return how many sequences (and a few more) this stage reads of a data set with ``share`` of the mix."""
         return ceil(1.02 * share * self.steps * self.global_batch) + 8
+
+    def levers(self) -> dict[str, str]:
+        """Return the flag of each lever that is not at its default, by the lever's name."""
+        flags = {each.name: each.metadata["flag"] for each in fields(self) if "flag" in each.metadata}
+        defaults = {each.name: each.default for each in fields(self)}
+        return {name: flag for name, flag in flags.items() if getattr(self, name) != defaults[name]}
+
+    def to_dict(self) -> dict:
+        """Return the fields, except levers at their defaults, so that recipes of earlier versions stay equal."""
+        unused = {each.name for each in fields(self) if "flag" in each.metadata} - self.levers().keys()
+        unused |= {name for name in ("mla_rope", "log_scale") if getattr(self, name) is None}
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.name not in unused}
 
     def flags(self) -> list[str]:
         """Return the flags of ``python -m hylo_megatron.train`` for this stage."""
@@ -66,6 +95,7 @@ class Stage:
             "--hylo-kl-weight": self.kl_weight, "--hylo-ce-weight": self.ce_weight,
             "--hylo-ce-beyond-teacher": self.ce_beyond, "--hylo-answer-weight": self.answer_weight,
         }  # fmt: skip
+        values |= {flag: getattr(self, name) for name, flag in self.levers().items()}
         if self.teacher_length:
             values["--hylo-teacher-length"] = self.teacher_length
         if self.rope:
@@ -113,7 +143,17 @@ class Recipe:
     init: str = "data"  # or "svd", the initialisation of the method's paper
     save_every: int = 20
     seed: int = 1234
+    control: bool = False  # the student is the base model itself; ``plan``, ``linear`` and ``geometry`` are unused
+
+    def as_control(self) -> "Recipe":
+        """Return the control: the base model itself, trained by the stages after the layer-wise ones."""
+        stages = tuple(stage for stage in self.stages if not stage_kind(stage.kind).layerwise)
+        return replace(self, name=f"{self.name}-control", stages=stages, control=True)
 
     def to_dict(self) -> dict:
         """Return the recipe as JSON reads it, with lists for tuples."""
-        return json.loads(json.dumps(asdict(self)))
+        values = asdict(self) | {"stages": [stage.to_dict() for stage in self.stages]}
+        for name in ("control", "linear_rope"):  # neither did earlier versions have
+            if not values[name]:
+                del values[name]
+        return json.loads(json.dumps(values))

@@ -39,7 +39,8 @@ def needs(run, student: Architecture, optimizer: bool = True) -> list[tuple[str,
     if source.teacher:
         add("the teacher's checkpoint", run.teacher, weights_bytes(source.teacher))
     width = base / elements(read_architecture(source.base))  # bytes per parameter
-    add("the student", run.out / "student", int(elements(student) * width))
+    if not run.recipe.control:
+        add("the student", run.out / "student", int(elements(student) * width))
     for stage in run.recipe.stages:
         folder = run.out / stage.name
         size = checkpoint_bytes(student, stage_kind(stage.kind), stage.train, fast_bf16(), optimizer)

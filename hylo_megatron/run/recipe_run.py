@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from hylo_megatron.checkpoint import disk
+from hylo_megatron.checkpoint.diverged import DIVERGED, why_diverged
 from hylo_megatron.checkpoint.iterations import trained_to
 from hylo_megatron.config import Architecture, Plan
 from hylo_megatron.config.stages import stage_kind
@@ -50,7 +51,10 @@ class Run:
         # Layer-wise stages compare with the base model; another teacher is used from the first stage after these.
         self.teacher = out / "other-teacher" if self.source.teacher else self.base
         self.plan = Plan.parse(recipe.layers, recipe.plan, recipe.linear)
-        self.total = 4 + len(self.source.steps()) + len(recipe.stages) + (self.teacher != self.base)
+        if recipe.control:
+            self.plan = Plan(("attention",) * recipe.layers)
+        self.student = self.base if recipe.control else out / "student"
+        self.total = 4 - recipe.control + len(self.source.steps()) + len(recipe.stages) + (self.teacher != self.base)
         self.total += 2 + len(recipe.stages) if self.source.held_out else 0
         self.background = Background(self.logs, beside)
         self.trainings: list[TrainingProcess] = []
@@ -113,15 +117,24 @@ class Run:
     def _trained(self, stage: Stage) -> bool:
         return trained_to(self.out / stage.name, stage.steps)
 
+    def _check_not_diverged(self, stage: Stage) -> None:
+        if why := why_diverged(self.out / stage.name):
+            raise HyLoError(
+                f"{stage.name} diverged: {why}. Run with a lower lr of this stage in another OUT; or remove"
+                f" {self.out / stage.name / DIVERGED} and continue with --hylo-on-spike rollback"
+            )
+
     def _start(self, index: int) -> TrainingProcess:
         """Start the processes of a stage; they wait for the end of the previous stage."""
         stages = self.recipe.stages
         stage, save = stages[index], self.out / stages[index].name
-        student = self.out / (stages[index - 1].name if index else "student")
+        student = self.out / stages[index - 1].name if index else self.student
         teacher = self.base if stage_kind(stage.kind).layerwise else self.teacher
         flags = [*stage.flags(), *self.flags, "--hylo-student", student, "--hylo-teacher", teacher, "--save", save,
                  "--save-interval", self.recipe.save_every, "--hylo-keep-last", 1, "--seed", self.recipe.seed,
                  "--data-path", *data_path(self.data, stage, self.source.tokens)]  # fmt: skip
+        if self.recipe.control:
+            flags.append("--hylo-control")
         if index:
             flags += ["--hylo-student-iteration", stages[index - 1].steps]
         log = self.logs / f"{stage.name}.log"
@@ -133,6 +146,7 @@ class Run:
         self.number += 1
         stage = self.recipe.stages[index]
         save, label = self.out / stage.name, f"[{self.number:2d}/{self.total}] {stage.name}"
+        self._check_not_diverged(stage)
         if self._trained(stage):
             print(f"{label}: done before", flush=True)
             return save
@@ -147,7 +161,11 @@ class Run:
             if self.background.beside and index + 1 < len(self.recipe.stages):
                 self.next_training = self._start(index + 1)
 
-        training.wait(start_next)
+        try:
+            training.wait(start_next)
+        except HyLoError:
+            self._check_not_diverged(stage)
+            raise
         if not self._trained(stage):
             raise HyLoError(f"{stage.name} was stopped by a signal; the same command continues from its checkpoint")
         print(f"      {time.time() - started:.0f} s", flush=True)
@@ -183,10 +201,10 @@ class Run:
         if self.source.teacher:
             convert = functools.partial(hf_to_megatron.convert, self.source.teacher, self.teacher)
             self.step("convert the teacher", convert, self.teacher)
-        student = self.out / "student"
-        self.step(f"upcycle to {self.plan.name}", self.upcycle, student)
+        if not self.recipe.control:
+            self.step(f"upcycle to {self.plan.name}", self.upcycle, self.student)
         if self.source.held_out:
-            self.measure("init", self.export("init", student))
+            self.measure("init", self.export("init", self.student))
         for index, stage in enumerate(self.recipe.stages):
             checkpoint, last = self.train(index), stage is self.recipe.stages[-1]
             if last or self.source.held_out:
@@ -200,7 +218,9 @@ class Run:
     def _check_disk(self) -> None:
         from hylo_megatron.init.upcycle import student_architecture
 
-        student = student_architecture(read_architecture(self.hf), self.plan, self.recipe.geometry)
+        student = base = read_architecture(self.hf)
+        if not self.recipe.control:
+            student = student_architecture(base, self.plan, self.recipe.geometry)
         disk_need.check(self, student)
 
     def _close(self, folder: Path) -> None:

@@ -5,7 +5,7 @@
 
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,7 +25,7 @@ from hylo_megatron.config import Architecture
 from hylo_megatron.config.pair import padded_rows
 from hylo_megatron.config.stages import stage_kind
 from hylo_megatron.distill import batches
-from hylo_megatron.distill.losses import KL, LayerDistance, loss_class
+from hylo_megatron.distill.losses import JSD, KL, LayerDistance, loss_class
 from hylo_megatron.distill.model import DistillModel
 from hylo_megatron.distill.settings import DistillSettings
 from hylo_megatron.engine.step_log import StepLog
@@ -35,6 +35,11 @@ from hylo_megatron.parallel.teacher_fed import TeacherFed
 ROWS = 4
 # kl and ce together, tempered, in chunks that do not divide the tokens, with a teacher for the first two thirds
 END_TO_END = KL(kl_weight=0.7, ce_weight=0.3, temperature=2.0, chunk=50, teacher_length=40, ce_beyond=0.5)
+LOSSES = {  # beside END_TO_END: each with every term
+    "jsd": JSD(**vars(END_TO_END) | dict(beta=0.3, hidden_weight=2.0)),
+    "hidden": replace(END_TO_END, reverse=True, hidden_weight=2.0, hidden_layers_weight=0.5, teacher_length=None),
+    "early": replace(END_TO_END, ce_from=0.5),  # cross-entropy has no weight yet
+}
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16}
 
 LAYOUTS = {  # processes: name: sizes
@@ -85,6 +90,7 @@ class Cell:
     steps: int = 0
     length: int = helpers.SEQ
     noise: float = 0.0
+    loss: str = ""
 
 
 def distill_model(student, teacher, stage, train, loss=END_TO_END, config=None, dtype=torch.float32,
@@ -180,8 +186,9 @@ def build(cell: Cell):
     unset_global_variables()
     set_args(SimpleNamespace(hylo_stage=cell.stage))
     dtype = DTYPES[cell.dtype]
+    loss = LOSSES.get(cell.loss, END_TO_END)
     model = distill_model(
-        cell.student, cell.teacher, cell.stage, cell.train, END_TO_END, dtype=dtype, linear_cp=cell.linear_cp,
+        cell.student, cell.teacher, cell.stage, cell.train, loss, dtype=dtype, linear_cp=cell.linear_cp,
         config=dict(sequence_parallel=cell.sp, cp_comm_type=cell.cp_comm_type, calculate_per_token_loss=True,
                     deallocate_pipeline_outputs=True, finalize_model_grads_func=finalize_model_grads),
     ).to(torch.cuda.current_device())  # fmt: skip

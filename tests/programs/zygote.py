@@ -15,6 +15,8 @@ from hylo_megatron import train
 
 KILL_AT = "HYLO_TEST_KILL_AT"  # in a training's environment: the step after which it gets SIGKILL
 
+SPOIL = "HYLO_TEST_SPOIL"  # the same: an object of steps, and factors of their losses
+
 
 def wait_for(child: int) -> None:
     _, status = os.waitpid(child, 0)
@@ -48,6 +50,26 @@ def die_at(step: int) -> None:
     StepLog.write = write_and_die
 
 
+def spoil(factors: dict[int, float]) -> None:
+    """Multiply the loss of some steps, and with it the gradient, by a factor, which may be nan."""
+    from hylo_megatron.distill import batches
+    from hylo_megatron.distill.model import DistillModel
+
+    begin, own, now = DistillModel.begin_step, batches.loss_function, [0]
+
+    def begin_step(model, step, steps):
+        now[0] = step + 1
+        return begin(model, step, steps)
+
+    def loss_function(*arguments):
+        loss, count, logged = own(*arguments)
+        factor = factors.get(now[0], 1.0)
+        next(iter(logged.values()))[0] *= factor
+        return loss * factor, count, logged
+
+    DistillModel.begin_step, batches.loss_function = begin_step, loss_function
+
+
 def main() -> None:
     from hylo_megatron.engine.register import install, patches
 
@@ -61,6 +83,8 @@ def main() -> None:
             become(order)
             if KILL_AT in os.environ:
                 die_at(int(os.environ[KILL_AT]))
+            if SPOIL in os.environ:
+                spoil({int(step): float(factor) for step, factor in json.loads(os.environ[SPOIL]).items()})
             train.main()
             return
         print(child, flush=True)

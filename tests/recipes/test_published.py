@@ -1,5 +1,7 @@
 """The numbers of the published recipes, as the method's tables have them."""
 
+from dataclasses import replace
+
 import pytest
 
 from hylo_megatron.config import GDNGeometry, Mamba2Geometry, MLAGeometry, Plan, geometry_preset
@@ -85,3 +87,17 @@ def test_a_proxy_keeps_the_recipe(name):
         assert bool(mine.rope) == bool(real.rope)
     assert small.stages[-1].rope["factor"] == {"qwen1p7b": 2.0}.get(name, 4.0)
     assert small_geometry(base).gdn.num_key_heads * small_geometry(base).gdn.key_head_dim == base.hidden // 16 * 3 // 4
+
+
+def test_levers_are_flags_and_show_only_where_they_are_used():
+    stage = published("llama1b").stages[1]
+    assert set(stage.to_dict()).isdisjoint({"loss", "ce_from", "hidden_weight"}) and "--hylo-loss" not in stage.flags()
+    changed = replace(stage, loss="jsd", jsd_beta=0.3, ce_from=0.5)
+    shown = {"loss": "jsd", "jsd_beta": 0.3, "ce_from": 0.5}
+    assert changed.to_dict() == stage.to_dict() | shown
+    flags = changed.flags()
+    assert [flags[flags.index(f"--hylo-{name}") + 1] for name in ("loss", "jsd-beta", "ce-from")] == [
+        "jsd",
+        "0.3",
+        "0.5",
+    ]

@@ -8,15 +8,17 @@ and name it in ``LOSSES``; ``--hylo-loss`` then offers it in the kinds of stage 
 import argparse
 
 from hylo_megatron.config.stages import StageKind
+from hylo_megatron.distill.losses.divergences import JSD, ReverseKL
 from hylo_megatron.distill.losses.ild import LayerDistance
 from hylo_megatron.distill.losses.kl import KL
 from hylo_megatron.distill.losses.loss import HeadLoss, HeadShape, LayerLoss, Loss
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.options import from_options
 
-LOSSES: dict[str, type[Loss]] = {"ild": LayerDistance, "kl": KL}
+LOSSES: dict[str, type[Loss]] = {"ild": LayerDistance, "kl": KL, "reverse-kl": ReverseKL, "jsd": JSD}
 
-__all__ = ["KL", "LOSSES", "HeadLoss", "HeadShape", "LayerDistance", "LayerLoss", "Loss", "loss_class", "loss_of"]
+__all__ = ["JSD", "KL", "LOSSES", "HeadLoss", "HeadShape", "LayerDistance", "LayerLoss", "Loss", "ReverseKL",
+           "loss_class", "loss_of"]  # fmt: skip
 
 
 def loss_class(kind: StageKind, name: str | None = None) -> type[Loss]:

@@ -25,6 +25,9 @@ class Loss:
         """Number of first tokens of a sequence that the loss needs the teacher for. None: all tokens."""
         return None
 
+    def check(self, student: Architecture, teacher: Architecture, pp: int, recompute: bool) -> None:
+        """Raise ``HyLoError`` if the loss cannot compare these models, or not in this pipeline."""
+
     def token_counts(self, mask: Tensor, position_ids: Tensor) -> dict[str, Tensor]:
         """Number of tokens that each part is a sum over. ``mask`` is the loss mask."""
         return dict.fromkeys(self.parts, mask.sum().float())
@@ -58,6 +61,13 @@ class HeadLoss(Loss):
     """A loss that the last pipeline stage computes of both models' final hidden states and heads."""
 
     layerwise = False
+    ce_from: ClassVar[float] = 0.0  # see ``KL``
+    hidden_layers_weight: ClassVar[float] = 0.0
+
+    @property
+    def distances(self) -> dict[str, float]:
+        """Weights of the distances between hidden states that are added to the loss, by their names in the log."""
+        return {}
 
     def __call__(self, inputs: HeadInputs) -> Tensor:
         """Return one sum over tokens for each of ``parts``, of which the first is ``loss``."""

@@ -10,7 +10,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
 from hylo_megatron.config import Architecture
-from hylo_megatron.kernels import mamba_split_conv1d_scan_combined
+from hylo_megatron.kernels import mamba_split_conv1d_scan_combined, ops_for
 from hylo_megatron.mixers.mamba2 import MIXER
 from hylo_megatron.mixers.megatron_layers import Backend
 from hylo_megatron.mixers.megatron_linear import LinearMixer, sharing
@@ -47,7 +47,7 @@ class Mamba2Mixer(LinearMixer, MambaMixer):
     across_ranks: ClassVar = {"chunk_ssd": chunk_ssd}
 
     def forward(self, hidden_states: Tensor, *args, packed_seq_params=None, **kwargs):
-        if self.chunks == 1:
+        if self.chunks == 1 and self.kernels is ops_for:
             return super().forward(hidden_states, *args, packed_seq_params=packed_seq_params, **kwargs)
         self.refuse_packed(packed_seq_params)
         x_SBC, _ = self.in_proj(hidden_states)

@@ -1,0 +1,46 @@
+"""Levers of a recipe as flags of one training: what its log says of them."""
+
+import pytest
+
+from hylo_megatron.packages import has
+
+if not has("megatron-core"):
+    pytest.skip("megatron-core is not installed", allow_module_level=True)
+from helpers import train as helpers  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return helpers.make_world(tmp_path_factory.mktemp("world"))
+
+
+def test_a_training_with_every_lever(world, tmp_path):
+    flags = dict(hylo_loss="jsd", hylo_kl_weight=0.6, hylo_ce_weight=0.3, hylo_ce_from=0.5, hylo_hidden_weight=2.0,
+                 hylo_hidden_layers_weight=0.1, hylo_initial_states="carried", hylo_on_spike="skip")  # fmt: skip
+    done = helpers.train(*helpers.train_flags(world, "distill", tmp_path, **flags))
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = helpers.read_log(tmp_path / "train_log.jsonl")
+    assert len(lines) == 4
+    for line in lines:
+        kl, ce = (0.6, 0.3) if line["iteration"] > 2 else (0.9, 0.0)
+        hidden = 2.0 * line["hidden"] + 0.1 * line["hidden layers"]
+        assert line["loss"] == pytest.approx(kl * line["jsd"] + ce * line["ce"] + hidden, rel=1e-5)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (dict(context_parallel_size=2, hylo_initial_states="random"), "random: a sequence must be on one rank"),
+    (dict(check_for_spiky_loss=True), "--check-for-spiky-loss has no effect here"),
+    (dict(hylo_loss="jsd", hylo_jsd_beta=0), "--hylo-jsd-beta 0.0: expected a number between 0 and 1"),
+    (dict(teacher="big", hylo_hidden_weight=1), "--hylo-hidden-weight: student and teacher are 64 and 96 wide"),
+])  # fmt: skip
+def test_what_does_not_go_together_is_refused(world, monkeypatch, flags, words):
+    from hylo_megatron.config import Architecture
+    from hylo_megatron.distill import command_line
+    from hylo_megatron.errors import HyLoError
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    argv = list(map(str, helpers.train_flags(world, "distill", "x", **flags)))
+    with pytest.raises(HyLoError, match=words):
+        known = command_line.user_flags(argv)
+        command_line.check_given(known, argv)
+        command_line.check_models(known, Architecture.load(world["student"]))

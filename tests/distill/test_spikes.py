@@ -1,0 +1,170 @@
+"""Each guard fired on purpose: loss spikes, values that are not finite, gradient bursts, trainings that diverge."""
+
+import json
+import math
+from collections import Counter
+
+import pytest
+import torch
+
+from hylo_megatron.distill.spikes import LEAST, ROLLBACKS, SKIPS, WINDOW, Spikes, SpikeSettings
+from hylo_megatron.errors import HyLoError
+from hylo_megatron.packages import has
+
+if not has("megatron-core"):
+    pytest.skip("megatron-core is not installed", allow_module_level=True)
+from helpers import tiny  # noqa: E402
+from helpers import train as helpers  # noqa: E402
+
+from hylo_megatron.checkpoint.folder import CheckpointReader  # noqa: E402
+
+# ---- decisions ----
+
+
+def steady(steps: int, **settings) -> Spikes:
+    spikes = Spikes(settings=SpikeSettings(**settings))
+    for _ in range(steps):
+        assert spikes.judge(2.0, 1.0) is None and spikes.took(2.0, 1.0, updated=True) is None
+    return spikes
+
+
+def test_a_spike_is_far_above_the_median():
+    assert steady(LEAST - 1).judge(1000.0, 1.0) is None  # too few to compare with
+    assert steady(LEAST).judge(5.9, 1.0) is None
+    assert "loss 6.1 is 3.0 times the median 2 of the last 10 steps" in steady(LEAST).judge(6.1, 1.0)
+    assert steady(LEAST, factor=4.0).judge(6.1, 1.0) is None
+    for loss, norm in ((math.nan, 1.0), (math.inf, 1.0), (2.0, math.nan)):
+        assert steady(0).judge(loss, norm)
+    assert steady(LEAST).judge(2.0, None) is None
+
+
+def test_a_burst_is_of_the_norm():
+    assert steady(LEAST).burst(9.9) is None and steady(LEAST).burst(None) is None
+    assert "gradient norm 11 is 11.0 times" in steady(LEAST).burst(11.0)
+
+
+def test_what_counts_as_diverged():
+    spikes = steady(WINDOW)
+    rise = [spikes.took(6.5, 1.0, updated=True) for _ in range(WINDOW)]
+    assert rise[0] is None and "has risen from 2 to 6.5" in rise[-1]
+    spikes = steady(WINDOW)
+    spikes.restart()  # the loss has other weights: no rise
+    assert not any(spikes.took(6.5, 1.0, updated=True) for _ in range(WINDOW))
+    spikes = steady(WINDOW)
+    skips = [spikes.took(math.nan, 1.0, updated=False) for _ in range(SKIPS)]
+    assert skips[-2] is None and f"{SKIPS} steps in a row" in skips[-1]
+    spikes = steady(WINDOW)
+    spikes.rollbacks = ROLLBACKS
+    assert spikes.took(math.nan, 1.0, updated=False) is None
+    spikes.rollbacks += 1
+    assert "rollbacks did not help" in spikes.took(math.nan, 1.0, updated=False)
+
+
+def test_factors_are_above_one():
+    for name, field in (("spike", "factor"), ("burst", "burst")):
+        with pytest.raises(HyLoError, match=f"--hylo-{name}-factor 1.0: expected a number above 1"):
+            SpikeSettings(**{field: 1.0})
+
+
+# ---- trainings ----
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return helpers.make_world(tmp_path_factory.mktemp("world"))
+
+
+def run(world, folder, action: str, spoiled: dict, processes: int = 1, stage="distill", **flags):
+    flags = dict(train_iters=14, hylo_on_spike=action, lr=1e-4) | flags
+    argv = helpers.train_flags(world, stage, folder, **flags)
+    return helpers.train(*argv, processes=processes, HYLO_TEST_SPOIL=json.dumps(spoiled))
+
+
+def events(folder) -> list[dict]:
+    return helpers.read_log(folder / "events.jsonl")
+
+
+def steps(folder) -> list[int]:
+    return [line["iteration"] for line in helpers.read_log(folder / "train_log.jsonl")]
+
+
+def test_a_spike_is_told_with_its_samples(world, tmp_path):
+    done = run(world, tmp_path / "run", "warn", {12: 1000.0})
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = events(tmp_path / "run")
+    assert [(line["iteration"], line["event"]) for line in found] == [(12, "burst"), (12, "spike")]
+    assert f"warning: spike, step 12: loss {found[1]['loss']:.4g} is " in done.stdout
+    for prefix, kind, number in found[1]["samples"]:
+        assert (prefix, kind) == (str(world["data"]), "document") and 0 <= number < 60
+    assert len(found[1]["samples"]) == 4 and steps(tmp_path / "run") == list(range(1, 15))
+
+
+@pytest.mark.parametrize("processes, stage, sizes", [
+    (1, "distill", {}),
+    pytest.param(2, "ild", dict(pipeline_model_parallel_size=2), marks=pytest.mark.parallel),
+], ids=["alone", "ild PP2"])  # fmt: skip
+def test_skipped_steps_change_nothing(world, tmp_path, processes, stage, sizes):
+    folder = tmp_path / "run"
+    done = run(world, folder, "skip", {5: math.nan, 12: 1000.0}, processes, stage, save_interval=4, **sizes)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert [(line["iteration"], line["event"]) for line in events(folder) if line["event"] != "burst"] == [
+        (5, "skipped"), (12, "skipped")]  # fmt: skip
+    assert all(torch.isfinite(tensor).all() for tensor in helpers.trained_weights(folder).values())
+    if stage == "ild":  # whose log has the losses of layers, which the test has left alone
+        return
+    lines = helpers.read_log(folder / "train_log.jsonl")
+    assert steps(folder) == [step for step in range(1, 15) if step != 5]  # nan is no JSON
+    assert [line["iteration"] for line in lines if line.get("skipped")] == [12]
+    plain = tmp_path / "plain"
+    assert run(world, plain, "stop", {}).returncode == 0
+    rates = {line["iteration"]: line["lr"] for line in helpers.read_log(plain / "train_log.jsonl")}
+    assert all(line["lr"] == rates[line["iteration"]] for line in lines)  # the schedule goes on
+
+
+def test_a_rollback_takes_the_weights_of_the_last_checkpoint(world, tmp_path):
+    folder = tmp_path / "run"
+    done = run(world, folder, "rollback", {11: math.nan}, train_iters=11, save_interval=4)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert "rolled back to the weights of iteration 8" in done.stdout
+    (folder / "latest_checkpointed_iteration.txt").write_text("8")
+    before = helpers.trained_weights(folder)
+    (folder / "latest_checkpointed_iteration.txt").write_text("11")
+    tiny.same_bits(helpers.trained_weights(folder), before)
+    assert Counter(line["event"] for line in events(folder))["rolled back"] == 1
+
+
+@pytest.mark.parallel
+def test_a_rollback_needs_a_checkpoint_and_trains_on(world, tmp_path):
+    folder = tmp_path / "further"
+    done = run(world, tmp_path / "none", "rollback", {2: math.nan})
+    assert done.returncode == 2 and "has no checkpoint yet to go back to" in done.stderr
+    done = run(world, folder, "rollback", {6: math.nan}, save_interval=4)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    last = [CheckpointReader(folder)["decoder.final_norm.weight"]]
+    (folder / "latest_checkpointed_iteration.txt").write_text("8")
+    assert not torch.equal(CheckpointReader(folder)["decoder.final_norm.weight"], *last)
+
+
+DIVERGED = {  # action, and the factors by which losses of some steps are multiplied
+    "stop": ("stop", {12: 1000.0}),
+    "warn": ("warn", {3: math.nan}),
+    "megatron's check": ("warn", {3: math.nan}),
+    "skip": ("skip", {step: math.nan for step in range(3, 14)}),
+}
+
+
+@pytest.mark.parametrize("case", [
+    case if case == "stop" else pytest.param(case, marks=pytest.mark.parallel) for case in DIVERGED
+])  # fmt: skip
+def test_a_diverged_training_never_passes_as_done(world, tmp_path, case):
+    folder, (action, spoiled) = tmp_path / "run", DIVERGED[case]
+    off = {} if case.startswith("megatron") else dict(no_check_for_nan_in_loss_and_grad=True)
+    done = run(world, folder, action, spoiled, save_interval=2, **off)
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    step = 3 if action == "warn" else 12
+    assert f"error: diverged at step {step}: " in line and "lower --lr" in line and str(world["data"]) in line
+    assert json.loads((folder / "diverged.json").read_text())["iteration"] == step
+    done = helpers.train(*helpers.train_flags(world, "distill", tmp_path / "next", student=folder))
+    assert done.returncode == 2 and "its training diverged" in done.stderr
+    assert not (folder / "iter_0000014").exists()
