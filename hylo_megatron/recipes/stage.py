@@ -147,7 +147,8 @@ class Recipe:
 
     def as_control(self) -> "Recipe":
         """Return the control: the base model itself, trained by the stages after the layer-wise ones."""
-        stages = tuple(stage for stage in self.stages if not stage_kind(stage.kind).layerwise)
+        kept = (stage for stage in self.stages if not stage_kind(stage.kind).layerwise)
+        stages = tuple(replace(stage, mla_rope=None, log_scale=None) for stage in kept)  # it has no MLA layers
         return replace(self, name=f"{self.name}-control", stages=stages, control=True)
 
     def to_dict(self) -> dict:

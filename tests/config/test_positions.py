@@ -89,6 +89,14 @@ def test_a_stage_has_the_flags_of_its_settings():
     assert "on" in replace(STAGE, mla_rope=True).flags()
 
 
+def test_a_control_has_no_layers_for_the_settings():
+    from hylo_megatron.recipes.smollm2 import smollm2_cpu
+
+    recipe = smollm2_cpu()
+    nope = replace(recipe, stages=tuple(replace(stage, mla_rope=False, log_scale="600") for stage in recipe.stages))
+    assert nope.as_control().stages == recipe.as_control().stages
+
+
 def test_the_planner_counts_the_tables_that_there_are():
     share = Share(ParallelLayout(), 1, 64)
     plain, scale = tiny.hybrid("gdn"), replace(NOPE, mla_rope=True)
