@@ -12,14 +12,15 @@ import torch
 from helpers.tiny import YARN, hybrid, write_hybrid, write_tokenizer
 
 from hylo_megatron.convert.megatron_to_hf import convert
+from hylo_megatron.errors import HyLoError
 from hylo_megatron.hf.assemble import assembled
 from hylo_megatron.hf.modeling_hylo import HyLoForCausalLM
 
 transformers = pytest.importorskip("transformers")
 
 KINDS = {
-    "gdn": {},
-    "kda": {"tie_word_embeddings": False},
+    "gdn": {"linear_rope": True, "log_scale": {"base": 2.0, "length": 16}},
+    "kda": {"tie_word_embeddings": False, "mla_rope": False},
     "mamba2": {"rope_parameters": YARN, "mla_qk_norm": True},
 }
 NEEDED = {"torch", "transformers", "pydantic", "typing_extensions"}  # what the folder's code may import without a try
@@ -158,3 +159,10 @@ def test_the_package_comes_first_and_keeps_the_code(folders, tmp_path):
 def test_without_the_flag_there_is_only_a_loader(tmp_path):
     folder = export(tmp_path, with_code=False)
     assert (folder / "hylo_megatron_loader.py").is_file() and not (folder / "hylo_code").exists()
+
+
+def test_a_transformer_needs_no_code(tmp_path):
+    write_hybrid(tmp_path / "ckpt", hybrid().as_teacher())
+    with pytest.raises(HyLoError, match="--with-code is for hybrids"):
+        convert(tmp_path / "ckpt", tmp_path / "out", with_code=True)
+    assert not (tmp_path / "out").exists()
