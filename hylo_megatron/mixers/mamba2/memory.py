@@ -18,13 +18,13 @@ def state(g: Mamba2Geometry) -> tuple[int, int]:
 def activations(arch: Architecture, at: Share) -> SubLayer:
     """Return bytes of one layer. Legend: H heads, G groups, P head dim, N state.
 
-    Kept are the normed x, the projection, z, x, x dt, B, C, the scan's output, gated and normed, and fp32 dt in four
+    Kept are the normed x, the projection, z, x, x dt, B, C, the scan's output, gated and normed, and fp32 dt in three
     forms.
     """
     g, tp, d = arch.geometry.mamba2, at.layout.tp, arch.hidden_size
     h, groups, p, n = g.num_heads // tp, g.num_groups // tp, g.head_dim, g.state_size
     kept = at.outer(d) + projection(MIXER, 2 * h * p + 2 * groups * n + h, arch, at)
-    kept += at.inner(6 * h * p + 2 * h * n) + at.inner(2 * (4 * h + groups))
+    kept += at.inner(6 * h * p + 2 * h * n) + at.inner(2 * (3 * h + groups))
     if shares_states(MIXER, arch, at):
         kept += at.inner(groups * n + h * p + 2 * h) + at.states(int(1.5 * h * p * n))
     work = at.inner(2 * h * p * n / CHUNK + 2 * h * n + h * p)
