@@ -17,6 +17,12 @@ def normalised(text: str) -> str:
     return " ".join(ARTICLES.sub(" ", text.lower().translate(PUNCTUATION)).split())
 
 
+def comparable(text: str) -> str:
+    """Return the normalised text. A text such as "A" or "+" keeps its articles or punctuation, so it is not empty."""
+    lower = " ".join(text.lower().split())
+    return normalised(text) or lower.translate(PUNCTUATION).strip() or lower
+
+
 @dataclass(frozen=True, kw_only=True)
 class Answers(Task):
     """Answer in a few words, after ``examples``. The answer's first line has to match one of the references."""
@@ -41,7 +47,7 @@ class Answers(Task):
 
     def score(self, answer: str, prompt: Prompt) -> float:
         first = next(iter(answer.strip().splitlines()), "")
-        return float(normalised(first) in {normalised(reference) for reference in prompt.references})
+        return float(comparable(first) in {comparable(reference) for reference in prompt.references})
 
     def finished(self, text: str) -> bool:
         return "\n" in text.lstrip()

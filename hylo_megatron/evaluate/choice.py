@@ -13,7 +13,6 @@ from string import ascii_uppercase
 
 import torch
 
-from hylo_megatron.evaluate.answers import normalised
 from hylo_megatron.evaluate.greedy import batches
 from hylo_megatron.evaluate.intervals import of_scores
 from hylo_megatron.evaluate.perplexity import IGNORED, token_losses
@@ -22,8 +21,9 @@ from hylo_megatron.evaluate.task import Prompt, Task
 from hylo_megatron.evaluate.tasks import Answerer, run, summary
 
 LETTER = re.compile(r"^\W*([A-Z])(?![\w'])|(?i:\b(?:answer|option)(?: is)?:?)\s*\W?([A-Z])(?![\w'])")
+MARKS = ' *"“”'
 INSTRUCTION = "Answer with the letter of the right option only."
-LETTER_IS_OVER = re.compile(r"[A-Z][^\w']|\n\s*\S")
+LETTER_IS_OVER = re.compile(r"\n\s*\S+\s")  # the first line, and a word of the next: "The answer is:\nB"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,12 +68,19 @@ def listed(question: Choice, shift: int) -> tuple[str, str]:
 def chosen(answer: str, options: tuple[str, ...]) -> str:
     """Return the letter of the option whose text is the answer's first line, otherwise the letter that it names.
 
-    Small models often write the option itself. An option that is a single letter can only be named.
+    Small models often write the option itself, some in quotes or asterisks. Signs count, since "-5" is not "5". An
+    option that is a single letter can only be named.
     """
-    line = normalised(next(iter(answer.strip().splitlines()), ""))
-    texts = [normalised(option) if len(option) > 1 or not option.isalpha() else "" for option in options]
-    same = [at for at, text in enumerate(texts) if line and text == line]
+    line = next(iter(answer.strip().splitlines()), "")
+    written = {_plain(line), _plain(line.strip(MARKS))} - {""}
+    texts = [_plain(option) if len(option) > 1 or not option.isalpha() else "" for option in options]
+    same = [at for at, text in enumerate(texts) if text in written]
     return ascii_uppercase[same[0]] if len(same) == 1 else first_letter(answer, len(options))
+
+
+def _plain(text: str) -> str:
+    """Return a text without upper case, surplus spaces and the point at its end."""
+    return " ".join(text.casefold().split()).rstrip(". ")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from hylo_megatron.evaluate.needle import Needle
 from hylo_megatron.evaluate.questions import draw, read_answers, read_choices
 from hylo_megatron.evaluate.settings import SUITES
 from hylo_megatron.evaluate.suites import REGISTRY
+from hylo_megatron.evaluate.task import Prompt
 from hylo_megatron.evaluate.tasks import answerer, run
 
 CHOICES = [
@@ -141,13 +142,49 @@ def test_options_written_in_place_of_their_letters():
         (" new delhi.\nQuestion", "A"), ("The sun", "B"), ("B. the Sun", "B"), ("4", "D"), ("Mercury is", ""),
     ):  # fmt: skip
         assert choice.chosen(text, options) == letter, text
+    numbers = ("-5", "3.5", "35", "A*")
+    for text, letter in (("5", ""), ("-5.", "A"), ("35", "C"), ("3.5", "B"), ("A", "A"), ("A*.", "D")):
+        assert choice.chosen(text, numbers) == letter, text
+    assert choice.chosen("**New  Delhi.**", options) == choice.chosen("“new delhi”", options) == "A"
     assert choice.chosen("A cat", ("A dog", "A cat")) == "B" and choice.chosen("cat", ("A cat", "The cat")) == ""
+
+
+def test_decoding_goes_on_to_the_end_of_a_written_option(tokenizer, tmp_path):
+    """A capital before a space or a point ends nothing; a further line ends the answer."""
+    row = {"question": "What copies DNA?", "options": ["DNA polymerase", "The U.S. Army", "water"], "answer": 0}
+    task = choice.Letters(name="letters", questions=read_choices(write_lines(tmp_path / "dna.jsonl", [row])))
+
+    def written(answer: str) -> dict:
+        model = Stub(
+            tokenizer, lambda text: answer + re.search(r"(.)\. DNA polymerase", text).group(1) + "\n\nQ: x y z"
+        )
+        return choice.by_letter(task, tokenizer, answerer(model, tokenizer, task), 900)
+
+    for answer in ("DNA polymerase\n", "I think: the answer is ", "", "The answer is:\n"):
+        found = written(answer)
+        assert found["accuracy"] == 1, answer
+        assert not any("x y" in sample["answer"] for sample in found["samples_of_shifts"])
+    assert written("DNA\n")["accuracy"] == written("The U.S. Army\n")["accuracy"] == 0
 
 
 def test_the_first_option_scores_exactly_at_chance(tokenizer, files):
     task = choice.Letters(name="letters", questions=read_choices(files[0])[10:20])
     found = choice.by_letter(task, tokenizer, lambda ps: ((i, f" {p.options[0]}") for i, p in enumerate(ps)), 300)
     assert found["accuracy"] == 0.25 and found["low"] == found["high"] == 0.25
+
+
+def test_a_reference_that_is_an_article_or_a_sign_is_not_empty():
+    task = Answers(questions=())
+    for reference, right, wrong in (
+        ("A", " a.\n", "the"),
+        ("The", "the", "a"),
+        ("+", "+", "-"),
+        ("a, the", "A the", ""),
+    ):
+        prompt = Prompt(ids=(), length=1, references=(reference,))
+        assert task.score(right, prompt) == 1 and task.score(wrong, prompt) == task.score(" \n", prompt) == 0, (
+            reference
+        )
 
 
 def test_normalised_answers():
