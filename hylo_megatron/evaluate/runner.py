@@ -44,6 +44,18 @@ def suites_for(files: Files, settings: Settings) -> list[str]:
     return found
 
 
+def check_files(files: Files, settings: Settings) -> None:
+    """Refuse a file that no suite reads. Files of suites that are skipped may be given. Raises ``HyLoError``."""
+    found = suites_for(files, settings)
+    for kind in files:
+        readers = [name for name, suite in REGISTRY.items() if kind in suite.needs + suite.may_read]
+        if not set(readers) & {*found, *settings.skip}:
+            flag, names = f"--{kind.replace('_', '-')}", " or ".join(readers)
+            raise HyLoError(f"no chosen suite reads {flag}: name {names} in --suite, or leave out {flag}")
+    if files and not found:
+        raise HyLoError(f"--skip {' '.join(settings.skip)} leaves nothing to measure on the given files: skip less")
+
+
 def measure(folder: str | Path, role: str, files: Files, settings: Settings) -> dict:
     """Return all figures of one model, which is freed afterwards. ``files``: the existing files, by kind."""
     device = models.resolve_device(settings.device)
@@ -104,7 +116,7 @@ def evaluate(
             raise HyLoError(f"--{kind}: two files have one name, which is the name of their figures: rename one")
         for file in paths:
             READERS.get(kind, check_texts)(file)  # refuses the file now, not after minutes of measuring
-    suites_for(files, settings)
+    check_files(files, settings)
     device = models.resolve_device(settings.device)
     dtype = models.resolve_dtype(settings.dtype, device)
     if out_dir is not None:  # fails now, not after minutes of measuring

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from hylo_megatron.errors import HyLoError
 
-DEFAULT_SUITES = ("perplexity", "long", "needle")
-SUITES = (*DEFAULT_SUITES, "choice", "answers", "ruler")
+DEFAULT_SUITES = ("perplexity", "long", "needle", "choice", "answers")
+SUITES = (*DEFAULT_SUITES, "ruler")
 
 
 @dataclass(frozen=True)

@@ -66,9 +66,13 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Suite:
-    """``needs``: kinds of files, any of which is enough. ``rows``: yields label and summary for the report's table."""
+    """``needs``: kinds of files, any of which is enough. ``may_read``: further kinds, which can be absent.
+
+    ``rows`` yields label and summary for the report's table.
+    """
 
     needs: tuple[str, ...]
+    may_read: tuple[str, ...] = ()
     measure: Callable[[Job], dict]
     rows: Callable[[dict], Iterator[tuple[str, dict | None]]] = lambda figures: iter(())
 
@@ -183,5 +187,5 @@ REGISTRY = {
     "needle": Suite(needs=("prose",), measure=_needle, rows=lambda figures: _length_rows("needle", figures)),
     "choice": Suite(needs=("choice",), measure=_choice, rows=_choice_rows),
     "answers": Suite(needs=("answers",), measure=_answers, rows=_answers_rows),
-    "ruler": Suite(needs=("prose",), measure=_ruler, rows=_ruler_rows),
+    "ruler": Suite(needs=("prose",), may_read=("ruler_squad", "ruler_hotpot"), measure=_ruler, rows=_ruler_rows),
 }

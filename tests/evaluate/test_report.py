@@ -167,6 +167,27 @@ def test_yarn_and_suites_that_cannot_be_measured(tmp_path, folder, prose, tokeni
         hf_models.load(hybrid, hf_models.resolve_device("cpu"), torch.float32, yarn=2.0)
 
 
+def test_a_file_that_no_suite_reads_is_refused(tmp_path, folder, prose):
+    short = [write_lines(tmp_path / "short.jsonl", [{"question": "1 + 1?", "answers": ["2"]}])]
+    squad = write_lines(
+        tmp_path / "squad.jsonl", [{"question": "Where?", "context": "Here.", "answers": {"text": ["Here"]}}] * 2
+    )
+    needle, skip = Settings(suites=("needle",)), Settings(skip=("answers",))
+    for message, options in (
+        ("no chosen suite reads --ruler-squad: name ruler in", {"prose": prose, "ruler_squad": squad}),
+        ("no chosen suite reads --answers: name answers in", {"prose": prose, "answers": short, "settings": needle}),
+        ("--skip answers leaves nothing to measure", {"answers": short, "settings": skip}),
+    ):
+        with pytest.raises(HyLoError, match=message):
+            evaluate(folder, **options)
+
+
+def test_questions_are_measured_without_being_named(tmp_path, folder):
+    short = write_lines(tmp_path / "short.jsonl", [{"question": "1 + 1?", "answers": ["2"]}])
+    model = evaluate(folder, answers=[short], settings=Settings(shots=0, context=256))["model"]
+    assert model["answers"]["short"]["accuracy"] == 0 and "perplexity" not in model
+
+
 def test_yarn_is_what_transformers_computes(folder):
     device, dtype = hf_models.resolve_device("cpu"), torch.float32
     plain = hf_models.load(folder, device, dtype).model.config
