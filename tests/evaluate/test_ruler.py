@@ -63,6 +63,12 @@ def test_prompts_fill_the_length_and_are_the_ids_of_their_text(all_tasks, name, 
         assert "<unk>" not in text and ("<|user|>" in text) == ("<|assistant|>" in text) == (kind == "byte_level")
 
 
+@pytest.mark.parametrize("length", [4096, 8192])
+def test_coded_text_fills_the_length_although_tokens_reach_across_words(all_tasks, length):
+    prompts = all_tasks["fwe"].prompts(tokenizer_of("merging"), length, 12, 0)
+    assert max(length - NEW_TOKENS["fwe"] - len(prompt.ids) for prompt in prompts) <= 32
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_oracle_has_every_point_and_a_blind_guesser_none(all_tasks, name):
     task = all_tasks[name]

@@ -12,6 +12,8 @@ from hylo_megatron.evaluate.ruler.sources import Sources
 from hylo_megatron.evaluate.task import Prompt, Task
 
 ATTEMPTS = 4
+MORE_ATTEMPTS = 16  # as long as more than CLOSE tokens are missing: a tokenizer that merges across texts
+CLOSE = 8
 CHECKED = 8192  # tokens of the prompt that is tokenised both ways
 Ids = tuple[int, ...]
 
@@ -89,8 +91,9 @@ def fit(make: Callable[[int], tuple[Draft, Ids]], room: int) -> tuple[Draft, Ids
     """Return the longest draft found with its ids: at most ``room``, unless the shortest draft has more."""
     best = make(0)
     budget = room - len(best[1])
-    for _ in range(ATTEMPTS):
-        if budget < 1 or len(best[1]) == room:
+    for attempt in range(MORE_ATTEMPTS):
+        missing = room - len(best[1])
+        if budget < 1 or missing == 0 or (attempt >= ATTEMPTS and missing <= CLOSE):
             break
         draft, ids = make(budget)
         if len(best[1]) < len(ids) <= room:
