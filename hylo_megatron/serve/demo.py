@@ -26,8 +26,12 @@ class Server:
     def __enter__(self) -> "Server":
         for last in (False, True):
             self._start()
-            if self._becomes_ready():
-                return self
+            try:
+                if self._becomes_ready():
+                    return self
+            except BaseException:  # such as Ctrl-C: no "with" block has begun, so nothing else would stop vLLM
+                self.__exit__()
+                raise
             self.__exit__()
             text = self.log.read_text(errors="replace")
             if last or "Address already in use" not in text:

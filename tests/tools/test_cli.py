@@ -93,3 +93,17 @@ def test_the_demo_takes_another_port_when_its_port_was_taken(tmp_path, monkeypat
         Server(tmp_path, tmp_path / "log", []),
     ):
         raise AssertionError("a server that never had a port")
+
+
+def test_the_demo_stops_the_server_when_it_is_interrupted_while_waiting(tmp_path, monkeypatch):
+    from hylo_megatron.serve.demo import Server
+
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Server, "program", (sys.executable, "-c", "import time; time.sleep(60)"))
+    monkeypatch.setattr(Server, "_ready", interrupt)
+    server = Server(tmp_path, tmp_path / "log", [])
+    with pytest.raises(KeyboardInterrupt), server:
+        raise AssertionError("never ready")
+    assert server.process.poll() is not None
