@@ -6,7 +6,8 @@ import types
 
 import pytest
 import torch
-from helpers import text, tiny
+from helpers import text, tiny, tokenizer_kinds
+from tokenizers import decoders
 
 from hylo_megatron.data.prepare import prepare
 from hylo_megatron.errors import HyLoError
@@ -57,6 +58,26 @@ def test_an_attention_that_sees_too_much_is_refused(monkeypatch):
     monkeypatch.setattr(row_cache, "attend_plain", everything)
     with pytest.raises(HyLoError, match="logits of single tokens over the cache differ by .*, expected less than 5%"):
         Decoder(tiny.teacher_model("smollm2"), sampling(), 2)
+
+
+@pytest.mark.parametrize(
+    "rope, refused",
+    [
+        ({"rope_type": "dynamic", "factor": 2.0}, "depend on the longest row"),
+        ({"rope_type": "longrope", "original_max_position_embeddings": 32}, "change at 32 tokens"),
+        ({"rope_type": "longrope", "original_max_position_embeddings": 64}, None),
+        ({"full_attention": {"rope_type": "dynamic"}}, "depend on the longest row"),
+        ({"rope_type": "yarn", "factor": 2.0}, None),
+    ],
+)
+def test_rotary_frequencies_of_the_longest_row_are_refused(rope, refused):
+    reason = row_cache.refusal(types.SimpleNamespace(model_type="llama", rope_parameters=rope), 64)
+    assert refused in reason if refused else reason is None
+
+
+def test_flash_attention_is_for_equal_widths_up_to_256():
+    for widths in ((320, 320), (192, 128)):  # decided before the device is touched
+        assert not row_cache.flash_serves(torch.device("cuda"), torch.bfloat16, *widths)
 
 
 def test_uniform_numbers_are_a_rows_own():
@@ -162,6 +183,25 @@ def test_dropped_rows_are_counted_by_reason(teacher, tmp_path):
     assert [json.loads(line)["row"] for line in files(tmp_path)["sampled-00000.jsonl"].splitlines()] == [0, 3]
     with pytest.raises(HyLoError, match="0 of the last 4 rows were kept .2 copies, 1 looping, 1 short"):
         run_of(teacher, tmp_path, prompts.Prompt((0,)), good, loop, ("fox", True), other, good).until(9999)
+
+
+def test_a_kept_sentence_and_its_continuation_have_their_space(tmp_path):
+    tokenizer = tokenizer_kinds.sentencepiece_bpe()  # with Llama 2's decoder, which strips the first space
+    strip = [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(strip)
+    teller = prompts.Teller(tokenizer_kinds.write(tmp_path, tokenizer, "PreTrainedTokenizerFast"))
+    sentence = prompts.Prompt((1, *teller.plain("The quick  brown fox.")), "The quick brown fox.")
+    ids = list(teller.plain("over the dog"))
+    run = SamplingRun(
+        engine=None, prompts=None, teller=teller, keeper=None, shards=None, rows_per_shard=1, keep_prompt=True
+    )
+    line = run._line(Written(0, ids, True), sentence)
+    assert teller.text(ids) == "over the dog" and line["text"] == "The quick brown fox. over the dog"
+
+
+def test_unusual_line_separators_do_not_break_a_resume(tmp_path):
+    Shards(tmp_path, {}, {}).add([{"text": "one\u2028two\u2029three\x85four\rfive\x0csix", "row": 0}], 1, 6, {})
+    Shards(tmp_path, {}, {}).replay(Keeper(Rules(shortest=1)))
 
 
 def test_an_answer_that_does_not_end_is_dropped(teacher, tmp_path):
