@@ -60,7 +60,7 @@ class Shards:
         """Tell ``keeper`` the texts that stand. Raises ``HyLoError`` if a shard is not as it was written."""
         for shard in self.about["shards"]:
             path = self.out / shard["file"]
-            try:  # bytes break only at line feeds; text would break at U+2028 and others, which JSON leaves as they are
+            try:  # as bytes: text would break at U+2028 and its like, which JSON leaves as they are
                 lines = [json.loads(line) for line in path.read_bytes().splitlines()]
             except (OSError, ValueError) as error:
                 raise HyLoError(f"{path}: cannot be read ({error}): remove {self.out} and begin again") from None

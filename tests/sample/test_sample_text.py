@@ -2,11 +2,13 @@
 
 import itertools
 import json
+import shutil
 import types
 
 import pytest
 import torch
 from helpers import text, tiny, tokenizer_kinds
+from safetensors.torch import load_file, save_file
 from tokenizers import decoders
 
 from hylo_megatron.data.prepare import prepare
@@ -211,12 +213,38 @@ def test_an_answer_that_does_not_end_is_dropped(teacher, tmp_path):
     assert run.shards.dropped() == {"unfinished": 2, "copies": 1}
 
 
-@pytest.mark.parametrize("change", [("--seed", 2), ("--temperature", 0.5), ("--batch-size", 4)])
+@pytest.mark.parametrize(
+    "change", [("--seed", 2), ("--temperature", 0.5), ("--batch-size", 4), ("--dtype", "bfloat16")]
+)
 def test_other_settings_are_refused(teacher, tmp_path, change, capsys):
     command.main(flags(teacher, tmp_path / "out", "--tokens", 20))
     with pytest.raises(SystemExit):
         command.main(flags(teacher, tmp_path / "out", "--tokens", 400, *change))
     assert "use the same flags to go on, or another --out" in capsys.readouterr().err
+
+
+def test_a_teacher_that_was_trained_further_is_refused(teacher, tmp_path, capsys):
+    """One weight of one layer changes; the files keep their names and sizes."""
+    folder, out = shutil.copytree(teacher, tmp_path / "teacher"), tmp_path / "out"
+    command.main(flags(folder, out, "--tokens", 20))
+    settings = json.loads((out / "sampled.json").read_text())["settings"]
+    assert (settings["device"], settings["dtype"]) == ("cpu", "float32")
+    (path,) = folder.glob("*.safetensors")
+    weights = load_file(path)
+    weights["model.layers.1.mlp.up_proj.weight"][0, 0] += 1
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(SystemExit):
+        command.main(flags(folder, out, "--tokens", 400))
+    assert "digest is" in capsys.readouterr().err
+
+
+def test_rows_that_do_not_fit_are_refused_wherever_sampling_is_called(teacher, tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory\nand more")
+
+    monkeypatch.setattr(command, "start_engine", full)
+    with pytest.raises(HyLoError, match="--batch-size: the rows do not fit into memory .CUDA out of memory.$"):
+        command.sample(command.parser().parse_args(flags(teacher, tmp_path / "out")))
 
 
 def test_first_sentences_and_instructions_reach_prepare_data(teacher, tmp_path):
@@ -268,6 +296,8 @@ def test_a_student_is_left_to_vllm(teacher, tmp_path, monkeypatch, capsys):
         (("--top-p", 0), "--top-p 0"),
         (("--start-token", "two words"), "expected one"),
         (("--first-sentences", "nowhere.txt"), "no such file"),
+        (("--engine", "vllm", "--device", "cpu"), "vLLM chooses the device"),
+        (("--engine", "vllm", "--no-cuda-graph"), "--no-cuda-graph: for the engine transformers"),
     ],
 )
 def test_refused_in_one_line(teacher, tmp_path, more, message, capsys):
