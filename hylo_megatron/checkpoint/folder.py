@@ -199,6 +199,11 @@ class CheckpointReader:
             if isinstance(entry, TensorStorageMetadata) and not key.startswith(("optimizer.", "rng_state", "rerun"))
         }
 
+    @property
+    def iteration(self) -> int | None:
+        """The iteration that is read; None for a checkpoint that no training wrote."""
+        return None if self.path.name == "release" else int(self.path.name.removeprefix("iter_"))
+
     def __contains__(self, key: str) -> bool:
         return key in self.entries
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hylo_megatron.corpus.smollm2 import STAMP
+from hylo_megatron.errors import HyLoError
 from hylo_megatron.json_file import parse, read_json
 
 SMOLLM2 = ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")
@@ -53,8 +54,11 @@ class Origin:
 UNKNOWN = Origin()
 
 
-def origin_of(checkpoint: Path) -> Origin:
-    """Return what is known of a Megatron checkpoint. Raises ``HyLoError`` if a record is damaged."""
+def origin_of(checkpoint: Path, iteration: int | None = None) -> Origin:
+    """Return what is known of a Megatron checkpoint. Raises ``HyLoError`` if a record is damaged.
+
+    ``iteration``: the one that is exported, with which the last training ends; None: all that is recorded.
+    """
     run = checkpoint.parent
     found = [checkpoint / "evaluation.json", run / f"eval-{checkpoint.name}.json"]
     origin = Origin(evaluation=next((path for path in found if path.is_file()), None))
@@ -63,10 +67,11 @@ def origin_of(checkpoint: Path) -> Origin:
         names = [stage["name"] for stage in recipe.get("stages", ())]
         if checkpoint.name in names or checkpoint.name == "student":
             done = names[: names.index(checkpoint.name) + 1] if checkpoint.name in names else []
-            return _of_recipe(origin, run, recipe, done)
+            return _of_recipe(origin, run, recipe, done, iteration)
     log = checkpoint / "train_log.jsonl"
-    if log.is_file() and (lines := log.read_bytes().splitlines()):
-        last = parse(lines[-1], f"{log}:{len(lines)}")
+    lines = log.read_bytes().splitlines() if log.is_file() else []
+    steps = (parse(lines[number - 1], f"{log}:{number}") for number in range(len(lines), 0, -1))
+    if last := next((step for step in steps if iteration is None or step["iteration"] <= iteration), None):
         stage = TrainedStage(
             name=checkpoint.name, kind=last["stage"], steps=last["iteration"], tokens=last.get("tokens", 0)
         )
@@ -74,26 +79,44 @@ def origin_of(checkpoint: Path) -> Origin:
     return origin
 
 
-def _of_recipe(origin: Origin, run: Path, recipe: dict, done: list[str]) -> Origin:
-    stages = tuple(
-        TrainedStage(
-            name=stage["name"],
-            kind=stage["kind"],
-            steps=stage["steps"],
-            tokens=stage["steps"] * stage["global_batch"] * stage["seq_length"],
-            length=stage["seq_length"],
-            mix=", ".join(f"{share:.0%} {name}" for name, share in stage["mix"]),
-        )
-        for stage in recipe["stages"]
-        if stage["name"] in done
+def _stage(stage: dict, steps: int) -> TrainedStage:
+    return TrainedStage(
+        name=stage["name"],
+        kind=stage["kind"],
+        steps=steps,
+        tokens=steps * stage["global_batch"] * stage["seq_length"],
+        length=stage["seq_length"],
+        mix=", ".join(f"{share:.0%} {name}" for name, share in stage["mix"]),
     )
+
+
+def _of_recipe(origin: Origin, run: Path, recipe: dict, done: list[str], iteration: int | None) -> Origin:
+    read = [stage for stage in recipe["stages"] if stage["name"] in done]
+    steps = {stage["name"]: stage["steps"] for stage in read}
+    if done and iteration is not None:  # a stage that is not finished, or an earlier iteration of one
+        steps[done[-1]] = min(steps[done[-1]], iteration)
+    stages = tuple(_stage(stage, steps[stage["name"]]) for stage in read)
     origin = replace(origin, recipe=recipe["name"], init=recipe.get("init"), stages=stages)
     if "base" not in recipe and (run / "hf" / STAMP).is_file():
         origin = replace(origin, base_model=SMOLLM2[0], licence=SMOLLM2[1])
     sources = run / "text" / "SOURCES.md"
     if sources.is_file():
-        return replace(origin, texts=tuple(_training_texts(sources)))
-    return replace(origin, texts=tuple(Text(name=Path(name).name) for name in recipe.get("data", ())))
+        texts = _training_texts(sources)
+    else:
+        texts = [Text(name=Path(name).name) for name in recipe.get("data", ())]
+    sampled = run / "sampled" / "sampled.json"
+    if sampled.is_file() and any(name == "sampled" for stage in read for name, _ in stage["mix"]):
+        texts.append(_sampled_text(sampled))
+    return replace(origin, texts=tuple(texts))
+
+
+def _sampled_text(path: Path) -> Text:
+    """Read what ``hylo sample-text`` says of the text that the teacher wrote."""
+    about = read_json(path)
+    try:
+        return Text(name=f"sampled from {about['settings']['teacher']}", licence=about["licence"])
+    except (KeyError, TypeError) as error:
+        raise HyLoError(f"{path}: field {error} is missing: not written by hylo sample-text, remove it") from None
 
 
 def _training_texts(sources: Path) -> list[Text]:

@@ -130,7 +130,13 @@ def convert(checkpoint: str | Path, out: str | Path, dtype: torch.dtype | None =
     check_tokenizer(checkpoint / "hf", arch.vocab_size)
     if with_code and not arch.is_hybrid:
         raise HyLoError(f"{checkpoint}: --with-code is for hybrids, this is a Transformer that transformers knows")
-    origin = replace(origin_of(checkpoint), **{name: value for name, value in known.items() if value})
+    known = {name: value for name, value in known.items() if value}
+    if known and not arch.is_hybrid:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in known)
+        raise HyLoError(
+            f"{checkpoint}: {flags}: for the model card of a hybrid, a Transformer gets none: leave it out"
+        )
+    origin = replace(origin_of(checkpoint, reader.iteration), **known)
     if origin.evaluation:
         figures(origin.evaluation, arch)  # refuses a wrong file before the weights are written
     keys = [key for mapping in mappings(arch) for key in mapping.megatron]

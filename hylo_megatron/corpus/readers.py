@@ -34,7 +34,7 @@ _UNREADABLE = (*_DAMAGED, KeyError, ValueError)
 
 def first_of_variants(archive: Archive, member: str) -> Iterator[str]:
     """Read JSON lines {"0": text, "1": ...} in which the other keys have the same sentences shuffled."""
-    for line in archive.read(member).decode("utf-8").splitlines():
+    for line in archive.read(member).splitlines():  # bytes: text would break at U+2028 too
         yield json.loads(line)["0"]
 
 

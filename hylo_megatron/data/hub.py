@@ -11,6 +11,7 @@ from hylo_megatron.errors import HyLoError
 PREFIX = "hf://"
 SAVED = ("state.json", "dataset_dict.json")  # one of them is in a folder of save_to_disk
 SPLIT = "train"
+OLDEST = 4  # older versions of datasets run loading scripts
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,11 @@ class HubDataset:
     def rows(self) -> Iterator[dict[str, Any]]:
         """Yield the rows in order, streamed. Raises ``HyLoError`` with what ``datasets`` says."""
         library = packages.load("datasets", str(self))
+        if int(library.__version__.split(".")[0]) < OLDEST:
+            raise HyLoError(
+                f"{self}: datasets {library.__version__} may run code that a data set brings, expected {OLDEST} or"
+                f" newer: pip install 'datasets>={OLDEST}'"
+            )
         number = 0
         try:
             for row in self._opened(library):
@@ -59,10 +65,16 @@ class HubDataset:
         path = Path(self.name)
         if is_saved(path):
             found = library.load_from_disk(self.name)
-            return found[self.split] if isinstance(found, dict) else found
+            return found[self.split] if isinstance(found, dict) else self._whole(found)
         if path.suffix == ".arrow" and path.is_file():
+            self._whole(path)
             return library.load_dataset("arrow", data_files=self.name, split=SPLIT, streaming=True)
         return library.load_dataset(self.name, self.config, split=self.split, streaming=True)
+
+    def _whole(self, found):
+        if self.split != SPLIT:
+            raise HyLoError(f"{self}: {self.name} has no splits: leave @{self.split} out")
+        return found
 
 
 def is_saved(path: Path) -> bool:

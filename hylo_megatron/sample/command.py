@@ -20,6 +20,7 @@ from hylo_megatron.hf import register
 from hylo_megatron.json_file import read_json
 from hylo_megatron.sample import prompts as prompt_kinds
 from hylo_megatron.sample.decoder import CPU_ROWS, Decoder, Sampling, rows_by_memory
+from hylo_megatron.sample.fingerprint import fingerprint
 from hylo_megatron.sample.keep import Keeper, Rules
 from hylo_megatron.sample.prompts import Prompts, Teller
 from hylo_megatron.sample.row_cache import refusal
@@ -67,10 +68,18 @@ def licence_of(folder: Path) -> str:
     return found[1] if found else "unknown: that of the teacher"
 
 
-def start_engine(options: argparse.Namespace, engine: str, sampling: Sampling):
+def check_flags(options: argparse.Namespace, engine: str) -> None:
+    """Refuse flags that vLLM would not follow. Raises ``HyLoError``."""
+    if engine == "vllm" and options.device != "auto":
+        raise HyLoError(f"--device {options.device}: vLLM chooses the device itself: leave the flag out")
+    if engine == "vllm" and options.no_cuda_graph:
+        raise HyLoError("--no-cuda-graph: for the engine transformers, this model is sampled by vllm: leave it out")
+
+
+def start_engine(
+    options: argparse.Namespace, engine: str, sampling: Sampling, device: torch.device, dtype: torch.dtype
+):
     """Return the engine, and how many rows it writes at once (None: vLLM decides)."""
-    device = resolve_device(options.device)
-    dtype = resolve_dtype(options.dtype, device)
     if engine == "vllm":
         return VllmEngine(options.teacher, sampling, str(dtype).removeprefix("torch."), options.batch_size), None
     if device.type == "cuda":
@@ -85,7 +94,14 @@ def start_engine(options: argparse.Namespace, engine: str, sampling: Sampling):
 
 
 def sample(options: argparse.Namespace) -> Shards:
-    """Do what is not done yet, and return the shards."""
+    """Do what is not done yet, and return the shards. Raises ``HyLoError``."""
+    try:
+        return _sample(options)
+    except torch.OutOfMemoryError as error:
+        raise HyLoError(f"--batch-size: the rows do not fit into memory ({str(error).splitlines()[0]})") from None
+
+
+def _sample(options: argparse.Namespace) -> Shards:
     from transformers import AutoConfig
 
     register()
@@ -98,6 +114,9 @@ def sample(options: argparse.Namespace) -> Shards:
     teller = Teller(folder, set(ends if isinstance(ends, list) else [ends]) - {None})
     prompts, about = read_prompts(options, teller)
     engine = engine_of(options, config)
+    check_flags(options, engine)
+    device = resolve_device(options.device)
+    dtype = resolve_dtype(options.dtype, device)
     if (options.out / SIDECAR).is_file():  # a batch of another size would round otherwise
         options.batch_size = options.batch_size or Shards.read(options.out)["settings"].get("rows_at_once")
     sampling = Sampling(
@@ -107,11 +126,12 @@ def sample(options: argparse.Namespace) -> Shards:
         seed=options.seed,
         ends=teller.ends,
     )
-    writer, rows = start_engine(options, engine, sampling)
+    writer, rows = start_engine(options, engine, sampling, device, dtype)
     chats = about["kind"] == "instructions"
     shortest = options.shortest if options.shortest is not None else (SHORTEST_ANSWER if chats else SHORTEST_DOCUMENT)
     settings = {
-        "teacher": folder.resolve().name, "weights": sum(p.stat().st_size for p in folder.glob("*.safetensors")),
+        "teacher": folder.resolve().name, "digest": fingerprint(folder),
+        "device": device.type, "dtype": str(dtype).removeprefix("torch."),
         "prompts": about, "keep_prompt": options.keep_prompt, "temperature": options.temperature,
         "top_p": options.top_p, "length": options.length, "seed": options.seed, "engine": engine,
         "rows_at_once": rows, "rows_per_shard": options.rows_per_shard, "shortest": shortest,
@@ -168,10 +188,7 @@ def main(argv: list[str] | None = None) -> None:
         raise HyLoError("--top-p 0: expected a share above 0")
     if options.length < 2:
         raise HyLoError(f"--length {options.length}: expected at least 2 tokens, one of them a prompt's")
-    try:
-        shards = sample(options)
-    except torch.OutOfMemoryError as error:
-        raise HyLoError(f"--batch-size: the rows do not fit into memory ({str(error).splitlines()[0]})") from None
+    shards = sample(options)
     counts = ", ".join(f"{number} {reason.replace('_', ' ')}" for reason, number in shards.dropped().items())
     kept = sum(shard["kept"] for shard in shards.about["shards"])
     print(

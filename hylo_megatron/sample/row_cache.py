@@ -19,6 +19,7 @@ ATTENTION = "hylo_rows"
 CHECKED = 16  # tokens by which a model over the cache is compared with itself
 TOLERANCE = 0.05  # ‖difference of logits‖ / ‖logits‖; rounding to bf16 gives about 0.01
 FLASH_TYPES = (torch.bfloat16, torch.float16)
+FLASH_WIDTH = 256  # widest heads that FlashAttention takes
 
 
 class RowLayer(CacheLayerMixin):
@@ -91,28 +92,31 @@ def attend_flash(query: Tensor, keys: Tensor, values: Tensor, position: Tensor, 
 def _attention(module, query, keys, values, attention_mask, scaling=None, position_ids=None, **kwargs):
     rows, heads, _, width = query.shape
     groups = query.view(rows, keys.shape[2], heads // keys.shape[2], width)
-    attend = attend_flash if flash_serves(query.device, query.dtype) else attend_plain
+    flash = flash_serves(query.device, query.dtype, width, values.shape[-1])
+    attend = attend_flash if flash else attend_plain
     out = attend(groups, keys, values, position_ids[:, 0], width**-0.5 if scaling is None else scaling)
     return out.reshape(rows, 1, heads, -1), None
 
 
 @functools.cache
-def flash_serves(device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether torch's FlashAttention runs here and agrees with the plain attention on a small case."""
-    if device.type != "cuda" or dtype not in FLASH_TYPES:
+def flash_serves(device: torch.device, dtype: torch.dtype, width: int, value_width: int) -> bool:
+    """Return whether torch's FlashAttention runs here and agrees with the plain attention on a small case of heads of
+    this width.
+    """
+    if device.type != "cuda" or dtype not in FLASH_TYPES or width != value_width or width > FLASH_WIDTH:
         return False
     generator = torch.Generator().manual_seed(0)
     query, keys, values = (
         torch.randn(shape, generator=generator).to(device, dtype)
-        for shape in ((4, 3, 3, 64), (4, 96, 3, 64), (4, 96, 3, 64))
+        for shape in ((4, 3, 3, width), (4, 96, 3, width), (4, 96, 3, width))
     )
     position = torch.tensor([0, 17, 40, 95], device=device)
     try:
-        fast = attend_flash(query, keys, values, position, 0.125).float()
+        fast = attend_flash(query, keys, values, position, width**-0.5).float()
     except (ImportError, RuntimeError, TypeError) as error:
         print(f"sampling without FlashAttention, which does not run here: {str(error).splitlines()[0]}", flush=True)
         return False
-    plain = attend_plain(query, keys, values, position, 0.125).float()
+    plain = attend_plain(query, keys, values, position, width**-0.5).float()
     agrees = bool((fast - plain).norm() < 0.02 * plain.norm())
     if not agrees:
         print("sampling without FlashAttention, which disagrees with the plain attention here", flush=True)
@@ -125,9 +129,24 @@ def refusal(config, length: int) -> str | None:
         return "a hybrid, whose linear layers keep states"
     if set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
         return "a model with layers that are no attention"
+    if reason := _unsteady_rope(config, length):
+        return reason
     window = getattr(config, "sliding_window", None)
     if window and getattr(config, "use_sliding_window", True) and window < length:
         return f"a model with a sliding window of {window} tokens, fewer than --length {length}"
+    return None
+
+
+def _unsteady_rope(config, length: int) -> str | None:
+    """Return why the rotary frequencies would change with the longest row of a batch; None if they do not."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    for found in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+        kind = str(found.get("rope_type"))
+        trained = found.get("original_max_position_embeddings") or 0
+        if "dynamic" in kind:
+            return f"a model whose rotary frequencies depend on the longest row (rope_type {kind})"
+        if kind == "longrope" and length > trained:
+            return f"a model whose rotary frequencies change at {trained} tokens (rope_type {kind}), below --length"
     return None
 
 

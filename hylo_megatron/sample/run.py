@@ -85,11 +85,20 @@ class SamplingRun:
         return len(prompt.ids) if prompt.messages or (self.keep_prompt and prompt.text) else 0
 
     def _line(self, written: Written, prompt: Prompt) -> dict:
-        text = self.teller.text(written.ids)
         if prompt.messages:
-            answer = {"role": "assistant", "content": text.strip()}
+            answer = {"role": "assistant", "content": self.teller.text(written.ids).strip()}
             return {"messages": [*prompt.messages, answer], "row": written.row}
-        return {"text": (prompt.text if self.keep_prompt else "") + text, "row": written.row}
+        kept = self.keep_prompt and prompt.text
+        text = self._continued(prompt, written.ids) if kept else self.teller.text(written.ids)
+        return {"text": text, "row": written.row}
+
+    def _continued(self, prompt: Prompt, ids: list[int]) -> str:
+        """Return the prompt's text with its continuation. Many decoders drop a space before the first token, so the
+        continuation is decoded together with the prompt.
+        """
+        begun = list(prompt.ids[1:])  # without the token that begins a document
+        alone, whole = self.teller.text(begun), self.teller.text([*begun, *ids])
+        return prompt.text + whole[len(alone) :] if whole.startswith(alone) else whole
 
     def _close(self, shard: Shard) -> None:
         if len(shard.lines) < FEWEST_KEPT * shard.rows:

@@ -60,8 +60,8 @@ class Shards:
         """Tell ``keeper`` the texts that stand. Raises ``HyLoError`` if a shard is not as it was written."""
         for shard in self.about["shards"]:
             path = self.out / shard["file"]
-            try:
-                lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            try:  # as bytes: text would break at U+2028 and its like, which JSON leaves as they are
+                lines = [json.loads(line) for line in path.read_bytes().splitlines()]
             except (OSError, ValueError) as error:
                 raise HyLoError(f"{path}: cannot be read ({error}): remove {self.out} and begin again") from None
             refused = [line for line in lines if keeper.refusal(*judged(line))]

@@ -64,6 +64,38 @@ def test_a_run_describes_its_model(tmp_path):
     assert "sequences of up to 2,048 tokens" in card and "import hylo_megatron" in card
 
 
+def test_a_stage_that_is_not_finished_has_the_steps_of_its_checkpoint(tmp_path):
+    checkpoint = a_run(tmp_path / "run")
+    (checkpoint / "release").rename(checkpoint / "iter_0000010")
+    (checkpoint / "latest_checkpointed_iteration.txt").write_text("10")
+    megatron_to_hf.main(["--ckpt", str(checkpoint), "--out", str(tmp_path / "model")])
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "| ild | ild | 300 |" in card and "| distill-2k | distill | 10 | 163,840 |" in card
+
+
+def test_text_that_the_teacher_wrote_is_in_the_table(tmp_path):
+    checkpoint = a_run(tmp_path)
+    (tmp_path / "sampled").mkdir()
+    sampled = tmp_path / "sampled" / "sampled.json"
+    sampled.write_text(json.dumps({"licence": "llama3.2", "settings": {"teacher": "Llama"}}))
+    text = Text(name="sampled from Llama", licence="llama3.2")
+    assert text not in origin_of(checkpoint).texts  # no stage mixes it
+    recipe = smollm2_gpu().to_dict()
+    recipe["stages"][0]["mix"] = [["sampled", 0.3], ["text", 0.7]]
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    assert text in origin_of(checkpoint).texts
+    sampled.write_text("{}")
+    with pytest.raises(HyLoError, match="sampled.json: field 'settings' is missing"):
+        origin_of(checkpoint)
+
+
+def test_a_transformer_gets_no_card(tmp_path):
+    write_hybrid(tmp_path / "ckpt", hybrid().as_teacher())
+    with pytest.raises(HyLoError, match="--licence: for the model card of a hybrid, a Transformer gets none"):
+        megatron_to_hf.convert(tmp_path / "ckpt", tmp_path / "model", licence="mit")
+    assert not (tmp_path / "model").exists()
+
+
 def test_what_is_unknown_is_not_claimed(tmp_path):
     write_hybrid(tmp_path / "ckpt", hybrid("kda"))
     assert origin_of(tmp_path / "ckpt") == Origin()
@@ -83,6 +115,12 @@ def test_a_training_without_a_recipe_leaves_its_log(tmp_path):
     (tmp_path / "kl" / "train_log.jsonl").write_text('{"stage"')
     with pytest.raises(HyLoError, match="train_log.jsonl:1: not valid JSON"):
         origin_of(tmp_path / "kl")
+
+
+def test_steps_behind_the_exported_iteration_are_not_counted(tmp_path):
+    lines = [{"stage": "distill", "iteration": step, "tokens": 64 * step} for step in (1, 2, 3)]
+    (tmp_path / "train_log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [stage.steps for stage in origin_of(tmp_path, 2).stages] == [2] and not origin_of(tmp_path, 0).stages
 
 
 def test_texts_of_a_user(tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import zipfile
 
 import numpy as np
 import pytest
@@ -246,3 +247,10 @@ def test_articles_on_a_held_out_subject_are_left_out(tmp_path):
     kept, rows = text.collect(tmp_path, sources)
     assert sorted(document.text.partition("\n")[0] for document in kept["train"]) == ["Bee", "Owl"]
     assert rows[-1]["dropped"] == 1
+
+
+def test_a_line_of_json_ends_at_a_line_feed_alone(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("data.jsonl", '{"0": "one\u2028two"}\n{"0": "three"}\n')
+    with zipfile.ZipFile(tmp_path / "a.zip") as archive:
+        assert list(readers.first_of_variants(archive, "data.jsonl")) == ["one\u2028two", "three"]

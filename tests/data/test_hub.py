@@ -41,6 +41,20 @@ def test_every_way_to_a_data_set_gives_the_tokens_of_the_file(tokenizer, tmp_pat
     assert prepared(tokenizer, tmp_path, "--input", f"hf://{tmp_path / 'both'}@test") == expected[:1]
 
 
+def test_a_split_of_data_without_splits_is_refused(tmp_path):
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    for path in (tmp_path / "saved", next((tmp_path / "saved").glob("*.arrow"))):
+        with pytest.raises(HyLoError, match="has no splits: leave @test out"):
+            next(HubDataset.parse(f"hf://{path}@test").rows())
+
+
+def test_versions_that_run_loading_scripts_are_refused(tmp_path, monkeypatch):
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    monkeypatch.setattr(datasets, "__version__", "3.6.0")
+    with pytest.raises(HyLoError, match="datasets 3.6.0 may run code .*pip install 'datasets>=4'"):
+        next(text_input(str(tmp_path / "saved")).rows())
+
+
 def test_chats_of_a_data_set(tokenizer, tmp_path):
     lines = text.write(tmp_path / "chats.jsonl", text.HELLO)
     datasets.Dataset.from_list([text.HELLO]).save_to_disk(tmp_path / "saved")

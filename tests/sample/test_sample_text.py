@@ -2,11 +2,14 @@
 
 import itertools
 import json
+import shutil
 import types
 
 import pytest
 import torch
-from helpers import text, tiny
+from helpers import text, tiny, tokenizer_kinds
+from safetensors.torch import load_file, save_file
+from tokenizers import decoders
 
 from hylo_megatron.data.prepare import prepare
 from hylo_megatron.errors import HyLoError
@@ -57,6 +60,26 @@ def test_an_attention_that_sees_too_much_is_refused(monkeypatch):
     monkeypatch.setattr(row_cache, "attend_plain", everything)
     with pytest.raises(HyLoError, match="logits of single tokens over the cache differ by .*, expected less than 5%"):
         Decoder(tiny.teacher_model("smollm2"), sampling(), 2)
+
+
+@pytest.mark.parametrize(
+    "rope, refused",
+    [
+        ({"rope_type": "dynamic", "factor": 2.0}, "depend on the longest row"),
+        ({"rope_type": "longrope", "original_max_position_embeddings": 32}, "change at 32 tokens"),
+        ({"rope_type": "longrope", "original_max_position_embeddings": 64}, None),
+        ({"full_attention": {"rope_type": "dynamic"}}, "depend on the longest row"),
+        ({"rope_type": "yarn", "factor": 2.0}, None),
+    ],
+)
+def test_rotary_frequencies_of_the_longest_row_are_refused(rope, refused):
+    reason = row_cache.refusal(types.SimpleNamespace(model_type="llama", rope_parameters=rope), 64)
+    assert refused in reason if refused else reason is None
+
+
+def test_flash_attention_is_for_equal_widths_up_to_256():
+    for widths in ((320, 320), (192, 128)):  # decided before the device is touched
+        assert not row_cache.flash_serves(torch.device("cuda"), torch.bfloat16, *widths)
 
 
 def test_uniform_numbers_are_a_rows_own():
@@ -164,6 +187,25 @@ def test_dropped_rows_are_counted_by_reason(teacher, tmp_path):
         run_of(teacher, tmp_path, prompts.Prompt((0,)), good, loop, ("fox", True), other, good).until(9999)
 
 
+def test_a_kept_sentence_and_its_continuation_have_their_space(tmp_path):
+    tokenizer = tokenizer_kinds.sentencepiece_bpe()  # with Llama 2's decoder, which strips the first space
+    strip = [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(strip)
+    teller = prompts.Teller(tokenizer_kinds.write(tmp_path, tokenizer, "PreTrainedTokenizerFast"))
+    sentence = prompts.Prompt((1, *teller.plain("The quick  brown fox.")), "The quick brown fox.")
+    ids = list(teller.plain("over the dog"))
+    run = SamplingRun(
+        engine=None, prompts=None, teller=teller, keeper=None, shards=None, rows_per_shard=1, keep_prompt=True
+    )
+    line = run._line(Written(0, ids, True), sentence)
+    assert teller.text(ids) == "over the dog" and line["text"] == "The quick brown fox. over the dog"
+
+
+def test_unusual_line_separators_do_not_break_a_resume(tmp_path):
+    Shards(tmp_path, {}, {}).add([{"text": "one\u2028two\u2029three\x85four\rfive\x0csix", "row": 0}], 1, 6, {})
+    Shards(tmp_path, {}, {}).replay(Keeper(Rules(shortest=1)))
+
+
 def test_an_answer_that_does_not_end_is_dropped(teacher, tmp_path):
     asked = prompts.Prompt((0,), messages=[{"role": "user", "content": "Who jumps?"}])
     run = run_of(teacher, tmp_path, asked, ("the brown fox", True), ("the system", False))
@@ -171,12 +213,38 @@ def test_an_answer_that_does_not_end_is_dropped(teacher, tmp_path):
     assert run.shards.dropped() == {"unfinished": 2, "copies": 1}
 
 
-@pytest.mark.parametrize("change", [("--seed", 2), ("--temperature", 0.5), ("--batch-size", 4)])
+@pytest.mark.parametrize(
+    "change", [("--seed", 2), ("--temperature", 0.5), ("--batch-size", 4), ("--dtype", "bfloat16")]
+)
 def test_other_settings_are_refused(teacher, tmp_path, change, capsys):
     command.main(flags(teacher, tmp_path / "out", "--tokens", 20))
     with pytest.raises(SystemExit):
         command.main(flags(teacher, tmp_path / "out", "--tokens", 400, *change))
     assert "use the same flags to go on, or another --out" in capsys.readouterr().err
+
+
+def test_a_teacher_that_was_trained_further_is_refused(teacher, tmp_path, capsys):
+    """One weight of one layer changes; the files keep their names and sizes."""
+    folder, out = shutil.copytree(teacher, tmp_path / "teacher"), tmp_path / "out"
+    command.main(flags(folder, out, "--tokens", 20))
+    settings = json.loads((out / "sampled.json").read_text())["settings"]
+    assert (settings["device"], settings["dtype"]) == ("cpu", "float32")
+    (path,) = folder.glob("*.safetensors")
+    weights = load_file(path)
+    weights["model.layers.1.mlp.up_proj.weight"][0, 0] += 1
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(SystemExit):
+        command.main(flags(folder, out, "--tokens", 400))
+    assert "digest is" in capsys.readouterr().err
+
+
+def test_rows_that_do_not_fit_are_refused_wherever_sampling_is_called(teacher, tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory\nand more")
+
+    monkeypatch.setattr(command, "start_engine", full)
+    with pytest.raises(HyLoError, match="--batch-size: the rows do not fit into memory .CUDA out of memory.$"):
+        command.sample(command.parser().parse_args(flags(teacher, tmp_path / "out")))
 
 
 def test_first_sentences_and_instructions_reach_prepare_data(teacher, tmp_path):
@@ -228,6 +296,8 @@ def test_a_student_is_left_to_vllm(teacher, tmp_path, monkeypatch, capsys):
         (("--top-p", 0), "--top-p 0"),
         (("--start-token", "two words"), "expected one"),
         (("--first-sentences", "nowhere.txt"), "no such file"),
+        (("--engine", "vllm", "--device", "cpu"), "vLLM chooses the device"),
+        (("--engine", "vllm", "--no-cuda-graph"), "--no-cuda-graph: for the engine transformers"),
     ],
 )
 def test_refused_in_one_line(teacher, tmp_path, more, message, capsys):
