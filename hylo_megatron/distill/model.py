@@ -160,7 +160,8 @@ class DistillModel(MegatronModule):
         if self.config.sequence_parallel:
             mask_SB = mask_SB.chunk(self.tp_group.size())[self.tp_group.rank()]
         losses_LP = self.settings.loss(self.student.decoder.layers, teacher_states, mask_SB, self.norms_LP)
-        self._collect(losses_LP, mask_SB)
+        if self.training:  # an evaluation's losses are no part of the next step's
+            self._collect(losses_LP, mask_SB)
         loss = (losses_LP * self.weights_P).sum()
         return torch.stack([loss, *losses_LP.detach().sum(0)])
 
