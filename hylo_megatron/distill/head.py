@@ -134,7 +134,8 @@ def torch_chunk(student_TN: Tensor, teacher_TN: Tensor | None, weights: TokenWei
     log_p = log_s if teacher_TN is not None and loss.temperature == 1.0 else shard.log_softmax(logits_TN)
     value_T, here, column = shard.pick(log_p, weights.labels_T)
     p_TN = log_p.exp().mul_(weights.ce_T[:, None])
-    p_TN[here.nonzero()[:, 0], column[here]] -= weights.ce_T[here]
+    own_T = (weights.ce_T * here).to(p_TN.dtype)  # no shape may depend on `here`: a CUDA graph cannot capture that
+    p_TN.scatter_add_(1, column[:, None], -own_T[:, None])
     return kl_T, -value_T, p_TN if gradient_TN is None else gradient_TN.add_(p_TN)
 
 

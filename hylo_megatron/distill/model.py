@@ -74,7 +74,7 @@ class DistillModel(MegatronModule):
     def _start_from(self, settings: DistillSettings) -> list:
         first = (settings.seed * torch.distributed.get_world_size() + torch.distributed.get_rank()) * 1000
         blocks = [module for module in self.student.modules() if isinstance(module, LinearMixer)]
-        return [block.start_from(settings.initial_states, first + index) for index, block in enumerate(blocks)]
+        return [block.start_from(settings.initial_states, first + block.layer_number) for block in blocks]
 
     def _prepare_head(self) -> None:
         loss = self.settings.loss
@@ -82,6 +82,11 @@ class DistillModel(MegatronModule):
             self.late = torch.zeros((), device=torch.cuda.current_device())
         stacks = (self.student.decoder, self.teacher.decoder) if loss.hidden_layers_weight else ()
         self._both_states = [HiddenStates(stack) for stack in stacks]
+
+    def forget_states(self) -> None:
+        """Start the next step from zero states, since the guard has left out this one."""
+        for states in self._initial_states:
+            states.forget()
 
     def begin_step(self, step: int, steps: int) -> bool:
         """Set what depends on the number of the step, counted from 0; a CUDA graph reads the value in place.
@@ -160,7 +165,8 @@ class DistillModel(MegatronModule):
         if self.config.sequence_parallel:
             mask_SB = mask_SB.chunk(self.tp_group.size())[self.tp_group.rank()]
         losses_LP = self.settings.loss(self.student.decoder.layers, teacher_states, mask_SB, self.norms_LP)
-        self._collect(losses_LP, mask_SB)
+        if self.training:  # an evaluation's losses are no part of the next step's
+            self._collect(losses_LP, mask_SB)
         loss = (losses_LP * self.weights_P).sum()
         return torch.stack([loss, *losses_LP.detach().sum(0)])
 

@@ -66,6 +66,9 @@ def with_step_start(train_step, run: TrainingRun):
 
             result = train_step(forward_step, data, models, optimizer, scheduler, config, keep_losses, **kwargs)
         run.guard.after(models, optimizer, scheduler)
+        if run.guard.wrong is not None:
+            for model in run.models:
+                model.forget_states()
         should_exit, code = result[3:5]
         if should_exit:
             run.guard.failed_check(kwargs["iteration"] + 1, code)

@@ -22,7 +22,8 @@ class InitialStates:
 
     Only for training: evaluations start from zero, as the first step does. ``carried``: the final states of the
     previous step's last micro-batch. ``random``: normal noise with mean and deviation of these, for each head. No
-    gradient reaches the step that a state comes from. States are written in place: a CUDA graph reads them, and a
+    gradient reaches the step that a state comes from. After a step whose states are not finite, or one that ``forget``
+    follows, the recurrence starts from zero again. States are written in place: a CUDA graph reads them, and a
     recomputed layer reads the same ones again.
     """
 
@@ -36,7 +37,13 @@ class InitialStates:
             return
         if self.initial is None or self.initial.shape != self.final.shape:
             self.initial = torch.empty_like(self.final)
-        self.initial.copy_(self.final if self.mode == "carried" else self._noise(step))
+        states = self.final if self.mode == "carried" else self._noise(step)
+        self.initial.copy_(torch.where(states.isfinite().all(), states, 0.0))
+
+    def forget(self) -> None:
+        """Let the next step start from zero: the weights or samples that the states come from are discarded."""
+        if self.final is not None:
+            self.final.zero_()
 
     def _noise(self, step: int) -> Tensor:
         device = self.final.device

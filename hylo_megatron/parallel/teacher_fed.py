@@ -88,7 +88,10 @@ class TeacherFed:
 
     def __call__(self, *, model, data_iterator, num_microbatches, forward_only=False, pg_collection=None,
                  force_all_reduce=False, **_):  # fmt: skip
-        """Run a step. Return what to log for each micro-batch on the last pipeline stage, else nothing."""
+        """Run a step. Return what to log for each micro-batch; megatron reads it on the last pipeline stage only.
+
+        The guard of a training adds up the losses of all stages.
+        """
         model, iterator = (x[0] if isinstance(x, list) else x for x in (model, data_iterator))
         config, logged, tokens = get_model_config(model), [], 0
         feed = self._feed(model, iterator, num_microbatches if forward_only else None)
@@ -106,4 +109,4 @@ class TeacherFed:
             config.finalize_model_grads_func(
                 [model], tokens, pg_collection=pg_collection, force_all_reduce=force_all_reduce
             )
-        return [] if feed.ahead else logged
+        return logged

@@ -21,7 +21,7 @@ from programs import parity  # noqa: E402
 
 from hylo_megatron.distill.head import TokenWeights, reference_loss  # noqa: E402
 from hylo_megatron.distill.ild import layer_losses  # noqa: E402
-from hylo_megatron.distill.losses import KL  # noqa: E402
+from hylo_megatron.distill.losses import KL, LayerDistance  # noqa: E402
 from hylo_megatron.layers.load import load_model  # noqa: E402
 
 
@@ -162,6 +162,19 @@ def test_distill_equals_the_two_models_logits(pair, wide, tmp_path):
     got = torch.autograd.grad(loss, parameters.values(), retain_graph=True)
     for name, gradient, expected in zip(parameters, got, torch.autograd.grad(want, parameters.values()), strict=True):
         assert (gradient - expected).abs().max() <= 2e-5 * expected.abs().max(), name
+
+
+def test_an_evaluation_adds_nothing_to_the_log_of_layers(pair):
+    model = parity.distill_model(*pair, "ild", "mixers", LayerDistance())
+    x, y = (helpers.token_batch(2, 16, seed=seed) for seed in (1, 2))
+    model(*x.values())
+    want = model.take_layer_sums()
+    model.eval()
+    model(*y.values())
+    model.train()
+    model(*x.values())
+    for found, expected in zip(model.take_layer_sums(), want, strict=True):
+        assert expected.any() and torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("stage", ["ild", "distill"])

@@ -82,6 +82,15 @@ def test_another_divergence_equals_whole_logits(loss, monkeypatch):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("loss", [KL(temperature=2.0), *CHOICES.values()], ids=["kl, tempered", *CHOICES])
+def test_no_value_reaches_the_host(loss):
+    """A CUDA graph captures the loss. Tensors without values refuse what it refuses: shapes that depend on values."""
+    x = kl_inputs(32, loss)
+    empty = {name: value.to("meta") for name, value in vars(x).items() if isinstance(value, torch.Tensor)}
+    sums = loss(replace(x, **empty))
+    assert sums.is_meta and sums.shape == (3,)
+
+
 class Peak(TorchDispatchMode):
     """Bytes of the storages that operations have made and that are alive, and their largest number."""
 

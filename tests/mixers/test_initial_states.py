@@ -1,5 +1,8 @@
 """Initial states of linear blocks: a text in two steps with carried states is one text, and gradients stop there."""
 
+import contextlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -15,6 +18,8 @@ from hylo_megatron.config.stages import stage_kind  # noqa: E402
 from hylo_megatron.distill.losses import KL  # noqa: E402
 from hylo_megatron.distill.model import DistillModel  # noqa: E402
 from hylo_megatron.distill.settings import DistillSettings  # noqa: E402
+from hylo_megatron.engine.training_hooks import with_step_start  # noqa: E402
+from hylo_megatron.engine.training_run import TrainingRun  # noqa: E402
 from hylo_megatron.kernels import ops_for  # noqa: E402
 from hylo_megatron.layers.load import layout_config, load_model  # noqa: E402
 from hylo_megatron.mixers import LINEAR  # noqa: E402
@@ -29,9 +34,12 @@ def pair(request, tmp_path_factory, process_groups):
     return helpers.write_pair(tmp_path_factory.mktemp(request.param), request.param)
 
 
-def model_of(pair, mode: str, **config) -> DistillModel:
+def model_of(pair, mode: str, chunk: int | None = None, **config) -> DistillModel:
     archs = [Architecture.load(folder) for folder in pair]
-    models = [load_model(folder, layout_config(arch, **config))[0] for folder, arch in zip(pair, archs, strict=True)]
+    models = [
+        load_model(folder, layout_config(arch, **config), vp_stage=chunk)[0]
+        for folder, arch in zip(pair, archs, strict=True)
+    ]
     settings = DistillSettings(kind=stage_kind("distill"), train="all", loss=KL(), initial_states=mode)
     return DistillModel(*models, *archs, settings).train()
 
@@ -67,6 +75,44 @@ def test_noise_has_the_mean_and_deviation_of_the_states():
     assert torch.equal(states.initial, first)  # a resumed run draws the same
     states.begin_step(4)
     assert not torch.equal(states.initial, first)
+
+
+@pytest.mark.parametrize("mode", ["carried", "random"])
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf, 1e30])
+def test_wrong_states_are_not_carried(mode, wrong):
+    states = InitialStates(mode, (), 7)
+    states.final = torch.randn(2, H, K, K)
+    states.begin_step(0)
+    place, states.final[1, 0, 0, 0] = states.initial.data_ptr(), wrong
+    if wrong == 1e30:  # only the guard knows
+        states.forget()
+    states.begin_step(1)
+    assert not states.initial.any() and states.initial.data_ptr() == place  # a CUDA graph reads there
+    states.final.normal_()
+    states.begin_step(2)
+    assert states.initial.any() and states.initial.isfinite().all()
+
+
+@pytest.mark.parametrize("wrong", [None, "loss nan"])
+def test_a_step_that_the_guard_leaves_out_is_forgotten(pair, wrong, monkeypatch):
+    model, x = model_of(pair, "carried"), helpers.token_batch(2, 64)
+    guard = SimpleNamespace(
+        begin=lambda _: None, gate=lambda _: contextlib.nullcontext([]), after=lambda *_: None, wrong=wrong
+    )
+    monkeypatch.setattr("megatron.training.get_args", lambda: SimpleNamespace(train_iters=4))
+
+    def train_step(*_, **__):
+        return model(*x.values()), 0, False, False, 0
+
+    step = with_step_start(train_step, TrainingRun(models=[model], guard=guard))
+    first, second = (step(*[None] * 7, iteration=iteration)[0] for iteration in range(2))
+    assert torch.allclose(second, first, rtol=1e-6) == (wrong is not None)
+
+
+def test_model_chunks_of_a_rank_draw_different_noise(pair):
+    models = [model_of(pair, "random", chunk, virtual_pipeline_model_parallel_size=2) for chunk in range(2)]
+    seeds = [states.seed for model in models for states in model._initial_states]
+    assert len(set(seeds)) == len(seeds) > 1
 
 
 @pytest.mark.parametrize("mode", ["zero", "carried", "random"])
