@@ -19,6 +19,11 @@ def _destination(flag: str) -> str:
     return flag.removeprefix("--").replace("-", "_")
 
 
+def defaults(kind: type) -> dict[str, Any]:
+    """Return the default of each flag of ``kind``, by the flag's name in parsed arguments."""
+    return {_destination(each.metadata["flag"]): each.default for each in _declared(kind)}
+
+
 def add_options(parser: argparse._ActionsContainer, kind: type) -> None:
     """Add the flags of ``kind``, except those that another dataclass with the same field has added."""
     for each in _declared(kind):

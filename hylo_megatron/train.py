@@ -65,14 +65,16 @@ def model_provider(
 def write_companions(args) -> None:
     """Write architecture and tokenizer to the output folder, so that it is a checkpoint like any other."""
     from hylo_megatron.distill.arguments import student_architecture
+    from hylo_megatron.distill.resume import check_architecture
 
     source, target = Path(args.hylo_student), Path(args.save)
     if source.resolve() == target.resolve():
         raise HyLoError("--save and --hylo-student are the same folder; choose another --save")
     target.mkdir(parents=True, exist_ok=True)
     arch = student_architecture(args)
-    if (target / "hylo.json").is_file() and Architecture.load(target).plan != arch.plan:
-        raise HyLoError(f"--save {target} holds a run of another student; choose another folder")
+    check_architecture("--save", target, arch)
+    if args.load and not (args.finetune or args.no_load_optim):
+        check_architecture("--load", Path(args.load), arch)
     arch.save(target)
     shutil.copytree(source / "hf", target / "hf", dirs_exist_ok=True)
 

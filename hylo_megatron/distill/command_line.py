@@ -13,10 +13,11 @@ from hylo_megatron.config.layout import ParallelLayout, Work, check_parallel_lay
 from hylo_megatron.config.pair import check_pair
 from hylo_megatron.config.stages import STAGE_KINDS, stage_kind
 from hylo_megatron.distill.arguments import add_hylo_arguments, engine_flags, run_architecture
-from hylo_megatron.distill.losses import loss_of
-from hylo_megatron.distill.spikes import GATES
+from hylo_megatron.distill.losses import check_levers, loss_of
+from hylo_megatron.distill.spikes import GATES, SpikeSettings
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.flags import Parser, share, size, weight
+from hylo_megatron.options import from_options
 
 
 def async_flags() -> list[str]:
@@ -66,6 +67,14 @@ def _check_blends(known: argparse.Namespace) -> None:
                     raise HyLoError(f"--{flag.replace('_', '-')}: weight {word}, expected a number above 0")
 
 
+def check_stage(known: argparse.Namespace) -> None:
+    """Raise ``HyLoError`` for flags of a stage that its loss does not have, or that the guard cannot work with."""
+    check_levers(stage_kind(known.hylo_stage), known)
+    from_options(SpikeSettings, known)
+    if known.hylo_on_spike == "rollback" and known.no_save_optim:
+        raise HyLoError("--hylo-on-spike rollback needs the optimizer of checkpoints: leave --no-save-optim out")
+
+
 def check_given(known: argparse.Namespace, user: list[str]) -> None:
     missing = {
         "--hylo-student": (known.hylo_student, "the student checkpoint made by hylo upcycle"),
@@ -91,6 +100,9 @@ def check_given(known: argparse.Namespace, user: list[str]) -> None:
     if known.check_for_spiky_loss:
         raise HyLoError("--check-for-spiky-loss has no effect here: --hylo-on-spike and --hylo-spike-factor do this")
     _check_blends(known)
+    check_stage(known)
+    if known.hylo_on_spike == "rollback" and not known.save:
+        raise HyLoError("--hylo-on-spike rollback: --save is missing, the folder with the checkpoints to go back to")
     steps = known.lr_decay_iters or known.train_iters or 0
     if steps and (known.lr_warmup_iters or 0) >= steps:
         raise HyLoError(f"--lr-warmup-iters {known.lr_warmup_iters}: expected fewer than the {steps} steps of the run")

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from megatron.core import dist_checkpointing
 
+from hylo_megatron.checkpoint.iterations import complete_iterations
+from hylo_megatron.config import Architecture, positions
 from hylo_megatron.errors import HyLoError
 
 # Entries of the scheduler's state, and the flags that they follow from.
@@ -43,6 +45,23 @@ def check_fixed(saved, args, path: Path) -> None:
             )
 
 
+def check_architecture(where: str, folder: Path, arch: Architecture) -> None:
+    """Raise ``HyLoError`` if the run in ``folder``, the value of the flag ``where``, trains another student."""
+    if not (folder / "hylo.json").is_file():
+        return
+    before = Architecture.load(folder)
+    if before.plan != arch.plan:
+        raise HyLoError(f"{where} {folder} holds a run of another student; choose another folder")
+    fields = {name: positions.flag(name, "--hylo-") for name in positions.FIELDS} | {"rope_parameters": "--hylo-rope"}
+    for name, flag in fields.items():
+        was, now = getattr(before, name), getattr(arch, name)
+        if was != now and complete_iterations(folder):
+            raise HyLoError(
+                f"{flag}: {name} is {now}, the run in {folder} was started with {was}: a run that goes on keeps"
+                " it; give the old value, or another --save and --load"
+            )
+
+
 def changed_schedule(saved: dict, scheduler) -> list[str]:
     """Return a phrase for each flag that makes another schedule than ``saved``. Megatron counts steps in sequences."""
     now = scheduler.state_dict()
@@ -51,9 +70,9 @@ def changed_schedule(saved: dict, scheduler) -> list[str]:
     return list(reversed(phrases.values()))
 
 
-def _saved(path: Path, optimizer, scheduler, args) -> dict | None:
+def _saved(path: Path, optimizer, args) -> dict | None:
     """Return what the checkpoint ``path`` says of its run, or None where only weights are loaded."""
-    if optimizer is None or scheduler is None or args.finetune or args.no_load_optim:
+    if optimizer is None or args.finetune or args.no_load_optim:
         return None
     common = dist_checkpointing.load_common_state_dict(str(path))
     return common if {"args", "optimizer", "opt_param_scheduler"} <= common.keys() else None
@@ -61,11 +80,11 @@ def _saved(path: Path, optimizer, scheduler, args) -> dict | None:
 
 def check(path: Path, optimizer, scheduler, args) -> None:
     """Raise ``HyLoError`` with the flags by which this run differs from the one that saved ``path``, if any."""
-    saved = _saved(path, optimizer, scheduler, args)
+    saved = _saved(path, optimizer, args)
     if not saved:
         return
     check_fixed(saved["args"], args, path)
-    changed = changed_schedule(saved["opt_param_scheduler"], scheduler)
+    changed = changed_schedule(saved["opt_param_scheduler"], scheduler) if scheduler else []  # a rollback has none
     if changed and not (args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler):
         raise HyLoError(
             f"the run in {path.parent} has another schedule: {'; '.join(changed)}. Go on with the new one by"
@@ -74,19 +93,20 @@ def check(path: Path, optimizer, scheduler, args) -> None:
 
 
 @contextlib.contextmanager
-def learning_rates(path: Path, optimizer, scheduler, args) -> Iterator[None]:
+def learning_rates(path: Path, optimizer, args) -> Iterator[None]:
     """Give the groups the checkpoint's learning rates while ``path`` is loaded: megatron finds groups by them."""
-    saved = _saved(path, optimizer, scheduler, args)
+    saved = _saved(path, optimizer, args)
     if not saved:
         yield
         return
-    old_of, was = {}, saved["args"]
+    # The schedule's rates: after --use-checkpoint-opt_param-scheduler the flags' are others.
+    old_of, was = {}, saved["opt_param_scheduler"]
     for factor in (1.0, args.hylo_copied_lr_mult, args.hylo_decay_lr_mult):
         new = args.lr * factor, (args.min_lr or 0.0) * factor
-        old_of[new] = was.lr * factor, (was.min_lr or 0.0) * factor
+        old_of[new] = was["max_lr"] * factor, was["min_lr"] * factor
     rates = [(group["max_lr"], group["min_lr"]) for group in optimizer.param_groups]
     for group, new in zip(optimizer.param_groups, rates, strict=True):
-        group["max_lr"], group["min_lr"] = old_of[new]
+        group["max_lr"], group["min_lr"] = old_of.get(new, new)  # in a rollback they may be the checkpoint's
     yield
     if args.override_opt_param_scheduler:  # megatron keeps the order of the groups
         for group, new in zip(optimizer.param_groups, rates, strict=True):

@@ -17,6 +17,11 @@ SKIPS = 10  # steps skipped in a row, after which the training counts as diverge
 ROLLBACKS = 3  # rollbacks, after which it counts as diverged
 
 
+def json_number(value: float | None) -> float | str | None:
+    """Return ``value`` for a line of JSON, which has neither NaN nor infinity: as text if it is not finite."""
+    return value if value is None or math.isfinite(value) else str(value)
+
+
 @dataclass(frozen=True, kw_only=True)
 class SpikeSettings:
     """``factor`` and ``burst``: how many times the running median the loss and the gradient's norm may be.

@@ -113,9 +113,9 @@ def load_checked(load, run: TrainingRun):
                 path = iterations.asked_for(stack.enter_context(iterations.reading(source)), args.ckpt_step)
                 _first_rank_alone(lambda: check_pickles(path))
             if resumes:
-                loaded = path, *models_and_optimizer[1:3], args
-                _first_rank_alone(lambda: resume.check(*loaded))
-                stack.enter_context(resume.learning_rates(*loaded))
+                optimizer, scheduler = models_and_optimizer[1:3]
+                _first_rank_alone(lambda: resume.check(path, optimizer, scheduler, args))
+                stack.enter_context(resume.learning_rates(path, optimizer, args))
             try:
                 return load(*models_and_optimizer, load_arg=load_arg, **kwargs)
             except CheckpointException as error:  # torch raises it on every rank
@@ -154,6 +154,8 @@ def save_apart(save, run: TrainingRun):
                 return
             _first_rank_alone(lambda: _make_room(args.save, iteration, run.room))
         save(iteration, *what, non_persistent_ckpt=non_persistent_ckpt, **kwargs)
+        if not non_persistent_ckpt:
+            args.ckpt_step = None  # a rollback goes to this checkpoint, no longer to the one that was loaded
 
     return save_into_own_folder
 

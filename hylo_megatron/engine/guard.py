@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.num_microbatches_calculator import get_current_global_batch_size
+from megatron.core.num_microbatches_calculator import get_current_global_batch_size, update_num_microbatches
 from megatron.core.rerun_state_machine import EXIT_CODE_RESUME_TO_DISAMBIGUATE
 
 from hylo_megatron.checkpoint.diverged import DIVERGED
 from hylo_megatron.checkpoint.iterations import complete_iterations
 from hylo_megatron.distill.losses import Loss
 from hylo_megatron.distill.samples import shown, step_samples
-from hylo_megatron.distill.spikes import Spikes, SpikeSettings
+from hylo_megatron.distill.spikes import Spikes, SpikeSettings, json_number
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.files import write_text
 from hylo_megatron.options import from_options
@@ -134,9 +134,8 @@ class Guard:
     def _event(self, iteration: int, what: str, why: str, loss: float, norm: float | None) -> str:
         order = self.data if self.args.dataloader_type == "single" else None  # no other loader's order is known
         samples = step_samples(order, self.first, get_current_global_batch_size())
-        numbers = {name: value if value is None or math.isfinite(value) else str(value)  # JSON has no nan
-                   for name, value in (("loss", loss), ("grad_norm", norm))}  # fmt: skip
-        line = {"iteration": iteration, "event": what, "why": why} | numbers | {"samples": samples}
+        line = {"iteration": iteration, "event": what, "why": why, "loss": json_number(loss)}
+        line |= {"grad_norm": json_number(norm), "samples": samples}
         self.events.parent.mkdir(parents=True, exist_ok=True)
         with self.events.open("a") as file:
             file.write(json.dumps(line) + "\n")
@@ -180,6 +179,7 @@ def restore(args, models: list, optimizer, scheduler) -> None:
     iteration, *_ = training.load_checkpoint(models, optimizer, None)
     for name, value in kept.items():
         setattr(args, name, value)
+    update_num_microbatches(args.consumed_train_samples)  # a batch size may have a schedule
     scheduler.step(increment=0)  # the groups have the checkpoint's learning rates
     if torch.distributed.get_rank() == 0:
         print(f"rolled back to the weights of iteration {iteration}", flush=True)

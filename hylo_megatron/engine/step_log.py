@@ -12,6 +12,7 @@ import torch
 from megatron.core import parallel_state
 
 from hylo_megatron.distill.batches import LEARNT, NO_TOKENS
+from hylo_megatron.distill.spikes import json_number
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.files import write_text
 
@@ -77,16 +78,17 @@ class StepLog:
                 weight * value for weight, value in zip(self.models[0].settings.loss.weights, totals, strict=True)
             )
             losses = {"loss": loss} | losses
+        norm = grad_norm and float(grad_norm)
         skipped = guard is not None and guard.wrong is not None
         if guard is not None:
-            guard.report(iteration, losses["loss"], grad_norm and float(grad_norm))
+            guard.report(iteration, losses["loss"], norm)
         if not math.isfinite(losses["loss"]):
             if skipped:
                 return
             raise HyLoError(f"loss {losses['loss']} at step {iteration}: lower --lr, or look at the data around it")
         now = time.time()
         line = {"stage": self.stage, "iteration": iteration}
-        line |= losses | {LEARNT: learnt, "lr": learning_rate, "grad_norm": grad_norm and float(grad_norm)}
+        line |= losses | {LEARNT: learnt, "lr": learning_rate, "grad_norm": json_number(norm)}
         line |= {"tokens": iteration * self.tokens, "seconds": self.last and round(now - self.last, 4)}
         line["memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         if skipped:

@@ -148,7 +148,8 @@ class Recipe:
     def as_control(self) -> "Recipe":
         """Return the control: the base model itself, trained by the stages after the layer-wise ones."""
         kept = (stage for stage in self.stages if not stage_kind(stage.kind).layerwise)
-        stages = tuple(replace(stage, mla_rope=None, log_scale=None) for stage in kept)  # it has no MLA layers
+        changes = dict(train="all", initial_states="zero", mla_rope=None, log_scale=None)  # it has no new mixers
+        stages = tuple(replace(stage, **changes) for stage in kept)
         return replace(self, name=f"{self.name}-control", stages=stages, control=True)
 
     def to_dict(self) -> dict:

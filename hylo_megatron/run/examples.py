@@ -87,10 +87,11 @@ class Job:
         if self.source.base.is_dir():  # a proxy's model is made later
             check_vocabularies(base, teacher, (self.source.base, self.source.teacher or self.source.base))
         if value("FLAGS"):
-            from hylo_megatron.distill.command_line import user_flags  # importing Megatron's parser takes seconds
+            # Importing Megatron's parser takes seconds.
+            from hylo_megatron.distill.command_line import check_stage, user_flags
 
             for stage in self.recipe.stages:
-                user_flags([*stage.flags(), *map(str, self.flags)])
+                check_stage(user_flags([*stage.flags(), *map(str, self.flags)]))
 
 
 def data_files() -> tuple[tuple[Path, ...], tuple[Path, ...]]:

@@ -20,6 +20,7 @@ from hylo_megatron.convert import megatron_to_hf  # noqa: E402
 from hylo_megatron.convert.hf_folder import read_architecture  # noqa: E402
 from hylo_megatron.distill import command_line  # noqa: E402
 from hylo_megatron.errors import HyLoError  # noqa: E402
+from hylo_megatron.recipes.smollm2 import smollm2_cpu  # noqa: E402
 from hylo_megatron.run.launch import Processes  # noqa: E402
 from hylo_megatron.run.recipe_run import Run  # noqa: E402
 from hylo_megatron.run.source import Source  # noqa: E402
@@ -102,11 +103,18 @@ def test_what_a_control_cannot_be(world, student, stage, flags, words):
         command_line.check_control(command_line.user_flags(argv), Architecture.load(world[student]))
 
 
-def test_a_recipe_has_its_control():
+def test_a_recipe_has_its_control(world):
     recipe = toy_recipe()
     found = recipe.as_control()
     assert [stage.name for stage in found.stages] == [stage.name for stage in recipe.stages[1:]]
-    assert found.to_dict()["control"] and "control" not in recipe.to_dict()
+    assert found.to_dict()["control"]
+    late = replace(recipe.stages[-1], train="mixers", initial_states="carried", mla_rope=False, log_scale="600")
+    for each in (replace(recipe, stages=(late,)), smollm2_cpu()):
+        for stage in each.as_control().stages:
+            known = command_line.user_flags(["--hylo-control", *stage.flags()])
+            command_line.check_control(known, Architecture.load(world["teacher"]))
+            assert (known.hylo_mla_rope, known.hylo_log_scale) == (None, None)
+    assert "control" not in recipe.to_dict()
 
 
 @pytest.mark.slow

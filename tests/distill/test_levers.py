@@ -31,6 +31,14 @@ def test_a_training_with_every_lever(world, tmp_path):
     (dict(context_parallel_size=2, hylo_initial_states="random"), "random: a sequence must be on one rank"),
     (dict(check_for_spiky_loss=True), "--check-for-spiky-loss has no effect here"),
     (dict(hylo_loss="jsd", hylo_jsd_beta=0), "--hylo-jsd-beta 0.0: expected a number between 0 and 1"),
+    (dict(hylo_ce_from=0.5), "--hylo-ce-from 0.5 has no effect: --hylo-ce-weight is 0"),
+    (dict(hylo_jsd_beta=0.3), "--hylo-jsd-beta 0.3 has no effect: --hylo-stage distill has the loss kl"),
+    (dict(stage="ild", hylo_hidden_weight=1), "--hylo-hidden-weight 1.0 has no effect: .* ild has the loss ild"),
+    (dict(stage="ild", hylo_ce_from=0.5, hylo_ce_weight=1), "--hylo-ce-from 0.5 has no effect: .* has the loss ild"),
+    (dict(hylo_spike_factor=1), "--hylo-spike-factor 1.0: expected a number above 1"),
+    (dict(hylo_burst_factor=1), "--hylo-burst-factor 1.0: expected a number above 1"),
+    (dict(hylo_on_spike="rollback", no_save_optim=True), "rollback needs the optimizer"),
+    (dict(hylo_on_spike="rollback", save=""), "rollback: --save is missing"),
     (dict(teacher="big", hylo_hidden_weight=1), "--hylo-hidden-weight: student and teacher are 64 and 96 wide"),
 ])  # fmt: skip
 def test_what_does_not_go_together_is_refused(world, monkeypatch, flags, words):
@@ -39,7 +47,7 @@ def test_what_does_not_go_together_is_refused(world, monkeypatch, flags, words):
     from hylo_megatron.errors import HyLoError
 
     monkeypatch.setenv("WORLD_SIZE", "2")
-    argv = list(map(str, helpers.train_flags(world, "distill", "x", **flags)))
+    argv = list(map(str, helpers.train_flags(world, **{"stage": "distill", "save": "x"} | flags)))
     with pytest.raises(HyLoError, match=words):
         known = command_line.user_flags(argv)
         command_line.check_given(known, argv)

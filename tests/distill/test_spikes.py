@@ -2,7 +2,9 @@
 
 import json
 import math
+from argparse import Namespace
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -132,6 +134,64 @@ def test_a_rollback_takes_the_weights_of_the_last_checkpoint(world, tmp_path):
     (folder / "latest_checkpointed_iteration.txt").write_text("11")
     tiny.same_bits(helpers.trained_weights(folder), before)
     assert Counter(line["event"] for line in events(folder))["rolled back"] == 1
+
+
+@pytest.mark.parametrize("schedule", [
+    "override_opt_param_scheduler", pytest.param("use_checkpoint_opt_param_scheduler", marks=pytest.mark.slow),
+])  # fmt: skip
+def test_a_rollback_after_another_schedule(world, tmp_path, schedule):
+    """It goes back to the checkpoint that --ckpt-step has loaded, and once there is a newer one to that."""
+    folder = tmp_path / "run"
+    done = run(world, folder, "rollback", {}, train_iters=4, save_interval=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    done = run(world, folder, "rollback", {3: math.nan, 5: math.nan}, train_iters=6, save_interval=4, lr=5e-5,
+               ckpt_step=2, **{schedule: True})  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert [line for line in done.stdout.splitlines() if line.startswith("rolled back")] == [
+        f"rolled back to the weights of iteration {iteration}" for iteration in (2, 4)]  # fmt: skip
+    if schedule.startswith("use"):  # the flags' rates are not those of the last checkpoint's groups
+        done = run(world, folder, "rollback", {}, train_iters=7, lr=5e-5, **{schedule: True})
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+
+
+def test_a_rollback_keeps_the_size_of_the_batch(tmp_path, monkeypatch, process_groups):
+    """With --step-batch-size-schedule the checkpoint's samples mean a smaller batch."""
+    from megatron.core import num_microbatches_calculator as calculator
+    from megatron.training import async_utils, training
+
+    from hylo_megatron.engine import guard
+
+    def load(models, optimizer, scheduler):
+        args.consumed_train_samples = 0
+        calculator.update_num_microbatches(0)
+        return 4, 0
+
+    args = Namespace(load=None, save=tmp_path, finetune=False, no_load_optim=False, no_load_rng=False,
+                     consumed_train_samples=24, skipped_train_samples=0, consumed_valid_samples=0)  # fmt: skip
+    monkeypatch.setattr(async_utils, "maybe_finalize_async_save", lambda blocking: None)
+    monkeypatch.setattr(training, "load_checkpoint", load)
+    monkeypatch.setattr(guard, "complete_iterations", lambda folder: [folder])
+    monkeypatch.setattr(calculator, "_GLOBAL_NUM_MICROBATCHES_CALCULATOR", None)
+    calculator.init_num_microbatches_calculator(0, None, 4, 2, 1, step_batch_size_schedule="0:2 16:4")
+    assert calculator.get_current_global_batch_size() == 2
+    calculator.update_num_microbatches(24)
+    guard.restore(args, [], None, SimpleNamespace(step=lambda increment: None))
+    assert args.consumed_train_samples == 24 and calculator.get_current_global_batch_size() == 4
+
+
+def test_a_skipped_step_with_a_gradient_that_is_not_finite_leaves_a_log_that_can_be_read(tmp_path, process_groups):
+    from hylo_megatron.convert.card_records import origin_of
+    from hylo_megatron.engine.step_log import StepLog
+    from hylo_megatron.run.records import read_steps
+
+    args = Namespace(hylo_stage="distill", global_batch_size=4, seq_length=64, hylo_log=None, save=tmp_path)
+    model = SimpleNamespace(settings=SimpleNamespace(kind=SimpleNamespace(layerwise=False)))
+    guard = SimpleNamespace(wrong="gradient norm", report=lambda *values: None)
+    log = StepLog(args, [model])
+    for step, norm in enumerate((math.nan, math.inf, 0.5), 1):
+        log.write({"loss": 2.0, "learnt": 9.0}, step, 1e-3, torch.tensor(norm), guard)
+    assert [line["grad_norm"] for line in read_steps(log.path)] == ["nan", "inf", 0.5]
+    assert origin_of(tmp_path).stages[0].steps == 3
 
 
 @pytest.mark.parallel

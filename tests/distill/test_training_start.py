@@ -238,6 +238,28 @@ def test_resume_with_another_schedule(world, tmp_path):
     assert rates(kept)[4:] == [0.0, 0.0]  # the old one was at its end
 
 
+def test_a_run_that_goes_on_keeps_what_layers_do_with_positions(world, tmp_path):
+    from hylo_megatron.train import write_companions
+
+    def start(save="run", **changes):
+        argv = map(str, helpers.train_flags(world, "distill", tmp_path / save, **changes))
+        write_companions(command_line.user_flags(list(argv)))
+
+    changes = dict(hylo_mla_rope="off", hylo_log_scale="600", hylo_linear_rope="on", hylo_rope='{"rope_theta": 4e5}')
+    start()
+    start(**changes)  # without a checkpoint the run starts anew
+    shutil.copytree(world["student"] / "release", tmp_path / "run" / "iter_0000002")
+    start(**changes)
+    for name in changes:
+        rest = {flag: value for flag, value in changes.items() if flag != name}
+        for more in ({}, dict(save="other", load=tmp_path / "run")):
+            with pytest.raises(HyLoError, match=f"^--{name.replace('_', '-')}: .* a run that goes on keeps it"):
+                start(**rest, **more)
+    start(save="other", load=tmp_path / "run", finetune=True)
+    arch = Architecture.load(tmp_path / "run")
+    assert not arch.mla_rope and arch.linear_rope and arch.log_scale and arch.rope_parameters["rope_theta"] == 4e5
+
+
 @pytest.mark.slow
 def test_steps_without_a_token_to_learn_count_zero(world, tmp_path):
     prepare([world["data"].parent / "text.jsonl"], world["student"] / "hf", tmp_path / "packed", pack_length=65)

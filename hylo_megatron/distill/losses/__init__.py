@@ -13,12 +13,15 @@ from hylo_megatron.distill.losses.ild import LayerDistance
 from hylo_megatron.distill.losses.kl import KL
 from hylo_megatron.distill.losses.loss import HeadLoss, HeadShape, LayerLoss, Loss
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.options import from_options
+from hylo_megatron.options import defaults, from_options
 
 LOSSES: dict[str, type[Loss]] = {"ild": LayerDistance, "kl": KL, "reverse-kl": ReverseKL, "jsd": JSD}
 
+# Older flags of other losses are accepted: a recipe's runner gives its flags to every stage.
+LEVERS = ("hylo_ce_from", "hylo_jsd_beta", "hylo_hidden_weight", "hylo_hidden_layers_weight")
+
 __all__ = ["JSD", "KL", "LOSSES", "HeadLoss", "HeadShape", "LayerDistance", "LayerLoss", "Loss", "ReverseKL",
-           "loss_class", "loss_of"]  # fmt: skip
+           "check_levers", "loss_class", "loss_of"]  # fmt: skip
 
 
 def loss_class(kind: StageKind, name: str | None = None) -> type[Loss]:
@@ -33,3 +36,20 @@ def loss_class(kind: StageKind, name: str | None = None) -> type[Loss]:
 def loss_of(kind: StageKind, values: argparse.Namespace) -> Loss:
     """Return the loss of a training, with the settings that its flags give."""
     return from_options(loss_class(kind, values.hylo_loss), values)
+
+
+def check_levers(kind: StageKind, values: argparse.Namespace) -> None:
+    """Raise ``HyLoError`` for a lever among the flags that would change nothing in this training."""
+    own = defaults(loss_class(kind, values.hylo_loss))
+    every = {name: default for loss in LOSSES.values() for name, default in defaults(loss).items()}
+    for name in LEVERS:
+        flag, value = "--" + name.replace("_", "-"), getattr(values, name)
+        if value != every[name] and name not in own:
+            loss = values.hylo_loss or kind.loss
+            raise HyLoError(
+                f"{flag} {value} has no effect: --hylo-stage {kind.name} has the loss {loss}; leave it out"
+            )
+    if "hylo_ce_from" in own and values.hylo_ce_from and not values.hylo_ce_weight:
+        raise HyLoError(
+            f"--hylo-ce-from {values.hylo_ce_from} has no effect: --hylo-ce-weight is 0; give one, or leave it out"
+        )
