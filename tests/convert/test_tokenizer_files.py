@@ -159,7 +159,7 @@ def test_named_templates_travel_from_the_base_to_the_exported_folder(tmp_path):
     (hf / "modeling_own.py").write_text("raise SystemExit")
     hf_to_megatron.convert(hf, tmp_path / "teacher")
     upcycle(tmp_path / "teacher", tmp_path / "student", ("mla",), init="svd", log=lambda line: None)
-    run = dict(hylo_student=tmp_path / "student", save=tmp_path / "run", hylo_rope=None, seq_length=64)
+    run = dict(hylo_student=tmp_path / "student", save=tmp_path / "run", hylo_rope=None, seq_length=64, load=None)
     write_companions(SimpleNamespace(**run))  # what training leaves beside its weights
     shutil.copytree(tmp_path / "student", tmp_path / "run", ignore=shutil.ignore_patterns("hf"), dirs_exist_ok=True)
     megatron_to_hf.convert(tmp_path / "run", tmp_path / "out")
