@@ -17,8 +17,8 @@ from hylo_megatron.evaluate.greedy import batches
 from hylo_megatron.evaluate.intervals import of_scores
 from hylo_megatron.evaluate.perplexity import IGNORED, token_losses
 from hylo_megatron.evaluate.questions import Choice, prompt_ids
+from hylo_megatron.evaluate.run_task import Answerer, run, summary
 from hylo_megatron.evaluate.task import Prompt, Task
-from hylo_megatron.evaluate.tasks import Answerer, run, summary
 
 LETTER = re.compile(r"^\W*([A-Z])(?![\w'])|(?i:\b(?:answer|option)(?: is)?:?)\s*\W?([A-Z])(?![\w'])")
 MARKS = ' *"“”'

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.evaluate.prompts import MAX_NEW_TOKENS, NeedlePrompt, make_needles, prose_of
+from hylo_megatron.evaluate.run_task import answerer, run
 from hylo_megatron.evaluate.task import Prompt, Task
-from hylo_megatron.evaluate.tasks import answerer, run
 
 NUMBER = re.compile(r"\d{1,3}(?:,\d{3})+|\d+")
 NUMBER_IS_OVER = re.compile(r"\d(?:[^\d,]|,\D)")

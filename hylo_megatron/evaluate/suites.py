@@ -11,9 +11,9 @@ from hylo_megatron.evaluate.models import Loaded
 from hylo_megatron.evaluate.needle import Needle
 from hylo_megatron.evaluate.perplexity import long_documents_of, perplexity_of
 from hylo_megatron.evaluate.questions import draw, read_answers, read_choices
+from hylo_megatron.evaluate.run_task import answerer, run, summary
 from hylo_megatron.evaluate.settings import Settings
 from hylo_megatron.evaluate.task import Task
-from hylo_megatron.evaluate.tasks import answerer, run, summary
 
 TEXTS = ("prose", "book", "code", "c")  # kinds of text with a perplexity
 Files = dict[

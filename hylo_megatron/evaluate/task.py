@@ -1,6 +1,6 @@
 """Interface of tasks whose answers are decoded greedily and scored as text: prompts, score, and when to stop.
 
-``generation.py`` runs every task. A task never sees the model, so tests can answer its prompts without one.
+``run_task.py`` runs every task. A task never sees the model, so tests can answer its prompts without one.
 """
 
 from dataclasses import dataclass, field

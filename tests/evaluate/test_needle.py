@@ -23,7 +23,7 @@ from hylo_megatron.evaluate.prompts import (
     make_needles,
     prompt_text,
 )
-from hylo_megatron.evaluate.tasks import answerer
+from hylo_megatron.evaluate.run_task import answerer
 
 
 def test_needles_are_found_by_a_model_that_copies(tokenizer, prose):

@@ -14,10 +14,10 @@ from hylo_megatron.evaluate.answers import Answers, normalised
 from hylo_megatron.evaluate.intervals import bootstrap, of_scores, wilson
 from hylo_megatron.evaluate.needle import Needle
 from hylo_megatron.evaluate.questions import draw, read_answers, read_choices
+from hylo_megatron.evaluate.run_task import answerer, run
 from hylo_megatron.evaluate.settings import SUITES
 from hylo_megatron.evaluate.suites import REGISTRY
 from hylo_megatron.evaluate.task import Prompt
-from hylo_megatron.evaluate.tasks import answerer, run
 
 CHOICES = [
     {"question": f"What is {n} plus {n}?", "options": [str(2 * n + d) for d in range(4)], "answer": str(2 * n)}
