@@ -9,7 +9,6 @@ read ahead: what then counts is the wait, in the last column.
 
 import argparse
 import json
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -18,10 +17,9 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from hylo_megatron import packages  # noqa: E402
-from hylo_megatron.engine.register import install  # noqa: E402
-from hylo_megatron.flags import command_line  # noqa: E402
+from hylo_megatron import packages
+from hylo_megatron.engine.register import install
+from hylo_megatron.flags import command_line
 
 install("megatron")
 from hylo_megatron.data.dali_loader import DaliLoader  # noqa: E402
