@@ -19,6 +19,14 @@ class ParallelLayout:
     sequence_parallel: bool = False
     linear_cp: str = "auto"
 
+    @property
+    def passes_states(self) -> bool:
+        """Whether linear blocks pass states between context-parallel ranks.
+
+        Otherwise megatron-core's all-to-all distributes the heads, which sends the whole projection.
+        """
+        return self.cp > 1 and self.linear_cp != "a2a"
+
     def __str__(self) -> str:
         return f"TP {self.tp} PP {self.pp} CP {self.cp}"
 
@@ -45,14 +53,6 @@ class Work:
 NO_WORK = Work()
 
 
-def passes_states(choice: str, heads: int, tp: int, cp: int) -> bool:
-    """Return whether a linear block of ``heads`` passes states between context-parallel ranks.
-
-    Otherwise megatron's all-to-all distributes the heads. ``choice`` is ``--hylo-linear-cp``.
-    """
-    return cp > 1 and (choice == "states" or (choice == "auto" and heads % (tp * cp) != 0))
-
-
 def _heads(arch: Architecture, at: ParallelLayout) -> Iterable[tuple[str, int, str, int]]:
     """Yield ``(what, how many, the sizes that divide them, how many ranks that makes)``."""
     yield "attention heads", arch.num_attention_heads, "TP", at.tp
@@ -62,7 +62,7 @@ def _heads(arch: Architecture, at: ParallelLayout) -> Iterable[tuple[str, int, s
         if name in arch.plan:
             title, field = MIXERS[name].heads
             count = getattr(MIXERS[name].dimensions(arch.geometry), field)
-            distributed = at.cp > 1 and not passes_states(at.linear_cp, count, at.tp, at.cp)
+            distributed = at.cp > 1 and not at.passes_states
             yield title, count, "TP x CP" if distributed else "TP", at.tp * (at.cp if distributed else 1)
 
 

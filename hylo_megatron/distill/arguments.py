@@ -28,7 +28,7 @@ def _add_model_arguments(add) -> None:
         choices=("auto", "a2a", "states"),
         default="auto",
         help="context parallelism of linear blocks: all-to-all over heads, or states composed from those of all ranks"
-        " (auto: a2a where the heads divide by the ranks)",
+        " (default: auto, which is states)",
     )
     add(
         "--hylo-initial-states",
@@ -74,6 +74,7 @@ def _add_run_arguments(add) -> None:
 
 def add_hylo_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the ``--hylo-*`` flags: those of the stage, of the models and of the run, and those of every loss."""
+    parser.set_defaults(cp_comm_type=["auto"])  # megatron's flag, whose default is p2p
     group = parser.add_argument_group("hylo")
     add = group.add_argument
     add(

@@ -15,7 +15,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from torch import Tensor
 
 from hylo_megatron.config import Architecture
-from hylo_megatron.config.layout import passes_states
+from hylo_megatron.config.layout import ParallelLayout
 from hylo_megatron.config.positions import rotary_width
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.kernels import ops_for
@@ -30,7 +30,6 @@ def sharing(entry: Mixer, arch: Architecture, linear_cp: str) -> dict:
     """Return the parameters of ``LinearMixer`` for a mixer. ``linear_cp``: ``--hylo-linear-cp``."""
     rotary = Rotary(arch, rotary_width(entry.name, arch.geometry)) if arch.linear_rope else None
     return {
-        "heads": getattr(entry.dimensions(arch.geometry), entry.heads[1]),
         "linear_cp": linear_cp,
         "rotary": rotary,  # one for all layers
     }
@@ -58,18 +57,19 @@ class LinearMixer:
     -inf in A_log has killed runs. ``Float16Module`` casts the complete model; ``_apply`` keeps the parameters out of
     the cast.
 
-    ``heads``: those that the all-to-all would deal out. ``across_ranks``: the mixer's own kernels with states that
-    pass between ranks, by their names in ``kernels.Ops``. Sets ``kernels``, which chooses kernels by tensor, and
-    ``chunks``, the parts of a sequence that a rank has: 2 where states are passed, else 1.
+    ``across_ranks``: the mixer's own kernels with states that pass between ranks, by their names in ``kernels.Ops``.
+    Sets ``kernels``, which chooses kernels by tensor, and ``chunks``, the parts of a sequence that a rank has: 2 where
+    states are passed, else 1.
     """
 
     fp32_names: tuple[str, ...] = ()
     across_ranks: ClassVar[dict[str, Callable]] = {}
 
-    def __init__(self, config, *args, heads: int, pg_collection=None, linear_cp: str = "auto",
-                 rotary: Rotary | None = None, **kwargs):  # fmt: skip
-        tp, cp = pg_collection.tp.size(), pg_collection.cp.size()
-        states = passes_states(linear_cp, heads, tp, cp)
+    def __init__(
+        self, config, *args, pg_collection=None, linear_cp: str = "auto", rotary: Rotary | None = None, **kwargs
+    ):
+        cp = pg_collection.cp.size()
+        states = ParallelLayout(cp=cp, linear_cp=linear_cp).passes_states
         groups = without_context_parallelism(pg_collection) if states else pg_collection
         super().__init__(config, *args, pg_collection=groups, **kwargs)
         self.chunks, self.kernels, self.rotary, self.ranks = 1, ops_for, rotary, (1, 0)

@@ -19,8 +19,7 @@ input where their weight is trained).
 from dataclasses import dataclass
 
 from hylo_megatron.config import Architecture
-from hylo_megatron.config.layout import ParallelLayout, passes_states
-from hylo_megatron.mixers.mixer import Mixer
+from hylo_megatron.config.layout import ParallelLayout
 
 
 @dataclass(frozen=True)
@@ -66,10 +65,10 @@ def aligned(width: int) -> int:
     return -(-width // 16) * 16
 
 
-def projection(entry: Mixer, width: int, arch: Architecture, at: Share) -> int:
+def projection(width: int, arch: Architecture, at: Share) -> int:
     """Return bytes that an aligned projection of ``width`` a rank keeps: its output, and the copy of its weight that
     ends in zeros. The all-to-all takes the output without zeros."""
-    if at.layout.cp > 1 and not shares_states(entry, arch, at):
+    if at.layout.cp > 1 and not at.layout.passes_states:
         return at.inner(width)
     return at.inner(aligned(width)) + (2 * aligned(width) * arch.hidden_size if width % 16 else 0)
 
@@ -81,9 +80,3 @@ def delta_rule_states(heads: int, key: int, value: int, at: Share) -> int:
     """
     others = (2 * at.layout.cp - 1) / 2
     return at.inner(2 * heads * key) + at.states(int(heads * key * (key + 2.5 * value + others * key)))
-
-
-def shares_states(entry: Mixer, arch: Architecture, at: Share) -> bool:
-    """Return whether a linear mixer passes states between context-parallel ranks."""
-    heads = getattr(entry.dimensions(arch.geometry), entry.heads[1])
-    return passes_states(at.layout.linear_cp, heads, at.layout.tp, at.layout.cp)

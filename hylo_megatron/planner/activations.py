@@ -6,7 +6,7 @@
 from hylo_megatron.config import Architecture
 from hylo_megatron.config.positions import rotary_width
 from hylo_megatron.mixers import MIXERS
-from hylo_megatron.mixers.memory import Share, SubLayer, shares_states
+from hylo_megatron.mixers.memory import Share, SubLayer
 
 
 def mixer(kind: str, arch: Architecture, at: Share) -> SubLayer:
@@ -23,7 +23,7 @@ def tables(arch: Architecture, kinds: set[str], at: Share) -> int:
 
 def _linear_table(kind: str, arch: Architecture, at: Share) -> int:
     """Return bytes of fp32 cosines and sines for the positions of this rank, or of all ranks with all-to-all."""
-    ranks = 1 if shares_states(MIXERS[kind], arch, at) else at.layout.cp
+    ranks = 1 if at.layout.passes_states else at.layout.cp
     return 4 * at.length * ranks * rotary_width(kind, arch.geometry)
 
 
@@ -44,10 +44,12 @@ def teacher_work(arch: Architecture, at: Share) -> int:
     """Return the peak of a Transformer layer without a backward pass.
 
     Its input and the norm of it stand beside the larger of (a) gate, up and their product, (b) q, k, v, rotated, and
-    the output. With context parallelism (b) has the own, the joined and the incoming keys and values, those of one
-    rank written out for every head, and outputs of this rank and of all so far (fp32), scaled and added.
+    the output. With context parallelism (b) also has the own keys and values side by side, those of all ranks, and the
+    output of one block beside that of all so far, which is fp32 with more than two blocks.
     """
     tp, heads, keys = at.layout.tp, arch.num_attention_heads, arch.num_key_value_heads
-    tensors = 10 * heads + 6 * keys if at.layout.cp > 1 else 3 * heads + 4 * keys
+    tensors, cp = 3 * heads + 4 * keys, at.layout.cp
+    if cp > 1:
+        tensors += heads * (1 if cp == 2 else 2) + 2 * keys * (1 + cp)
     attention = at.inner(tensors * arch.head_dim / tp)
     return 2 * at.outer(arch.hidden_size) + max(at.inner(3 * arch.intermediate_size / tp), attention)

@@ -117,6 +117,13 @@ def _attention(q, k, v, **_):
     return _FlashAttention.apply(q, k, F.pad(v, (0, missing)) if missing else v)
 
 
+def _attend(q, k, v, *_):
+    """Return output in the layout of ``q``, and denominators. One width is as ``attend`` pads on a GPU."""
+    batch, heads, length, key = q.shape
+    out = q.new_empty(length, batch, heads, max(key, v.shape[-1])).permute(1, 2, 0, 3)
+    return out[..., : v.shape[-1]], q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
 def pretend_gpu() -> None:
     """GPU paths of the layers, with kernels that do nothing."""
     from fla.modules.convolution import causal_conv1d
@@ -133,7 +140,7 @@ def pretend_gpu() -> None:
     gdn.causal_conv1d = causal_conv1d
     norm.rms_norm = megatron_layers.rms_norm = _RMSNorm.apply
     megatron_attention.F = types.SimpleNamespace(**vars(F) | {"scaled_dot_product_attention": _attention})
-    attention.attend = lambda q, k, v, *_: (v.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(q.shape[:3]).float())
+    attention.attend = _attend
     kl_fused.fits = lambda *_: True
     kl_fused._kernels = lambda: [type("Kernel", (), {"__getitem__": lambda *_: lambda *args, **kwargs: None})()] * 2
     # random states have values, which the tensors of whole steps have not
@@ -159,7 +166,7 @@ def build(arch, **overrides):
     from hylo_megatron.layers.model import build_model
 
     rest = {key: overrides.pop(key) for key in ("linear_cp", "pre_process", "post_process") if key in overrides}
-    config = layout_config(arch, torch.bfloat16, cp_comm_type="p2p", deallocate_pipeline_outputs=True, **overrides)
+    config = layout_config(arch, torch.bfloat16, deallocate_pipeline_outputs=True, **overrides)
     return build_model(arch, config, **rest)
 
 

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 from helpers.paths import ROOT
+from helpers.train import torchrun
 from helpers.waits import PATIENCE
 
 
@@ -54,3 +55,27 @@ def test_kernel_benchmark_runs():
     assert result.returncode == 0, result.stderr[-2000:]
     for name in ("gated delta rule", "state-space scan", "projection, convolved", "rotary", "hidden-state KL"):
         assert name in result.stdout
+
+
+def test_attention_across_ranks_is_compared_with_one_process():
+    run = torchrun(ROOT / "tools" / "bench" / "attention_ranks.py", "--parts", "teacher", "mla", processes=2)
+    assert run.returncode == 0, run.stderr[-2000:]
+    lines = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
+    assert lines[-1]["verdict"] == "right"
+    compared = {(line["part"], line["what"]) for line in lines if "error" in line or "errors" in line}
+    assert {("teacher", "2 ranks, p2p"), ("teacher", "2 ranks, auto"), ("mla", "2 ranks, auto")} <= compared
+
+
+def test_a_wrong_attention_is_said(monkeypatch):
+    spec = importlib.util.spec_from_file_location("ranks", ROOT / "tools" / "bench" / "attention_ranks.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "ranks", module)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module.dist, "get_world_size", lambda: 1)
+    monkeypatch.setattr(module.dist, "all_gather_object", lambda found, error: found.__setitem__(0, error))
+    report = module.Report()
+    report.parity("right", 1e-6, 1e-5)
+    assert not report.wrong
+    report.parity("wrong", 1e-4, 1e-5)
+    report.parity("lost", float("nan"), 1e-5)
+    assert [line.split(":")[0] for line in report.wrong] == ["wrong", "lost"]

@@ -2,9 +2,8 @@
 
 from hylo_megatron.config import Architecture
 from hylo_megatron.config.decisions import CHUNK
-from hylo_megatron.mixers.gdn import MIXER
 from hylo_megatron.mixers.gdn.geometry import GDNGeometry
-from hylo_megatron.mixers.memory import Share, SubLayer, delta_rule_states, projection, shares_states
+from hylo_megatron.mixers.memory import Share, SubLayer, delta_rule_states, projection
 
 UNSPLIT = ("mixer.o_norm.weight",)
 
@@ -24,10 +23,10 @@ def activations(arch: Architecture, at: Share) -> SubLayer:
     """
     g, tp, d = arch.geometry.gdn, at.layout.tp, arch.hidden_size
     m, h, k, v = g.num_key_heads // tp, g.num_value_heads // tp, g.key_head_dim, g.value_head_dim
-    kept = at.outer(d) + projection(MIXER, 2 * m * k + 2 * h * v + 2 * h, arch, at)
+    kept = at.outer(d) + projection(2 * m * k + 2 * h * v + 2 * h, arch, at)
     kept += at.inner(2 * m * k + 4 * h * v + CHUNK * h)
     kept += at.inner(h + 2 * (4 * h + 2 * m))  # beta; decay in three forms, three statistics
-    if shares_states(MIXER, arch, at):
+    if at.layout.passes_states:
         kept += delta_rule_states(h, k, v, at)
     work = at.inner(2 * h * k * v / CHUNK + 4 * h * v + 4 * h * k)  # states and their gradients; dq, dk, dv, w, u, ..
     return SubLayer(kept, work, at.outer(d))

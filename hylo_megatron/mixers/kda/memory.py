@@ -2,9 +2,8 @@
 
 from hylo_megatron.config import Architecture
 from hylo_megatron.config.decisions import CHUNK
-from hylo_megatron.mixers.kda import MIXER
 from hylo_megatron.mixers.kda.geometry import KDAGeometry
-from hylo_megatron.mixers.memory import Share, SubLayer, delta_rule_states, projection, shares_states
+from hylo_megatron.mixers.memory import Share, SubLayer, delta_rule_states, projection
 
 UNSPLIT = ("mixer.o_norm.weight", "mixer.f_a_proj.weight", "mixer.g_a_proj.weight")
 
@@ -23,10 +22,10 @@ def activations(arch: Architecture, at: Share) -> SubLayer:
     """
     g, tp, d = arch.geometry.kda, at.layout.tp, arch.hidden_size
     h, k = g.num_heads // tp, g.head_dim
-    kept = at.outer(d + 2 * k) + projection(MIXER, 3 * h * k + h, arch, at)
+    kept = at.outer(d + 2 * k) + projection(3 * h * k + h, arch, at)
     kept += at.inner(7 * h * k + 2 * CHUNK * h)
     kept += at.inner(h + 2 * 3 * h)  # beta; three statistics
-    if shares_states(MIXER, arch, at):
+    if at.layout.passes_states:
         kept += delta_rule_states(h, k, k, at)
     # Counted in fla's backward pass: states and their gradients, triangular matrices with theirs, and as wide as the
     # heads what it makes again (w, u, decayed queries and keys, fp32 decays) beside gradients, some of them fp32.

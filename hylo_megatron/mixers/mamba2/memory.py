@@ -2,9 +2,8 @@
 
 from hylo_megatron.config import Architecture
 from hylo_megatron.config.decisions import CHUNK
-from hylo_megatron.mixers.mamba2 import MIXER
 from hylo_megatron.mixers.mamba2.geometry import Mamba2Geometry
-from hylo_megatron.mixers.memory import Share, SubLayer, projection, shares_states
+from hylo_megatron.mixers.memory import Share, SubLayer, projection
 
 UNSPLIT = ()
 
@@ -23,9 +22,9 @@ def activations(arch: Architecture, at: Share) -> SubLayer:
     """
     g, tp, d = arch.geometry.mamba2, at.layout.tp, arch.hidden_size
     h, groups, p, n = g.num_heads // tp, g.num_groups // tp, g.head_dim, g.state_size
-    kept = at.outer(d) + projection(MIXER, 2 * h * p + 2 * groups * n + h, arch, at)
+    kept = at.outer(d) + projection(2 * h * p + 2 * groups * n + h, arch, at)
     kept += at.inner(6 * h * p + 2 * h * n) + at.inner(2 * (3 * h + groups))
-    if shares_states(MIXER, arch, at):
+    if at.layout.passes_states:
         kept += at.inner(groups * n + h * p + 2 * h) + at.states(int(1.5 * h * p * n))
     work = at.inner(2 * h * p * n / CHUNK + 2 * h * n + h * p)
     return SubLayer(kept, work, at.outer(d))

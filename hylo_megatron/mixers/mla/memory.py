@@ -37,8 +37,9 @@ def activations(arch: Architecture, at: Share) -> SubLayer:
     key = g.qk_nope_head_dim + g.qk_rope_head_dim
     before_norm = at.inner(heads * key + 2 * heads) if arch.mla_qk_norm else 0  # with the norm's statistics
     kept = at.outer(d + (g.q_lora_rank or 0)) + at.inner(heads * (key + g.v_head_dim) + 2 * heads) + before_norm
-    if at.layout.cp > 1:  # keys and values are made again of the latents, which go round
-        kept += at.inner(g.kv_lora_rank + g.qk_rope_head_dim + heads * g.v_head_dim)
+    if at.layout.cp > 1:  # keys and values are made again of the latents of all ranks
+        padded = heads * key if g.v_head_dim < key else 0  # outputs as wide as keys, beside those without padding
+        kept += at.inner(at.layout.cp * (g.kv_lora_rank + g.qk_rope_head_dim) + padded)
     else:
         values = 2 * key if g.v_head_dim < key else g.qk_nope_head_dim + g.v_head_dim
         kept += at.outer(g.kv_lora_rank) + at.inner(heads * (key + values)) + before_norm
