@@ -69,16 +69,22 @@ def causal_conv1d(
 
 
 def split_convolve(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, sizes: tuple[int, ...], start: int = 0
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    sizes: tuple[int, ...],
+    start: int = 0,
+    halo: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """Cut a linear block's projection ``x [B,S,>=sum(sizes)]`` into sections, each ``[B,S,size]``.
 
     The C channels of ``weight`` [C,W], from ``start`` on and in whole sections, are convolved and passed through SiLU.
+    ``halo``: the W-1 inputs before the first ``[B,W-1,C]``; without them zeros.
     """
     ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
     before = [size for size, end in zip(sizes, ends, strict=True) if end <= start]
     after = [size for size, end in zip(sizes, ends, strict=True) if end > start + len(weight)]
     inside = list(sizes[len(before) : len(sizes) - len(after)])
     pieces = x.split([*before, len(weight), *after, x.shape[-1] - sum(sizes)], -1)
-    convolved, _ = causal_conv1d(pieces[len(before)], weight, bias)
+    convolved, _ = causal_conv1d(pieces[len(before)], weight, bias, initial_state=halo)
     return *pieces[: len(before)], *convolved.split(inside, -1), *pieces[len(before) + 1 : -1]

@@ -16,8 +16,8 @@ SUM_ROWS, TILES = 16, 16  # rows and number of the tiles over which one program 
 
 
 @triton.jit
-def _before_silu(x_ptr, w_ptr, bias_ptr, t, c, channels, length, stride_s, WIDTH: tl.constexpr, BIAS: tl.constexpr,
-                 ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+def _before_silu(x_ptr, w_ptr, bias_ptr, halo_ptr, t, c, channels, length, stride_s, halo_s, WIDTH: tl.constexpr,
+                 BIAS: tl.constexpr, HALO: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
     """Return the convolution at rows ``t`` and channels ``c``, in fp32."""
     here = c < channels
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -25,6 +25,10 @@ def _before_silu(x_ptr, w_ptr, bias_ptr, t, c, channels, length, stride_s, WIDTH
         at = t - (WIDTH - 1) + i
         mask = ((at >= 0) & (t < length))[:, None] & here[None, :]
         x = tl.load(x_ptr + at.to(tl.int64)[:, None] * stride_s + c[None, :], mask=mask, other=0.0).to(tl.float32)
+        if HALO:  # W-1 rows before the first
+            mask = ((at < 0) & (t < length))[:, None] & here[None, :]
+            row = (at + WIDTH - 1)[:, None]
+            x += tl.load(halo_ptr + row * halo_s + c[None, :], mask=mask, other=0.0).to(tl.float32)
         total += x * tl.load(w_ptr + c * WIDTH + i, mask=here, other=0.0).to(tl.float32)[None, :]
     if BIAS:
         total += tl.load(bias_ptr + c, mask=here, other=0.0).to(tl.float32)[None, :]
@@ -32,25 +36,29 @@ def _before_silu(x_ptr, w_ptr, bias_ptr, t, c, channels, length, stride_s, WIDTH
 
 
 @triton.jit
-def convolve_forward(x_ptr, w_ptr, bias_ptr, y_ptr, length, channels, stride_b, stride_s, WIDTH: tl.constexpr,
-             BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+def convolve_forward(x_ptr, w_ptr, bias_ptr, halo_ptr, y_ptr, length, channels, stride_b, stride_s, halo_s,
+                     WIDTH: tl.constexpr, BIAS: tl.constexpr, HALO: tl.constexpr, ROWS: tl.constexpr,
+                     COLUMNS: tl.constexpr):  # fmt: skip
     c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     t = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     batch = tl.program_id(2).to(tl.int64)
     inside = (t < length)[:, None] & (c < channels)[None, :]
     x_ptr += batch * stride_b
+    if HALO:
+        halo_ptr += batch * (WIDTH - 1) * halo_s
     if WIDTH == 0:  # the section is copied, not convolved
         y = tl.load(x_ptr + t.to(tl.int64)[:, None] * stride_s + c[None, :], mask=inside)
     else:
-        z = _before_silu(x_ptr, w_ptr, bias_ptr, t, c, channels, length, stride_s, WIDTH, BIAS, ROWS, COLUMNS)
+        z = _before_silu(x_ptr, w_ptr, bias_ptr, halo_ptr, t, c, channels, length, stride_s, halo_s, WIDTH, BIAS, HALO,
+                         ROWS, COLUMNS)  # fmt: skip
         y = z * tl.sigmoid(z)
     rows = batch * length + t
     tl.store(y_ptr + rows[:, None] * channels + c[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def convolve_backward_silu(x_ptr, w_ptr, bias_ptr, dy_ptr, dz_ptr, length, channels, stride_b, stride_s,
-                           WIDTH: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr,
+def convolve_backward_silu(x_ptr, w_ptr, bias_ptr, halo_ptr, dy_ptr, dz_ptr, length, channels, stride_b, stride_s,
+                           halo_s, WIDTH: tl.constexpr, BIAS: tl.constexpr, HALO: tl.constexpr, ROWS: tl.constexpr,
                            COLUMNS: tl.constexpr):  # fmt: skip
     """Write dz [B,S,N], the gradient before SiLU."""
     c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -58,7 +66,10 @@ def convolve_backward_silu(x_ptr, w_ptr, bias_ptr, dy_ptr, dz_ptr, length, chann
     batch = tl.program_id(2).to(tl.int64)
     inside = (t < length)[:, None] & (c < channels)[None, :]
     x_ptr += batch * stride_b
-    z = _before_silu(x_ptr, w_ptr, bias_ptr, t, c, channels, length, stride_s, WIDTH, BIAS, ROWS, COLUMNS)
+    if HALO:
+        halo_ptr += batch * (WIDTH - 1) * halo_s
+    z = _before_silu(x_ptr, w_ptr, bias_ptr, halo_ptr, t, c, channels, length, stride_s, halo_s, WIDTH, BIAS, HALO,
+                     ROWS, COLUMNS)  # fmt: skip
     at_y = (batch * length + t)[:, None] * channels + c[None, :]
     gate = tl.sigmoid(z)
     dz = tl.load(dy_ptr + at_y, mask=inside, other=0.0).to(tl.float32) * gate * (1 + z * (1 - gate))
@@ -140,30 +151,51 @@ def _sections(sizes: tuple[int, ...], start: int, channels: int):
         first += size
 
 
+def _of_section(row: int | None, taps_NW: Tensor, bias_N: Tensor | None, halo_BWN: Tensor | None):
+    """Return taps, bias and halo from the section's first row of taps on; None if the section is not convolved."""
+    if row is None:
+        return None, None, None
+    return taps_NW[row:], None if bias_N is None else bias_N[row:], None if halo_BWN is None else halo_BWN[..., row:]
+
+
+def _from_halo(halo_BWN: Tensor, d_z: Tensor, taps_NW: Tensor, d_taps_WN: Tensor) -> Tensor:
+    """Return the gradient of the W-1 rows before the first, and add to ``d_taps_WN`` what these rows gave.
+
+    Row j of the halo reached row j - i of the output through tap i.
+    """
+    halo, d_halo, rows = halo_BWN.float(), torch.zeros_like(halo_BWN, dtype=torch.float32), halo_BWN.shape[1]
+    for i in range(rows):
+        reached = d_z[:, : rows - i].float()
+        d_halo[:, i : i + reached.shape[1]] += taps_NW[:, i].float() * reached
+        d_taps_WN[i] += (halo[:, i : i + reached.shape[1]] * reached).sum((0, 1))
+    return d_halo.to(halo_BWN.dtype)
+
+
 class _SplitConvolve(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_BSC, taps_NW, bias_N, sizes, start):
+    def forward(ctx, x_BSC, taps_NW, bias_N, halo_BWN, sizes, start):
         batch, length, _ = x_BSC.shape
         outs = []
         for first, size, row in _sections(sizes, start, len(taps_NW)):
             out = torch.empty(batch, length, size, dtype=x_BSC.dtype, device=x_BSC.device)
-            taps, bias = (None, None) if row is None else (taps_NW[row:], None if bias_N is None else bias_N[row:])
-            width = 0 if taps is None else taps.shape[1]
+            taps, bias, halo = _of_section(row, taps_NW, bias_N, halo_BWN)
+            width, strides = 0 if taps is None else taps.shape[1], (x_BSC.stride(0), x_BSC.stride(1), len(taps_NW))
             grid = (triton.cdiv(size, COLUMNS), triton.cdiv(length, ROWS), batch)
-            convolve_forward[grid](x_BSC[..., first:], taps, bias, out, length, size, x_BSC.stride(0), x_BSC.stride(1),
-                           width, bias is not None, ROWS, COLUMNS, num_warps=4)  # fmt: skip
+            convolve_forward[grid](x_BSC[..., first:], taps, bias, halo, out, length, size, *strides, width,
+                                   bias is not None, halo is not None, ROWS, COLUMNS, num_warps=4)  # fmt: skip
             outs.append(out)
-        ctx.save_for_backward(x_BSC, taps_NW, bias_N)
+        ctx.save_for_backward(x_BSC, taps_NW, bias_N, halo_BWN)
         ctx.sizes, ctx.start = sizes, start
         return tuple(outs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *d_outs):
-        x_BSC, taps_NW, bias_N = ctx.saved_tensors
+        x_BSC, taps_NW, bias_N, halo_BWN = ctx.saved_tensors
         batch, length, _ = x_BSC.shape
         d_x = torch.empty_strided(x_BSC.shape, x_BSC.stride(), dtype=x_BSC.dtype, device=x_BSC.device)
         d_taps = torch.empty(taps_NW.shape[1] + 1, len(taps_NW), dtype=torch.float32, device=x_BSC.device)
+        d_halo = None if halo_BWN is None else torch.empty_like(halo_BWN)
         for (first, size, row), d_out in zip(_sections(ctx.sizes, ctx.start, len(taps_NW)), d_outs, strict=True):
             d_out, x, d_section = d_out.contiguous(), x_BSC[..., first:], d_x[..., first:]
             columns, rows = triton.cdiv(size, COLUMNS), triton.cdiv(length, ROWS)
@@ -171,23 +203,34 @@ class _SplitConvolve(torch.autograd.Function):
             if row is None:
                 copy_backward[columns, rows, batch](d_out, d_section, *shape, ROWS, COLUMNS, num_warps=4)
                 continue
-            taps, bias, width = taps_NW[row:], None if bias_N is None else bias_N[row:], taps_NW.shape[1]
-            d_z = torch.empty_like(d_out)
-            convolve_backward_silu[columns, rows, batch](x, taps, bias, d_out, d_z, *shape, width, bias is not None,
-                                                         ROWS, COLUMNS, num_warps=4)  # fmt: skip
-            parts = triton.cdiv(length, SUM_ROWS * TILES)
+            taps, bias, halo = _of_section(row, taps_NW, bias_N, halo_BWN)
+            width, d_z = taps.shape[1], torch.empty_like(d_out)
+            convolve_backward_silu[columns, rows, batch](x, taps, bias, halo, d_out, d_z, *shape, len(taps_NW), width,
+                                                         bias is not None, halo is not None, ROWS, COLUMNS,
+                                                         num_warps=4)  # fmt: skip
+            parts, here = triton.cdiv(length, SUM_ROWS * TILES), slice(row, row + size)
             sums = d_taps.new_empty(batch * parts, width + 1, size)
             convolve_backward_input[columns, parts, batch](d_z, x, taps, d_section, sums, *shape, width, SUM_ROWS,
                                                            COLUMNS, TILES, num_warps=8)  # fmt: skip
-            d_taps[:, row : row + size] = sums.sum(0)
+            d_taps[:, here] = sums.sum(0)
+            if halo is not None:
+                d_halo[..., here] = _from_halo(halo_BWN[..., here], d_z, taps_NW[here], d_taps[:, here])
         d_x[..., sum(ctx.sizes) :].zero_()
         d_bias = None if bias_N is None else d_taps[-1].to(bias_N.dtype)
-        return d_x, d_taps[:-1].t().to(taps_NW.dtype), d_bias, None, None
+        return d_x, d_taps[:-1].t().to(taps_NW.dtype), d_bias, d_halo, None, None
 
 
-def split_convolve(x: Tensor, weight: Tensor, bias: Tensor | None, sizes: tuple[int, ...], start: int = 0):
+def split_convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    sizes: tuple[int, ...],
+    start: int = 0,
+    halo: Tensor | None = None,
+):
     """Compute ``conv.split_convolve``."""
     if weight.shape[1] > 4:
         raise NotImplementedError(f"a convolution of width {weight.shape[1]}: the fused kernel goes to 4")
     x = x if x.stride(-1) == 1 else x.contiguous()
-    return _SplitConvolve.apply(x, weight.contiguous(), bias, tuple(sizes), start)
+    halo = halo if halo is None else halo.contiguous()
+    return _SplitConvolve.apply(x, weight.contiguous(), bias, halo, tuple(sizes), start)

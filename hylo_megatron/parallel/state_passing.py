@@ -21,7 +21,6 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from hylo_megatron.errors import HyLoError
@@ -138,10 +137,8 @@ def split_convolve(local: Ops, group, x_BSC: Tensor, weight: Tensor, bias: Tenso
             " context-parallel ranks or a longer sequence"
         )
     halo = _Before.apply(x_BSC[:, -back:, channels], group)
-    halo = F.pad(halo, (start, x_BSC.shape[-1] - start - len(weight)))
-    sections = local.split_convolve(torch.cat([halo, x_BSC], 1), weight, bias, sizes, start)
     # contiguous, because kernels need not support these strides
-    return tuple(section[:, back:].contiguous() for section in sections)
+    return tuple(part.contiguous() for part in local.split_convolve(x_BSC, weight, bias, sizes, start, halo))
 
 
 def kernels_across(group, recurrences: dict[str, Callable]) -> Callable[[Tensor], Ops]:

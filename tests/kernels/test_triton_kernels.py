@@ -28,7 +28,8 @@ def compare(fused, reference, inputs):
 def split(module, sequence_first, bias):
     def run(x, weight, *rest):
         x = x.transpose(0, 1) if sequence_first else x
-        return module.split_convolve(x, weight, rest[0] if bias else None, (16, 80, 24, 8, 18), start=16)
+        halo = rest[-1] if len(rest) > bias else None
+        return module.split_convolve(x, weight, rest[0] if bias else None, (16, 80, 24, 8, 18), start=16, halo=halo)
     return run
 
 torch.manual_seed(0)
@@ -37,6 +38,8 @@ for sequence_first in (True, False):
         x = torch.randn(350, 2, 160) if sequence_first else torch.randn(2, 350, 160)  # 14 columns are nobody's
         inputs = [x, torch.randn(104, 4)] + [torch.randn(104)] * bias
         compare(split(triton_conv, sequence_first, bias), split(conv, sequence_first, bias), inputs)
+        halo = torch.randn(2, 3, 104)
+        compare(split(triton_conv, sequence_first, bias), split(conv, sequence_first, bias), [*inputs, halo])
 x, y = torch.randn(3, 7, 1060), torch.randn(3, 7, 530)
 compare(triton_pointwise.swiglu_packed, norm.swiglu_packed, [x])
 compare(lambda a: triton_pointwise.distance(a, y), lambda a: norm.distance(a, y), [x[..., :530]])
