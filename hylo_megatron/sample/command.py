@@ -83,7 +83,7 @@ def start_engine(
     if engine == "vllm":
         return VllmEngine(options.teacher, sampling, str(dtype).removeprefix("torch."), options.batch_size), None
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device.index or 0)  # set_device takes no device without an index
     model = load(options.teacher, device, dtype).model
     rows = options.batch_size or CPU_ROWS
     if not options.batch_size and device.type == "cuda":

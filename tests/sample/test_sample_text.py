@@ -1,5 +1,6 @@
 """``hylo sample-text``: rows written in batches are the teacher's, and files of an interrupted run are the same."""
 
+import argparse
 import itertools
 import json
 import shutil
@@ -10,6 +11,7 @@ import torch
 from helpers import text, tiny, tokenizer_kinds
 from safetensors.torch import load_file, save_file
 from tokenizers import decoders
+from torch.cuda._utils import _get_device_index
 
 from hylo_megatron.data.prepare import prepare
 from hylo_megatron.errors import HyLoError
@@ -305,3 +307,13 @@ def test_refused_in_one_line(teacher, tmp_path, more, message, capsys):
         command.main(flags(teacher, tmp_path / "out", *more))
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_a_device_without_an_index_is_the_first(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(_get_device_index(device)))
+    monkeypatch.setattr(command, "load", lambda *a: None)
+    options = argparse.Namespace(teacher="x", batch_size=1, no_cuda_graph=True)
+    with pytest.raises(AttributeError):  # what `load` returns has no model
+        command.start_engine(options, "transformers", None, torch.device("cuda"), torch.bfloat16)
+    assert chosen == [0]
