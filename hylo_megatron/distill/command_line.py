@@ -16,7 +16,7 @@ from hylo_megatron.distill.arguments import add_hylo_arguments, engine_flags, ru
 from hylo_megatron.distill.losses import check_levers, loss_of
 from hylo_megatron.distill.spikes import GATES, SpikeSettings
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.flags import Parser, share, size, weight
+from hylo_megatron.flags import Parser, given, share, size, weight
 from hylo_megatron.options import from_options
 
 
@@ -39,7 +39,10 @@ LIMITS = {
 
 
 def user_flags(user: list[str]) -> argparse.Namespace:
-    """Return ``user`` as parsed by Megatron and by us. Raises ``HyLoError`` for a flag or value that is refused."""
+    """Return ``user`` as parsed by Megatron and by us. Raises ``HyLoError`` for a flag or value that is refused.
+
+    ``given`` of the result has the names of the flags that ``user`` has.
+    """
     from megatron.training.arguments import add_megatron_arguments
 
     parser = Parser(add_help=False, allow_abbrev=False)
@@ -48,7 +51,7 @@ def user_flags(user: list[str]) -> argparse.Namespace:
     for action in parser._actions:
         action.required = False  # the checks below say what to give
         action.type = limits.get(action.dest, action.type)
-    return parser.parse_args(user)
+    return argparse.Namespace(**vars(parser.parse_args(user)), given=given(parser, user))
 
 
 def _data(known: argparse.Namespace) -> object:

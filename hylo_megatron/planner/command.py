@@ -11,6 +11,7 @@ tenths of a GiB, come on top.
 """
 
 import argparse
+import sys
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -21,9 +22,9 @@ from hylo_megatron.config.layout import ParallelLayout, Work, check_parallel_lay
 from hylo_megatron.config.pair import check_teacher, check_vocabularies
 from hylo_megatron.config.stages import STAGE_KINDS, TRAIN, stage_kind
 from hylo_megatron.convert.shapes import hf_shapes
-from hylo_megatron.distill.losses import LOSSES, loss_of
+from hylo_megatron.distill.losses import LOSSES, check_levers, loss_of
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.flags import Parser, command_line, count, positive, share, size, weight
+from hylo_megatron.flags import Parser, command_line, count, given, positive, share, size, weight
 from hylo_megatron.json_file import read_json
 from hylo_megatron.planner.pages import Pages, expanded_bytes, pages, row_bytes, state_bytes
 from hylo_megatron.planner.training import Peak, PlannedRun, peaks
@@ -95,6 +96,7 @@ def training(student: Architecture, known) -> PlannedRun:
         processes=layout.ranks * known.dp, seq_length=known.sequence, micro_batch=known.micro_batch, global_batch=batch
     )
     check_parallel_layout({"student": student, "teacher": teacher}, layout, work)
+    check_levers(kind, known, prefix="--", stage="--train")
     loss = loss_of(kind, known)
     loss.check(student, teacher, known.pp, bool(known.recompute))
     return PlannedRun(student=student, teacher=teacher, kind=kind, loss=loss, layout=layout, work=work,
@@ -167,6 +169,7 @@ def main() -> None:
     parser.add_argument("--state-dtype", choices=("float32", "bfloat16"), default="float32")
     add_training_flags(parser)
     known = parser.parse_args()
+    known.given = given(parser, sys.argv[1:])
     arch = read(known.folder)
     if known.plan:
         if arch.is_hybrid:

@@ -21,6 +21,7 @@ from hylo_megatron.config.stages import stage_kind
 from hylo_megatron.convert import hf_to_megatron, megatron_to_hf
 from hylo_megatron.convert.hf_folder import read_architecture
 from hylo_megatron.convert.model_card import put_figures
+from hylo_megatron.distill.losses import fitting
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.files import write_text
 from hylo_megatron.json_file import read_json
@@ -40,7 +41,8 @@ from hylo_megatron.run.training_process import TrainingProcess
 class Run:
     """One run of ``recipe`` in folder ``out``. ``execute()`` does what is not done yet.
 
-    ``start`` starts trainings (``launch.start_own``, or that of a ``World``). ``flags`` are given to each training.
+    ``start`` starts trainings (``launch.start_own``, or that of a ``World``). ``flags`` are given to each training,
+    except those that change nothing by the loss of its stage.
     ``beside``: run evaluations and the start of the next stage during a training (None: on a GPU only).
     """
 
@@ -138,7 +140,8 @@ class Run:
         stage, save = stages[index], self.out / stages[index].name
         student = self.out / stages[index - 1].name if index else self.student
         teacher = self.base if stage_kind(stage.kind).layerwise else self.teacher
-        flags = [*stage.flags(), *self.flags, "--hylo-student", student, "--hylo-teacher", teacher, "--save", save,
+        shared = fitting(self.flags, stage_kind(stage.kind), stage.loss)
+        flags = [*stage.flags(), *shared, "--hylo-student", student, "--hylo-teacher", teacher, "--save", save,
                  "--save-interval", self.recipe.save_every, "--hylo-keep-last", 1, "--seed", self.recipe.seed,
                  "--data-path", *data_path(self.data, stage, self.source.tokens)]  # fmt: skip
         if self.recipe.control:
