@@ -187,7 +187,11 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--teacher", required=True, help="checkpoint of the base Transformer (hylo convert)")
     add("--out", required=True, help="student checkpoint to write")
-    add("--mla-layers", required=True, help="1,5,10,14 | uniform:K | all | none | a name such as 4MLA12GDN")
+    add(
+        "--mla-layers",
+        required=True,
+        help="1,5,10,14 | uniform:K | all | none | a name such as 4MLA12GDN | plan.json of hylo select-layers",
+    )
     add("--linear", choices=LINEAR, help=f"what the other layers become (default: {LINEAR[0]}, or the plan's name)")
     add("--init", default="data", choices=("data", "svd"), help="calibrated on text, or the paper's (default: data)")
     add(

@@ -79,7 +79,8 @@ def found_recipe(*choices) -> Recipe:
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--plan", help="a name such as 3MLA27GDN, or the MLA layers' numbers (default: 3 of the 30 layers)")
+    plan = "3MLA27GDN, the MLA layers' numbers, or plan.json of hylo select-layers (default: 3 of the 30 layers)"
+    add("--plan", help=f"a name such as {plan}")
     add("--linear", choices=LINEAR, help=f"mixer of the other layers (default: {LINEAR[0]}, or the plan's name)")
     add("--tp", type=size, default=1, help="tensor-parallel ranks (SmolLM2 has 9 heads: 1 or 3)")
     add("--pp", type=size, default=1, help="pipeline stages; the remaining factor of the GPUs is data parallel")

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from math import ceil
 from typing import Any
 
-from hylo_megatron.config import Geometry, positions
+from hylo_megatron.config import Geometry, Plan, positions
 from hylo_megatron.config.stages import stage_kind
 
 LEVER = {"lever": True}  # metadata of the fields that docs/recipe.md lists and ``make recipe-test`` has to use
@@ -150,6 +150,14 @@ class Recipe:
     seed: int = 1234
     # the student is the base model itself; ``plan``, ``linear`` and ``geometry`` are unused
     control: bool = field(default=False, metadata=LEVER)
+
+    def __post_init__(self):
+        """Read a plan's file once: a run that is continued has the layers with which it began."""
+        if self.plan.endswith(".json"):
+            plan = Plan.parse(self.layers, self.plan, self.linear)
+            layers = ",".join(str(number) for number, kind in enumerate(plan) if kind == "mla")
+            object.__setattr__(self, "plan", layers or "none")
+            object.__setattr__(self, "linear", plan.linear_kind)
 
     def as_control(self) -> "Recipe":
         """Return the control: the base model itself, trained by the stages after the layer-wise ones."""
