@@ -54,6 +54,8 @@ def with_step_start(train_step, run: TrainingRun):
         from hylo_megatron.engine.guard import Guard
 
         args = get_args()
+        if run.profile:
+            run.profile.begin_step(kwargs["iteration"])
         phases = [model.begin_step(kwargs["iteration"], args.train_iters) for model in run.models]
         run.guard = run.guard or Guard(args, run.models[0].settings.loss, run.data)
         run.guard.begin(phases)

@@ -9,6 +9,7 @@ from hylo_megatron.checkpoint.save_room import SaveRoom
 if TYPE_CHECKING:
     from hylo_megatron.engine.guard import Guard
     from hylo_megatron.engine.step_log import StepLog
+    from hylo_megatron.engine.step_profile import StepProfile
 
 
 @dataclass(kw_only=True, eq=False)
@@ -23,6 +24,7 @@ class TrainingRun:
     models: list = field(default_factory=list)
     log: "StepLog | None" = None
     guard: "Guard | None" = None
+    profile: "StepProfile | None" = None
     data: Any = None
     schedule: Any = None  # of ild in a pipeline
     closing: threading.Event = field(default_factory=threading.Event)
