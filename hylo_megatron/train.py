@@ -166,6 +166,7 @@ def main() -> None:
 
     from hylo_megatron.distill.batches import datasets, forward_step
     from hylo_megatron.engine import peers
+    from hylo_megatron.engine.product_rate import product_rate
     from hylo_megatron.engine.training_run import TrainingRun
     from hylo_megatron.kernels.self_test import self_test
 
@@ -184,6 +185,8 @@ def main() -> None:
     if args.hylo_student_iteration:
         wait_for_student(args)
     run = TrainingRun(room=save_room(args, arch))
+    if torch.cuda.device_count():
+        run.product_rate = product_rate(torch.device("cuda", args.local_rank))
     if args.hylo_profile:
         run.profile = StepProfile(Path(args.hylo_profile), args.train_iters)
     install("training", run)

@@ -23,6 +23,7 @@ from torch import Tensor
 from hylo_megatron import packages
 from hylo_megatron.distill.head import HeadInputs
 from hylo_megatron.distill.losses import KL
+from hylo_megatron.engine.product_rate import measured_rate
 from hylo_megatron.evaluate.plots import new_figure
 from hylo_megatron.files import write_json
 from hylo_megatron.flags import Parser, command_line, size
@@ -189,10 +190,7 @@ def main(argv: list[str] | None = None) -> None:
         for d in widths
     )
     results = compare([*(x.requires_grad_() for x in student), *teacher], device)
-    n = 8192 if device.type == "cuda" else 512
-    square = torch.randn(n, n, device=device, dtype=dtype)
-    seconds(lambda: square @ square, device, 3)
-    rate = 2 * n**3 / seconds(lambda: square @ square, device, 10)
+    rate = measured_rate(device)
     flops = 2 * tokens * rows * (3 * widths[0] + widths[1])
     floor, best = flops / rate, results[OURS.format(CHUNKS[0])]["seconds"]
     card = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"

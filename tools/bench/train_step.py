@@ -27,6 +27,7 @@ import torch
 from hylo_megatron.config import Architecture
 from hylo_megatron.config.layout import ParallelLayout
 from hylo_megatron.config.stages import stage_kind
+from hylo_megatron.engine.product_rate import measured_rate
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.evaluate.plots import COLOURS, new_figure
 from hylo_megatron.files import write_json
@@ -61,20 +62,6 @@ class Job:
         taught = min(stage.seq_length, stage.teacher_length or stage.seq_length)
         return token_flops(self.student, self.teacher, stage_kind(stage.kind), train=stage.train,
                            length=stage.seq_length, taught=taught)  # fmt: skip
-
-
-def product_rate(device: torch.device) -> float:
-    """Measure FLOP/s of one large bf16 product."""
-    on_gpu = device.type == "cuda"
-    n = 8192 if on_gpu else 512
-    a, times = torch.randn(n, n, device=device, dtype=torch.bfloat16), []
-    for _ in range(10):
-        start = time.perf_counter()
-        a @ a
-        if on_gpu:
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return 2 * n**3 / min(times)
 
 
 def job_of(options: argparse.Namespace, folder: Path) -> Job:
@@ -187,7 +174,7 @@ def draw(result: dict, path: Path) -> None:
 def report(job: Job, runs: list[dict], options: argparse.Namespace) -> None:
     """Print and write what was measured."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rate, flops = product_rate(device), job.flops()
+    rate, flops = measured_rate(device), job.flops()
     runs = [with_rate(run, flops, rate) for run in runs]
     card = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     result = {
