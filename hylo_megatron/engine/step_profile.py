@@ -109,7 +109,7 @@ def recorded(profile) -> list[Span]:
     from torch.autograd import DeviceType
 
     events = profile.profiler.kineto_results.events()
-    device = [e for e in events if e.device_type() == DeviceType.CUDA]
+    device = [e for e in events if e.device_type() == DeviceType.CUDA and not e.is_user_annotation()]
     if device:
         return [Span(e.name(), e.start_ns(), e.duration_ns(), e.device_resource_id()) for e in device]
     return [Span(e.name(), e.start_ns(), e.duration_ns(), e.start_thread_id()) for e in events]

@@ -5,7 +5,8 @@
     python tools/bench/train_step.py --recipe llama1b --stage ild --random --toy   a small model, for a CPU
 
 ``--random`` makes student and teacher on the device. Without it, ``--student`` and ``--teacher`` are checkpoints of
-these shapes. Tokens are made up. Nothing is saved. A step has one micro-batch a rank (``--micro-batches``).
+these shapes. Tokens are made up. Nothing is saved. A step has one micro-batch a rank, or one for each
+pipeline stage (``--micro-batches``).
 
 Prints tokens/s, the share of the devices' rate of products (attention counted, recomputed layers not), the floor
 (the step at that rate), peak memory, and the ratio to a peer. ``--profile`` adds the time of each group of kernels on
@@ -97,7 +98,7 @@ def step_lines(path: Path) -> list[dict]:
 def measured(job: Job, processes: Processes, options: argparse.Namespace, folder: Path, start) -> dict:
     """Train ``--steps`` steps and return what they took."""
     folder.mkdir()
-    batch = job.stage.micro_batch * processes.dp * options.micro_batches
+    batch = job.stage.micro_batch * processes.dp * (options.micro_batches or processes.layout.pp)
     stage = replace(job.stage, steps=options.steps + UNTIMED + 3 * options.profile, global_batch=batch, warmup=0.0)
     log, profile = folder / "train_log.jsonl", folder / "profile"
     flags = [*stage.flags(), *job.models, "--hylo-log", log, "--seed", 1, *options.flag]
@@ -140,7 +141,7 @@ def described(found: dict) -> str:
     lines = [f"{found['layout']}: {found['tokens']:,} tokens in {found['seconds'] * 1e3:,.1f} ms,"
              f" {found['tokens_per_second']:,.0f} tokens/s, {found['utilization']:.0%} of the rate of products"
              f" (floor {found['floor_seconds'] * 1e3:,.1f} ms), peak {found['memory_gib']} GiB,"
-             f" first step after {found['first_step_seconds']} s"]  # fmt: skip
+             f" first step after {found['first_step_seconds']} s, its loss {found['losses'][0]:.6g}"]  # fmt: skip
     for rank in found["profile"]:
         lines.append(f"  rank {rank['rank']}: a step of {rank['step_ms']:,.1f} ms, {rank['idle_ms']:,.1f} ms idle,"
                      f" {rank['exposed_communication_ms']:,.1f} ms of communication alone")  # fmt: skip
@@ -199,7 +200,8 @@ def run(options: argparse.Namespace, world: World | None) -> None:
     sizes = {name: getattr(options, name) for name in ("tp", "pp", "cp")}
     layout = ParallelLayout(**sizes, sequence_parallel=options.tp > 1)
     ranks = world.size if world else layout.ranks * options.dp
-    processes = Processes.among(ranks, "ranks", layout, not options.no_cuda_graph)
+    graph = options.recipe == "smollm2" if options.cuda_graph is None else options.cuda_graph
+    processes = Processes.among(ranks, "ranks", layout, graph)
     if world and options.peer == "one":
         raise HyLoError("--peer one: under torchrun every run has all ranks; start the program without torchrun")
     with tempfile.TemporaryDirectory() as folder:
@@ -227,11 +229,12 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
         add(flag, type=size, default=1)
     add("--seq-length", type=size, help="(default: the stage's)")
     add("--micro-batch", type=size, help="sequences of a micro-batch (default: the stage's)")
-    add("--micro-batches", type=size, default=1, help="micro-batches of a rank in a step")
+    add("--micro-batches", type=size, help="micro-batches of a rank in a step (default: one for each pipeline stage)")
     add("--recompute", type=count, help="recomputed sub-layers (default: the stage's)")
     add("--steps", type=size, default=5, help="timed steps")
     add("--profile", action="store_true", help="record kernels of two more steps")
-    add("--no-cuda-graph", action="store_true", help="launch kernels one by one on a single GPU too")
+    graph = "run a step on one GPU as one CUDA graph (default: as the recipe's script, for SmolLM2 only)"
+    add("--cuda-graph", action=argparse.BooleanOptionalAction, help=graph)
     add("--peer", help="'one': the same on one GPU, run first; or the JSON file of an earlier run")
     add("--flag", action="append", default=[], help="another flag of the trainer, as --flag=--hylo-kl-chunk=1024")
     add("--toy", action="store_true", help="small models and short sequences, to try the program on a CPU")
