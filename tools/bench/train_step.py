@@ -189,7 +189,6 @@ def report(job: Job, runs: list[dict], options: argparse.Namespace) -> None:
     if len(runs) > 1:
         result["ratio"] = runs[-1]["tokens_per_second"] / runs[0]["tokens_per_second"]
         print(f"{result['ratio']:.2f} times the tokens/s of {runs[0]['layout']}")
-    options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"train_step-{job.name}-{runs[-1]['layout'].replace(' ', '')}.json"
     write_json(path, result)
     draw(result, path.with_suffix(".png"))
@@ -204,7 +203,8 @@ def run(options: argparse.Namespace, world: World | None) -> None:
     processes = Processes.among(ranks, "ranks", layout, graph)
     if world and options.peer == "one":
         raise HyLoError("--peer one: under torchrun every run has all ranks; start the program without torchrun")
-    with tempfile.TemporaryDirectory() as folder:
+    options.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=options.out if world else None) as folder:  # which all nodes share
         job = job_of(options, Path(folder))
 
         def measure(among: Processes) -> dict:
