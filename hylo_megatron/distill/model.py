@@ -20,6 +20,7 @@ from hylo_megatron.distill.payload import Payload
 from hylo_megatron.distill.settings import DistillSettings
 from hylo_megatron.layers.load import load_state, model_tensors
 from hylo_megatron.mixers.megatron_linear import LinearMixer
+from hylo_megatron.planner.flops import TokenFlops, token_flops
 
 
 def _give_gradient(module, inputs, embedded: Tensor) -> Tensor:
@@ -41,7 +42,7 @@ class DistillModel(MegatronModule):
         super().__init__(config)
         self.payload = payload
         self.vocab_size = min(arch.vocab_size, teacher_arch.vocab_size)  # no token has the rows beyond
-        self.student, self.settings, self.arch = student, settings, arch
+        self.student, self.settings, self.arch, self.teacher_arch = student, settings, arch, teacher_arch
         # In a plain list, so that DDP, the optimizer and checkpoints do not find the teacher.
         self._frozen = [teacher.eval().requires_grad_(False)]
         for name in ("pre_process", "post_process", "share_embeddings_and_output_weights", "model_type", "vp_stage",
@@ -82,6 +83,13 @@ class DistillModel(MegatronModule):
             self.late = torch.zeros((), device=torch.cuda.current_device())
         stacks = (self.student.decoder, self.teacher.decoder) if loss.hidden_layers_weight else ()
         self._both_states = [HiddenStates(stack) for stack in stacks]
+
+    def token_flops(self, length: int) -> TokenFlops:
+        """Return the FLOPs of a token in sequences of ``length``."""
+        settings = self.settings
+        taught = self._taught(length) if not settings.kind.layerwise else length
+        return token_flops(self.arch, self.teacher_arch, settings.kind, train=settings.train, length=length,
+                           taught=taught)  # fmt: skip
 
     def forget_states(self) -> None:
         """Start the next step from zero states, since the guard has left out this one."""

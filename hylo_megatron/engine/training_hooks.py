@@ -54,6 +54,8 @@ def with_step_start(train_step, run: TrainingRun):
         from hylo_megatron.engine.guard import Guard
 
         args = get_args()
+        if run.profile:
+            run.profile.begin_step(kwargs["iteration"])
         phases = [model.begin_step(kwargs["iteration"], args.train_iters) for model in run.models]
         run.guard = run.guard or Guard(args, run.models[0].settings.loss, run.data)
         run.guard.begin(phases)
@@ -86,7 +88,7 @@ def with_step_log(log, run: TrainingRun):
         from hylo_megatron.engine.step_log import StepLog
 
         if run.log is None:
-            run.log = StepLog(get_args(), run.models)
+            run.log = StepLog(get_args(), run.models, run.product_rate)
             run.log.truncate(iteration - 1)
         run.log.write(losses, iteration, learning_rate, grad_norm, run.guard)
         return log(losses, total, learning_rate, iteration, scale, report, skipped, grad_norm, *rest, **kwargs)

@@ -3,6 +3,7 @@
     hylo plan FOLDER [--gpu-gib 141] [--tp 1]              an exported or a base model's folder
     hylo plan FOLDER --plan 6MLA22GDN --geometry native    the hybrid that a base model would become
     hylo plan FOLDER --plan 6MLA22GDN --train distill --tp 2 --cp 2 --dp 4 --sequence 32768
+    hylo plan --recipe llama3b --gpus 8 --gpu-memory 80 --teacher-shape llama8b    layouts of a whole recipe
 
 Serving is planned beside the base Transformer, with bytes as vLLM lays them out: all layers have pages of one size,
 and a recurrent state takes a page (docs/serving.md compares with vLLM's log). Training is the peak of torch's
@@ -27,6 +28,7 @@ from hylo_megatron.errors import HyLoError
 from hylo_megatron.flags import Parser, command_line, count, given, positive, share, size, weight
 from hylo_megatron.json_file import read_json
 from hylo_megatron.planner.pages import Pages, expanded_bytes, pages, row_bytes, state_bytes
+from hylo_megatron.planner.recipe_command import add_recipe_flags, print_layouts
 from hylo_megatron.planner.training import Peak, PlannedRun, peaks
 from hylo_megatron.serve.geometry import serve
 
@@ -159,7 +161,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
 @command_line
 def main() -> None:
     parser = Parser(description=__doc__)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("--plan", help="layers of the hybrid that a base model would become, such as 6MLA22GDN")
     parser.add_argument("--geometry", default="native", metavar="PRESET[:RANK+ROPE]", help=GEOMETRY_HELP)
     parser.add_argument("--gpu-gib", type=positive, default=139.8, help="memory of the GPU (default: an H200's)")
@@ -168,8 +170,14 @@ def main() -> None:
     parser.add_argument("--requests", type=size, default=64, help="vLLM's --max-num-seqs")
     parser.add_argument("--state-dtype", choices=("float32", "bfloat16"), default="float32")
     add_training_flags(parser)
+    add_recipe_flags(parser)
     known = parser.parse_args()
     known.given = given(parser, sys.argv[1:])
+    if known.recipe:
+        print_layouts(known)
+        return
+    if not known.folder:
+        raise HyLoError("give FOLDER, an exported or a base model's folder, or --recipe")
     arch = read(known.folder)
     if known.plan:
         if arch.is_hybrid:

@@ -230,7 +230,7 @@ class Run:
         self._close(folder)
 
     def _check_disk(self) -> None:
-        from hylo_megatron.init.upcycle import student_architecture
+        from hylo_megatron.config.student import student_architecture
 
         student = base = read_architecture(self.hf)
         if not self.recipe.control:
