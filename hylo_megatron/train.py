@@ -51,7 +51,7 @@ def model_provider(
         return build_model(
             arch, own, padded_vocab_size=padded, pre_process=pre_process, post_process=post_process,
             pg_collection=pg_collection, vp_stage=vp_stage, backend=args.hylo_backend,
-            linear_cp=args.hylo_linear_cp,
+            linear_cp=args.hylo_linear_cp, mlp_block=args.hylo_mlp_block,
         )  # fmt: skip
 
     student = build(student_arch)

@@ -31,6 +31,12 @@ def _add_model_arguments(add) -> None:
         " (auto: a2a where the heads divide by the ranks)",
     )
     add(
+        "--hylo-mlp-block",
+        type=size,
+        help="tokens that the MLPs of the frozen teacher and recomputed MLPs compute at once (default: all, and where"
+        " gate and up of a rank have over 2**29 values, blocks of at most 2**28)",
+    )
+    add(
         "--hylo-initial-states",
         choices=MODES,
         default="zero",

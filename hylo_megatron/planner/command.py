@@ -98,7 +98,8 @@ def training(student: Architecture, known) -> PlannedRun:
     loss = loss_of(kind, known)
     loss.check(student, teacher, known.pp, bool(known.recompute))
     return PlannedRun(student=student, teacher=teacher, kind=kind, loss=loss, layout=layout, work=work,
-                      train=known.hylo_train or kind.train, recompute=known.recompute)  # fmt: skip
+                      train=known.hylo_train or kind.train, recompute=known.recompute,
+                      mlp_block=known.mlp_block)  # fmt: skip
 
 
 def parts(found: Peak) -> list[tuple[str, int]]:
@@ -140,6 +141,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     add("--hylo-train", choices=TRAIN, help="(default: mixers for ild, all for distill)")
     recompute = "--recompute-num-layers of method block: recomputed sub-layers (mixers or MLPs) of a stage"
     add("--recompute", type=count, default=0, help=recompute)
+    add("--mlp-block", type=size, help="--hylo-mlp-block (default: automatic)")
     # The losses read these under the names of the trainer's flags.
     add("--loss", dest="hylo_loss", choices=tuple(LOSSES), help="--hylo-loss")
     add("--kl-chunk", dest="hylo_kl_chunk", type=size, default=4096, help="--hylo-kl-chunk (default: the recipes')")

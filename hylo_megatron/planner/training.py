@@ -15,7 +15,7 @@ from hylo_megatron.config.stages import StageKind
 from hylo_megatron.distill.losses import HeadShape, Loss
 from hylo_megatron.mixers.memory import Share, SubLayer
 from hylo_megatron.planner.activations import mixer as mixer_bytes
-from hylo_megatron.planner.activations import mlp, tables, teacher_work
+from hylo_megatron.planner.activations import mlp, mlp_block_by_block, one_block, tables, teacher_work
 from hylo_megatron.planner.weights import HEAD, Shards, Weights, rank_elements, weights
 
 # cuBLAS gets 32 MiB from torch for each stream and thread that multiplies: the main thread and autograd's, each on the
@@ -39,6 +39,7 @@ class PlannedRun:
     work: Work
     train: str = "all"  # or "mixers"
     recompute: int = 0
+    mlp_block: int | None = None  # --hylo-mlp-block
 
     @property
     def share(self) -> Share:
@@ -101,8 +102,11 @@ def stage_sub_layers(run: PlannedRun, layers: range) -> list[SubLayer]:
     sub_layers, at, copied = [], run.share, run.train == "all"
     hidden = at.outer(run.student.hidden_size)
     freed = hidden * (3 if run.layout.pp == 1 else 1)
+    part = one_block(run.student, at, run.mlp_block)
     for layer in layers:
         mixer, rest = mixer_bytes(run.student.plan[layer], run.student, at), mlp(run.student, at, copied)
+        if part != at and len(sub_layers) + 1 < run.recompute:
+            rest = mlp_block_by_block(run.student, at, part, copied)
         if run.kind.layerwise:
             compared = hidden + at.outer(run.loss.values_kept)
             rest = replace(rest, kept=rest.kept + compared, work=rest.work - freed)
@@ -209,7 +213,8 @@ def peak(run: PlannedRun, pipeline_stage: int) -> Peak:
             if run.trains(HEAD):  # the head's gradient is kept until the embedding's is computed
                 backward += 2 * run.rows // layout.tp * d
     shared = tables(run.student, {run.student.plan[layer] for layer in layers}, at)
-    reading = teacher_work(run.teacher, at) - held  # the teacher reads before the student does
+    part = one_block(run.teacher, at, run.mlp_block)
+    reading = teacher_work(run.teacher, at, part) - held  # the teacher reads before the student does
     gathered = at.inner(max(d, run.teacher.hidden_size)) if layout.sequence_parallel else 0  # megatron's buffer
     return Peak(
         layers=layers, student=_weights(run, run.student, pipeline_stage, run.trains),

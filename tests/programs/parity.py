@@ -91,10 +91,18 @@ class Cell:
     length: int = helpers.SEQ
     noise: float = 0.0
     loss: str = ""
+    recompute: int = 0  # sub-layers
+    mlp_block: int | None = None
+
+
+def recomputed(layers: int, method: str = "block") -> dict:
+    """Return the fields of a config that recomputes ``layers`` sub-layers."""
+    fields = dict(recompute_granularity="full", recompute_method=method, recompute_num_layers=layers)
+    return fields if layers else {}
 
 
 def distill_model(student, teacher, stage, train, loss=END_TO_END, config=None, dtype=torch.float32,
-                  linear_cp="auto") -> DistillModel:  # fmt: skip
+                  linear_cp="auto", mlp_block=None) -> DistillModel:  # fmt: skip
     """Build a ``DistillModel`` of two checkpoints on the current process groups.
 
     ``loss`` is for end-to-end stages; ``config`` has fields of both models' configs.
@@ -104,7 +112,9 @@ def distill_model(student, teacher, stage, train, loss=END_TO_END, config=None, 
     archs = [Architecture.load(folder) for folder in (student, teacher)]
     rows = padded_rows(*archs, parallel_state.get_tensor_model_parallel_world_size())
     models = [
-        load_model(folder, layout_config(arch, dtype, **(config or {})), rows, linear_cp=linear_cp)
+        load_model(
+            folder, layout_config(arch, dtype, **(config or {})), rows, linear_cp=linear_cp, mlp_block=mlp_block
+        )
         for folder, arch in zip((student, teacher), archs, strict=True)
     ]
     for model, _ in models:
@@ -189,7 +199,7 @@ def build(cell: Cell):
     loss = LOSSES.get(cell.loss, END_TO_END)
     model = distill_model(
         cell.student, cell.teacher, cell.stage, cell.train, loss, dtype=dtype, linear_cp=cell.linear_cp,
-        config=dict(sequence_parallel=cell.sp, cp_comm_type=cell.cp_comm_type, calculate_per_token_loss=True,
+        mlp_block=cell.mlp_block, config=recomputed(cell.recompute) | dict(sequence_parallel=cell.sp, cp_comm_type=cell.cp_comm_type, calculate_per_token_loss=True,
                     deallocate_pipeline_outputs=True, finalize_model_grads_func=finalize_model_grads),
     ).to(torch.cuda.current_device())  # fmt: skip
     if cell.noise:
