@@ -37,6 +37,16 @@ def _add_model_arguments(add) -> None:
         " gate and up of a rank have over 2**29 values, blocks of at most 2**28)",
     )
     add(
+        "--hylo-offload-teacher",
+        action="store_true",
+        help="keep the teacher's layers in the host's memory; each is on the GPU only while it computes",
+    )
+    add(
+        "--hylo-offload-optimizer",
+        action="store_true",
+        help="keep the optimizer's states in the host's memory during forward and backward passes",
+    )
+    add(
         "--hylo-initial-states",
         choices=MODES,
         default="zero",

@@ -75,6 +75,19 @@ def check_stage(known: argparse.Namespace) -> None:
         raise HyLoError("--hylo-on-spike rollback needs the optimizer of checkpoints: leave --no-save-optim out")
 
 
+def check_offload(known: argparse.Namespace) -> None:
+    """Refuse to move tensors away beside a CUDA graph, and megatron-core's own way of doing so."""
+    graph = known.cuda_graph_impl
+    for what in ("teacher", "optimizer"):
+        if getattr(known, f"hylo_offload_{what}") and graph not in (None, "none"):
+            raise HyLoError(
+                f"--hylo-offload-{what}: --cuda-graph-impl {graph} needs all tensors to stay in their places;"
+                " leave one of the two out"
+            )
+    if known.optimizer_cpu_offload:
+        raise HyLoError("--optimizer-cpu-offload steps on the CPU and is not supported; use --hylo-offload-optimizer")
+
+
 def check_given(known: argparse.Namespace, user: list[str]) -> None:
     missing = {
         "--hylo-student": (known.hylo_student, "the student checkpoint made by hylo upcycle"),
@@ -101,6 +114,7 @@ def check_given(known: argparse.Namespace, user: list[str]) -> None:
         raise HyLoError("--check-for-spiky-loss has no effect here: --hylo-on-spike and --hylo-spike-factor do this")
     _check_blends(known)
     check_stage(known)
+    check_offload(known)
     if known.hylo_on_spike == "rollback" and not known.save:
         raise HyLoError("--hylo-on-spike rollback: --save is missing, the folder with the checkpoints to go back to")
     steps = known.lr_decay_iters or known.train_iters or 0

@@ -14,6 +14,7 @@ from torch import Tensor
 from hylo_megatron.config import Architecture
 from hylo_megatron.config.decisions import taught_length
 from hylo_megatron.distill.head import HeadInputs
+from hylo_megatron.distill.host_memory import stream_layers
 from hylo_megatron.distill.ild import HiddenStates
 from hylo_megatron.distill.losses.hidden import hidden_distance, shared_gradient
 from hylo_megatron.distill.payload import Payload
@@ -44,6 +45,8 @@ class DistillModel(MegatronModule):
         self.student, self.settings, self.arch = student, settings, arch
         # In a plain list, so that DDP, the optimizer and checkpoints do not find the teacher.
         self._frozen = [teacher.eval().requires_grad_(False)]
+        if settings.offload_teacher:
+            stream_layers(teacher)
         for name in ("pre_process", "post_process", "share_embeddings_and_output_weights", "model_type", "vp_stage",
                      "pg_collection"):  # fmt: skip
             setattr(self, name, getattr(student, name, None))

@@ -16,6 +16,7 @@ class DistillSettings:
     loss: Loss
     initial_states: str = "zero"  # of linear blocks: one of ``mixers.initial_states.MODES``
     seed: int = 1234  # of random initial states
+    offload_teacher: bool = False  # its layers are on the device only while they compute
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> "DistillSettings":
@@ -27,4 +28,5 @@ class DistillSettings:
             loss=loss_of(kind, args),
             initial_states=args.hylo_initial_states,
             seed=args.seed,
+            offload_teacher=args.hylo_offload_teacher,
         )

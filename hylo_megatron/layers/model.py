@@ -40,7 +40,8 @@ UNFUSED = dict(
 
 def build_model(arch: Architecture, config: TransformerConfig, *, padded_vocab_size: int | None = None,
                 pre_process: bool = True, post_process: bool = True, pg_collection=None, vp_stage=None,
-                backend: str = "local", linear_cp: str = "auto", mlp_block: int | None = None) -> HybridModel:  # fmt: skip
+                backend: str = "local", linear_cp: str = "auto",
+                mlp_block: int | None = None) -> HybridModel:  # fmt: skip
     """Return this rank's part of the model. ``config`` holds ``model_fields(arch)`` and the parallel layout."""
     check_installed("megatron")
     pp = config.pipeline_model_parallel_size

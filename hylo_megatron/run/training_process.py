@@ -56,7 +56,8 @@ class TrainingProcess:
         trainer = ["-m", "hylo_megatron.train", *map(str, flags), *processes.layout.flags()]
         trainer += ["--bf16"] if fast_bf16() else []
         if torch.cuda.is_available():
-            trainer += GPU_FLAGS + (GRAPH_FLAGS if processes.cuda_graph and processes.ranks == 1 else ())
+            fixed = not any("--hylo-offload" in flag for flag in trainer)  # a graph's tensors must stay in their place
+            trainer += GPU_FLAGS + (GRAPH_FLAGS if fixed and processes.cuda_graph and processes.ranks == 1 else ())
         self.process = start(trainer, processes, log)
 
     def wait(self, running: Callable[[], object] = lambda: None) -> None:

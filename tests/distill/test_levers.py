@@ -39,6 +39,8 @@ def test_a_training_with_every_lever(world, tmp_path):
     (dict(hylo_burst_factor=1), "--hylo-burst-factor 1.0: expected a number above 1"),
     (dict(hylo_on_spike="rollback", no_save_optim=True), "rollback needs the optimizer"),
     (dict(hylo_on_spike="rollback", save=""), "rollback: --save is missing"),
+    (dict(hylo_offload_teacher=True, cuda_graph_impl="full_iteration"), "-teacher: --cuda-graph-impl full_iteration"),
+    (dict(optimizer_cpu_offload=True), "--optimizer-cpu-offload .* use --hylo-offload-optimizer"),
     (dict(teacher="big", hylo_hidden_weight=1), "--hylo-hidden-weight: student and teacher are 64 and 96 wide"),
 ])  # fmt: skip
 def test_what_does_not_go_together_is_refused(world, monkeypatch, flags, words):

@@ -48,6 +48,7 @@ class Step:
     teacher_length: int | None = None
     teacher_layers: int = 0
     mlp_block: int | None = None
+    recompute_chunk: int = 0
 
 
 STEPS = [
@@ -60,6 +61,8 @@ STEPS = [
     Step("distill kda", "kda", "distill", "all"),
     Step("kda again", "kda", "distill", "all", recompute=8),
     Step("blocks", "gdn", "distill", "all", recompute=8, teacher_layers=6, mlp_block=600),
+    Step("pairs", "mamba2", "distill", "all", recompute_chunk=2),
+    Step("pairs, blocks", "gdn", "distill", "all", recompute_chunk=2, mlp_block=600),
     Step("some blocks", "kda", "distill", "mixers", recompute=4, mlp_block=1024),
 ]
 PP = 4
@@ -238,9 +241,10 @@ def distill_model(step: Step, **overrides):
     from hylo_megatron.distill.settings import DistillSettings
 
     student, teacher = step_models(step)
-    recompute = dict(recompute_granularity="full", recompute_method="block", recompute_num_layers=step.recompute)
+    method, layers = ("uniform", step.recompute_chunk) if step.recompute_chunk else ("block", step.recompute)
+    recompute = dict(recompute_granularity="full", recompute_method=method, recompute_num_layers=layers)
     overrides |= dict(mlp_block=step.mlp_block)
-    models = build(student, **overrides, **recompute if step.recompute else {}), build(teacher, **overrides)
+    models = build(student, **overrides, **recompute if layers else {}), build(teacher, **overrides)
     settings = DistillSettings(kind=stage_kind(step.stage), train=step.train, loss=step_loss(step))
     model = DistillModel(*models, student, teacher, settings).train()
     model.teacher.eval()

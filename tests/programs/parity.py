@@ -199,8 +199,11 @@ def build(cell: Cell):
     loss = LOSSES.get(cell.loss, END_TO_END)
     model = distill_model(
         cell.student, cell.teacher, cell.stage, cell.train, loss, dtype=dtype, linear_cp=cell.linear_cp,
-        mlp_block=cell.mlp_block, config=recomputed(cell.recompute) | dict(sequence_parallel=cell.sp, cp_comm_type=cell.cp_comm_type, calculate_per_token_loss=True,
-                    deallocate_pipeline_outputs=True, finalize_model_grads_func=finalize_model_grads),
+        mlp_block=cell.mlp_block,
+        config=recomputed(cell.recompute) | dict(
+            sequence_parallel=cell.sp, cp_comm_type=cell.cp_comm_type, calculate_per_token_loss=True,
+            deallocate_pipeline_outputs=True, finalize_model_grads_func=finalize_model_grads,
+        ),
     ).to(torch.cuda.current_device())  # fmt: skip
     if cell.noise:
         perturb(model, cell.noise)
