@@ -37,6 +37,12 @@ def _add_model_arguments(add) -> None:
         " gate and up of a rank have over 2**29 values, blocks of at most 2**28)",
     )
     add(
+        "--hylo-teacher-fp8",
+        action="store_true",
+        help="multiply in FP8 in the teacher's layers, whose weights then take half the memory (distill; Ada, Hopper"
+        " or newer)",
+    )
+    add(
         "--hylo-offload-teacher",
         action="store_true",
         help="keep the teacher's layers in the host's memory; each is on the GPU only while it computes",
@@ -77,6 +83,12 @@ def _add_run_arguments(add) -> None:
     )
     add("--no-self-test", action="store_true", help="do not compare the GPU kernels with their references at start-up")
     add("--hylo-keep-last", type=size, help="checkpoints to keep, the newest; older ones are deleted (default: all)")
+    add(
+        "--hylo-last-weights-only",
+        action="store_true",
+        help="save the last step without the optimizer's states, which take six times the room of the weights; the"
+        " next stage does not read them, and the finished run cannot be given more steps",
+    )
     add(
         "--hylo-on-spike",
         choices=ACTIONS,

@@ -75,8 +75,8 @@ def check_stage(known: argparse.Namespace) -> None:
         raise HyLoError("--hylo-on-spike rollback needs the optimizer of checkpoints: leave --no-save-optim out")
 
 
-def check_offload(known: argparse.Namespace) -> None:
-    """Refuse to move tensors away beside a CUDA graph, and megatron-core's own way of doing so."""
+def check_teacher_and_memory(known: argparse.Namespace) -> None:
+    """Refuse FP8 where it does not help, to move tensors away beside a CUDA graph, and megatron-core's way of it."""
     graph = known.cuda_graph_impl
     for what in ("teacher", "optimizer"):
         if getattr(known, f"hylo_offload_{what}") and graph not in (None, "none"):
@@ -84,6 +84,10 @@ def check_offload(known: argparse.Namespace) -> None:
                 f"--hylo-offload-{what}: --cuda-graph-impl {graph} needs all tensors to stay in their places;"
                 " leave one of the two out"
             )
+    if known.hylo_teacher_fp8 and stage_kind(known.hylo_stage).layerwise:
+        raise HyLoError(f"--hylo-teacher-fp8: --hylo-stage {known.hylo_stage} would learn its rounding; leave it out")
+    if known.hylo_teacher_fp8 and known.hylo_backend != "local":
+        raise HyLoError("--hylo-teacher-fp8 multiplies by torch; leave out one of it and --hylo-backend te")
     if known.optimizer_cpu_offload:
         raise HyLoError("--optimizer-cpu-offload steps on the CPU and is not supported; use --hylo-offload-optimizer")
 
@@ -114,7 +118,7 @@ def check_given(known: argparse.Namespace, user: list[str]) -> None:
         raise HyLoError("--check-for-spiky-loss has no effect here: --hylo-on-spike and --hylo-spike-factor do this")
     _check_blends(known)
     check_stage(known)
-    check_offload(known)
+    check_teacher_and_memory(known)
     if known.hylo_on_spike == "rollback" and not known.save:
         raise HyLoError("--hylo-on-spike rollback: --save is missing, the folder with the checkpoints to go back to")
     steps = known.lr_decay_iters or known.train_iters or 0

@@ -102,7 +102,8 @@ def training(student: Architecture, known) -> PlannedRun:
     return PlannedRun(student=student, teacher=teacher, kind=kind, loss=loss, layout=layout, work=work,
                       train=known.hylo_train or kind.train, recompute=known.recompute,
                       recompute_chunk=known.recompute_chunk, mlp_block=known.mlp_block,
-                      offload_teacher=known.offload_teacher, offload_optimizer=known.offload_optimizer)  # fmt: skip
+                      teacher_fp8=known.teacher_fp8, offload_teacher=known.offload_teacher,
+                      offload_optimizer=known.offload_optimizer)  # fmt: skip
 
 
 def parts(found: Peak) -> list[tuple[str, int]]:
@@ -147,6 +148,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     chunk = "--recompute-num-layers of method uniform: sub-layers that are recomputed together, of all"
     add("--recompute-chunk", type=size, default=0, help=chunk)
     add("--mlp-block", type=size, help="--hylo-mlp-block (default: automatic)")
+    add("--teacher-fp8", action="store_true", help="--hylo-teacher-fp8")
     add("--offload-teacher", action="store_true", help="--hylo-offload-teacher")
     add("--offload-optimizer", action="store_true", help="--hylo-offload-optimizer")
     # The losses read these under the names of the trainer's flags.

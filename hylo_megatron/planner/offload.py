@@ -1,4 +1,7 @@
-"""Bytes that wait in the host's memory (``distill/host_memory.py``), and what of them comes back for a moment."""
+"""Bytes of a teacher in FP8, and of what waits in the host's memory and comes back for a moment.
+
+See ``layers/fp8.py`` and ``distill/host_memory.py``.
+"""
 
 from collections import defaultdict
 from dataclasses import replace
@@ -6,6 +9,12 @@ from dataclasses import replace
 from hylo_megatron.planner.weights import EMBEDDING, Weights
 
 MLP = ("mlp", "post_attention_layernorm")  # parts of a layer's names that belong to its second sub-layer
+
+
+def in_fp8(elements: dict[str, int]) -> dict[str, int]:
+    """Return ``elements`` as if one of the layers' matrices took half an element; the scale of a row is left out."""
+    matrices = {name for name in elements if name.startswith("model.layers.") and name.endswith("_proj.weight")}
+    return {name: count // 2 if name in matrices else count for name, count in elements.items()}
 
 
 def streamed_teacher(elements: dict[str, int], tied: bool) -> tuple[dict[str, int], int]:

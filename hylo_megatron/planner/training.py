@@ -15,7 +15,7 @@ from hylo_megatron.distill.losses import HeadShape, Loss
 from hylo_megatron.mixers.memory import Share, SubLayer
 from hylo_megatron.planner.activations import mixer as mixer_bytes
 from hylo_megatron.planner.activations import mlp, mlp_block_by_block, one_block, tables, teacher_work
-from hylo_megatron.planner.offload import streamed_teacher, without_states
+from hylo_megatron.planner.offload import in_fp8, streamed_teacher, without_states
 from hylo_megatron.planner.weights import HEAD, Shards, Weights, rank_elements, weights
 
 # cuBLAS gets 32 MiB from torch for each stream and thread that multiplies: the main thread and autograd's, each on the
@@ -42,6 +42,7 @@ class PlannedRun:
     recompute: int = 0
     recompute_chunk: int = 0
     mlp_block: int | None = None  # --hylo-mlp-block
+    teacher_fp8: bool = False
     offload_teacher: bool = False
     offload_optimizer: bool = False
 
@@ -230,6 +231,8 @@ def student_weights(run: PlannedRun, pipeline_stage: int) -> tuple[Weights, int]
 def teacher_weights(run: PlannedRun, pipeline_stage: int) -> tuple[int, int]:
     """Return the teacher's bytes, and what it needs beside them while it reads."""
     elements, largest = _elements(run, run.teacher, pipeline_stage), 0
+    if run.teacher_fp8:
+        elements = in_fp8(elements)
     if run.offload_teacher:
         elements, largest = streamed_teacher(elements, run.teacher.tie_word_embeddings)
     return weights(elements, lambda _: False, 1).parameters, largest

@@ -29,6 +29,7 @@ from hylo_megatron.distill.losses import JSD, KL, LayerDistance, loss_class
 from hylo_megatron.distill.model import DistillModel
 from hylo_megatron.distill.settings import DistillSettings
 from hylo_megatron.engine.step_log import StepLog
+from hylo_megatron.layers.fp8 import to_fp8
 from hylo_megatron.layers.load import has_layout, layout_config, load_model, start_process_groups
 from hylo_megatron.parallel.teacher_fed import TeacherFed
 
@@ -93,6 +94,7 @@ class Cell:
     loss: str = ""
     recompute: int = 0  # sub-layers
     mlp_block: int | None = None
+    teacher_fp8: bool = False
 
 
 def recomputed(layers: int, method: str = "block") -> dict:
@@ -102,7 +104,7 @@ def recomputed(layers: int, method: str = "block") -> dict:
 
 
 def distill_model(student, teacher, stage, train, loss=END_TO_END, config=None, dtype=torch.float32,
-                  linear_cp="auto", mlp_block=None) -> DistillModel:  # fmt: skip
+                  linear_cp="auto", mlp_block=None, teacher_fp8=False) -> DistillModel:  # fmt: skip
     """Build a ``DistillModel`` of two checkpoints on the current process groups.
 
     ``loss`` is for end-to-end stages; ``config`` has fields of both models' configs.
@@ -124,6 +126,8 @@ def distill_model(student, teacher, stage, train, loss=END_TO_END, config=None, 
         elif dtype == torch.bfloat16:
             model.bfloat16()
     (a, a_arch), (b, b_arch) = models
+    if teacher_fp8:
+        to_fp8(b)
     return DistillModel(a, b, a_arch, b_arch, settings)
 
 
@@ -199,7 +203,7 @@ def build(cell: Cell):
     loss = LOSSES.get(cell.loss, END_TO_END)
     model = distill_model(
         cell.student, cell.teacher, cell.stage, cell.train, loss, dtype=dtype, linear_cp=cell.linear_cp,
-        mlp_block=cell.mlp_block,
+        mlp_block=cell.mlp_block, teacher_fp8=cell.teacher_fp8,
         config=recomputed(cell.recompute) | dict(
             sequence_parallel=cell.sp, cp_comm_type=cell.cp_comm_type, calculate_per_token_loss=True,
             deallocate_pipeline_outputs=True, finalize_model_grads_func=finalize_model_grads,
