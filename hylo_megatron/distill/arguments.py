@@ -37,6 +37,12 @@ def _add_model_arguments(add) -> None:
         " gate and up of a rank have over 2**29 values, blocks of at most 2**28)",
     )
     add(
+        "--hylo-recurrence-block",
+        type=size,
+        help="tokens that the recurrence of GDN and KDA blocks reads at once, a multiple of 64: less memory in the"
+        " backward pass of a long sequence (default: all)",
+    )
+    add(
         "--hylo-teacher-fp8",
         action="store_true",
         help="multiply in FP8 in the teacher's layers, whose weights then take half the memory (distill; Ada, Hopper"

@@ -56,6 +56,8 @@ class DistillModel(MegatronModule):
         if self.pre_process and settings.train == "mixers":
             student.embedding.register_forward_hook(_give_gradient)
         self._initial_states = self._start_from(settings) if settings.initial_states != "zero" else []
+        for block in self._linear_blocks() if settings.recurrence_block else ():
+            block.cut_recurrence(settings.recurrence_block)
         self.late = None  # see ``KL.token_weights``
         if settings.kind.layerwise:
             self._prepare_layers()
@@ -76,8 +78,11 @@ class DistillModel(MegatronModule):
 
     def _start_from(self, settings: DistillSettings) -> list:
         first = (settings.seed * torch.distributed.get_world_size() + torch.distributed.get_rank()) * 1000
-        blocks = [module for module in self.student.modules() if isinstance(module, LinearMixer)]
-        return [block.start_from(settings.initial_states, first + block.layer_number) for block in blocks]
+        mode = settings.initial_states
+        return [block.start_from(mode, first + block.layer_number) for block in self._linear_blocks()]
+
+    def _linear_blocks(self) -> list[LinearMixer]:
+        return [module for module in self.student.modules() if isinstance(module, LinearMixer)]
 
     def _prepare_head(self) -> None:
         loss = self.settings.loss

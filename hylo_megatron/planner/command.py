@@ -102,6 +102,7 @@ def training(student: Architecture, known) -> PlannedRun:
     return PlannedRun(student=student, teacher=teacher, kind=kind, loss=loss, layout=layout, work=work,
                       train=known.hylo_train or kind.train, recompute=known.recompute,
                       recompute_chunk=known.recompute_chunk, mlp_block=known.mlp_block,
+                      recurrence_block=known.recurrence_block,
                       teacher_fp8=known.teacher_fp8, offload_teacher=known.offload_teacher,
                       offload_optimizer=known.offload_optimizer)  # fmt: skip
 
@@ -148,6 +149,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     chunk = "--recompute-num-layers of method uniform: sub-layers that are recomputed together, of all"
     add("--recompute-chunk", type=size, default=0, help=chunk)
     add("--mlp-block", type=size, help="--hylo-mlp-block (default: automatic)")
+    add("--recurrence-block", type=size, help="--hylo-recurrence-block (default: all)")
     add("--teacher-fp8", action="store_true", help="--hylo-teacher-fp8")
     add("--offload-teacher", action="store_true", help="--hylo-offload-teacher")
     add("--offload-optimizer", action="store_true", help="--hylo-offload-optimizer")

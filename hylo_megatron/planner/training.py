@@ -42,13 +42,15 @@ class PlannedRun:
     recompute: int = 0
     recompute_chunk: int = 0
     mlp_block: int | None = None  # --hylo-mlp-block
+    recurrence_block: int | None = None  # --hylo-recurrence-block
     teacher_fp8: bool = False
     offload_teacher: bool = False
     offload_optimizer: bool = False
 
     @property
     def share(self) -> Share:
-        return Share(self.layout, self.work.micro_batch, self.work.seq_length // self.layout.cp)
+        length = self.work.seq_length // self.layout.cp
+        return Share(self.layout, self.work.micro_batch, length, self.recurrence_block)
 
     @property
     def micro_batches(self) -> int:
@@ -144,16 +146,15 @@ def forward_bytes(sub_layers: list[SubLayer], recomputed: list[range]) -> int:
 def backward_bytes(sub_layers: list[SubLayer], recomputed: list[range]) -> int:
     """Return the most that the backward pass, from last to first sub-layer, needs beside ``forward_bytes``.
 
-    The output of a chunk of several sub-layers is held until the chunk's first sub-layer is done.
+    The output of a chunk of several sub-layers is held beside the work of all but the last.
     """
-    output = {chunk: sub_layers[chunk[-1]].entry if len(chunk) > 1 else 0 for chunk in recomputed}
-    enters = {chunk[-1]: _again(sub_layers, chunk) + output[chunk] for chunk in recomputed}
-    leaves = {chunk[0]: output[chunk] for chunk in recomputed}
+    again = {chunk[-1]: _again(sub_layers, chunk) for chunk in recomputed}
+    output = {index: sub_layers[chunk[-1]].entry for chunk in recomputed for index in chunk[:-1]}
     beside = most = 0
     for index in reversed(range(len(sub_layers))):
-        beside += enters.get(index, 0)
-        most = max(most, beside + sub_layers[index].work)
-        beside -= sub_layers[index].kept + leaves.get(index, 0)
+        beside += again.get(index, 0)
+        most = max(most, beside + output.get(index, 0) + sub_layers[index].work)
+        beside -= sub_layers[index].kept
     return most
 
 

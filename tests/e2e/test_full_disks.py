@@ -205,7 +205,8 @@ def test_the_need_of_a_recipe(recipe_run, monkeypatch, capsys):
     monkeypatch.setattr(disk, "free", lambda _: free[0])
     run._check_disk()
     assert not capsys.readouterr().err
-    free[0] = sum(stays for stays, _ in needs.values()) - 1000
+    before = [sum(stays for stays, _ in list(needs.values())[:index]) for index in range(len(needs))]
+    free[0] = max(taken + meanwhile for taken, (_, meanwhile) in zip(before, needs.values(), strict=True)) - 1000
     run._check_disk()
     assert "no room for the whole run" in (said := capsys.readouterr().err) and said.count("\n") == 1
     free[0] = sum(needs[what][0] for what in list(needs)[:2])
@@ -292,8 +293,8 @@ if __name__ == "__main__":
         if limit and at == first:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
-    def begin_on_a_full_disk(self, place):
-        begin(self, place)
+    def begin_on_a_full_disk(self, place, *last):
+        begin(self, place, *last)
         saves.append(place)
         fill(len(saves))
 

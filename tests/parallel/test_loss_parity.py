@@ -19,8 +19,9 @@ from hylo_megatron.distill.losses.hidden import reference_hidden_distance  # noq
 
 LAYOUTS = {name: sizes for name, sizes in parity.LAYOUTS[2].items() if name in ("TP2", "TP2 SP", "PP2", "CP2")}
 CASES = [(layout, loss) for layout in LAYOUTS for loss in parity.LOSSES if (layout, loss) != ("PP2", "hidden")]
-# MLPs in blocks: the teacher's, and those of the recomputed sub-layers of the student
-BLOCKS = {f"{name} blocks": LAYOUTS[name] | dict(mlp_block=24, recompute=5) for name in ("TP2", "TP2 SP")}
+# MLPs in blocks (the teacher's, and those of the recomputed sub-layers of the student), recurrences in segments
+PARTS = dict(mlp_block=24, recompute=5, recurrence_block=32)
+BLOCKS = {f"{name} blocks": LAYOUTS[name] | PARTS for name in ("TP2", "TP2 SP")}
 LAYOUTS |= BLOCKS
 CASES += [(layout, "jsd") for layout in BLOCKS]
 

@@ -49,6 +49,7 @@ class Step:
     teacher_layers: int = 0
     mlp_block: int | None = None
     recompute_chunk: int = 0
+    recurrence_block: int | None = None
 
 
 STEPS = [
@@ -63,6 +64,8 @@ STEPS = [
     Step("blocks", "gdn", "distill", "all", recompute=8, teacher_layers=6, mlp_block=600),
     Step("pairs", "mamba2", "distill", "all", recompute_chunk=2),
     Step("pairs, blocks", "gdn", "distill", "all", recompute_chunk=2, mlp_block=600),
+    Step("segments", "gdn", "distill", "all", recompute=8, mlp_block=600, recurrence_block=1024),
+    Step("segments kda", "kda", "distill", "all", recompute=8, mlp_block=600, recurrence_block=1024),
     Step("some blocks", "kda", "distill", "mixers", recompute=4, mlp_block=1024),
 ]
 PP = 4
@@ -245,7 +248,8 @@ def distill_model(step: Step, **overrides):
     recompute = dict(recompute_granularity="full", recompute_method=method, recompute_num_layers=layers)
     overrides |= dict(mlp_block=step.mlp_block)
     models = build(student, **overrides, **recompute if layers else {}), build(teacher, **overrides)
-    settings = DistillSettings(kind=stage_kind(step.stage), train=step.train, loss=step_loss(step))
+    settings = DistillSettings(kind=stage_kind(step.stage), train=step.train, loss=step_loss(step),
+                               recurrence_block=step.recurrence_block)  # fmt: skip
     model = DistillModel(*models, student, teacher, settings).train()
     model.teacher.eval()
     for parameter in model.parameters():

@@ -95,6 +95,7 @@ class Cell:
     recompute: int = 0  # sub-layers
     mlp_block: int | None = None
     teacher_fp8: bool = False
+    recurrence_block: int | None = None
 
 
 def recomputed(layers: int, method: str = "block") -> dict:
@@ -104,13 +105,15 @@ def recomputed(layers: int, method: str = "block") -> dict:
 
 
 def distill_model(student, teacher, stage, train, loss=END_TO_END, config=None, dtype=torch.float32,
-                  linear_cp="auto", mlp_block=None, teacher_fp8=False) -> DistillModel:  # fmt: skip
+                  linear_cp="auto", mlp_block=None, teacher_fp8=False,
+                  recurrence_block=None) -> DistillModel:  # fmt: skip
     """Build a ``DistillModel`` of two checkpoints on the current process groups.
 
     ``loss`` is for end-to-end stages; ``config`` has fields of both models' configs.
     """
     kind = stage_kind(stage)
-    settings = DistillSettings(kind=kind, train=train, loss=LayerDistance() if kind.layerwise else loss)
+    loss = LayerDistance() if kind.layerwise else loss
+    settings = DistillSettings(kind=kind, train=train, loss=loss, recurrence_block=recurrence_block)
     archs = [Architecture.load(folder) for folder in (student, teacher)]
     rows = padded_rows(*archs, parallel_state.get_tensor_model_parallel_world_size())
     models = [
@@ -203,7 +206,7 @@ def build(cell: Cell):
     loss = LOSSES.get(cell.loss, END_TO_END)
     model = distill_model(
         cell.student, cell.teacher, cell.stage, cell.train, loss, dtype=dtype, linear_cp=cell.linear_cp,
-        mlp_block=cell.mlp_block, teacher_fp8=cell.teacher_fp8,
+        mlp_block=cell.mlp_block, teacher_fp8=cell.teacher_fp8, recurrence_block=cell.recurrence_block,
         config=recomputed(cell.recompute) | dict(
             sequence_parallel=cell.sp, cp_comm_type=cell.cp_comm_type, calculate_per_token_loss=True,
             deallocate_pipeline_outputs=True, finalize_model_grads_func=finalize_model_grads,
