@@ -14,6 +14,7 @@ from torch import Tensor
 from hylo_megatron.config import Architecture
 from hylo_megatron.config.decisions import taught_length
 from hylo_megatron.distill.head import HeadInputs
+from hylo_megatron.distill.host_memory import stream_layers
 from hylo_megatron.distill.ild import HiddenStates
 from hylo_megatron.distill.losses.hidden import hidden_distance, shared_gradient
 from hylo_megatron.distill.payload import Payload
@@ -45,6 +46,8 @@ class DistillModel(MegatronModule):
         self.student, self.settings, self.arch, self.teacher_arch = student, settings, arch, teacher_arch
         # In a plain list, so that DDP, the optimizer and checkpoints do not find the teacher.
         self._frozen = [teacher.eval().requires_grad_(False)]
+        if settings.offload_teacher:
+            stream_layers(teacher)
         for name in ("pre_process", "post_process", "share_embeddings_and_output_weights", "model_type", "vp_stage",
                      "pg_collection"):  # fmt: skip
             setattr(self, name, getattr(student, name, None))
@@ -54,6 +57,8 @@ class DistillModel(MegatronModule):
         if self.pre_process and settings.train == "mixers":
             student.embedding.register_forward_hook(_give_gradient)
         self._initial_states = self._start_from(settings) if settings.initial_states != "zero" else []
+        for block in self._linear_blocks() if settings.recurrence_block else ():
+            block.cut_recurrence(settings.recurrence_block)
         self.late = None  # see ``KL.token_weights``
         if settings.kind.layerwise:
             self._prepare_layers()
@@ -74,8 +79,11 @@ class DistillModel(MegatronModule):
 
     def _start_from(self, settings: DistillSettings) -> list:
         first = (settings.seed * torch.distributed.get_world_size() + torch.distributed.get_rank()) * 1000
-        blocks = [module for module in self.student.modules() if isinstance(module, LinearMixer)]
-        return [block.start_from(settings.initial_states, first + block.layer_number) for block in blocks]
+        mode = settings.initial_states
+        return [block.start_from(mode, first + block.layer_number) for block in self._linear_blocks()]
+
+    def _linear_blocks(self) -> list[LinearMixer]:
+        return [module for module in self.student.modules() if isinstance(module, LinearMixer)]
 
     def _prepare_head(self) -> None:
         loss = self.settings.loss

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from hylo_megatron.checkpoint.save_room import SaveRoom
 
 if TYPE_CHECKING:
+    from hylo_megatron.distill.host_memory import OptimizerAway
     from hylo_megatron.engine.guard import Guard
     from hylo_megatron.engine.step_log import StepLog
     from hylo_megatron.engine.step_profile import StepProfile
@@ -29,4 +30,5 @@ class TrainingRun:
     product_rate: float | None = None
     data: Any = None
     schedule: Any = None  # of ild in a pipeline
+    offload: "OptimizerAway | None" = None
     closing: threading.Event = field(default_factory=threading.Event)

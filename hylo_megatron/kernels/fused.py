@@ -22,6 +22,7 @@ from hylo_megatron.config.decisions import CHUNK
 from hylo_megatron.kernels import conv, norm, triton_pointwise
 from hylo_megatron.kernels.ssd import skip
 from hylo_megatron.kernels.triton_conv import split_convolve
+from hylo_megatron.kernels.triton_fp8 import quantise_rows
 from hylo_megatron.kernels.triton_pointwise import distance, rotate, swiglu_packed
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "chunk_ssd",
     "distance",
     "gated_rms_norm",
+    "quantise_rows",
     "rms_norm",
     "rotate",
     "split_convolve",

@@ -86,7 +86,9 @@ def training(student: Architecture, known) -> PlannedRun:
     kind = stage_kind(known.train)
     if not student.is_hybrid:
         raise HyLoError(f"{known.folder} holds a Transformer: say with --plan what it becomes")
-    if kind.layerwise and known.recompute:
+    if known.recompute and known.recompute_chunk:
+        raise HyLoError("--recompute and --recompute-chunk are two methods of recompute; choose one")
+    if kind.layerwise and (known.recompute or known.recompute_chunk):
         raise HyLoError(f"--recompute: {kind.name} trains each layer apart and recomputes none; leave it out")
     teacher = read(known.teacher).as_teacher() if known.teacher else replace(student.as_teacher(), mla_qk_norm=False)
     check_teacher(student, teacher, kind)
@@ -100,9 +102,13 @@ def training(student: Architecture, known) -> PlannedRun:
     check_parallel_layout({"student": student, "teacher": teacher}, layout, work)
     check_levers(kind, known, prefix="--", stage="--train")
     loss = loss_of(kind, known)
-    loss.check(student, teacher, known.pp, bool(known.recompute))
+    loss.check(student, teacher, known.pp, bool(known.recompute or known.recompute_chunk))
     return PlannedRun(student=student, teacher=teacher, kind=kind, loss=loss, layout=layout, work=work,
-                      train=known.hylo_train or kind.train, recompute=known.recompute)  # fmt: skip
+                      train=known.hylo_train or kind.train, recompute=known.recompute,
+                      recompute_chunk=known.recompute_chunk, mlp_block=known.mlp_block,
+                      recurrence_block=known.recurrence_block,
+                      teacher_fp8=known.teacher_fp8, offload_teacher=known.offload_teacher,
+                      offload_optimizer=known.offload_optimizer)  # fmt: skip
 
 
 def parts(found: Peak) -> list[tuple[str, int]]:
@@ -144,6 +150,13 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     add("--hylo-train", choices=TRAIN, help="(default: mixers for ild, all for distill)")
     recompute = "--recompute-num-layers of method block: recomputed sub-layers (mixers or MLPs) of a stage"
     add("--recompute", type=count, default=0, help=recompute)
+    chunk = "--recompute-num-layers of method uniform: sub-layers that are recomputed together, of all"
+    add("--recompute-chunk", type=size, default=0, help=chunk)
+    add("--mlp-block", type=size, help="--hylo-mlp-block (default: automatic)")
+    add("--recurrence-block", type=size, help="--hylo-recurrence-block (default: all)")
+    add("--teacher-fp8", action="store_true", help="--hylo-teacher-fp8")
+    add("--offload-teacher", action="store_true", help="--hylo-offload-teacher")
+    add("--offload-optimizer", action="store_true", help="--hylo-offload-optimizer")
     # The losses read these under the names of the trainer's flags.
     add("--loss", dest="hylo_loss", choices=tuple(LOSSES), help="--hylo-loss")
     add("--kl-chunk", dest="hylo_kl_chunk", type=size, default=4096, help="--hylo-kl-chunk (default: the recipes')")

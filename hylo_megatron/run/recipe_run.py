@@ -142,7 +142,8 @@ class Run:
         teacher = self.base if stage_kind(stage.kind).layerwise else self.teacher
         shared = fitting(self.flags, stage_kind(stage.kind), stage.loss)
         flags = [*stage.flags(), *shared, "--hylo-student", student, "--hylo-teacher", teacher, "--save", save,
-                 "--save-interval", self.recipe.save_every, "--hylo-keep-last", 1, "--seed", self.recipe.seed,
+                 "--save-interval", self.recipe.save_every, "--hylo-keep-last", 1, "--hylo-last-weights-only",
+                 "--seed", self.recipe.seed,
                  "--data-path", *data_path(self.data, stage, self.source.tokens)]  # fmt: skip
         if self.recipe.control:
             flags.append("--hylo-control")

@@ -47,6 +47,9 @@ class Step:
     recompute: int = 0
     teacher_length: int | None = None
     teacher_layers: int = 0
+    mlp_block: int | None = None
+    recompute_chunk: int = 0
+    recurrence_block: int | None = None
 
 
 STEPS = [
@@ -58,6 +61,12 @@ STEPS = [
     Step("ild all", "gdn", "ild", "all"),
     Step("distill kda", "kda", "distill", "all"),
     Step("kda again", "kda", "distill", "all", recompute=8),
+    Step("blocks", "gdn", "distill", "all", recompute=8, teacher_layers=6, mlp_block=600),
+    Step("pairs", "mamba2", "distill", "all", recompute_chunk=2),
+    Step("pairs, blocks", "gdn", "distill", "all", recompute_chunk=2, mlp_block=600),
+    Step("segments", "gdn", "distill", "all", recompute=8, mlp_block=600, recurrence_block=1024),
+    Step("segments kda", "kda", "distill", "all", recompute=8, mlp_block=600, recurrence_block=1024),
+    Step("some blocks", "kda", "distill", "mixers", recompute=4, mlp_block=1024),
 ]
 PP = 4
 PIPELINES = [  # stage of training, of the pipeline, micro-batches
@@ -159,7 +168,8 @@ def build(arch, **overrides):
     from hylo_megatron.layers.load import layout_config
     from hylo_megatron.layers.model import build_model
 
-    rest = {key: overrides.pop(key) for key in ("linear_cp", "pre_process", "post_process") if key in overrides}
+    ours = ("linear_cp", "mlp_block", "pre_process", "post_process")
+    rest = {key: overrides.pop(key) for key in ours if key in overrides}
     config = layout_config(arch, torch.bfloat16, cp_comm_type="p2p", deallocate_pipeline_outputs=True, **overrides)
     return build_model(arch, config, **rest)
 
@@ -234,9 +244,12 @@ def distill_model(step: Step, **overrides):
     from hylo_megatron.distill.settings import DistillSettings
 
     student, teacher = step_models(step)
-    recompute = dict(recompute_granularity="full", recompute_method="block", recompute_num_layers=step.recompute)
-    models = build(student, **overrides, **recompute if step.recompute else {}), build(teacher, **overrides)
-    settings = DistillSettings(kind=stage_kind(step.stage), train=step.train, loss=step_loss(step))
+    method, layers = ("uniform", step.recompute_chunk) if step.recompute_chunk else ("block", step.recompute)
+    recompute = dict(recompute_granularity="full", recompute_method=method, recompute_num_layers=layers)
+    overrides |= dict(mlp_block=step.mlp_block)
+    models = build(student, **overrides, **recompute if layers else {}), build(teacher, **overrides)
+    settings = DistillSettings(kind=stage_kind(step.stage), train=step.train, loss=step_loss(step),
+                               recurrence_block=step.recurrence_block)  # fmt: skip
     model = DistillModel(*models, student, teacher, settings).train()
     model.teacher.eval()
     for parameter in model.parameters():
