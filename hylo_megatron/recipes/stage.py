@@ -53,6 +53,7 @@ class Stage:
     ce_beyond: float = 1.0
     answer_weight: float = 0.0
     recompute: int = 0
+    on_policy: float = 0.0  # share of the plain text that the student of the stage's start writes (run/on_policy.py)
     # levers, which docs/recipe.md explains
     loss: str | None = _lever("--hylo-loss", None)
     jsd_beta: float = _lever("--hylo-jsd-beta", 0.5)
@@ -82,6 +83,7 @@ class Stage:
         """Return the fields, except levers at their defaults, so that recipes of earlier versions stay equal."""
         unused = {each.name for each in fields(self) if "flag" in each.metadata} - self.levers().keys()
         unused |= {name for name in ("mla_rope", "log_scale") if getattr(self, name) is None}
+        unused |= set() if self.on_policy else {"on_policy"}
         return {each.name: getattr(self, each.name) for each in fields(self) if each.name not in unused}
 
     def flags(self) -> list[str]:
@@ -148,7 +150,8 @@ class Recipe:
     def as_control(self) -> "Recipe":
         """Return the control: the base model itself, trained by the stages after the layer-wise ones."""
         kept = (stage for stage in self.stages if not stage_kind(stage.kind).layerwise)
-        changes = dict(train="all", initial_states="zero", mla_rope=None, log_scale=None)  # it has no new mixers
+        # It has no new mixers, and reads no text that a student wrote.
+        changes = dict(train="all", initial_states="zero", mla_rope=None, log_scale=None, on_policy=0.0)
         stages = tuple(replace(stage, **changes) for stage in kept)
         return replace(self, name=f"{self.name}-control", stages=stages, control=True)
 

@@ -41,7 +41,7 @@ def needs(run, student: Architecture, optimizer: bool = True) -> list[tuple[str,
     width = base / elements(read_architecture(source.base))  # bytes per parameter
     if not run.recipe.control:
         add("the student", run.out / "student", int(elements(student) * width))
-    for stage in run.recipe.stages:
+    for stage, after in zip(run.recipe.stages, (*run.recipe.stages[1:], None), strict=True):
         folder = run.out / stage.name
         size = checkpoint_bytes(student, stage_kind(stage.kind), stage.train, fast_bf16(), optimizer)
         there = bool(complete_iterations(folder)) if folder.is_dir() else False
@@ -49,7 +49,7 @@ def needs(run, student: Architecture, optimizer: bool = True) -> list[tuple[str,
             # the old checkpoint stays until the new one is complete
             several = there or stage.steps > run.recipe.save_every
             found.append((f"{stage.name}", 0 if there else size, size * (1 if there else 1 + several)))
-        if source.held_out or stage is run.recipe.stages[-1]:
+        if source.held_out or after is None or after.on_policy:
             add(f"hf-{stage.name}", run.out / f"hf-{stage.name}", EXPORTED * elements(student))
     return found
 
