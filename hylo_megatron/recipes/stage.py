@@ -60,6 +60,8 @@ class Stage:
     ce_beyond: float = _lever("--hylo-ce-beyond-teacher", 1.0, recorded=True)
     answer_weight: float = _lever("--hylo-answer-weight", 0.0, recorded=True)
     recompute: int = 0
+    # share of the plain text that the student of the stage's start writes (run/on_policy.py)
+    on_policy: float = field(default=0.0, metadata=LEVER)
     # levers of later versions, which old recipe.json files do not have
     loss: str | None = _lever("--hylo-loss", None)
     jsd_beta: float = _lever("--hylo-jsd-beta", 0.5)
@@ -90,6 +92,7 @@ class Stage:
         later = {each.name for each in fields(self) if not each.metadata.get("recorded", True)}
         unused = later - self.levers().keys()
         unused |= {name for name in ("mla_rope", "log_scale") if getattr(self, name) is None}
+        unused |= set() if self.on_policy else {"on_policy"}
         return {each.name: getattr(self, each.name) for each in fields(self) if each.name not in unused}
 
     def flags(self) -> list[str]:
@@ -162,7 +165,8 @@ class Recipe:
     def as_control(self) -> "Recipe":
         """Return the control: the base model itself, trained by the stages after the layer-wise ones."""
         kept = (stage for stage in self.stages if not stage_kind(stage.kind).layerwise)
-        changes = dict(train="all", initial_states="zero", mla_rope=None, log_scale=None)  # it has no new mixers
+        # It has no new mixers, and reads no text that a student wrote.
+        changes = dict(train="all", initial_states="zero", mla_rope=None, log_scale=None, on_policy=0.0)
         stages = tuple(replace(stage, **changes) for stage in kept)
         return replace(self, name=f"{self.name}-control", stages=stages, control=True)
 

@@ -26,7 +26,7 @@ from hylo_megatron.errors import HyLoError
 from hylo_megatron.files import write_text
 from hylo_megatron.json_file import read_json
 from hylo_megatron.recipes.stage import Recipe, Stage
-from hylo_megatron.run import disk_need
+from hylo_megatron.run import disk_need, on_policy
 from hylo_megatron.run.background import Background
 from hylo_megatron.run.datasets import data_path, make_datasets
 from hylo_megatron.run.launch import Processes, start_own
@@ -60,7 +60,7 @@ class Run:
         self.student = self.base if recipe.control else out / "student"
         self.total = 4 - recipe.control + len(self.source.steps()) + len(recipe.stages) + (self.teacher != self.base)
         self.total += 2 + len(recipe.stages) if self.source.held_out else 0
-        self.total += bool(sampled_tokens(recipe))
+        self.total += bool(sampled_tokens(recipe)) + sum(bool(stage.on_policy) for stage in recipe.stages)
         self.background = Background(self.logs, beside)
         self.trainings: list[TrainingProcess] = []
         self.next_training: TrainingProcess | None = None
@@ -104,6 +104,20 @@ class Run:
         write_sampled(
             self.recipe, self.source.teacher or self.hf, self.out / "sampled", self.data / "sampled", self.hf
         )
+
+    def own_text(self, index: int, name: str, checkpoint: Path) -> None:
+        """Let the student before stage ``index`` write the share of its text that ``on_policy`` asks for."""
+        if index == len(self.recipe.stages) or not self.recipe.stages[index].on_policy:
+            return
+        stage = self.recipe.stages[index]
+        done, folder = on_policy.packed(self.data, stage), self.out / on_policy.ON_POLICY / stage.name
+
+        def write():
+            self.background.wait()  # the rows take the GPU's memory, which evaluations share
+            student, seed = self.export(name, checkpoint), self.recipe.seed + index
+            on_policy.write_on_policy(stage, student, folder, self.data, tokenizer=self.hf, seed=seed)
+
+        self.step(f"{stage.name}: sample {on_policy.on_policy_tokens(stage):,} tokens from {name}", write, done)
 
     def prepare(self) -> None:
         """Make the tokens and the packed data sets of the stages."""
@@ -170,7 +184,8 @@ class Run:
         self.next_training = None
 
         def start_next():
-            if self.background.beside and index + 1 < len(self.recipe.stages):
+            following = self.recipe.stages[index + 1 : index + 2]
+            if self.background.beside and following and not following[0].on_policy:  # its text is not written yet
                 self.next_training = self._start(index + 1)
 
         try:
@@ -191,6 +206,7 @@ class Run:
         return folder
 
     def execute(self) -> None:
+        on_policy.check(self.recipe, self.data, self.source.tokens)
         with disk.writing(self.out):
             self._claim()
         print(f"{self.recipe.name}: {self.plan.name}, {self.processes}, in {self.out}", flush=True)
@@ -218,10 +234,12 @@ class Run:
             self.step("convert the teacher", convert, self.teacher)
         if not self.recipe.control:
             self.step(f"upcycle to {self.plan.name}", self.upcycle, self.student)
+        self.own_text(0, "init", self.student)
         if self.source.held_out:
             self.measure("init", self.export("init", self.student))
         for index, stage in enumerate(self.recipe.stages):
             checkpoint, last = self.train(index), stage is self.recipe.stages[-1]
+            self.own_text(index + 1, stage.name, checkpoint)
             if last or self.source.held_out:
                 folder = self.export(stage.name, checkpoint)
                 self.measure(stage.name, folder, full=last, report=self.out / "report" if last else None)
