@@ -40,7 +40,7 @@ class Architecture:
     ``rope_parameters`` is transformers' dictionary (``rope_type``, ``rope_theta``, scaling fields). ``geometry`` is
     set when the plan has mixers other than ``attention``. ``qk_norm`` is a per-head RMSNorm on queries and keys of
     attention (Qwen3), ``mla_qk_norm`` the same in MLA layers. ``config/positions.py`` explains ``mla_rope``,
-    ``linear_rope`` and ``log_scale``. ``extra`` is kept as it is: token ids, and the norms of
+    ``linear_rope``, ``log_scale`` and ``window``. ``extra`` is kept as it is: token ids, and the norms of
     the teacher's layers that ILD divides by.
     """
 
@@ -66,6 +66,7 @@ class Architecture:
     mla_rope: bool = positions.FIELDS["mla_rope"]
     linear_rope: bool = positions.FIELDS["linear_rope"]
     log_scale: positions.LogScale | None = positions.FIELDS["log_scale"]
+    window: positions.Window | None = positions.FIELDS["window"]
 
     def __post_init__(self):
         object.__setattr__(self, "plan", Plan(self.plan))  # files and transformers have a list

@@ -140,10 +140,17 @@ class Recipe:
     text: str = "small"  # the mix of hylo fetch-text
     geometry: str | Geometry = "native"
     linear_rope: bool = False  # linear layers rotate queries and keys (config/positions.py)
+    window: str | None = None  # SIZE+SINKS, of attention beside each linear layer (config/positions.py)
     init: str = "data"  # or "svd", the initialisation of the method's paper
     save_every: int = 20
     seed: int = 1234
     control: bool = False  # the student is the base model itself; ``plan``, ``linear`` and ``geometry`` are unused
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Settings of ``config/positions.py`` that the student has from the start."""
+        window = {"window": positions.window(self.window)} if self.window else {}
+        return {"linear_rope": self.linear_rope, **window}
 
     def as_control(self) -> "Recipe":
         """Return the control: the base model itself, trained by the stages after the layer-wise ones."""
@@ -155,7 +162,7 @@ class Recipe:
     def to_dict(self) -> dict:
         """Return the recipe as JSON reads it, with lists for tuples."""
         values = asdict(self) | {"stages": [stage.to_dict() for stage in self.stages]}
-        for name in ("control", "linear_rope"):  # neither did earlier versions have
+        for name in ("control", "linear_rope", "window"):  # earlier versions had none of them
             if not values[name]:
                 del values[name]
         return json.loads(json.dumps(values))
