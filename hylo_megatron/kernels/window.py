@@ -8,28 +8,13 @@ Legend: B rows, Q queries, T keys (the queries are the last Q of their tokens), 
 K head dim, Y = 2 K, W window, S sinks, N blocks, L queries of a block, C keys of a block.
 """
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ALIGNMENT = 16  # keys of a block: fused kernels read masks in aligned rows
+from hylo_megatron.config.window import Blocks, blocks
+
 PADDING = -1  # the position of a token that no query sees
-
-
-class Blocks(NamedTuple):
-    """How ``queries`` are cut into blocks. ``before``: keys of a block ahead of its first query's own key."""
-
-    count: int
-    length: int
-    before: int
-
-
-def blocks(queries: int, window: int, sinks: int) -> Blocks:
-    length = min(window, queries)
-    keys = sinks + window - 1 + length
-    return Blocks(-(-queries // length), length, keys + -keys % ALIGNMENT - sinks - length)
 
 
 def window_mask(at_BT: Tensor, sink_at_BS: Tensor, queries: int, *, window: int, sinks: int, shared: int,

@@ -7,9 +7,11 @@ sigmoid of the layer's input. A window is a part of the linear block's module, u
 from dataclasses import replace
 
 from hylo_megatron.config import Architecture
+from hylo_megatron.config.window import Blocks, blocks
 from hylo_megatron.mixers import MIXERS
 from hylo_megatron.mixers.attention import mapping as attention
 from hylo_megatron.mixers.mapping import HF, INPUT_NORM, MEGATRON, Mapping, Shapes, copy
+from hylo_megatron.mixers.memory import Share, SubLayer, aligned
 
 HF_NAME, GATE = "mixer.window.", "window.gate_proj.weight"
 # Further ends of names of weights that every tensor-parallel rank has in full.
@@ -50,3 +52,28 @@ def cached_values(arch: Architecture) -> int:
     rows = sum(arch.window.values()) if arch.window else 0
     layers = sum(MIXERS[kind].linear for kind in arch.plan)
     return layers * rows * MIXERS["attention"].part("memory").cached_values(arch)
+
+
+def beside(block: SubLayer, arch: Architecture, at: Share) -> SubLayer:
+    """Return the bytes of a linear block together with its window.
+
+    Kept are queries and keys beside values in blocks, the output as the kernel returns it and by token, with fp32
+    denominators, gates in fp32 and bf16, the product of both, and the gate's weight with the zeros that align it.
+    """
+    h, g, k = arch.num_attention_heads // at.layout.tp, arch.num_key_value_heads // at.layout.tp, arch.head_dim
+    cut = _cut(arch, at)
+    padded, keys = cut.count * cut.length / at.length, cut.count * cut.keys / at.length
+    kept = at.inner(padded * (3 * h * k + 2 * h) + 2 * keys * g * k + h * k + 3 * h)
+    kept += 2 * aligned(h) * arch.hidden_size if h % 16 else 0
+    work = at.inner(2 * padded * h * k + 4 * keys * g * k)
+    return SubLayer(block.kept + kept, max(block.work, work), block.entry)
+
+
+def tables(arch: Architecture, at: Share) -> int:
+    """Return bytes that all windows share: cosines and sines, and the mask of a micro-batch."""
+    cut, shared = _cut(arch, at), arch.num_attention_heads // arch.num_key_value_heads
+    return 4 * at.length * arch.head_dim + 2 * at.sequences * cut.count * shared * cut.length * cut.keys
+
+
+def _cut(arch: Architecture, at: Share) -> Blocks:
+    return blocks(at.length, arch.window["size"], min(arch.window["sinks"], at.length))
