@@ -96,6 +96,12 @@ class Architecture:
         kinds = [MIXERS[kind] for kind in self.plan if not MIXERS[kind].linear]
         return bytes_per_value * sum(entry.part("memory").cached_values(self) for entry in kinds)
 
+    def window_bytes(self, bytes_per_value: int = 2) -> int:
+        """Bytes of keys and values that a request's windows cache, whatever the length of its text."""
+        rows = sum(self.window.values()) if self.window else 0
+        layers = sum(MIXERS[kind].linear for kind in self.plan)
+        return bytes_per_value * layers * rows * MIXERS["attention"].part("memory").cached_values(self)
+
     def to_dict(self) -> dict:
         values = asdict(self)
         values["plan"] = list(self.plan)

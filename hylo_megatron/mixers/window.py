@@ -47,13 +47,6 @@ def table(arch: Architecture, kind: str) -> list[Mapping]:
     return [*copied, copy(f"{holder}.{GATE}", f"{HF}mixer.{GATE}")]
 
 
-def cached_values(arch: Architecture) -> int:
-    """Return the values that all windows of a request hold, for any length of its text: keys and values."""
-    rows = sum(arch.window.values()) if arch.window else 0
-    layers = sum(MIXERS[kind].linear for kind in arch.plan)
-    return layers * rows * MIXERS["attention"].part("memory").cached_values(arch)
-
-
 def beside(block: SubLayer, arch: Architecture, at: Share) -> SubLayer:
     """Return the bytes of a linear block together with its window.
 
