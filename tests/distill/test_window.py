@@ -52,6 +52,28 @@ def test_layerwise_stages_train_gates_and_linear_blocks_only(world, tmp_path):
     assert model.config.window == tiny.WINDOW and model(tiny.tokens()).logits.isfinite().all()
 
 
+@pytest.mark.parametrize("shape", ["llama", "qwen2", "qwen3"])
+def test_a_window_as_wide_as_the_text_is_the_base_models_attention(tmp_path, shape):
+    """Then nothing is left over for the linear blocks, and the student starts as its teacher."""
+    from hylo_megatron.convert import hf_to_megatron
+    from hylo_megatron.hf import HyLoForCausalLM
+
+    teacher = tiny.teacher_model(shape, common=1.0, **({"head_dim": 16} if shape == "qwen3" else {}))
+    hf_to_megatron.convert(tiny.save_model(teacher, tmp_path / "hf"), tmp_path / "teacher", check=False)
+    errors = {}
+    for name, window in (("wide", {"size": 32, "sinks": 0}), ("narrow", {"size": 4, "sinks": 1}), ("none", None)):
+        report = upcycle(
+            tmp_path / "teacher", tmp_path / name, Plan.parse(4, "none", "gdn"), tokens_BS=tiny.tokens(8), log=str,
+            window=window,
+        )  # fmt: skip
+        errors[name] = max(entry["error"] for entry in report["layers"])
+    assert errors["wide"] < 1e-4 and errors["narrow"] < errors["none"]
+    megatron_to_hf.convert(tmp_path / "wide", tmp_path / "wide-hf")
+    student = HyLoForCausalLM.from_pretrained(tmp_path / "wide-hf").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(student(tiny.tokens()).logits, teacher(tiny.tokens()).logits, rtol=1e-3, atol=1e-3)
+
+
 def test_context_parallelism_is_refused(world):
     from hylo_megatron.config import Architecture
     from hylo_megatron.config.layout import check_layout
