@@ -157,7 +157,7 @@ class Recipe:
         kept = (stage for stage in self.stages if not stage_kind(stage.kind).layerwise)
         changes = dict(train="all", initial_states="zero", mla_rope=None, log_scale=None)  # it has no new mixers
         stages = tuple(replace(stage, **changes) for stage in kept)
-        return replace(self, name=f"{self.name}-control", stages=stages, control=True)
+        return replace(self, name=f"{self.name}-control", stages=stages, control=True, window=None)
 
     def to_dict(self) -> dict:
         """Return the recipe as JSON reads it, with lists for tuples."""
