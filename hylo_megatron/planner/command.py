@@ -21,6 +21,7 @@ from hylo_megatron.config import Architecture, Plan, geometry_preset
 from hylo_megatron.config.geometry import GEOMETRY_HELP
 from hylo_megatron.config.layout import ParallelLayout, Work, check_parallel_layout
 from hylo_megatron.config.pair import check_teacher, check_vocabularies
+from hylo_megatron.config.positions import add_window, changed, given
 from hylo_megatron.config.stages import STAGE_KINDS, TRAIN, stage_kind
 from hylo_megatron.convert.shapes import hf_shapes
 from hylo_megatron.distill.losses import LOSSES, check_levers, loss_of
@@ -72,6 +73,13 @@ def rows(arch: Architecture, known) -> list[tuple[str, str]]:
     else:
         row = arch.kv_bytes_per_token() // known.tp
         layout = Pages(16, 16 * row // arch.num_layers, (arch.num_layers, 0))
+    if windows := arch.window_bytes():
+        each = arch.as_teacher().kv_bytes_per_token()
+        found.append(
+            ("windows of a request",
+             f"{windows / known.tp / 2**20:.1f} MiB, as {windows / each:,.0f} tokens of the base model; vLLM does not"
+             " serve them, and the figures below leave them out")
+        )  # fmt: skip
     found += [("cache of a token", f"{row:,} bytes"), ("block", f"{layout.block:,} tokens"),
               ("left for caches", f"{budget / GIB:.1f} GiB")]  # fmt: skip
     for length in LENGTHS:
@@ -177,6 +185,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("--plan", help="layers of the hybrid that a base model would become, such as 6MLA22GDN")
     parser.add_argument("--geometry", default="native", metavar="PRESET[:RANK+ROPE]", help=GEOMETRY_HELP)
+    add_window(parser.add_argument)
     parser.add_argument("--gpu-gib", type=positive, default=139.8, help="memory of the GPU (default: an H200's)")
     parser.add_argument("--utilization", type=share, default=0.9, help="vLLM's --gpu-memory-utilization")
     parser.add_argument("--tp", type=size, default=1)
@@ -196,7 +205,10 @@ def main() -> None:
         if arch.is_hybrid:
             raise HyLoError("--plan is for a base model; this folder holds a hybrid")
         geometry = geometry_preset(known.geometry, arch.hidden_size, arch.num_attention_heads, arch.head_dim)
-        arch = replace(arch, plan=Plan.parse(arch.num_layers, known.plan), geometry=geometry)
+        plan = Plan.parse(arch.num_layers, known.plan)
+        arch = changed(replace(arch, plan=plan, geometry=geometry), given(known), "--plan")
+    elif known.window:
+        raise HyLoError("--window is for the hybrid that --plan names; this folder's own is counted without it")
     if known.train:
         print_training(training(arch, known), known.gpu_gib)
         return

@@ -145,9 +145,10 @@ class Recipe:
     layers: int = 30
     text: str = "small"  # the mix of hylo fetch-text
     geometry: str | Geometry = field(default="native", metadata=LEVER)
-    linear_rope: bool = field(
-        default=False, metadata=LEVER
-    )  # linear layers rotate queries and keys (config/positions.py)
+    # linear layers rotate queries and keys (config/positions.py)
+    linear_rope: bool = field(default=False, metadata=LEVER)
+    # SIZE+SINKS, of attention beside each linear layer (config/positions.py)
+    window: str | None = field(default=None, metadata=LEVER)
     init: str = "data"  # or "svd", the initialisation of the method's paper
     save_every: int = 20
     seed: int = 1234
@@ -162,18 +163,24 @@ class Recipe:
             object.__setattr__(self, "plan", layers or "none")
             object.__setattr__(self, "linear", plan.linear_kind)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Settings of ``config/positions.py`` that the student has from the start."""
+        window = {"window": positions.window(self.window)} if self.window else {}
+        return {"linear_rope": self.linear_rope, **window}
+
     def as_control(self) -> "Recipe":
         """Return the control: the base model itself, trained by the stages after the layer-wise ones."""
         kept = (stage for stage in self.stages if not stage_kind(stage.kind).layerwise)
         # It has no new mixers, and reads no text that a student wrote.
         changes = dict(train="all", initial_states="zero", mla_rope=None, log_scale=None, on_policy=0.0)
         stages = tuple(replace(stage, **changes) for stage in kept)
-        return replace(self, name=f"{self.name}-control", stages=stages, control=True)
+        return replace(self, name=f"{self.name}-control", stages=stages, control=True, window=None)
 
     def to_dict(self) -> dict:
         """Return the recipe as JSON reads it, with lists for tuples."""
         values = asdict(self) | {"stages": [stage.to_dict() for stage in self.stages]}
-        for name in ("control", "linear_rope"):  # neither did earlier versions have
+        for name in ("control", "linear_rope", "window"):  # earlier versions had none of them
             if not values[name]:
                 del values[name]
         return json.loads(json.dumps(values))

@@ -135,7 +135,7 @@ class Run:
         upcycle(
             self.base, self.out / "student", self.plan, init=recipe.init, geometry=recipe.geometry, tokens_BS=tokens,
             qk_norm=recipe.init == "svd" and Architecture.load(self.base).qk_norm, device=device,
-            linear_rope=recipe.linear_rope,
+            **recipe.settings,
         )  # fmt: skip
 
     def _trained(self, stage: Stage) -> bool:
@@ -253,7 +253,7 @@ class Run:
 
         student = base = read_architecture(self.hf)
         if not self.recipe.control:
-            student = student_architecture(base, self.plan, self.recipe.geometry)
+            student = student_architecture(base, self.plan, self.recipe.geometry, **self.recipe.settings)
         disk_need.check(self, student)
 
     def _close(self, folder: Path) -> None:
