@@ -143,12 +143,15 @@ def save_room(args, arch: Architecture):
 
 
 def remembered(datasets, run: "TrainingRun"):
-    """Return ``datasets``, which megatron calls, so that ``run`` knows the training's data set."""
+    """Return ``datasets``, which megatron calls, so that ``run`` knows the training's data set.
+
+    In place of a data set megatron may get a loader, which has the data set.
+    """
 
     @functools.wraps(datasets)
     def build(*args, **kwargs):
         built = datasets(*args, **kwargs)
-        run.data = built[0]
+        run.data = getattr(built[0], "reads", built[0])
         return built
 
     return build

@@ -79,7 +79,7 @@ def with_step_start(train_step, run: TrainingRun):
                 return found
 
             result = train_step(forward_step, data, models, optimizer, scheduler, config, keep_losses, **kwargs)
-        run.guard.after(models, optimizer, scheduler)
+        run.guard.after(models, optimizer, scheduler, run.home)
         if run.guard.wrong is not None:
             for model in run.models:
                 model.forget_states()

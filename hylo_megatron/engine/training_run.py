@@ -2,6 +2,7 @@
 
 import threading
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hylo_megatron.checkpoint.save_room import SaveRoom
@@ -18,8 +19,10 @@ class TrainingRun:
     """One call of ``pretrain``. The model provider adds to ``models`` before the first step.
 
     ``room`` is that of the disk which checkpoints are saved to. ``data`` is the data set of the training, which every
-    rank has. ``product_rate`` is the device's rate of matrix products in FLOP/s, or None on a CPU. ``closing`` belongs
-    to the present writer of checkpoints, and is set once that writer is asked to end.
+    rank has. ``home`` has the checkpoints that a rollback goes back to: it is the folder that the run has saved to, or
+    before its first save the one that it has loaded with the optimizer. ``product_rate`` is the device's rate of matrix
+    products in FLOP/s, or None on a CPU. ``closing`` belongs to the present writer of checkpoints, and is set once that
+    writer is asked to end.
     """
 
     room: SaveRoom | None = None
@@ -29,6 +32,7 @@ class TrainingRun:
     profile: "StepProfile | None" = None
     product_rate: float | None = None
     data: Any = None
+    home: Path | None = None
     schedule: Any = None  # of ild in a pipeline
     offload: "OptimizerAway | None" = None
     closing: threading.Event = field(default_factory=threading.Event)

@@ -26,7 +26,8 @@ from hylo_megatron.config.stages import STAGE_KINDS, TRAIN, stage_kind
 from hylo_megatron.convert.shapes import hf_shapes
 from hylo_megatron.distill.losses import LOSSES, check_levers, loss_of
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.flags import Parser, command_line, count, given, positive, share, size, weight
+from hylo_megatron.flags import Parser, command_line, count, positive, share, size, weight
+from hylo_megatron.flags import given as given_flags
 from hylo_megatron.json_file import read_json
 from hylo_megatron.planner.pages import Pages, expanded_bytes, pages, row_bytes, state_bytes
 from hylo_megatron.planner.recipe_command import add_recipe_flags, print_layouts
@@ -194,7 +195,7 @@ def main() -> None:
     add_training_flags(parser)
     add_recipe_flags(parser)
     known = parser.parse_args()
-    known.given = given(parser, sys.argv[1:])
+    known.given = given_flags(parser, sys.argv[1:])
     if known.recipe:
         print_layouts(known)
         return
