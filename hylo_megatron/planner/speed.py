@@ -5,14 +5,15 @@ card, with constants that were fitted to whole steps on one and two GPUs (``test
 """
 
 from dataclasses import astuple, dataclass
+from math import prod
 
 from hylo_megatron.config import Architecture
 from hylo_megatron.config.decisions import CHUNK
+from hylo_megatron.convert.shapes import hf_shapes
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.mixers import MIXERS
 from hylo_megatron.planner.flops import RATES, head_products, layer_products, mixing, token_flops
 from hylo_megatron.planner.training import PlannedRun, stage_sub_layers
-from hylo_megatron.planner.weights import Shards, rank_elements
 
 CARDS = {"H100": RATES["NVIDIA H100 80GB HBM3"], "H200": RATES["NVIDIA H200"]}  # FLOP/s of a large bf16 product
 
@@ -73,10 +74,8 @@ def _products(run: PlannedRun, card: float, fitted: Constants) -> float:
                         taught=run.taught * run.layout.cp // run.work.micro_batch)  # fmt: skip
     logits = 0.0
     if not run.kind.layerwise:
-        taught = run.taught / run.share.tokens
-        logits = 2 * taught * head_products(run.teacher) + (6 if run.train == "all" else 4) * head_products(
-            run.student
-        )
+        taught, learnt = 2 * run.taught / run.share.tokens, 6 if run.train == "all" else 4
+        logits = taught * head_products(run.teacher) + learnt * head_products(run.student)
     again = 2 * _recomputed(run) * sum(layer_products(run.student).values())
     layers = found.teacher_products + found.student_products - logits + again
     return (layers / fitted.products + logits / fitted.head) / card
@@ -111,13 +110,10 @@ def _traffic(run: PlannedRun, fitted: Constants) -> float:
     return fitted.traffic * (kept * (3 + _recomputed(run)) + read) / run.layout.pp
 
 
-def _elements(run: PlannedRun) -> int:
-    """Return the trained parameters of the fullest rank."""
-    stages = [
-        rank_elements(run.student, Shards(rows=run.rows, tp=run.layout.tp, pp=run.layout.pp, pipeline_stage=stage))
-        for stage in range(run.layout.pp)
-    ]
-    return max(sum(count for name, count in stage.items() if run.trains(name)) for stage in stages)
+def _elements(run: PlannedRun) -> float:
+    """Return the trained parameters of a rank, as if tensors and layers were split evenly."""
+    trained = sum(prod(shape) for name, shape in hf_shapes(run.student).items() if run.trains(name))
+    return trained / run.layout.tp / run.layout.pp
 
 
 def _optimizer(run: PlannedRun, fitted: Constants) -> float:
