@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 class TrainingRun:
     """One call of ``pretrain``. The model provider adds to ``models`` before the first step.
 
-    ``room`` is that of the disk which checkpoints are saved to. ``data`` is the data set of the training, which every
-    rank has. ``home`` has the checkpoints that a rollback goes back to: it is the folder that the run has saved to, or
-    before its first save the one that it has loaded with the optimizer. ``product_rate`` is the device's rate of matrix
-    products in FLOP/s, or None on a CPU. ``closing`` belongs to the present writer of checkpoints, and is set once that
-    writer is asked to end.
+    ``room`` is that of the disk which checkpoints are saved to. ``data`` is the data set of the training, which
+    every rank has. ``home`` has the checkpoints that a rollback goes back to: it is the folder that the run has
+    saved to, or before its first save the one that it has loaded with the optimizer. ``product_rate`` is the
+    device's rate of matrix products in FLOP/s, or None on a CPU. ``closing`` belongs to the present writer of
+    checkpoints, and is set once that writer is asked to end.
     """
 
     room: SaveRoom | None = None

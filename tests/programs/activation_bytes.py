@@ -140,16 +140,15 @@ def pretend_gpu() -> None:
     from triton.runtime import jit
 
     from hylo_megatron.distill import kl_fused
-    from hylo_megatron.kernels import choose, norm, window
+    from hylo_megatron.kernels import attention, choose, norm, window
     from hylo_megatron.mixers import megatron_attention, megatron_layers
-    from hylo_megatron.parallel import latent_ring
 
     jit.KernelInterface.__getitem__ = lambda self, grid: lambda *args, **kwargs: None
     choose.ops = lambda *_: choose._fused()
     gdn.causal_conv1d = causal_conv1d
     norm.rms_norm = megatron_layers.rms_norm = _RMSNorm.apply
     megatron_attention.F = window.F = types.SimpleNamespace(**vars(F) | {"scaled_dot_product_attention": _attention})
-    latent_ring.attend = lambda q, k, v, *_: (v.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(q.shape[:3]).float())
+    attention.attend = lambda q, k, v, *_: (v.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(q.shape[:3]).float())
     kl_fused.fits = lambda *_: True
     kl_fused._kernels = lambda: [type("Kernel", (), {"__getitem__": lambda *_: lambda *args, **kwargs: None})()] * 2
     # random states have values, which the tensors of whole steps have not
