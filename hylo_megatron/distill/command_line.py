@@ -20,6 +20,7 @@ from hylo_megatron.engine.step_profile import LEAST_STEPS
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.flags import Parser, given, share, size, weight
 from hylo_megatron.options import from_options
+from hylo_megatron.parallel.exchange import check_mode
 
 
 def async_flags() -> list[str]:
@@ -166,6 +167,8 @@ def check_models(known: argparse.Namespace, student: Architecture) -> None:
     loss = loss_of(kind, known)
     loss.check(student, teacher, known.pipeline_model_parallel_size, bool(known.recompute_granularity))
     check_recurrence_block(known, student)
+    for mode in known.cp_comm_type:
+        check_mode(mode)
     if known.hylo_initial_states != "zero" and known.context_parallel_size > 1:
         raise HyLoError(
             f"--hylo-initial-states {known.hylo_initial_states}: a sequence must be on one rank, and"

@@ -160,6 +160,8 @@ BAD = {
     "ranks that do not divide": (dict(tensor_model_parallel_size=2), ("GDN key heads", "TP = 2", "nearest")),
     "heads that an all-to-all cannot deal out": (
         dict(context_parallel_size=2, hylo_linear_cp="a2a"), ("3 GDN key heads", "TP x CP = 2")),
+    "an exchange that attention has not": (
+        dict(context_parallel_size=2, cp_comm_type="a2a"), ("--cp-comm-type a2a", "p2p", "all_gather", "auto")),
     "virtual stages of a schedule that has none": (
         dict(stage="ild", pipeline_model_parallel_size=2, num_virtual_stages_per_pipeline_rank=2),
         ("--hylo-stage ild", "virtual pipeline")),
@@ -204,7 +206,7 @@ def test_bad_input_as_a_command(world, tmp_path):
 
 
 def test_context_parallelism_by_the_command_line(world, tmp_path):
-    student = tmp_path / "student"  # of six heads: the linear blocks divide theirs by the ranks
+    student = tmp_path / "student"  # of six heads, which an all-to-all can deal out
     upcycle(world["big"], student, Plan.parse(6, "0,3", "gdn"), tokens_BS=tiny.tokens(4, helpers.SEQ), log=str)
 
     def losses(name, processes, **flags):
@@ -213,8 +215,8 @@ def test_context_parallelism_by_the_command_line(world, tmp_path):
         return [line["loss"] for line in read_log(tmp_path / name / "train_log.jsonl")]
 
     alone = losses("alone", 1)
-    for comm in ("p2p", "all_gather"):
-        halves = losses(comm, 2, context_parallel_size=2, cp_comm_type=comm)
+    for comm, linear_cp in (("p2p", "a2a"), ("all_gather", "auto")):
+        halves = losses(comm, 2, context_parallel_size=2, cp_comm_type=comm, hylo_linear_cp=linear_cp)
         assert len(halves) == 4 and halves == pytest.approx(alone, rel=1e-5)
 
 
