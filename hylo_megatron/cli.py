@@ -36,7 +36,7 @@ COMMANDS = {
     "card": Command("convert.model_card", "put an evaluation's figures into an exported folder's model card"),
     "evaluate": Command("evaluate.command", "perplexity, needles, RULER and questions, beside the teacher"),
     "fit-log-scale": Command("evaluate.log_scale", "fit the scale of MLA's queries on long documents"),
-    "plan": Command("planner.command", "memory that serving or training a model takes"),
+    "plan": Command("planner.command", "memory that serving or training takes; layouts, speed and disk of a recipe"),
     "serve-demo": Command("serve.demo", "one chat with an exported model in vLLM"),
     "recipe": Command("recipes.smollm2", "the whole SmolLM2 recipe, from weights to a report"),
     "doctor": Command("doctor", "what this machine has, and what is missing"),

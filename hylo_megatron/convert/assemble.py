@@ -30,7 +30,9 @@ def assemble(mla: str | Path, linear: str | Path, plan: tuple[str, ...], out: st
     extra = dict(first.extra)
     if all(norms):
         extra["ild_norms"] = [norms[linear][layer] for layer, linear in enumerate(is_linear)]
-    arch = replace(first, plan=plan, geometry=second.geometry, extra=extra, linear_rope=second.linear_rope)
+    arch = replace(
+        first, plan=plan, geometry=second.geometry, extra=extra, linear_rope=second.linear_rope, window=second.window
+    )
     readers = CheckpointReader(mla, FINITE), CheckpointReader(linear, FINITE)
     # megatron-core counts mixers and MLPs as layers
     linear_layers = {2 * layer for layer, linear in enumerate(is_linear) if linear}

@@ -12,6 +12,7 @@ from hylo_megatron.flags import Parser, command_line, count, share, size
 from hylo_megatron.mixers import LINEAR, MIXERS
 from hylo_megatron.recipes.stage import Evaluation, Recipe, Stage
 from hylo_megatron.run.launch import Processes
+from hylo_megatron.run.on_policy import with_on_policy
 from hylo_megatron.run.recipe_run import Run
 from hylo_megatron.run.sampled import with_sampled
 
@@ -91,10 +92,17 @@ def main(argv: list[str] | None = None) -> None:
         default=0.0,
         help="share of the plain text that the teacher writes itself before training (default: none)",
     )
+    add(
+        "--on-policy-share",
+        type=share,
+        default=0.0,
+        help="share of the plain text of each distillation stage that the student writes before it (default: none)",
+    )
     add("--no-cuda-graph", action="store_true", help="launch the kernels of a training step one by one")
     add("--out", help="folder of the run (default: runs/smollm2-PLAN)")
     options = parser.parse_args(argv)
     recipe = with_sampled(found_recipe(options.plan, options.linear, options.seed), options.sampled_share)
+    recipe = with_on_policy(recipe, options.on_policy_share)
     plan = Plan.parse(recipe.layers, recipe.plan, recipe.linear).name
     out = Path(options.out or os.path.join("runs", f"smollm2-{plan}"))
     layout = ParallelLayout(tp=options.tp, pp=options.pp)
