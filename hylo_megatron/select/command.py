@@ -16,6 +16,7 @@ from hylo_megatron.run.parent import die_with_parent
 
 FIXED, MEASURED = ("uniform", "explicit"), ("smart", "kl", "gates")
 RETRIEVAL_WEIGHT = 0.5
+SHOWN = 12  # layers of the ranking that are printed
 STEPS, RATES = {"kl": 100, "gates": 300}, {"kl": 1e-3, "gates": 0.05}
 
 
@@ -113,6 +114,17 @@ def _check_training(options: argparse.Namespace) -> None:
         raise HyLoError("--method gates ranks all layers in one training: leave out --greedy")
 
 
+def ranked(plan: dict) -> str:
+    """Return the first layers of the ranking with their scores; those of a greedy order with the round's."""
+    scores = plan["scores"]
+    lines = []
+    for place, layer in enumerate(plan["order"][:SHOWN] if scores else ()):
+        found = plan["rounds"][min(place, len(plan["rounds"]) - 1)] if plan["rounds"] else scores
+        chosen = "  MLA" if layer in plan["mla_layers"] else ""
+        lines.append(f"layer {layer:3d}  score {found[layer]:7.4f}{chosen}\n")
+    return "".join(lines)
+
+
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Run ``hylo select-layers``."""
@@ -125,6 +137,7 @@ def main(argv: list[str] | None = None) -> None:
     with ranks() as all_ranks:
         plan = select(options, all_ranks)
         if all_ranks.first:
+            print(ranked(plan), end="")
             numbers = ",".join(map(str, plan["mla_layers"]))
             print(f"{plan['plan']} with MLA at {numbers}: {100 * plan['cache_share']:.1f} % of the base model's cache")
             print(f"{options.out / 'plan.json'}  {time.monotonic() - began:.1f} s")

@@ -64,6 +64,7 @@ def _plan(options: Namespace, base: Architecture, linear: str, chosen: list[int]
         "mla_layers": chosen,
         "linear": linear,
         "plan": plan.name,
+        "geometry": options.geometry,
         "cache_bytes": cached,
         "cache_share": cached / base.kv_bytes_per_token(),
         "method": options.method,
