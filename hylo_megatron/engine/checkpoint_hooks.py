@@ -115,6 +115,7 @@ def load_checked(load, run: TrainingRun):
             if resumes:
                 optimizer, scheduler = models_and_optimizer[1:3]
                 _first_rank_alone(lambda: resume.check(path, optimizer, scheduler, args))
+                args.no_load_optim = args.no_load_optim or resume.has_no_optimizer(path, args)
                 stack.enter_context(resume.learning_rates(path, optimizer, args))
             try:
                 loaded = load(*models_and_optimizer, load_arg=load_arg, **kwargs)
@@ -163,13 +164,13 @@ def _save_initial_states(run: TrainingRun, iteration: int) -> None:
         initial_states.write(Path(args.save), iteration, rank, states, _layout(args))
 
 
-def _make_room(folder: str, iteration: int, room: SaveRoom | None) -> None:
+def _make_room(folder: str, iteration: int, room: SaveRoom | None, last: bool) -> None:
     """Set an older save aside: megatron would write over its files, and one ``metadata.json`` vouch for both."""
     place = iterations.iteration_folder(folder, iteration)
     if place.exists():
         iterations.set_aside(place)
     if room:
-        room.begin(place)
+        room.begin(place, last)
 
 
 def _is_the_one_loaded(args, iteration: int) -> bool:
@@ -187,7 +188,9 @@ def save_apart(save, run: TrainingRun):
         if not non_persistent_ckpt:
             if _is_the_one_loaded(args, iteration):
                 return
-            _first_rank_alone(lambda: _make_room(args.save, iteration, run.room))
+            last = args.hylo_last_weights_only and iteration == args.train_iters
+            args.no_save_optim = args.no_save_optim or last
+            _first_rank_alone(lambda: _make_room(args.save, iteration, run.room, last))
             _save_initial_states(run, iteration)
         save(iteration, *what, non_persistent_ckpt=non_persistent_ckpt, **kwargs)
         if not non_persistent_ckpt:

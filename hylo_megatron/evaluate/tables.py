@@ -52,7 +52,12 @@ def _described(entries: dict[str, dict], compared: dict[str, dict]) -> Rows:
     rows = [[label, *map(show, entries.values()), *("" for _ in compared)] for label, show in shown.items()]
     cache = [f"{entry['kv_cache_bytes_per_token']:,}" for entry in entries.values()]
     ratios = [ratio_cell(found.get("kv_cache"), percent=True) for found in compared.values()]
-    return [*rows, ["cache, bytes a token (bf16)", *cache, *ratios]]
+    rows.append(["cache, bytes a token (bf16)", *cache, *ratios])
+    windows = [entry.get("window_cache_bytes", 0) for entry in entries.values()]
+    if any(windows):
+        blank = ("" for _ in compared)
+        rows.append(["cache of windows, bytes a request (bf16)", *(f"{size:,}" for size in windows), *blank])
+    return rows
 
 
 def _perplexities(entries: dict[str, dict], compared: dict[str, dict]) -> Rows:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from math import ceil
 from typing import Any
 
-from hylo_megatron.config import Geometry, positions
+from hylo_megatron.config import Geometry, Plan, positions
 from hylo_megatron.config.stages import stage_kind
 
 LEVER = {"lever": True}  # metadata of the fields that docs/recipe.md lists and ``make recipe-test`` has to use
@@ -60,6 +60,8 @@ class Stage:
     ce_beyond: float = _lever("--hylo-ce-beyond-teacher", 1.0, recorded=True)
     answer_weight: float = _lever("--hylo-answer-weight", 0.0, recorded=True)
     recompute: int = 0
+    # share of the plain text that the student of the stage's start writes (run/on_policy.py)
+    on_policy: float = field(default=0.0, metadata=LEVER)
     # levers of later versions, which old recipe.json files do not have
     loss: str | None = _lever("--hylo-loss", None)
     jsd_beta: float = _lever("--hylo-jsd-beta", 0.5)
@@ -90,6 +92,7 @@ class Stage:
         later = {each.name for each in fields(self) if not each.metadata.get("recorded", True)}
         unused = later - self.levers().keys()
         unused |= {name for name in ("mla_rope", "log_scale") if getattr(self, name) is None}
+        unused |= set() if self.on_policy else {"on_policy"}
         return {each.name: getattr(self, each.name) for each in fields(self) if each.name not in unused}
 
     def flags(self) -> list[str]:
@@ -142,26 +145,42 @@ class Recipe:
     layers: int = 30
     text: str = "small"  # the mix of hylo fetch-text
     geometry: str | Geometry = field(default="native", metadata=LEVER)
-    linear_rope: bool = field(
-        default=False, metadata=LEVER
-    )  # linear layers rotate queries and keys (config/positions.py)
+    # linear layers rotate queries and keys (config/positions.py)
+    linear_rope: bool = field(default=False, metadata=LEVER)
+    # SIZE+SINKS, of attention beside each linear layer (config/positions.py)
+    window: str | None = field(default=None, metadata=LEVER)
     init: str = "data"  # or "svd", the initialisation of the method's paper
     save_every: int = 20
     seed: int = 1234
     # the student is the base model itself; ``plan``, ``linear`` and ``geometry`` are unused
     control: bool = field(default=False, metadata=LEVER)
 
+    def __post_init__(self):
+        """Read a plan's file once: a run that is continued has the layers with which it began."""
+        if self.plan.endswith(".json"):
+            plan = Plan.parse(self.layers, self.plan, self.linear)
+            layers = ",".join(str(number) for number, kind in enumerate(plan) if kind == "mla")
+            object.__setattr__(self, "plan", layers or "none")
+            object.__setattr__(self, "linear", plan.linear_kind)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Settings of ``config/positions.py`` that the student has from the start."""
+        window = {"window": positions.window(self.window)} if self.window else {}
+        return {"linear_rope": self.linear_rope, **window}
+
     def as_control(self) -> "Recipe":
         """Return the control: the base model itself, trained by the stages after the layer-wise ones."""
         kept = (stage for stage in self.stages if not stage_kind(stage.kind).layerwise)
-        changes = dict(train="all", initial_states="zero", mla_rope=None, log_scale=None)  # it has no new mixers
+        # It has no new mixers, and reads no text that a student wrote.
+        changes = dict(train="all", initial_states="zero", mla_rope=None, log_scale=None, on_policy=0.0)
         stages = tuple(replace(stage, **changes) for stage in kept)
-        return replace(self, name=f"{self.name}-control", stages=stages, control=True)
+        return replace(self, name=f"{self.name}-control", stages=stages, control=True, window=None)
 
     def to_dict(self) -> dict:
         """Return the recipe as JSON reads it, with lists for tuples."""
         values = asdict(self) | {"stages": [stage.to_dict() for stage in self.stages]}
-        for name in ("control", "linear_rope"):  # neither did earlier versions have
+        for name in ("control", "linear_rope", "window"):  # earlier versions had none of them
             if not values[name]:
                 del values[name]
         return json.loads(json.dumps(values))

@@ -13,13 +13,13 @@ from hylo_megatron.config.layout import ParallelLayout, Work, check_parallel_lay
 from hylo_megatron.config.pair import check_vocabularies
 from hylo_megatron.config.plan import linear_of_name
 from hylo_megatron.config.stages import stage_kind
+from hylo_megatron.config.student import student_architecture
 from hylo_megatron.convert.hf_folder import read_architecture
 from hylo_megatron.data.documents import detect_format
 from hylo_megatron.data.token_files import check_token_files, read_summary
 from hylo_megatron.distill.losses import fitting
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.flags import command_line, readable_number, short
-from hylo_megatron.init.upcycle import student_architecture
 from hylo_megatron.mixers import LINEAR
 from hylo_megatron.recipes.proxy import STEPS, ProxySource, proxy
 from hylo_megatron.recipes.published import BASES, TOKENS, published

@@ -59,7 +59,9 @@ class TrainingProcess:
         own = ["--bf16"] if fast_bf16() else []
         if torch.cuda.is_available():
             own += fitting(GPU_FLAGS, stage_kind(stage.kind), stage.loss)
-            own += GRAPH_FLAGS if processes.cuda_graph and processes.ranks == 1 else ()
+            # under a CUDA graph tensors must stay in their place
+            fixed = not any("--hylo-offload" in str(flag) for flag in flags)
+            own += GRAPH_FLAGS if fixed and processes.cuda_graph and processes.ranks == 1 else ()
         trainer = ["-m", "hylo_megatron.train", *own, *map(str, flags), *processes.layout.flags()]
         self.process = start(trainer, processes, log)
 

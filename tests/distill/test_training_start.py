@@ -146,6 +146,8 @@ def test_what_a_training_cannot_do_without_is_asked_for(world):
         (["--transformer-impl", "local"], "--hylo-backend says which layers are built"),
         (["--data-path", "nan", "a", "1", "b"], "--data-path: weight nan, expected a number above 0"),
         (["--data-path", "1", "a", "-2", "b"], "--data-path: weight -2, expected"),
+        (["--hylo-random-weights"], "--save: a benchmark with --hylo-random-weights loads and saves nothing"),
+        (["--hylo-profile", "x"], "--hylo-profile: needs --train-iters of 5 or more, got 4"),
     ):
         longer = [*whole, *more]
         with pytest.raises(HyLoError, match=words):
