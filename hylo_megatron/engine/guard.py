@@ -35,7 +35,7 @@ def settings_of(args) -> SpikeSettings:
 
 
 class Guard:
-    """Of one rank. ``loss`` is the training's, ``data`` its data set."""
+    """Guard of one rank. ``loss`` is the loss of the training, ``data`` its data set."""
 
     def __init__(self, args, loss: Loss, data: Any = None):
         self.args, self.data, self.spikes = args, data, Spikes(settings=settings_of(args))

@@ -31,7 +31,7 @@ from hylo_megatron.errors import HyLoError  # noqa: E402
 from hylo_megatron.evaluate import log_scale  # noqa: E402
 from hylo_megatron.mixers.initial_states import MODES  # noqa: E402
 from hylo_megatron.recipes.stage import Recipe, Stage, _lever, lever_names  # noqa: E402
-from hylo_megatron.run import datasets, recipe_run  # noqa: E402
+from hylo_megatron.run import datasets, on_policy, recipe_run  # noqa: E402
 from hylo_megatron.run.launch import Processes  # noqa: E402
 from hylo_megatron.run.sampled import write_sampled  # noqa: E402
 from hylo_megatron.run.source import Source  # noqa: E402
@@ -45,25 +45,26 @@ def test_every_lever_is_used():
     assert {stage.loss for stage in stages} >= {name for name, loss in LOSSES.items() if not loss.layerwise}
     assert {stage.initial_states for stage in stages} == set(MODES)
     assert {stage.on_spike for stage in stages} == set(ACTIONS)
-    assert {name for stage in stages for name, _ in stage.mix} == set(datasets.NAMES)
+    kinds = {name for stage in stages for name, _ in datasets.mix_of(stage)}
+    assert kinds == {*datasets.NAMES, datasets.ON_POLICY}
 
 
 def test_a_lever_that_no_recipe_uses_is_found():
     recipe = every_lever()
-    less = replace(recipe, linear_rope=False, stages=recipe.stages[:3])
+    less = replace(recipe, linear_rope=False, window=None, stages=recipe.stages[:3])
     assert unused([less]) == {
-        "linear_rope", "control", "log_scale", "jsd_beta", "teacher_length", "ce_beyond", "answer_weight"
+        "linear_rope", "window", "control", "log_scale", "jsd_beta", "teacher_length", "ce_beyond", "answer_weight"
     }  # fmt: skip
 
     @dataclass(frozen=True, kw_only=True)
     class Later(Stage):
-        window: int = _lever("--hylo-window", 0)
+        colour: int = _lever("--hylo-colour", 0)
 
     def later(recipe: Recipe) -> Recipe:
         values = [{each.name: getattr(s, each.name) for each in dataclasses.fields(s)} for s in recipe.stages]
         return replace(recipe, stages=tuple(Later(**each) for each in values))
 
-    assert unused(map(later, recipes())) == {"window"}
+    assert unused(map(later, recipes())) == {"colour"}
 
 
 def test_the_page_has_every_lever():
@@ -123,9 +124,11 @@ def steps(folder) -> list[tuple]:
 
 @pytest.fixture
 def short_samples(monkeypatch):
-    """Sample rows of 96 tokens in shards of 16."""
+    """Let teacher and student write rows of 96 tokens in shards of 16."""
     more = ("--length", "96", "--rows-per-shard", "16", "--shortest", "1")
     monkeypatch.setattr(recipe_run, "write_sampled", functools.partial(write_sampled, more=more))
+    own = functools.partial(on_policy.write_on_policy, more=more)
+    monkeypatch.setattr(on_policy, "write_on_policy", own)
 
 
 @pytest.mark.slow
@@ -182,7 +185,8 @@ def check_results(out, recipe, printed: str) -> None:
     assert [stage.name for stage in recipe.stages if f"after {stage.name}" not in printed] == []
     folder = out / "hf-last"
     config = HyLoConfig.from_pretrained(folder)
-    assert not config.mla_rope and config.linear_rope and config.log_scale == {"base": 600.0, "length": 512}
+    assert not config.mla_rope and config.linear_rope and config.window == {"size": 48, "sinks": 4}
+    assert config.log_scale == {"base": 600.0, "length": 512}
     assert (config.kv_lora_rank, config.qk_rope_head_dim) == (88, 8) and config.mixers.count("mla") == 3
     parts = {stage.name: helpers.read_log(out / stage.name / "train_log.jsonl")[-1] for stage in recipe.stages}
     assert {"kl", "hidden", "hidden layers"} <= parts["late"].keys() and "jsd" in parts["jensen"]
