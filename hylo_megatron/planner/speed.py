@@ -144,7 +144,7 @@ def _communication(run: PlannedRun, fitted: Constants) -> tuple[float, float]:
 
 
 def step_time(run: PlannedRun, card: float, fitted: Constants = FITTED) -> StepTime:
-    """Return the seconds of a step."""
+    """Return the seconds of a step. The stages of a pipeline are taken as equally slow."""
     split, tokens, times = run.layout.tp * run.layout.pp, run.share.tokens, run.micro_batches
     parts = dict(
         products=times * tokens / split * _products(run, card, fitted),
