@@ -29,6 +29,7 @@ COMMANDS = {
     "convert": Command("convert.hf_to_megatron", "Hugging Face folder -> Megatron checkpoint"),
     "convert-amd": Command("convert.amd_release.convert", "AMD's HyLo release -> Hugging Face folder of a hybrid"),
     "upcycle": Command("init.upcycle", "Megatron checkpoint of a Transformer -> hybrid student"),
+    "select-layers": Command("select.command", "score layers, and choose those that become MLA"),
     "assemble": Command("convert.assemble", "join an all-MLA and an all-linear student"),
     "train": Command("train", "train one stage (on several ranks: torchrun -m hylo_megatron.train)"),
     "export": Command("convert.megatron_to_hf", "Megatron checkpoint -> Hugging Face folder"),

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from hylo_megatron.engine.guard import Guard
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: bytes) -> float:
     try:
         return json.loads(line)["iteration"]
     except (ValueError, KeyError, TypeError):  # half a line, the last that a crash left
@@ -45,8 +45,8 @@ class StepLog:
         """Drop lines of steps that an interrupted run took after its last checkpoint: they are taken again."""
         if not self.writes or not self.path.is_file():
             return
-        kept = [line for line in self.path.read_text(errors="replace").splitlines() if _step_of(line) <= iteration]
-        write_text(self.path, "".join(line + "\n" for line in kept))
+        kept = [line for line in self.path.read_bytes().split(b"\n") if _step_of(line) <= iteration]
+        write_text(self.path, "".join(line.decode() + "\n" for line in kept))
 
     def layer_means(self) -> list[list[float]] | None:
         """Return the parts of each layer's loss, averaged over all tokens of the step; None in other stages."""

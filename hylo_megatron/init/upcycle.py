@@ -25,6 +25,7 @@ from hylo_megatron.init.calibration import calibration_tokens
 from hylo_megatron.init.linear_algebra import relative_error, ridge_correction
 from hylo_megatron.init.mixer_forward import MixerRunner
 from hylo_megatron.init.teacher import BaseModel
+from hylo_megatron.init.window import window_beside
 from hylo_megatron.mixers import FP32_SUFFIXES, LINEAR, MIXERS
 from hylo_megatron.progress import peak_memory_gib
 
@@ -38,17 +39,21 @@ def initial_mixer(layer, arch: Architecture, how: str, frequencies, generator) -
     return {key: tensor.float().cpu().contiguous() for key, tensor in weights.items()}
 
 
-def _fit_and_measure(layer, arch, weights, device, ridge: bool) -> tuple[dict[str, Tensor], dict]:
-    """Refit the output projection where that helps on held-out rows; return weights and relative errors."""
+def _fit_and_measure(layer, arch, weights, device, ridge: bool, beside=0.0) -> tuple[dict[str, Tensor], dict]:
+    """Refit the output projection where that helps on held-out rows; return weights and relative errors.
+
+    ``layer`` is what a window leaves over, ``beside`` [B,S,D] the window's output.
+    """
     mixer, rows = MIXERS[arch.plan[layer.index]].part("initialise"), len(layer.inputs_BSD)
     fit = max(1, rows * 3 // 4)
     held = slice(fit, None) if rows > 1 else slice(None)
     runner, name = MixerRunner(arch, layer.index, device), mixer.OUTPUT_PROJECTION
     runner.load(weights)
     features, target = runner.features(layer.inputs_BSD), layer.output_BSD
+    whole = target + beside
 
     def error(projection: Tensor) -> float:
-        return relative_error(features[held] @ projection.T, target[held])
+        return relative_error((features @ projection.T + beside)[held], whole[held])
 
     projection = weights[name].to(device)
     errors = {"error": error(projection)}
@@ -91,12 +96,15 @@ def _initialise(base: BaseModel, arch: Architecture, scratch: Path, tokens_BS: T
     """Write each layer's new mixer into ``scratch``; return the report's entries, and the layer of each key."""
     generator, report, mixer_keys = torch.Generator().manual_seed(seed), [], {}
     for layer in base.layers(tokens_BS):
-        weights = initial_mixer(layer, arch, init, base.frequencies, generator)
+        found = window_beside(base, layer, arch)
+        weights = initial_mixer(found.rest, arch, init, base.frequencies, generator)
         entry = {"layer": layer.index, "kind": arch.plan[layer.index]}
         if tokens_BS is not None:
-            weights, errors = _fit_and_measure(layer, arch, weights, base.device, ridge and init == "data")
+            fit = ridge and init == "data"
+            weights, errors = _fit_and_measure(found.rest, arch, weights, base.device, fit, found.output_BSD)
             output_norm = layer.output_BSD.norm(dim=-1).mean().item()
             entry |= errors | {"output_norm": output_norm, "update_norm": layer.update_norm}
+        weights |= found.weights
         prefixed = {f"model.layers.{layer.index}.{key}": tensor for key, tensor in weights.items()}
         save_tensors(prefixed, scratch / f"{layer.index}.safetensors")
         mixer_keys |= dict.fromkeys(prefixed, layer.index)
@@ -170,7 +178,11 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--teacher", required=True, help="checkpoint of the base Transformer (hylo convert)")
     add("--out", required=True, help="student checkpoint to write")
-    add("--mla-layers", required=True, help="1,5,10,14 | uniform:K | all | none | a name such as 4MLA12GDN")
+    add(
+        "--mla-layers",
+        required=True,
+        help="1,5,10,14 | uniform:K | all | none | a name such as 4MLA12GDN | plan.json of hylo select-layers",
+    )
     add("--linear", choices=LINEAR, help=f"what the other layers become (default: {LINEAR[0]}, or the plan's name)")
     add("--init", default="data", choices=("data", "svd"), help="calibrated on text, or the paper's (default: data)")
     add(
@@ -188,6 +200,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--no-ridge", action="store_true", help="keep the transferred output projections of linear blocks")
     add("--mla-qk-norm", action="store_true", help="keep Qwen3's per-head norms in MLA layers (published form)")
     positions.add_flags(add)
+    positions.add_window(add)
     add("--seed", type=count, default=0)
     options = parser.parse_args(argv)
     start = time.time()
