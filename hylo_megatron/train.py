@@ -56,6 +56,8 @@ def model_provider(
             linear_cp=args.hylo_linear_cp, mlp_block=args.hylo_mlp_block,
         )  # fmt: skip
 
+    if args.hylo_random_weights:  # the same ones on any number of processes, without TP and PP
+        torch.manual_seed(args.seed)
     student = build(student_arch)
     teacher = build(teacher_arch, recompute_granularity=None)
     teacher.to(torch.cuda.current_device())

@@ -47,6 +47,14 @@ def table(arch: Architecture, kind: str) -> list[Mapping]:
     return [*copied, copy(f"{holder}.{GATE}", f"{HF}mixer.{GATE}")]
 
 
+def mixing(arch: Architecture, kind: str, length: int) -> int:
+    """Return the FLOPs of a token in a layer of ``kind``: scores and values of the tokens in its window."""
+    if not (arch.window and MIXERS[kind].linear):
+        return 0
+    seen = min(sum(arch.window.values()), length // 2)
+    return 4 * seen * arch.num_attention_heads * arch.head_dim
+
+
 def beside(block: SubLayer, arch: Architecture, at: Share) -> SubLayer:
     """Return the bytes of a linear block together with its window.
 

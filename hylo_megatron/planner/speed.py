@@ -144,7 +144,7 @@ def _communication(run: PlannedRun, fitted: Constants) -> tuple[float, float]:
 
 
 def step_time(run: PlannedRun, card: float, fitted: Constants = FITTED) -> StepTime:
-    """Return the seconds of a step."""
+    """Return the seconds of a step. The stages of a pipeline are taken as equally slow."""
     split, tokens, times = run.layout.tp * run.layout.pp, run.share.tokens, run.micro_batches
     parts = dict(
         products=times * tokens / split * _products(run, card, fitted),
@@ -152,7 +152,8 @@ def step_time(run: PlannedRun, card: float, fitted: Constants = FITTED) -> StepT
         recurrences=times * _recurrences(run, fitted), traffic=times * _traffic(run, fitted),
     )  # fmt: skip
     sent, shared = _communication(run, fitted)
-    bubble = (run.layout.pp - 1) / times * (sum(parts.values()) + times * sent)
+    waits = 0 if run.kind.layerwise else run.layout.pp - 1  # micro-batches; a layer-wise stage has no bubble
+    bubble = waits / times * (sum(parts.values()) + times * sent)
     return StepTime(**parts, optimizer=_optimizer(run, fitted), communication=times * sent + shared,
                     waiting=fitted.step + bubble)  # fmt: skip
 
