@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from hylo_megatron.config import Architecture
 from hylo_megatron.engine.register import install
+from hylo_megatron.engine.step_profile import StepProfile
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.flags import command_line
 from hylo_megatron.run.parent import bind_forks, die_with_parent, own_store
@@ -57,7 +58,9 @@ def model_provider(
 
     student = build(student_arch)
     teacher = build(teacher_arch, recompute_granularity=None)
-    load_weights(teacher.to(torch.cuda.current_device()), args.hylo_teacher)
+    teacher.to(torch.cuda.current_device())
+    if not args.hylo_random_weights:
+        load_weights(teacher, args.hylo_teacher)
     if args.hylo_teacher_fp8:
         to_fp8(teacher)
     model = DistillModel(student, teacher, student_arch, teacher_arch, DistillSettings.of(args))
@@ -140,12 +143,15 @@ def save_room(args, arch: Architecture):
 
 
 def remembered(datasets, run: "TrainingRun"):
-    """Return ``datasets``, which megatron calls, so that ``run`` knows the training's data set."""
+    """Return ``datasets``, which megatron calls, so that ``run`` knows the training's data set.
+
+    In place of a data set megatron may get a loader, which has the data set.
+    """
 
     @functools.wraps(datasets)
     def build(*args, **kwargs):
         built = datasets(*args, **kwargs)
-        run.data = built[0]
+        run.data = getattr(built[0], "reads", built[0])
         return built
 
     return build
@@ -167,6 +173,7 @@ def main() -> None:
 
     from hylo_megatron.distill.batches import datasets, forward_step
     from hylo_megatron.engine import peers
+    from hylo_megatron.engine.product_rate import product_rate
     from hylo_megatron.engine.training_run import TrainingRun
     from hylo_megatron.kernels.self_test import self_test
     from hylo_megatron.layers.fp8 import check_card
@@ -188,6 +195,10 @@ def main() -> None:
     if args.hylo_student_iteration:
         wait_for_student(args)
     run = TrainingRun(room=save_room(args, arch))
+    if torch.cuda.device_count():
+        run.product_rate = product_rate(torch.device("cuda", args.local_rank))
+    if args.hylo_profile:
+        run.profile = StepProfile(Path(args.hylo_profile), args.train_iters)
     install("training", run)
     config = pretrain_cfg_container_from_args(args)
     with peers.ending_together(args.save, run.room and run.room.need):

@@ -5,7 +5,7 @@ scheduled is in ``stages.py``, how layers are split over pipeline stages in ``pl
 context-parallel ranks in ``layout.py``, and which parameters stay fp32 in ``mixers/registry.py``.
 """
 
-from hylo_megatron.mixers.registry import HOLDERS
+from hylo_megatron.mixers.registry import HOLDERS, WINDOW, WINDOW_GATE
 
 CHUNK = 64  # positions that the kernels of linear blocks work on at once
 # Values of gate and up of an MLP on a rank: up to the first it runs whole, beyond in blocks of at most the second.
@@ -16,7 +16,8 @@ _MIXER_MODULES = tuple(f".{holder}." for holder in HOLDERS)
 
 def is_new(name: str) -> bool:
     """Whether a student's parameter belongs to a new mixer. Every other parameter is a copy of the base model's."""
-    return any(module in name for module in _MIXER_MODULES)
+    copied = WINDOW in name and WINDOW_GATE not in name
+    return not copied and any(module in name for module in _MIXER_MODULES)
 
 
 def taught_length(length: int, teacher_length: int | None, shared: bool) -> int:

@@ -103,6 +103,13 @@ def _add_run_arguments(add) -> None:
         " rollback: go back to the last checkpoint's weights and on with the next samples; stop: end the training, as"
         " warn does for values that are not finite",
     )
+    add(
+        "--hylo-random-weights",
+        action="store_true",
+        help="start student and teacher from random weights, made on the device; their folders need no more than"
+        " hylo.json. For benchmarks: nothing is saved",
+    )
+    add("--hylo-profile", help="folder for a table of the time of each group of kernels in two of the last steps")
     add("--hylo-log", help="JSON lines with the losses of every step (default: SAVE/train_log.jsonl)")
 
 

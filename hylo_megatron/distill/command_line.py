@@ -16,8 +16,9 @@ from hylo_megatron.config.stages import STAGE_KINDS, stage_kind
 from hylo_megatron.distill.arguments import add_hylo_arguments, engine_flags, run_architecture
 from hylo_megatron.distill.losses import check_levers, loss_of
 from hylo_megatron.distill.spikes import GATES, SpikeSettings
+from hylo_megatron.engine.step_profile import LEAST_STEPS
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.flags import Parser, share, size, weight
+from hylo_megatron.flags import Parser, given, share, size, weight
 from hylo_megatron.options import from_options
 
 
@@ -40,7 +41,10 @@ LIMITS = {
 
 
 def user_flags(user: list[str]) -> argparse.Namespace:
-    """Return ``user`` as parsed by Megatron and by us. Raises ``HyLoError`` for a flag or value that is refused."""
+    """Return ``user`` as parsed by Megatron and by us. Raises ``HyLoError`` for a flag or value that is refused.
+
+    ``given`` of the result has the names of the flags that ``user`` has.
+    """
     from megatron.training.arguments import add_megatron_arguments
 
     parser = Parser(add_help=False, allow_abbrev=False)
@@ -49,7 +53,7 @@ def user_flags(user: list[str]) -> argparse.Namespace:
     for action in parser._actions:
         action.required = False  # the checks below say what to give
         action.type = limits.get(action.dest, action.type)
-    return parser.parse_args(user)
+    return argparse.Namespace(**vars(parser.parse_args(user)), given=given(parser, user))
 
 
 def _data(known: argparse.Namespace) -> object:
@@ -131,6 +135,7 @@ def check_given(known: argparse.Namespace, user: list[str]) -> None:
         raise HyLoError("--check-for-spiky-loss has no effect here: --hylo-on-spike and --hylo-spike-factor do this")
     _check_blends(known)
     check_stage(known)
+    _check_benchmark(known)
     check_teacher_and_memory(known)
     if known.hylo_on_spike == "rollback" and not known.save:
         raise HyLoError("--hylo-on-spike rollback: --save is missing, the folder with the checkpoints to go back to")
@@ -139,6 +144,18 @@ def check_given(known: argparse.Namespace, user: list[str]) -> None:
         raise HyLoError(f"--lr-warmup-iters {known.lr_warmup_iters}: expected fewer than the {steps} steps of the run")
     if known.hylo_keep_last and "--save-retain-interval" in user:
         raise HyLoError("--hylo-keep-last and --save-retain-interval both delete checkpoints; choose one")
+
+
+def _check_benchmark(known: argparse.Namespace) -> None:
+    """Refuse random weights beside flags for checkpoints, and a profile of fewer steps than it needs."""
+    flags = ("--save", "--load", "--hylo-student-iteration")
+    given = next((flag for flag in flags if getattr(known, flag[2:].replace("-", "_"))), None)
+    if known.hylo_random_weights and given:
+        raise HyLoError(
+            f"{given}: a benchmark with --hylo-random-weights loads and saves nothing; leave one of them out"
+        )
+    if known.hylo_profile and (known.train_iters or 0) < LEAST_STEPS:
+        raise HyLoError(f"--hylo-profile: needs --train-iters of {LEAST_STEPS} or more, got {known.train_iters}")
 
 
 def check_models(known: argparse.Namespace, student: Architecture) -> None:
@@ -218,7 +235,10 @@ def prepare_command_line() -> Architecture:
     if known.hylo_on_spike in GATES:  # megatron would end the training before our guard can decide
         flags += ["--no-check-for-nan-in-loss-and-grad"]
     # A run resumes from --save if that folder holds a checkpoint, else it starts from the student's weights.
-    flags += ["--pretrained-checkpoint", known.hylo_student]
+    if known.hylo_random_weights:
+        flags += ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(arch.vocab_size)]
+    else:
+        flags += ["--pretrained-checkpoint", known.hylo_student]
     if known.save and "--load" not in user:
         flags += ["--load", known.save]
     sys.argv[1:] = flags + user

@@ -52,7 +52,8 @@ def check_architecture(where: str, folder: Path, arch: Architecture) -> None:
     before = Architecture.load(folder)
     if before.plan != arch.plan:
         raise HyLoError(f"{where} {folder} holds a run of another student; choose another folder")
-    fields = {name: positions.flag(name, "--hylo-") for name in positions.FIELDS} | {"rope_parameters": "--hylo-rope"}
+    fields = {name: positions.flag(name, "--hylo-") for name in positions.FIELDS}
+    fields |= {"rope_parameters": "--hylo-rope", "window": where}  # no training changes a window
     for name, flag in fields.items():
         was, now = getattr(before, name), getattr(arch, name)
         if was != now and complete_iterations(folder):

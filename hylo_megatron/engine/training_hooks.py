@@ -66,6 +66,8 @@ def with_step_start(train_step, run: TrainingRun):
         from hylo_megatron.engine.guard import Guard
 
         args = get_args()
+        if run.profile:
+            run.profile.begin_step(kwargs["iteration"])
         phases = [model.begin_step(kwargs["iteration"], args.train_iters) for model in run.models]
         run.guard = run.guard or Guard(args, run.models[0].settings.loss, run.data)
         run.guard.begin(phases)
@@ -77,7 +79,7 @@ def with_step_start(train_step, run: TrainingRun):
                 return found
 
             result = train_step(forward_step, data, models, optimizer, scheduler, config, keep_losses, **kwargs)
-        run.guard.after(models, optimizer, scheduler)
+        run.guard.after(models, optimizer, scheduler, run.home)
         if run.guard.wrong is not None:
             for model in run.models:
                 model.forget_states()
@@ -98,7 +100,7 @@ def with_step_log(log, run: TrainingRun):
         from hylo_megatron.engine.step_log import StepLog
 
         if run.log is None:
-            run.log = StepLog(get_args(), run.models)
+            run.log = StepLog(get_args(), run.models, run.product_rate)
             run.log.truncate(iteration - 1)
         run.log.write(losses, iteration, learning_rate, grad_norm, run.guard)
         return log(losses, total, learning_rate, iteration, scale, report, skipped, grad_norm, *rest, **kwargs)

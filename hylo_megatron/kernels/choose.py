@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from hylo_megatron.kernels import conv, fp8, gated_delta, norm, rope, ssd
+from hylo_megatron.kernels import attention, conv, fp8, gated_delta, norm, rope, ssd
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Ops:
     swiglu_packed: Callable = norm.swiglu_packed
     distance: Callable = norm.distance
     quantise_rows: Callable = fp8.quantise_rows
+    join_attention: Callable = attention.join_attention
 
 
 TORCH = Ops("torch")

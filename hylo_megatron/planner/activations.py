@@ -8,19 +8,21 @@ from dataclasses import replace
 from hylo_megatron.config import Architecture
 from hylo_megatron.config.decisions import mlp_rows
 from hylo_megatron.config.positions import rotary_width
-from hylo_megatron.mixers import MIXERS
+from hylo_megatron.mixers import MIXERS, window
 from hylo_megatron.mixers.memory import Share, SubLayer, shares_states
 
 
 def mixer(kind: str, arch: Architecture, at: Share) -> SubLayer:
     """Return bytes of the mixer ``kind`` with its norm."""
-    return MIXERS[kind].part("memory").activations(arch, at)
+    block = MIXERS[kind].part("memory").activations(arch, at)
+    return window.beside(block, arch, at) if arch.window and MIXERS[kind].linear else block
 
 
 def tables(arch: Architecture, kinds: set[str], at: Share) -> int:
     """Return bytes that all layers of each of ``kinds`` share, such as rotary tables."""
     linear = {kind for kind in kinds if MIXERS[kind].linear}
     shared = sum(MIXERS[kind].part("memory").tables(arch, at) for kind in kinds - linear)
+    shared += window.tables(arch, at) if arch.window and linear else 0
     return shared + sum(_linear_table(kind, arch, at) for kind in linear if arch.linear_rope)
 
 

@@ -53,12 +53,12 @@ def needs(run, student: Architecture, optimizer: bool = True) -> list[tuple[str,
     width = base / elements(read_architecture(source.base))  # bytes per parameter
     if not run.recipe.control:
         add("the student", run.out / "student", int(elements(student) * width))
-    for stage in run.recipe.stages:
+    for stage, after in zip(run.recipe.stages, (*run.recipe.stages[1:], None), strict=True):
         folder = run.out / stage.name
         if not trained_to(folder, stage.steps):
             there = folder.is_dir() and bool(complete_iterations(folder))
             found.append((stage.name, *_checkpoints(run, stage, student, optimizer, there)))
-        if source.held_out or stage is run.recipe.stages[-1]:
+        if source.held_out or after is None or after.on_policy:
             add(f"hf-{stage.name}", run.out / f"hf-{stage.name}", EXPORTED * elements(student))
     return found
 

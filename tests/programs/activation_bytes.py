@@ -34,6 +34,8 @@ LAYOUTS = {
 KINDS = ("mla", "gdn", "mamba2", "kda")
 HALVES = [(layout, kind, wide, "all") for layout in LAYOUTS for kind in KINDS for wide in (False, True)]
 HALVES += [("alone", kind, False, "mixers") for kind in KINDS]
+WINDOW = {"size": 96, "sinks": 5}
+HALVES += [("tp", "gdn window", False, "all"), ("alone", "mamba2 window", True, "all")]
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,10 @@ STEP_LENGTH, CHUNK, VOCAB = 4096, 1024, 2000
 
 def half_arch(kind: str, wide: bool):
     """``wide``: MLA's values as wide as its keys, norms and a query rank; a Mamba-2 group for each head."""
-    return tiny.hybrid(plan=(kind,), geometry=WIDE_VALUES if wide else GEOMETRY, mla_qk_norm=wide, **SIZES)
+    kind, *window = kind.split()
+    changes = dict(window=WINDOW) if window else {}
+    geometry = WIDE_VALUES if wide else GEOMETRY
+    return tiny.hybrid(plan=(kind,), geometry=geometry, mla_qk_norm=wide, **SIZES, **changes)
 
 
 def step_models(step: Step):
@@ -111,19 +116,20 @@ class _RMSNorm(torch.autograd.Function):
 
 class _FlashAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v):
+    def forward(ctx, q, k, v, *mask):
         out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]).transpose(1, 2)
-        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:3], dtype=torch.float32))
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:3], dtype=torch.float32), *mask)
         return out
 
     @staticmethod
     def backward(ctx, d_out):
-        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
+        return *(torch.empty_like(x) for x in ctx.saved_tensors[:3]), *[None for _ in ctx.saved_tensors[5:]]
 
 
-def _attention(q, k, v, **_):
+def _attention(q, k, v, mask=None, **_):
     missing = max(0, q.shape[-1] - v.shape[-1])  # as CoreAttention pads on a GPU
-    return _FlashAttention.apply(q, k, F.pad(v, (0, missing)) if missing else v)
+    masks = [] if mask is None else [mask]
+    return _FlashAttention.apply(q, k, F.pad(v, (0, missing)) if missing else v, *masks)
 
 
 def pretend_gpu() -> None:
@@ -134,16 +140,15 @@ def pretend_gpu() -> None:
     from triton.runtime import jit
 
     from hylo_megatron.distill import kl_fused
-    from hylo_megatron.kernels import choose, norm
+    from hylo_megatron.kernels import attention, choose, norm, window
     from hylo_megatron.mixers import megatron_attention, megatron_layers
-    from hylo_megatron.parallel import latent_ring
 
     jit.KernelInterface.__getitem__ = lambda self, grid: lambda *args, **kwargs: None
     choose.ops = lambda *_: choose._fused()
     gdn.causal_conv1d = causal_conv1d
     norm.rms_norm = megatron_layers.rms_norm = _RMSNorm.apply
-    megatron_attention.F = types.SimpleNamespace(**vars(F) | {"scaled_dot_product_attention": _attention})
-    latent_ring.attend = lambda q, k, v, *_: (v.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(q.shape[:3]).float())
+    megatron_attention.F = window.F = types.SimpleNamespace(**vars(F) | {"scaled_dot_product_attention": _attention})
+    attention.attend = lambda q, k, v, *_: (v.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(q.shape[:3]).float())
     kl_fused.fits = lambda *_: True
     kl_fused._kernels = lambda: [type("Kernel", (), {"__getitem__": lambda *_: lambda *args, **kwargs: None})()] * 2
     # random states have values, which the tensors of whole steps have not
