@@ -120,19 +120,18 @@ def layouts(training: Training, gpus: int, memory_gib: float, rate: float) -> li
 def disk_bytes(training: Training) -> int:
     """Return the most that a run has on its disk, in bf16: checkpoints of all models and stages, and the export.
 
-    The newest checkpoint of a stage stays until the next one is complete.
+    The newest checkpoint of a stage stays until the next one is complete. Of a finished stage the weights stay.
     """
     from hylo_megatron.checkpoint.save_room import checkpoint_bytes
 
     def weights(arch: Architecture) -> int:
         return 2 * sum(prod(shape) for shape in hf_shapes(arch).values())
 
-    saves = [
-        checkpoint_bytes(training.student, stage_kind(stage.kind), stage.train, bf16=True)
-        for stage in training.recipe.stages
-    ]
+    stages = [(training.student, stage_kind(stage.kind), stage.train, True) for stage in training.recipe.stages]
+    saves = [checkpoint_bytes(*stage) for stage in stages]
+    finished = [checkpoint_bytes(*stage, optimizer=False) for stage in stages]
     teacher = 0 if training.teacher == training.base else weights(training.teacher)
-    return weights(training.base) + teacher + 2 * weights(training.student) + sum(saves) + max(saves)
+    return weights(training.base) + teacher + 2 * weights(training.student) + sum(finished) + 2 * max(saves)
 
 
 def scaled(recipe: Recipe, base: Architecture) -> Recipe:

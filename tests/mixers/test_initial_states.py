@@ -108,7 +108,8 @@ def test_a_step_that_the_guard_leaves_out_is_forgotten(pair, wrong, monkeypatch)
     guard = SimpleNamespace(
         begin=lambda _: None, gate=lambda _: contextlib.nullcontext([]), after=lambda *_: None, wrong=wrong
     )
-    monkeypatch.setattr("megatron.training.get_args", lambda: SimpleNamespace(train_iters=4))
+    args = SimpleNamespace(train_iters=4, hylo_offload_optimizer=False)
+    monkeypatch.setattr("megatron.training.get_args", lambda: args)
 
     def train_step(*_, **__):
         return model(*x.values()), 0, False, False, 0

