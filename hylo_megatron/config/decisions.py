@@ -9,6 +9,8 @@ from hylo_megatron.mixers.registry import HOLDERS
 
 CHUNK = 64  # positions that the kernels of linear blocks work on at once
 
+INITIAL_STATES = ("zero", "random", "carried")  # choices of --hylo-initial-states
+
 _MIXER_MODULES = tuple(f".{holder}." for holder in HOLDERS)
 
 

@@ -55,6 +55,7 @@ GROUPS = {
     "writing": Group("writes of checkpoints", ("checkpoint_writer",), ("cpu",)),
     "training": Group("the training loop, and how it saves and loads",
                       ("checkpoint_writer", "checkpoint_hooks", "training_hooks"), ("megatron", "writing")),
+    "tuning": Group("Triton's tuner", ("compile_ahead",)),
     "transformers": Group("the auto classes of transformers", ("auto_classes",)),
     "vllm": Group("the vLLM plugin", ("vllm_plugin",)),
     "vllm model": Group("a hybrid in vLLM", ("vllm_plugin",)),
