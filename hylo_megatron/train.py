@@ -188,7 +188,7 @@ def main() -> None:
         check_room(args, run.room)  # the earlier stage has written its checkpoints by now
     install("training", run)
     config = pretrain_cfg_container_from_args(args)
-    with peers.ending_together(args.save, run.room and run.room.need):
+    with peers.ending_together(args.save, run.room and run.room.need), run.logged():
         pretrain(
             config, remembered(datasets, run), ModelType.encoder_or_decoder, forward_step,
             lambda **kwargs: model_provider(run, **kwargs), store=own_store(),

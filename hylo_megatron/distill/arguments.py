@@ -150,7 +150,7 @@ def engine_flags(arch: Architecture, tokenizer: Path) -> list[str]:
         "--no-gradient-accumulation-fusion", "--no-persist-layer-norm", "--no-masked-softmax-fusion",
         "--no-bias-dropout-fusion", "--no-bias-swiglu-fusion", "--no-rope-fusion",
         "--ckpt-format", "torch_dist", "--dataloader-type", "single", "--num-workers", 0, "--seed", 1234,
-        "--adam-beta2", 0.95, "--clip-grad", 1.0, "--log-interval", 1, "--save-interval", 1000,
+        "--adam-beta2", 0.95, "--clip-grad", 1.0, "--save-interval", 1000,
         "--eval-iters", 0, "--eval-interval", 1000000,
         # Without the distributed optimizer, megatron cannot save a bf16 model that also has fp32 parameters
         # (optimizer.py:1165).
@@ -159,5 +159,7 @@ def engine_flags(arch: Architecture, tokenizer: Path) -> list[str]:
     if not arch.tie_word_embeddings:
         flags += ["--untie-embeddings-and-output-weights"]
     if torch.cuda.device_count() == 0:
-        flags += ["--distributed-backend", "gloo", "--use-cpu-initialization"]
+        flags += ["--distributed-backend", "gloo", "--use-cpu-initialization", "--log-interval", 1]
+    else:  # the GPU waits for megatron's own line; our log has every step
+        flags += ["--log-interval", 10]
     return [str(flag) for flag in flags]

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from hylo_megatron.checkpoint.diverged import DIVERGED, why_diverged
-from hylo_megatron.checkpoint.iterations import latest
+from hylo_megatron.checkpoint.iterations import complete_iterations, latest
 from hylo_megatron.checkpoint.read_ahead import read_ahead
 from hylo_megatron.config import Architecture
 from hylo_megatron.config.layout import ParallelLayout, Work, check_parallel_layout
@@ -120,13 +120,12 @@ def layout_of(known: argparse.Namespace) -> tuple[ParallelLayout, Work]:
     return layout, work
 
 
-def check_models(
-    known: argparse.Namespace, student: Architecture, teacher: Architecture
-) -> tuple[ParallelLayout, Work]:
-    """Return the layout and what it divides.
+def check_models(known: argparse.Namespace, student: Architecture) -> tuple[Architecture, ParallelLayout, Work]:
+    """Return the teacher's architecture, the layout and what it divides.
 
     Raises ``HyLoError`` for a teacher that does not fit, or a layout that student or teacher does not fit.
     """
+    teacher = Architecture.load(known.hylo_teacher)
     kind = stage_kind(known.hylo_stage)
     check_pair(student, teacher, kind, (Path(known.hylo_student), Path(known.hylo_teacher)))
     loss = loss_of(kind, known)
@@ -141,7 +140,7 @@ def check_models(
         raise HyLoError(f"--hylo-stage {kind.name} has a pipeline schedule of its own: omit virtual pipeline stages")
     layout, work = layout_of(known)
     check_parallel_layout({"student": student, "teacher": teacher}, layout, work)
-    return layout, work
+    return teacher, layout, work
 
 
 def check_control(known: argparse.Namespace, student: Architecture) -> None:
@@ -184,15 +183,15 @@ def check_command_line(user: list[str]) -> Architecture:
     known = first_flags(user)
     check_given(known, user)
     arch = run_architecture(known.hylo_student, seq_length=known.seq_length)
-    teacher = Architecture.load(known.hylo_teacher)
     check_control(known, arch)
     check_not_diverged(Path(known.hylo_student))
-    layout, work = check_models(known, arch, teacher)
+    teacher, layout, work = check_models(known, arch)
     check_save(known, student_architecture(known))
     if known.bf16:
         check_memory(planned_run(known, arch, teacher, layout, work), user)
     check_data(prefixes(known), arch, teacher, Path(known.hylo_student) / "hf")
-    if not known.hylo_student_iteration:
+    goes_on = any(folder and complete_iterations(folder) for folder in (known.load, known.save))
+    if not (goes_on or known.hylo_student_iteration):
         latest(known.hylo_student, quiet=True)
     read_ahead(latest(known.hylo_teacher, quiet=True))
     return arch
@@ -206,6 +205,8 @@ def add_engine_flags(arch: Architecture) -> None:
     flags = engine_flags(arch, Path(known.hylo_student) / "hf") + (async_flags() if known.async_save else [])
     if known.hylo_on_spike in GATES:  # megatron would end the training before our guard can decide
         flags += ["--no-check-for-nan-in-loss-and-grad"]
+    if known.hylo_on_spike in GATES or not known.check_for_nan_in_loss_and_grad:
+        flags += ["--rerun-mode", "disabled"]  # nothing asks for a step to be repeated, and asking waits for the GPU
     # A run resumes from --save if that folder holds a checkpoint, else it starts from the student's weights.
     flags += ["--pretrained-checkpoint", known.hylo_student]
     if known.save and "--load" not in user:

@@ -7,6 +7,7 @@ for its own parser, which reads the whole command line again.
 import argparse
 
 from hylo_megatron.distill.arguments import add_hylo_arguments
+from hylo_megatron.errors import HyLoError
 from hylo_megatron.flags import Parser, share, size, weight
 
 # Megatron accepts any number. A training needs numbers within these limits.
@@ -54,5 +55,9 @@ def first_parser() -> argparse.ArgumentParser:
 
 
 def first_flags(user: list[str]) -> argparse.Namespace:
-    """Return the flags that the checks read. Raises ``HyLoError`` for a value that is refused."""
-    return first_parser().parse_known_args(user)[0]
+    """Return the flags that the checks read. Raises ``HyLoError`` for a value that is refused, and for a flag of ours
+    that does not exist."""
+    known, others = first_parser().parse_known_args(user)
+    if unknown := [word for word in others if word.startswith("--hylo-")]:
+        raise HyLoError(f"unrecognized arguments: {' '.join(unknown)}")
+    return known

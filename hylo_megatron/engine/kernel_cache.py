@@ -13,18 +13,19 @@ FOLDER = "HYLO_KERNEL_CACHE"  # in the environment: a folder for all of the cach
 # Variables of the libraries, and the folders inside FOLDER
 CACHES = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor", "TILELANG_CACHE_DIR": "tilelang",
           "CUDA_CACHE_PATH": "cuda"}  # fmt: skip
+TUNING = "TRITON_CACHE_AUTOTUNING"
 PLACE = "folder.txt"  # in FOLDER: the path under which Triton's files name each other
 
 
 def use_kernel_caches() -> None:
     """Set the libraries' cache folders to those in ``HYLO_KERNEL_CACHE``. What the user has set stays.
 
-    Triton also keeps tuning results, for all kernels. fla does so for its own.
+    Triton then also keeps the tuning results of all kernels. fla always keeps those of its own.
     """
-    os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")
     if not os.environ.get(FOLDER):
         return
     folder = Path(os.environ[FOLDER]).expanduser().resolve()
+    os.environ.setdefault(TUNING, "1")
     for variable, name in CACHES.items():
         os.environ.setdefault(variable, str(folder / name))
     follow_move(folder)

@@ -143,8 +143,8 @@ def test_a_cache_that_was_copied_is_read_where_it_is_now(compiled, tmp_path, mon
 
 def test_variables_of_the_user_stay(tmp_path):
     code = (
-        "import json, os; from hylo_megatron.engine.kernel_cache import CACHES, use_kernel_caches as use; use();"
-        "print(json.dumps({name: os.environ.get(name) for name in [*CACHES, 'TRITON_CACHE_AUTOTUNING']}))"
+        "import json, os; from hylo_megatron.engine.kernel_cache import *; use_kernel_caches();"
+        "print(json.dumps({name: os.environ.get(name) for name in [*CACHES, TUNING]}))"
     )
 
     def variables(**given):
@@ -153,8 +153,9 @@ def test_variables_of_the_user_stay(tmp_path):
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
-    none = dict.fromkeys(kernel_cache.CACHES)
-    assert variables() == none | {"TRITON_CACHE_AUTOTUNING": "1"}
-    assert variables(TRITON_CACHE_AUTOTUNING="0") == none | {"TRITON_CACHE_AUTOTUNING": "0"}
-    found = variables(HYLO_KERNEL_CACHE=str(tmp_path), TRITON_CACHE_DIR="/mine")
-    assert found["TRITON_CACHE_DIR"] == "/mine" and found["TILELANG_CACHE_DIR"] == str(tmp_path / "tilelang")
+    assert not any(variables().values())
+    given = dict(HYLO_KERNEL_CACHE=str(tmp_path))
+    folders = {variable: str(tmp_path / name) for variable, name in kernel_cache.CACHES.items()}
+    assert variables(**given) == folders | {kernel_cache.TUNING: "1"}
+    mine = {"TRITON_CACHE_DIR": "/mine", kernel_cache.TUNING: "0"}
+    assert variables(**given, **mine) == folders | mine
