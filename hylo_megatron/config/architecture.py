@@ -40,7 +40,7 @@ class Architecture:
     ``rope_parameters`` is transformers' dictionary (``rope_type``, ``rope_theta``, scaling fields). ``geometry`` is
     set when the plan has mixers other than ``attention``. ``qk_norm`` is a per-head RMSNorm on queries and keys of
     attention (Qwen3), ``mla_qk_norm`` the same in MLA layers. ``config/positions.py`` explains ``mla_rope``,
-    ``linear_rope`` and ``log_scale``. ``extra`` is kept as it is: token ids, and the norms of
+    ``linear_rope``, ``log_scale`` and ``window``. ``extra`` is kept as it is: token ids, and the norms of
     the teacher's layers that ILD divides by.
     """
 
@@ -66,6 +66,7 @@ class Architecture:
     mla_rope: bool = positions.FIELDS["mla_rope"]
     linear_rope: bool = positions.FIELDS["linear_rope"]
     log_scale: positions.LogScale | None = positions.FIELDS["log_scale"]
+    window: positions.Window | None = positions.FIELDS["window"]
 
     def __post_init__(self):
         object.__setattr__(self, "plan", Plan(self.plan))  # files and transformers have a list
@@ -94,6 +95,12 @@ class Architecture:
         """Bytes that one more token adds to the cache. States of fixed size are not counted."""
         kinds = [MIXERS[kind] for kind in self.plan if not MIXERS[kind].linear]
         return bytes_per_value * sum(entry.part("memory").cached_values(self) for entry in kinds)
+
+    def window_bytes(self, bytes_per_value: int = 2) -> int:
+        """Bytes of keys and values that a request's windows cache, whatever the length of its text."""
+        rows = sum(self.window.values()) if self.window else 0
+        layers = sum(MIXERS[kind].linear for kind in self.plan)
+        return bytes_per_value * layers * rows * MIXERS["attention"].part("memory").cached_values(self)
 
     def to_dict(self) -> dict:
         values = asdict(self)

@@ -56,7 +56,7 @@ def passes_states(choice: str, heads: int, tp: int, cp: int) -> bool:
 def _heads(arch: Architecture, at: ParallelLayout) -> Iterable[tuple[str, int, str, int]]:
     """Yield ``(what, how many, the sizes that divide them, how many ranks that makes)``."""
     yield "attention heads", arch.num_attention_heads, "TP", at.tp
-    if "attention" in arch.plan:
+    if "attention" in arch.plan or arch.window:
         yield "key-value heads", arch.num_key_value_heads, "TP", at.tp
     for name in LINEAR:
         if name in arch.plan:
@@ -75,6 +75,8 @@ def misfits(arch: Architecture, at: ParallelLayout, work: Work = NO_WORK) -> lis
             found.append(f"{sizes} = {ranks} does not divide {count} {what} (sizes that do: {fits})")
     if at.pp > arch.num_layers:
         found.append(f"PP = {at.pp} stages for {arch.num_layers} layers")
+    if arch.window and at.cp > 1:
+        found.append("the window beside linear layers needs whole sequences on a rank, CP = 1")
     chunks = 2 * at.cp if at.cp > 1 else 1
     if work.seq_length % chunks:
         found.append(f"sequences of {work.seq_length} do not divide into 2 x CP = {chunks} chunks")

@@ -5,13 +5,16 @@
 ``log_scale``: MLA layers multiply the query at position t by ``log(max(t, length) + base) / log(length + base)``.
 With length 0 this is the scale of HypeNet (arXiv 2601.22156), which grows from the first token on. With a trained
 length nothing changes before that length, and with base 0 the scale beyond it is ``log_length(t)``.
+``window``: beside each linear block stands softmax attention with the base model's own weights, over the last ``size``
+tokens (the current one is the last) and the first ``sinks`` tokens of the text. Both outputs are added.
 """
 
 import argparse
 import math
 from dataclasses import replace
+from typing import Annotated
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 from typing_extensions import TypedDict
 
 from hylo_megatron.errors import HyLoError
@@ -19,7 +22,9 @@ from hylo_megatron.flags import short
 from hylo_megatron.json_file import AtLeastZero, Count
 from hylo_megatron.mixers import MIXERS
 
-FIELDS = {"mla_rope": True, "linear_rope": False, "log_scale": None}  # of ``Architecture``, with their defaults
+WIDEST_WINDOW, MOST_SINKS = 8192, 64
+# Of ``Architecture``, with their defaults.
+FIELDS = {"mla_rope": True, "linear_rope": False, "log_scale": None, "window": None}
 
 
 class LogScale(TypedDict):
@@ -27,6 +32,13 @@ class LogScale(TypedDict):
 
     base: AtLeastZero
     length: Count
+
+
+class Window(TypedDict):
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    size: Annotated[int, Field(ge=1, le=WIDEST_WINDOW)]
+    sinks: Annotated[int, Field(ge=0, le=MOST_SINKS)]
 
 
 def log_scale(text: str) -> LogScale | dict:
@@ -46,6 +58,21 @@ def log_scale(text: str) -> LogScale | dict:
     return found
 
 
+def window(text: str) -> Window | dict:
+    """Return the value of a flag: ``SIZE`` or ``SIZE+SINKS``; an empty dictionary for ``off``."""
+    if text == "off":
+        return {}
+    parts = text.split("+") if "+" in text else [text, "4"]
+    if len(parts) == 2 and all(part.isdecimal() and part.isascii() and len(part) < 9 for part in parts):
+        found = Window(size=int(parts[0]), sinks=int(parts[1]))
+        if 1 <= found["size"] <= WIDEST_WINDOW and found["sinks"] <= MOST_SINKS:
+            return found
+    raise argparse.ArgumentTypeError(
+        f"{short(text)}: expected off, or SIZE[+SINKS] with 1 to {WIDEST_WINDOW} last tokens and at most {MOST_SINKS}"
+        " first ones, such as 256+4"
+    )
+
+
 def misfit(arch) -> str | None:
     """Return which setting of an ``Architecture`` its layers cannot follow, or None."""
     for name in ("mla_rope", "log_scale"):
@@ -59,6 +86,8 @@ def misfit(arch) -> str | None:
             return "linear_rope is True, but the plan has no linear layers"
         if any(width % 2 for width in widths):
             return f"linear_rope is True, but linear layers have heads of {widths}, expected even numbers"
+    if arch.window and not any(MIXERS[kind].linear for kind in arch.plan):
+        return f"window is {arch.window}, but the plan has no linear layers"
     if arch.log_scale and not _computable(arch.log_scale):
         return f"log_scale is {arch.log_scale}, expected numbers of 0 or more whose sum is above 1"
     return None
@@ -99,6 +128,16 @@ def add_flags(add, prefix: str = "--", default: str | None = None) -> None:
         f" (default: {default or 'off'})",
     )
     add_log_scale(add, prefix, default)
+
+
+def add_window(add) -> None:
+    add(
+        "--window",
+        type=window,
+        metavar="SIZE[+SINKS]|off",
+        help="beside each linear block, the base model's own attention over the last SIZE tokens and the first SINKS"
+        " (default: off; SINKS: 4)",
+    )
 
 
 def add_log_scale(add, prefix: str = "--", default: str | None = None) -> None:

@@ -30,7 +30,9 @@ def assemble(mla: str | Path, linear: str | Path, plan: tuple[str, ...], out: st
     extra = dict(first.extra)
     if all(norms):
         extra["ild_norms"] = [norms[linear][layer] for layer, linear in enumerate(is_linear)]
-    arch = replace(first, plan=plan, geometry=second.geometry, extra=extra, linear_rope=second.linear_rope)
+    arch = replace(
+        first, plan=plan, geometry=second.geometry, extra=extra, linear_rope=second.linear_rope, window=second.window
+    )
     readers = CheckpointReader(mla, FINITE), CheckpointReader(linear, FINITE)
     # megatron-core counts mixers and MLPs as layers
     linear_layers = {2 * layer for layer, linear in enumerate(is_linear) if linear}
@@ -50,7 +52,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--mla", required=True, help="checkpoint of the all-MLA student (--mla-layers all)")
     linear = "checkpoint of the all-linear student (--mla-layers none)"
     parser.add_argument("--linear-student", required=True, help=linear)
-    parser.add_argument("--mla-layers", required=True, help="1,5,10,14 | uniform:K | a name such as 4MLA12GDN")
+    parser.add_argument(
+        "--mla-layers",
+        required=True,
+        help="1,5,10,14 | uniform:K | a name such as 4MLA12GDN | plan.json of hylo select-layers",
+    )
     parser.add_argument("--linear", choices=LINEAR, help=f"default: {LINEAR[0]}, or the plan's name")
     parser.add_argument("--out", required=True)
     options = parser.parse_args(argv)

@@ -90,10 +90,13 @@ def _summary(arch: Architecture, origin: Origin) -> str:
     base = origin.base_model or f"a Transformer of type {arch.model_type}"
     cache, before = arch.kv_bytes_per_token(), arch.as_teacher().kv_bytes_per_token()
     counts = " and ".join(f"{arch.plan.count(kind)} {MIXERS[kind].title}" for kind in dict.fromkeys(arch.plan))
+    size = arch.window_bytes()
+    windows = f" Windows take {size:,} bytes a request more, as {size / before:,.0f} tokens of the base model do."
+    windows = windows if size else ""
     licence = "" if origin.licence else " Its licence is that of the base model and of the training text."
     return (
         f"The attention layers of {base} became {counts} layers. A token takes {cache:,} bytes of KV cache in bf16;"
-        f" in the base model it takes {before:,} ({cache / before:.1%} are left).{licence}"
+        f" in the base model it takes {before:,} ({cache / before:.1%} are left).{windows}{licence}"
     )
 
 

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from hylo_megatron.config import Architecture
-from hylo_megatron.mixers import MIXERS
+from hylo_megatron.mixers import MIXERS, window
 from hylo_megatron.mixers.mapping import Concat, Mapping, copy
 
 
@@ -35,7 +35,10 @@ def _at_layer(mapping: Mapping, layer: int) -> Mapping:
 
 def mappings(arch: Architecture) -> list[Mapping]:
     """Return the mappings of a whole model, in the order in which its tensors are used."""
-    tables = {kind: MIXERS[kind].part("mapping").table(arch) + _mlp_table(arch) for kind in set(arch.plan)}
+    tables = {
+        kind: MIXERS[kind].part("mapping").table(arch) + window.table(arch, kind) + _mlp_table(arch)
+        for kind in set(arch.plan)
+    }
     layers = [_at_layer(mapping, layer) for layer, kind in enumerate(arch.plan) for mapping in tables[kind]]
     ends = _model_table(arch)
     return ends[:1] + layers + ends[1:]

@@ -11,6 +11,7 @@ from hylo_megatron.checkpoint.diverged import DIVERGED, why_diverged
 from hylo_megatron.checkpoint.iterations import complete_iterations, latest
 from hylo_megatron.checkpoint.read_ahead import read_ahead
 from hylo_megatron.config import Architecture
+from hylo_megatron.config.decisions import CHUNK
 from hylo_megatron.config.layout import ParallelLayout, Work, check_parallel_layout
 from hylo_megatron.config.pair import check_pair
 from hylo_megatron.config.stages import STAGE_KINDS, stage_kind
@@ -21,8 +22,9 @@ from hylo_megatron.distill.losses import check_levers, loss_of
 from hylo_megatron.distill.memory_check import check_memory, planned_run
 from hylo_megatron.distill.resume import check_save
 from hylo_megatron.distill.spikes import GATES, SpikeSettings
+from hylo_megatron.engine.step_profile import LEAST_STEPS
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.flags import Parser
+from hylo_megatron.flags import Parser, given
 from hylo_megatron.options import from_options
 
 
@@ -36,11 +38,15 @@ def async_flags() -> list[str]:
 
 
 def user_flags(user: list[str]) -> argparse.Namespace:
-    """Return ``user`` as parsed by Megatron and by us. Raises ``HyLoError`` for a flag or value that is refused."""
+    """Return ``user`` as parsed by Megatron and by us. Raises ``HyLoError`` for a flag or value that is refused.
+
+    ``given`` of the result has the names of the flags that ``user`` has.
+    """
     from megatron.training.arguments import add_megatron_arguments
 
     parser = Parser(add_help=False, allow_abbrev=False)
-    return limited(add_hylo_arguments(add_megatron_arguments(parser))).parse_args(user)
+    limited(add_hylo_arguments(add_megatron_arguments(parser)))
+    return argparse.Namespace(**vars(parser.parse_args(user)), given=given(parser, user))
 
 
 def _data(known: argparse.Namespace) -> object:
@@ -65,6 +71,35 @@ def check_stage(known: argparse.Namespace) -> None:
     from_options(SpikeSettings, known)
     if known.hylo_on_spike == "rollback" and known.no_save_optim:
         raise HyLoError("--hylo-on-spike rollback needs the optimizer of checkpoints: leave --no-save-optim out")
+
+
+def check_recurrence_block(known: argparse.Namespace, student: Architecture) -> None:
+    block, flag = known.hylo_recurrence_block, f"--hylo-recurrence-block {known.hylo_recurrence_block}"
+    if not block:
+        return
+    if block % CHUNK:
+        raise HyLoError(f"{flag}: expected a multiple of {CHUNK}, the tokens that the kernels work on at once")
+    if not {"gdn", "kda"} & set(student.plan):
+        raise HyLoError(f"{flag}: the student has no GDN or KDA block, whose recurrence this is; leave it out")
+    if known.context_parallel_size > 1 or known.hylo_initial_states != "zero":
+        raise HyLoError(f"{flag} works with --context-parallel-size 1 and --hylo-initial-states zero; leave it out")
+
+
+def check_teacher_and_memory(known: argparse.Namespace) -> None:
+    """Refuse FP8 where it does not help, to move tensors away beside a CUDA graph, and megatron-core's way of it."""
+    graph = known.cuda_graph_impl
+    for what in ("teacher", "optimizer"):
+        if getattr(known, f"hylo_offload_{what}") and graph not in (None, "none"):
+            raise HyLoError(
+                f"--hylo-offload-{what}: --cuda-graph-impl {graph} needs all tensors to stay in their places;"
+                " leave one of the two out"
+            )
+    if known.hylo_teacher_fp8 and stage_kind(known.hylo_stage).layerwise:
+        raise HyLoError(f"--hylo-teacher-fp8: --hylo-stage {known.hylo_stage} would learn its rounding; leave it out")
+    if known.hylo_teacher_fp8 and known.hylo_backend != "local":
+        raise HyLoError("--hylo-teacher-fp8 multiplies by torch; leave out one of it and --hylo-backend te")
+    if known.optimizer_cpu_offload:
+        raise HyLoError("--optimizer-cpu-offload steps on the CPU and is not supported; use --hylo-offload-optimizer")
 
 
 def check_given(known: argparse.Namespace, user: list[str]) -> None:
@@ -93,6 +128,8 @@ def check_given(known: argparse.Namespace, user: list[str]) -> None:
         raise HyLoError("--check-for-spiky-loss has no effect here: --hylo-on-spike and --hylo-spike-factor do this")
     _check_blends(known)
     check_stage(known)
+    _check_benchmark(known)
+    check_teacher_and_memory(known)
     if known.hylo_on_spike == "rollback" and not known.save:
         raise HyLoError("--hylo-on-spike rollback: --save is missing, the folder with the checkpoints to go back to")
     steps = known.lr_decay_iters or known.train_iters or 0
@@ -100,6 +137,18 @@ def check_given(known: argparse.Namespace, user: list[str]) -> None:
         raise HyLoError(f"--lr-warmup-iters {known.lr_warmup_iters}: expected fewer than the {steps} steps of the run")
     if known.hylo_keep_last and "--save-retain-interval" in user:
         raise HyLoError("--hylo-keep-last and --save-retain-interval both delete checkpoints; choose one")
+
+
+def _check_benchmark(known: argparse.Namespace) -> None:
+    """Refuse random weights beside flags for checkpoints, and a profile of fewer steps than it needs."""
+    flags = ("--save", "--load", "--hylo-student-iteration")
+    given = next((flag for flag in flags if getattr(known, flag[2:].replace("-", "_"))), None)
+    if known.hylo_random_weights and given:
+        raise HyLoError(
+            f"{given}: a benchmark with --hylo-random-weights loads and saves nothing; leave one of them out"
+        )
+    if known.hylo_profile and (known.train_iters or 0) < LEAST_STEPS:
+        raise HyLoError(f"--hylo-profile: needs --train-iters of {LEAST_STEPS} or more, got {known.train_iters}")
 
 
 def layout_of(known: argparse.Namespace) -> tuple[ParallelLayout, Work]:
@@ -130,6 +179,7 @@ def check_models(known: argparse.Namespace, student: Architecture) -> tuple[Arch
     check_pair(student, teacher, kind, (Path(known.hylo_student), Path(known.hylo_teacher)))
     loss = loss_of(kind, known)
     loss.check(student, teacher, known.pipeline_model_parallel_size, bool(known.recompute_granularity))
+    check_recurrence_block(known, student)
     if known.hylo_initial_states != "zero" and known.context_parallel_size > 1:
         raise HyLoError(
             f"--hylo-initial-states {known.hylo_initial_states}: a sequence must be on one rank, and"
@@ -171,10 +221,18 @@ def check_not_diverged(student: Path) -> None:
         )
 
 
+def check_weights(known: argparse.Namespace) -> None:
+    """Raise ``HyLoError`` for a checkpoint without weights. The teacher's are read into memory from now on."""
+    goes_on = any(folder and complete_iterations(folder) for folder in (known.load, known.save))
+    if not (goes_on or known.hylo_student_iteration):
+        latest(known.hylo_student, quiet=True)
+    read_ahead(latest(known.hylo_teacher, quiet=True))
+
+
 def check_command_line(user: list[str]) -> Architecture:
     """Return the student's architecture. Raises ``HyLoError`` for what can be refused without torch and Megatron.
 
-    The teacher's weights are read into memory from now on. ``--help`` ends the program here.
+    ``--help`` ends the program here.
     """
     if {"-h", "--help"} & set(user):
         ours = add_hylo_arguments(Parser(add_help=False))
@@ -190,10 +248,8 @@ def check_command_line(user: list[str]) -> Architecture:
     if known.bf16:
         check_memory(planned_run(known, arch, teacher, layout, work), user)
     check_data(prefixes(known), arch, teacher, Path(known.hylo_student) / "hf")
-    goes_on = any(folder and complete_iterations(folder) for folder in (known.load, known.save))
-    if not (goes_on or known.hylo_student_iteration):
-        latest(known.hylo_student, quiet=True)
-    read_ahead(latest(known.hylo_teacher, quiet=True))
+    if not known.hylo_random_weights:
+        check_weights(known)
     return arch
 
 
@@ -208,7 +264,10 @@ def add_engine_flags(arch: Architecture) -> None:
     if known.hylo_on_spike in GATES or not known.check_for_nan_in_loss_and_grad:
         flags += ["--rerun-mode", "disabled"]  # nothing asks for a step to be repeated, and asking waits for the GPU
     # A run resumes from --save if that folder holds a checkpoint, else it starts from the student's weights.
-    flags += ["--pretrained-checkpoint", known.hylo_student]
+    if known.hylo_random_weights:
+        flags += ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(arch.vocab_size)]
+    else:
+        flags += ["--pretrained-checkpoint", known.hylo_student]
     if known.save and "--load" not in user:
         flags += ["--load", known.save]
     sys.argv[1:] = flags + user

@@ -8,7 +8,7 @@ import argparse
 
 from hylo_megatron.distill.arguments import add_hylo_arguments
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.flags import Parser, share, size, weight
+from hylo_megatron.flags import Parser, given, share, size, weight
 
 # Megatron accepts any number. A training needs numbers within these limits.
 LIMITS = {
@@ -21,14 +21,14 @@ LIMITS = {
 WHOLE = ("train_samples", "eval_iters", "lr_decay_iters", "lr_warmup_iters", "recompute_num_layers",
          "num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank")  # fmt: skip
 TEXTS = ("save", "load", "split", "data_args_path", "per_split_data_args_path", "recompute_granularity",
-         "recompute_method")  # fmt: skip
+         "recompute_method", "cuda_graph_impl")  # fmt: skip
 LISTS = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
 SWITCHES = ("mock_data", "sequence_parallel", "bf16", "no_save_optim", "no_load_optim", "finetune", "async_save",
-            "check_for_spiky_loss")  # fmt: skip
+            "check_for_spiky_loss", "optimizer_cpu_offload")  # fmt: skip
 # Megatron's defaults other than None, and False of a switch
 DEFAULTS = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "context_parallel_size": 1,
             "eval_iters": 100, "lr_warmup_iters": 0, "log_interval": 100, "min_lr": 0.0, "weight_decay": 0.01,
-            "clip_grad": 1.0, "no_save_optim": None, "no_load_optim": None}  # fmt: skip
+            "clip_grad": 1.0, "cuda_graph_impl": "none", "no_save_optim": None, "no_load_optim": None}  # fmt: skip
 
 
 def limited(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -55,9 +55,12 @@ def first_parser() -> argparse.ArgumentParser:
 
 
 def first_flags(user: list[str]) -> argparse.Namespace:
-    """Return the flags that the checks read. Raises ``HyLoError`` for a value that is refused, and for a flag of ours
-    that does not exist."""
-    known, others = first_parser().parse_known_args(user)
+    """Return the flags that the checks read, as ``command_line.user_flags`` does for all.
+
+    Raises ``HyLoError`` for a value that is refused, and for a flag of ours that does not exist.
+    """
+    parser = first_parser()
+    known, others = parser.parse_known_args(user)
     if unknown := [word for word in others if word.startswith("--hylo-")]:
         raise HyLoError(f"unrecognized arguments: {' '.join(unknown)}")
-    return known
+    return argparse.Namespace(**vars(known), given=given(parser, user))

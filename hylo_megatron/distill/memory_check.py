@@ -16,7 +16,7 @@ GIB = 1 << 30
 BESIDE = GIB  # at most what CUDA's context and NCCL's buffers take beside torch's allocator
 SURE = 1.05  # a plan above this share of the memory cannot fit: the planner's count may be some percent too high
 # Flags of Megatron (or how they begin) that need less memory than the planner counts
-UNPLANNED = ("--optimizer-cpu-offload", "--use-precision-aware-optimizer", "--cpu-offloading", "--use-megatron-fsdp",
+UNPLANNED = ("--use-precision-aware-optimizer", "--cpu-offloading", "--use-megatron-fsdp",
              "--use-torch-fsdp2", "--fine-grained-activation-offloading", "--fp8", "--fp4")  # fmt: skip
 
 
@@ -40,12 +40,15 @@ def planned_run(
 ) -> PlannedRun | None:
     """Return the run for the planner, or None where layers are recomputed in a way that the planner cannot count."""
     kind = stage_kind(known.hylo_stage)
-    block = (known.recompute_granularity, known.recompute_method) == ("full", "block")
-    if known.recompute_granularity and not block:
+    layers = {"block": "recompute", "uniform": "recompute_chunk"}.get(known.recompute_method)
+    if known.recompute_granularity and (known.recompute_granularity != "full" or not layers):
         return None
+    recomputed = {layers: known.recompute_num_layers or 0} if known.recompute_granularity else {}
     return PlannedRun(
         student=student, teacher=teacher, kind=kind, loss=loss_of(kind, known), layout=layout, work=work,
-        train=known.hylo_train or kind.train, recompute=(known.recompute_num_layers or 0) if block else 0,
+        train=known.hylo_train or kind.train, mlp_block=known.hylo_mlp_block,
+        recurrence_block=known.hylo_recurrence_block, teacher_fp8=known.hylo_teacher_fp8,
+        offload_teacher=known.hylo_offload_teacher, offload_optimizer=known.hylo_offload_optimizer, **recomputed,
     )  # fmt: skip
 
 

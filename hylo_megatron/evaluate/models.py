@@ -136,6 +136,7 @@ def kv_bytes_per_token(config, bytes_per_value: int = 2) -> int:
 def describe(loaded: Loaded) -> dict:
     """Return size, layer plan and cache size of a model for the report."""
     model, config = loaded.model, loaded.model.config
+    windows = config.to_architecture().window_bytes() if config.model_type == "hylo" else 0
     return {
         "name": loaded.name,
         "model_type": config.model_type,
@@ -143,4 +144,5 @@ def describe(loaded: Loaded) -> dict:
         "vocabulary": len(loaded.tokenizer),
         "plan": layer_plan(config),
         "kv_cache_bytes_per_token": kv_bytes_per_token(config),
+        **({"window_cache_bytes": windows} if windows else {}),
     }

@@ -41,6 +41,7 @@ _MODEL = {
     "mla_rope": (bool, positions.FIELDS["mla_rope"]),
     "linear_rope": (bool, positions.FIELDS["linear_rope"]),
     "log_scale": (positions.LogScale | None, positions.FIELDS["log_scale"]),
+    "window": (positions.Window | None, positions.FIELDS["window"]),
     "base_model_type": (Literal[MODEL_TYPES], "llama"),
     "base_qk_norm": (bool, False),
     "attention_bias": (bool, False),

@@ -38,10 +38,11 @@ class HyLoConfig(PretrainedConfig):
 
     ``mixers`` names each layer's mixer; ``layer_types`` is derived from it for transformers and vLLM.
     ``rope_parameters``, ``rms_norm_eps`` and the MLP sizes are the base model's. ``qk_norm``: per-head RMSNorm on
-    MLA's queries and keys. ``config/positions.py`` explains ``mla_rope``, ``linear_rope`` and ``log_scale``.
+    MLA's queries and keys. ``config/positions.py`` explains ``mla_rope``, ``linear_rope``, ``log_scale`` and
+    ``window``.
     ``linear_norm_eps``: of Gated DeltaNet's output norm, if another than ``rms_norm_eps``.
-    ``base_*``, ``num_key_value_heads``, ``head_dim`` and ``attention_bias`` describe the base model's attention and
-    ``architecture_extra`` belongs to training; nothing here computes with them.
+    ``base_*``, ``num_key_value_heads``, ``head_dim`` and ``attention_bias`` describe the base model's attention, which
+    only a ``window`` computes with. ``architecture_extra`` belongs to training; nothing here computes with it.
     """
 
     model_type = "hylo"

@@ -22,6 +22,7 @@ from hylo_megatron.hf.packing import Documents, document_starts, restarted
 from hylo_megatron.mixers import LINEAR, MIXERS
 from hylo_megatron.mixers.hf_layers import HyLoRMSNorm, Rotation, real_tokens
 from hylo_megatron.mixers.hf_linear import LinearMixer
+from hylo_megatron.mixers.hf_window import HyLoWindow
 
 _FP32 = sorted({rf"{MIXERS[kind].module}\.{name}$" for kind in LINEAR for name in MIXERS[kind].fp32})
 LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index", "shift_labels")
@@ -45,7 +46,10 @@ class HyLoDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         entry = MIXERS[config.mixers[layer]]
         self.mixer_name = entry.module
-        setattr(self, entry.module, entry.part("hf_module").LAYER(config, layer))
+        mixer = entry.part("hf_module").LAYER(config, layer)
+        if config.window and entry.linear:
+            mixer.window = HyLoWindow(config, layer)
+        setattr(self, entry.module, mixer)
         self.mlp = HyLoMLP(config)
         self.input_layernorm = HyLoRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = HyLoRMSNorm(config.hidden_size, config.rms_norm_eps)

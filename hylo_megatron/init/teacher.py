@@ -13,9 +13,11 @@ from torch import Tensor
 
 from hylo_megatron.checkpoint.folder import CheckpointReader
 from hylo_megatron.config import Architecture
+from hylo_megatron.config.positions import Window
 from hylo_megatron.convert.tables import mappings
 from hylo_megatron.kernels.norm import rms_norm
 from hylo_megatron.kernels.rope import cos_and_sin, rope_frequencies, turn
+from hylo_megatron.kernels.window import sequence_attention
 
 VOCABULARY_ROWS = 16384
 
@@ -58,7 +60,8 @@ class BaseModel:
         prefix = f"model.layers.{layer}."
         return {key.removeprefix(prefix): self.tensor(key) for key in self.by_key if key.startswith(prefix)}
 
-    def attention(self, x_BSD: Tensor, w: dict[str, Tensor]) -> Tensor:
+    def attention(self, x_BSD: Tensor, w: dict[str, Tensor], window: Window | None = None) -> Tensor:
+        """Return the heads' outputs ``[B, S, H, K]``, of complete attention or within a window."""
         a = self.arch
 
         def project(name, heads):
@@ -73,6 +76,8 @@ class BaseModel:
         positions = torch.arange(x_BSD.shape[1], device=x_BSD.device)
         cos_SP, sin_SP = cos_and_sin(positions, self.frequencies.to(x_BSD.device), self.scaling)
         q, k = (turn(x, cos_SP[:, None], sin_SP[:, None]) for x in (q, k))
+        if window:
+            return sequence_attention(q, k, v, window)
         out = F.scaled_dot_product_attention(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=True
         )

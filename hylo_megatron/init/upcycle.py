@@ -4,7 +4,6 @@ import functools
 import json
 import shutil
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,9 +11,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from hylo_megatron.checkpoint.folder import LazyTensor, check_empty, write_checkpoint
-from hylo_megatron.config import Architecture, Geometry, Plan, geometry_preset, positions
-from hylo_megatron.config.geometry import GEOMETRY_HELP, check_heads
-from hylo_megatron.config.rope import same_at_any_width
+from hylo_megatron.config import Architecture, Geometry, Plan, positions
+from hylo_megatron.config.geometry import GEOMETRY_HELP
+from hylo_megatron.config.student import student_architecture
 from hylo_megatron.convert.hf_folder import save_tensors
 from hylo_megatron.convert.hf_to_megatron import megatron_tensors
 from hylo_megatron.convert.shapes import hf_shapes
@@ -26,6 +25,7 @@ from hylo_megatron.init.calibration import calibration_tokens
 from hylo_megatron.init.linear_algebra import relative_error, ridge_correction
 from hylo_megatron.init.mixer_forward import MixerRunner
 from hylo_megatron.init.teacher import BaseModel
+from hylo_megatron.init.window import window_beside
 from hylo_megatron.mixers import FP32_SUFFIXES, LINEAR, MIXERS
 from hylo_megatron.progress import peak_memory_gib
 
@@ -39,17 +39,21 @@ def initial_mixer(layer, arch: Architecture, how: str, frequencies, generator) -
     return {key: tensor.float().cpu().contiguous() for key, tensor in weights.items()}
 
 
-def _fit_and_measure(layer, arch, weights, device, ridge: bool) -> tuple[dict[str, Tensor], dict]:
-    """Refit the output projection where that helps on held-out rows; return weights and relative errors."""
+def _fit_and_measure(layer, arch, weights, device, ridge: bool, beside=0.0) -> tuple[dict[str, Tensor], dict]:
+    """Refit the output projection where that helps on held-out rows; return weights and relative errors.
+
+    ``layer`` is what a window leaves over, ``beside`` [B,S,D] the window's output.
+    """
     mixer, rows = MIXERS[arch.plan[layer.index]].part("initialise"), len(layer.inputs_BSD)
     fit = max(1, rows * 3 // 4)
     held = slice(fit, None) if rows > 1 else slice(None)
     runner, name = MixerRunner(arch, layer.index, device), mixer.OUTPUT_PROJECTION
     runner.load(weights)
     features, target = runner.features(layer.inputs_BSD), layer.output_BSD
+    whole = target + beside
 
     def error(projection: Tensor) -> float:
-        return relative_error(features[held] @ projection.T, target[held])
+        return relative_error((features @ projection.T + beside)[held], whole[held])
 
     projection = weights[name].to(device)
     errors = {"error": error(projection)}
@@ -81,22 +85,6 @@ class _StudentWeights:
         return self.base.stored(key)
 
 
-def student_architecture(teacher: Architecture, plan: tuple[str, ...], geometry: str | Geometry,
-                         qk_norm: bool = False, **settings) -> Architecture:  # fmt: skip
-    """Return the architecture of a student.
-
-    ``geometry``: the name of a preset, or the dimensions themselves. ``settings``: fields of ``config/positions.py``.
-    """
-    if isinstance(geometry, str):
-        geometry = geometry_preset(geometry, teacher.hidden_size, teacher.num_attention_heads, teacher.head_dim)
-    check_heads(teacher.head_dim, geometry, set(plan))
-    rope = same_at_any_width(teacher.rope_parameters, teacher.head_dim)
-    arch = replace(
-        teacher, plan=plan, geometry=geometry, mla_qk_norm=qk_norm, rope_parameters=rope, extra=dict(teacher.extra)
-    )
-    return positions.changed(arch, settings, "--mla-layers")
-
-
 def _line(entry: dict) -> str:
     ridge = f"  (before ridge {entry['error_transferred']:.3f})" if "error_ridge" in entry else ""
     error = f"{entry['error']:.3f}" if "error" in entry else "not measured"
@@ -108,12 +96,15 @@ def _initialise(base: BaseModel, arch: Architecture, scratch: Path, tokens_BS: T
     """Write each layer's new mixer into ``scratch``; return the report's entries, and the layer of each key."""
     generator, report, mixer_keys = torch.Generator().manual_seed(seed), [], {}
     for layer in base.layers(tokens_BS):
-        weights = initial_mixer(layer, arch, init, base.frequencies, generator)
+        found = window_beside(base, layer, arch)
+        weights = initial_mixer(found.rest, arch, init, base.frequencies, generator)
         entry = {"layer": layer.index, "kind": arch.plan[layer.index]}
         if tokens_BS is not None:
-            weights, errors = _fit_and_measure(layer, arch, weights, base.device, ridge and init == "data")
+            fit = ridge and init == "data"
+            weights, errors = _fit_and_measure(found.rest, arch, weights, base.device, fit, found.output_BSD)
             output_norm = layer.output_BSD.norm(dim=-1).mean().item()
             entry |= errors | {"output_norm": output_norm, "update_norm": layer.update_norm}
+        weights |= found.weights
         prefixed = {f"model.layers.{layer.index}.{key}": tensor for key, tensor in weights.items()}
         save_tensors(prefixed, scratch / f"{layer.index}.safetensors")
         mixer_keys |= dict.fromkeys(prefixed, layer.index)
@@ -187,7 +178,11 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--teacher", required=True, help="checkpoint of the base Transformer (hylo convert)")
     add("--out", required=True, help="student checkpoint to write")
-    add("--mla-layers", required=True, help="1,5,10,14 | uniform:K | all | none | a name such as 4MLA12GDN")
+    add(
+        "--mla-layers",
+        required=True,
+        help="1,5,10,14 | uniform:K | all | none | a name such as 4MLA12GDN | plan.json of hylo select-layers",
+    )
     add("--linear", choices=LINEAR, help=f"what the other layers become (default: {LINEAR[0]}, or the plan's name)")
     add("--init", default="data", choices=("data", "svd"), help="calibrated on text, or the paper's (default: data)")
     add(
@@ -205,6 +200,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--no-ridge", action="store_true", help="keep the transferred output projections of linear blocks")
     add("--mla-qk-norm", action="store_true", help="keep Qwen3's per-head norms in MLA layers (published form)")
     positions.add_flags(add)
+    positions.add_window(add)
     add("--seed", type=count, default=0)
     options = parser.parse_args(argv)
     start = time.time()

@@ -78,7 +78,8 @@ class Rotation:
         width = rotary_width(config.linear_type, config.geometry()) if config.linear_rope else 0
         mla = self._cos_and_sin(positions_BS, config.qk_rope_head_dim if config.mla_rope else 0)
         scale = query_scale(positions_BS, config.log_scale) if config.log_scale else None
-        return Angles(*mla, scale, *self._cos_and_sin(positions_BS, width))
+        beside = self._cos_and_sin(positions_BS, config.head_dim if config.window else 0)
+        return Angles(*mla, scale, *self._cos_and_sin(positions_BS, width), *beside)
 
     def _cos_and_sin(self, positions_BS: torch.Tensor, width: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         if not width:

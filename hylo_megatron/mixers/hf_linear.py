@@ -47,10 +47,15 @@ class States:
 class LinearMixer(nn.Module):
     """Base of linear mixers: ``mix`` of a mixer returns the layer's output for ``x``, which is 0 at padding.
 
-    Parameters in ``fp32_names`` stay fp32 in ``.to(bfloat16)``, because rounding them changes decays.
+    Parameters in ``fp32_names`` stay fp32 in ``.to(bfloat16)``, because rounding them changes decays. The output of
+    ``window`` (``hf_window.py``) is added where the model has one.
     """
 
     fp32_names: tuple[str, ...] = ()
+
+    def __init__(self):
+        super().__init__()
+        self.window: nn.Module | None = None
 
     def initial_values(self) -> None:
         """Fill the parameters in ``fp32_names`` through ``transformers.initialization``, for a model that is new."""
@@ -67,7 +72,8 @@ class LinearMixer(nn.Module):
     ) -> Tensor:
         """``real_BS1``: True at tokens that are no padding. ``allowed`` is not read."""
         x_BSD = x_BSD if real_BS1 is None else x_BSD * real_BS1
-        return self.mix(x_BSD, real_BS1, States(x_BSD, cache, self.layer, angles))
+        out_BSD = self.mix(x_BSD, real_BS1, States(x_BSD, cache, self.layer, angles))
+        return out_BSD if self.window is None else out_BSD + self.window(x_BSD, angles, real_BS1, cache)
 
     def _apply(self, fn, recurse=True):
         kept = {id(getattr(self, name)) for name in self.fp32_names}

@@ -20,19 +20,22 @@ from hylo_megatron.config.positions import rotary_width
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.kernels import ops_for
 from hylo_megatron.kernels.norm import wide
+from hylo_megatron.kernels.segments import RECURRENCES, segmented
 from hylo_megatron.mixers.initial_states import InitialStates
-from hylo_megatron.mixers.megatron_layers import Rotary
+from hylo_megatron.mixers.megatron_layers import Backend, Rotary
+from hylo_megatron.mixers.megatron_window import window_of
 from hylo_megatron.mixers.mixer import Mixer
 from hylo_megatron.parallel.state_passing import kernels_across, without_context_parallelism
 
 
-def sharing(entry: Mixer, arch: Architecture, linear_cp: str) -> dict:
+def sharing(entry: Mixer, arch: Architecture, linear_cp: str, backend: Backend) -> dict:
     """Return the parameters of ``LinearMixer`` for a mixer. ``linear_cp``: ``--hylo-linear-cp``."""
     rotary = Rotary(arch, rotary_width(entry.name, arch.geometry)) if arch.linear_rope else None
     return {
         "heads": getattr(entry.dimensions(arch.geometry), entry.heads[1]),
         "linear_cp": linear_cp,
         "rotary": rotary,  # one for all layers
+        "window": window_of(arch, backend),
     }
 
 
@@ -61,13 +64,15 @@ class LinearMixer:
     ``heads``: those that the all-to-all would deal out. ``across_ranks``: the mixer's own kernels with states that
     pass between ranks, by their names in ``kernels.Ops``. Sets ``kernels``, which chooses kernels by tensor, and
     ``chunks``, the parts of a sequence that a rank has: 2 where states are passed, else 1.
+
+    ``mix`` of a mixer returns the block's output, to which that of ``window`` is added where the model has one.
     """
 
     fp32_names: tuple[str, ...] = ()
     across_ranks: ClassVar[dict[str, Callable]] = {}
 
     def __init__(self, config, *args, heads: int, pg_collection=None, linear_cp: str = "auto",
-                 rotary: Rotary | None = None, **kwargs):  # fmt: skip
+                 rotary: Rotary | None = None, window: Callable | None = None, **kwargs):  # fmt: skip
         tp, cp = pg_collection.tp.size(), pg_collection.cp.size()
         states = passes_states(linear_cp, heads, tp, cp)
         groups = without_context_parallelism(pg_collection) if states else pg_collection
@@ -81,6 +86,15 @@ class LinearMixer:
                 module.exact_width = cp > 1 and not states
         for name in self.fp32_names:
             getattr(self, name).data = wide(getattr(self, name).data)
+        self.window = window and window(config, layer_number=kwargs["layer_number"], pg_collection=pg_collection)
+
+    def forward(self, hidden_states: Tensor, *args, **kwargs):
+        out_SBD, bias = self.mix(hidden_states, *args, **kwargs)
+        if self.window is None:
+            return out_SBD, bias
+        if kwargs.get("packed_seq_params") is not None:
+            raise HyLoError("packed sequences: a window reads one sequence a row; use --window off")
+        return out_SBD + self.window(hidden_states), bias
 
     def _apply(self, fn, recurse=True):
         kept = {name: getattr(self, name).data for name in self.fp32_names}
@@ -100,6 +114,12 @@ class LinearMixer:
         rows = zip(x_BSHK.chunk(self.chunks), *(side.chunk(self.chunks) for side in table), strict=True)
         turned = [ops_for(x).rotate(x.transpose(0, 1), cos, sin).transpose(0, 1) for x, cos, sin in rows]
         return torch.cat(turned) if self.chunks > 1 else turned[0]
+
+    def cut_recurrence(self, length: int) -> None:
+        """Let the recurrence run in segments of ``length`` tokens, if it can."""
+        names = [name for name in self.across_ranks if name in RECURRENCES]
+        if names and self.kernels is ops_for:
+            self.kernels = segmented(names, length)
 
     def start_from(self, mode: str, seed: int) -> InitialStates:
         """Let the recurrence start from other states than zero in training, and return what makes these states."""

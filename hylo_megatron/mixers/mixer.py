@@ -45,6 +45,11 @@ class Mixer:
         """Name of the layer in exported models: ``model.layers.N.<module>.*``."""
         return "mixer" if self.linear else "self_attn"
 
+    @property
+    def holder(self) -> str:
+        """Name of the mixer in megatron-core's layer: ``decoder.layers.N.<holder>.*``."""
+        return "mixer" if self.slot == "mamba_layer" else "self_attention"
+
     def part(self, file: str) -> ModuleType:
         """Import a file of this mixer's folder, such as ``hf_module``."""
         return importlib.import_module(f"hylo_megatron.mixers.{self.name}.{file}")

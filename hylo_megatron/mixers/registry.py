@@ -14,6 +14,8 @@ CACHED: tuple[str, ...] = tuple(name for name, entry in MIXERS.items() if entry.
 # Modules of a layer that hold its mixer, in Megatron and in Hugging Face checkpoints. A mixer's parameters are told by
 # the last two parts of their names.
 HOLDERS = ("self_attention", "self_attn", "mixer")
+# Of a window beside a linear block, whose other parameters are copies of the base model's.
+WINDOW, WINDOW_GATE = ".window.", ".window.gate_proj."
 
 
 def _suffixes(field: str) -> tuple[str, ...]:

@@ -12,11 +12,11 @@ from math import prod
 
 from hylo_megatron.config import Architecture
 from hylo_megatron.convert.shapes import hf_shapes
-from hylo_megatron.mixers import FP32_SUFFIXES, MIXERS
+from hylo_megatron.mixers import FP32_SUFFIXES, MIXERS, window
 
 # Parameters that every tensor-parallel rank has whole; all others are split.
 _UNSPLIT = (name for entry in MIXERS.values() for name in entry.part("memory").UNSPLIT)
-WHOLE = ("layernorm.weight", "model.norm.weight", *_UNSPLIT)
+WHOLE = ("layernorm.weight", "model.norm.weight", *_UNSPLIT, *window.UNSPLIT)
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 

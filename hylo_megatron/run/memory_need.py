@@ -6,6 +6,7 @@ from hylo_megatron.config import Architecture
 from hylo_megatron.config.stages import stage_kind
 from hylo_megatron.distill.command_line import layout_of
 from hylo_megatron.distill.first_flags import first_flags
+from hylo_megatron.distill.losses import fitting
 from hylo_megatron.distill.memory_check import check_memory, gpu_bytes, planned_run
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.recipes.stage import Stage
@@ -21,7 +22,8 @@ def check(run, student: Architecture, base: Architecture, teacher: Architecture)
 
 
 def _check_stage(stage: Stage, run, student: Architecture, teacher: Architecture, available: int) -> None:
-    flags = [*stage.flags(), *GPU_FLAGS, *map(str, run.flags), *run.processes.layout.flags()]
+    shared = fitting((*GPU_FLAGS, *run.flags), stage_kind(stage.kind), stage.loss)
+    flags = [*stage.flags(), *map(str, shared), *run.processes.layout.flags()]
     known = first_flags(flags)
     layout, work = layout_of(known)
     planned = planned_run(known, student, teacher, layout, replace(work, processes=run.processes.ranks))

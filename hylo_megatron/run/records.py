@@ -35,6 +35,7 @@ class NeedleResults(_Record):
 class Figures(_Record):
     perplexity: dict[str, Part]
     kv_cache_bytes_per_token: Count
+    window_cache_bytes: NotRequired[Count]
     needle: NotRequired[NeedleResults]
 
 

@@ -57,6 +57,14 @@ def _needle_table(final: dict) -> str:
     return table(rows, aligned=True)
 
 
+def _windows(student: dict, teacher_cache: int) -> str:
+    """Return what the student's windows cache, in bytes and in tokens of the teacher's cache."""
+    size = student.get("window_cache_bytes", 0)
+    return (
+        f", and {size:,} a request for windows (as {size / teacher_cache:,.0f} tokens of the teacher)" if size else ""
+    )
+
+
 def closing_table(out: Path, recipe: Recipe, layout, seconds: float) -> str:
     """Return perplexity and loss of teacher and student after each stage, needles, cache sizes and a sample answer."""
     names = ["init", *(stage.name for stage in recipe.stages)]
@@ -70,7 +78,8 @@ def closing_table(out: Path, recipe: Recipe, layout, seconds: float) -> str:
     return "\n".join([
         "", _stages_table(out, recipe, reports, teacher), "", _needle_table(final), "",
         f"perplexity, relative to the freshly initialised student: {left:.0%}",
-        f"KV cache per token, bf16: teacher {cache[0]:,} bytes, student {cache[1]:,} ({cache[1] / cache[0]:.1%})",
+        f"KV cache per token, bf16: teacher {cache[0]:,} bytes, student {cache[1]:,} ({cache[1] / cache[0]:.1%})"
+        f"{_windows(final['model'], cache[0])}",
         f"{sample['prompt']}  teacher: {sample['teacher']!r}  student: {sample['student']!r}",
         f"{recipe.name} {recipe.plan}, seed {recipe.seed}, {layout}, {device}, {versions}",
         f"report: {out / 'report' / 'evaluation.md'}   model: {out / f'hf-{names[-1]}'}   {seconds / 60:.1f} minutes",

@@ -117,6 +117,8 @@ def refuse(vllm_config) -> None:
         ("linear_rope in config.json", model.hf_config.linear_rope and on_gpu(),
          "vLLM's kernels for a GPU convolve and scan in one step, without a rotation between; use transformers, or"
          " train without --linear-rope"),
+        ("window in config.json", model.hf_config.window,
+         "vLLM's linear layers have no cache of last tokens; use transformers, or train without --window"),
         (f"--kv-cache-dtype {dtype}", current_platform.is_cpu() and dtype not in CPU_CACHES,
          f"a CPU keeps {', '.join(CPU_CACHES)}; leave it out"),
     )  # fmt: skip

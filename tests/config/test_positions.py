@@ -46,6 +46,24 @@ def test_scales_that_cannot_be_computed_are_refused(text):
         parsed("--mla-rope", "none")
 
 
+def test_a_window_has_a_size_and_sinks():
+    assert positions.window("256") == {"size": 256, "sinks": 4} and positions.window("16+0") == {
+        "size": 16,
+        "sinks": 0,
+    }
+    assert positions.window("off") == {}
+    for text in ("", "0", "x", "+4", "256+", "256+4+1", "-1", "256+65", "8193", "٣", "1e3", "9" * 5000):
+        with pytest.raises(argparse.ArgumentTypeError, match="expected off, or SIZE.+SINKS. with"):
+            positions.window(text)
+
+
+def test_the_cache_of_windows_has_one_size_for_every_text():
+    arch = tiny.hybrid("gdn", window={"size": 6, "sinks": 2})
+    assert arch.window_bytes() == 2 * (2 * 2 * 16) * 8 * 2  # layers, values of a row, rows, bytes
+    assert arch.kv_bytes_per_token() == tiny.hybrid("gdn").kv_bytes_per_token()
+    assert tiny.hybrid("gdn").window_bytes() == arch.as_teacher().window_bytes() == 0
+
+
 def test_the_scale_is_that_of_the_paper_and_starts_at_the_trained_length():
     t = torch.tensor([0, 1, 100, 5000, 250_000])
     paper = torch.log(t + 500.0) / math.log(500.0)  # arXiv 2601.22156
@@ -74,6 +92,9 @@ def test_files_of_models_without_the_settings_are_as_before():
     (dict(log_scale={"base": 600.0}), "field log_scale.length is missing"),
     (dict(log_scale={"base": 600.0, "length": 0, "slope": 1}), "field log_scale.slope is unknown"),
     (dict(mla_rope="off"), "field mla_rope is 'off'"),
+    (dict(window={"size": 8, "sinks": 2}, plan=("mla",) * 4), "but the plan has no linear layers"),
+    (dict(window={"size": 0, "sinks": 2}), "field window.size is 0"),
+    (dict(window={"size": 8}), "field window.sinks is missing"),
 ])  # fmt: skip
 def test_files_with_settings_that_nothing_computes_are_refused(changes, words):
     with pytest.raises(HyLoError) as refused:
@@ -95,6 +116,10 @@ def test_a_control_has_no_layers_for_the_settings():
     recipe = smollm2_cpu()
     nope = replace(recipe, stages=tuple(replace(stage, mla_rope=False, log_scale="600") for stage in recipe.stages))
     assert nope.as_control().stages == recipe.as_control().stages
+    assert "window" not in recipe.to_dict() and recipe.settings == {"linear_rope": False}
+    wide = replace(recipe, window="128+2")
+    assert wide.to_dict()["window"] == "128+2" and wide.settings["window"] == {"size": 128, "sinks": 2}
+    assert "window" not in wide.as_control().to_dict()
 
 
 def test_the_planner_counts_the_tables_that_there_are():

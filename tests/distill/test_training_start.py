@@ -83,6 +83,7 @@ BAD_VARIABLES = [
     (dict(FLAGS='--hylo-log "x'), "no closing quotation"),
     (dict(FLAGS="--lr nan"), "argument --lr: 'nan': expected a number of 0 or more"),
     (dict(FLAGS="--no-such-flag 3"), "unrecognized arguments: --no-such-flag"),
+    (dict(FLAGS="--hylo-jsd-beta 0.3"), "FLAGS=--hylo-jsd-beta: no stage of this recipe has a loss that reads it"),
     (dict(PLAN="1,1"), "numbers must differ"),
 ]
 
@@ -96,6 +97,12 @@ def test_a_proxy_is_checked_like_the_real_thing(monkeypatch, tmp_path, variables
         job.check(examples.processes_of(None))
     assert words in str(refused.value) and "\n" not in str(refused.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_flag_that_some_stages_have_is_accepted(monkeypatch, tmp_path):
+    for name, text in {"PROXY": "1", "OUT": str(tmp_path), "FLAGS": "--hylo-kl-chunk 64 --hylo-ild-raw-norms"}.items():
+        monkeypatch.setenv(name, text)
+    examples.job_of("llama1b").check(examples.processes_of(None))
 
 
 def test_a_proxy_is_checked_as_the_model_that_is_made_later(monkeypatch, tmp_path):
@@ -142,6 +149,8 @@ def test_what_a_training_cannot_do_without_is_asked_for(world):
         (["--transformer-impl", "local"], "--hylo-backend says which layers are built"),
         (["--data-path", "nan", "a", "1", "b"], "--data-path: weight nan, expected a number above 0"),
         (["--data-path", "1", "a", "-2", "b"], "--data-path: weight -2, expected"),
+        (["--hylo-random-weights"], "--save: a benchmark with --hylo-random-weights loads and saves nothing"),
+        (["--hylo-profile", "x"], "--hylo-profile: needs --train-iters of 5 or more, got 4"),
     ):
         longer = [*whole, *more]
         with pytest.raises(HyLoError, match=words):
@@ -222,8 +231,8 @@ def test_flags_are_declared_as_megatron_declares_them():
 
 @pytest.mark.parametrize("flags, gib, words", [
     ({}, 1.0, "needs .* GiB by the planner's count, and the GPU has 1.0; lower --micro-batch-size"),
-    ({}, 80.0, None), (dict(no_memory_check=True), 1.0, None), (dict(optimizer_cpu_offload=True), 1.0, None),
-    (dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1), 1.0, None),
+    ({}, 80.0, None), (dict(no_memory_check=True), 1.0, None), (dict(use_precision_aware_optimizer=True), 1.0, None),
+    (dict(recompute_granularity="selective"), 1.0, None),
 ], ids=["too little", "enough", "not asked", "not counted", "not counted either"])  # fmt: skip
 def test_a_run_that_cannot_fit_the_gpu_is_refused(world, monkeypatch, flags, gib, words):
     monkeypatch.setattr(memory_check, "gpu_bytes", lambda index: int(gib * 2**30))

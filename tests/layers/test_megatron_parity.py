@@ -45,6 +45,9 @@ HYBRIDS = {
     "kda-linear_rope-yarn": tiny.hybrid(
         "kda", linear_rope=True, geometry=tiny.GEOMETRY_Q_LORA, rope_parameters=tiny.YARN
     ),
+    "gdn-window-yarn": tiny.hybrid("gdn", window=tiny.WINDOW, linear_rope=True, rope_parameters=tiny.YARN),
+    "mamba2-window-bias": tiny.hybrid("mamba2", window=tiny.WINDOW, model_type="qwen2", attention_bias=True),
+    "kda-window-qk_norm": tiny.hybrid("kda", window=tiny.WINDOW, model_type="qwen3", qk_norm=True),
     "no-mla": tiny.hybrid("mamba2", plan=("mamba2",) * 4),
     "all-mla": tiny.hybrid(plan=("mla",) * 3),  # an odd number of layers for the pipeline
 }
@@ -103,6 +106,8 @@ def test_hybrid_logits_equal_the_exported_model(folder, kind):
         ("gdn-nope-log_scale", dict(log_scale=None)),
         ("gdn-linear_rope-nope", dict(linear_rope=False)),
         ("kda-linear_rope-yarn", dict(linear_rope=False)),
+        ("gdn-window-yarn", dict(window={"size": 5, "sinks": 2})),
+        ("kda-window-qk_norm", dict(window={"size": 6, "sinks": 1})),
         ("mamba2-llama3-padded", dict(rope_parameters={**tiny.DEFAULT, "rope_theta": 5e5})),
     ],
 )

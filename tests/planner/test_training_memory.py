@@ -113,7 +113,7 @@ def test_layers_keep_what_autograd_saves(counted):
             work=Work(processes=2, seq_length=known.LENGTH, micro_batch=known.ROWS), train=train,
         )  # fmt: skip
         planned = [half.kept for half in stage_sub_layers(run, range(1))]
-        planned[0] += tables(arch, {kind}, run.share)
+        planned[0] += tables(arch, set(arch.plan), run.share)
         assert planned == pytest.approx(got, rel=5e-3 if at.cp > 1 else 1e-4), (layout, kind, wide, train)
 
 
@@ -123,7 +123,8 @@ def _step_run(known, step, layout: ParallelLayout, global_batch: int) -> Planned
         student=student, teacher=teacher, kind=stage_kind(step.stage), loss=known.step_loss(step), layout=layout,
         work=Work(processes=layout.ranks, seq_length=known.STEP_LENGTH, micro_batch=known.ROWS,
                   global_batch=global_batch),
-        train=step.train, recompute=step.recompute,
+        train=step.train, recompute=step.recompute, recompute_chunk=step.recompute_chunk,
+        mlp_block=step.mlp_block, recurrence_block=step.recurrence_block,
     )  # fmt: skip
 
 

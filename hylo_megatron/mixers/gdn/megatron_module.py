@@ -28,7 +28,7 @@ def layer_spec(backend: Backend, arch: Architecture, linear_cp: str = "auto") ->
     """Return the spec of the layer that holds this mixer. ``linear_cp``: ``--hylo-linear-cp``."""
     mixer = ModuleSpec(
         module=GDNMixer,
-        params={"norm_eps": arch.geometry.gdn.norm_eps, **sharing(MIXER, arch, linear_cp)},
+        params={"norm_eps": arch.geometry.gdn.norm_eps, **sharing(MIXER, arch, linear_cp, backend)},
         submodules=GatedDeltaNetSubmodules(
             in_proj=backend.projection, out_norm=HeadRMSNorm, out_proj=backend.row_linear
         ),
@@ -53,12 +53,12 @@ class GDNMixer(LinearMixer, GatedDeltaNet):
         self.gated_delta_rule = _normed_delta_rule
         self.out_norm.eps = norm_eps or self.out_norm.eps
 
-    def forward(self, hidden_states: Tensor, attention_mask=None, **kwargs):
+    def mix(self, hidden_states: Tensor, attention_mask=None, **kwargs):
         packed = kwargs.get("packed_seq_params")
         if self.chunks > 1 or self.rotary is not None:
             self.refuse_packed(packed)
         if self.chunks == 1 and (self.cp_size > 1 or self.recompute_norm_out or packed is not None):
-            return super().forward(hidden_states, attention_mask, **kwargs)
+            return GatedDeltaNet.forward(self, hidden_states, attention_mask, **kwargs)
         x_SBC, _ = self.in_proj(hidden_states)
         run = self.kernels(x_SBC)
         sections = run.split_convolve(

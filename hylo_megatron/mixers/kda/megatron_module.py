@@ -43,7 +43,7 @@ TRANSFORMER_FIELDS = {  # by which megatron-core counts operations
 
 def layer_spec(backend: Backend, arch: Architecture, linear_cp: str = "auto") -> ModuleSpec:
     """Return the spec of the layer that holds this mixer. ``linear_cp``: ``--hylo-linear-cp``."""
-    params = {"geometry": arch.geometry.kda, "backend": backend, **sharing(MIXER, arch, linear_cp)}
+    params = {"geometry": arch.geometry.kda, "backend": backend, **sharing(MIXER, arch, linear_cp, backend)}
     return transformer_layer(backend, ModuleSpec(module=KDAMixer, params=params))
 
 
@@ -103,7 +103,7 @@ class KDAMixer(LinearMixer, _Parameters):
     fp32_names = MIXER.fp32
     across_ranks: ClassVar = {"chunk_kda": partial(chunk_delta_rule, "chunk_kda")}
 
-    def forward(self, hidden_states: Tensor, attention_mask=None, packed_seq_params=None, **_):
+    def mix(self, hidden_states: Tensor, attention_mask=None, packed_seq_params=None, **_):
         if packed_seq_params is not None:
             raise HyLoError("packed sequences: Kimi Delta Attention trains on one sequence a row; use --linear gdn")
         x_SBC, _ = self.in_proj(hidden_states)

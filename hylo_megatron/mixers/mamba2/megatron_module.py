@@ -31,7 +31,7 @@ def layer_spec(backend: Backend, arch: Architecture, linear_cp: str = "auto") ->
     projection = backend.projection if ours else backend.column_linear  # mamba-ssm's own kernel wants the exact width
     mixer = ModuleSpec(
         module=Mamba2Mixer,
-        params=sharing(MIXER, arch, linear_cp),
+        params=sharing(MIXER, arch, linear_cp, backend),
         submodules=MambaMixerSubmodules(in_proj=projection, out_proj=backend.row_linear),
     )
     return ModuleSpec(
@@ -46,9 +46,9 @@ class Mamba2Mixer(LinearMixer, MambaMixer):
     fp32_names = MIXER.fp32
     across_ranks: ClassVar = {"chunk_ssd": chunk_ssd}
 
-    def forward(self, hidden_states: Tensor, *args, packed_seq_params=None, **kwargs):
+    def mix(self, hidden_states: Tensor, *args, packed_seq_params=None, **kwargs):
         if self.chunks == 1 and self.kernels is ops_for:
-            return super().forward(hidden_states, *args, packed_seq_params=packed_seq_params, **kwargs)
+            return MambaMixer.forward(self, hidden_states, *args, packed_seq_params=packed_seq_params, **kwargs)
         self.refuse_packed(packed_seq_params)
         x_SBC, _ = self.in_proj(hidden_states)
         y_BSV = mamba_split_conv1d_scan_combined(

@@ -1,0 +1,65 @@
+"""The window of a layer at the start: the base model's weights, and gates that fit the base model's heads.
+
+The linear block beside it is then initialised on what the window leaves over. Legend: B batch, S sequence, D model,
+H query heads, K head dim, N tokens.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hylo_megatron.config import Architecture
+from hylo_megatron.init.teacher import AttentionLayer, BaseModel
+from hylo_megatron.mixers import MIXERS
+from hylo_megatron.mixers.window import GATE, HF_NAME
+
+RIDGE = 0.02
+WIDEST = 0.95  # of a gate at the start: beyond it a sigmoid hardly learns
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """A layer's window. ``rest`` is the layer without the window's part, ``output_BSD`` that part."""
+
+    rest: AttentionLayer
+    weights: dict[str, Tensor]
+    output_BSD: Tensor | float = 0.0
+
+
+def window_beside(base: BaseModel, layer: AttentionLayer, arch: Architecture) -> Found:
+    """Return the window of a linear layer, and the layer itself without weights where the student has none.
+
+    Without calibration data the gates are 1.
+    """
+    if not (arch.window and MIXERS[arch.plan[layer.index]].linear):
+        return Found(rest=layer, weights={})
+    weights = {
+        name.replace("self_attn.", HF_NAME): tensor.cpu()
+        for name, tensor in layer.weights.items()
+        if name.startswith("self_attn.")
+    }
+    gate_HD = torch.zeros(arch.num_attention_heads, arch.hidden_size, device=base.device)
+    rest, output = layer, 0.0
+    if layer.inputs_BSD.numel():
+        heads = torch.cat([base.attention(row[None], layer.weights, arch.window) for row in layer.inputs_BSD])
+        gate_HD = fitted_gates(layer.inputs_BSD, heads, layer.heads_BSHK)
+        heads = heads * 2 * F.linear(layer.inputs_BSD, gate_HD).sigmoid().unsqueeze(-1)
+        output = F.linear(heads.flatten(2), layer["self_attn.o_proj.weight"])
+        rest = replace(layer, heads_BSHK=layer.heads_BSHK - heads, output_BSD=layer.output_BSD - output)
+    return Found(rest=rest, weights=weights | {f"mixer.{GATE}": gate_HD.cpu()}, output_BSD=output)
+
+
+def fitted_gates(x_BSD: Tensor, window_BSHK: Tensor, whole_BSHK: Tensor) -> Tensor:
+    """Return ``[H, D]``, by ridge regression of the factor by which the window's head comes closest to the whole one.
+
+    At each token this factor is the share of the attention's weight that lies within the window.
+    """
+    power = window_BSHK.square().sum(-1)
+    factor = (window_BSHK * whole_BSHK).sum(-1) / power.clamp_min(1e-12)
+    wanted_NH = (factor / 2).clamp(1 - WIDEST, WIDEST).logit().flatten(0, 1).double()
+    x = x_BSD.flatten(0, 1).double()
+    gram = x.T @ x
+    gram += RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    return torch.linalg.solve(gram, x.T @ wanted_NH).T.to(x_BSD.dtype)

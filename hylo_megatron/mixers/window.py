@@ -1,0 +1,72 @@
+"""The window beside a linear block (``config/positions.py``): weights, and bytes of training and of a cache. No torch.
+
+The weights are those of the base model's attention, with one more: ``gate_proj`` gives each head a factor, twice a
+sigmoid of the layer's input. A window is a part of the linear block's module, under the name ``window``.
+"""
+
+from dataclasses import replace
+
+from hylo_megatron.config import Architecture
+from hylo_megatron.config.window import Blocks, blocks
+from hylo_megatron.mixers import MIXERS
+from hylo_megatron.mixers.attention import mapping as attention
+from hylo_megatron.mixers.mapping import HF, INPUT_NORM, MEGATRON, Mapping, Shapes, copy
+from hylo_megatron.mixers.memory import Share, SubLayer, aligned
+
+HF_NAME, GATE = "mixer.window.", "window.gate_proj.weight"
+# Further ends of names of weights that every tensor-parallel rank has in full.
+UNSPLIT = ("window.q_norm.weight", "window.k_norm.weight")
+
+
+def _named(name: str) -> str:
+    return name.replace("self_attn.", HF_NAME)
+
+
+def hf_shapes(arch: Architecture, kind: str) -> Shapes:
+    """Return the shapes of the window of a layer of ``kind``; none without a window."""
+    if not (arch.window and MIXERS[kind].linear):
+        return {}
+    shapes = {_named(name): shape for name, shape in attention.hf_shapes(arch).items()}
+    return shapes | {f"mixer.{GATE}": (arch.num_attention_heads, arch.hidden_size)}
+
+
+def table(arch: Architecture, kind: str) -> list[Mapping]:
+    """Return the mappings of the window of a layer of ``kind``; none without a window."""
+    if not (arch.window and MIXERS[kind].linear):
+        return []
+    holder = MEGATRON + MIXERS[kind].holder
+    copied = [
+        replace(
+            mapping,
+            megatron=tuple(key.replace(f"{MEGATRON}self_attention.", f"{holder}.window.") for key in mapping.megatron),
+            hf=tuple(map(_named, mapping.hf)),
+        )
+        for mapping in attention.table(arch)
+        if mapping != INPUT_NORM
+    ]
+    return [*copied, copy(f"{holder}.{GATE}", f"{HF}mixer.{GATE}")]
+
+
+def beside(block: SubLayer, arch: Architecture, at: Share) -> SubLayer:
+    """Return the bytes of a linear block together with its window.
+
+    Kept are queries and keys beside values in blocks, the output as the kernel returns it and by token, with fp32
+    denominators, gates in fp32 and bf16, the product of both, and the gate's weight with the zeros that align it.
+    """
+    h, g, k = arch.num_attention_heads // at.layout.tp, arch.num_key_value_heads // at.layout.tp, arch.head_dim
+    cut = _cut(arch, at)
+    padded, keys = cut.count * cut.length / at.length, cut.count * cut.keys / at.length
+    kept = at.inner(padded * (3 * h * k + 2 * h) + 2 * keys * g * k + h * k + 3 * h)
+    kept += 2 * aligned(h) * arch.hidden_size if h % 16 else 0
+    work = at.inner(2 * padded * h * k + 4 * keys * g * k)
+    return SubLayer(block.kept + kept, max(block.work, work), block.entry)
+
+
+def tables(arch: Architecture, at: Share) -> int:
+    """Return bytes that all windows share: cosines and sines, and the mask of a micro-batch."""
+    cut, shared = _cut(arch, at), arch.num_attention_heads // arch.num_key_value_heads
+    return 4 * at.length * arch.head_dim + 2 * at.sequences * cut.count * shared * cut.length * cut.keys
+
+
+def _cut(arch: Architecture, at: Share) -> Blocks:
+    return blocks(at.length, arch.window["size"], min(arch.window["sinks"], at.length))
