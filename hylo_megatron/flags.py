@@ -40,7 +40,7 @@ def given(parser: argparse.ArgumentParser, argv: list[str]) -> frozenset[str]:
     for action in kept:
         action.default = argparse.SUPPRESS
     try:
-        return frozenset(vars(parser.parse_args(argv)))
+        return frozenset(vars(parser.parse_known_args(argv)[0]))
     finally:
         for action, default in kept.items():
             action.default = default

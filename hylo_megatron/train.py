@@ -7,12 +7,15 @@ import copy
 import functools
 import os
 import shutil
+import sys
 import time
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hylo_megatron.config import Architecture
+from hylo_megatron.distill.command_line import add_engine_flags, check_command_line, layout_of
+from hylo_megatron.engine.kernel_cache import prepare_kernels
 from hylo_megatron.engine.register import install
 from hylo_megatron.engine.step_profile import StepProfile
 from hylo_megatron.errors import HyLoError
@@ -20,6 +23,7 @@ from hylo_megatron.flags import command_line
 from hylo_megatron.run.parent import bind_forks, die_with_parent, own_store
 
 if TYPE_CHECKING:
+    from hylo_megatron.checkpoint.save_room import SaveRoom
     from hylo_megatron.engine.training_run import TrainingRun
 
 
@@ -73,17 +77,10 @@ def model_provider(
 def write_companions(args) -> None:
     """Write architecture and tokenizer to the output folder, so that it is a checkpoint like any other."""
     from hylo_megatron.distill.arguments import student_architecture
-    from hylo_megatron.distill.resume import check_architecture
 
     source, target = Path(args.hylo_student), Path(args.save)
-    if source.resolve() == target.resolve():
-        raise HyLoError("--save and --hylo-student are the same folder; choose another --save")
     target.mkdir(parents=True, exist_ok=True)
-    arch = student_architecture(args)
-    check_architecture("--save", target, arch)
-    if args.load and not (args.finetune or args.no_load_optim):
-        check_architecture("--load", Path(args.load), arch)
-    arch.save(target)
+    student_architecture(args).save(target)
     shutil.copytree(source / "hf", target / "hf", dirs_exist_ok=True)
 
 
@@ -113,21 +110,12 @@ def parsed_arguments():
         where = traceback.extract_tb(error.__traceback__)[-1]
         raise HyLoError(f"Megatron refuses these flags: {str(error) or where.line}") from error
     check_dataloader(args)
+    args.hylo_rows = min(Architecture.load(path).vocab_size for path in (args.hylo_student, args.hylo_teacher))
     return args
 
 
-def check_tokens(args) -> None:
-    from hylo_megatron.data.data_check import check_data
-    from hylo_megatron.distill.batches import prefixes
-
-    student, teacher = Architecture.load(args.hylo_student), Architecture.load(args.hylo_teacher)
-    args.hylo_rows = min(student.vocab_size, teacher.vocab_size)
-    check_data(prefixes(args), student, teacher, Path(args.hylo_student) / "hf")
-
-
-def save_room(args, arch: Architecture):
-    """Return the room for this training's checkpoints. Raises ``HyLoError`` on rank 0 if the first one cannot fit."""
-    from hylo_megatron.checkpoint.iterations import trained_to
+def save_room(args, arch: Architecture) -> "SaveRoom | None":
+    """Return the room for this training's checkpoints on the disk."""
     from hylo_megatron.checkpoint.save_room import SaveRoom, checkpoint_bytes
     from hylo_megatron.distill.settings import DistillSettings
     from hylo_megatron.engine import peers
@@ -137,11 +125,16 @@ def save_room(args, arch: Architecture):
     settings = DistillSettings.of(args)
     what = arch, settings.kind, settings.train, args.bf16
     last = checkpoint_bytes(*what, not (args.no_save_optim or args.hylo_last_weights_only))
-    room = SaveRoom(Path(args.save), checkpoint_bytes(*what, not args.no_save_optim), peers.fail, last)
+    return SaveRoom(Path(args.save), checkpoint_bytes(*what, not args.no_save_optim), peers.fail, last)
+
+
+def check_room(args, room: "SaveRoom | None") -> None:
+    """Raise ``HyLoError`` on rank 0 if the first checkpoint cannot fit."""
+    from hylo_megatron.checkpoint.iterations import trained_to
+
     steps = args.train_iters or 0
-    if args.rank == 0 and steps and not trained_to(args.save, steps):
+    if room and args.rank == 0 and steps and not trained_to(args.save, steps):
         room.check_start(-(-steps // (args.save_interval or steps)), args.hylo_keep_last)
-    return room
 
 
 def remembered(datasets, run: "TrainingRun"):
@@ -159,15 +152,33 @@ def remembered(datasets, run: "TrainingRun"):
     return build
 
 
+def check_kernels(args, arch: Architecture) -> None:
+    """Compare the GPU's kernels with their references. Raises ``HyLoError`` if one is wrong."""
+    import torch
+
+    from hylo_megatron.kernels.self_test import RankShape, self_test
+
+    if not torch.cuda.device_count() or not args.bf16 or args.no_self_test or arch.linear_kind not in arch.plan:
+        return
+    torch.cuda.set_device(args.local_rank)
+    shape = RankShape.of(arch, *layout_of(args))
+    verdict = self_test(arch, shape, torch.device("cuda", args.local_rank))
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    if args.rank == 0:
+        print(verdict, flush=True)
+
+
 @command_line
 def main() -> None:
+    """Train. Flags and files are checked before Megatron is imported, room on the disk before a kernel is compiled."""
     die_with_parent()
     bind_forks()
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # megatron asserts it for TP and CP
+    arch = check_command_line(sys.argv[1:])
+    prepare_kernels()
     install("megatron")
-    from hylo_megatron.distill.command_line import prepare_command_line
-
-    arch = prepare_command_line()
+    add_engine_flags(arch)
     import torch
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
@@ -177,33 +188,28 @@ def main() -> None:
     from hylo_megatron.engine import peers
     from hylo_megatron.engine.product_rate import product_rate
     from hylo_megatron.engine.training_run import TrainingRun
-    from hylo_megatron.kernels.self_test import self_test
     from hylo_megatron.layers.fp8 import check_card
 
     args = parsed_arguments()
     if args.hylo_teacher_fp8:
         check_card()
-    check_tokens(args)
     if args.save and args.rank == 0:
         write_companions(args)
-    if torch.cuda.device_count() and args.bf16 and not args.no_self_test:
-        torch.cuda.set_device(args.local_rank)
-        verdict = self_test(arch, args.tensor_model_parallel_size, torch.device("cuda", args.local_rank))
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        if args.rank == 0:
-            print(verdict, flush=True)
+    run = TrainingRun(room=save_room(args, arch))
+    if not args.hylo_student_iteration:
+        check_room(args, run.room)
+    check_kernels(args, arch)
     install("results")  # the queue is a process, which takes seconds to start
     if args.hylo_student_iteration:
         wait_for_student(args)
-    run = TrainingRun(room=save_room(args, arch))
+        check_room(args, run.room)  # the earlier stage has written its checkpoints by now
     if torch.cuda.device_count():
         run.product_rate = product_rate(torch.device("cuda", args.local_rank))
     if args.hylo_profile:
         run.profile = StepProfile(Path(args.hylo_profile), args.train_iters)
     install("training", run)
     config = pretrain_cfg_container_from_args(args)
-    with peers.ending_together(args.save, run.room and run.room.need):
+    with peers.ending_together(args.save, run.room and run.room.need), run.logged():
         pretrain(
             config, remembered(datasets, run), ModelType.encoder_or_decoder, forward_step,
             lambda **kwargs: model_provider(run, **kwargs), store=own_store(),

@@ -68,13 +68,18 @@ def latest_number(folder: str | os.PathLike) -> int | None:
     return path and (0 if path.name == "release" else _number(path))
 
 
-def latest(folder: str | os.PathLike) -> Path:
-    """Return the iteration folder to load from ``folder``. Raises ``HyLoError``."""
+def latest(folder: str | os.PathLike, quiet: bool = False) -> Path:
+    """Return the iteration folder to load from ``folder``. Raises ``HyLoError``.
+
+    ``quiet``: print no warning if another iteration than the tracker's is taken.
+    """
     folder = Path(folder)
     path = _tracked(folder)
     if path and is_complete(path):
         return path
     whole = complete_iterations(folder)
+    if whole and quiet:
+        return whole[-1]
     if whole:
         found = f"names {path.name}, which is incomplete" if path else "is missing or empty"
         print(f"warning: {folder / TRACKER} {found}: taking {whole[-1].name}", file=sys.stderr, flush=True)

@@ -11,6 +11,8 @@ CHUNK = 64  # positions that the kernels of linear blocks work on at once
 # Values of gate and up of an MLP on a rank: up to the first it runs whole, beyond in blocks of at most the second.
 WHOLE_MLP, BLOCK_OF_MLP = 2**29, 2**28
 
+INITIAL_STATES = ("zero", "random", "carried")  # choices of --hylo-initial-states
+
 _MIXER_MODULES = tuple(f".{holder}." for holder in HOLDERS)
 
 

@@ -4,16 +4,14 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from hylo_megatron.config import Architecture, positions
+from hylo_megatron.config.decisions import INITIAL_STATES
 from hylo_megatron.config.rope import checked_rope
 from hylo_megatron.config.stages import STAGE_KINDS, TRAIN
 from hylo_megatron.distill.losses import LOSSES
 from hylo_megatron.distill.spikes import ACTIONS, SpikeSettings
 from hylo_megatron.flags import json_object, size, weight
 from hylo_megatron.json_file import Object, check
-from hylo_megatron.mixers.initial_states import MODES
 from hylo_megatron.options import add_options
 
 
@@ -60,7 +58,7 @@ def _add_model_arguments(add) -> None:
     )
     add(
         "--hylo-initial-states",
-        choices=MODES,
+        choices=INITIAL_STATES,
         default="zero",
         help="what linear blocks start a sequence from: the last states of the previous step (carried), or noise with"
         " their mean and deviation (random); for the last steps of a training, to reach further",
@@ -88,6 +86,11 @@ def _add_run_arguments(add) -> None:
         " (default: torch; same samples, same order)",
     )
     add("--no-self-test", action="store_true", help="do not compare the GPU kernels with their references at start-up")
+    add(
+        "--no-memory-check",
+        action="store_true",
+        help="start even if a rank needs more memory than its GPU has by the planner's count",
+    )
     add("--hylo-keep-last", type=size, help="checkpoints to keep, the newest; older ones are deleted (default: all)")
     add(
         "--hylo-last-weights-only",
@@ -175,6 +178,8 @@ def student_architecture(args) -> Architecture:
 
 def engine_flags(arch: Architecture, tokenizer: Path) -> list[str]:
     """Return Megatron flags that follow from the student and the machine. The user's flags come later and win."""
+    import torch
+
     flags = [
         "--num-layers", 2 * arch.num_layers, "--hidden-size", arch.hidden_size,
         "--ffn-hidden-size", arch.intermediate_size, "--num-attention-heads", arch.num_attention_heads,
@@ -187,7 +192,7 @@ def engine_flags(arch: Architecture, tokenizer: Path) -> list[str]:
         "--no-gradient-accumulation-fusion", "--no-persist-layer-norm", "--no-masked-softmax-fusion",
         "--no-bias-dropout-fusion", "--no-bias-swiglu-fusion", "--no-rope-fusion",
         "--ckpt-format", "torch_dist", "--dataloader-type", "single", "--num-workers", 0, "--seed", 1234,
-        "--adam-beta2", 0.95, "--clip-grad", 1.0, "--log-interval", 1, "--save-interval", 1000,
+        "--adam-beta2", 0.95, "--clip-grad", 1.0, "--save-interval", 1000,
         "--eval-iters", 0, "--eval-interval", 1000000,
         # Without the distributed optimizer, megatron cannot save a bf16 model that also has fp32 parameters
         # (optimizer.py:1165).
@@ -196,5 +201,7 @@ def engine_flags(arch: Architecture, tokenizer: Path) -> list[str]:
     if not arch.tie_word_embeddings:
         flags += ["--untie-embeddings-and-output-weights"]
     if torch.cuda.device_count() == 0:
-        flags += ["--distributed-backend", "gloo", "--use-cpu-initialization"]
+        flags += ["--distributed-backend", "gloo", "--use-cpu-initialization", "--log-interval", 1]
+    else:  # the GPU waits for megatron's own line; our log has every step
+        flags += ["--log-interval", 10]
     return [str(flag) for flag in flags]

@@ -12,6 +12,7 @@ from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_ran
 from megatron.training import get_args, get_tokenizer
 
 from hylo_megatron import packages
+from hylo_megatron.data.data_check import prefixes
 from hylo_megatron.data.packed_data import (
     DocumentConfig,
     DocumentDataset,
@@ -25,12 +26,6 @@ from hylo_megatron.errors import HyLoError
 LEARNT = "learnt"  # in the log: the share of positions that the loss mask leaves in the loss
 NO_TOKENS = 1e-30  # divisor in place of zero tokens; in fp32 no count of tokens is changed by a number so small
 KEYS = ("tokens", "labels", "loss_mask", "position_ids", "answer_weight")
-
-
-def prefixes(args) -> list[str]:
-    """Return the dataset files that ``--data-path`` and its like name, without the weights of a blend."""
-    blends = [get_blend_from_list(p) for p in (args.data_path, args.train_data_path, args.valid_data_path) if p]
-    return [prefix for names, _ in blends for prefix in names]
 
 
 def dataset_config(args, packed: bool) -> BlendedMegatronDatasetConfig:

@@ -1,4 +1,4 @@
-"""The command line of training before anything starts: add flags that follow from the student, refuse what fails."""
+"""The command line of training before anything starts: refuse what fails, add flags that follow from the student."""
 
 import argparse
 import contextlib
@@ -8,17 +8,23 @@ import sys
 from pathlib import Path
 
 from hylo_megatron.checkpoint.diverged import DIVERGED, why_diverged
+from hylo_megatron.checkpoint.iterations import complete_iterations, latest
+from hylo_megatron.checkpoint.read_ahead import read_ahead
 from hylo_megatron.config import Architecture
 from hylo_megatron.config.decisions import CHUNK
 from hylo_megatron.config.layout import ParallelLayout, Work, check_parallel_layout
 from hylo_megatron.config.pair import check_pair
 from hylo_megatron.config.stages import STAGE_KINDS, stage_kind
-from hylo_megatron.distill.arguments import add_hylo_arguments, engine_flags, run_architecture
+from hylo_megatron.data.data_check import check_data, prefixes
+from hylo_megatron.distill.arguments import add_hylo_arguments, engine_flags, run_architecture, student_architecture
+from hylo_megatron.distill.first_flags import first_flags, limited
 from hylo_megatron.distill.losses import check_levers, loss_of
+from hylo_megatron.distill.memory_check import check_memory, planned_run
+from hylo_megatron.distill.resume import check_save
 from hylo_megatron.distill.spikes import GATES, SpikeSettings
 from hylo_megatron.engine.step_profile import LEAST_STEPS
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.flags import Parser, given, share, size, weight
+from hylo_megatron.flags import Parser, given
 from hylo_megatron.options import from_options
 from hylo_megatron.parallel.exchange import check_mode
 
@@ -32,15 +38,6 @@ def async_flags() -> list[str]:
     return ["--use-persistent-ckpt-worker", "--async-strategy", "mcore"]
 
 
-# Megatron accepts any number. A training needs numbers within these limits.
-LIMITS = {
-    size: ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size", "micro_batch_size",
-           "global_batch_size", "seq_length", "train_iters", "save_interval", "log_interval"),
-    weight: ("lr", "min_lr", "weight_decay", "clip_grad"),
-    share: ("lr_warmup_fraction",),
-}  # fmt: skip
-
-
 def user_flags(user: list[str]) -> argparse.Namespace:
     """Return ``user`` as parsed by Megatron and by us. Raises ``HyLoError`` for a flag or value that is refused.
 
@@ -49,11 +46,7 @@ def user_flags(user: list[str]) -> argparse.Namespace:
     from megatron.training.arguments import add_megatron_arguments
 
     parser = Parser(add_help=False, allow_abbrev=False)
-    add_hylo_arguments(add_megatron_arguments(parser))
-    limits = {name: kind for kind, names in LIMITS.items() for name in names}
-    for action in parser._actions:
-        action.required = False  # the checks below say what to give
-        action.type = limits.get(action.dest, action.type)
+    limited(add_hylo_arguments(add_megatron_arguments(parser)))
     return argparse.Namespace(**vars(parser.parse_args(user)), given=given(parser, user))
 
 
@@ -159,8 +152,29 @@ def _check_benchmark(known: argparse.Namespace) -> None:
         raise HyLoError(f"--hylo-profile: needs --train-iters of {LEAST_STEPS} or more, got {known.train_iters}")
 
 
-def check_models(known: argparse.Namespace, student: Architecture) -> None:
-    """Raise ``HyLoError`` for a teacher that does not fit, or a layout that student or teacher does not fit."""
+def layout_of(known: argparse.Namespace) -> tuple[ParallelLayout, Work]:
+    """Return the layout of a training, and what it divides."""
+    layout = ParallelLayout(
+        tp=known.tensor_model_parallel_size,
+        pp=known.pipeline_model_parallel_size,
+        cp=known.context_parallel_size,
+        sequence_parallel=known.sequence_parallel,
+        linear_cp=known.hylo_linear_cp,
+    )
+    work = Work(
+        processes=int(os.environ.get("WORLD_SIZE", 1)),
+        seq_length=known.seq_length,
+        micro_batch=known.micro_batch_size,
+        global_batch=known.global_batch_size or 0,
+    )
+    return layout, work
+
+
+def check_models(known: argparse.Namespace, student: Architecture) -> tuple[Architecture, ParallelLayout, Work]:
+    """Return the teacher's architecture, the layout and what it divides.
+
+    Raises ``HyLoError`` for a teacher that does not fit, or a layout that student or teacher does not fit.
+    """
     teacher = Architecture.load(known.hylo_teacher)
     kind = stage_kind(known.hylo_stage)
     check_pair(student, teacher, kind, (Path(known.hylo_student), Path(known.hylo_teacher)))
@@ -177,20 +191,9 @@ def check_models(known: argparse.Namespace, student: Architecture) -> None:
     virtual_stages = known.num_layers_per_virtual_pipeline_stage or known.num_virtual_stages_per_pipeline_rank
     if kind.layerwise and virtual_stages:
         raise HyLoError(f"--hylo-stage {kind.name} has a pipeline schedule of its own: omit virtual pipeline stages")
-    layout = ParallelLayout(
-        tp=known.tensor_model_parallel_size,
-        pp=known.pipeline_model_parallel_size,
-        cp=known.context_parallel_size,
-        sequence_parallel=known.sequence_parallel,
-        linear_cp=known.hylo_linear_cp,
-    )
-    work = Work(
-        processes=int(os.environ.get("WORLD_SIZE", 1)),
-        seq_length=known.seq_length,
-        micro_batch=known.micro_batch_size,
-        global_batch=known.global_batch_size or 0,
-    )
+    layout, work = layout_of(known)
     check_parallel_layout({"student": student, "teacher": teacher}, layout, work)
+    return teacher, layout, work
 
 
 def check_control(known: argparse.Namespace, student: Architecture) -> None:
@@ -221,22 +224,48 @@ def check_not_diverged(student: Path) -> None:
         )
 
 
-def prepare_command_line() -> Architecture:
-    """Put the student's flags in front of the user's in ``sys.argv``. Raises ``HyLoError`` before anything starts."""
-    user = sys.argv[1:]
+def check_weights(known: argparse.Namespace) -> None:
+    """Raise ``HyLoError`` for a checkpoint without weights. The teacher's are read into memory from now on."""
+    goes_on = any(folder and complete_iterations(folder) for folder in (known.load, known.save))
+    if not (goes_on or known.hylo_student_iteration):
+        latest(known.hylo_student, quiet=True)
+    read_ahead(latest(known.hylo_teacher, quiet=True))
+
+
+def check_command_line(user: list[str]) -> Architecture:
+    """Return the student's architecture. Raises ``HyLoError`` for what can be refused without torch and Megatron.
+
+    ``--help`` ends the program here.
+    """
     if {"-h", "--help"} & set(user):
         ours = add_hylo_arguments(Parser(add_help=False))
         print("python -m hylo_megatron.train: all of Megatron's flags, and\n" + ours.format_help())
         sys.exit(0)
-    known = user_flags(user)
+    known = first_flags(user)
     check_given(known, user)
     arch = run_architecture(known.hylo_student, seq_length=known.seq_length)
     check_control(known, arch)
     check_not_diverged(Path(known.hylo_student))
-    check_models(known, arch)
+    teacher, layout, work = check_models(known, arch)
+    check_save(known, student_architecture(known))
+    if known.bf16:
+        check_memory(planned_run(known, arch, teacher, layout, work), user)
+    check_data(prefixes(known), arch, teacher, Path(known.hylo_student) / "hf")
+    if not known.hylo_random_weights:
+        check_weights(known)
+    return arch
+
+
+def add_engine_flags(arch: Architecture) -> None:
+    """Put the student's flags in front of the user's in ``sys.argv``. Raises ``HyLoError`` for a flag that Megatron
+    does not know."""
+    user = sys.argv[1:]
+    known = user_flags(user)
     flags = engine_flags(arch, Path(known.hylo_student) / "hf") + (async_flags() if known.async_save else [])
     if known.hylo_on_spike in GATES:  # megatron would end the training before our guard can decide
         flags += ["--no-check-for-nan-in-loss-and-grad"]
+    if known.hylo_on_spike in GATES or not known.check_for_nan_in_loss_and_grad:
+        flags += ["--rerun-mode", "disabled"]  # nothing asks for a step to be repeated, and asking waits for the GPU
     # A run resumes from --save if that folder holds a checkpoint, else it starts from the student's weights.
     if known.hylo_random_weights:
         flags += ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(arch.vocab_size)]
@@ -245,4 +274,3 @@ def prepare_command_line() -> Architecture:
     if known.save and "--load" not in user:
         flags += ["--load", known.save]
     sys.argv[1:] = flags + user
-    return arch

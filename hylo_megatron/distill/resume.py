@@ -8,8 +8,6 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron.core import dist_checkpointing
-
 from hylo_megatron.checkpoint.iterations import complete_iterations
 from hylo_megatron.config import Architecture, positions
 from hylo_megatron.errors import HyLoError
@@ -63,6 +61,17 @@ def check_architecture(where: str, folder: Path, arch: Architecture) -> None:
             )
 
 
+def check_save(args, arch: Architecture) -> None:
+    """Raise ``HyLoError`` if ``--save`` or ``--load`` has another use, or holds the run of another student."""
+    if not args.save:
+        return
+    if Path(args.save).resolve() == Path(args.hylo_student).resolve():
+        raise HyLoError("--save and --hylo-student are the same folder; choose another --save")
+    check_architecture("--save", Path(args.save), arch)
+    if args.load and not (args.finetune or args.no_load_optim):
+        check_architecture("--load", Path(args.load), arch)
+
+
 def changed_schedule(saved: dict, scheduler) -> list[str]:
     """Return a phrase for each flag that makes another schedule than ``saved``. Megatron counts steps in sequences."""
     now = scheduler.state_dict()
@@ -75,6 +84,8 @@ def _saved(path: Path, optimizer, args) -> dict | None:
     """Return what the checkpoint ``path`` says of its run, or None where only weights are loaded."""
     if optimizer is None or args.finetune or args.no_load_optim:
         return None
+    from megatron.core import dist_checkpointing
+
     common = dist_checkpointing.load_common_state_dict(str(path))
     return common if {"args", "optimizer", "opt_param_scheduler"} <= common.keys() else None
 
@@ -83,6 +94,8 @@ def has_no_optimizer(path: Path, args) -> bool:
     """Return whether the optimizer would be loaded from ``path``, a checkpoint of a training, and is not there."""
     if args.finetune or args.no_load_optim:
         return False
+    from megatron.core import dist_checkpointing
+
     common = dist_checkpointing.load_common_state_dict(str(path))
     return "args" in common and "optimizer" not in common
 

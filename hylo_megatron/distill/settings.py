@@ -14,7 +14,7 @@ class DistillSettings:
     kind: StageKind
     train: str
     loss: Loss
-    initial_states: str = "zero"  # of linear blocks: one of ``mixers.initial_states.MODES``
+    initial_states: str = "zero"  # of linear blocks: one of ``config.decisions.INITIAL_STATES``
     seed: int = 1234  # of random initial states
     recurrence_block: int | None = None  # tokens of a segment of the linear blocks' recurrence
     offload_teacher: bool = False  # its layers are on the device only while they compute

@@ -185,6 +185,7 @@ def _is_the_one_loaded(args, iteration: int) -> bool:
 def save_apart(save, run: TrainingRun):
     def save_into_own_folder(iteration, *what, non_persistent_ckpt=False, **kwargs):
         args = _args()
+        run.flush_log()  # a training that has diverged ends before it saves
         if not non_persistent_ckpt:
             if _is_the_one_loaded(args, iteration):
                 return

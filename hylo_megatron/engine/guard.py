@@ -103,8 +103,18 @@ class Guard:
             self.spikes.rollbacks += 1
             restore(self.args, home, models, optimizer, scheduler)
 
-    def report(self, iteration: int, loss: float, norm: float | None) -> None:
-        """Log the step's events on rank 0. Raises ``HyLoError`` where the training must not go on."""
+    def report(self, iteration: int, loss: float, norm: float | None, first: int | None = None) -> None:
+        """Log the step's events on rank 0. Raises ``HyLoError`` where the training must not go on.
+
+        ``first``: the step's first sample, if another step has begun since.
+        """
+        begun, self.first = self.first, self.first if first is None else first
+        try:
+            self._report(iteration, loss, norm)
+        finally:
+            self.first = begun
+
+    def _report(self, iteration: int, loss: float, norm: float | None) -> None:
         action, wrong = self.spikes.settings.action, self.wrong
         if not self.spikes.settings.gates:
             wrong = self.spikes.judge(loss, norm)

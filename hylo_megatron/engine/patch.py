@@ -13,7 +13,7 @@ from hylo_megatron.packages import version_of
 SHOWN = 60  # characters of a list of parameters
 # The versions of each package that the entries were written for.
 VERSIONS = {"megatron-core": "==0.19.2", "torch": ">=2.11", "transformers": ">=5.6.2,<6", "vllm": ">=0.26,<0.33",
-            "flash-linear-attention": "==0.6.0"}  # fmt: skip
+            "flash-linear-attention": "==0.6.0", "triton": ">=3.6,<3.8"}  # fmt: skip
 MISSING = object()  # the value of a name that does not exist; as a replacement: delete the name
 _STEP = re.compile(r"\.?(?P<attribute>\w+)(?:\((?P<argument>[^)]*)\))?|\[(?P<key>[^]]*)\]")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,8 @@ from megatron.core import parallel_state
 
 from hylo_megatron.distill.batches import LEARNT, NO_TOKENS
 from hylo_megatron.distill.spikes import json_number
+from hylo_megatron.engine.cpu import without_cuda
+from hylo_megatron.engine.to_host import ToHost
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.files import write_text
 
@@ -27,8 +30,33 @@ def _step_of(line: bytes) -> float:
         return math.inf
 
 
+@dataclass(kw_only=True)
+class Noted:
+    """A step whose numbers may still be on the GPU. ``first``: its first sample."""
+
+    iteration: int
+    learning_rate: float
+    numbers: ToHost
+    guard: Guard | None
+    first: int | None
+
+
+def runs_ahead(guard: Guard | None) -> bool:
+    """Return whether a step may start before the one before it is logged.
+
+    A guard that decides about the weights waits for the numbers in any case. In a pipeline the last stage sends them
+    to the others.
+    """
+    if without_cuda() or parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        return False
+    return guard is None or not guard.spikes.settings.gates
+
+
 class StepLog:
     """Appends one line of JSON for each step: global means of the losses, also per layer in a layerwise stage.
+
+    ``note`` writes the line at once on a CPU. On a GPU it writes the line when the next step has been launched, so
+    that the GPU does not wait for the log. ``flush`` writes what was noted.
 
     With ``product_rate``, the device's FLOP/s of matrix products, a line has ``tflops``, the model FLOPs of a second
     and device, and ``utilization``, their share of that rate (``planner/flops.py`` says what they count).
@@ -40,6 +68,7 @@ class StepLog:
         self.flops = self.tokens * models[0].token_flops(args.seq_length).total if product_rate else 0.0
         self.path = Path(args.hylo_log or Path(args.save or ".") / "train_log.jsonl")
         self.writes, self.last = torch.distributed.get_rank() == 0, None
+        self.noted: Noted | None = None
 
     def truncate(self, iteration: int) -> None:
         """Drop lines of steps that an interrupted run took after its last checkpoint: they are taken again."""
@@ -48,8 +77,11 @@ class StepLog:
         kept = [line for line in self.path.read_bytes().split(b"\n") if _step_of(line) <= iteration]
         write_text(self.path, "".join(line.decode() + "\n" for line in kept))
 
-    def layer_means(self) -> list[list[float]] | None:
-        """Return the parts of each layer's loss, averaged over all tokens of the step; None in other stages."""
+    def layer_means(self) -> torch.Tensor | None:
+        """Return the parts ``[L, P]`` of each layer's loss, averaged over all tokens of the step.
+
+        Returns None in other stages.
+        """
         settings = self.models[0].settings
         if not settings.kind.layerwise:
             return None
@@ -62,14 +94,36 @@ class StepLog:
             torch.distributed.all_reduce(tokens, group=everyone)
             means[module.first_layer : module.first_layer + len(sums)] = sums / tokens.clamp_min(NO_TOKENS)
         torch.distributed.all_reduce(means, group=parallel_state.get_pipeline_model_parallel_group())
-        return means.tolist()
+        return means
 
-    def write(self, losses: dict, iteration: int, learning_rate, grad_norm, guard: Guard | None = None) -> None:
-        """Append the line of a step. All ranks call this. Raises ``HyLoError`` when the training must not go on.
+    def note(self, losses: dict, iteration: int, learning_rate, grad_norm, guard: Guard | None = None) -> None:
+        """Take the numbers of a step, and write the line of the one before. All ranks call this.
+
+        Raises ``HyLoError`` when the training must not go on.
+        """
+        numbers = ToHost({**losses, "layers": self.layer_means(), "norm": grad_norm})
+        step = Noted(iteration=iteration, learning_rate=learning_rate, numbers=numbers, guard=guard,
+                     first=guard and guard.first)  # fmt: skip
+        self.flush()
+        self.noted = step
+        if not runs_ahead(guard):
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the line of the step that was noted, if any. Raises ``HyLoError`` like ``note``."""
+        step, self.noted = self.noted, None
+        if step is None:
+            return
+        losses = step.numbers.get()
+        layers, norm = losses.pop("layers"), losses.pop("norm")
+        self.write(losses, step.iteration, step.learning_rate, norm, step.guard, layers, step.first)
+
+    def write(self, losses: dict, iteration: int, learning_rate, norm: float | None, guard: Guard | None = None,
+              layers: list[list[float]] | None = None, first: int | None = None) -> None:  # fmt: skip
+        """Append the line of a step. ``first``: the step's first sample.
 
         A step that ``guard`` has skipped has no line if its loss is not finite.
         """
-        layers = self.layer_means()
         losses = self._of_last_stage(losses)
         if not self.writes:
             return
@@ -83,10 +137,9 @@ class StepLog:
                 weight * value for weight, value in zip(self.models[0].settings.loss.weights, totals, strict=True)
             )
             losses = {"loss": loss} | losses
-        norm = grad_norm and float(grad_norm)
         skipped = guard is not None and guard.wrong is not None
         if guard is not None:
-            guard.report(iteration, losses["loss"], norm)
+            guard.report(iteration, losses["loss"], norm, first)
         if not math.isfinite(losses["loss"]):
             if skipped:
                 return
@@ -114,7 +167,7 @@ class StepLog:
 
     def _of_last_stage(self, losses: dict) -> dict[str, float]:
         """Return the losses, which only the last stage of a pipeline knows, on every stage."""
-        values = [{key: float(value) for key, value in losses.items()}]
+        values = [losses]
         stages = parallel_state.get_pipeline_model_parallel_group()
         if stages.size() > 1:
             last = parallel_state.get_pipeline_model_parallel_last_rank()

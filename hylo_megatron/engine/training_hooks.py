@@ -70,6 +70,8 @@ def with_step_start(train_step, run: TrainingRun):
             run.profile.begin_step(kwargs["iteration"])
         phases = [model.begin_step(kwargs["iteration"], args.train_iters) for model in run.models]
         run.guard = run.guard or Guard(args, run.models[0].settings.loss, run.data)
+        if phases != run.guard.phase:
+            run.flush_log()  # before the guard forgets the losses of the phase before
         run.guard.begin(phases)
         with without_states(args, optimizer, run), run.guard.gate(optimizer) as losses:
 
@@ -85,24 +87,48 @@ def with_step_start(train_step, run: TrainingRun):
                 model.forget_states()
         should_exit, code = result[3:5]
         if should_exit:
+            run.flush_log()
             run.guard.failed_check(kwargs["iteration"] + 1, code)
         return result
 
     return step
 
 
+def _count(total: dict, losses: dict, skipped: int) -> None:
+    """Add a step to megatron's sums, as ``training_log`` does."""
+    for name, more in (("advanced iterations", 1 - skipped), ("skipped iterations", skipped), ("nan iterations", 0)):
+        total[name] = total.get(name, 0) + more
+    for name, loss in losses.items():
+        total[name] = total[name] + loss if name in total else loss.view(1)
+
+
+def _is_told(args, iteration: int, skipped: int, **kwargs) -> bool:
+    """Return whether megatron's own log has something to say about this step."""
+    from megatron.training import get_tensorboard_writer
+
+    regular = iteration % args.log_interval == 0 or kwargs.get("is_first_iteration")
+    return bool(regular or skipped or get_tensorboard_writer())
+
+
 def with_step_log(log, run: TrainingRun):
-    """Return megatron's ``training_log`` with a line of this product's own log before it."""
+    """Return megatron's ``training_log`` with a line of this product's own log before it.
+
+    megatron's is not called for a step that it prints nothing about: it would wait for the GPU.
+    """
 
     def log_step(losses, total, learning_rate, iteration, scale, report, skipped, grad_norm, *rest, **kwargs):
         from megatron.training import get_args
 
         from hylo_megatron.engine.step_log import StepLog
 
+        args = get_args()
         if run.log is None:
-            run.log = StepLog(get_args(), run.models, run.product_rate)
+            run.log = StepLog(args, run.models, run.product_rate)
             run.log.truncate(iteration - 1)
-        run.log.write(losses, iteration, learning_rate, grad_norm, run.guard)
+        run.log.note(losses, iteration, learning_rate, grad_norm, run.guard)
+        if not _is_told(args, iteration, skipped, **kwargs):
+            _count(total, losses, skipped)
+            return report
         return log(losses, total, learning_rate, iteration, scale, report, skipped, grad_norm, *rest, **kwargs)
 
     return log_step

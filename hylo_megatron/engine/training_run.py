@@ -1,6 +1,8 @@
 """State that the replacements of one training share."""
 
+import contextlib
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,3 +38,18 @@ class TrainingRun:
     schedule: Any = None  # of ild in a pipeline
     offload: "OptimizerAway | None" = None
     closing: threading.Event = field(default_factory=threading.Event)
+
+    def flush_log(self) -> None:
+        """Write the line of the last step. Raises ``HyLoError`` when the training must not go on."""
+        if self.log is not None:
+            self.log.flush()
+
+    @contextlib.contextmanager
+    def logged(self) -> Iterator[None]:
+        """Write the last step's line when the training ends, whether by its last step or by an exit."""
+        try:
+            yield
+        except SystemExit:
+            self.flush_log()
+            raise
+        self.flush_log()

@@ -72,8 +72,11 @@ def main() -> None:
     if not any(getattr(args, kind) for kind in MEASURED):
         raise HyLoError(f"nothing to measure: give --{', --'.join(MEASURED[:-1])} or --{MEASURED[-1]}")
 
-    # imported after parsing, because transformers takes seconds to import
+    # imported after parsing, because torch and transformers take seconds to import
+    from hylo_megatron.engine.kernel_cache import prepare_kernels
     from hylo_megatron.evaluate import Settings, evaluate
+
+    prepare_kernels()
 
     args.suites, args.skip = tuple(args.suite), tuple(args.skip)
     settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})

@@ -6,6 +6,7 @@ run.
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -13,10 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hylo_megatron.config import Architecture
+from hylo_megatron.config.layout import ParallelLayout, Work, passes_states
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.kernels.choose import TORCH, Ops, ops
+from hylo_megatron.mixers import MIXERS
 
-LENGTH = 512
+LENGTH = 512  # tokens of a sequence that are compared
 TOLERANCE = 0.02  # ‖kernel - reference‖ / ‖reference‖; rounding to bf16 gave 2e-3 to 4e-3 on an H200
 
 
@@ -25,70 +28,108 @@ def _random(*shape: int, device) -> Tensor:
     return torch.randn(*shape, generator=generator).to(device, torch.bfloat16)
 
 
-# Each case returns inputs with a model's sizes on one of ``tp`` ranks, and a function of kernels and these inputs.
-Case = tuple[list[Tensor], Callable]
+@dataclass(frozen=True, kw_only=True)
+class RankShape:
+    """What a linear block of one rank works on: ``1 / split`` of the heads, and ``rows`` sequences of ``length``.
+
+    fla tunes a kernel for the numbers of heads and rows, and for steps of the number of tokens.
+    """
+
+    split: int = 1
+    rows: int = 1
+    length: int = LENGTH
+
+    @classmethod
+    def of(cls, arch: Architecture, layout: ParallelLayout, work: Work) -> "RankShape":
+        kind = arch.linear_kind
+        heads = getattr(MIXERS[kind].dimensions(arch.geometry), MIXERS[kind].heads[1])
+        if passes_states(layout.linear_cp, heads, layout.tp, layout.cp):  # each rank has two chunks of a sequence
+            return cls(split=layout.tp, rows=2 * work.micro_batch, length=work.seq_length // (2 * layout.cp))
+        return cls(split=layout.tp * layout.cp, rows=work.micro_batch, length=work.seq_length)
+
+    @property
+    def compared(self) -> int:
+        """Tokens of each sequence that are compared: fewer of many sequences, since the references take long."""
+        return min(self.length, max(LENGTH // 4, min(LENGTH, 4 * LENGTH // self.rows)))
 
 
-def gdn_case(arch: Architecture, tp: int, device) -> Case:
-    g = arch.geometry.gdn
-    keys, values = g.num_key_heads // tp, g.num_value_heads // tp
-    q, k = (_random(1, LENGTH, keys, g.key_head_dim, device=device) for _ in "qk")
-    v = _random(1, LENGTH, values, g.value_head_dim, device=device)
-    decay = -F.softplus(_random(1, LENGTH, values, device=device).float() - 2)
-    beta = _random(1, LENGTH, values, device=device).sigmoid()
+@dataclass(frozen=True)
+class Case:
+    """``run`` is a function of kernels and ``inputs``, whose sizes are a model's on one rank.
+
+    The first ``sequences`` inputs, ``[rows, tokens, ...]``, are lengthened by zeros to the run's length, so that fla
+    tunes its kernels here for the run. All of these kernels are causal.
+    """
+
+    inputs: list[Tensor]
+    run: Callable
+    sequences: int = 0
+
+
+def gdn_case(arch: Architecture, at: RankShape, device) -> Case:
+    g, size = arch.geometry.gdn, (at.rows, at.compared)
+    keys, values = g.num_key_heads // at.split, g.num_value_heads // at.split
+    q, k = (_random(*size, keys, g.key_head_dim, device=device) for _ in "qk")
+    v = _random(*size, values, g.value_head_dim, device=device)
+    decay = -F.softplus(_random(*size, values, device=device).float() - 2)
+    beta = _random(*size, values, device=device).sigmoid()
 
     def run(kernels: Ops, q, k, v, decay, beta):
         return kernels.chunk_gated_delta_rule(q, k, v, g=decay, beta=beta, use_qk_l2norm_in_kernel=True)[0]
 
-    return [q, k.roll(1, 1), v, decay, beta], run
+    return Case([q, k.roll(1, 1), v, decay, beta], run, sequences=5)
 
 
-def kda_case(arch: Architecture, tp: int, device) -> Case:
+def kda_case(arch: Architecture, at: RankShape, device) -> Case:
     """The kernel also computes the decay."""
-    g = arch.geometry.kda
-    heads, dim = g.num_heads // tp, g.head_dim
-    q, k, v, raw = (_random(1, LENGTH, heads, dim, device=device).roll(i, 1) for i in range(4))
-    beta = _random(1, LENGTH, heads, device=device).sigmoid()
+    g, size = arch.geometry.kda, (at.rows, at.compared)
+    heads, dim = g.num_heads // at.split, g.head_dim
+    q, k, v, raw = (_random(*size, heads, dim, device=device).roll(i, 1) for i in range(4))
+    beta = _random(*size, heads, device=device).sigmoid()
     rate, bias = torch.linspace(-1, 1, heads, device=device), torch.linspace(-4, 2, heads * dim, device=device)
 
     def run(kernels: Ops, q, k, v, raw, beta, rate, bias):
         decay = dict(g=raw, A_log=rate, dt_bias=bias)
         return kernels.chunk_kda(q, k, v, beta=beta, use_qk_l2norm_in_kernel=True, **decay)[0]
 
-    return [q, k, v, raw, beta, rate, bias], run
+    return Case([q, k, v, raw, beta, rate, bias], run, sequences=5)
 
 
-def mamba2_case(arch: Architecture, tp: int, device) -> Case:
-    g = arch.geometry.mamba2
-    heads, groups = g.num_heads // tp, g.num_groups // tp
-    x = _random(1, LENGTH, heads, g.head_dim, device=device)
-    dt = F.softplus(_random(1, LENGTH, heads, device=device).float() - 2)
-    B, C = (_random(1, LENGTH, groups, g.state_size, device=device) for _ in "BC")
+def mamba2_case(arch: Architecture, at: RankShape, device) -> Case:
+    g, size = arch.geometry.mamba2, (at.rows, at.compared)
+    heads, groups = g.num_heads // at.split, g.num_groups // at.split
+    x = _random(*size, heads, g.head_dim, device=device)
+    dt = F.softplus(_random(*size, heads, device=device).float() - 2)
+    B, C = (_random(*size, groups, g.state_size, device=device) for _ in "BC")
     A = -torch.linspace(0.5, 2, heads, device=device)
-    return [x, dt, B, C.roll(1, 1)], lambda kernels, x, dt, B, C: kernels.chunk_ssd(x, dt, A, B, C)[0]
+
+    def run(kernels: Ops, x, dt, B, C):
+        return kernels.chunk_ssd(x, dt, A, B, C)[0]
+
+    return Case([x, dt, B, C.roll(1, 1)], run, sequences=4)
 
 
-def projection_case(arch: Architecture, tp: int, device) -> Case:
+def projection_case(arch: Architecture, at: RankShape, device) -> Case:
     """Three sections, the second convolved; sequences are interleaved, as in training."""
 
     def run(kernels: Ops, x, weight):
         return torch.cat(kernels.split_convolve(x.transpose(0, 1), weight, None, (64, 128, 18), start=64), -1)
 
-    return [_random(LENGTH, 2, 224, device=device), _random(128, 4, device=device)], run
+    return Case([_random(LENGTH, 2, 224, device=device), _random(128, 4, device=device)], run)
 
 
-def norm_case(dim_of: Callable, activation: str, arch: Architecture, tp: int, device) -> Case:
+def norm_case(shape_of: Callable, activation: str, arch: Architecture, at: RankShape, device) -> Case:
     """The gated norm within heads."""
 
     def run(kernels: Ops, x, gate, weight):
         return kernels.gated_rms_norm(x, gate, weight, 1e-5, activation=activation)
 
-    dim = dim_of(arch.geometry)
-    x, gate = (_random(1, LENGTH, 4, dim, device=device) for _ in range(2))
-    return [x, gate.roll(1, 1), _random(dim, device=device) + 1], run
+    heads, dim = shape_of(arch.geometry)
+    x, gate = (_random(at.rows, at.compared, heads // at.split, dim, device=device) for _ in range(2))
+    return Case([x, gate.roll(1, 1), _random(dim, device=device) + 1], run, sequences=2)
 
 
-def mlp_case(arch: Architecture, tp: int, device) -> Case:
+def mlp_case(arch: Architecture, at: RankShape, device) -> Case:
     """Norm, SwiGLU and the distance of layer-wise distillation, one after another."""
 
     def run(kernels: Ops, x, weight, target):
@@ -96,12 +137,12 @@ def mlp_case(arch: Architecture, tp: int, device) -> Case:
 
     width = arch.hidden_size // 2 * 2
     target = _random(1, LENGTH, width // 2, device=device)
-    return [_random(1, LENGTH, width, device=device), _random(width, device=device) + 1, target], run
+    return Case([_random(1, LENGTH, width, device=device), _random(width, device=device) + 1, target], run)
 
 
 _EVERY = {"projection": projection_case, "MLP": mlp_case}
-_GDN_NORM = partial(norm_case, lambda geometry: geometry.gdn.value_head_dim, "silu")
-_KDA_NORM = partial(norm_case, lambda geometry: geometry.kda.head_dim, "sigmoid")
+_GDN_NORM = partial(norm_case, lambda model: (model.gdn.num_value_heads, model.gdn.value_head_dim), "silu")
+_KDA_NORM = partial(norm_case, lambda model: (model.kda.num_heads, model.kda.head_dim), "sigmoid")
 CASES = {
     "gdn": {"gated delta rule": gdn_case, "gated norm": _GDN_NORM, **_EVERY},
     "kda": {"Kimi delta attention": kda_case, "gated norm": _KDA_NORM, **_EVERY},
@@ -109,12 +150,26 @@ CASES = {
 }
 
 
-def errors_of(run: Callable, kernels: Ops, inputs: list[Tensor]) -> list[float]:
-    """Return relative errors of the output and of each input's gradient against the torch reference in fp32."""
+def lengthened(x: Tensor, length: int) -> Tensor:
+    """Return ``[rows, tokens, ...]`` with zeros up to ``length`` tokens."""
+    return F.pad(x, (0, 0) * (x.dim() - 2) + (0, length - x.shape[1]))
+
+
+def errors_of(case: Case, kernels: Ops, length: int = 0) -> list[float]:
+    """Return relative errors of the output and of each input's gradient against the torch reference in fp32.
+
+    ``length``: tokens of the sequences that ``kernels`` compute. The reference computes those that are compared.
+    """
     results = []
     for candidate, dtype in ((kernels, None), (TORCH, torch.float32)):
-        leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in inputs]
-        out = run(candidate, *leaves)
+        leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in case.inputs]
+        given = list(leaves)
+        if case.sequences and candidate is kernels:
+            compared = case.inputs[0].shape[1]
+            given[: case.sequences] = (lengthened(x, max(length, compared)) for x in leaves[: case.sequences])
+            out = case.run(candidate, *given)[:, :compared]
+        else:
+            out = case.run(candidate, *given)
         weight = _random(*out.shape, device=out.device).to(out.dtype)
         grads = torch.autograd.grad((out * weight).float().sum(), leaves, allow_unused=True)
         results.append([out.detach(), *(g for g in grads if g is not None)])
@@ -122,16 +177,16 @@ def errors_of(run: Callable, kernels: Ops, inputs: list[Tensor]) -> list[float]:
     return [((a - b).norm() / b.norm().clamp_min(1e-20)).item() for a, b in pairs]
 
 
-def self_test(arch: Architecture, tp: int = 1, device: str | torch.device = "cuda", kernels: Ops | None = None) -> str:
-    """Return one line with the worst error of each kernel that ``arch`` uses.
+def self_test(arch: Architecture, at: RankShape | None = None, device: str | torch.device = "cuda",
+              kernels: Ops | None = None) -> str:  # fmt: skip
+    """Return one line with the worst error of each kernel that ``arch`` uses. ``at``: a rank's part of the run.
 
     Raises ``HyLoError`` if a kernel is wrong.
     """
-    kernels, started, found = kernels or ops(device), time.time(), {}
+    kernels, started, found, at = kernels or ops(device), time.time(), {}, at or RankShape()
     for kind in sorted(set(arch.plan) & set(CASES)):
         for name, case in CASES[kind].items():
-            inputs, run = case(arch, tp, device)
-            found[name] = errors_of(run, kernels, inputs)
+            found[name] = errors_of(case(arch, at, device), kernels, at.length)
     # nan counts as wrong
     wrong = {name: errors for name, errors in found.items() if not all(e < TOLERANCE for e in errors)}
     if wrong:

@@ -13,9 +13,6 @@ from torch import Tensor
 
 from hylo_megatron.kernels import Ops, ops_for
 
-# Choices of --hylo-initial-states
-MODES = ("zero", "random", "carried")
-
 
 class InitialStates:
     """The kernels of one block, whose recurrence starts from a state that ``begin_step`` makes.

@@ -26,7 +26,7 @@ from hylo_megatron.errors import HyLoError
 from hylo_megatron.files import write_text
 from hylo_megatron.json_file import read_json
 from hylo_megatron.recipes.stage import Recipe, Stage
-from hylo_megatron.run import disk_need, on_policy
+from hylo_megatron.run import disk_need, memory_need, on_policy
 from hylo_megatron.run.background import Background
 from hylo_megatron.run.datasets import data_path, make_datasets
 from hylo_megatron.run.launch import Processes, start_own
@@ -225,7 +225,7 @@ class Run:
         if tokens := sampled_tokens(self.recipe):  # before an evaluation shares the GPU
             done = self.data / "sampled.json"
             self.step(f"sample {tokens:,} tokens from the teacher", self.sample_text, done)
-        self._check_disk()
+        self._check_room()
         self.measure("teacher", self.hf, full=True)
         self.step("tokens", self.prepare)
         self.step("convert to Megatron", lambda: hf_to_megatron.convert(self.hf, self.base), self.base)
@@ -248,13 +248,16 @@ class Run:
         self.background.wait()
         self._close(folder)
 
-    def _check_disk(self) -> None:
+    def _check_room(self) -> None:
+        """Refuse a run that the disk or a GPU has no room for."""
         from hylo_megatron.config.student import student_architecture
 
         student = base = read_architecture(self.hf)
         if not self.recipe.control:
             student = student_architecture(base, self.plan, self.recipe.geometry, **self.recipe.settings)
         disk_need.check(self, student)
+        teacher = read_architecture(self.source.teacher) if self.source.teacher else base
+        memory_need.check(self, student, base.as_teacher(), teacher.as_teacher())
 
     def _close(self, folder: Path) -> None:
         if not self.source.held_out:

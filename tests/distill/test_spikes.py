@@ -212,10 +212,10 @@ def test_a_skipped_step_with_a_gradient_that_is_not_finite_leaves_a_log_that_can
 
     args = Namespace(hylo_stage="distill", global_batch_size=4, seq_length=64, hylo_log=None, save=tmp_path)
     model = SimpleNamespace(settings=SimpleNamespace(kind=SimpleNamespace(layerwise=False)))
-    guard = SimpleNamespace(wrong="gradient norm", report=lambda *values: None)
+    guard = SimpleNamespace(wrong="gradient norm", first=0, report=lambda *values: None)
     log = StepLog(args, [model])
     for step, norm in enumerate((math.nan, math.inf, 0.5), 1):
-        log.write({"loss": 2.0, "learnt": 9.0}, step, 1e-3, torch.tensor(norm), guard)
+        log.note({"loss": 2.0, "learnt": 9.0}, step, 1e-3, torch.tensor(norm), guard)
     assert [line["grad_norm"] for line in read_steps(log.path)] == ["nan", "inf", 0.5]
     assert origin_of(tmp_path).stages[0].steps == 3
 

@@ -4,6 +4,8 @@ import argparse
 import json
 import math
 import shutil
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given, settings
@@ -17,11 +19,12 @@ if not has("megatron-core"):
 from helpers import tiny  # noqa: E402
 from helpers import train as helpers  # noqa: E402
 
-from hylo_megatron.checkpoint import iterations  # noqa: E402
+from hylo_megatron.checkpoint import iterations, read_ahead  # noqa: E402
 from hylo_megatron.config import Architecture  # noqa: E402
 from hylo_megatron.data.data_check import check_data  # noqa: E402
 from hylo_megatron.data.prepare import MASK, prepare  # noqa: E402
-from hylo_megatron.distill import command_line
+from hylo_megatron.distill import command_line, first_flags, memory_check, resume  # noqa: E402
+from hylo_megatron.distill.arguments import student_architecture  # noqa: E402
 from hylo_megatron.errors import HyLoError  # noqa: E402
 from hylo_megatron.run import examples  # noqa: E402
 
@@ -156,6 +159,106 @@ def test_what_a_training_cannot_do_without_is_asked_for(world):
         command_line.check_given(command_line.user_flags([*whole, "--lr-warmup-iters", "4"]), whole)
 
 
+# ---- the order: what needs neither torch nor Megatron is refused before they are imported ----
+
+REFUSED = [
+    (dict(lr="nan"), "argument --lr: 'nan': expected"),
+    (dict(hylo_techer=3), "unrecognized arguments: --hylo-techer"),
+    (dict(hylo_teacher="/not/there"), "/not/there/hylo.json not found"),
+    (dict(data_path="/not/there"), "/not/there.idx not found"),
+    (dict(tensor_model_parallel_size=7), "TP = 7 does not divide 4 attention heads"),
+    (dict(hylo_temperature=2, hylo_on_spike="rollback", no_save_optim=True), "rollback needs the optimizer"),
+    (dict(bf16=True, micro_batch_size=4096, global_batch_size=4096), "the fullest rank needs"),
+]
+WITHOUT_TORCH = """
+import json, sys
+from hylo_megatron import train
+from hylo_megatron.distill import memory_check
+memory_check.gpu_bytes = lambda index: 2**30
+sys.modules["torch"] = sys.modules["megatron"] = None  # their import is an error
+for argv in json.loads(sys.stdin.read()):
+    sys.argv[1:] = argv
+    try:
+        train.main()
+    except SystemExit as end:
+        print("code", end.code, file=sys.stderr)
+"""
+
+
+def test_refusals_come_before_torch_and_megatron_are_imported(world, tmp_path):
+    orders = [list(map(str, helpers.train_flags(world, "distill", tmp_path / "run", **each))) for each, _ in REFUSED]
+    command, order = [sys.executable, "-c", WITHOUT_TORCH], json.dumps(orders)
+    done = subprocess.run(command, input=order, capture_output=True, text=True, env=helpers.environment())
+    lines = [line for line in done.stderr.splitlines() if line.startswith(("error: ", "code "))]
+    assert done.returncode == 0 and len(lines) == 2 * len(REFUSED), done.stderr
+    for (_, words), line, code in zip(REFUSED, lines[::2], lines[1::2], strict=True):
+        assert line.startswith("error: ") and words in line and code == "code 2"
+    assert not (tmp_path / "run").exists()
+
+
+def test_checkpoints_without_weights_are_refused_and_the_teachers_are_read_ahead(world, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(read_ahead.os, "posix_fadvise", lambda file, *rest: asked.append(rest))
+    for name in ("student", "teacher"):
+        empty = shutil.copytree(world[name], tmp_path / name, ignore=shutil.ignore_patterns("release"))
+        argv = helpers.train_flags(world | {name: empty}, "distill", "x")
+        with pytest.raises(HyLoError, match=f"^{empty}/release: .* names it, but it is incomplete"):
+            command_line.check_command_line(list(map(str, argv)))
+        assert not asked
+    argv = helpers.train_flags(world, "distill", "x", student=tmp_path / "student", hylo_student_iteration=4)
+    command_line.check_command_line(list(map(str, argv)))  # the student's are not there yet
+    shutil.copytree(world["student"] / "release", tmp_path / "run" / "iter_0000002")
+    argv = helpers.train_flags(world, "distill", tmp_path / "run", student=tmp_path / "student")
+    command_line.check_command_line(list(map(str, argv)))  # a run that goes on does not need them
+    thread = read_ahead.read_ahead(iterations.latest(world["teacher"]))
+    thread.join()
+    assert asked and set(asked) == {(0, 0, read_ahead.os.POSIX_FADV_WILLNEED)}
+
+
+def test_flags_are_declared_as_megatron_declares_them():
+    from megatron.training.arguments import add_megatron_arguments
+
+    theirs = first_flags.limited(add_megatron_arguments(argparse.ArgumentParser(add_help=False)))
+    of = {action.dest: action for action in theirs._actions}
+    ours = [action for action in first_flags.first_parser()._actions if action.dest in of]
+    named = {*first_flags.WHOLE, *first_flags.TEXTS, *first_flags.LISTS, *first_flags.SWITCHES}
+    assert {action.dest for action in ours} == named.union(*first_flags.LIMITS.values())
+    for action in ours:
+        other = of[action.dest]
+        assert action.option_strings == other.option_strings and type(action) is type(other)
+        assert (action.nargs, action.default, action.type or str) == (other.nargs, other.default, other.type or str)
+
+
+@pytest.mark.parametrize("flags, gib, words", [
+    ({}, 1.0, "needs .* GiB by the planner's count, and the GPU has 1.0; lower --micro-batch-size"),
+    ({}, 80.0, None), (dict(no_memory_check=True), 1.0, None), (dict(use_precision_aware_optimizer=True), 1.0, None),
+    (dict(recompute_granularity="selective"), 1.0, None),
+], ids=["too little", "enough", "not asked", "not counted", "not counted either"])  # fmt: skip
+def test_a_run_that_cannot_fit_the_gpu_is_refused(world, monkeypatch, flags, gib, words):
+    monkeypatch.setattr(memory_check, "gpu_bytes", lambda index: int(gib * 2**30))
+    large = dict(bf16=True, micro_batch_size=4096, global_batch_size=4096)
+    argv = list(map(str, helpers.train_flags(world, "distill", "x", **large, **flags)))
+    if words is None:
+        assert command_line.check_command_line(argv).is_hybrid
+        return
+    with pytest.raises(HyLoError, match=words):
+        command_line.check_command_line(argv)
+
+
+def test_a_run_that_nearly_fills_the_gpu_is_warned(world, capsys):
+    known = first_flags.first_flags(list(map(str, helpers.train_flags(world, "distill", "x", bf16=True))))
+    student = Architecture.load(world["student"])
+    run = memory_check.planned_run(known, student, *command_line.check_models(known, student))
+    peak = max(each.total for each in memory_check.peaks(run))
+    memory_check.check_memory(run, [], peak + memory_check.BESIDE)
+    assert not capsys.readouterr().err
+    for memory in (peak, int(peak / memory_check.SURE) + 1):
+        memory_check.check_memory(run, [], memory)
+        assert capsys.readouterr().err.startswith("warning: memory: the fullest rank needs")
+    with pytest.raises(HyLoError, match="^memory: "):
+        memory_check.check_memory(run, [], int(peak / memory_check.SURE) - 1)
+
+
 # ---- tokens ----
 
 
@@ -252,7 +355,9 @@ def test_a_run_that_goes_on_keeps_what_layers_do_with_positions(world, tmp_path)
 
     def start(save="run", **changes):
         argv = map(str, helpers.train_flags(world, "distill", tmp_path / save, **changes))
-        write_companions(command_line.user_flags(list(argv)))
+        known = first_flags.first_flags(list(argv))
+        resume.check_save(known, student_architecture(known))
+        write_companions(known)
 
     changes = dict(hylo_mla_rope="off", hylo_log_scale="600", hylo_linear_rope="on", hylo_rope='{"rope_theta": 4e5}')
     start()

@@ -43,7 +43,7 @@ from hylo_megatron.flags import command_line  # noqa: E402
 from hylo_megatron.init.upcycle import student_architecture, upcycle  # noqa: E402
 from hylo_megatron.recipes.proxy import proxy  # noqa: E402
 from hylo_megatron.recipes.published import BASES, published  # noqa: E402
-from hylo_megatron.run import disk_need  # noqa: E402
+from hylo_megatron.run import disk_need, memory_need  # noqa: E402
 from hylo_megatron.run.launch import Processes  # noqa: E402
 from hylo_megatron.run.recipe_run import Run  # noqa: E402
 from hylo_megatron.run.source import Source  # noqa: E402
@@ -203,15 +203,26 @@ def test_the_need_of_a_recipe(recipe_run, monkeypatch, capsys):
         assert meanwhile == {1: stays, 2: full + stays}.get(saves, 2 * full) and stays < full
     free = [2**40]
     monkeypatch.setattr(disk, "free", lambda _: free[0])
-    run._check_disk()
+    run._check_room()
     assert not capsys.readouterr().err
     before = [sum(stays for stays, _ in list(needs.values())[:index]) for index in range(len(needs))]
     free[0] = max(taken + meanwhile for taken, (_, meanwhile) in zip(before, needs.values(), strict=True)) - 1000
-    run._check_disk()
+    run._check_room()
     assert "no room for the whole run" in (said := capsys.readouterr().err) and said.count("\n") == 1
     free[0] = sum(needs[what][0] for what in list(needs)[:2])
     with pytest.raises(HyLoError, match=f"no room for the run's next checkpoint: {ROOM}"):
-        run._check_disk()
+        run._check_room()
+
+
+def test_a_stage_that_no_gpu_has_memory_for_is_refused_before_the_run(recipe_run, monkeypatch, capsys):
+    memory = [2**40]
+    monkeypatch.setattr(memory_need, "gpu_bytes", lambda index: memory[0])
+    recipe_run._check_room()
+    assert not capsys.readouterr().err
+    memory[0] = 2**20
+    first = recipe_run.recipe.stages[0].name
+    with pytest.raises(HyLoError, match=f"^{first}: memory: the fullest rank needs .* lower --micro-batch-size"):
+        recipe_run._check_room()
 
 
 # ---- writers ----

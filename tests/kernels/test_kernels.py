@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from helpers import tiny
 
 from hylo_megatron import kernels
+from hylo_megatron.config.layout import ParallelLayout, Work
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.kernels.choose import TORCH
-from hylo_megatron.kernels.self_test import self_test
+from hylo_megatron.kernels.self_test import LENGTH, RankShape, self_test
 
 TOLERANCE = dict(atol=2e-6, rtol=2e-5)
 
@@ -256,3 +257,26 @@ def test_self_test_passes_right_kernels_and_refuses_wrong_gradients(linear):
     broken = replace(TORCH, name="broken", **{name: wrong_gradient(getattr(TORCH, name))})
     with pytest.raises(HyLoError, match="broken's .* disagrees with the reference"):
         self_test(arch, device="cpu", kernels=broken)
+    with pytest.raises(HyLoError, match="broken's .* disagrees with the reference"):
+        self_test(arch, RankShape(rows=2, length=600), device="cpu", kernels=broken)
+
+
+@pytest.mark.parametrize("layout, work, shape", [
+    (ParallelLayout(), Work(seq_length=600, micro_batch=2), RankShape(rows=2, length=600)),
+    (ParallelLayout(tp=2), Work(seq_length=600), RankShape(split=2, length=600)),
+    (ParallelLayout(cp=2, linear_cp="states"), Work(seq_length=1200, micro_batch=3), RankShape(rows=6, length=300)),
+    (ParallelLayout(cp=2), Work(seq_length=600), RankShape(split=2, length=600)),
+], ids=["one rank", "tensor parallel", "states", "heads"])  # fmt: skip
+def test_self_test_runs_kernels_at_the_shape_of_the_run(layout, work, shape):
+    """fla tunes kernels by the number of heads, rows and tokens: the first step finds them tuned."""
+    arch, seen = tiny.hybrid("gdn"), []
+    assert RankShape.of(arch, layout, work) == shape
+
+    def rule(q, k, v, *args, **kwargs):
+        seen.append(tuple(v.shape))
+        return TORCH.chunk_gated_delta_rule(q, k, v, *args, **kwargs)
+
+    assert "agree" in self_test(arch, shape, device="cpu", kernels=replace(TORCH, chunk_gated_delta_rule=rule))
+    gdn = arch.geometry.gdn
+    assert seen == [(shape.rows, shape.length, gdn.num_value_heads // shape.split, gdn.value_head_dim)]
+    assert RankShape(rows=64, length=2048).compared == LENGTH // 4

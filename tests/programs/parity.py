@@ -260,11 +260,12 @@ def run_cell(cell: Cell, log_path: Path) -> dict:
         if step == 0:  # with all their digits, which the log does not have
             layerwise = model.settings.kind.layerwise
             taken = (model.layer_sums_LP.clone(), model.layer_tokens.clone()) if layerwise else None
-            result["layers"] = log.layer_means()
+            result["layers"] = log.layer_means().tolist() if layerwise else None
             if layerwise:
                 model.layer_sums_LP += taken[0]
                 model.layer_tokens += taken[1]
-        log.write(logged_losses(stored), step + 1, 0.1, None)
+        log.note(logged_losses(stored), step + 1, 0.1, None)
+        log.flush()
         if step == 0:
             if cell.distributed_optimizer:
                 _whole_main_grads(wrapped)

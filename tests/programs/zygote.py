@@ -15,6 +15,8 @@ from hylo_megatron import train
 
 KILL_AT = "HYLO_TEST_KILL_AT"  # in a training's environment: the step after which it gets SIGKILL
 
+AHEAD = "HYLO_TEST_AHEAD"  # the same: run the loop as on a GPU, where the host runs ahead of the steps
+
 SPOIL = "HYLO_TEST_SPOIL"  # the same: an object of steps, and factors of their losses
 
 
@@ -48,6 +50,13 @@ def die_at(step: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     StepLog.write = write_and_die
+
+
+def run_ahead() -> None:
+    from hylo_megatron.engine import step_log, step_sync
+
+    step_sync.on_gpu = lambda: True
+    step_log.runs_ahead = lambda guard: not guard.spikes.settings.gates
 
 
 def spoil(factors: dict[int, float]) -> None:
@@ -84,6 +93,8 @@ def main() -> None:
             become(order)
             if KILL_AT in os.environ:
                 die_at(int(os.environ[KILL_AT]))
+            if AHEAD in os.environ:
+                run_ahead()
             if SPOIL in os.environ:
                 spoil({int(step): float(factor) for step, factor in json.loads(os.environ[SPOIL]).items()})
             train.main()

@@ -1,0 +1,75 @@
+"""Triton's tuner compiles its candidates on all cores before it times them one after another.
+
+Triton itself compiles a candidate when it is about to be timed, on one core. A fresh machine spends most of the time
+before its first step this way.
+"""
+
+import contextlib
+import fcntl
+import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from hylo_megatron.engine.patch import entries
+
+SWITCH = "HYLO_COMPILE_AHEAD"  # in the environment: 0 lets Triton compile one candidate after another
+LOCK = "hylo-compile.lock"
+
+
+def wanted() -> bool:
+    return os.environ.get(SWITCH, "1") != "0"
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Let one process at a time compile for this cache folder: the next one finds most candidates compiled.
+
+    No process uses its GPU while it holds the lock, so ranks that wait for each other there cannot block each other.
+    """
+    from triton import knobs
+
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # a file system without locks
+            folder = Path(knobs.cache.dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context((folder / LOCK).open("w"))
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def compile_all(tuner, candidates: list, arguments: tuple, options: dict) -> None:
+    """Compile the candidates for a call's arguments. One that does not compile fails again when it is timed."""
+    from triton.runtime._async_compile import AsyncCompileMode
+
+    cores = len(os.sched_getaffinity(0))
+    with alone(), ThreadPoolExecutor(cores) as pool, AsyncCompileMode(pool, ignore_errors=True):
+        for candidate in candidates:
+            tuner.fn.run(*arguments, **{**options, "warmup": True}, **candidate.all_kwargs())
+
+
+def compiled_first(bench, run):
+    """Return Triton's ``_bench``, which times one candidate, with all candidates compiled before the first of them."""
+
+    def time_candidate(self, *args, config, **meta):
+        candidates = self.prune_configs(meta)
+        # A hook before the launch may change the arguments, and with them what is compiled.
+        if config == candidates[0] and not any(candidate.pre_hook for candidate in candidates):
+            try:
+                compile_all(self, candidates, args, meta)
+            except Exception as error:  # Triton compiles what is missing
+                why = f"{type(error).__name__}: {error}".splitlines()[0]
+                print(f"warning: {self.base_fn.__name__} is compiled on one core ({why})", file=sys.stderr, flush=True)
+        return bench(self, *args, config=config, **meta)
+
+    return time_candidate
+
+
+PATCHES = entries(
+    "tuning", "triton",
+    ("triton.runtime.autotuner:Autotuner._bench", compiled_first, "(self, *args, config, **meta)",
+     "the tuner compiles each candidate when it times it, on one core: the first step of a fresh machine took minutes"
+     " (triton/runtime/autotuner.py:141)"),
+    needed=wanted,
+)  # fmt: skip
