@@ -1,16 +1,24 @@
 """Refitting an output projection, and the error that is left. N tokens, D model, F features."""
 
+from collections.abc import Iterable, Iterator
+
 import torch
 from torch import Tensor
 
 
-def ridge_correction(features_NF: Tensor, target_ND: Tensor, weight_DF: Tensor, ridge: float = 0.02) -> Tensor:
-    """``W + ΔW``, ΔW the ridge regression of what ``W`` leaves over: the fit is pulled towards ``W``, not to zero."""
+def ridge_corrections(
+    features_NF: Tensor, target_ND: Tensor, weight_DF: Tensor, ridges: Iterable[float]
+) -> Iterator[Tensor]:
+    """Yield ``W + ΔW`` for each strength, ΔW the ridge regression of what ``W`` leaves over.
+
+    The fit is pulled towards ``W``, not to zero.
+    """
     f = features_NF.double()
-    rest = target_ND.double() - f @ weight_DF.double().T
+    moment = f.T @ (target_ND.double() - f @ weight_DF.double().T)
     gram = f.T @ f
-    gram += ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    return (weight_DF.double() + torch.linalg.solve(gram, f.T @ rest).T).to(weight_DF.dtype)
+    diagonal = gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    for ridge in ridges:
+        yield (weight_DF.double() + torch.linalg.solve(gram + ridge * diagonal, moment).T).to(weight_DF.dtype)
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:

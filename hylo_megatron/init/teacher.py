@@ -5,7 +5,7 @@ Legend: B batch, S sequence, D model, H query heads, G key-value heads, K head d
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,11 @@ class AttentionLayer:
 
     def __getitem__(self, name: str) -> Tensor | None:
         return self.weights.get(name)
+
+    def first(self, rows: int) -> "AttentionLayer":
+        """Return the layer with the activations of its first ``rows`` rows of text."""
+        names = ("inputs_BSD", "heads_BSHK", "output_BSD")
+        return replace(self, **{name: getattr(self, name)[:rows] for name in names})
 
 
 class BaseModel:

@@ -22,30 +22,46 @@ from hylo_megatron.convert.tokenizer_files import check_tokenizer, copy_companio
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.flags import Parser, command_line, count, size
 from hylo_megatron.init.calibration import calibration_tokens
-from hylo_megatron.init.linear_algebra import relative_error, ridge_correction
+from hylo_megatron.init.linear_algebra import relative_error, ridge_corrections
 from hylo_megatron.init.mixer_forward import MixerRunner
 from hylo_megatron.init.teacher import BaseModel
 from hylo_megatron.init.window import window_beside
 from hylo_megatron.mixers import FP32_SUFFIXES, LINEAR, MIXERS
+from hylo_megatron.mixers.initialise import ATTENTION
 from hylo_megatron.progress import peak_memory_gib
 
 REPORT = "init_report.json"
+RIDGES = {"data": (0.02,), "attention": (0.02, 0.1, 0.5, 2.0)}  # strengths that the output projection's fit tries
+INITS = (*RIDGES, "svd")
 
 
 def initial_mixer(layer, arch: Architecture, how: str, frequencies, generator) -> dict[str, Tensor]:
     """Return the weights of layer ``layer.index``'s new mixer, Hugging Face names without the layer's prefix."""
-    mixer = MIXERS[arch.plan[layer.index]].part("initialise")
-    weights = mixer.calibrated(layer, arch, frequencies) if how == "data" else mixer.from_rows(layer, arch, generator)
+    entry = MIXERS[arch.plan[layer.index]]
+    mixer = entry.part("initialise")
+    if how == "svd":
+        weights = mixer.from_rows(layer, arch, generator)
+    elif how == "attention" and entry.linear:
+        weights = mixer.calibrated(layer.first(fitted_rows(layer)), arch, frequencies, ATTENTION)
+    else:
+        weights = mixer.calibrated(layer, arch, frequencies)
     return {key: tensor.float().cpu().contiguous() for key, tensor in weights.items()}
 
 
-def _fit_and_measure(layer, arch, weights, device, ridge: bool, beside=0.0) -> tuple[dict[str, Tensor], dict]:
+def fitted_rows(layer) -> int:
+    """Return how many rows of the calibration text are fitted; errors are measured on the others."""
+    return max(1, len(layer.inputs_BSD) * 3 // 4)
+
+
+def _fit_and_measure(
+    layer, arch, weights, device, ridges: tuple[float, ...], beside=0.0
+) -> tuple[dict[str, Tensor], dict]:
     """Refit the output projection where that helps on held-out rows; return weights and relative errors.
 
     ``layer`` is what a window leaves over, ``beside`` [B,S,D] the window's output.
     """
     mixer, rows = MIXERS[arch.plan[layer.index]].part("initialise"), len(layer.inputs_BSD)
-    fit = max(1, rows * 3 // 4)
+    fit = fitted_rows(layer)
     held = slice(fit, None) if rows > 1 else slice(None)
     runner, name = MixerRunner(arch, layer.index, device), mixer.OUTPUT_PROJECTION
     runner.load(weights)
@@ -57,11 +73,13 @@ def _fit_and_measure(layer, arch, weights, device, ridge: bool, beside=0.0) -> t
 
     projection = weights[name].to(device)
     errors = {"error": error(projection)}
-    if ridge and rows > 1 and mixer.REFIT:
-        fitted = ridge_correction(features[:fit].flatten(0, 1), target[:fit].flatten(0, 1), projection)
-        errors |= {"error_transferred": errors["error"], "error_ridge": error(fitted)}
-        if errors["error_ridge"] < errors["error"]:
-            weights, errors["error"] = weights | {name: fitted.cpu()}, errors["error_ridge"]
+    if ridges and rows > 1 and mixer.REFIT:
+        fits = ridge_corrections(features[:fit].flatten(0, 1), target[:fit].flatten(0, 1), projection, ridges)
+        best, ridge, fitted = min(((error(fitted), ridge, fitted) for fitted, ridge in zip(fits, ridges, strict=True)),
+                                  key=lambda found: found[0])  # fmt: skip
+        errors |= {"error_transferred": errors["error"], "error_ridge": best, "ridge": ridge}
+        if best < errors["error"]:
+            weights, errors["error"] = weights | {name: fitted.cpu()}, best
     return weights, errors
 
 
@@ -100,8 +118,8 @@ def _initialise(base: BaseModel, arch: Architecture, scratch: Path, tokens_BS: T
         weights = initial_mixer(found.rest, arch, init, base.frequencies, generator)
         entry = {"layer": layer.index, "kind": arch.plan[layer.index]}
         if tokens_BS is not None:
-            fit = ridge and init == "data"
-            weights, errors = _fit_and_measure(found.rest, arch, weights, base.device, fit, found.output_BSD)
+            ridges = RIDGES.get(init, ()) if ridge else ()
+            weights, errors = _fit_and_measure(found.rest, arch, weights, base.device, ridges, found.output_BSD)
             output_norm = layer.output_BSD.norm(dim=-1).mean().item()
             entry |= errors | {"output_norm": output_norm, "update_norm": layer.update_norm}
         weights |= found.weights
@@ -126,8 +144,10 @@ def upcycle(teacher: str | Path, out: str | Path, plan: tuple[str, ...], *, init
         raise HyLoError(f"{teacher} is already a hybrid ({base.arch.plan.name}); give the Transformer it came from")
     arch = student_architecture(base.arch, plan, geometry, qk_norm, **settings)
     check_tokenizer(Path(teacher) / "hf", arch.vocab_size)
-    if init == "data" and tokens_BS is None:
-        raise HyLoError("--init data needs --calibration TEXT: a text file similar to the intended use")
+    if init not in INITS:
+        raise HyLoError(f"init {init!r}: expected one of {', '.join(INITS)}")
+    if init != "svd" and tokens_BS is None:
+        raise HyLoError(f"--init {init} needs --calibration TEXT: a text file similar to the intended use")
     scratch = out.with_name(out.name + ".mixers")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
@@ -184,7 +204,10 @@ def main(argv: list[str] | None = None) -> None:
         help="1,5,10,14 | uniform:K | all | none | a name such as 4MLA12GDN | plan.json of hylo select-layers",
     )
     add("--linear", choices=LINEAR, help=f"what the other layers become (default: {LINEAR[0]}, or the plan's name)")
-    add("--init", default="data", choices=("data", "svd"), help="calibrated on text, or the paper's (default: data)")
+    add(
+        "--init", default="data", choices=INITS,
+        help="data: calibrated on text; attention: the same with betas, gates and ridge fitted too; svd: the paper's",
+    )  # fmt: skip
     add(
         "--geometry",
         default="native",

@@ -12,12 +12,15 @@ A mixer's ``initialise.py`` has
 Calibrated linear blocks start as a linear attention whose heads are the teacher's (``linear_heads``). Convolutions are
 identities. Output gates are open: their input is a constant, which the data's constant direction supplies without a
 bias. Each head's decay is the one, of a few, whose output correlates best with the output of the teacher's head.
+With ``ATTENTION`` each head's beta is chosen together with its decay, and output gates follow the size of the
+teacher's head. This size varies: a head that attends to the first token, where nothing else fits, gives almost
+nothing, and the norm behind the recurrence takes sizes away.
 
 Legend: N tokens, B batch, S sequence, H query heads, G key-value heads, K head dim, D model, h heads of the block,
 t decay times.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +32,9 @@ from hylo_megatron.config import Architecture
 DECAY_TIMES = (3.0, 12.0, 48.0, 192.0, 768.0, 3072.0)  # tokens until a head's state has decayed to 1/e
 OPEN_GATE = 2.0
 OPEN_SILU = F.silu(torch.tensor(OPEN_GATE)).item()  # a gate at its start
+OPEN_SLOPE = 1.0908  # the derivative of SiLU at OPEN_GATE
+_SIZE_RIDGES = (0.1, 0.3, 1.0, 10.0)  # of regressions of a head's size, as shares of the hidden state's mean variance
+_LEAST_MEAN = 0.25  # of a head's size, as a share of its root mean square, where changes are shares of the mean
 _CALIBRATION_TOKENS = 2048  # enough to rank decays, which is all that the scans here are for
 
 
@@ -98,12 +104,29 @@ def choose_heads(layer, arch: Architecture, count: int) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Choices:
+    """What a calibrated linear block is fitted with beside decays.
+
+    ``betas``: the strengths of the delta rule's update that a head chooses from. ``sizes``: output gates follow the
+    size of the teacher's heads.
+    """
+
+    betas: tuple[float, ...] = (0.5,)
+    sizes: bool = False
+
+
+DATA = Choices()
+ATTENTION = Choices(betas=(0.03, 0.1, 0.3, 0.8), sizes=True)
+
+
+@dataclass(frozen=True, kw_only=True)
 class LinearHeads:
     """A linear attention whose heads stand for the teacher's.
 
     ``q``, ``k``, ``v`` [h,K,D] and the columns ``out`` [D,h,K] of the output projection; ``factor`` [h] maps a head's
-    normed output onto that of the teacher's head, and ``dt_bias`` [h] makes its decay. ``open_gate`` [D] is a row of a
-    gate's projection that gives ``OPEN_GATE`` at every token.
+    normed output onto that of the teacher's head, ``dt_bias`` [h] makes its decay, and ``beta`` [h] is that of the
+    delta rule. ``one`` [D] gives 1 at every token. ``size`` [h,D] gives how much larger the teacher's head is at a
+    token than ``factor`` says, as a share of ``factor``; it is zero if sizes were not fitted.
     """
 
     q: Tensor
@@ -112,15 +135,18 @@ class LinearHeads:
     out: Tensor
     factor: Tensor
     dt_bias: Tensor
-    open_gate: Tensor
+    beta: Tensor
+    one: Tensor
+    size: Tensor
 
 
 def linear_heads(
-    layer, arch: Architecture, count: int, scan: Callable, *, eps: float, rms: float = 1.0
+    layer, arch: Architecture, count: int, scan: Callable, *, eps: float, rms: float = 1.0, choices: Choices = DATA
 ) -> LinearHeads:
     """Return ``count`` heads whose queries, keys and values have the root mean square ``rms`` on the data.
 
-    ``scan(q, k, v, x_BSD, times)`` returns the block's outputs before its norm with ``eps``, ``[B,S,h,t,K]``.
+    ``scan(q, k, v, x_BSD, times_ht, betas_ht)`` returns the block's outputs before its norm with ``eps``,
+    ``[B,S,h,t,K]``.
     """
     heads = arch.num_attention_heads
     q_HKD, k_GKD, v_GKD = linearised_qkv(layer, arch)
@@ -129,15 +155,29 @@ def linear_heads(
     rows = slice(0, max(1, _CALIBRATION_TOKENS // layer.inputs_BSD.shape[1]))
     x, times = layer.inputs_BSD[rows], torch.tensor(DECAY_TIMES, device=q_HKD.device)
     q, k, v = (rms * _unit_heads(w, x) for w in (q_HKD[chosen], k_GKD[group], v_GKD[group]))
-    best, factor = _best_decay(scan(q, k, v, x, times), layer.heads_BSHK[rows][:, :, chosen], eps)
+    one, target = constant_direction(layer.inputs_BSD.flatten(0, 1)), layer.heads_BSHK[:, :, chosen]
+    grid, found = times.expand(count, -1), []
+    for beta in choices.betas:  # one at a time, for the memory
+        outputs = scan(q, k, v, x, grid, torch.full_like(grid, beta))
+        found.append(_match(outputs, target[rows], eps))
+    correlation, factors = (torch.cat(part, 1) for part in zip(*found, strict=True))
+    best = correlation.argmax(1)
+    time, beta = times[best % len(times)], torch.tensor(choices.betas, device=times.device)[best // len(times)]
+    factor = factors.gather(1, best[:, None])[:, 0]
+    size = torch.zeros(count, arch.hidden_size, device=times.device)
+    if choices.sizes:
+        rows_of_outputs = (scan(q, k, v, x[None], time[:, None], beta[:, None]) for x in layer.inputs_BSD)
+        size = _size(layer.inputs_BSD, rows_of_outputs, target, factor, one, eps)
     return LinearHeads(
         q=q,
         k=k,
         v=v,
         out=layer["self_attn.o_proj.weight"].unflatten(1, (heads, -1))[:, chosen],
         factor=factor,
-        dt_bias=inverse_softplus(1 / times[best]),
-        open_gate=OPEN_GATE * constant_direction(layer.inputs_BSD.flatten(0, 1)),
+        dt_bias=inverse_softplus(1 / time),
+        beta=beta,
+        one=one,
+        size=size,
     )
 
 
@@ -147,13 +187,56 @@ def _unit_heads(weight_hKD: Tensor, x_BSD: Tensor) -> Tensor:
     return weight_hKD / out.square().mean((0, 1, 3)).sqrt().clamp_min(1e-6)[:, None, None]
 
 
-def _best_decay(outputs_BShtK: Tensor, target_BShK: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return per head the index of the best decay and the factor that maps its normed output onto the target."""
-    o = outputs_BShtK * torch.rsqrt(outputs_BShtK.square().mean(-1, keepdim=True) + eps)
-    y = target_BShK.unsqueeze(3)
+def _normed(outputs: Tensor, eps: float) -> Tensor:
+    return outputs * torch.rsqrt(outputs.square().mean(-1, keepdim=True) + eps)
+
+
+def _match(outputs_BShtK: Tensor, target_BShK: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return the correlation of each normed output with the target, and the factor that maps it there ``[h,t]``.
+
+    Correlations leave out the target's norm, so they compare outputs of one head only.
+    """
+    o, y = _normed(outputs_BShtK, eps), target_BShK.unsqueeze(3)
     dot, power = (o * y).sum((0, 1, 4)), o.square().sum((0, 1, 4))
-    best = (dot / power.sqrt().clamp_min(1e-9)).argmax(1)
-    return best, (dot / power.clamp_min(1e-9)).gather(1, best[:, None])[:, 0]
+    return dot / power.sqrt().clamp_min(1e-9), dot / power.clamp_min(1e-9)
+
+
+def _size(x_BSD, outputs: Iterable[Tensor], target_BShK, factor_h: Tensor, one_D: Tensor, eps: float) -> Tensor:
+    """Return ``LinearHeads.size``: the ridge regression of the factor that suits each token on ``x`` without its mean.
+
+    ``outputs``: the block's ``[1,S,h,1,K]`` for each row of ``x``.
+    """
+    sizes = []
+    for out, y_ShK in zip(outputs, target_BShK, strict=True):
+        o = _normed(out[0, :, :, 0], eps)
+        sizes.append((o * y_ShK).sum(-1) / o.square().sum(-1).clamp_min(1e-9))
+    size_Nh, x = torch.cat(sizes).double(), x_BSD.flatten(0, 1).double()
+    least = _LEAST_MEAN * size_Nh.square().mean(0).sqrt()
+    mean = factor_h.sign() * torch.maximum(factor_h.abs(), least)
+    centre = x.mean(0)
+    change_hD = _ridge_by_head(x - centre, (size_Nh - factor_h) / mean, len(x_BSD))
+    return (change_hD - torch.outer(change_hD @ centre, one_D.double())).float()
+
+
+def _ridge_by_head(x_ND: Tensor, y_Nh: Tensor, rows: int) -> Tensor:
+    """Return the ridge regression ``[h,D]`` of each head, with the strength that is best on the last quarter of rows.
+
+    It is zero for a head that no strength helps there.
+    """
+    cut = len(x_ND) * max(1, rows * 3 // 4) // rows
+    tried, x, y = torch.stack(list(_ridges(x_ND[:cut], y_Nh[:cut]))), x_ND[cut:], y_Nh[cut:]  # [r,h,D]
+    left = torch.stack([(y - x @ w.T).square().sum(0) for w in (torch.zeros_like(tried[0]), *tried)])
+    best = left.argmin(0)
+    found = torch.stack([torch.zeros_like(tried[0]), *_ridges(x_ND, y_Nh)])
+    return found[best, torch.arange(len(best), device=best.device)]
+
+
+def _ridges(x_ND: Tensor, y_Nh: Tensor) -> Iterator[Tensor]:
+    """Yield the regression ``[h,D]`` with each of the strengths."""
+    gram, moment = x_ND.T @ x_ND, x_ND.T @ y_Nh
+    unit = gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    for ridge in _SIZE_RIDGES:
+        yield torch.linalg.solve(gram + ridge * unit, moment).T
 
 
 def identity_conv(rows: int, kernel: int) -> Tensor:

@@ -149,7 +149,7 @@ class Recipe:
     linear_rope: bool = field(default=False, metadata=LEVER)
     # SIZE+SINKS, of attention beside each linear layer (config/positions.py)
     window: str | None = field(default=None, metadata=LEVER)
-    init: str = "data"  # or "svd", the initialisation of the method's paper
+    init: str = "data"  # or "attention", or "svd", the initialisation of the method's paper (hylo upcycle --init)
     save_every: int = 20
     seed: int = 1234
     # the student is the base model itself; ``plan``, ``linear`` and ``geometry`` are unused

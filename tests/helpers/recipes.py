@@ -24,12 +24,12 @@ PROGRAM = PROGRAMS / "toy_recipe.py"
 
 
 def toy_recipe():
-    """``smollm2_gpu`` with every length and count made small; nothing else is changed."""
+    """``smollm2_gpu`` with every length and count made small, and a stage that reads its own student's text."""
     recipe = smollm2_gpu()
     stages = tuple(
         replace(
             stage, seq_length=SHORT[stage.seq_length], steps=STEPS, micro_batch=1, global_batch=2,
-            teacher_length=stage.teacher_length and 384,
+            teacher_length=stage.teacher_length and 384, on_policy=0.2 if stage.name == "distill-2k" else 0.0,
         )
         for stage in recipe.stages
     )  # fmt: skip

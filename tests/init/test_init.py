@@ -18,12 +18,22 @@ from hylo_megatron.convert import hf_to_megatron, megatron_to_hf  # noqa: E402
 from hylo_megatron.errors import HyLoError  # noqa: E402
 from hylo_megatron.init import upcycle  # noqa: E402
 from hylo_megatron.init.calibration import calibration_tokens  # noqa: E402
-from hylo_megatron.init.linear_algebra import relative_error, ridge_correction  # noqa: E402
+from hylo_megatron.init.linear_algebra import relative_error, ridge_corrections  # noqa: E402
 from hylo_megatron.init.mixer_forward import MixerRunner  # noqa: E402
 from hylo_megatron.init.teacher import BaseModel  # noqa: E402
 from hylo_megatron.kernels.rope import rope_frequencies  # noqa: E402
 from hylo_megatron.mixers import MIXERS  # noqa: E402
-from hylo_megatron.mixers.initialise import choose_heads, constant_direction, linearised_qkv  # noqa: E402
+from hylo_megatron.mixers import initialise as shared  # noqa: E402
+from hylo_megatron.mixers.initialise import (  # noqa: E402
+    ATTENTION,
+    DATA,
+    OPEN_GATE,
+    OPEN_SILU,
+    OPEN_SLOPE,
+    choose_heads,
+    constant_direction,
+    linearised_qkv,
+)
 from hylo_megatron.mixers.kda.geometry import KDAGeometry  # noqa: E402
 from hylo_megatron.mixers.mla import initialise as mla  # noqa: E402
 
@@ -267,9 +277,10 @@ def test_ridge_correction_closed_form():
     generator = torch.Generator().manual_seed(0)
     features = 3 * torch.linalg.qr(torch.randn(64, 8, generator=generator)).Q
     old, true = torch.randn(5, 8, generator=generator), torch.randn(5, 8, generator=generator)
-    got = ridge_correction(features, features @ true.T, old, ridge=0.5)
-    torch.testing.assert_close(got, old + (true - old) / 1.5, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(ridge_correction(features, features @ old.T, old), old)
+    half, full = ridge_corrections(features, features @ true.T, old, (0.5, 1.0))
+    torch.testing.assert_close(half, old + (true - old) / 1.5, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(full, old + (true - old) / 2, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(next(ridge_corrections(features, features @ old.T, old, (0.02,))), old)
     assert relative_error(torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, 4.0]])) == pytest.approx(0.75)
 
 
@@ -285,6 +296,68 @@ def test_calibrated_linear_blocks_beat_the_row_copy(bases, kind, shape):
     copied = error(layer, arch, initialise(kind).from_rows(layer, arch, generator))
     assert calibrated < 0.8 * copied, (calibrated, copied)
     assert calibrated < 0.85  # zeros give 1
+
+
+@pytest.mark.parametrize("kind", ["gdn", "kda"])
+def test_the_start_from_attention_is_closer(bases, kind):
+    """Heads whose size depends on the token, as that of a head which often attends to the first token only."""
+    layer, base = bases.layer(tokens=tiny.runs(rows=32), common=1.0)
+    direction = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+    size = layer.inputs_BSD @ direction
+    size = (1 + 0.5 * (size - size.mean((0, 1))) / size.std((0, 1))).clamp_min(0)
+    heads = layer.heads_BSHK * size[..., None]
+    output = F.linear(heads.flatten(2), layer["self_attn.o_proj.weight"])
+    layer = replace(layer, heads_BSHK=heads, output_BSD=output)
+    arch, block = student(base, kind), initialise(kind)
+    seen, held = layer.first(24), replace(layer, inputs_BSD=layer.inputs_BSD[24:], output_BSD=layer.output_BSD[24:])
+    errors = [error(held, arch, block.calibrated(seen, arch, base.frequencies, c)) for c in (DATA, ATTENTION)]
+    assert errors[1] < 0.8 * errors[0], errors
+
+
+def test_gates_follow_the_size_of_heads(bases):
+    """The sizes of heads are a linear function of the hidden state: the fit finds it, and both gates apply it."""
+    generator = torch.Generator().manual_seed(0)
+    x, true = torch.randn(3, 400, 8, generator=generator), 0.1 * torch.randn(2, 8, generator=generator)
+    outputs = torch.randn(3, 400, 2, 1, 5, generator=generator)
+    o = outputs[:, :, :, 0] * torch.rsqrt(outputs[:, :, :, 0].square().mean(-1, keepdim=True))
+    factor = torch.tensor([0.7, -2.0])
+    target = o * (factor * (1 + x @ true.T))[..., None]
+    found = shared._size(x, outputs.split(1), target, factor, torch.zeros(8), eps=0.0)
+    torch.testing.assert_close(found, true, rtol=0.15, atol=0.01)
+    x = x[:2].flatten(0, 1).double()
+    sign = torch.tensor([1.0, -1.0]).repeat_interleave(400)[:, None]  # what the first row shows is wrong in the second
+    found = shared._ridge_by_head(x, x @ true.T.double() * torch.cat([sign, sign.abs()], 1), rows=2)
+    assert not found[0].any() and found[1].any()
+
+    layer, base = bases.layer(tokens=RUNS, common=1.0)
+    inputs, dim = layer.inputs_BSD, base.arch.head_dim
+    gdn, kda = (student(base, kind) for kind in ("gdn", "kda"))
+    heads = initialise("gdn").heads_of(layer, gdn, base.frequencies, ATTENTION)
+    assert heads.size.abs().max() > 0 and len(heads.beta.unique()) > 1
+    size = (inputs @ heads.size.T).repeat_interleave(2, -1)
+    weights = initialise("gdn").calibrated(layer, gdn, base.frequencies, ATTENTION)
+    gate = F.linear(inputs, weights["mixer.g_proj.weight"]).unflatten(-1, (-1, dim))
+    one = (inputs @ heads.one)[..., None, None]
+    torch.testing.assert_close(gate, (OPEN_GATE * one + OPEN_SILU / OPEN_SLOPE * size[..., None]).expand_as(gate))
+    z = torch.tensor(OPEN_GATE, requires_grad=True)
+    F.silu(z).backward()
+    assert z.grad.item() == pytest.approx(OPEN_SLOPE, abs=1e-4)
+    weights = initialise("kda").calibrated(layer, kda, base.frequencies, ATTENTION)
+    gate = F.linear(F.linear(inputs, weights["mixer.g_a_proj.weight"]), weights["mixer.g_b_proj.weight"])
+    torch.testing.assert_close(gate.unflatten(-1, (-1, dim)), (2 * size[..., None]).expand(*size.shape, dim))
+
+
+def test_betas_are_what_the_heads_chose(bases):
+    layer, base = bases.layer(tokens=RUNS, common=1.0)
+    arch = student(base, "gdn")
+    for choices in (DATA, ATTENTION):
+        heads = initialise("gdn").heads_of(layer, arch, base.frequencies, choices)
+        weights = initialise("gdn").weights_of(heads, arch)
+        assert set(heads.beta.tolist()) <= set(torch.tensor(choices.betas).tolist())
+        logits = F.linear(layer.inputs_BSD, weights["mixer.b_proj.weight"])
+        want = heads.beta.logit().repeat_interleave(2) * (layer.inputs_BSD @ heads.one)[..., None]
+        torch.testing.assert_close(logits, want)
+    assert not weights["mixer.a_proj.weight"].any()
 
 
 def test_linear_blocks_that_rotate_start_from_decays_that_suit_the_rotation(bases):
@@ -367,7 +440,7 @@ MIXED = {
 }
 
 
-@pytest.mark.parametrize("how", ["data", "svd"])
+@pytest.mark.parametrize("how", upcycle.INITS)
 @pytest.mark.parametrize("linear", MIXED)
 def test_student_checkpoint(bases, tmp_path, linear, how):
     """bf16 teacher: what is not a mixer is copied bit for bit, decay parameters are fp32, errors are reported."""
@@ -418,6 +491,19 @@ def test_ridge_is_kept_only_where_it_helps(bases, tmp_path):
             assert entry["error"] == before["error"]
 
 
+def test_attention_chooses_the_ridge_and_leaves_mla_as_it_is(bases, tmp_path):
+    checkpoint, found = bases.model(common=0.1)[1], {}
+    for how in ("data", "attention"):
+        report = upcycle.upcycle(checkpoint, tmp_path / how, MIXED["gdn"], init=how, tokens_BS=RUNS, log=list)
+        megatron_to_hf.convert(tmp_path / how, tmp_path / f"{how}.hf")
+        found[how] = report["layers"], tiny.weights(tmp_path / f"{how}.hf")
+        assert {entry["ridge"] for entry in report["layers"] if entry["kind"] == "gdn"} <= set(upcycle.RIDGES[how])
+    (data, old), (attention, new) = found.values()
+    tiny.same_bits(*({k: t for k, t in weights.items() if ".mixer." not in k} for weights in (old, new)))
+    for before, after in zip(data, attention, strict=True):
+        assert after["kind"] == "gdn" or after["error"] == before["error"]
+
+
 def test_the_same_seed_gives_the_same_student(bases, tmp_path):
     checkpoint, found = bases.model()[1], []
     for number, seed in enumerate((1, 1, 2)):
@@ -440,6 +526,8 @@ def test_what_upcycle_refuses(bases, tmp_path):
         assert not [path for path in tmp_path.iterdir() if path.name.startswith("out")]
 
     refused("--calibration TEXT", checkpoint)
+    refused("init 'svg': expected one of data, attention, svd", checkpoint, init="svg")
+    refused("--init attention needs --calibration TEXT", checkpoint, init="attention")
     refused("no published dimensions", checkpoint, init="svd", geometry="published")
     tiny.write_hybrid(tmp_path / "hybrid", tiny.hybrid())
     refused("already a hybrid .2MLA2GDN.", tmp_path / "hybrid", init="svd")

@@ -15,7 +15,12 @@ from hylo_megatron.errors import HyLoError
 from hylo_megatron.kernels import chunk_gated_delta_rule
 from hylo_megatron.kernels.rope import cos_and_sin, turn
 from hylo_megatron.mixers.initialise import (
+    DATA,
+    OPEN_GATE,
     OPEN_SILU,
+    OPEN_SLOPE,
+    Choices,
+    LinearHeads,
     first_rows,
     identity_conv,
     linear_heads,
@@ -53,15 +58,14 @@ def from_rows(layer, arch: Architecture, generator: torch.Generator) -> dict[str
     return weights
 
 
-def _scan(q: Tensor, k: Tensor, v: Tensor, x_BSD: Tensor, times: Tensor, frequencies: Tensor | None) -> Tensor:
-    """Return the outputs ``[B,S,h,t,K]`` of the block's heads at every decay time.
+def _scan(q, k, v, x_BSD: Tensor, times_ht: Tensor, betas_ht: Tensor, frequencies: Tensor | None) -> Tensor:
+    """Return the outputs ``[B,S,h,t,K]`` of the block's heads at every decay time and beta.
 
     ``frequencies``: those by which queries and keys rotate, None where the block does not rotate them.
     """
     q_BShK, k_BShK, v_BShK = (torch.einsum("bsd,hkd->bshk", x_BSD, weight) for weight in (q, k, v))
-    values = v_BShK.repeat_interleave(len(times), 2)
-    decay = (-1 / times).repeat(len(q)).expand(*values.shape[:3])
-    beta = torch.full_like(decay, 0.5)
+    values = v_BShK.repeat_interleave(times_ht.shape[1], 2)
+    decay, beta = ((part.flatten().expand(*values.shape[:3])) for part in (-1 / times_ht, betas_ht))
     q_BShK, k_BShK = F.silu(q_BShK), F.silu(k_BShK)
     if frequencies is not None:
         positions = torch.arange(x_BSD.shape[1], device=x_BSD.device)[:, None]
@@ -71,23 +75,34 @@ def _scan(q: Tensor, k: Tensor, v: Tensor, x_BSD: Tensor, times: Tensor, frequen
     return out.unflatten(2, (len(q), -1))
 
 
-def calibrated(layer, arch: Architecture, frequencies: Tensor) -> dict[str, Tensor]:
-    """Return a Gated DeltaNet that starts as a decayed linear attention with the teacher's heads."""
+def heads_of(layer, arch: Architecture, frequencies: Tensor, choices: Choices) -> LinearHeads:
+    """Return the calibrated heads. Raises ``HyLoError`` for heads unlike the base model's."""
     g, dim = arch.geometry.gdn, arch.head_dim
     if g.num_value_heads != 2 * g.num_key_heads or g.key_head_dim != dim or g.value_head_dim != dim:
         raise HyLoError("--init data for GDN needs heads like the base model's, two value heads a key head"
                         " (--geometry native); use --init svd for other geometries")  # fmt: skip
     scan = partial(_scan, frequencies=frequencies if arch.linear_rope else None)
-    start = linear_heads(layer, arch, g.num_key_heads, scan, eps=g.norm_eps or arch.rms_norm_eps)
+    eps = g.norm_eps or arch.rms_norm_eps
+    return linear_heads(layer, arch, g.num_key_heads, scan, eps=eps, choices=choices)
+
+
+def calibrated(layer, arch: Architecture, frequencies: Tensor, choices: Choices = DATA) -> dict[str, Tensor]:
+    """Return a Gated DeltaNet that starts as a decayed linear attention with the teacher's heads."""
+    return weights_of(heads_of(layer, arch, frequencies, choices), arch)
+
+
+def weights_of(start: LinearHeads, arch: Architecture) -> dict[str, Tensor]:
+    g, dim = arch.geometry.gdn, arch.head_dim
+    gate = OPEN_GATE * start.one + OPEN_SILU / OPEN_SLOPE * start.size
     half = start.out * (start.factor / (2 * OPEN_SILU))[:, None]
     key_rows, value_rows = g.num_key_heads * dim, g.num_value_heads * dim
     return {
         "mixer.q_proj.weight": start.q.flatten(0, 1),
         "mixer.k_proj.weight": start.k.flatten(0, 1),
         "mixer.v_proj.weight": torch.stack([start.v, -start.v], 1).flatten(0, 2),
-        "mixer.g_proj.weight": start.open_gate.expand(value_rows, -1).clone(),
+        "mixer.g_proj.weight": gate.repeat_interleave(2 * dim, 0),
         "mixer.a_proj.weight": torch.zeros(g.num_value_heads, arch.hidden_size),
-        "mixer.b_proj.weight": torch.zeros(g.num_value_heads, arch.hidden_size),
+        "mixer.b_proj.weight": torch.outer(start.beta.logit(), start.one).repeat_interleave(2, 0),
         "mixer.q_conv1d.weight": identity_conv(key_rows, g.conv_kernel),
         "mixer.k_conv1d.weight": identity_conv(key_rows, g.conv_kernel),
         "mixer.v_conv1d.weight": identity_conv(value_rows, g.conv_kernel),

@@ -2,7 +2,8 @@
 
 With one decay for all channels of a head and a constant output gate, Kimi Delta Attention is a Gated DeltaNet, so the
 calibrated start is the one of Gated DeltaNet. The second matrices of both bottlenecks start as zeros. That leaves the
-decay to ``dt_bias`` and the gate at one half, and both learn from the first step on.
+decay to ``dt_bias`` and the gate at one half, and both learn from the first step on. Where sizes of heads were fitted,
+each has a dimension of the gate's bottleneck.
 """
 
 from dataclasses import replace
@@ -14,7 +15,15 @@ from hylo_megatron.config import Architecture
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.mixers.gdn import initialise as gdn
 from hylo_megatron.mixers.gdn.geometry import GDNGeometry
-from hylo_megatron.mixers.initialise import OPEN_SILU, inverse_softplus, random_conv, random_decay, repeated_qkv
+from hylo_megatron.mixers.initialise import (
+    DATA,
+    OPEN_SILU,
+    Choices,
+    inverse_softplus,
+    random_conv,
+    random_decay,
+    repeated_qkv,
+)
 
 OUTPUT_PROJECTION = gdn.OUTPUT_PROJECTION
 REFIT = gdn.REFIT
@@ -58,14 +67,16 @@ def from_rows(layer, arch: Architecture, generator: torch.Generator) -> dict[str
     }
 
 
-def calibrated(layer, arch: Architecture, frequencies: Tensor) -> dict[str, Tensor]:
+def calibrated(layer, arch: Architecture, frequencies: Tensor, choices: Choices = DATA) -> dict[str, Tensor]:
     """Return a Kimi Delta Attention that computes what a calibrated Gated DeltaNet of the same states computes."""
     g = arch.geometry.kda
     if g.num_heads % 2 or g.head_dim != arch.head_dim:
         raise HyLoError("--init data for KDA needs heads like the base model's, in pairs (--geometry native);"
                         " use --init svd for other geometries")  # fmt: skip
     same = GDNGeometry(g.num_heads // 2, g.num_heads, g.head_dim, g.head_dim, g.conv_kernel, g.norm_eps)
-    weights = gdn.calibrated(layer, replace(arch, geometry=replace(arch.geometry, gdn=same)), frequencies)
+    as_gdn = replace(arch, geometry=replace(arch.geometry, gdn=same))
+    start = gdn.heads_of(layer, as_gdn, frequencies, choices)
+    weights = gdn.weights_of(start, as_gdn)
     del weights["mixer.a_proj.weight"], weights["mixer.g_proj.weight"]
     for name in ("q_proj", "k_proj", "q_conv1d", "k_conv1d"):  # a copy for each value head that shared the key head
         heads = weights[f"mixer.{name}.weight"].unflatten(0, (-1, g.head_dim))
@@ -75,4 +86,9 @@ def calibrated(layer, arch: Architecture, frequencies: Tensor) -> dict[str, Tens
     bottlenecks = _bottlenecks(arch, torch.Generator().manual_seed(layer.index))
     for name in "fg":
         bottlenecks[f"mixer.{name}_b_proj.weight"].zero_()
+    if choices.sizes:
+        fitted = min(len(start.size), g.head_dim)
+        bottlenecks["mixer.g_a_proj.weight"][:fitted] = 2 * start.size[:fitted]  # sigmoid(2 s) is (1 + s) / 2
+        by_head = bottlenecks["mixer.g_b_proj.weight"].unflatten(0, (-1, 2 * g.head_dim))
+        by_head[range(fitted), :, range(fitted)] = 1.0
     return weights | bottlenecks

@@ -14,7 +14,10 @@ from hylo_megatron.config import Architecture
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.kernels import ssd_chunk_scan
 from hylo_megatron.mixers.initialise import (
+    DATA,
+    OPEN_GATE,
     OPEN_SILU,
+    Choices,
     first_rows,
     identity_conv,
     inverse_softplus,
@@ -54,17 +57,20 @@ def from_rows(layer, arch: Architecture, generator: torch.Generator) -> dict[str
     }
 
 
-def _scan(q: Tensor, k: Tensor, v: Tensor, x_BSD: Tensor, times: Tensor) -> Tensor:
+def _scan(q: Tensor, k: Tensor, v: Tensor, x_BSD: Tensor, times_ht: Tensor, _) -> Tensor:
     """Return the gated outputs ``[B,S,h,t,K]`` of the block's heads at every decay time."""
     features = [F.silu(torch.einsum("bsd,hkd->bshk", x_BSD, weight)) for weight in (v, k, q)]
-    values, keys, queries = (f.repeat_interleave(len(times), 2) for f in features)
-    steps = (1 / times).repeat(len(q))
+    values, keys, queries = (f.repeat_interleave(times_ht.shape[1], 2) for f in features)
+    steps = (1 / times_ht).flatten()
     out, _ = ssd_chunk_scan(values, steps.expand(*values.shape[:3]), -torch.ones_like(steps), keys, queries)
     return out.unflatten(2, (len(q), -1)) * OPEN_SILU
 
 
-def calibrated(layer, arch: Architecture, frequencies: Tensor) -> dict[str, Tensor]:
-    """Return a Mamba-2 that starts as a decayed linear attention with the teacher's heads."""
+def calibrated(layer, arch: Architecture, frequencies: Tensor, choices: Choices = DATA) -> dict[str, Tensor]:
+    """Return a Mamba-2 that starts as a decayed linear attention with the teacher's heads.
+
+    ``choices`` are not read: the block has no beta, and its norm, behind the gate, takes a head's size away.
+    """
     g, dim = arch.geometry.mamba2, arch.head_dim
     if g.num_groups != g.num_heads or g.state_size != dim or g.head_dim != dim:
         raise HyLoError("--init data for Mamba-2 needs one group a head and heads like the base model's"
@@ -72,7 +78,7 @@ def calibrated(layer, arch: Architecture, frequencies: Tensor) -> dict[str, Tens
     start = linear_heads(layer, arch, g.num_heads, _scan, eps=NORM_EPS, rms=_LINEAR_RANGE)
     inner, conv = g.num_heads * dim, (g.num_heads + 2 * g.num_groups) * dim
     rows = [
-        start.open_gate.expand(inner, -1),
+        (OPEN_GATE * start.one).expand(inner, -1),
         *(weight.flatten(0, 1) for weight in (start.v, start.k, start.q)),
         start.q.new_zeros(g.num_heads, arch.hidden_size),
     ]
