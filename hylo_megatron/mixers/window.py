@@ -50,22 +50,23 @@ def table(arch: Architecture, kind: str) -> list[Mapping]:
 def beside(block: SubLayer, arch: Architecture, at: Share) -> SubLayer:
     """Return the bytes of a linear block together with its window.
 
-    Kept are queries and keys beside values in blocks, the output as the kernel returns it and by token, with fp32
-    denominators, gates in fp32 and bf16, the product of both, and the gate's weight with the zeros that align it.
+    Kept are queries, rotated twice, with keys of the same width and values in blocks, the output as the kernel returns
+    it and by token, with fp32 denominators, gates in fp32 and bf16, the product of both, and the gate's weight with
+    the zeros that align it.
     """
     h, g, k = arch.num_attention_heads // at.layout.tp, arch.num_key_value_heads // at.layout.tp, arch.head_dim
     cut = _cut(arch, at)
     padded, keys = cut.count * cut.length / at.length, cut.count * cut.keys / at.length
-    kept = at.inner(padded * (3 * h * k + 2 * h) + 2 * keys * g * k + h * k + 3 * h)
+    kept = at.inner(padded * (4 * h * k + 2 * h) + 3 * keys * g * k + h * k + 3 * h)
     kept += 2 * aligned(h) * arch.hidden_size if h % 16 else 0
-    work = at.inner(2 * padded * h * k + 4 * keys * g * k)
+    work = at.inner(3 * padded * h * k + 6 * keys * g * k)
     return SubLayer(block.kept + kept, max(block.work, work), block.entry)
 
 
 def tables(arch: Architecture, at: Share) -> int:
-    """Return bytes that all windows share: cosines and sines, and the mask of a micro-batch."""
+    """Return bytes that all windows share: cosines and sines, those for sinks too, and the mask of a micro-batch."""
     cut, shared = _cut(arch, at), arch.num_attention_heads // arch.num_key_value_heads
-    return 4 * at.length * arch.head_dim + 2 * at.sequences * cut.count * shared * cut.length * cut.keys
+    return 8 * at.length * arch.head_dim + 2 * at.sequences * cut.count * shared * cut.length * cut.keys
 
 
 def _cut(arch: Architecture, at: Share) -> Blocks:

@@ -47,7 +47,10 @@ def test_scales_that_cannot_be_computed_are_refused(text):
 
 
 def test_a_window_has_a_size_and_sinks():
-    assert positions.window("256") == {"size": 256, "sinks": 4} and positions.window("16+0") == {"size": 16, "sinks": 0}
+    assert positions.window("256") == {"size": 256, "sinks": 4} and positions.window("16+0") == {
+        "size": 16,
+        "sinks": 0,
+    }
     assert positions.window("off") == {}
     for text in ("", "0", "x", "+4", "256+", "256+4+1", "-1", "256+65", "8193", "٣", "1e3", "9" * 5000):
         with pytest.raises(argparse.ArgumentTypeError, match="expected off, or SIZE.+SINKS. with"):
