@@ -34,7 +34,7 @@ def window_mask(
     sinks. A query at ``PADDING`` sees itself, so that no row is empty. ``shared``: query heads of a key head, R.
     """
     cut = blocks(queries, window["size"], sink_at_BS.shape[1])
-    at = _padded(at_BT[..., None], queries, cut, PADDING).squeeze(-1)
+    at = _padded(at_BT.int()[..., None], queries, cut, PADDING).squeeze(-1)
     query_BNL1 = at[:, cut.before :].unflatten(1, (cut.count, cut.length)).unsqueeze(-1)
     key_BN1C = at.unfold(1, cut.before + cut.length, cut.length).unsqueeze(2)
     sink_B11S = sink_at_BS[:, None, None]
