@@ -15,12 +15,13 @@ SERVE_VENV ?= .venv-serve
 SERVE_PY := $(if $(filter /%,$(SERVE_VENV)),$(SERVE_VENV),$(CURDIR)/$(SERVE_VENV))/bin/python
 MODEL ?= runs/smollm2-3MLA27GDN/hf-distill
 
-.PHONY: help env serve-env test test-parallel docs-tables test-serve demo serve-demo lint format doctor clean
+.PHONY: help env serve-env test test-parallel recipe-test docs-tables test-serve demo serve-demo lint format doctor clean
 
 help:
 	@echo "make env                          the Python environment in $(VENV) (HYLO_PYTHON=... picks the interpreter)"
 	@echo "make test                         env, then the tests (WORKERS=2 at a time; PYTEST_ARGS=... for more)"
 	@echo "make test-parallel                every parallel layout, up to 16 processes, and 40 killed runs"
+	@echo "make recipe-test                  toy recipes with every lever of docs/recipe.md, killed and resumed (minutes)"
 	@echo "make docs-tables                  writes the tables of docs/parallelism.md"
 	@echo "make demo PLAN= TP= PP= OUT=      env, then examples/upcycle_smollm2.sh; each variable is optional"
 	@echo "make test-serve                   vLLM's CPU build in $(SERVE_VENV), then the tests of serving"
@@ -41,9 +42,14 @@ test: env
 test-parallel: env
 	"$(PY)" -m pytest -q -m "parallel or not parallel" --junitxml=$(REPORT) $(PYTEST_ARGS) \
 	  tests/parallel/test_parallel_parity.py tests/parallel/test_teacher_fed.py tests/e2e/test_faults.py \
-	  tests/checkpoint/test_checkpoints.py tests/distill/test_spikes.py \
-	  tests/e2e/test_full_disks.py tests/e2e/test_process_death.py
+	  tests/checkpoint/test_checkpoints.py tests/distill/test_spikes.py tests/distill/test_initial_states_resume.py \
+	  tests/e2e/test_full_disks.py tests/e2e/test_process_death.py tests/tools/test_benchmarks.py
 	PYTHONPATH=.:tests "$(PY)" tools/docs/parallelism.py --parity $(REPORT)
+
+# Every lever of docs/recipe.md in toy recipes, from conversion to model card: guards that fire, kills, a control.
+recipe-test: env
+	"$(PY)" -m pytest -q -m "parallel or not parallel" -n $(WORKERS) --dist load $(PYTEST_ARGS) \
+	  tests/e2e/test_recipe_levers.py
 
 # Writes the tables of docs/parallelism.md. The parity table is written only if make test-parallel has left its report.
 docs-tables: env

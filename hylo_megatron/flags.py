@@ -34,6 +34,18 @@ class Parser(argparse.ArgumentParser):
         raise HyLoError(message)
 
 
+def given(parser: argparse.ArgumentParser, argv: list[str]) -> frozenset[str]:
+    """Return the names, in parsed arguments, of the flags that ``argv`` itself has; a default is not given."""
+    kept = {action: action.default for action in parser._actions}
+    for action in kept:
+        action.default = argparse.SUPPRESS
+    try:
+        return frozenset(vars(parser.parse_args(argv)))
+    finally:
+        for action, default in kept.items():
+            action.default = default
+
+
 def short(text: str, limit: int = 40) -> str:
     return repr(text if len(text) <= limit else text[:limit] + "...")
 

@@ -24,6 +24,11 @@ def defaults(kind: type) -> dict[str, Any]:
     return {_destination(each.metadata["flag"]): each.default for each in _declared(kind)}
 
 
+def takes_value(kind: type) -> dict[str, bool]:
+    """Return whether each flag of ``kind`` takes a value, by the flag's name in parsed arguments."""
+    return {_destination(each.metadata["flag"]): each.metadata["parse"] is not None for each in _declared(kind)}
+
+
 def add_options(parser: argparse._ActionsContainer, kind: type) -> None:
     """Add the flags of ``kind``, except those that another dataclass with the same field has added."""
     for each in _declared(kind):

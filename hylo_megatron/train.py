@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from hylo_megatron.config import Architecture
 from hylo_megatron.engine.register import install
+from hylo_megatron.engine.step_profile import StepProfile
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.flags import command_line
 from hylo_megatron.run.parent import bind_forks, die_with_parent, own_store
@@ -34,6 +35,7 @@ def model_provider(
     from hylo_megatron.distill.model import DistillModel
     from hylo_megatron.distill.settings import DistillSettings
     from hylo_megatron.engine import peers
+    from hylo_megatron.layers.fp8 import to_fp8
     from hylo_megatron.layers.load import load_weights
     from hylo_megatron.layers.model import UNFUSED, build_model, model_fields
 
@@ -51,12 +53,16 @@ def model_provider(
         return build_model(
             arch, own, padded_vocab_size=padded, pre_process=pre_process, post_process=post_process,
             pg_collection=pg_collection, vp_stage=vp_stage, backend=args.hylo_backend,
-            linear_cp=args.hylo_linear_cp,
+            linear_cp=args.hylo_linear_cp, mlp_block=args.hylo_mlp_block,
         )  # fmt: skip
 
     student = build(student_arch)
     teacher = build(teacher_arch, recompute_granularity=None)
-    load_weights(teacher.to(torch.cuda.current_device()), args.hylo_teacher)
+    teacher.to(torch.cuda.current_device())
+    if not args.hylo_random_weights:
+        load_weights(teacher, args.hylo_teacher)
+    if args.hylo_teacher_fp8:
+        to_fp8(teacher)
     model = DistillModel(student, teacher, student_arch, teacher_arch, DistillSettings.of(args))
     run.models.append(model)
     return model
@@ -127,8 +133,9 @@ def save_room(args, arch: Architecture):
     if not args.save:
         return None
     settings = DistillSettings.of(args)
-    need = checkpoint_bytes(arch, settings.kind, settings.train, args.bf16, not args.no_save_optim)
-    room = SaveRoom(Path(args.save), need, peers.fail)
+    what = arch, settings.kind, settings.train, args.bf16
+    last = checkpoint_bytes(*what, not (args.no_save_optim or args.hylo_last_weights_only))
+    room = SaveRoom(Path(args.save), checkpoint_bytes(*what, not args.no_save_optim), peers.fail, last)
     steps = args.train_iters or 0
     if args.rank == 0 and steps and not trained_to(args.save, steps):
         room.check_start(-(-steps // (args.save_interval or steps)), args.hylo_keep_last)
@@ -136,12 +143,15 @@ def save_room(args, arch: Architecture):
 
 
 def remembered(datasets, run: "TrainingRun"):
-    """Return ``datasets``, which megatron calls, so that ``run`` knows the training's data set."""
+    """Return ``datasets``, which megatron calls, so that ``run`` knows the training's data set.
+
+    In place of a data set megatron may get a loader, which has the data set.
+    """
 
     @functools.wraps(datasets)
     def build(*args, **kwargs):
         built = datasets(*args, **kwargs)
-        run.data = built[0]
+        run.data = getattr(built[0], "reads", built[0])
         return built
 
     return build
@@ -163,10 +173,14 @@ def main() -> None:
 
     from hylo_megatron.distill.batches import datasets, forward_step
     from hylo_megatron.engine import peers
+    from hylo_megatron.engine.product_rate import product_rate
     from hylo_megatron.engine.training_run import TrainingRun
     from hylo_megatron.kernels.self_test import self_test
+    from hylo_megatron.layers.fp8 import check_card
 
     args = parsed_arguments()
+    if args.hylo_teacher_fp8:
+        check_card()
     check_tokens(args)
     if args.save and args.rank == 0:
         write_companions(args)
@@ -181,6 +195,10 @@ def main() -> None:
     if args.hylo_student_iteration:
         wait_for_student(args)
     run = TrainingRun(room=save_room(args, arch))
+    if torch.cuda.device_count():
+        run.product_rate = product_rate(torch.device("cuda", args.local_rank))
+    if args.hylo_profile:
+        run.profile = StepProfile(Path(args.hylo_profile), args.train_iters)
     install("training", run)
     config = pretrain_cfg_container_from_args(args)
     with peers.ending_together(args.save, run.room and run.room.need):

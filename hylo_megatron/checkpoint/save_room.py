@@ -31,11 +31,15 @@ def checkpoint_bytes(arch: Architecture, kind: StageKind, train: str, bf16: bool
 
 
 class SaveRoom:
-    """Room for saves into ``folder``; a checkpoint has ``need`` bytes. Each training has one, which rank 0 uses."""
+    """Room for saves into ``folder``. Each training has one, which rank 0 uses.
 
-    def __init__(self, folder: Path, need: int, fail: Callable[[str], object]):
-        self.folder, self.need, self._fail = folder, need, fail
+    A checkpoint has ``need`` bytes, that of the last step ``last`` (None: as many).
+    """
+
+    def __init__(self, folder: Path, need: int, fail: Callable[[str], object], last: int | None = None):
+        self.folder, self.need, self.last, self._fail = folder, need, need if last is None else last, fail
         self._saving: Path | None = None
+        self._size = need  # of the checkpoint that is being saved
         self._watching = False
 
     def _refuse_unless_room(self, need: int, what: str) -> None:
@@ -48,19 +52,21 @@ class SaveRoom:
 
     def check_start(self, saves: int, keep: int | None) -> None:
         """Check room for ``saves``. Raises ``HyLoError`` when the first cannot fit; warns when not all can stay."""
-        self._refuse_unless_room(self.need, "no room for the first checkpoint")
+        self._refuse_unless_room(self.need if saves > 1 else self.last, "no room for the first checkpoint")
         kept = min(saves, keep + 1) if keep else saves
-        if disk.free(self.folder) < kept * self.need:
+        most = kept * self.need if kept < saves else (kept - 1) * self.need + self.last
+        if disk.free(self.folder) < most:
             what = f"no room for all {saves} checkpoints (--hylo-keep-last deletes old ones)"
             if keep:
                 what = f"no room for {keep} checkpoints and the next one"
-            print(f"warning: {disk.line(self.folder, kept * self.need, what)}", file=sys.stderr, flush=True)
+            print(f"warning: {disk.line(self.folder, most, what)}", file=sys.stderr, flush=True)
 
-    def begin(self, place: Path) -> None:
+    def begin(self, place: Path, last: bool = False) -> None:
         """Begin a save into ``place``. Raises ``HyLoError`` when it cannot fit beside one that still runs."""
-        running = max(0, self.need - disk.used(self._saving)) if self._saving else 0
-        self._refuse_unless_room(self.need + running, f"no room for {place.name}")
-        self._saving = place
+        running = max(0, self._size - disk.used(self._saving)) if self._saving else 0
+        size = self.last if last else self.need
+        self._refuse_unless_room(size + running, f"no room for {place.name}")
+        self._saving, self._size = place, size
         if not self._watching:
             self._watching = True
             threading.Thread(target=self._watch, daemon=True).start()
@@ -80,5 +86,5 @@ class SaveRoom:
                 place, before, since = saving, written, time.monotonic()
                 continue
             stalled = saving and time.monotonic() - since > STALLED_SECONDS
-            if stalled and disk.free(self.folder) < CERTAIN * self.need - written:
-                self._fail(disk.line(saving, self.need, f"{disk.text(written)} written, and no space left"))
+            if stalled and disk.free(self.folder) < CERTAIN * self._size - written:
+                self._fail(disk.line(saving, self._size, f"{disk.text(written)} written, and no space left"))

@@ -8,6 +8,8 @@ context-parallel ranks in ``layout.py``, and which parameters stay fp32 in ``mix
 from hylo_megatron.mixers.registry import HOLDERS, WINDOW, WINDOW_GATE
 
 CHUNK = 64  # positions that the kernels of linear blocks work on at once
+# Values of gate and up of an MLP on a rank: up to the first it runs whole, beyond in blocks of at most the second.
+WHOLE_MLP, BLOCK_OF_MLP = 2**29, 2**28
 
 _MIXER_MODULES = tuple(f".{holder}." for holder in HOLDERS)
 
@@ -32,3 +34,15 @@ def token_chunks(tokens: int, taught: int, chunk: int) -> list[tuple[slice, bool
     ``taught`` tokens). No chunk has tokens of both sorts."""
     cuts = [*range(0, taught, chunk), *range(taught, tokens, chunk), tokens]
     return [(slice(a, b), a < taught) for a, b in zip(cuts, cuts[1:], strict=False) if b > a]
+
+
+def mlp_rows(rows: int, tokens: int, width: int, block: int | None = None) -> int:
+    """Return how many of ``rows`` an MLP whose values are not kept computes at once (``layers/mlp.py``).
+
+    A row has ``tokens`` tokens: one of each sequence, from all ranks that sequence parallelism gathers. ``width``: of
+    gate and up on a rank. ``block``: tokens of a block, None for automatic blocks.
+    """
+    if block is None:
+        most = max(1, BLOCK_OF_MLP // width // 1024) * 1024  # whole tiles of a matrix product
+        block = rows * tokens if rows * tokens * width <= WHOLE_MLP else most
+    return min(rows, max(1, block // tokens))

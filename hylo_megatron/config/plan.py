@@ -6,8 +6,13 @@ stages.
 """
 
 import re
+from typing import Literal
+
+from pydantic import ConfigDict
+from typing_extensions import TypedDict
 
 from hylo_megatron.errors import HyLoError
+from hylo_megatron.json_file import Count, Size, read_json
 from hylo_megatron.mixers import LINEAR, MIXERS
 
 _LINEAR_NAMES = {short: name for name in LINEAR for short in (MIXERS[name].short, *MIXERS[name].aliases)}
@@ -30,7 +35,8 @@ class Plan(tuple[str, ...]):
 
     @classmethod
     def parse(cls, num_layers: int, text: str, linear: str | None = None) -> "Plan":
-        """Read ``1,5,10,14`` | ``uniform:K`` | ``all`` | ``none`` | a plan's name such as ``4MLA12GDN``.
+        """Read ``1,5,10,14`` | ``uniform:K`` | ``all`` | ``none`` | a plan's name such as ``4MLA12GDN`` | a file
+        ``*.json`` of ``hylo select-layers``.
 
         ``linear`` is the mixer of the layers that are not MLA (default: gdn). A plan's name says which mixer that is.
         A name puts the MLA layers where the paper lists that split; on every other layer from 0 when half of the
@@ -38,6 +44,8 @@ class Plan(tuple[str, ...]):
         """
         if match := _PLAN_NAME.fullmatch(text):
             layers, linear = _named_layers(match, num_layers, linear)
+        elif text.endswith(".json"):
+            layers, linear = _layers_of_file(text, num_layers, linear)
         else:
             layers = _mla_layers(text, num_layers)
         linear = linear or LINEAR[0]
@@ -111,6 +119,26 @@ def _named_layers(match: re.Match, num_layers: int, linear: str | None) -> tuple
     else:
         layers = PUBLISHED_MLA_LAYERS.get((num_layers, count)) or uniform_layers(num_layers, count)
     return layers, _LINEAR_NAMES[kind]
+
+
+class _PlanFile(TypedDict):
+    __pydantic_config__ = ConfigDict(extra="allow")
+
+    num_layers: Size
+    mla_layers: list[Count]
+    linear: Literal[LINEAR]
+
+
+def _layers_of_file(path: str, num_layers: int, linear: str | None) -> tuple[tuple[int, ...], str]:
+    """Return the MLA layers and the linear mixer of a file that ``hylo select-layers`` wrote."""
+    found = read_json(path, _PlanFile, "expected plan.json of hylo select-layers")
+    if found["num_layers"] != num_layers:
+        raise HyLoError(f"{path}: num_layers is {found['num_layers']}, the base model has {num_layers}")
+    if linear not in (None, found["linear"]):
+        raise HyLoError(f"{path}: linear is {found['linear']}, --linear {linear}; leave --linear out")
+    if wrong := [layer for layer in found["mla_layers"] if layer >= num_layers]:
+        raise HyLoError(f"{path}: mla_layers has {wrong[0]}, expected numbers below {num_layers}")
+    return tuple(found["mla_layers"]), found["linear"]
 
 
 def _mla_layers(text: str, num_layers: int) -> tuple[int, ...]:

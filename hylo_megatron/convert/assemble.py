@@ -52,7 +52,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--mla", required=True, help="checkpoint of the all-MLA student (--mla-layers all)")
     linear = "checkpoint of the all-linear student (--mla-layers none)"
     parser.add_argument("--linear-student", required=True, help=linear)
-    parser.add_argument("--mla-layers", required=True, help="1,5,10,14 | uniform:K | a name such as 4MLA12GDN")
+    parser.add_argument(
+        "--mla-layers",
+        required=True,
+        help="1,5,10,14 | uniform:K | a name such as 4MLA12GDN | plan.json of hylo select-layers",
+    )
     parser.add_argument("--linear", choices=LINEAR, help=f"default: {LINEAR[0]}, or the plan's name")
     parser.add_argument("--out", required=True)
     options = parser.parse_args(argv)

@@ -86,8 +86,13 @@ def _stage(stage: dict, steps: int) -> TrainedStage:
         steps=steps,
         tokens=steps * stage["global_batch"] * stage["seq_length"],
         length=stage["seq_length"],
-        mix=", ".join(f"{share:.0%} {name}" for name, share in stage["mix"]),
+        mix=", ".join(f"{share:.0%} {name}" for name, share in stage["mix"]) + _own_text(stage),
     )
+
+
+def _own_text(stage: dict) -> str:
+    share = stage.get("on_policy")
+    return f"{'; ' if stage['mix'] else ''}{share:.0%} of the plain text by the student" if share else ""
 
 
 def _of_recipe(origin: Origin, run: Path, recipe: dict, done: list[str], iteration: int | None) -> Origin:
@@ -107,6 +112,8 @@ def _of_recipe(origin: Origin, run: Path, recipe: dict, done: list[str], iterati
     sampled = run / "sampled" / "sampled.json"
     if sampled.is_file() and any(name == "sampled" for stage in read for name, _ in stage["mix"]):
         texts.append(_sampled_text(sampled))
+    own = [run / "on-policy" / stage["name"] / "sampled.json" for stage in read if stage.get("on_policy")]
+    texts += [_sampled_text(path) for path in own if path.is_file()]
     return replace(origin, texts=tuple(texts))
 
 

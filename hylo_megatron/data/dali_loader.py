@@ -30,6 +30,7 @@ class DaliLoader:
         self, dataset: Dataset, batches: Iterable[list[int]], keys: tuple[str, ...], rows: int, device: int | None
     ):
         dali = packages.load("nvidia-dali", PURPOSE)
+        self.reads = dataset  # the guard's events name samples of it
         self._copy = packages.load("nvidia-dali", PURPOSE, "nvidia.dali.plugin.pytorch").feed_ndarray
         first = dataset[0]
         self.types = {key: first[key].dtype for key in keys if key in first}

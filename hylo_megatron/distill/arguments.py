@@ -31,6 +31,34 @@ def _add_model_arguments(add) -> None:
         " (auto: a2a where the heads divide by the ranks)",
     )
     add(
+        "--hylo-mlp-block",
+        type=size,
+        help="tokens that the MLPs of the frozen teacher and recomputed MLPs compute at once (default: all, and where"
+        " gate and up of a rank have over 2**29 values, blocks of at most 2**28)",
+    )
+    add(
+        "--hylo-recurrence-block",
+        type=size,
+        help="tokens that the recurrence of GDN and KDA blocks reads at once, a multiple of 64: less memory in the"
+        " backward pass of a long sequence (default: all)",
+    )
+    add(
+        "--hylo-teacher-fp8",
+        action="store_true",
+        help="multiply in FP8 in the teacher's layers, whose weights then take half the memory (distill; Ada, Hopper"
+        " or newer)",
+    )
+    add(
+        "--hylo-offload-teacher",
+        action="store_true",
+        help="keep the teacher's layers in the host's memory; each is on the GPU only while it computes",
+    )
+    add(
+        "--hylo-offload-optimizer",
+        action="store_true",
+        help="keep the optimizer's states in the host's memory during forward and backward passes",
+    )
+    add(
         "--hylo-initial-states",
         choices=MODES,
         default="zero",
@@ -62,6 +90,12 @@ def _add_run_arguments(add) -> None:
     add("--no-self-test", action="store_true", help="do not compare the GPU kernels with their references at start-up")
     add("--hylo-keep-last", type=size, help="checkpoints to keep, the newest; older ones are deleted (default: all)")
     add(
+        "--hylo-last-weights-only",
+        action="store_true",
+        help="save the last step without the optimizer's states, which take six times the room of the weights; the"
+        " next stage does not read them, and the finished run cannot be given more steps",
+    )
+    add(
         "--hylo-on-spike",
         choices=ACTIONS,
         default="warn",
@@ -69,6 +103,13 @@ def _add_run_arguments(add) -> None:
         " rollback: go back to the last checkpoint's weights and on with the next samples; stop: end the training, as"
         " warn does for values that are not finite",
     )
+    add(
+        "--hylo-random-weights",
+        action="store_true",
+        help="start student and teacher from random weights, made on the device; their folders need no more than"
+        " hylo.json. For benchmarks: nothing is saved",
+    )
+    add("--hylo-profile", help="folder for a table of the time of each group of kernels in two of the last steps")
     add("--hylo-log", help="JSON lines with the losses of every step (default: SAVE/train_log.jsonl)")
 
 

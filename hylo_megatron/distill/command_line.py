@@ -9,14 +9,16 @@ from pathlib import Path
 
 from hylo_megatron.checkpoint.diverged import DIVERGED, why_diverged
 from hylo_megatron.config import Architecture
+from hylo_megatron.config.decisions import CHUNK
 from hylo_megatron.config.layout import ParallelLayout, Work, check_parallel_layout
 from hylo_megatron.config.pair import check_pair
 from hylo_megatron.config.stages import STAGE_KINDS, stage_kind
 from hylo_megatron.distill.arguments import add_hylo_arguments, engine_flags, run_architecture
 from hylo_megatron.distill.losses import check_levers, loss_of
 from hylo_megatron.distill.spikes import GATES, SpikeSettings
+from hylo_megatron.engine.step_profile import LEAST_STEPS
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.flags import Parser, share, size, weight
+from hylo_megatron.flags import Parser, given, share, size, weight
 from hylo_megatron.options import from_options
 
 
@@ -39,7 +41,10 @@ LIMITS = {
 
 
 def user_flags(user: list[str]) -> argparse.Namespace:
-    """Return ``user`` as parsed by Megatron and by us. Raises ``HyLoError`` for a flag or value that is refused."""
+    """Return ``user`` as parsed by Megatron and by us. Raises ``HyLoError`` for a flag or value that is refused.
+
+    ``given`` of the result has the names of the flags that ``user`` has.
+    """
     from megatron.training.arguments import add_megatron_arguments
 
     parser = Parser(add_help=False, allow_abbrev=False)
@@ -48,7 +53,7 @@ def user_flags(user: list[str]) -> argparse.Namespace:
     for action in parser._actions:
         action.required = False  # the checks below say what to give
         action.type = limits.get(action.dest, action.type)
-    return parser.parse_args(user)
+    return argparse.Namespace(**vars(parser.parse_args(user)), given=given(parser, user))
 
 
 def _data(known: argparse.Namespace) -> object:
@@ -73,6 +78,35 @@ def check_stage(known: argparse.Namespace) -> None:
     from_options(SpikeSettings, known)
     if known.hylo_on_spike == "rollback" and known.no_save_optim:
         raise HyLoError("--hylo-on-spike rollback needs the optimizer of checkpoints: leave --no-save-optim out")
+
+
+def check_recurrence_block(known: argparse.Namespace, student: Architecture) -> None:
+    block, flag = known.hylo_recurrence_block, f"--hylo-recurrence-block {known.hylo_recurrence_block}"
+    if not block:
+        return
+    if block % CHUNK:
+        raise HyLoError(f"{flag}: expected a multiple of {CHUNK}, the tokens that the kernels work on at once")
+    if not {"gdn", "kda"} & set(student.plan):
+        raise HyLoError(f"{flag}: the student has no GDN or KDA block, whose recurrence this is; leave it out")
+    if known.context_parallel_size > 1 or known.hylo_initial_states != "zero":
+        raise HyLoError(f"{flag} works with --context-parallel-size 1 and --hylo-initial-states zero; leave it out")
+
+
+def check_teacher_and_memory(known: argparse.Namespace) -> None:
+    """Refuse FP8 where it does not help, to move tensors away beside a CUDA graph, and megatron-core's way of it."""
+    graph = known.cuda_graph_impl
+    for what in ("teacher", "optimizer"):
+        if getattr(known, f"hylo_offload_{what}") and graph not in (None, "none"):
+            raise HyLoError(
+                f"--hylo-offload-{what}: --cuda-graph-impl {graph} needs all tensors to stay in their places;"
+                " leave one of the two out"
+            )
+    if known.hylo_teacher_fp8 and stage_kind(known.hylo_stage).layerwise:
+        raise HyLoError(f"--hylo-teacher-fp8: --hylo-stage {known.hylo_stage} would learn its rounding; leave it out")
+    if known.hylo_teacher_fp8 and known.hylo_backend != "local":
+        raise HyLoError("--hylo-teacher-fp8 multiplies by torch; leave out one of it and --hylo-backend te")
+    if known.optimizer_cpu_offload:
+        raise HyLoError("--optimizer-cpu-offload steps on the CPU and is not supported; use --hylo-offload-optimizer")
 
 
 def check_given(known: argparse.Namespace, user: list[str]) -> None:
@@ -101,6 +135,8 @@ def check_given(known: argparse.Namespace, user: list[str]) -> None:
         raise HyLoError("--check-for-spiky-loss has no effect here: --hylo-on-spike and --hylo-spike-factor do this")
     _check_blends(known)
     check_stage(known)
+    _check_benchmark(known)
+    check_teacher_and_memory(known)
     if known.hylo_on_spike == "rollback" and not known.save:
         raise HyLoError("--hylo-on-spike rollback: --save is missing, the folder with the checkpoints to go back to")
     steps = known.lr_decay_iters or known.train_iters or 0
@@ -110,6 +146,18 @@ def check_given(known: argparse.Namespace, user: list[str]) -> None:
         raise HyLoError("--hylo-keep-last and --save-retain-interval both delete checkpoints; choose one")
 
 
+def _check_benchmark(known: argparse.Namespace) -> None:
+    """Refuse random weights beside flags for checkpoints, and a profile of fewer steps than it needs."""
+    flags = ("--save", "--load", "--hylo-student-iteration")
+    given = next((flag for flag in flags if getattr(known, flag[2:].replace("-", "_"))), None)
+    if known.hylo_random_weights and given:
+        raise HyLoError(
+            f"{given}: a benchmark with --hylo-random-weights loads and saves nothing; leave one of them out"
+        )
+    if known.hylo_profile and (known.train_iters or 0) < LEAST_STEPS:
+        raise HyLoError(f"--hylo-profile: needs --train-iters of {LEAST_STEPS} or more, got {known.train_iters}")
+
+
 def check_models(known: argparse.Namespace, student: Architecture) -> None:
     """Raise ``HyLoError`` for a teacher that does not fit, or a layout that student or teacher does not fit."""
     teacher = Architecture.load(known.hylo_teacher)
@@ -117,6 +165,7 @@ def check_models(known: argparse.Namespace, student: Architecture) -> None:
     check_pair(student, teacher, kind, (Path(known.hylo_student), Path(known.hylo_teacher)))
     loss = loss_of(kind, known)
     loss.check(student, teacher, known.pipeline_model_parallel_size, bool(known.recompute_granularity))
+    check_recurrence_block(known, student)
     if known.hylo_initial_states != "zero" and known.context_parallel_size > 1:
         raise HyLoError(
             f"--hylo-initial-states {known.hylo_initial_states}: a sequence must be on one rank, and"
@@ -186,7 +235,10 @@ def prepare_command_line() -> Architecture:
     if known.hylo_on_spike in GATES:  # megatron would end the training before our guard can decide
         flags += ["--no-check-for-nan-in-loss-and-grad"]
     # A run resumes from --save if that folder holds a checkpoint, else it starts from the student's weights.
-    flags += ["--pretrained-checkpoint", known.hylo_student]
+    if known.hylo_random_weights:
+        flags += ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(arch.vocab_size)]
+    else:
+        flags += ["--pretrained-checkpoint", known.hylo_student]
     if known.save and "--load" not in user:
         flags += ["--load", known.save]
     sys.argv[1:] = flags + user

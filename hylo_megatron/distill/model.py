@@ -14,12 +14,15 @@ from torch import Tensor
 from hylo_megatron.config import Architecture
 from hylo_megatron.config.decisions import taught_length
 from hylo_megatron.distill.head import HeadInputs
+from hylo_megatron.distill.host_memory import stream_layers
 from hylo_megatron.distill.ild import HiddenStates
 from hylo_megatron.distill.losses.hidden import hidden_distance, shared_gradient
 from hylo_megatron.distill.payload import Payload
 from hylo_megatron.distill.settings import DistillSettings
 from hylo_megatron.layers.load import load_state, model_tensors
+from hylo_megatron.mixers.initial_states import InitialStates
 from hylo_megatron.mixers.megatron_linear import LinearMixer
+from hylo_megatron.planner.flops import TokenFlops, token_flops
 
 
 def _give_gradient(module, inputs, embedded: Tensor) -> Tensor:
@@ -41,9 +44,11 @@ class DistillModel(MegatronModule):
         super().__init__(config)
         self.payload = payload
         self.vocab_size = min(arch.vocab_size, teacher_arch.vocab_size)  # no token has the rows beyond
-        self.student, self.settings, self.arch = student, settings, arch
+        self.student, self.settings, self.arch, self.teacher_arch = student, settings, arch, teacher_arch
         # In a plain list, so that DDP, the optimizer and checkpoints do not find the teacher.
         self._frozen = [teacher.eval().requires_grad_(False)]
+        if settings.offload_teacher:
+            stream_layers(teacher)
         for name in ("pre_process", "post_process", "share_embeddings_and_output_weights", "model_type", "vp_stage",
                      "pg_collection"):  # fmt: skip
             setattr(self, name, getattr(student, name, None))
@@ -52,7 +57,9 @@ class DistillModel(MegatronModule):
             parameter.requires_grad_(settings.kind.trains(name, settings.train))
         if self.pre_process and settings.train == "mixers":
             student.embedding.register_forward_hook(_give_gradient)
-        self._initial_states = self._start_from(settings) if settings.initial_states != "zero" else []
+        self._initial_states = self._start_from(settings) if settings.initial_states != "zero" else {}
+        for block in self._linear_blocks() if settings.recurrence_block else ():
+            block.cut_recurrence(settings.recurrence_block)
         self.late = None  # see ``KL.token_weights``
         if settings.kind.layerwise:
             self._prepare_layers()
@@ -71,10 +78,17 @@ class DistillModel(MegatronModule):
         self.layer_sums_LP = torch.zeros_like(self.norms_LP)  # since the log took them
         self.layer_tokens = torch.zeros((), device=device)
 
-    def _start_from(self, settings: DistillSettings) -> list:
+    def _start_from(self, settings: DistillSettings) -> dict[str, InitialStates]:
+        """Return the initial states of each linear block, by the number of its layer, which no other chunk has."""
         first = (settings.seed * torch.distributed.get_world_size() + torch.distributed.get_rank()) * 1000
-        blocks = [module for module in self.student.modules() if isinstance(module, LinearMixer)]
-        return [block.start_from(settings.initial_states, first + block.layer_number) for block in blocks]
+        mode = settings.initial_states
+        return {
+            str(block.layer_number): block.start_from(mode, first + block.layer_number)
+            for block in self._linear_blocks()
+        }
+
+    def _linear_blocks(self) -> list[LinearMixer]:
+        return [module for module in self.student.modules() if isinstance(module, LinearMixer)]
 
     def _prepare_head(self) -> None:
         loss = self.settings.loss
@@ -83,17 +97,33 @@ class DistillModel(MegatronModule):
         stacks = (self.student.decoder, self.teacher.decoder) if loss.hidden_layers_weight else ()
         self._both_states = [HiddenStates(stack) for stack in stacks]
 
+    def token_flops(self, length: int) -> TokenFlops:
+        """Return the FLOPs of a token in sequences of ``length``."""
+        settings = self.settings
+        taught = self._taught(length) if not settings.kind.layerwise else length
+        return token_flops(self.arch, self.teacher_arch, settings.kind, train=settings.train, length=length,
+                           taught=taught)  # fmt: skip
+
     def forget_states(self) -> None:
         """Start the next step from zero states, since the guard has left out this one."""
-        for states in self._initial_states:
+        for states in self._initial_states.values():
             states.forget()
+
+    def initial_states(self) -> dict[str, Tensor]:
+        """Return what the states that the next step starts from are made of, by the number of their layer."""
+        return {name: states.final for name, states in self._initial_states.items() if states.final is not None}
+
+    def set_initial_states(self, found: dict[str, Tensor]) -> None:
+        """Let the next step start as after ``initial_states`` returned ``found``."""
+        for name, states in self._initial_states.items():
+            states.restore(found[name].to(torch.cuda.current_device()))
 
     def begin_step(self, step: int, steps: int) -> bool:
         """Set what depends on the number of the step, counted from 0; a CUDA graph reads the value in place.
 
         Returns a value that changes where the loss gets other weights.
         """
-        for states in self._initial_states:
+        for states in self._initial_states.values():
             states.begin_step(step)
         late = self.late is not None and self.settings.loss.late_at(step, steps)
         if self.late is not None:

@@ -79,8 +79,24 @@ def _saved(path: Path, optimizer, args) -> dict | None:
     return common if {"args", "optimizer", "opt_param_scheduler"} <= common.keys() else None
 
 
+def has_no_optimizer(path: Path, args) -> bool:
+    """Return whether the optimizer would be loaded from ``path``, a checkpoint of a training, and is not there."""
+    if args.finetune or args.no_load_optim:
+        return False
+    common = dist_checkpointing.load_common_state_dict(str(path))
+    return "args" in common and "optimizer" not in common
+
+
 def check(path: Path, optimizer, scheduler, args) -> None:
-    """Raise ``HyLoError`` with the flags by which this run differs from the one that saved ``path``, if any."""
+    """Raise ``HyLoError`` with the flags by which this run differs from the one that saved ``path``, if any.
+
+    A finished run needs no optimizer any more, and may be started again without one.
+    """
+    if has_no_optimizer(path, args) and path.name != f"iter_{args.train_iters or 0:07d}":
+        raise HyLoError(
+            f"{path} has no optimizer's states, expected those of a run that goes on; start another training from its"
+            f" weights by --hylo-student {path.parent} and another --save, or give --no-load-optim"
+        )
     saved = _saved(path, optimizer, args)
     if not saved:
         return

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
-from hylo_megatron.checkpoint import iterations
+from hylo_megatron.checkpoint import initial_states, iterations
 from hylo_megatron.checkpoint.safe_pickles import check_pickles, explain
 from hylo_megatron.checkpoint.save_room import SaveRoom
 from hylo_megatron.engine.patch import entries
@@ -115,26 +115,62 @@ def load_checked(load, run: TrainingRun):
             if resumes:
                 optimizer, scheduler = models_and_optimizer[1:3]
                 _first_rank_alone(lambda: resume.check(path, optimizer, scheduler, args))
+                args.no_load_optim = args.no_load_optim or resume.has_no_optimizer(path, args)
                 stack.enter_context(resume.learning_rates(path, optimizer, args))
             try:
-                return load(*models_and_optimizer, load_arg=load_arg, **kwargs)
+                loaded = load(*models_and_optimizer, load_arg=load_arg, **kwargs)
             except CheckpointException as error:  # torch raises it on every rank
                 failure = error
+            else:
+                if resumes and not (args.finetune or args.no_load_optim):
+                    run.home = Path(folder)
+                    _load_initial_states(run, path)
+                return loaded
             _first_rank_alone(lambda: explain(path, failure))
 
     return load_after_checks
 
 
+def _layout(args) -> str:
+    """Return what the sizes of initial states and their places on ranks follow from."""
+    sizes = (args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.data_parallel_size)
+    chunks = args.virtual_pipeline_model_parallel_size or 1
+    return f"TP {sizes[0]} PP {sizes[1]} x {chunks} DP {sizes[2]}, {args.micro_batch_size} sequences"
+
+
+def _load_initial_states(run: TrainingRun, path: Path) -> None:
+    """Restore the states that linear blocks start from: on all ranks, or on none."""
+    args, rank = _args(), torch.distributed.get_rank()
+    if args.hylo_initial_states == "zero":
+        return
+    number = int(path.name.removeprefix("iter_")) if path.name.startswith("iter_") else 0
+    found = initial_states.read(path.parent, number, rank, _layout(args))
+    everywhere = torch.tensor(float(found is not None), device=torch.cuda.current_device())
+    torch.distributed.all_reduce(everywhere, torch.distributed.ReduceOp.MIN)
+    if everywhere:
+        for model in run.models:
+            model.set_initial_states(found)
+    elif rank == 0:
+        print(f"warning: {path}: no initial states of this layout beside it, so the first step starts from zero")
+
+
 # ---- saving ----
 
 
-def _make_room(folder: str, iteration: int, room: SaveRoom | None) -> None:
+def _save_initial_states(run: TrainingRun, iteration: int) -> None:
+    args, rank = _args(), torch.distributed.get_rank()
+    if args.hylo_initial_states != "zero":  # a rank without linear blocks has a file without states
+        states = {layer: state for model in run.models for layer, state in model.initial_states().items()}
+        initial_states.write(Path(args.save), iteration, rank, states, _layout(args))
+
+
+def _make_room(folder: str, iteration: int, room: SaveRoom | None, last: bool) -> None:
     """Set an older save aside: megatron would write over its files, and one ``metadata.json`` vouch for both."""
     place = iterations.iteration_folder(folder, iteration)
     if place.exists():
         iterations.set_aside(place)
     if room:
-        room.begin(place)
+        room.begin(place, last)
 
 
 def _is_the_one_loaded(args, iteration: int) -> bool:
@@ -152,10 +188,14 @@ def save_apart(save, run: TrainingRun):
         if not non_persistent_ckpt:
             if _is_the_one_loaded(args, iteration):
                 return
-            _first_rank_alone(lambda: _make_room(args.save, iteration, run.room))
+            last = args.hylo_last_weights_only and iteration == args.train_iters
+            args.no_save_optim = args.no_save_optim or last
+            _first_rank_alone(lambda: _make_room(args.save, iteration, run.room, last))
+            _save_initial_states(run, iteration)
         save(iteration, *what, non_persistent_ckpt=non_persistent_ckpt, **kwargs)
         if not non_persistent_ckpt:
-            args.ckpt_step = None  # a rollback goes to this checkpoint, no longer to the one that was loaded
+            # A rollback goes to this checkpoint, no longer to the one that was loaded.
+            args.ckpt_step, run.home = None, Path(args.save)
 
     return save_into_own_folder
 

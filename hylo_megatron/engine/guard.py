@@ -94,14 +94,14 @@ class Guard:
 
     # ---- after it ----
 
-    def after(self, models: list, optimizer, scheduler) -> None:
-        """Advance the schedule of a step that was left out, and roll back if asked."""
+    def after(self, models: list, optimizer, scheduler, home: Path | None = None) -> None:
+        """Advance the schedule of a step that was left out, and if asked roll back to a checkpoint of ``home``."""
         if self.wrong is None:
             return
         scheduler.step(increment=get_current_global_batch_size())
         if self.spikes.settings.action == "rollback":
             self.spikes.rollbacks += 1
-            restore(self.args, models, optimizer, scheduler)
+            restore(self.args, home, models, optimizer, scheduler)
 
     def report(self, iteration: int, loss: float, norm: float | None) -> None:
         """Log the step's events on rank 0. Raises ``HyLoError`` where the training must not go on."""
@@ -132,8 +132,8 @@ class Guard:
         raise HyLoError(f"diverged at step {iteration}: {why}")
 
     def _event(self, iteration: int, what: str, why: str, loss: float, norm: float | None) -> str:
-        order = self.data if self.args.dataloader_type == "single" else None  # no other loader's order is known
-        samples = step_samples(order, self.first, get_current_global_batch_size())
+        known = self.args.dataloader_type == "single" or self.args.dataloader == "dali"  # whose order is the same
+        samples = step_samples(self.data if known else None, self.first, get_current_global_batch_size())
         line = {"iteration": iteration, "event": what, "why": why, "loss": json_number(loss)}
         line |= {"grad_norm": json_number(norm), "samples": samples}
         self.events.parent.mkdir(parents=True, exist_ok=True)
@@ -161,21 +161,24 @@ def mean_loss(micro_batches: list[dict], weights: dict[str, float]) -> float:
     return float(loss)
 
 
-def restore(args, models: list, optimizer, scheduler) -> None:
-    """Load weights and optimizer of the newest checkpoint. Data and learning rate go on from where they are."""
+def restore(args, home: Path | None, models: list, optimizer, scheduler) -> None:
+    """Load weights and optimizer of a checkpoint of ``home``: the newest, or until the run has saved the one loaded.
+
+    Data and learning rate go on from where they are.
+    """
     from megatron.training import training
     from megatron.training.async_utils import maybe_finalize_async_save
 
     maybe_finalize_async_save(blocking=True)
-    if not args.save or not complete_iterations(Path(args.save)):
+    if home is None or not complete_iterations(home):
         raise HyLoError(
-            f"--hylo-on-spike rollback: {args.save} has no checkpoint yet to go back to; lower --save-interval, or use"
-            " --hylo-on-spike skip"
+            f"--hylo-on-spike rollback: the run has no checkpoint yet to go back to, neither saved in {args.save} nor"
+            " loaded with its optimizer; lower --save-interval, or use --hylo-on-spike skip"
         )
     kept = {name: getattr(args, name) for name in (
         "load", "finetune", "no_load_optim", "no_load_rng", "consumed_train_samples", "skipped_train_samples",
         "consumed_valid_samples")}  # fmt: skip
-    args.load, args.finetune, args.no_load_optim, args.no_load_rng = args.save, False, False, True
+    args.load, args.finetune, args.no_load_optim, args.no_load_rng = str(home), False, False, True
     iteration, *_ = training.load_checkpoint(models, optimizer, None)
     for name, value in kept.items():
         setattr(args, name, value)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from hylo_megatron.engine.guard import Guard
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: bytes) -> float:
     try:
         return json.loads(line)["iteration"]
     except (ValueError, KeyError, TypeError):  # half a line, the last that a crash left
@@ -28,11 +28,16 @@ def _step_of(line: str) -> float:
 
 
 class StepLog:
-    """Appends one line of JSON for each step: global means of the losses, also per layer in a layerwise stage."""
+    """Appends one line of JSON for each step: global means of the losses, also per layer in a layerwise stage.
 
-    def __init__(self, args, models: list):
-        self.stage, self.models = args.hylo_stage, models
+    With ``product_rate``, the device's FLOP/s of matrix products, a line has ``tflops``, the model FLOPs of a second
+    and device, and ``utilization``, their share of that rate (``planner/flops.py`` says what they count).
+    """
+
+    def __init__(self, args, models: list, product_rate: float | None = None):
+        self.stage, self.models, self.product_rate = args.hylo_stage, models, product_rate
         self.tokens = args.global_batch_size * args.seq_length
+        self.flops = self.tokens * models[0].token_flops(args.seq_length).total if product_rate else 0.0
         self.path = Path(args.hylo_log or Path(args.save or ".") / "train_log.jsonl")
         self.writes, self.last = torch.distributed.get_rank() == 0, None
 
@@ -40,8 +45,8 @@ class StepLog:
         """Drop lines of steps that an interrupted run took after its last checkpoint: they are taken again."""
         if not self.writes or not self.path.is_file():
             return
-        kept = [line for line in self.path.read_text(errors="replace").splitlines() if _step_of(line) <= iteration]
-        write_text(self.path, "".join(line + "\n" for line in kept))
+        kept = [line for line in self.path.read_bytes().split(b"\n") if _step_of(line) <= iteration]
+        write_text(self.path, "".join(line.decode() + "\n" for line in kept))
 
     def layer_means(self) -> list[list[float]] | None:
         """Return the parts of each layer's loss, averaged over all tokens of the step; None in other stages."""
@@ -90,6 +95,7 @@ class StepLog:
         line = {"stage": self.stage, "iteration": iteration}
         line |= losses | {LEARNT: learnt, "lr": learning_rate, "grad_norm": json_number(norm)}
         line |= {"tokens": iteration * self.tokens, "seconds": self.last and round(now - self.last, 4)}
+        line |= self._speed(line["seconds"])
         line["memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         if skipped:
             line["skipped"] = True
@@ -99,6 +105,12 @@ class StepLog:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
+
+    def _speed(self, seconds: float | None) -> dict[str, float]:
+        if not seconds or not self.product_rate:
+            return {}
+        rate = self.flops / seconds / torch.distributed.get_world_size()
+        return {"tflops": round(rate / 1e12, 2), "utilization": round(rate / self.product_rate, 4)}
 
     def _of_last_stage(self, losses: dict) -> dict[str, float]:
         """Return the losses, which only the last stage of a pipeline knows, on every stage."""

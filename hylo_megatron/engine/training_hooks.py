@@ -1,5 +1,7 @@
 """Changes to the training loop of ``megatron.training``: parameter groups, schedule, a log line each step."""
 
+import contextlib
+
 from hylo_megatron.config.decisions import is_new
 from hylo_megatron.config.stages import stage_kind
 from hylo_megatron.engine.patch import entries
@@ -45,6 +47,16 @@ def with_groups(configure, run: TrainingRun):
     return configure_with_groups
 
 
+def without_states(args, optimizer, run: TrainingRun) -> contextlib.AbstractContextManager:
+    """Keep the optimizer's states on the host during the passes of a step, if asked."""
+    from hylo_megatron.distill.host_memory import OptimizerAway
+
+    if not args.hylo_offload_optimizer:
+        return contextlib.nullcontext()
+    run.offload = run.offload or OptimizerAway()
+    return run.offload.during_passes(optimizer)
+
+
 def with_step_start(train_step, run: TrainingRun):
     """megatron's ``train_step``, after the models have been told its number, and with the guard's gate if asked."""
 
@@ -54,10 +66,12 @@ def with_step_start(train_step, run: TrainingRun):
         from hylo_megatron.engine.guard import Guard
 
         args = get_args()
+        if run.profile:
+            run.profile.begin_step(kwargs["iteration"])
         phases = [model.begin_step(kwargs["iteration"], args.train_iters) for model in run.models]
         run.guard = run.guard or Guard(args, run.models[0].settings.loss, run.data)
         run.guard.begin(phases)
-        with run.guard.gate(optimizer) as losses:
+        with without_states(args, optimizer, run), run.guard.gate(optimizer) as losses:
 
             def keep_losses(**batch):
                 found = schedule(**batch)
@@ -65,7 +79,7 @@ def with_step_start(train_step, run: TrainingRun):
                 return found
 
             result = train_step(forward_step, data, models, optimizer, scheduler, config, keep_losses, **kwargs)
-        run.guard.after(models, optimizer, scheduler)
+        run.guard.after(models, optimizer, scheduler, run.home)
         if run.guard.wrong is not None:
             for model in run.models:
                 model.forget_states()
@@ -86,7 +100,7 @@ def with_step_log(log, run: TrainingRun):
         from hylo_megatron.engine.step_log import StepLog
 
         if run.log is None:
-            run.log = StepLog(get_args(), run.models)
+            run.log = StepLog(get_args(), run.models, run.product_rate)
             run.log.truncate(iteration - 1)
         run.log.write(losses, iteration, learning_rate, grad_norm, run.guard)
         return log(losses, total, learning_rate, iteration, scale, report, skipped, grad_norm, *rest, **kwargs)

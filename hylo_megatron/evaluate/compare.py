@@ -2,7 +2,8 @@
 
 import math
 
-from hylo_megatron.evaluate.intervals import bootstrap
+from hylo_megatron.evaluate.intervals import bootstrap, of_differences
+from hylo_megatron.evaluate.suites import REGISTRY, Scores
 
 ROLES = {"teacher": "teacher", "teacher_yarn": "teacher with YaRN", "control": "control", "model": "model"}
 BASES = ("teacher", "control")  # roles that the model is compared with
@@ -44,6 +45,51 @@ def _paired(before: dict, after: dict) -> dict:
         return {}
     low, high = bootstrap([b[1] - a[1] for a, b in pairs], [a[0] for a, _ in pairs])
     return {"low": math.exp(low), "high": math.exp(high)}
+
+
+def labelled(entry: dict) -> dict[str, dict | None]:
+    """Return the summary of each score of a model, by the label of its row; None for a length that was not run."""
+    rows = (suite.rows(entry[name]) for name, suite in REGISTRY.items() if name in entry)
+    return {label: row for pairs in rows for label, row in pairs}
+
+
+def _questions(entry: dict) -> dict[str, Scores]:
+    found = (suite.scores(entry[name]) for name, suite in REGISTRY.items() if name in entry)
+    return {label: scores for pairs in found for label, scores in pairs}
+
+
+def differences(base: dict, model: dict) -> dict[str, dict]:
+    """Return the model's accuracy minus the base's for each score that both have, by the label of its row.
+
+    If both have answered the same questions there is a 95 % interval (``low`` to ``high``), which draws questions and
+    compares the models on each draw, and the number of questions at which the model is ``better`` and ``worse``.
+    """
+    rows, others = labelled(model), labelled(base)
+    asked, before = _questions(model), _questions(base)
+    return {
+        label: {
+            "difference": row["accuracy"] - others[label]["accuracy"],
+            **_of_pairs(before.get(label, []), asked.get(label, [])),
+        }
+        for label, row in rows.items()
+        if row and others.get(label)
+    }
+
+
+def _of_pairs(before: Scores, after: Scores) -> dict:
+    """Return interval and counts of pairs; empty for fewer than two questions, or for different ones."""
+    if len(after) < 2 or [question for question, _ in before] != [question for question, _ in after]:
+        return {}
+    a, b = ([score for _, score in scores] for scores in (before, after))
+    low, high = of_differences(a, b)
+    better = sum(new > old for old, new in zip(a, b, strict=True))
+    worse = sum(new < old for old, new in zip(a, b, strict=True))
+    return {"low": low, "high": high, "better": better, "worse": worse, "samples": len(b)}
+
+
+def differences_of(figures: dict[str, dict]) -> dict[str, dict]:
+    """Return the differences of the model's scores to those of the teacher and of the control."""
+    return {base: differences(figures[base], figures["model"]) for base in BASES if base in figures}
 
 
 def comparisons_of(figures: dict[str, dict]) -> dict[str, dict]:

@@ -1,4 +1,4 @@
-"""95 % intervals: Wilson's for hits, the bootstrap's for means and for ratios of sums."""
+"""95 % intervals: Wilson's for hits, the bootstrap's for means, for ratios of sums and for differences of pairs."""
 
 import math
 from collections.abc import Sequence
@@ -37,6 +37,14 @@ def bootstrap(values: Sequence[float], weights: Sequence[float] | None = None, s
         left -= rows
     low, high = torch.quantile(torch.cat(ratios), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high
+
+
+def of_differences(before: Sequence[float], after: Sequence[float], seed: int = 0) -> tuple[float, float]:
+    """Return the 95 % interval of the mean of ``after - before``: two models' scores of the same questions.
+
+    Each draw takes the same questions for both models, so questions that both get right, or both wrong, widen nothing.
+    """
+    return bootstrap([b - a for a, b in zip(before, after, strict=True)], seed=seed)
 
 
 def of_scores(scores: Sequence[float], seed: int = 0) -> tuple[float, float]:

@@ -20,9 +20,9 @@ def blocks(report: dict) -> list[Block]:
         Paragraph(
             f"Documents cut to {settings['context']:,} tokens, first token not scored. Perplexities: 95 % interval "
             "over documents. Scores: accuracy in percent (right/samples; 95 % interval). Comparisons: ratios of "
-            "perplexities on the same documents, with their own interval; differences of scores in points. Seed "
-            f"{settings['seed']}; {report['dtype']} on {report['device']}; torch {versions['torch']}, transformers "
-            f"{versions['transformers']}."
+            "perplexities on the same documents, and differences of scores in points on the same questions, each "
+            f"with an interval of its own. Seed {settings['seed']}; {report['dtype']} on {report['device']}; torch "
+            f"{versions['torch']}, transformers {versions['transformers']}."
         ),
     ]
     for name, title in PICTURES.items():

@@ -12,7 +12,7 @@ import transformers
 from hylo_megatron.data.documents import check_texts
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.evaluate import models
-from hylo_megatron.evaluate.compare import comparisons_of, ratios_of
+from hylo_megatron.evaluate.compare import comparisons_of, differences_of, ratios_of
 from hylo_megatron.evaluate.plots import new_figure, read_log
 from hylo_megatron.evaluate.questions import read_answers, read_choices
 from hylo_megatron.evaluate.report import write_report
@@ -131,6 +131,7 @@ def evaluate(
         **figures,
         "ratios": ratios_of(figures["teacher"], figures["model"]) if "teacher" in figures else {},
         "compared_with": comparisons_of(figures),
+        "differences": differences_of(figures),
         "settings": asdict(settings),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "dtype": str(dtype).removeprefix("torch."),

@@ -1,9 +1,11 @@
 """The registry of suites: what each one measures, and the rows of the report's table that its figures give."""
 
 import itertools
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 from hylo_megatron.evaluate import choice
 from hylo_megatron.evaluate.answers import Answers
@@ -19,6 +21,9 @@ TEXTS = ("prose", "book", "code", "c")  # kinds of text with a perplexity
 Files = dict[
     str, tuple[Path, ...]
 ]  # by kind: those of TEXTS and "long" have one file each, "choice" and "answers" more
+
+
+Scores = list[tuple[str, float]]  # a question and its score
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,13 +73,15 @@ class Job:
 class Suite:
     """``needs``: kinds of files, any of which is enough. ``may_read``: further kinds, which can be absent.
 
-    ``rows`` yields label and summary for the report's table.
+    ``rows`` yields label and summary for the report's table; ``scores`` yields label and ``(question, score)`` of each
+    sample, where the question is a text that tells it from others.
     """
 
     needs: tuple[str, ...]
     may_read: tuple[str, ...] = ()
     measure: Callable[[Job], dict]
     rows: Callable[[dict], Iterator[tuple[str, dict | None]]] = lambda figures: iter(())
+    scores: Callable[[dict], Iterator[tuple[str, Scores]]] = lambda figures: iter(())
 
 
 def _perplexity(job: Job) -> dict:
@@ -181,11 +188,63 @@ def _ruler_rows(figures: dict) -> Iterator[tuple[str, dict | None]]:
         yield from _length_rows(f"RULER {name}", result)
 
 
+# ---- scores of single questions, by the labels of the rows ----
+
+
+def _question(sample: dict) -> str:
+    """Return all that a record says of its prompt; two models have read one prompt if the texts are equal."""
+    return json.dumps({name: value for name, value in sample.items() if name not in ("answer", "score")}, default=str)
+
+
+def _length_scores(name: str, samples: list[dict]) -> Iterator[tuple[str, Scores]]:
+    found: dict[int, Scores] = {}
+    for sample in samples:
+        found.setdefault(sample["length"], []).append((_question(sample), sample["score"]))
+    for length, scores in found.items():
+        yield f"{name}, {length:,} tokens", scores
+
+
+def _choice_scores(figures: dict) -> Iterator[tuple[str, Scores]]:
+    for name, result in figures.items():
+        labels = [label for label, _ in _choice_rows({name: result})]
+        samples = result["likelihood"].get("samples", ())
+        for label, way in zip(labels, ("sum", "normalised"), strict=False):
+            yield label, [(sample["where"], sample[way]) for sample in samples]
+        shifts: dict[int, list[dict]] = {}
+        for sample in result["letters"].get("samples_of_shifts", ()):
+            shifts.setdefault(sample["question"], []).append(sample)
+        yield labels[-1], [(_question(each[0]), fmean(one["score"] for one in each)) for each in shifts.values()]
+
+
+def _answers_scores(figures: dict) -> Iterator[tuple[str, Scores]]:
+    for (label, _), result in zip(_answers_rows(figures), figures.values(), strict=True):
+        yield label, [(_question(sample), sample["score"]) for sample in result["samples"]]
+
+
+def _ruler_scores(figures: dict) -> Iterator[tuple[str, Scores]]:
+    tasks = figures["tasks"]
+    together = [{"task": name, **sample} for name, result in tasks.items() for sample in result["samples"]]
+    yield from _length_scores(f"RULER, mean of {len(tasks)}", together)
+    for name, result in tasks.items():
+        yield from _length_scores(f"RULER {name}", result["samples"])
+
+
 REGISTRY = {
     "perplexity": Suite(needs=TEXTS, measure=_perplexity),
     "long": Suite(needs=("long",), measure=_long),
-    "needle": Suite(needs=("prose",), measure=_needle, rows=lambda figures: _length_rows("needle", figures)),
-    "choice": Suite(needs=("choice",), measure=_choice, rows=_choice_rows),
-    "answers": Suite(needs=("answers",), measure=_answers, rows=_answers_rows),
-    "ruler": Suite(needs=("prose",), may_read=("ruler_squad", "ruler_hotpot"), measure=_ruler, rows=_ruler_rows),
+    "needle": Suite(
+        needs=("prose",),
+        measure=_needle,
+        rows=lambda figures: _length_rows("needle", figures),
+        scores=lambda figures: _length_scores("needle", figures["samples"]),
+    ),
+    "choice": Suite(needs=("choice",), measure=_choice, rows=_choice_rows, scores=_choice_scores),
+    "answers": Suite(needs=("answers",), measure=_answers, rows=_answers_rows, scores=_answers_scores),
+    "ruler": Suite(
+        needs=("prose",),
+        may_read=("ruler_squad", "ruler_hotpot"),
+        measure=_ruler,
+        rows=_ruler_rows,
+        scores=_ruler_scores,
+    ),
 }

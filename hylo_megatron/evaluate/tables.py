@@ -2,8 +2,7 @@
 
 from collections import Counter
 
-from hylo_megatron.evaluate.compare import ROLES, losses_of
-from hylo_megatron.evaluate.suites import REGISTRY
+from hylo_megatron.evaluate.compare import ROLES, labelled, losses_of
 
 TITLES = {"prose": "prose", "book": "books", "code": "code", "c": "C", "long": "long documents"}
 NONE = "–"
@@ -71,19 +70,14 @@ def _perplexities(entries: dict[str, dict], compared: dict[str, dict]) -> Rows:
     return rows
 
 
-def _scores(entries: dict[str, dict], compared: dict[str, dict]) -> Rows:
+def _scores(entries: dict[str, dict], differences: dict[str, dict]) -> Rows:
     """Return a row for each score; columns of comparison have the difference in points."""
-    found = {role: _labelled(entry) for role, entry in entries.items()}
+    found = {role: labelled(entry) for role, entry in entries.items()}
     rows = []
     for label in dict.fromkeys(label for scores in found.values() for label in scores):
         cells = [_shown(scores, label) for scores in found.values()]
-        rows.append([label, *cells, *(_difference(found["model"], found[base], label) for base in compared)])
+        rows.append([label, *cells, *(difference_cell(by_label.get(label)) for by_label in differences.values())])
     return rows
-
-
-def _labelled(entry: dict) -> dict[str, dict | None]:
-    rows = (suite.rows(entry[name]) for name, suite in REGISTRY.items() if name in entry)
-    return {label: row for pairs in rows for label, row in pairs}
 
 
 def _shown(scores: dict, label: str) -> str:
@@ -92,18 +86,20 @@ def _shown(scores: dict, label: str) -> str:
     return "not run" if scores[label] is None else score_cell(scores[label])
 
 
-def _difference(model: dict, base: dict, label: str) -> str:
-    if not (model.get(label) and base.get(label)):
+def difference_cell(found: dict | None) -> str:
+    """Return a difference in points with its 95 % interval, if it has one; empty if it was not measured."""
+    if found is None:
         return ""
-    return f"{100 * (model[label]['accuracy'] - base[label]['accuracy']):+.1f} points"
+    spread = f" ({100 * found['low']:+.1f} to {100 * found['high']:+.1f})" if "low" in found else ""
+    return f"{100 * found['difference']:+.1f} points{spread}"
 
 
 def comparison_rows(report: dict) -> Rows:
     """Return header and rows of the main table: a column for each model, then ratios to teacher and control."""
     entries, compared = entries_of(report), report.get("compared_with", {})
     header = ["", *(ROLES[role] for role in entries), *(f"model / {base}" for base in compared)]
-    parts = (_described, _perplexities, _scores)
-    return [header, *(row for part in parts for row in part(entries, compared))]
+    rows = [*_described(entries, compared), *_perplexities(entries, compared)]
+    return [header, *rows, *_scores(entries, report.get("differences", {}))]
 
 
 def by_position(report: dict) -> dict[str, dict[str, dict]]:

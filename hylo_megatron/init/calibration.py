@@ -27,10 +27,12 @@ def _token_documents(prefix: Path, length: int, vocab_size: int):
         yield documents[index][:-1][:length].tolist()  # a view would outlive the file that it looks into
 
 
-def calibration_tokens(path: str | Path, tokenizer_folder: str | Path, count: int, length: int) -> Tensor:
-    """Return ``[count / length, length]`` token ids, documents in a fixed order.
+def calibration_tokens(path: str | Path, tokenizer_folder: str | Path, count: int, length: int,
+                       flag: str = "--calibration-tokens") -> Tensor:  # fmt: skip
+    """Return ``[count / length, length]`` token ids, documents in a fixed order. A higher count begins with the same.
 
     ``path``: a file of text, rows or chats as ``hylo prepare-data`` takes them, or the prefix of a token file.
+    ``flag``: the one that sets ``count``, for the refusal.
     Raises ``HyLoError`` when it holds too few tokens.
     """
     path, rows = Path(path), max(2, count // length)
@@ -55,4 +57,4 @@ def calibration_tokens(path: str | Path, tokenizer_folder: str | Path, count: in
         ids += [*document[:length], tokenizer.eos_token_id or 0]
         if len(ids) >= rows * length:
             return torch.tensor(ids[: rows * length]).view(rows, length)
-    raise HyLoError(f"{path}: holds {len(ids)} tokens, calibration needs {rows * length}; lower --calibration-tokens")
+    raise HyLoError(f"{path}: holds {len(ids)} tokens, calibration needs {rows * length}; lower {flag}")

@@ -4,7 +4,6 @@ import functools
 import json
 import shutil
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,9 +11,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from hylo_megatron.checkpoint.folder import LazyTensor, check_empty, write_checkpoint
-from hylo_megatron.config import Architecture, Geometry, Plan, geometry_preset, positions
-from hylo_megatron.config.geometry import GEOMETRY_HELP, check_heads
-from hylo_megatron.config.rope import same_at_any_width
+from hylo_megatron.config import Architecture, Geometry, Plan, positions
+from hylo_megatron.config.geometry import GEOMETRY_HELP
+from hylo_megatron.config.student import student_architecture
 from hylo_megatron.convert.hf_folder import save_tensors
 from hylo_megatron.convert.hf_to_megatron import megatron_tensors
 from hylo_megatron.convert.shapes import hf_shapes
@@ -84,22 +83,6 @@ class _StudentWeights:
             with safe_open(self.scratch / f"{self.mixer_keys[key]}.safetensors", framework="pt") as file:
                 return file.get_tensor(key)
         return self.base.stored(key)
-
-
-def student_architecture(teacher: Architecture, plan: tuple[str, ...], geometry: str | Geometry,
-                         qk_norm: bool = False, **settings) -> Architecture:  # fmt: skip
-    """Return the architecture of a student.
-
-    ``geometry``: the name of a preset, or the dimensions themselves. ``settings``: fields of ``config/positions.py``.
-    """
-    if isinstance(geometry, str):
-        geometry = geometry_preset(geometry, teacher.hidden_size, teacher.num_attention_heads, teacher.head_dim)
-    check_heads(teacher.head_dim, geometry, set(plan))
-    rope = same_at_any_width(teacher.rope_parameters, teacher.head_dim)
-    arch = replace(
-        teacher, plan=plan, geometry=geometry, mla_qk_norm=qk_norm, rope_parameters=rope, extra=dict(teacher.extra)
-    )
-    return positions.changed(arch, settings, "--mla-layers")
 
 
 def _line(entry: dict) -> str:
@@ -195,7 +178,11 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--teacher", required=True, help="checkpoint of the base Transformer (hylo convert)")
     add("--out", required=True, help="student checkpoint to write")
-    add("--mla-layers", required=True, help="1,5,10,14 | uniform:K | all | none | a name such as 4MLA12GDN")
+    add(
+        "--mla-layers",
+        required=True,
+        help="1,5,10,14 | uniform:K | all | none | a name such as 4MLA12GDN | plan.json of hylo select-layers",
+    )
     add("--linear", choices=LINEAR, help=f"what the other layers become (default: {LINEAR[0]}, or the plan's name)")
     add("--init", default="data", choices=("data", "svd"), help="calibrated on text, or the paper's (default: data)")
     add(

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from hylo_megatron.kernels import conv, gated_delta, norm, rope, ssd
+from hylo_megatron.kernels import attention, conv, fp8, gated_delta, norm, rope, ssd
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class Ops:
     swiglu: Callable = norm.swiglu
     swiglu_packed: Callable = norm.swiglu_packed
     distance: Callable = norm.distance
+    quantise_rows: Callable = fp8.quantise_rows
+    join_attention: Callable = attention.join_attention
 
 
 TORCH = Ops("torch")

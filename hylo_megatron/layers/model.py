@@ -14,7 +14,7 @@ from hylo_megatron.mixers import MIXERS
 def model_fields(arch: Architecture) -> dict:
     """Return the fields of ``TransformerConfig`` that an architecture decides, without parallel sizes and dtypes.
 
-    ``use_te_activation_func`` only means that the spec has the activation (``specs.SwiGLU``), with or without TE.
+    ``use_te_activation_func`` only means that the spec has the activation (``mlp.SwiGLU``), with or without TE.
     """
     fields = dict(
         num_layers=2 * arch.num_layers, hidden_size=arch.hidden_size, ffn_hidden_size=arch.intermediate_size,
@@ -40,13 +40,14 @@ UNFUSED = dict(
 
 def build_model(arch: Architecture, config: TransformerConfig, *, padded_vocab_size: int | None = None,
                 pre_process: bool = True, post_process: bool = True, pg_collection=None, vp_stage=None,
-                backend: str = "local", linear_cp: str = "auto") -> HybridModel:  # fmt: skip
+                backend: str = "local", linear_cp: str = "auto",
+                mlp_block: int | None = None) -> HybridModel:  # fmt: skip
     """Return this rank's part of the model. ``config`` holds ``model_fields(arch)`` and the parallel layout."""
     check_installed("megatron")
     pp = config.pipeline_model_parallel_size
     stages = pp * (config.virtual_pipeline_model_parallel_size or 1)
     return HybridModel(
-        config, stack_spec(arch, backend, linear_cp), vocab_size=padded_vocab_size or arch.vocab_size,
+        config, stack_spec(arch, backend, linear_cp, mlp_block), vocab_size=padded_vocab_size or arch.vocab_size,
         max_sequence_length=arch.max_position_embeddings, hybrid_layer_pattern=arch.plan.pattern(stages),
         pre_process=pre_process, post_process=post_process, parallel_output=True,
         share_embeddings_and_output_weights=arch.tie_word_embeddings,

@@ -7,15 +7,13 @@ from functools import partial
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
-from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
-from torch import Tensor, nn
 
 from hylo_megatron.config import Architecture
-from hylo_megatron.kernels import ops_for
+from hylo_megatron.layers.mlp import BlockedMLPLayer, SwiGLU
 from hylo_megatron.mixers import MIXERS
 from hylo_megatron.mixers.megatron_attention import CoreAttention
 from hylo_megatron.mixers.megatron_layers import Backend, RMSNorm
@@ -57,20 +55,11 @@ class HyLoStack(HybridStack):
             self.final_norm = final_norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
 
 
-class SwiGLU(nn.Module):
-    """``[.., gate | up] -> silu(gate) * up``, one kernel on a GPU."""
-
-    def __init__(self, config):
-        super().__init__()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return ops_for(x).swiglu_packed(x)
-
-
-def _mlp(b: Backend) -> ModuleSpec:
+def _mlp(b: Backend, mlp_block: int | None) -> ModuleSpec:
     mlp = MLPSubmodules(linear_fc1=b.column_linear, linear_fc2=b.row_linear, activation_func=SwiGLU)
     return ModuleSpec(
-        module=MLPLayer,
+        module=BlockedMLPLayer,
+        params={"mlp_block": mlp_block},
         submodules=TransformerLayerSubmodules(
             pre_mlp_layernorm=b.norm,
             mlp=partial(MLP.as_mlp_submodule, submodules=mlp),
@@ -79,8 +68,13 @@ def _mlp(b: Backend) -> ModuleSpec:
     )
 
 
-def stack_spec(arch: Architecture, backend_name: str = "local", linear_cp: str = "auto") -> ModuleSpec:
-    """Return ``HybridModel``'s spec for ``arch``, teacher or hybrid. ``linear_cp``: ``--hylo-linear-cp``."""
+def stack_spec(
+    arch: Architecture, backend_name: str = "local", linear_cp: str = "auto", mlp_block: int | None = None
+) -> ModuleSpec:
+    """Return ``HybridModel``'s spec for ``arch``, teacher or hybrid.
+
+    ``linear_cp`` and ``mlp_block`` are ``--hylo-linear-cp`` and ``--hylo-mlp-block``.
+    """
     b = backend(backend_name)
     layers = {
         MIXERS[kind].slot: MIXERS[kind].part("megatron_module").layer_spec(b, arch, linear_cp)
@@ -89,5 +83,5 @@ def stack_spec(arch: Architecture, backend_name: str = "local", linear_cp: str =
     return ModuleSpec(
         module=HyLoStack,
         params={"final_norm": b.norm},
-        submodules=HybridStackSubmodules(mlp_layer=_mlp(b), **layers),
+        submodules=HybridStackSubmodules(mlp_layer=_mlp(b, mlp_block), **layers),
     )

@@ -45,6 +45,13 @@ class InitialStates:
         if self.final is not None:
             self.final.zero_()
 
+    def restore(self, final: Tensor) -> None:
+        """Let the next step start as after a step that ended with ``final``, which an earlier process has saved."""
+        if self.final is None:
+            self.final = final.clone()
+        else:
+            self.final.copy_(final)
+
     def _noise(self, step: int) -> Tensor:
         device = self.final.device
         generator = torch.Generator(device).manual_seed(self.seed * 1_000_003 + step)  # a resumed run draws the same

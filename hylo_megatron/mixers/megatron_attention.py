@@ -8,25 +8,39 @@ import torch.nn.functional as F
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from hylo_megatron.errors import HyLoError
 from hylo_megatron.mixers.megatron_layers import Rotary
-from hylo_megatron.parallel.latent_ring import latent_attention
+from hylo_megatron.parallel.attention import Shared, attention_across_ranks
+from hylo_megatron.parallel.exchange import check_mode
+
+
+def refuse_packed(packed_seq_params) -> None:
+    """Refuse sequences that megatron-core has packed into one row: our softmax attention would see across them."""
+    if packed_seq_params is not None:
+        raise HyLoError(
+            "packed_seq_params: softmax attention here has no borders inside a row; pass each sequence as a row"
+        )
 
 
 class CoreAttention(MegatronModule):
     """Core attention for layer specs, ``q_SBHK, k_SBGK, v_SBGV -> [S, B, H*V]``; H / G heads share a key head.
 
-    ``rotary`` turns queries and keys first, where the caller has not done so. Under context parallelism keys and
-    values travel as MLA's latents do (``latent_ring.py``): a mask would keep torch from its fused kernels.
+    ``rotary`` turns queries and keys first, where the caller has not done so. Under context parallelism the ranks
+    exchange keys and values as they exchange MLA's latents (``parallel/attention.py``).
     """
 
     def __init__(self, config, layer_number, attn_mask_type=None, attention_type="self", softmax_scale=None,
                  pg_collection=None, rotary: Rotary | None = None, cp_comm_type: str | None = None, **_):  # fmt: skip
         super().__init__(config)
-        self.rotary, self.ring = rotary, cp_comm_type == "p2p"
+        check_mode(cp_comm_type)
+        self.rotary, self.mode = rotary, cp_comm_type
         self.softmax_scale = softmax_scale
         self.cp_group = pg_collection.cp
 
-    def forward(self, q_SBHK: Tensor, k_SBGK: Tensor, v_SBGV: Tensor, attention_mask=None, **_) -> Tensor:
+    def forward(
+        self, q_SBHK: Tensor, k_SBGK: Tensor, v_SBGV: Tensor, attention_mask=None, packed_seq_params=None, **_
+    ) -> Tensor:
+        refuse_packed(packed_seq_params)
         cp_size = self.cp_group.size()
         if self.rotary:
             q_SBHK, k_SBGK = (self.rotary(x, cp_size, self.cp_group.rank()) for x in (q_SBHK, k_SBGK))
@@ -43,13 +57,14 @@ class CoreAttention(MegatronModule):
         )[..., :value_dim]
 
     def _attend_across_ranks(self, q_SBHK: Tensor, k_SBGK: Tensor, v_SBGV: Tensor) -> Tensor:
-        (heads, key_dim), groups = q_SBHK.shape[2:], k_SBGK.shape[2]
-        widths = [key_dim, v_SBGV.shape[-1]]
+        groups, widths = k_SBGK.shape[2], [k_SBGK.shape[-1], v_SBGV.shape[-1]]
 
-        def expand(held_LBR: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-            shared = held_LBR.unflatten(-1, (groups, -1)).repeat_interleave(heads // groups, 2)
-            return shared.permute(1, 2, 0, 3).split(widths, -1)
+        def expand(held_LBR: Tensor, rank: int, keys: slice) -> tuple[Tensor, Tensor]:
+            return held_LBR.unflatten(-1, (groups, -1)).permute(1, 2, 0, 3).split(widths, -1)
 
+        shared = Shared(
+            group=self.cp_group, scale=self.softmax_scale or widths[0] ** -0.5, expand=expand,
+            values=groups * sum(widths), mode=self.mode,
+        )  # fmt: skip
         both_SBR = torch.cat([k_SBGK, v_SBGV], -1).flatten(2)
-        scale = self.softmax_scale or key_dim**-0.5
-        return latent_attention(q_SBHK.permute(1, 2, 0, 3), both_SBR, expand, [], self.cp_group, scale, self.ring)
+        return attention_across_ranks(q_SBHK.permute(1, 2, 0, 3), both_SBR, shared)

@@ -104,8 +104,8 @@ class ReplicatedLinear(nn.Module):
 class Rotary:
     """Rotary position embeddings of queries and keys: megatron-core's attention gets none, ours turns its own.
 
-    ``rotary(x_SBHd, ranks, rank)`` rotates whole heads by the positions of a context-parallel rank. All layers of a
-    model share one, which keeps a table for each length.
+    ``rotary(x_SBHd, ranks, rank)`` rotates whole heads by the positions of a context-parallel rank, or of those of its
+    ``length`` tokens that ``tokens`` says. All layers of a model share one, which keeps a table for each length.
     """
 
     def __init__(self, arch: Architecture, dim: int):
@@ -120,8 +120,11 @@ class Rotary:
             self.tables[key] = tuple(part.to(device) for part in table)
         return self.tables[key]
 
-    def __call__(self, x_SBHd: Tensor, ranks: int, rank: int) -> Tensor:
-        return ops_for(x_SBHd).rotate(x_SBHd, *self.table(len(x_SBHd), ranks, rank, x_SBHd.device))
+    def __call__(
+        self, x_SBHd: Tensor, ranks: int, rank: int, length: int | None = None, tokens: slice = slice(None)
+    ) -> Tensor:
+        cos, sin = self.table(length or len(x_SBHd), ranks, rank, x_SBHd.device)
+        return ops_for(x_SBHd).rotate(x_SBHd, cos[tokens], sin[tokens])
 
 
 def transformer_layer(backend: Backend, mixer: ModuleSpec) -> ModuleSpec:

@@ -20,6 +20,7 @@ from hylo_megatron.config.positions import rotary_width
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.kernels import ops_for
 from hylo_megatron.kernels.norm import wide
+from hylo_megatron.kernels.segments import RECURRENCES, segmented
 from hylo_megatron.mixers.initial_states import InitialStates
 from hylo_megatron.mixers.megatron_layers import Backend, Rotary
 from hylo_megatron.mixers.megatron_window import window_of
@@ -113,6 +114,12 @@ class LinearMixer:
         rows = zip(x_BSHK.chunk(self.chunks), *(side.chunk(self.chunks) for side in table), strict=True)
         turned = [ops_for(x).rotate(x.transpose(0, 1), cos, sin).transpose(0, 1) for x, cos, sin in rows]
         return torch.cat(turned) if self.chunks > 1 else turned[0]
+
+    def cut_recurrence(self, length: int) -> None:
+        """Let the recurrence run in segments of ``length`` tokens, if it can."""
+        names = [name for name in self.across_ranks if name in RECURRENCES]
+        if names and self.kernels is ops_for:
+            self.kernels = segmented(names, length)
 
     def start_from(self, mode: str, seed: int) -> InitialStates:
         """Let the recurrence start from other states than zero in training, and return what makes these states."""

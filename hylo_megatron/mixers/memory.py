@@ -16,7 +16,7 @@ layer saves: ``kernels/fused.py`` and ``triton_*.py``, fla 0.6.0's ``ChunkGatedD
 input where their weight is trained).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hylo_megatron.config import Architecture
 from hylo_megatron.config.layout import ParallelLayout, passes_states
@@ -25,11 +25,24 @@ from hylo_megatron.mixers.mixer import Mixer
 
 @dataclass(frozen=True)
 class Share:
-    """What one rank has of a micro-batch. ``length``: positions of a sequence on this rank."""
+    """What one rank has of a micro-batch. ``length``: positions of a sequence on this rank.
+
+    ``segment``: positions of them that a recurrence reads at once (None: all).
+    """
 
     layout: ParallelLayout
     sequences: int
     length: int
+    segment: int | None = None
+
+    @property
+    def at_once(self) -> "Share":
+        """Return what a recurrence reads at once."""
+        return replace(self, length=min(self.length, self.segment or self.length))
+
+    def joined(self, width: float) -> int:
+        """Return bytes of the gradients of a recurrence's inputs, which segments hold until all are done."""
+        return self.inner(width) if self.at_once.length < self.length else 0
 
     @property
     def tokens(self) -> int:

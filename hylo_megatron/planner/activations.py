@@ -3,7 +3,10 @@
 ``tests/programs/activation_bytes.py`` counts the same tensors.
 """
 
+from dataclasses import replace
+
 from hylo_megatron.config import Architecture
+from hylo_megatron.config.decisions import mlp_rows
 from hylo_megatron.config.positions import rotary_width
 from hylo_megatron.mixers import MIXERS, window
 from hylo_megatron.mixers.memory import Share, SubLayer, shares_states
@@ -42,14 +45,36 @@ def mlp(arch: Architecture, at: Share, trained: bool) -> SubLayer:
     return SubLayer(kept + (rest if trained else statistics), work, at.outer(d))
 
 
-def teacher_work(arch: Architecture, at: Share) -> int:
-    """Return the peak of a Transformer layer without a backward pass.
+def one_block(arch: Architecture, at: Share, block: int | None) -> Share:
+    """Return the part of ``at`` that an MLP whose values are not kept computes at once; ``at`` where it runs whole."""
+    tp = at.layout.tp
+    gathered = tp if at.layout.sequence_parallel else 1
+    rows = mlp_rows(at.length // gathered, at.sequences * gathered, 2 * arch.intermediate_size // tp, block)
+    return replace(at, length=rows * gathered)
 
-    Its input and the norm of it stand beside the larger of (a) gate, up and their product, (b) q, k, v, rotated, and
-    the output. With context parallelism (b) has the own, the joined and the incoming keys and values, those of one
-    rank written out for every head, and outputs of this rank and of all so far (fp32), scaled and added.
+
+def mlp_block_by_block(arch: Architecture, at: Share, part: Share, trained: bool) -> SubLayer:
+    """Return bytes of an MLP that is recomputed in blocks like ``part``: its input, and the gradient of that.
+
+    Trained weights need fp32 sums of their gradients over the blocks, and the gradients of one block.
+    """
+    d, whole = arch.hidden_size, mlp(arch, part, trained)
+    gradients = (4 + 2) * 3 * d * arch.intermediate_size // at.layout.tp if trained else 0
+    return SubLayer(at.outer(d), at.outer(d) + whole.kept + whole.work + gradients, at.outer(d))
+
+
+def teacher_work(arch: Architecture, at: Share, part: Share) -> int:
+    """Return the peak of a Transformer layer without a backward pass, whose MLP runs in blocks like ``part``.
+
+    Its input stands beside the larger of (a) the MLP's output and of a block the norm, gate, up and their product,
+    (b) the norm, q, k, v, rotated, and the output. With context parallelism (b) has the own, the joined and the
+    incoming keys and values, those of one rank written out for every head, and outputs of this rank and of all so far
+    (fp32), scaled and added.
     """
     tp, heads, keys = at.layout.tp, arch.num_attention_heads, arch.num_key_value_heads
     tensors = 10 * heads + 6 * keys if at.layout.cp > 1 else 3 * heads + 4 * keys
-    attention = at.inner(tensors * arch.head_dim / tp)
-    return 2 * at.outer(arch.hidden_size) + max(at.inner(3 * arch.intermediate_size / tp), attention)
+    attention = at.outer(arch.hidden_size) + at.inner(tensors * arch.head_dim / tp)
+    mlp_work = part.outer(arch.hidden_size) + part.inner(3 * arch.intermediate_size / tp)
+    if part != at:
+        mlp_work += at.outer(arch.hidden_size)
+    return at.outer(arch.hidden_size) + max(mlp_work, attention)

@@ -3,6 +3,7 @@
     hylo plan FOLDER [--gpu-gib 141] [--tp 1]              an exported or a base model's folder
     hylo plan FOLDER --plan 6MLA22GDN --geometry native    the hybrid that a base model would become
     hylo plan FOLDER --plan 6MLA22GDN --train distill --tp 2 --cp 2 --dp 4 --sequence 32768
+    hylo plan --recipe llama3b --gpus 8 --gpu-memory 80 --teacher-shape llama8b    layouts of a whole recipe
 
 Serving is planned beside the base Transformer, with bytes as vLLM lays them out: all layers have pages of one size,
 and a recurrent state takes a page (docs/serving.md compares with vLLM's log). Training is the peak of torch's
@@ -11,6 +12,7 @@ tenths of a GiB, come on top.
 """
 
 import argparse
+import sys
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -22,11 +24,13 @@ from hylo_megatron.config.pair import check_teacher, check_vocabularies
 from hylo_megatron.config.positions import add_window, changed, given
 from hylo_megatron.config.stages import STAGE_KINDS, TRAIN, stage_kind
 from hylo_megatron.convert.shapes import hf_shapes
-from hylo_megatron.distill.losses import LOSSES, loss_of
+from hylo_megatron.distill.losses import LOSSES, check_levers, loss_of
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.flags import Parser, command_line, count, positive, share, size, weight
+from hylo_megatron.flags import given as given_flags
 from hylo_megatron.json_file import read_json
 from hylo_megatron.planner.pages import Pages, expanded_bytes, pages, row_bytes, state_bytes
+from hylo_megatron.planner.recipe_command import add_recipe_flags, print_layouts
 from hylo_megatron.planner.training import Peak, PlannedRun, peaks
 from hylo_megatron.serve.geometry import serve
 
@@ -91,7 +95,9 @@ def training(student: Architecture, known) -> PlannedRun:
     kind = stage_kind(known.train)
     if not student.is_hybrid:
         raise HyLoError(f"{known.folder} holds a Transformer: say with --plan what it becomes")
-    if kind.layerwise and known.recompute:
+    if known.recompute and known.recompute_chunk:
+        raise HyLoError("--recompute and --recompute-chunk are two methods of recompute; choose one")
+    if kind.layerwise and (known.recompute or known.recompute_chunk):
         raise HyLoError(f"--recompute: {kind.name} trains each layer apart and recomputes none; leave it out")
     teacher = read(known.teacher).as_teacher() if known.teacher else replace(student.as_teacher(), mla_qk_norm=False)
     check_teacher(student, teacher, kind)
@@ -103,10 +109,15 @@ def training(student: Architecture, known) -> PlannedRun:
         processes=layout.ranks * known.dp, seq_length=known.sequence, micro_batch=known.micro_batch, global_batch=batch
     )
     check_parallel_layout({"student": student, "teacher": teacher}, layout, work)
+    check_levers(kind, known, prefix="--", stage="--train")
     loss = loss_of(kind, known)
-    loss.check(student, teacher, known.pp, bool(known.recompute))
+    loss.check(student, teacher, known.pp, bool(known.recompute or known.recompute_chunk))
     return PlannedRun(student=student, teacher=teacher, kind=kind, loss=loss, layout=layout, work=work,
-                      train=known.hylo_train or kind.train, recompute=known.recompute)  # fmt: skip
+                      train=known.hylo_train or kind.train, recompute=known.recompute,
+                      recompute_chunk=known.recompute_chunk, mlp_block=known.mlp_block,
+                      recurrence_block=known.recurrence_block,
+                      teacher_fp8=known.teacher_fp8, offload_teacher=known.offload_teacher,
+                      offload_optimizer=known.offload_optimizer)  # fmt: skip
 
 
 def parts(found: Peak) -> list[tuple[str, int]]:
@@ -148,6 +159,13 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     add("--hylo-train", choices=TRAIN, help="(default: mixers for ild, all for distill)")
     recompute = "--recompute-num-layers of method block: recomputed sub-layers (mixers or MLPs) of a stage"
     add("--recompute", type=count, default=0, help=recompute)
+    chunk = "--recompute-num-layers of method uniform: sub-layers that are recomputed together, of all"
+    add("--recompute-chunk", type=size, default=0, help=chunk)
+    add("--mlp-block", type=size, help="--hylo-mlp-block (default: automatic)")
+    add("--recurrence-block", type=size, help="--hylo-recurrence-block (default: all)")
+    add("--teacher-fp8", action="store_true", help="--hylo-teacher-fp8")
+    add("--offload-teacher", action="store_true", help="--hylo-offload-teacher")
+    add("--offload-optimizer", action="store_true", help="--hylo-offload-optimizer")
     # The losses read these under the names of the trainer's flags.
     add("--loss", dest="hylo_loss", choices=tuple(LOSSES), help="--hylo-loss")
     add("--kl-chunk", dest="hylo_kl_chunk", type=size, default=4096, help="--hylo-kl-chunk (default: the recipes')")
@@ -165,7 +183,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
 @command_line
 def main() -> None:
     parser = Parser(description=__doc__)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("--plan", help="layers of the hybrid that a base model would become, such as 6MLA22GDN")
     parser.add_argument("--geometry", default="native", metavar="PRESET[:RANK+ROPE]", help=GEOMETRY_HELP)
     add_window(parser.add_argument)
@@ -175,7 +193,14 @@ def main() -> None:
     parser.add_argument("--requests", type=size, default=64, help="vLLM's --max-num-seqs")
     parser.add_argument("--state-dtype", choices=("float32", "bfloat16"), default="float32")
     add_training_flags(parser)
+    add_recipe_flags(parser)
     known = parser.parse_args()
+    known.given = given_flags(parser, sys.argv[1:])
+    if known.recipe:
+        print_layouts(known)
+        return
+    if not known.folder:
+        raise HyLoError("give FOLDER, an exported or a base model's folder, or --recipe")
     arch = read(known.folder)
     if known.plan:
         if arch.is_hybrid:

@@ -4,7 +4,6 @@ Sub-layers (mixers and MLPs) are what megatron counts and recomputes as layers. 
 width, T tokens of a rank, N vocabulary rows of a rank.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from hylo_megatron.config import Architecture
@@ -15,7 +14,8 @@ from hylo_megatron.config.stages import StageKind
 from hylo_megatron.distill.losses import HeadShape, Loss
 from hylo_megatron.mixers.memory import Share, SubLayer
 from hylo_megatron.planner.activations import mixer as mixer_bytes
-from hylo_megatron.planner.activations import mlp, tables, teacher_work
+from hylo_megatron.planner.activations import mlp, mlp_block_by_block, one_block, tables, teacher_work
+from hylo_megatron.planner.offload import in_fp8, streamed_teacher, without_states
 from hylo_megatron.planner.weights import HEAD, Shards, Weights, rank_elements, weights
 
 # cuBLAS gets 32 MiB from torch for each stream and thread that multiplies: the main thread and autograd's, each on the
@@ -28,7 +28,8 @@ class PlannedRun:
     """A run as its flags describe it.
 
     ``recompute`` is ``--recompute-num-layers`` of method block: the sub-layers of a pipeline stage that are computed
-    twice. ``work.processes`` and the layout give the data-parallel size.
+    twice, each apart. ``recompute_chunk`` is that of method uniform, which computes all sub-layers twice, so many at
+    once. ``work.processes`` and the layout give the data-parallel size.
     """
 
     student: Architecture
@@ -39,10 +40,17 @@ class PlannedRun:
     work: Work
     train: str = "all"  # or "mixers"
     recompute: int = 0
+    recompute_chunk: int = 0
+    mlp_block: int | None = None  # --hylo-mlp-block
+    recurrence_block: int | None = None  # --hylo-recurrence-block
+    teacher_fp8: bool = False
+    offload_teacher: bool = False
+    offload_optimizer: bool = False
 
     @property
     def share(self) -> Share:
-        return Share(self.layout, self.work.micro_batch, self.work.seq_length // self.layout.cp)
+        length = self.work.seq_length // self.layout.cp
+        return Share(self.layout, self.work.micro_batch, length, self.recurrence_block)
 
     @property
     def micro_batches(self) -> int:
@@ -60,6 +68,15 @@ class PlannedRun:
     def rows(self) -> int:
         """Rows of both heads on all tensor-parallel ranks, with padding."""
         return padded_rows(self.student, self.teacher, self.layout.tp)
+
+    def recomputed(self, sub_layers: int) -> list[range]:
+        """Return the chunks of a pipeline stage's sub-layers of which only the input is kept."""
+        if self.kind.layerwise:
+            return []
+        if self.recompute_chunk:
+            starts = range(0, sub_layers, self.recompute_chunk)
+            return [range(first, min(first + self.recompute_chunk, sub_layers)) for first in starts]
+        return [range(index, index + 1) for index in range(min(self.recompute, sub_layers))]
 
     def trains(self, name: str) -> bool:
         return self.kind.trains(name, self.train)
@@ -101,8 +118,12 @@ def stage_sub_layers(run: PlannedRun, layers: range) -> list[SubLayer]:
     sub_layers, at, copied = [], run.share, run.train == "all"
     hidden = at.outer(run.student.hidden_size)
     freed = hidden * (3 if run.layout.pp == 1 else 1)
+    part = one_block(run.student, at, run.mlp_block)
+    recomputed = sum(map(len, run.recomputed(2 * len(layers))))  # the first ones
     for layer in layers:
         mixer, rest = mixer_bytes(run.student.plan[layer], run.student, at), mlp(run.student, at, copied)
+        if part != at and len(sub_layers) + 1 < recomputed:
+            rest = mlp_block_by_block(run.student, at, part, copied)
         if run.kind.layerwise:
             compared = hidden + at.outer(run.loss.values_kept)
             rest = replace(rest, kept=rest.kept + compared, work=rest.work - freed)
@@ -116,21 +137,30 @@ def stage_sub_layers(run: PlannedRun, layers: range) -> list[SubLayer]:
     return sub_layers
 
 
-def forward_bytes(sub_layers: list[SubLayer], recompute: int) -> int:
-    """Return what a micro-batch keeps for the backward pass: only the input of the first ``recompute`` sub-layers."""
-    kept = sum(sub_layer.kept for sub_layer in sub_layers[recompute:])
-    return kept + sum(sub_layer.entry for sub_layer in sub_layers[:recompute])
+def forward_bytes(sub_layers: list[SubLayer], recomputed: list[range]) -> int:
+    """Return what a micro-batch keeps for the backward pass: of each recomputed chunk of sub-layers only the input."""
+    again = sum(_again(sub_layers, chunk) for chunk in recomputed)
+    return sum(sub_layer.kept for sub_layer in sub_layers) - again
 
 
-def backward_bytes(sub_layers: list[SubLayer], recompute: int) -> int:
-    """Return the most that the backward pass, from last to first sub-layer, needs beside ``forward_bytes``."""
+def backward_bytes(sub_layers: list[SubLayer], recomputed: list[range]) -> int:
+    """Return the most that the backward pass, from last to first sub-layer, needs beside ``forward_bytes``.
+
+    The output of a chunk of several sub-layers is held beside the work of all but the last.
+    """
+    again = {chunk[-1]: _again(sub_layers, chunk) for chunk in recomputed}
+    output = {index: sub_layers[chunk[-1]].entry for chunk in recomputed for index in chunk[:-1]}
     beside = most = 0
     for index in reversed(range(len(sub_layers))):
-        sub_layer = sub_layers[index]
-        again = sub_layer.kept - sub_layer.entry if index < recompute else 0
-        most = max(most, beside + again + sub_layer.work)
-        beside += again - sub_layer.kept
+        beside += again.get(index, 0)
+        most = max(most, beside + output.get(index, 0) + sub_layers[index].work)
+        beside -= sub_layers[index].kept
     return most
+
+
+def _again(sub_layers: list[SubLayer], chunk: range) -> int:
+    """Return the bytes that a chunk of sub-layers keeps in its second run, beside its input."""
+    return sum(sub_layers[index].kept for index in chunk) - sub_layers[chunk[0]].entry
 
 
 # ---- pipeline ----
@@ -187,18 +217,34 @@ def head_shape(run: PlannedRun) -> HeadShape:
     )  # fmt: skip
 
 
-def _weights(run: PlannedRun, arch: Architecture, pipeline_stage: int, trained: Callable[[str], bool]) -> Weights:
+def _elements(run: PlannedRun, arch: Architecture, pipeline_stage: int) -> dict[str, int]:
     shards = Shards(rows=run.rows, tp=run.layout.tp, pp=run.layout.pp, pipeline_stage=pipeline_stage)
+    return rank_elements(arch, shards)
+
+
+def student_weights(run: PlannedRun, pipeline_stage: int) -> tuple[Weights, int]:
+    """Return the student's bytes during the passes of a step, and what its update needs beside them."""
     sharers = run.work.processes // (run.layout.tp * run.layout.pp)
-    return weights(rank_elements(arch, shards), trained, sharers)
+    found = weights(_elements(run, run.student, pipeline_stage), run.trains, sharers)
+    return without_states(found) if run.offload_optimizer else (found, 0)
+
+
+def teacher_weights(run: PlannedRun, pipeline_stage: int) -> tuple[int, int]:
+    """Return the teacher's bytes, and what it needs beside them while it reads."""
+    elements, largest = _elements(run, run.teacher, pipeline_stage), 0
+    if run.teacher_fp8:
+        elements = in_fp8(elements)
+    if run.offload_teacher:
+        elements, largest = streamed_teacher(elements, run.teacher.tie_word_embeddings)
+    return weights(elements, lambda _: False, 1).parameters, largest
 
 
 def peak(run: PlannedRun, pipeline_stage: int) -> Peak:
     """Return the peak of a rank of ``pipeline_stage``, counted from 0."""
     layout, at, d = run.layout, run.share, run.student.hidden_size
     layers = run.student.plan.stages(layout.pp)[pipeline_stage]
-    sub_layers, recompute = stage_sub_layers(run, layers), 0 if run.kind.layerwise else run.recompute
-    held, backward, loss = forward_bytes(sub_layers, recompute), backward_bytes(sub_layers, recompute), 0
+    sub_layers, recomputed = stage_sub_layers(run, layers), run.recomputed(2 * len(layers))
+    held, backward, loss = forward_bytes(sub_layers, recomputed), backward_bytes(sub_layers, recomputed), 0
     if run.kind.layerwise:
         states = layer_states_bytes(run, pipeline_stage, layers)
     else:
@@ -209,13 +255,16 @@ def peak(run: PlannedRun, pipeline_stage: int) -> Peak:
             if run.trains(HEAD):  # the head's gradient is kept until the embedding's is computed
                 backward += 2 * run.rows // layout.tp * d
     shared = tables(run.student, {run.student.plan[layer] for layer in layers}, at)
-    reading = teacher_work(run.teacher, at) - held  # the teacher reads before the student does
+    student, updating = student_weights(run, pipeline_stage)
+    teacher, reading = teacher_weights(run, pipeline_stage)
+    reading += teacher_work(run.teacher, at, one_block(run.teacher, at, run.mlp_block))
+    activations = held * in_flight(run, pipeline_stage) + shared
+    # The teacher reads before the student does; the optimizer's states come back after the passes.
+    others = reading - held, updating - activations - states
     gathered = at.inner(max(d, run.teacher.hidden_size)) if layout.sequence_parallel else 0  # megatron's buffer
     return Peak(
-        layers=layers, student=_weights(run, run.student, pipeline_stage, run.trains),
-        teacher=_weights(run, run.teacher, pipeline_stage, lambda _: False).parameters,
-        activations=held * in_flight(run, pipeline_stage) + shared, teacher_states=states, loss=loss,
-        backward=max(backward, reading), workspaces=WORKSPACES + gathered,
+        layers=layers, student=student, teacher=teacher, activations=activations, teacher_states=states,
+        loss=loss, backward=max(backward, *others), workspaces=WORKSPACES + gathered,
     )  # fmt: skip
 
 

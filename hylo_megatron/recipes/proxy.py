@@ -11,7 +11,7 @@ from pathlib import Path
 from hylo_megatron.config import Architecture, Geometry, geometry_preset
 from hylo_megatron.mixers import MIXERS
 from hylo_megatron.mixers.dimensions import shrunk
-from hylo_megatron.recipes.published import Base, yarn
+from hylo_megatron.recipes.published import BASES, Base, yarn
 from hylo_megatron.recipes.stage import Evaluation, Recipe
 from hylo_megatron.run.source import Source, Step
 
@@ -48,6 +48,20 @@ def small_geometry(base: Base) -> Geometry:
     return Geometry(
         **{name: shrunk(entry, entry.dimensions(g), heads=HEADS, width=WIDTH) for name, entry in kinds.items()}
     )
+
+
+def toy_shape(arch: Architecture) -> Architecture:
+    """Return a Transformer with the layers of ``arch`` that a CPU trains in seconds."""
+    return replace(
+        arch, vocab_size=VOCAB, hidden_size=arch.hidden_size // WIDTH,
+        intermediate_size=arch.hidden_size // WIDTH * 2, num_attention_heads=arch.num_attention_heads // HEADS,
+        num_key_value_heads=max(1, arch.num_key_value_heads // HEADS), head_dim=arch.head_dim // HEADS,
+    )  # fmt: skip
+
+
+def toy_recipe(recipe: Recipe) -> Recipe:
+    """Return ``recipe`` with the geometry of ``toy_shape``'s student."""
+    return replace(recipe, geometry=small_geometry(BASES[recipe.name])) if recipe.name in BASES else recipe
 
 
 class ProxySource(Source):

@@ -12,6 +12,7 @@ from hylo_megatron.flags import Parser, command_line, count, share, size
 from hylo_megatron.mixers import LINEAR, MIXERS
 from hylo_megatron.recipes.stage import Evaluation, Recipe, Stage
 from hylo_megatron.run.launch import Processes
+from hylo_megatron.run.on_policy import with_on_policy
 from hylo_megatron.run.recipe_run import Run
 from hylo_megatron.run.sampled import with_sampled
 
@@ -79,7 +80,8 @@ def found_recipe(*choices) -> Recipe:
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--plan", help="a name such as 3MLA27GDN, or the MLA layers' numbers (default: 3 of the 30 layers)")
+    plan = "3MLA27GDN, the MLA layers' numbers, or plan.json of hylo select-layers (default: 3 of the 30 layers)"
+    add("--plan", help=f"a name such as {plan}")
     add("--linear", choices=LINEAR, help=f"mixer of the other layers (default: {LINEAR[0]}, or the plan's name)")
     add("--tp", type=size, default=1, help="tensor-parallel ranks (SmolLM2 has 9 heads: 1 or 3)")
     add("--pp", type=size, default=1, help="pipeline stages; the remaining factor of the GPUs is data parallel")
@@ -90,10 +92,17 @@ def main(argv: list[str] | None = None) -> None:
         default=0.0,
         help="share of the plain text that the teacher writes itself before training (default: none)",
     )
+    add(
+        "--on-policy-share",
+        type=share,
+        default=0.0,
+        help="share of the plain text of each distillation stage that the student writes before it (default: none)",
+    )
     add("--no-cuda-graph", action="store_true", help="launch the kernels of a training step one by one")
     add("--out", help="folder of the run (default: runs/smollm2-PLAN)")
     options = parser.parse_args(argv)
     recipe = with_sampled(found_recipe(options.plan, options.linear, options.seed), options.sampled_share)
+    recipe = with_on_policy(recipe, options.on_policy_share)
     plan = Plan.parse(recipe.layers, recipe.plan, recipe.linear).name
     out = Path(options.out or os.path.join("runs", f"smollm2-{plan}"))
     layout = ParallelLayout(tp=options.tp, pp=options.pp)

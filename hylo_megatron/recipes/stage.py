@@ -8,13 +8,20 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from math import ceil
 from typing import Any
 
-from hylo_megatron.config import Geometry, positions
+from hylo_megatron.config import Geometry, Plan, positions
 from hylo_megatron.config.stages import stage_kind
 
+LEVER = {"lever": True}  # metadata of the fields that docs/recipe.md lists and ``make recipe-test`` has to use
 
-def _lever(flag: str, default: Any) -> Any:
-    """Return a field that ``flag`` of the trainer has; neither flags nor ``recipe.json`` show its default."""
-    return field(default=default, metadata={"flag": flag})
+
+def _lever(flag: str, default: Any, recorded: bool = False) -> Any:
+    """Return a field that ``flag`` of the trainer sets. ``recorded``: ``recipe.json`` has its default, too."""
+    return field(default=default, metadata={"flag": flag, "recorded": recorded, **LEVER})
+
+
+def lever_names(kind: type) -> list[str]:
+    """Return the fields of ``Stage`` or ``Recipe`` that are levers."""
+    return [each.name for each in fields(kind) if each.metadata.get("lever")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,29 +38,31 @@ class Stage:
 
     name: str
     kind: str  # a name in config/stages.py
-    seq_length: int
-    global_batch: int
-    steps: int
-    lr: float
-    min_lr: float = 0.0
-    warmup: float = 0.04  # warm-up, as a share of the steps
+    seq_length: int = field(metadata=LEVER)
+    global_batch: int = field(metadata=LEVER)
+    steps: int = field(metadata=LEVER)
+    lr: float = field(metadata=LEVER)
+    min_lr: float = field(default=0.0, metadata=LEVER)
+    warmup: float = field(default=0.04, metadata=LEVER)  # warm-up, as a share of the steps
     micro_batch: int = 1
     train: str = "all"  # "mixers": weights copied from the base model stay frozen
-    copied_lr_mult: float = 0.2
-    decay_lr_mult: float = 5.0
-    kl_weight: float = 1.0
-    ce_weight: float = 0.0
+    copied_lr_mult: float = _lever("--hylo-copied-lr-mult", 0.2, recorded=True)
+    decay_lr_mult: float = _lever("--hylo-decay-lr-mult", 5.0, recorded=True)
+    kl_weight: float = _lever("--hylo-kl-weight", 1.0, recorded=True)
+    ce_weight: float = _lever("--hylo-ce-weight", 0.0, recorded=True)
     weight_decay: float = 0.05
-    mix: tuple[tuple[str, float], ...] = ()
+    mix: tuple[tuple[str, float], ...] = field(default=(), metadata=LEVER)
     rope: dict | None = None
     teacher_rope: dict | None = None
-    mla_rope: bool | None = None  # None: as the previous stage left it
-    log_scale: str | None = None  # BASE or BASE,LENGTH
-    teacher_length: int | None = None
-    ce_beyond: float = 1.0
-    answer_weight: float = 0.0
+    mla_rope: bool | None = field(default=None, metadata=LEVER)  # None: as the previous stage left it
+    log_scale: str | None = field(default=None, metadata=LEVER)  # BASE or BASE,LENGTH
+    teacher_length: int | None = _lever("--hylo-teacher-length", None, recorded=True)
+    ce_beyond: float = _lever("--hylo-ce-beyond-teacher", 1.0, recorded=True)
+    answer_weight: float = _lever("--hylo-answer-weight", 0.0, recorded=True)
     recompute: int = 0
-    # levers, which docs/recipe.md explains
+    # share of the plain text that the student of the stage's start writes (run/on_policy.py)
+    on_policy: float = field(default=0.0, metadata=LEVER)
+    # levers of later versions, which old recipe.json files do not have
     loss: str | None = _lever("--hylo-loss", None)
     jsd_beta: float = _lever("--hylo-jsd-beta", 0.5)
     ce_from: float = _lever("--hylo-ce-from", 0.0)
@@ -79,9 +88,11 @@ class Stage:
         return {name: flag for name, flag in flags.items() if getattr(self, name) != defaults[name]}
 
     def to_dict(self) -> dict:
-        """Return the fields, except levers at their defaults, so that recipes of earlier versions stay equal."""
-        unused = {each.name for each in fields(self) if "flag" in each.metadata} - self.levers().keys()
+        """Return the fields, except later levers at their defaults, so that recipes of earlier versions stay equal."""
+        later = {each.name for each in fields(self) if not each.metadata.get("recorded", True)}
+        unused = later - self.levers().keys()
         unused |= {name for name in ("mla_rope", "log_scale") if getattr(self, name) is None}
+        unused |= set() if self.on_policy else {"on_policy"}
         return {each.name: getattr(self, each.name) for each in fields(self) if each.name not in unused}
 
     def flags(self) -> list[str]:
@@ -91,13 +102,8 @@ class Stage:
             "--micro-batch-size": self.micro_batch, "--global-batch-size": self.global_batch,
             "--train-iters": self.steps, "--lr": self.lr, "--min-lr": self.min_lr, "--lr-decay-style": "cosine",
             "--lr-warmup-fraction": self.warmup, "--weight-decay": self.weight_decay,
-            "--hylo-copied-lr-mult": self.copied_lr_mult, "--hylo-decay-lr-mult": self.decay_lr_mult,
-            "--hylo-kl-weight": self.kl_weight, "--hylo-ce-weight": self.ce_weight,
-            "--hylo-ce-beyond-teacher": self.ce_beyond, "--hylo-answer-weight": self.answer_weight,
         }  # fmt: skip
         values |= {flag: getattr(self, name) for name, flag in self.levers().items()}
-        if self.teacher_length:
-            values["--hylo-teacher-length"] = self.teacher_length
         if self.rope:
             values["--hylo-rope"] = json.dumps(self.rope)
         if self.teacher_rope:
@@ -130,7 +136,7 @@ class Recipe:
     """A whole run. Every number on which its result depends is here."""
 
     name: str
-    plan: str
+    plan: str = field(metadata=LEVER)
     linear: str | None
     stages: tuple[Stage, ...]
     calibration_tokens: int
@@ -138,13 +144,24 @@ class Recipe:
     evaluation: Evaluation
     layers: int = 30
     text: str = "small"  # the mix of hylo fetch-text
-    geometry: str | Geometry = "native"
-    linear_rope: bool = False  # linear layers rotate queries and keys (config/positions.py)
-    window: str | None = None  # SIZE+SINKS, of attention beside each linear layer (config/positions.py)
+    geometry: str | Geometry = field(default="native", metadata=LEVER)
+    # linear layers rotate queries and keys (config/positions.py)
+    linear_rope: bool = field(default=False, metadata=LEVER)
+    # SIZE+SINKS, of attention beside each linear layer (config/positions.py)
+    window: str | None = field(default=None, metadata=LEVER)
     init: str = "data"  # or "svd", the initialisation of the method's paper
     save_every: int = 20
     seed: int = 1234
-    control: bool = False  # the student is the base model itself; ``plan``, ``linear`` and ``geometry`` are unused
+    # the student is the base model itself; ``plan``, ``linear`` and ``geometry`` are unused
+    control: bool = field(default=False, metadata=LEVER)
+
+    def __post_init__(self):
+        """Read a plan's file once: a run that is continued has the layers with which it began."""
+        if self.plan.endswith(".json"):
+            plan = Plan.parse(self.layers, self.plan, self.linear)
+            layers = ",".join(str(number) for number, kind in enumerate(plan) if kind == "mla")
+            object.__setattr__(self, "plan", layers or "none")
+            object.__setattr__(self, "linear", plan.linear_kind)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -155,7 +172,8 @@ class Recipe:
     def as_control(self) -> "Recipe":
         """Return the control: the base model itself, trained by the stages after the layer-wise ones."""
         kept = (stage for stage in self.stages if not stage_kind(stage.kind).layerwise)
-        changes = dict(train="all", initial_states="zero", mla_rope=None, log_scale=None)  # it has no new mixers
+        # It has no new mixers, and reads no text that a student wrote.
+        changes = dict(train="all", initial_states="zero", mla_rope=None, log_scale=None, on_policy=0.0)
         stages = tuple(replace(stage, **changes) for stage in kept)
         return replace(self, name=f"{self.name}-control", stages=stages, control=True, window=None)
 

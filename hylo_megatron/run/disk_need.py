@@ -26,6 +26,18 @@ def weights_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
+def _checkpoints(run, stage, student: Architecture, optimizer: bool, there: bool) -> tuple[int, int]:
+    """Return the bytes of a stage's checkpoints that stay, and those meanwhile. ``there``: one is on the disk.
+
+    An old checkpoint stays until the new one is complete. That of the last step has weights alone.
+    """
+    what = student, stage_kind(stage.kind), stage.train, fast_bf16()
+    full, weights = checkpoint_bytes(*what, optimizer), checkpoint_bytes(*what, optimizer=False)
+    before = (stage.steps - 1) // run.recipe.save_every  # saves before the last step
+    most = max(min(before, 2) * full, min(before, 1) * full + weights)
+    return (0, max(full, weights)) if there else (weights, most)
+
+
 def needs(run, student: Architecture, optimizer: bool = True) -> list[tuple[str, int, int]]:
     """Return ``(name, bytes that stay, bytes meanwhile)`` of each step of ``run`` that is not done, in order."""
     source, found = run.source, []
@@ -41,15 +53,12 @@ def needs(run, student: Architecture, optimizer: bool = True) -> list[tuple[str,
     width = base / elements(read_architecture(source.base))  # bytes per parameter
     if not run.recipe.control:
         add("the student", run.out / "student", int(elements(student) * width))
-    for stage in run.recipe.stages:
+    for stage, after in zip(run.recipe.stages, (*run.recipe.stages[1:], None), strict=True):
         folder = run.out / stage.name
-        size = checkpoint_bytes(student, stage_kind(stage.kind), stage.train, fast_bf16(), optimizer)
-        there = bool(complete_iterations(folder)) if folder.is_dir() else False
         if not trained_to(folder, stage.steps):
-            # the old checkpoint stays until the new one is complete
-            several = there or stage.steps > run.recipe.save_every
-            found.append((f"{stage.name}", 0 if there else size, size * (1 if there else 1 + several)))
-        if source.held_out or stage is run.recipe.stages[-1]:
+            there = folder.is_dir() and bool(complete_iterations(folder))
+            found.append((stage.name, *_checkpoints(run, stage, student, optimizer, there)))
+        if source.held_out or after is None or after.on_policy:
             add(f"hf-{stage.name}", run.out / f"hf-{stage.name}", EXPORTED * elements(student))
     return found
 

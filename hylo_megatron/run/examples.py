@@ -12,12 +12,14 @@ from hylo_megatron.config.geometry import PRESETS
 from hylo_megatron.config.layout import ParallelLayout, Work, check_parallel_layout
 from hylo_megatron.config.pair import check_vocabularies
 from hylo_megatron.config.plan import linear_of_name
+from hylo_megatron.config.stages import stage_kind
+from hylo_megatron.config.student import student_architecture
 from hylo_megatron.convert.hf_folder import read_architecture
 from hylo_megatron.data.documents import detect_format
 from hylo_megatron.data.token_files import check_token_files, read_summary
+from hylo_megatron.distill.losses import fitting
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.flags import command_line, readable_number, short
-from hylo_megatron.init.upcycle import student_architecture
 from hylo_megatron.mixers import LINEAR
 from hylo_megatron.recipes.proxy import STEPS, ProxySource, proxy
 from hylo_megatron.recipes.published import BASES, TOKENS, published
@@ -90,8 +92,12 @@ class Job:
             # Importing Megatron's parser takes seconds.
             from hylo_megatron.distill.command_line import check_stage, user_flags
 
-            for stage in self.recipe.stages:
-                check_stage(user_flags([*stage.flags(), *map(str, self.flags)]))
+            kinds = [(stage, stage_kind(stage.kind)) for stage in self.recipe.stages]
+            for stage, kind in kinds:
+                check_stage(user_flags([*stage.flags(), *fitting(self.flags, kind, stage.loss)]))
+            for word in map(str, self.flags):
+                if not any(fitting([word], kind, stage.loss) for stage, kind in kinds):
+                    raise HyLoError(f"FLAGS={word}: no stage of this recipe has a loss that reads it; leave it out")
 
 
 def data_files() -> tuple[tuple[Path, ...], tuple[Path, ...]]:

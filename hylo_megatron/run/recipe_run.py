@@ -21,11 +21,12 @@ from hylo_megatron.config.stages import stage_kind
 from hylo_megatron.convert import hf_to_megatron, megatron_to_hf
 from hylo_megatron.convert.hf_folder import read_architecture
 from hylo_megatron.convert.model_card import put_figures
+from hylo_megatron.distill.losses import fitting
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.files import write_text
 from hylo_megatron.json_file import read_json
 from hylo_megatron.recipes.stage import Recipe, Stage
-from hylo_megatron.run import disk_need
+from hylo_megatron.run import disk_need, on_policy
 from hylo_megatron.run.background import Background
 from hylo_megatron.run.datasets import data_path, make_datasets
 from hylo_megatron.run.launch import Processes, start_own
@@ -40,7 +41,8 @@ from hylo_megatron.run.training_process import TrainingProcess
 class Run:
     """One run of ``recipe`` in folder ``out``. ``execute()`` does what is not done yet.
 
-    ``start`` starts trainings (``launch.start_own``, or that of a ``World``). ``flags`` are given to each training.
+    ``start`` starts trainings (``launch.start_own``, or that of a ``World``). ``flags`` are given to each training,
+    except those that change nothing by the loss of its stage.
     ``beside``: run evaluations and the start of the next stage during a training (None: on a GPU only).
     """
 
@@ -58,7 +60,7 @@ class Run:
         self.student = self.base if recipe.control else out / "student"
         self.total = 4 - recipe.control + len(self.source.steps()) + len(recipe.stages) + (self.teacher != self.base)
         self.total += 2 + len(recipe.stages) if self.source.held_out else 0
-        self.total += bool(sampled_tokens(recipe))
+        self.total += bool(sampled_tokens(recipe)) + sum(bool(stage.on_policy) for stage in recipe.stages)
         self.background = Background(self.logs, beside)
         self.trainings: list[TrainingProcess] = []
         self.next_training: TrainingProcess | None = None
@@ -103,6 +105,20 @@ class Run:
             self.recipe, self.source.teacher or self.hf, self.out / "sampled", self.data / "sampled", self.hf
         )
 
+    def own_text(self, index: int, name: str, checkpoint: Path) -> None:
+        """Let the student before stage ``index`` write the share of its text that ``on_policy`` asks for."""
+        if index == len(self.recipe.stages) or not self.recipe.stages[index].on_policy:
+            return
+        stage = self.recipe.stages[index]
+        done, folder = on_policy.packed(self.data, stage), self.out / on_policy.ON_POLICY / stage.name
+
+        def write():
+            self.background.wait()  # the rows take the GPU's memory, which evaluations share
+            student, seed = self.export(name, checkpoint), self.recipe.seed + index
+            on_policy.write_on_policy(stage, student, folder, self.data, tokenizer=self.hf, seed=seed)
+
+        self.step(f"{stage.name}: sample {on_policy.on_policy_tokens(stage):,} tokens from {name}", write, done)
+
     def prepare(self) -> None:
         """Make the tokens and the packed data sets of the stages."""
         self.source.make_tokens()
@@ -138,8 +154,10 @@ class Run:
         stage, save = stages[index], self.out / stages[index].name
         student = self.out / stages[index - 1].name if index else self.student
         teacher = self.base if stage_kind(stage.kind).layerwise else self.teacher
-        flags = [*stage.flags(), *self.flags, "--hylo-student", student, "--hylo-teacher", teacher, "--save", save,
-                 "--save-interval", self.recipe.save_every, "--hylo-keep-last", 1, "--seed", self.recipe.seed,
+        shared = fitting(self.flags, stage_kind(stage.kind), stage.loss)
+        flags = [*stage.flags(), *shared, "--hylo-student", student, "--hylo-teacher", teacher, "--save", save,
+                 "--save-interval", self.recipe.save_every, "--hylo-keep-last", 1, "--hylo-last-weights-only",
+                 "--seed", self.recipe.seed,
                  "--data-path", *data_path(self.data, stage, self.source.tokens)]  # fmt: skip
         if self.recipe.control:
             flags.append("--hylo-control")
@@ -166,7 +184,8 @@ class Run:
         self.next_training = None
 
         def start_next():
-            if self.background.beside and index + 1 < len(self.recipe.stages):
+            following = self.recipe.stages[index + 1 : index + 2]
+            if self.background.beside and following and not following[0].on_policy:  # its text is not written yet
                 self.next_training = self._start(index + 1)
 
         try:
@@ -187,6 +206,7 @@ class Run:
         return folder
 
     def execute(self) -> None:
+        on_policy.check(self.recipe, self.data, self.source.tokens)
         with disk.writing(self.out):
             self._claim()
         print(f"{self.recipe.name}: {self.plan.name}, {self.processes}, in {self.out}", flush=True)
@@ -214,10 +234,12 @@ class Run:
             self.step("convert the teacher", convert, self.teacher)
         if not self.recipe.control:
             self.step(f"upcycle to {self.plan.name}", self.upcycle, self.student)
+        self.own_text(0, "init", self.student)
         if self.source.held_out:
             self.measure("init", self.export("init", self.student))
         for index, stage in enumerate(self.recipe.stages):
             checkpoint, last = self.train(index), stage is self.recipe.stages[-1]
+            self.own_text(index + 1, stage.name, checkpoint)
             if last or self.source.held_out:
                 folder = self.export(stage.name, checkpoint)
                 self.measure(stage.name, folder, full=last, report=self.out / "report" if last else None)
@@ -227,7 +249,7 @@ class Run:
         self._close(folder)
 
     def _check_disk(self) -> None:
-        from hylo_megatron.init.upcycle import student_architecture
+        from hylo_megatron.config.student import student_architecture
 
         student = base = read_architecture(self.hf)
         if not self.recipe.control:

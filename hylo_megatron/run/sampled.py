@@ -8,7 +8,8 @@ import torch
 
 from hylo_megatron.data import prepare
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.recipes.stage import Recipe, Stage
+from hylo_megatron.recipes.stage import Recipe
+from hylo_megatron.run.datasets import mix_of, with_share
 from hylo_megatron.sample import command
 
 KIND = "sampled"
@@ -17,19 +18,15 @@ PLAIN = ("text", "long")  # the kinds that sampled text replaces
 
 def with_sampled(recipe: Recipe, share: float) -> Recipe:
     """Return ``recipe`` with ``share`` of each stage's plain text (kinds text and long) sampled from the teacher."""
-    return replace(recipe, stages=tuple(_mixed(stage, share) for stage in recipe.stages)) if share else recipe
-
-
-def _mixed(stage: Stage, share: float) -> Stage:
-    mix = stage.mix or (("text", 1.0),)
-    plain = sum(part for name, part in mix if name in PLAIN)
-    kept = [(name, part * (1 - share) if name in PLAIN else part) for name, part in mix]
-    return replace(stage, mix=(*((name, part) for name, part in kept if part), (KIND, plain * share)))
+    if not share:
+        return recipe
+    stages = [replace(stage, mix=with_share(stage.mix, share, KIND, PLAIN)) for stage in recipe.stages]
+    return replace(recipe, stages=tuple(stages))
 
 
 def sampled_tokens(recipe: Recipe) -> int:
     """Return how many tokens of sampled text the stages read together; 0 if none mixes any."""
-    shares = [(stage, share) for stage in recipe.stages for name, share in stage.mix if name == KIND and share]
+    shares = [(stage, share) for stage in recipe.stages for name, share in mix_of(stage) if name == KIND and share]
     return sum(stage.samples(share) * (stage.seq_length + 1) for stage, share in shares)
 
 
@@ -38,7 +35,15 @@ def write_sampled(recipe: Recipe, teacher: Path, out: Path, tokens: Path, tokeni
 
     ``more``: flags of ``hylo sample-text`` beside those that the recipe decides.
     """
-    flags = {"--teacher": teacher, "--out": out, "--tokens": sampled_tokens(recipe), "--seed": recipe.seed}
+    wanted = sampled_tokens(recipe)
+    write_documents(teacher, out, tokens, tokenizer, tokens=wanted, seed=recipe.seed, more=more)
+
+
+def write_documents(
+    model: Path, out: Path, prefix: Path, tokenizer: Path, *, tokens: int, seed: int, more: tuple = ()
+) -> None:
+    """Sample ``tokens`` tokens from ``model`` into folder ``out``, and write them as token files with ``prefix``."""
+    flags = {"--teacher": model, "--out": out, "--tokens": tokens, "--seed": seed}
     options = command.parser().parse_args([str(part) for pair in flags.items() for part in pair] + [*more])
     command.sample(options)
     gc.collect()
@@ -47,4 +52,4 @@ def write_sampled(recipe: Recipe, teacher: Path, out: Path, tokens: Path, tokeni
     inputs = sorted(out.glob("sampled-*.jsonl"))
     if not inputs:
         raise HyLoError(f"{out}: no sampled text: remove the folder and run again")
-    prepare.prepare(inputs, tokenizer, tokens)
+    prepare.prepare(inputs, tokenizer, prefix)

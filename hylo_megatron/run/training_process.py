@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from hylo_megatron.config.stages import stage_kind
+from hylo_megatron.distill.losses import fitting
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.recipes.stage import Stage
 from hylo_megatron.run.launch import Processes, start_own
@@ -48,15 +50,19 @@ GRAPH_FLAGS = ("--cuda-graph-impl", "full_iteration", "--cuda-graph-warmup-steps
 class TrainingProcess:
     """The training of a stage. Its processes may start before the student for which they wait exists.
 
-    ``start(arguments, processes, log)`` starts them: ``launch.start_own``, or that of a ``World``.
+    ``start(arguments, processes, log)`` starts them: ``launch.start_own``, or that of a ``World``. ``flags``
+    override those for this machine.
     """
 
     def __init__(self, stage: Stage, flags: list, save: Path, processes: Processes, log: Path, start=start_own):
         self.stage, self.steps, self.log = stage, save / "train_log.jsonl", log
-        trainer = ["-m", "hylo_megatron.train", *map(str, flags), *processes.layout.flags()]
-        trainer += ["--bf16"] if fast_bf16() else []
+        own = ["--bf16"] if fast_bf16() else []
         if torch.cuda.is_available():
-            trainer += GPU_FLAGS + (GRAPH_FLAGS if processes.cuda_graph and processes.ranks == 1 else ())
+            own += fitting(GPU_FLAGS, stage_kind(stage.kind), stage.loss)
+            # under a CUDA graph tensors must stay in their place
+            fixed = not any("--hylo-offload" in str(flag) for flag in flags)
+            own += GRAPH_FLAGS if fixed and processes.cuda_graph and processes.ranks == 1 else ()
+        trainer = ["-m", "hylo_megatron.train", *own, *map(str, flags), *processes.layout.flags()]
         self.process = start(trainer, processes, log)
 
     def wait(self, running: Callable[[], object] = lambda: None) -> None:

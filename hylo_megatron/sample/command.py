@@ -22,6 +22,7 @@ from hylo_megatron.sample import prompts as prompt_kinds
 from hylo_megatron.sample.decoder import CPU_ROWS, Decoder, Sampling, rows_by_memory
 from hylo_megatron.sample.fingerprint import fingerprint
 from hylo_megatron.sample.keep import Keeper, Rules
+from hylo_megatron.sample.lockstep import LockstepDecoder, cache_bytes_per_token
 from hylo_megatron.sample.prompts import Prompts, Teller
 from hylo_megatron.sample.row_cache import refusal
 from hylo_megatron.sample.run import SamplingRun
@@ -53,6 +54,8 @@ def engine_of(options: argparse.Namespace, config) -> str:
     """Return transformers or vllm. Raises ``HyLoError`` if neither can sample this model here."""
     if options.engine != "auto":
         return options.engine
+    if config.model_type == "hylo" and not packages.has("vllm"):
+        return "transformers"
     reason = refusal(config, options.length)
     if reason:
         packages.require("vllm", f"sampling from {options.teacher} ({reason})")
@@ -83,13 +86,18 @@ def start_engine(
     if engine == "vllm":
         return VllmEngine(options.teacher, sampling, str(dtype).removeprefix("torch."), options.batch_size), None
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device.index or 0)  # set_device takes no device without an index
     model = load(options.teacher, device, dtype).model
+    hybrid = model.config.model_type == "hylo"
     rows = options.batch_size or CPU_ROWS
     if not options.batch_size and device.type == "cuda":
         per_token = kv_bytes_per_token(model.config, dtype.itemsize)
+        if hybrid:
+            per_token = cache_bytes_per_token(model, sampling.length)
         vocabulary = model.get_output_embeddings().weight.shape[0]
         rows = rows_by_memory(torch.cuda.mem_get_info(device)[0], per_token, sampling.length, vocabulary)
+    if hybrid:
+        return LockstepDecoder(model, sampling, rows), rows
     return Decoder(model, sampling, rows, not options.no_cuda_graph), rows
 
 
@@ -170,7 +178,8 @@ def parser() -> Parser:
         help="largest share of repeated runs of 4 words in 200 words; more is a loop and dropped")  # fmt: skip
     add("--alike", type=share, default=Rules.alike,
         help="share of common runs of 5 words (MinHash) from which a text is dropped as a copy")  # fmt: skip
-    add("--engine", choices=ENGINES, default="auto", help="auto: transformers, and vllm for models it cannot batch")
+    engines = "auto: transformers, and vllm for hybrids (if installed) and for models that it cannot batch"
+    add("--engine", choices=ENGINES, default="auto", help=engines)
     add("--batch-size", type=size, help="rows written at once (default: by memory, on a CPU 8)")
     add("--rows-per-shard", type=size, default=1000)
     add("--no-cuda-graph", action="store_true", help="launch the kernels of a step one by one")

@@ -66,7 +66,7 @@ class Decoder:
         self.model, self.sampling, self.device = use_rows(model, sampling.length), sampling, model.device
         self.graph: torch.cuda.CUDAGraph | None = None
         self.wants_graph = graph and self.device.type == "cuda"
-        self.draw = _drawing(self.device)
+        self.draw = drawing(self.device)
 
         def zeros(*shape: int, dtype=torch.int64) -> Tensor:
             return torch.zeros(*shape, dtype=dtype, device=self.device)
@@ -165,7 +165,7 @@ class Decoder:
         self.live.logical_and_(~(ended | full))
 
 
-def _drawing(device: torch.device):
+def drawing(device: torch.device):
     """Return the function that draws tokens on ``device``: the Triton kernel where it gives the reference's tokens."""
     if device.type != "cuda":
         return draw.draw

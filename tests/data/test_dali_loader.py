@@ -110,6 +110,7 @@ def test_samples_and_order_are_those_of_the_default_loader(dali, monkeypatch, ra
     sampler = MegatronPretrainingSampler(SAMPLES, consumed, ROWS, rank, size)
     expected = list(torch.utils.data.DataLoader(Data(), batch_sampler=sampler))
     loader, *others = batches.dali_loaders(arguments(consumed), [Data(), None, None])
+    assert isinstance(loader.reads, Data)  # of which the guard names samples
     found = list(loader)
     assert others == [None, None] and len(found) == len(expected) > 2 * DEPTH - 3 * size
     for got, want in zip(found, expected, strict=True):

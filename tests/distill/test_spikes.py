@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from argparse import Namespace
 from collections import Counter
 from types import SimpleNamespace
@@ -136,6 +137,31 @@ def test_a_rollback_takes_the_weights_of_the_last_checkpoint(world, tmp_path):
     assert Counter(line["event"] for line in events(folder))["rolled back"] == 1
 
 
+def test_a_rollback_before_the_first_save_goes_back_to_what_was_loaded(world, tmp_path):
+    """--save holds a newer checkpoint of another run, which no rollback may take."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    done = run(world, first, "rollback", {}, train_iters=2, save_interval=2, lr_warmup_iters=0)
+    assert done.returncode == 0, done.stderr[-3000:]
+    shutil.copytree(first, second)
+    (second / "iter_0000002").rename(second / "iter_0000009")
+    (second / "latest_checkpointed_iteration.txt").write_text("9")
+    done = run(world, second, "rollback", {3: math.nan, 5: math.nan}, train_iters=5, save_interval=4, load=first,
+               override_opt_param_scheduler=True)  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert [line for line in done.stdout.splitlines() if line.startswith("rolled back")] == [
+        f"rolled back to the weights of iteration {iteration}" for iteration in (2, 4)]  # fmt: skip
+
+
+def test_no_rollback_to_a_run_that_gave_its_weights_only(tmp_path, monkeypatch):
+    from megatron.training import async_utils
+
+    from hylo_megatron.engine import guard
+
+    monkeypatch.setattr(async_utils, "maybe_finalize_async_save", lambda blocking: None)
+    with pytest.raises(HyLoError, match="the run has no checkpoint yet to go back to, neither saved in .* nor loaded"):
+        guard.restore(Namespace(save=tmp_path), None, [], None, None)
+
+
 @pytest.mark.parametrize("schedule", [
     "override_opt_param_scheduler", pytest.param("use_checkpoint_opt_param_scheduler", marks=pytest.mark.slow),
 ])  # fmt: skip
@@ -175,7 +201,7 @@ def test_a_rollback_keeps_the_size_of_the_batch(tmp_path, monkeypatch, process_g
     calculator.init_num_microbatches_calculator(0, None, 4, 2, 1, step_batch_size_schedule="0:2 16:4")
     assert calculator.get_current_global_batch_size() == 2
     calculator.update_num_microbatches(24)
-    guard.restore(args, [], None, SimpleNamespace(step=lambda increment: None))
+    guard.restore(args, tmp_path, [], None, SimpleNamespace(step=lambda increment: None))
     assert args.consumed_train_samples == 24 and calculator.get_current_global_batch_size() == 4
 
 
@@ -192,6 +218,39 @@ def test_a_skipped_step_with_a_gradient_that_is_not_finite_leaves_a_log_that_can
         log.write({"loss": 2.0, "learnt": 9.0}, step, 1e-3, torch.tensor(norm), guard)
     assert [line["grad_norm"] for line in read_steps(log.path)] == ["nan", "inf", 0.5]
     assert origin_of(tmp_path).stages[0].steps == 3
+
+
+def test_an_event_names_the_samples_of_either_loader(tmp_path, process_groups, monkeypatch):
+    from hylo_megatron.distill.losses import KL
+    from hylo_megatron.engine import guard
+    from hylo_megatron.engine.training_run import TrainingRun
+    from hylo_megatron.train import remembered
+
+    data = SimpleNamespace(dataset_path=tmp_path / "text", sequence=lambda index: 10 * index)
+    monkeypatch.setattr(guard, "get_current_global_batch_size", lambda: 2)
+    for dataloader, kind, loader, known in (
+        ("torch", "single", data, True), ("dali", "external", SimpleNamespace(reads=data), True),
+        ("torch", "cyclic", data, False),
+    ):  # fmt: skip
+        run = TrainingRun()
+        remembered(lambda loader=loader: [loader, None, None], run)()
+        args = Namespace(save=tmp_path, hylo_log=None, hylo_on_spike="warn", dataloader=dataloader,
+                         dataloader_type=kind, consumed_train_samples=4)  # fmt: skip
+        watch = guard.Guard(args, KL(), run.data)
+        watch.begin(None)
+        watch._event(3, "spike", "loss", 9.0, 1.0)
+        wanted = [[str(tmp_path / "text"), "sequence", number] for number in (40, 50)] if known else []
+        assert events(tmp_path)[-1]["samples"] == wanted
+
+
+def test_a_log_is_cut_at_line_feeds_alone(tmp_path, process_groups):
+    from hylo_megatron.engine.step_log import StepLog
+
+    log = StepLog(Namespace(hylo_stage="ild", global_batch_size=4, seq_length=64, hylo_log=None, save=tmp_path), [])
+    lines = [json.dumps({"iteration": step, "stage": "a\u2028b"}, ensure_ascii=False) for step in (1, 2, 3)]
+    log.path.write_text("\n".join(lines) + '\n{"iteration": 4, "st', encoding="utf-8")
+    log.truncate(2)
+    assert log.path.read_bytes() == ("\n".join(lines[:2]) + "\n").encode()
 
 
 @pytest.mark.parallel

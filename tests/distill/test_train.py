@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,10 @@ from helpers import train as helpers  # noqa: E402
 from helpers.train import read_log, train, train_flags  # noqa: E402
 from programs import parity  # noqa: E402
 
+from hylo_megatron.checkpoint import disk  # noqa: E402
 from hylo_megatron.config import Architecture, Plan  # noqa: E402
+from hylo_megatron.distill import resume  # noqa: E402
+from hylo_megatron.errors import HyLoError  # noqa: E402
 from hylo_megatron.init.upcycle import upcycle  # noqa: E402
 
 LOSSES = ("loss", "kl", "ce", "grad_norm", "lr")
@@ -119,7 +123,8 @@ def test_a_stopped_run_continues_bit_for_bit(world, uninterrupted, tmp_path):
 
 def test_a_killed_run_continues_bit_for_bit(world, uninterrupted, tmp_path):
     run = tmp_path / "run"
-    log, flags = run / "train_log.jsonl", train_flags(world, "distill", run, train_iters=20, save_interval=5)
+    away = dict(hylo_offload_teacher=True, hylo_offload_optimizer=True)  # which changes no bit either
+    log, flags = run / "train_log.jsonl", train_flags(world, "distill", run, train_iters=20, save_interval=5, **away)
     killed = train(*flags, HYLO_TEST_KILL_AT="8")
     assert killed.returncode == -signal.SIGKILL and len(read_log(log)) == 8, killed.stderr[-4000:]
     done = train(*flags)
@@ -131,10 +136,16 @@ def test_a_killed_run_continues_bit_for_bit(world, uninterrupted, tmp_path):
 
 def test_bf16_runs_saves_and_resumes(world, tmp_path):
     run = tmp_path / "run"
-    flags = train_flags(world, "distill", run, train_iters=4, exit_interval=2, bf16=True)
-    for steps in (2, 4):
+    flags = train_flags(world, "distill", run, train_iters=4, exit_interval=2, bf16=True, hylo_last_weights_only=True)
+    for steps in (2, 4, 4):  # a finished run starts and ends again
         succeeded(train(*flags))
         assert len(losses(run)) == steps
+    before, last = (run / f"iter_{step:07d}" for step in (2, 4))
+    assert disk.used(before) > 2 * disk.used(last)  # the last step has no optimizer
+    asked = SimpleNamespace(finetune=False, no_load_optim=False, train_iters=6)
+    with pytest.raises(HyLoError, match="iter_0000004 has no optimizer's states, expected .* --hylo-student"):
+        resume.check(last, object(), None, asked)
+    assert not resume.has_no_optimizer(before, asked)
     assert all(0 < loss < 100 for loss, *_ in losses(run))
     for name, tensor in helpers.trained_weights(run).items():
         assert tensor.dtype == (torch.float32 if name.endswith(("A_log", "dt_bias")) else torch.bfloat16), name

@@ -80,6 +80,7 @@ BAD_VARIABLES = [
     (dict(FLAGS='--hylo-log "x'), "no closing quotation"),
     (dict(FLAGS="--lr nan"), "argument --lr: 'nan': expected a number of 0 or more"),
     (dict(FLAGS="--no-such-flag 3"), "unrecognized arguments: --no-such-flag"),
+    (dict(FLAGS="--hylo-jsd-beta 0.3"), "FLAGS=--hylo-jsd-beta: no stage of this recipe has a loss that reads it"),
     (dict(PLAN="1,1"), "numbers must differ"),
 ]
 
@@ -93,6 +94,12 @@ def test_a_proxy_is_checked_like_the_real_thing(monkeypatch, tmp_path, variables
         job.check(examples.processes_of(None))
     assert words in str(refused.value) and "\n" not in str(refused.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_flag_that_some_stages_have_is_accepted(monkeypatch, tmp_path):
+    for name, text in {"PROXY": "1", "OUT": str(tmp_path), "FLAGS": "--hylo-kl-chunk 64 --hylo-ild-raw-norms"}.items():
+        monkeypatch.setenv(name, text)
+    examples.job_of("llama1b").check(examples.processes_of(None))
 
 
 def test_a_proxy_is_checked_as_the_model_that_is_made_later(monkeypatch, tmp_path):
@@ -139,6 +146,8 @@ def test_what_a_training_cannot_do_without_is_asked_for(world):
         (["--transformer-impl", "local"], "--hylo-backend says which layers are built"),
         (["--data-path", "nan", "a", "1", "b"], "--data-path: weight nan, expected a number above 0"),
         (["--data-path", "1", "a", "-2", "b"], "--data-path: weight -2, expected"),
+        (["--hylo-random-weights"], "--save: a benchmark with --hylo-random-weights loads and saves nothing"),
+        (["--hylo-profile", "x"], "--hylo-profile: needs --train-iters of 5 or more, got 4"),
     ):
         longer = [*whole, *more]
         with pytest.raises(HyLoError, match=words):

@@ -11,7 +11,8 @@ from helpers.evaluation import Stub, make_model, write_lines
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.evaluate import choice
 from hylo_megatron.evaluate.answers import Answers, normalised
-from hylo_megatron.evaluate.intervals import bootstrap, of_scores, wilson
+from hylo_megatron.evaluate.compare import differences
+from hylo_megatron.evaluate.intervals import bootstrap, of_differences, of_scores, wilson
 from hylo_megatron.evaluate.needle import Needle
 from hylo_megatron.evaluate.questions import draw, read_answers, read_choices
 from hylo_megatron.evaluate.run_task import answerer, run
@@ -263,3 +264,70 @@ def test_intervals():
     weights = [random.Random(n).uniform(1, 9) for n in range(50)]
     assert bootstrap([2 * weight for weight in weights], weights) == pytest.approx((2, 2))
     assert of_scores([0.5, 1.0, 0.0])[0] < 0.5 < of_scores([0.5, 1.0, 0.0])[1]
+
+
+def test_intervals_of_differences_pair_the_questions():
+    rng = random.Random(3)
+    right = [float(rng.random() < 0.6) for _ in range(200)]
+    assert of_differences(right, right) == (0.0, 0.0)  # though each alone is uncertain by 7 points
+    low, high = of_differences(right, [1 - score for score in right])
+    assert low < 1 - 2 * sum(right) / 200 < high
+    assert of_differences([0.25, 0.5], [0.5, 0.75]) == (0.25, 0.25)
+
+
+def test_intervals_cover_a_known_difference():
+    """The model answers 30 % of what the base misses, and misses 10 % of what it answers: 5 points at 62.5 %."""
+    rng, covered, widths = random.Random(0), 0, []
+    for _ in range(100):
+        before = [float(rng.random() < 0.625) for _ in range(150)]
+        after = [float(rng.random() < (0.9 if score else 0.3)) for score in before]
+        low, high = of_differences(before, after)
+        covered += low <= 0.05 <= high
+        widths.append(high - low)
+    assert 88 <= covered <= 100
+    apart = 2 * 1.96 * (0.625 * 0.375 / 150 + 0.675 * 0.325 / 150) ** 0.5  # of two models that were asked apart
+    assert max(widths) < 0.85 * apart
+
+
+def test_differences_of_every_suite_are_those_of_its_questions(tokenizer, prose, files):
+    """Figures of an oracle and of one that misses every third question; rows and questions have the same labels."""
+
+    def figures(answerer):
+        needle = run(Needle(file=prose, depths=3), tokenizer, answerer, lengths=(500,), samples=4)
+        questions = read_choices(files[0])[:6]
+        likelihood = choice.by_likelihood(tokenizer, questions, lambda options: [float(-i % 4) for i in range(24)])
+        letters = choice.by_letter(choice.Letters(name="letters", questions=questions), tokenizer, answerer, 300)
+        task = Answers(questions=read_answers(files[1]))
+        answers = {"numbers": run(task, tokenizer, answerer, lengths=(300,), samples=12)}
+        tasks = {name: dict(needle) for name in ("niah_single_1", "vt")}
+        return {
+            "needle": needle, "answers": answers,
+            "choice": {"sums": {"chance": 0.25, "likelihood": likelihood, "letters": letters}},
+            "ruler": {"tasks": tasks, "by_length": [{**needle["by_length"][0], "samples": 24}]},
+        }  # fmt: skip
+
+    def poor(prompts):
+        return ((i, "" if i % 3 == 0 else answer) for i, answer in oracle(prompts))
+
+    base, model = figures(oracle), figures(poor)
+    found = differences(base, model)
+    likelihood = {label for label in found if "likelihood" in label}
+    assert len(found) == 8 and len(likelihood) == 2
+    for label, each in found.items():
+        if label in likelihood:
+            assert (each["difference"], each["low"], each["high"], each["better"], each["worse"]) == (0, 0, 0, 0, 0)
+            continue
+        assert each["difference"] == pytest.approx(-1 / 3) and each["low"] <= each["difference"] <= each["high"] <= 0
+        questions = {"sums, written (chance 25 %)": 6, "RULER, mean of 2, 500 tokens": 24}.get(label, 12)
+        assert (each["samples"], each["better"]) == (questions, 0) and each["worse"] >= questions / 3
+        assert differences(model, base)[label]["low"] == pytest.approx(-each["high"])
+    # another prompt at one place: the questions are not the same, and no interval is claimed
+    model["needle"] = {**model["needle"], "samples": [dict(sample) for sample in model["needle"]["samples"]]}
+    model["needle"]["samples"][5]["prompt_tokens"] += 1
+    assert differences(base, model)["needle, 500 tokens"] == {"difference": pytest.approx(-1 / 3)}
+    assert "low" in differences(base, model)["RULER vt, 500 tokens"]
+
+
+def test_one_question_gives_no_interval(tokenizer, prose):
+    one = {"needle": run(Needle(file=prose, depths=1), tokenizer, oracle, lengths=(500,), samples=1)}
+    assert differences(one, one) == {"needle, 500 tokens": {"difference": 0.0}}

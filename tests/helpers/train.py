@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from helpers import tiny
 from helpers.paths import PROGRAMS, ROOT
-from helpers.waits import PATIENCE
+from helpers.waits import PATIENCE, wait_for
 
 from hylo_megatron.checkpoint.folder import write_checkpoint as write
 from hylo_megatron.convert.hf_to_megatron import megatron_tensors
@@ -227,6 +227,36 @@ def train_command(*argv) -> list[str]:
 
 def single() -> dict[str, str]:
     return environment(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+
+
+class Forked:
+    """A training of a recipe's runner as a fork of the zygote, in place of ``launch.Process``.
+
+    ``arguments`` are those of the interpreter; ``variables`` are added to the training's environment.
+    """
+
+    def __init__(self, arguments: list[str], log: Path, **variables: str):
+        assert arguments[:2] == ["-m", "hylo_megatron.train"]
+        self.errors, self.code = log.with_suffix(".err"), None
+        self.child = zygote().start(arguments[2:], single() | variables, log, self.errors)
+        threading.Thread(target=self._wait, daemon=True).start()
+
+    def _wait(self) -> None:
+        self.code = zygote().wait(self.child)
+
+    def poll(self) -> int | None:
+        return self.code
+
+    def stop(self, how: signal.Signals = signal.SIGTERM) -> None:
+        if self.code is None:
+            os.kill(self.child, how)
+            wait_for(lambda: self.code is not None, "end of a training")
+
+    def reason(self) -> str:
+        if self.code < 0:
+            return f"killed by {signal.Signals(-self.code).name}"
+        lines = self.errors.read_text(errors="replace").splitlines()
+        return next((line for line in reversed(lines) if "error: " in line), f"exit code {self.code}: {lines[-3:]}")
 
 
 def trained_weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -11,7 +11,9 @@ from helpers.waits import PATIENCE
 SCRIPT = """
 import torch
 from triton.runtime import interpreter  # with TRITON_INTERPRET=1 kernels run as numpy
-from hylo_megatron.kernels import conv, norm, rope, triton_conv, triton_pointwise
+from hylo_megatron.kernels import (
+    attention, conv, fp8, norm, rope, triton_attention, triton_conv, triton_fp8, triton_pointwise,
+)
 
 def compare(fused, reference, inputs):
     results = []
@@ -47,6 +49,23 @@ angles = torch.rand(7, 8) * 6
 turn = [lambda x, module=module: module.rotate(x, angles.cos(), angles.sin()) for module in (triton_pointwise, rope)]
 compare(*turn, [torch.randn(7, 3, 5, 16)])
 compare(*([lambda x, f=f: f(x.transpose(0, 1)[..., 4:20]) for f in turn]), [torch.randn(3, 7, 5, 24)])
+x = torch.randn(9, 200, dtype=torch.bfloat16) * torch.logspace(-6, 4, 9, dtype=torch.bfloat16)[:, None]
+x[3] = 0
+(got, got_scale), (want, want_scale) = (module.quantise_rows(x) for module in (triton_fp8, fp8))
+assert torch.equal(got_scale, want_scale)
+# the interpreter rounds ties away from zero, and halves a value that it rounds up to a power of two
+assert (got.float() == want.float()).float().mean() > 0.95
+for tail in ((), (1,)):  # cuDNN's denominators have one dimension more
+    q, k, v = torch.randn(2, 3, 41, 24), torch.randn(2, 3, 60, 24), torch.randn(2, 3, 60, 40)
+    want, want_lse = attention.attend_plain(q, k, v, False, 0.3)
+    blocks = [(k[:, :, keys], v[:, :, keys]) for keys in (slice(0, 7), slice(7, 60))]
+    for joined in (attention, triton_attention):
+        (out, lse), part = (attention.attend_plain(q, *block, False, 0.3) for block in blocks)
+        lse, part_lse = lse.view(2, 3, 41, *tail), part[1].view(2, 3, 41, *tail)
+        rows = slice(5, 41)
+        joined.join_attention(out[:, :, rows], lse[:, :, rows], part[0][:, :, rows], part_lse[:, :, rows])
+        torch.testing.assert_close(out[:, :, rows], want[:, :, rows], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(lse.view(2, 3, 41)[:, :, rows], want_lse[:, :, rows], rtol=1e-4, atol=1e-5)
 print("equal")
 """
 

@@ -46,7 +46,9 @@ def test_new_mixers_have_an_initialisation_and_bytes(kind):
     assert callable(initialise.from_rows) and callable(initialise.calibrated) and initialise.REFIT in (True, False)
     found = entry.part("memory").activations(arch, Share(ParallelLayout(), 1, 128))
     assert 0 < found.entry < found.kept
+    assert entry.part("flops").mixing(arch, 128) > 0
     if kind in LINEAR:
+        assert entry.part("flops").values(arch) > 0 and entry.part("flops").VALUE_COST > 0
         assert all(size > 0 for size in entry.part("memory").state(entry.dimensions(arch.geometry)))
     else:
         assert entry.part("memory").cached_values(arch) > 0

@@ -93,6 +93,15 @@ def test_wrong_states_are_not_carried(mode, wrong):
     assert states.initial.any() and states.initial.isfinite().all()
 
 
+def test_restored_states_are_written_where_a_graph_reads_them():
+    states, saved = InitialStates("carried", (), 7), torch.randn(2, H, K, K)
+    states.restore(saved)
+    place = states.final.data_ptr()
+    assert place != saved.data_ptr() and torch.equal(states.final, saved)
+    states.restore(2 * saved)  # a rollback, in the midst of a training
+    assert states.final.data_ptr() == place and torch.equal(states.final, 2 * saved)
+
+
 @pytest.mark.parametrize("wrong", [None, "loss nan"])
 def test_a_step_that_the_guard_leaves_out_is_forgotten(pair, wrong, monkeypatch):
     model, x = model_of(pair, "carried"), helpers.token_batch(2, 64)
@@ -111,7 +120,7 @@ def test_a_step_that_the_guard_leaves_out_is_forgotten(pair, wrong, monkeypatch)
 
 def test_model_chunks_of_a_rank_draw_different_noise(pair):
     models = [model_of(pair, "random", chunk, virtual_pipeline_model_parallel_size=2) for chunk in range(2)]
-    seeds = [states.seed for model in models for states in model._initial_states]
+    seeds = [states.seed for model in models for states in model._initial_states.values()]
     assert len(set(seeds)) == len(seeds) > 1
 
 

@@ -1,7 +1,7 @@
 """Tests that losses beside the KL are the same on every layout as in one process, and equal to plain references."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -19,6 +19,11 @@ from hylo_megatron.distill.losses.hidden import reference_hidden_distance  # noq
 
 LAYOUTS = {name: sizes for name, sizes in parity.LAYOUTS[2].items() if name in ("TP2", "TP2 SP", "PP2", "CP2")}
 CASES = [(layout, loss) for layout in LAYOUTS for loss in parity.LOSSES if (layout, loss) != ("PP2", "hidden")]
+# MLPs in blocks (the teacher's, and those of the recomputed sub-layers of the student), recurrences in segments
+PARTS = dict(mlp_block=24, recompute=5, recurrence_block=32)
+BLOCKS = {f"{name} blocks": LAYOUTS[name] | PARTS for name in ("TP2", "TP2 SP")}
+LAYOUTS |= BLOCKS
+CASES += [(layout, "jsd") for layout in BLOCKS]
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +36,17 @@ def cell(pair, layout: str, loss: str, **sizes) -> parity.Cell:
     return parity.Cell(name, *map(str, pair), "distill", "all", loss=loss, dtype="fp64", **sizes)
 
 
+def fp8(pair, layout: str) -> parity.Cell:
+    """Return a cell whose teacher multiplies in FP8, which knows no fp64."""
+    return replace(cell(pair, layout, "fp8", **LAYOUTS.get(layout, {})), loss="", dtype="fp32", teacher_fp8=True)
+
+
 @pytest.fixture(scope="module")
 def work(pair, tmp_path_factory):
     """All cases, run by two processes."""
     folder = tmp_path_factory.mktemp("work")
     cells = [cell(pair, layout, loss, **LAYOUTS[layout]) for layout, loss in CASES]
+    cells += [fp8(pair, layout) for layout in ("TP2", "TP2 SP")]
     (folder / "cells-two.json").write_text(json.dumps([asdict(each) for each in cells]))
     done = helpers.torchrun(parity.__file__, folder, "two")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
@@ -58,6 +69,18 @@ def test_layout_equals_one_process(layout, loss, alone, work):
     got = torch.load(work / f"{layout}-{loss}.pt".replace(" ", "_"))
     for key, gap in parity.gradient_gaps(got["gradients"], want["gradients"]).items():
         assert gap <= (1e-6 if key.endswith((".A_log", ".dt_bias")) else 1e-9), (key, gap)
+
+
+@pytest.mark.parametrize("layout", ["TP2", "TP2 SP"])
+def test_an_fp8_teacher_on_two_ranks_is_that_of_one(layout, pair, work):
+    """Each rank scales the rows that it has: the roundings differ, the divergence hardly."""
+    kinds = {"whole": replace(fp8(pair, "alone"), teacher_fp8=False), "fp8": fp8(pair, "alone")}
+    found = {"ranks": helpers.read_log(work / f"{layout}-fp8.jsonl".replace(" ", "_"))[0]["kl"]}
+    for name, each in kinds.items():
+        parity.run_cell(each, work / f"fp8-{layout}-{name}.jsonl")
+        found[name] = helpers.read_log(work / f"fp8-{layout}-{name}.jsonl")[0]["kl"]
+    assert found["ranks"] == pytest.approx(found["fp8"], rel=2e-3)
+    assert found["fp8"] != found["whole"] and found["fp8"] == pytest.approx(found["whole"], rel=2e-2)
 
 
 @pytest.mark.parametrize("wide", [JSD(beta=0.2, ce_weight=0.3, hidden_weight=3.0, hidden_layers_weight=0.5, chunk=9),

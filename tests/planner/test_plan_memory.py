@@ -106,6 +106,8 @@ def test_a_pipeline_is_as_full_as_its_fullest_stage(tmp_path):
 @pytest.mark.parametrize("flags, words", [
     (("--plan", "6MLA22GDN", "--tp", 5), "TP 5 PP 1 CP 1 does not fit: student: TP = 5 does not divide 24 attention"),
     ((), "holds a Transformer"),
+    (("--plan", "6MLA22GDN", "--train", "ild", "--hidden-w", 1),
+     "--hidden-weight 1.0 has no effect: --train ild has the loss ild; leave it out"),
 ])  # fmt: skip
 def test_what_training_refuses_is_refused(tmp_path, flags, words):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_3B))

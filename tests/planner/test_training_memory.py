@@ -123,7 +123,8 @@ def _step_run(known, step, layout: ParallelLayout, global_batch: int) -> Planned
         student=student, teacher=teacher, kind=stage_kind(step.stage), loss=known.step_loss(step), layout=layout,
         work=Work(processes=layout.ranks, seq_length=known.STEP_LENGTH, micro_batch=known.ROWS,
                   global_batch=global_batch),
-        train=step.train, recompute=step.recompute,
+        train=step.train, recompute=step.recompute, recompute_chunk=step.recompute_chunk,
+        mlp_block=step.mlp_block, recurrence_block=step.recurrence_block,
     )  # fmt: skip
 
 

@@ -49,6 +49,9 @@ class Step:
     recompute: int = 0
     teacher_length: int | None = None
     teacher_layers: int = 0
+    mlp_block: int | None = None
+    recompute_chunk: int = 0
+    recurrence_block: int | None = None
 
 
 STEPS = [
@@ -60,6 +63,12 @@ STEPS = [
     Step("ild all", "gdn", "ild", "all"),
     Step("distill kda", "kda", "distill", "all"),
     Step("kda again", "kda", "distill", "all", recompute=8),
+    Step("blocks", "gdn", "distill", "all", recompute=8, teacher_layers=6, mlp_block=600),
+    Step("pairs", "mamba2", "distill", "all", recompute_chunk=2),
+    Step("pairs, blocks", "gdn", "distill", "all", recompute_chunk=2, mlp_block=600),
+    Step("segments", "gdn", "distill", "all", recompute=8, mlp_block=600, recurrence_block=1024),
+    Step("segments kda", "kda", "distill", "all", recompute=8, mlp_block=600, recurrence_block=1024),
+    Step("some blocks", "kda", "distill", "mixers", recompute=4, mlp_block=1024),
 ]
 PP = 4
 PIPELINES = [  # stage of training, of the pipeline, micro-batches
@@ -131,16 +140,15 @@ def pretend_gpu() -> None:
     from triton.runtime import jit
 
     from hylo_megatron.distill import kl_fused
-    from hylo_megatron.kernels import choose, norm, window
+    from hylo_megatron.kernels import attention, choose, norm, window
     from hylo_megatron.mixers import megatron_attention, megatron_layers
-    from hylo_megatron.parallel import latent_ring
 
     jit.KernelInterface.__getitem__ = lambda self, grid: lambda *args, **kwargs: None
     choose.ops = lambda *_: choose._fused()
     gdn.causal_conv1d = causal_conv1d
     norm.rms_norm = megatron_layers.rms_norm = _RMSNorm.apply
     megatron_attention.F = window.F = types.SimpleNamespace(**vars(F) | {"scaled_dot_product_attention": _attention})
-    latent_ring.attend = lambda q, k, v, *_: (v.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(q.shape[:3]).float())
+    attention.attend = lambda q, k, v, *_: (v.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(q.shape[:3]).float())
     kl_fused.fits = lambda *_: True
     kl_fused._kernels = lambda: [type("Kernel", (), {"__getitem__": lambda *_: lambda *args, **kwargs: None})()] * 2
     # random states have values, which the tensors of whole steps have not
@@ -165,7 +173,8 @@ def build(arch, **overrides):
     from hylo_megatron.layers.load import layout_config
     from hylo_megatron.layers.model import build_model
 
-    rest = {key: overrides.pop(key) for key in ("linear_cp", "pre_process", "post_process") if key in overrides}
+    ours = ("linear_cp", "mlp_block", "pre_process", "post_process")
+    rest = {key: overrides.pop(key) for key in ours if key in overrides}
     config = layout_config(arch, torch.bfloat16, cp_comm_type="p2p", deallocate_pipeline_outputs=True, **overrides)
     return build_model(arch, config, **rest)
 
@@ -240,9 +249,12 @@ def distill_model(step: Step, **overrides):
     from hylo_megatron.distill.settings import DistillSettings
 
     student, teacher = step_models(step)
-    recompute = dict(recompute_granularity="full", recompute_method="block", recompute_num_layers=step.recompute)
-    models = build(student, **overrides, **recompute if step.recompute else {}), build(teacher, **overrides)
-    settings = DistillSettings(kind=stage_kind(step.stage), train=step.train, loss=step_loss(step))
+    method, layers = ("uniform", step.recompute_chunk) if step.recompute_chunk else ("block", step.recompute)
+    recompute = dict(recompute_granularity="full", recompute_method=method, recompute_num_layers=layers)
+    overrides |= dict(mlp_block=step.mlp_block)
+    models = build(student, **overrides, **recompute if layers else {}), build(teacher, **overrides)
+    settings = DistillSettings(kind=stage_kind(step.stage), train=step.train, loss=step_loss(step),
+                               recurrence_block=step.recurrence_block)  # fmt: skip
     model = DistillModel(*models, student, teacher, settings).train()
     model.teacher.eval()
     for parameter in model.parameters():

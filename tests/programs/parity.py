@@ -29,6 +29,7 @@ from hylo_megatron.distill.losses import JSD, KL, LayerDistance, loss_class
 from hylo_megatron.distill.model import DistillModel
 from hylo_megatron.distill.settings import DistillSettings
 from hylo_megatron.engine.step_log import StepLog
+from hylo_megatron.layers.fp8 import to_fp8
 from hylo_megatron.layers.load import has_layout, layout_config, load_model, start_process_groups
 from hylo_megatron.parallel.teacher_fed import TeacherFed
 
@@ -91,20 +92,34 @@ class Cell:
     length: int = helpers.SEQ
     noise: float = 0.0
     loss: str = ""
+    recompute: int = 0  # sub-layers
+    mlp_block: int | None = None
+    teacher_fp8: bool = False
+    recurrence_block: int | None = None
+
+
+def recomputed(layers: int, method: str = "block") -> dict:
+    """Return the fields of a config that recomputes ``layers`` sub-layers."""
+    fields = dict(recompute_granularity="full", recompute_method=method, recompute_num_layers=layers)
+    return fields if layers else {}
 
 
 def distill_model(student, teacher, stage, train, loss=END_TO_END, config=None, dtype=torch.float32,
-                  linear_cp="auto") -> DistillModel:  # fmt: skip
+                  linear_cp="auto", mlp_block=None, teacher_fp8=False,
+                  recurrence_block=None) -> DistillModel:  # fmt: skip
     """Build a ``DistillModel`` of two checkpoints on the current process groups.
 
     ``loss`` is for end-to-end stages; ``config`` has fields of both models' configs.
     """
     kind = stage_kind(stage)
-    settings = DistillSettings(kind=kind, train=train, loss=LayerDistance() if kind.layerwise else loss)
+    loss = LayerDistance() if kind.layerwise else loss
+    settings = DistillSettings(kind=kind, train=train, loss=loss, recurrence_block=recurrence_block)
     archs = [Architecture.load(folder) for folder in (student, teacher)]
     rows = padded_rows(*archs, parallel_state.get_tensor_model_parallel_world_size())
     models = [
-        load_model(folder, layout_config(arch, dtype, **(config or {})), rows, linear_cp=linear_cp)
+        load_model(
+            folder, layout_config(arch, dtype, **(config or {})), rows, linear_cp=linear_cp, mlp_block=mlp_block
+        )
         for folder, arch in zip((student, teacher), archs, strict=True)
     ]
     for model, _ in models:
@@ -114,6 +129,8 @@ def distill_model(student, teacher, stage, train, loss=END_TO_END, config=None, 
         elif dtype == torch.bfloat16:
             model.bfloat16()
     (a, a_arch), (b, b_arch) = models
+    if teacher_fp8:
+        to_fp8(b)
     return DistillModel(a, b, a_arch, b_arch, settings)
 
 
@@ -189,8 +206,11 @@ def build(cell: Cell):
     loss = LOSSES.get(cell.loss, END_TO_END)
     model = distill_model(
         cell.student, cell.teacher, cell.stage, cell.train, loss, dtype=dtype, linear_cp=cell.linear_cp,
-        config=dict(sequence_parallel=cell.sp, cp_comm_type=cell.cp_comm_type, calculate_per_token_loss=True,
-                    deallocate_pipeline_outputs=True, finalize_model_grads_func=finalize_model_grads),
+        mlp_block=cell.mlp_block, teacher_fp8=cell.teacher_fp8, recurrence_block=cell.recurrence_block,
+        config=recomputed(cell.recompute) | dict(
+            sequence_parallel=cell.sp, cp_comm_type=cell.cp_comm_type, calculate_per_token_loss=True,
+            deallocate_pipeline_outputs=True, finalize_model_grads_func=finalize_model_grads,
+        ),
     ).to(torch.cuda.current_device())  # fmt: skip
     if cell.noise:
         perturb(model, cell.noise)

@@ -1,5 +1,6 @@
 """``hylo sample-text``: rows written in batches are the teacher's, and files of an interrupted run are the same."""
 
+import argparse
 import itertools
 import json
 import shutil
@@ -8,8 +9,10 @@ import types
 import pytest
 import torch
 from helpers import text, tiny, tokenizer_kinds
+from helpers.hf import model_of
 from safetensors.torch import load_file, save_file
 from tokenizers import decoders
+from torch.cuda._utils import _get_device_index
 
 from hylo_megatron.data.prepare import prepare
 from hylo_megatron.errors import HyLoError
@@ -17,6 +20,7 @@ from hylo_megatron.kernels import draw
 from hylo_megatron.sample import command, prompts, row_cache, vllm_engine
 from hylo_megatron.sample.decoder import Decoder, Request, Sampling, Written, rows_by_memory
 from hylo_megatron.sample.keep import Keeper, Rules
+from hylo_megatron.sample.lockstep import LockstepDecoder, cache_bytes_per_token
 from hylo_megatron.sample.run import SamplingRun
 from hylo_megatron.sample.shards import Shards
 
@@ -50,6 +54,22 @@ def test_rows_of_a_batch_are_those_of_rows_alone(shape):
         decoder = Decoder(tiny.teacher_model(shape), sampling(), rows)
         assert sorted(decoder.write(iter(requests))) == alone
     assert {row.ended for row in alone} == {True, False}  # both ways to end
+
+
+@pytest.mark.parametrize("kind", ["gdn", "mamba2", "kda"])
+def test_rows_of_a_hybrids_batch_are_those_of_rows_alone(kind):
+    requests = [Request(row, tuple(range(3, 4 + row % 5))) for row in range(9)]
+    model = model_of(("mla", kind))
+    alone = [written_alone(model, request, sampling()) for request in requests]
+    assert list(LockstepDecoder(model, sampling(), 4).write(iter(requests))) == alone
+    assert {row.ended for row in alone} == {True, False}  # both ways to end
+
+
+def test_bytes_of_a_hybrids_cache():
+    model = model_of(("mla", "gdn"))
+    with torch.no_grad():
+        cache = model(torch.zeros(1, 50, dtype=torch.int64), use_cache=True).past_key_values
+    assert cache.num_bytes() <= 50 * cache_bytes_per_token(model, 50) < cache.num_bytes() + 50
 
 
 def test_an_attention_that_sees_too_much_is_refused(monkeypatch):
@@ -187,6 +207,17 @@ def test_dropped_rows_are_counted_by_reason(teacher, tmp_path):
         run_of(teacher, tmp_path, prompts.Prompt((0,)), good, loop, ("fox", True), other, good).until(9999)
 
 
+def test_a_hybrid_is_sampled_without_vllm_and_goes_on(tmp_path, monkeypatch):
+    model_of(("mla", "gdn"), vocab_size=300).save_pretrained(tmp_path / "hybrid")
+    folder = text.make_tokenizer(tmp_path / "hybrid")
+    monkeypatch.setattr(command.packages, "has", lambda name: False)
+    more = ("--start-token", "the")
+    command.main(flags(folder, tmp_path / "out", "--tokens", 50, *more))
+    command.main(flags(folder, tmp_path / "out", *more))
+    command.main(flags(folder, tmp_path / "whole", *more))
+    assert files(tmp_path / "out") == files(tmp_path / "whole") and len(files(tmp_path / "whole")) > 1
+
+
 def test_a_kept_sentence_and_its_continuation_have_their_space(tmp_path):
     tokenizer = tokenizer_kinds.sentencepiece_bpe()  # with Llama 2's decoder, which strips the first space
     strip = [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -305,3 +336,13 @@ def test_refused_in_one_line(teacher, tmp_path, more, message, capsys):
         command.main(flags(teacher, tmp_path / "out", *more))
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_a_device_without_an_index_is_the_first(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(_get_device_index(device)))
+    monkeypatch.setattr(command, "load", lambda *a: None)
+    options = argparse.Namespace(teacher="x", batch_size=1, no_cuda_graph=True)
+    with pytest.raises(AttributeError):  # what `load` returns has no model
+        command.start_engine(options, "transformers", None, torch.device("cuda"), torch.bfloat16)
+    assert chosen == [0]

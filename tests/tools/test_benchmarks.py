@@ -1,8 +1,8 @@
 """The benchmarks run, and count what they say they count."""
 
-import gzip
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 
@@ -10,42 +10,101 @@ import pytest
 from helpers.paths import ROOT
 from helpers.waits import PATIENCE
 
-
-@pytest.fixture
-def train_step(monkeypatch):
-    monkeypatch.setattr(sys, "path", [*sys.path])  # the file puts the repository's root first
-    spec = importlib.util.spec_from_file_location("train_step", ROOT / "tools" / "bench" / "train_step.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from hylo_megatron.engine.step_profile import Span, group_of, self_times, summary
+from hylo_megatron.errors import HyLoError
 
 
-def event(name: str, start: float, length: float, lane: int = 0, kind: str = "kernel") -> dict:
-    return {"ph": "X", "name": name, "ts": start, "dur": length, "pid": 0, "tid": lane, "cat": kind}
-
-
-def test_kernels_are_counted_without_what_runs_inside_them(train_step, tmp_path, monkeypatch):
-    events = [
-        event("outer", 0, 100), event("inner", 10, 30), event("inner", 50, 10), event("outer", 100, 5),
-        event("inner", 20, 7, lane=1), event("python", 0, 1000, kind="user_annotation"),
+def test_kernels_are_counted_without_what_runs_inside_them():
+    spans = [
+        Span("outer", 0, 100, 0), Span("inner", 10, 30, 0), Span("inner", 50, 10, 0), Span("outer", 100, 5, 0),
+        Span("inner", 20, 7, 1),
     ]  # fmt: skip
-    with gzip.open(tmp_path / "trace.gz", "wt") as file:
-        json.dump({"traceEvents": events}, file)
-    monkeypatch.setattr(train_step, "PROFILED", 1)  # steps that the trace has
-    times, calls = train_step.read_trace(tmp_path / "trace.gz")
-    assert times == pytest.approx({"outer": 0.065, "inner": 0.047})  # milliseconds
-    assert calls == {"outer": 2, "inner": 3}
+    assert self_times(spans) == pytest.approx({"outer": 65e-6, "inner": 47e-6})  # milliseconds
 
 
-def test_every_group_finds_its_kernels(train_step):
+def test_a_profile_knows_when_nothing_or_only_communication_runs():
+    ms = 1_000_000
+    spans = [Span("ampere_gemm", 0, 4 * ms, 7), Span("ncclDevKernel_AllReduce", 3 * ms, 4 * ms, 9)]
+    spans += [Span("flash_fwd_kernel", 8 * ms, 2 * ms, 7)]
+    found = summary(spans, wall_ms=12.0, steps=2)
+    assert found["step_ms"] == 6 and found["busy_ms"] == 4.5 and found["idle_ms"] == 1.5
+    assert found["exposed_communication_ms"] == 1.5  # 4 to 7 ms, of two steps
+    assert found["groups"] == {"matrix products": 2, "communication": 2, "attention": 1}
+    assert len(json.dumps(summary([Span("k" * 500 + str(i), i, 1, 0) for i in range(999)], 1.0, 1))) < 16000
+
+
+def test_every_group_finds_its_kernels():
     names = {
         "nvjet_sm90_tst_192x192": "matrix products", "cudnn_sdpa_flash_fprop": "attention",
         "convolve_backward_silu": "projection, convolved", "chunk_gated_delta_rule_fwd_kernel_h": "linear recurrence",
         "layer_norm_gated_bwd_kernel": "gated norm, SwiGLU", "vectorized_layer_norm_kernel": "norms",
         "direct_copy_kernel_cuda": "copies", "multi_tensor_apply_kernel": "optimizer", "gradient": "KL",
+        "ncclDevKernel_SendRecv(ncclDevKernelArgsStorage)": "communication",
     }  # fmt: skip
     for name, group in names.items():
-        assert train_step.grouped({name: 1.0}) == {group: 1.0}, name
+        assert group_of(name) == group, name
+
+
+def bench(program: str, *flags) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-W", "ignore", str(ROOT / "tools" / "bench" / program), *map(str, flags)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+
+
+def test_a_training_step_is_measured_by_the_trainer(tmp_path):
+    result = bench("train_step.py", "--recipe", "llama1b", "--stage", "distill-64k", "--teacher-shape", "llama8b",
+                   "--random", "--toy", "--steps", 1, "--profile", "--out", tmp_path)  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    found = json.loads((tmp_path / "train_step-toy-llama1b-distill-64k-TP1PP1DP1.json").read_text())
+    assert found["student"] == "4MLA12GDN" and found["recompute"] == 32
+    [run] = found["runs"]
+    assert run["tokens_per_second"] == pytest.approx(64 / run["seconds"])
+    rate = run["flops_per_second"] / found["product_rate"]
+    assert run["utilization"] == pytest.approx(rate) == pytest.approx(run["floor_seconds"] / run["seconds"])
+    [rank] = run["profile"]
+    assert {"matrix products", "attention", "linear recurrence"} <= rank["groups"].keys()
+    assert f"{run['tokens_per_second']:,.0f} tokens/s" in result.stdout and "idle" in result.stdout
+    assert not list(tmp_path.glob("*iter*")) and (tmp_path / f"{found_name(tmp_path)}.png").stat().st_size > 1000
+
+
+def found_name(folder) -> str:
+    return next(folder.glob("*.json")).stem
+
+
+@pytest.mark.parallel
+def test_two_ranks_are_compared_with_one(tmp_path):
+    result = bench("train_step.py", "--recipe", "llama1b", "--stage", "ild", "--random", "--toy", "--steps", 1,
+                   "--cp", 2, "--peer", "one", "--out", tmp_path)  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    found = json.loads((tmp_path / f"{found_name(tmp_path)}.json").read_text())
+    assert [run["devices"] for run in found["runs"]] == [1, 2]
+    assert found["runs"][0]["losses"] == pytest.approx(found["runs"][1]["losses"], rel=1e-2)  # the same models
+    assert found["ratio"] == found["runs"][1]["tokens_per_second"] / found["runs"][0]["tokens_per_second"]
+
+
+@pytest.mark.parametrize("flags, words", [
+    (("--stage", "distill-64k"), "give --random, or both --student and --teacher"),
+    (("--stage", "distill-32k", "--random"), "the recipe llama1b has ild, distill-2k, distill-8k, distill-64k"),
+    (("--stage", "ild", "--random", "--teacher-shape", "llama8b"), "ild compares with the base model"),
+])  # fmt: skip
+def test_a_step_that_cannot_be_measured_is_refused(flags, words, tmp_path):
+    spec = importlib.util.spec_from_file_location("train_step", ROOT / "tools" / "bench" / "train_step.py")
+    train_step = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(train_step)
+    with pytest.raises(HyLoError, match=re.escape(words)):
+        train_step.job_of(train_step.parsed(["--recipe", "llama1b", *flags]), tmp_path)
+
+
+def test_the_losses_are_compared(tmp_path):
+    result = bench(
+        "kl_loss.py", "--tokens", 64, "--vocabulary", 301, "--student", 16, "--teacher", 24, "--out", tmp_path
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    found = json.loads((tmp_path / "kl_loss-64x301.json").read_text())
+    assert list(found["results"]) == ["ours, chunk 4096", "ours, chunk 1024", "torch, whole logits"]
+    for each in found["results"].values():
+        assert each["loss"] == pytest.approx(found["results"]["torch, whole logits"]["loss"], rel=1e-4)
+    assert (tmp_path / "kl_loss-64x301.png").stat().st_size > 1000
+    assert "fla: needs a GPU" in result.stdout and "ours is faster by" in result.stdout
 
 
 def test_kernel_benchmark_runs():

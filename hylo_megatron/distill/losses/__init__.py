@@ -6,6 +6,7 @@ and name it in ``LOSSES``; ``--hylo-loss`` then offers it in the kinds of stage 
 """
 
 import argparse
+from collections.abc import Iterable
 
 from hylo_megatron.config.stages import StageKind
 from hylo_megatron.distill.losses.divergences import JSD, ReverseKL
@@ -13,15 +14,15 @@ from hylo_megatron.distill.losses.ild import LayerDistance
 from hylo_megatron.distill.losses.kl import KL
 from hylo_megatron.distill.losses.loss import HeadLoss, HeadShape, LayerLoss, Loss
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.options import defaults, from_options
+from hylo_megatron.options import defaults, from_options, takes_value
 
 LOSSES: dict[str, type[Loss]] = {"ild": LayerDistance, "kl": KL, "reverse-kl": ReverseKL, "jsd": JSD}
 
-# Older flags of other losses are accepted: a recipe's runner gives its flags to every stage.
-LEVERS = ("hylo_ce_from", "hylo_jsd_beta", "hylo_hidden_weight", "hylo_hidden_layers_weight")
+# A flag that every loss of logits reads through the data set, so that it is no setting of one loss.
+ANSWERS = "hylo_answer_weight"
 
 __all__ = ["JSD", "KL", "LOSSES", "HeadLoss", "HeadShape", "LayerDistance", "LayerLoss", "Loss", "ReverseKL",
-           "check_levers", "loss_class", "loss_of"]  # fmt: skip
+           "check_levers", "fitting", "foreign", "loss_class", "loss_of"]  # fmt: skip
 
 
 def loss_class(kind: StageKind, name: str | None = None) -> type[Loss]:
@@ -38,18 +39,47 @@ def loss_of(kind: StageKind, values: argparse.Namespace) -> Loss:
     return from_options(loss_class(kind, values.hylo_loss), values)
 
 
-def check_levers(kind: StageKind, values: argparse.Namespace) -> None:
-    """Raise ``HyLoError`` for a lever among the flags that would change nothing in this training."""
+def foreign(kind: StageKind, loss: str | None = None) -> dict[str, bool]:
+    """Return the names of flags that change nothing in a training by this loss, and whether each takes a value."""
+    own = loss_class(kind, loss)
+    found = {name: value for each in LOSSES.values() for name, value in takes_value(each).items()}
+    kept = takes_value(own) if own.layerwise else takes_value(own) | {ANSWERS: True}
+    return {name: value for name, value in (found | {ANSWERS: True}).items() if name not in kept}
+
+
+def fitting(flags: Iterable, kind: StageKind, loss: str | None = None) -> list[str]:
+    """Return ``flags``, which are meant for several stages, without those that change nothing in this one."""
+    others, found, words = foreign(kind, loss), [], iter(map(str, flags))
+    for word in words:
+        flag, equals, _ = word.partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        if not flag.startswith("--") or name not in others:
+            found.append(word)
+        elif others[name] and not equals:
+            next(words, None)
+    return found
+
+
+def check_levers(kind: StageKind, values: argparse.Namespace, prefix: str = "--hylo-", stage: str = "--hylo-stage"):
+    """Raise ``HyLoError`` for a flag on the command line that changes nothing in this training.
+
+    ``values.given`` has the flags on the command line. ``prefix`` and ``stage`` are spellings of the command.
+    """
+
+    def flag(name: str) -> str:
+        return prefix + name.removeprefix("hylo_").replace("_", "-")
+
     own = defaults(loss_class(kind, values.hylo_loss))
-    every = {name: default for loss in LOSSES.values() for name, default in defaults(loss).items()}
-    for name in LEVERS:
-        flag, value = "--" + name.replace("_", "-"), getattr(values, name)
-        if value != every[name] and name not in own:
+    for name in foreign(kind, values.hylo_loss):
+        if name in values.given:
+            value = getattr(values, name)
+            shown = flag(name) if value is True else f"{flag(name)} {value}"
             loss = values.hylo_loss or kind.loss
-            raise HyLoError(
-                f"{flag} {value} has no effect: --hylo-stage {kind.name} has the loss {loss}; leave it out"
-            )
-    if "hylo_ce_from" in own and values.hylo_ce_from and not values.hylo_ce_weight:
+            raise HyLoError(f"{shown} has no effect: {stage} {kind.name} has the loss {loss}; leave it out")
+    if getattr(values, "hylo_ce_from", 0.0) and "hylo_ce_from" in own and not values.hylo_ce_weight:
         raise HyLoError(
             f"--hylo-ce-from {values.hylo_ce_from} has no effect: --hylo-ce-weight is 0; give one, or leave it out"
         )
+    beyond = "hylo_ce_beyond_teacher"
+    if beyond in values.given and beyond in own and not values.hylo_teacher_length:
+        raise HyLoError(f"{flag(beyond)} has no effect: {flag('hylo_teacher_length')} is not given; leave it out")

@@ -29,5 +29,6 @@ def activations(arch: Architecture, at: Share) -> SubLayer:
     kept += at.inner(h + 2 * (4 * h + 2 * m))  # beta; decay in three forms, three statistics
     if shares_states(MIXER, arch, at):
         kept += delta_rule_states(h, k, v, at)
-    work = at.inner(2 * h * k * v / CHUNK + 4 * h * v + 4 * h * k)  # states and their gradients; dq, dk, dv, w, u, ..
+    # states and their gradients; dq, dk, dv, w, u, ..
+    work = at.at_once.inner(2 * h * k * v / CHUNK + 4 * h * v + 4 * h * k) + at.joined(2 * m * k + h * v)
     return SubLayer(kept, work, at.outer(d))

@@ -2,8 +2,8 @@
 
 Legend: S sequence, B batch, D model, H heads of this rank, R latent rank, P rope, K nope + rope, V value dims.
 Tensor parallelism: down-projections are replicated (a few hundred columns need not divide by the ranks),
-up-projections are split by heads. Under sequence parallelism the latents are gathered, not the hidden states. Context
-parallelism: the latents go from rank to rank (``latent_ring.py``; ``--cp-comm-type``: p2p or all_gather).
+up-projections are split by heads. Under sequence parallelism the latents are gathered, not the hidden states. Under
+context parallelism the ranks exchange latents (``parallel/attention.py``).
 """
 
 from functools import partial
@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from hylo_megatron.config import Architecture
 from hylo_megatron.config.positions import LogScale
-from hylo_megatron.errors import HyLoError
 from hylo_megatron.kernels.rope import query_scale, scaled
+from hylo_megatron.mixers.megatron_attention import refuse_packed
 from hylo_megatron.mixers.megatron_layers import Backend, HeadRMSNorm, ReplicatedLinear, Rotary, transformer_layer
-from hylo_megatron.parallel.latent_ring import latent_attention
+from hylo_megatron.parallel.attention import Shared, attention_across_ranks
+from hylo_megatron.parallel.exchange import check_mode
 from hylo_megatron.parallel.zigzag import zigzag_positions
 
 TRANSFORMER_FIELDS: dict[str, str] = {}  # megatron-core's own MLA is not used
@@ -62,10 +63,9 @@ class MLASelfAttention(MegatronModule):
                  scale: QueryScale | None = None, pg_collection=None, cp_comm_type: str | None = None,
                  **_):  # fmt: skip
         super().__init__(config)
-        if cp_comm_type not in (None, "p2p", "all_gather"):
-            raise HyLoError(f"--cp-comm-type {cp_comm_type}: MLA layers have p2p (a ring of latents) and all_gather")
+        check_mode(cp_comm_type)
         geometry = arch.geometry.mla
-        self.ring, self.cp_group = cp_comm_type == "p2p", pg_collection.cp
+        self.mode, self.cp_group = cp_comm_type, pg_collection.cp
         self.geometry, self.layer_number, self.tp_group = geometry, layer_number, pg_collection.tp
         heads, self.key_dim = config.num_attention_heads, geometry.qk_nope_head_dim + geometry.qk_rope_head_dim
         self.local_heads = heads // pg_collection.tp.size()
@@ -111,8 +111,13 @@ class MLASelfAttention(MegatronModule):
         of_all = gather_from_sequence_parallel_region if shared else copy_to_tensor_model_parallel_region
         return of_all(x_SBR, group=self.tp_group)
 
-    def expand_latent(self, kv: Tensor, k_rope_SBP: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-        """Return ``(k_SBHK, v_SBHV)`` of up-projected latents ``kv`` at the positions of context-parallel ``rank``."""
+    def expand_latent(
+        self, kv: Tensor, k_rope_SBP: Tensor, rank: int, part: tuple[int, slice] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return ``(k_SBHK, v_SBHV)`` of up-projected latents ``kv`` at the positions of context-parallel ``rank``.
+
+        ``part``: how many tokens the rank has, and which of these are given (default: all).
+        """
         g = self.geometry
         kv = kv.unflatten(-1, (self.local_heads, g.qk_nope_head_dim + g.v_head_dim))
         k_nope, v_SBHV = kv.split([g.qk_nope_head_dim, g.v_head_dim], -1)
@@ -120,9 +125,10 @@ class MLASelfAttention(MegatronModule):
         k_SBHK = torch.cat([k_nope, k_rope], -1)
         if self.k_norm is not None:
             k_SBHK = self.k_norm(k_SBHK)
-        return self._rotate(k_SBHK, rank), v_SBHV
+        return self._rotate(k_SBHK, rank, part), v_SBHV
 
-    def forward(self, hidden_states: Tensor, attention_mask=None, **_):
+    def forward(self, hidden_states: Tensor, attention_mask=None, packed_seq_params=None, **_):
+        refuse_packed(packed_seq_params)
         q_SBHK, rank = self.project_query(hidden_states), self.cp_group.rank()
         if self.q_norm is not None:
             q_SBHK = self.q_norm(q_SBHK)
@@ -137,22 +143,25 @@ class MLASelfAttention(MegatronModule):
 
     def _attend_across_ranks(self, q_SBHK: Tensor, latent_SBR: Tensor, k_rope_SBP: Tensor) -> Tensor:
         """Return ``[S, B, H*V]``, attention from this rank's queries to the latents of all context-parallel ranks."""
-        latents = torch.cat([self._of_all_ranks(latent_SBR), k_rope_SBP], -1)
-        weight = self.linear_kv_up_proj.weight
+        latents, g = torch.cat([self._of_all_ranks(latent_SBR), k_rope_SBP], -1), self.geometry
+        weight, length = self.linear_kv_up_proj.weight, len(q_SBHK)
 
-        def expand(latents: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-            latent, k_rope = latents.split([self.geometry.kv_lora_rank, self.geometry.qk_rope_head_dim], -1)
-            k, v = self.expand_latent(nn.functional.linear(latent, weight), k_rope, rank)
+        def expand(latents: Tensor, rank: int, keys: slice) -> tuple[Tensor, Tensor]:
+            latent, k_rope = latents.split([g.kv_lora_rank, g.qk_rope_head_dim], -1)
+            k, v = self.expand_latent(nn.functional.linear(latent, weight), k_rope, rank, (length, keys))
             return k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3)
 
-        parameters = [weight] + ([self.k_norm.weight] if self.k_norm is not None else [])
-        out_BHSV = latent_attention(
-            q_SBHK.permute(1, 2, 0, 3), latents, expand, parameters, self.cp_group, self.key_dim**-0.5, self.ring
-        )
+        norms = () if self.k_norm is None else (self.k_norm.weight,)
+        shared = Shared(
+            group=self.cp_group, scale=self.key_dim**-0.5, expand=expand, parameters=(weight, *norms), mode=self.mode,
+            values=self.local_heads * (self.key_dim + g.v_head_dim),
+        )  # fmt: skip
+        out_BHSV = attention_across_ranks(q_SBHK.permute(1, 2, 0, 3), latents, shared)
         return out_BHSV.permute(2, 0, 1, 3).flatten(2)
 
-    def _rotate(self, x_SBHK: Tensor, rank: int) -> Tensor:
+    def _rotate(self, x_SBHK: Tensor, rank: int, part: tuple[int, slice] | None = None) -> Tensor:
         if self.rotary is None:
             return x_SBHK
+        length, tokens = part or (len(x_SBHK), slice(None))
         nope, rope = x_SBHK.split([self.geometry.qk_nope_head_dim, self.geometry.qk_rope_head_dim], -1)
-        return torch.cat([nope, self.rotary(rope, self.cp_group.size(), rank)], -1)
+        return torch.cat([nope, self.rotary(rope, self.cp_group.size(), rank, length, tokens)], -1)

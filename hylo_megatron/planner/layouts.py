@@ -1,0 +1,144 @@
+"""Parallel layouts of a whole recipe: what fits, how fast it is, and the disk that the run needs. No torch in here."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import prod
+
+from hylo_megatron.config import Architecture
+from hylo_megatron.config.layout import ParallelLayout, Work, misfits
+from hylo_megatron.config.stages import stage_kind
+from hylo_megatron.convert.shapes import hf_shapes
+from hylo_megatron.distill.losses import KL, LayerDistance
+from hylo_megatron.planner.speed import FITTED, tokens_per_second
+from hylo_megatron.planner.training import PlannedRun, peaks
+from hylo_megatron.recipes.stage import Recipe, Stage
+
+GIB = 1 << 30
+DAY = 86400
+# Share of a card's memory that a plan may fill. CUDA and NCCL take some GiB, and memory falls into fragments: a plan
+# of 72.4 GiB, the 64K stage at 128K, ran out of memory on a card of 80.
+USABLE = 0.9
+WIDEST_TP = FITTED.node
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """A recipe with the shapes of its models. ``base`` teaches the layer-wise stages."""
+
+    recipe: Recipe
+    student: Architecture
+    base: Architecture
+    teacher: Architecture
+
+    def run(self, stage: Stage, layout: ParallelLayout, gpus: int, recompute: int) -> PlannedRun:
+        kind = stage_kind(stage.kind)
+        return PlannedRun(
+            student=self.student, teacher=self.base if kind.layerwise else self.teacher, kind=kind,
+            loss=LayerDistance() if kind.layerwise else KL(chunk=4096, teacher_length=stage.teacher_length),
+            layout=layout, work=work(stage, gpus), train=stage.train, recompute=recompute,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagePlan:
+    """A stage on one layout: bytes of the fullest rank, tokens a second of all ranks, recomputed sub-layers."""
+
+    stage: Stage
+    memory: int
+    speed: float
+    recompute: int
+
+    @property
+    def days(self) -> float:
+        return self.stage.tokens / self.speed / DAY
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayoutPlan:
+    """A whole recipe on one layout."""
+
+    layout: ParallelLayout
+    dp: int
+    stages: tuple[StagePlan, ...]
+
+    @property
+    def memory(self) -> int:
+        return max(stage.memory for stage in self.stages)
+
+    @property
+    def days(self) -> float:
+        return sum(stage.days for stage in self.stages)
+
+
+def work(stage: Stage, gpus: int) -> Work:
+    return Work(processes=gpus, seq_length=stage.seq_length, micro_batch=stage.micro_batch,
+                global_batch=stage.global_batch)  # fmt: skip
+
+
+def candidates(training: Training, gpus: int) -> Iterator[ParallelLayout]:
+    """Yield the layouts of ``gpus`` processes that models, sequences and batches of all stages divide by."""
+    sizes = [size for size in range(1, gpus + 1) if gpus % size == 0]
+    models = (training.student, training.base, training.teacher)
+    for tp in sizes:
+        for cp in sizes:
+            for pp in sizes:
+                layout = ParallelLayout(tp=tp, cp=cp, pp=pp, sequence_parallel=tp > 1)
+                if tp > WIDEST_TP or layout.ranks > gpus:
+                    continue
+                works = [work(stage, gpus) for stage in training.recipe.stages]
+                if not any(misfits(arch, layout, each) for arch in models for each in works):
+                    yield layout
+
+
+def planned_stage(training: Training, stage: Stage, layout: ParallelLayout, gpus: int, budget: float,
+                  rate: float) -> StagePlan | None:  # fmt: skip
+    """Return the stage with the recipe's recomputation, or with all of it if only that fits; None if nothing fits."""
+    everything = 0 if stage_kind(stage.kind).layerwise else 2 * training.student.num_layers
+    for recompute in dict.fromkeys((stage.recompute, everything)):
+        run = training.run(stage, layout, gpus, recompute)
+        memory = max(peak.total for peak in peaks(run))
+        if memory <= budget:
+            return StagePlan(stage=stage, memory=memory, speed=tokens_per_second(run, rate), recompute=recompute)
+    return None
+
+
+def layouts(training: Training, gpus: int, memory_gib: float, rate: float) -> list[LayoutPlan]:
+    """Return the layouts on which every stage fits, the fastest first. ``rate``: the card's, of products."""
+    found = []
+    for layout in candidates(training, gpus):
+        stages = []
+        for stage in training.recipe.stages:
+            plan = planned_stage(training, stage, layout, gpus, USABLE * memory_gib * GIB, rate)
+            if plan is None:
+                break
+            stages.append(plan)
+        else:
+            found.append(LayoutPlan(layout=layout, dp=gpus // layout.ranks, stages=tuple(stages)))
+    return sorted(found, key=lambda plan: plan.days)
+
+
+def disk_bytes(training: Training) -> int:
+    """Return the most that a run has on its disk, in bf16: checkpoints of all models and stages, and the export.
+
+    The newest checkpoint of a stage stays until the next one is complete.
+    """
+    from hylo_megatron.checkpoint.save_room import checkpoint_bytes
+
+    def weights(arch: Architecture) -> int:
+        return 2 * sum(prod(shape) for shape in hf_shapes(arch).values())
+
+    saves = [
+        checkpoint_bytes(training.student, stage_kind(stage.kind), stage.train, bf16=True)
+        for stage in training.recipe.stages
+    ]
+    teacher = 0 if training.teacher == training.base else weights(training.teacher)
+    return weights(training.base) + teacher + 2 * weights(training.student) + sum(saves) + max(saves)
+
+
+def scaled(recipe: Recipe, base: Architecture) -> Recipe:
+    """Return ``recipe`` for a base model that it was not written for: a quarter of the layers MLA, native geometry."""
+    layers, full = base.num_layers, 2 * recipe.layers
+    latent = max(1, layers // 4)
+    stages = tuple(replace(s, recompute=2 * layers if s.recompute >= full else s.recompute) for s in recipe.stages)
+    return replace(recipe, plan=f"{latent}MLA{layers - latent}GDN", linear=None, layers=layers, stages=stages,
+                   geometry="native", init="data")  # fmt: skip

@@ -1,0 +1,95 @@
+"""``hylo plan --recipe``: layouts of a published recipe on given GPUs, from shapes alone."""
+
+import argparse
+
+from hylo_megatron.errors import HyLoError
+from hylo_megatron.flags import positive, readable_number, size
+from hylo_megatron.markdown import table
+from hylo_megatron.planner.layouts import GIB, USABLE, LayoutPlan, Training, disk_bytes, layouts, scaled
+from hylo_megatron.planner.speed import CARDS, FITTED, card_named
+from hylo_megatron.recipes.shapes import RECIPES, SHAPES, recipe_named, shape, student_shape
+
+SHOWN = 8
+
+
+def _tokens(text: str) -> int:
+    try:
+        return readable_number(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number of tokens, such as 1e10 or 500M") from None
+
+
+def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("a whole recipe", "in place of FOLDER").add_argument
+    add("--recipe", choices=RECIPES, help="list layouts that fit, with memory, speed, days and disk")
+    add("--gpus", type=size, default=1)
+    add("--gpu-memory", type=positive, default=80.0, help="memory of a GPU in GiB")
+    add("--card", choices=tuple(CARDS), default="H100", help="the card, for the speed")
+    add("--teacher-shape", choices=tuple(SHAPES), help="another teacher than the base model in the KL stages")
+    add("--base-shape", choices=tuple(SHAPES), help="another base model than the recipe's")
+    add("--tokens", type=_tokens, help="tokens of the whole run (default: the recipe's)")
+
+
+def training_of(known: argparse.Namespace) -> Training:
+    """Return the training that the flags describe. Raises ``HyLoError``."""
+    if known.folder or known.train or known.plan:
+        raise HyLoError("--recipe has models and stages of its own: leave out FOLDER, --plan and --train")
+    if known.tokens and known.recipe == "smollm2":
+        raise HyLoError("--tokens: the SmolLM2 recipe has a fixed number of steps; leave it out")
+    recipe, base = recipe_named(known.recipe, tokens=known.tokens), shape(known.base_shape or known.recipe)
+    if known.base_shape and base != shape(known.recipe):
+        recipe = scaled(recipe, base)
+    teacher = shape(known.teacher_shape) if known.teacher_shape else base
+    if teacher.vocab_size != base.vocab_size:
+        raise HyLoError(f"--teacher-shape {known.teacher_shape}: {teacher.vocab_size} words, the base model has"
+                        f" {base.vocab_size}; take a teacher of the same family")  # fmt: skip
+    return Training(recipe=recipe, student=student_shape(recipe, base), base=base, teacher=teacher)
+
+
+def layout_table(found: list[LayoutPlan]) -> str:
+    names = [plan.stage.name for plan in found[0].stages]
+    rows = [["TP", "PP", "CP", "DP", "days", *(part for name in names for part in (f"{name} GiB", "tokens/s"))]]
+    for each in found:
+        cells = []
+        for plan in each.stages:
+            changed = "*" if plan.recompute != plan.stage.recompute else ""
+            cells += [f"{plan.memory / GIB:.1f}{changed}", f"{plan.speed:,.0f}"]
+        sizes = (each.layout.tp, each.layout.pp, each.layout.cp, each.dp)
+        rows.append([*map(str, sizes), f"{each.days:.2f}", *cells])
+    return table(rows, aligned=True)
+
+
+def assumptions(training: Training, found: list[LayoutPlan], known: argparse.Namespace) -> list[str]:
+    """Return what the figures rest on."""
+    lines = [
+        f"{USABLE:.0%} of the memory is planned with; the rest is for CUDA, NCCL and fragments.",
+        f"{known.card}: products at {card_named(known.card) / 1e12:.0f} TFLOP/s. Speeds were fitted to steps of 0.1B"
+        " and 1B students on one GPU, and of CP 2 at 64K on two.",
+        f"Assumed, not measured: NVLink among {FITTED.node} GPUs at {FITTED.nvlink / 1e9:.0f} GB/s, between nodes"
+        f" {FITTED.network / 1e9:.0f} GB/s, nothing overlapped; TP with sequence parallelism.",
+    ]
+    if any(plan.recompute != plan.stage.recompute for each in found for plan in each.stages):
+        lines.append(f"* with recompute={2 * training.student.num_layers} in the stage, which fits only so.")
+    if training.recipe.layers != recipe_named(known.recipe).layers:
+        lines.append(
+            f"{known.base_shape} has no published recipe: the stages are those of {known.recipe}, with the plan"
+            f" {training.student.plan.name} and native geometry."
+        )
+    return lines
+
+
+def print_layouts(known: argparse.Namespace) -> None:
+    training = training_of(known)
+    found = layouts(training, known.gpus, known.gpu_memory, card_named(known.card))
+    if not found:
+        raise HyLoError(
+            f"--gpus {known.gpus} --gpu-memory {known.gpu_memory:g}: no layout holds every stage of {known.recipe};"
+            " take more GPUs, or larger ones"
+        )
+    tokens = sum(stage.tokens for stage in training.recipe.stages)
+    print(f"{known.recipe}: {training.student.plan.name}, {tokens / 1e9:.2f}B tokens, {known.gpus} x {known.card} of"
+          f" {known.gpu_memory:g} GiB; disk {disk_bytes(training) / 1e9:.0f} GB")  # fmt: skip
+    print(layout_table(found[:SHOWN]))
+    if len(found) > SHOWN:
+        print(f"slower layouts that fit: {len(found) - SHOWN}")
+    print("\n".join(assumptions(training, found[:SHOWN], known)))

@@ -1,0 +1,164 @@
+"""Seconds of a training step, from shapes, the parallel layout and the card. No torch in here.
+
+A step is the sum of its parts. Each part is a count (``planner/flops.py``, ``mixers/*/memory.py``) over a rate of the
+card, with constants that were fitted to whole steps on one and two GPUs (``tests/planner/test_speed.py`` has them).
+"""
+
+from dataclasses import astuple, dataclass
+from math import prod
+
+from hylo_megatron.config import Architecture
+from hylo_megatron.config.decisions import CHUNK
+from hylo_megatron.convert.shapes import hf_shapes
+from hylo_megatron.errors import HyLoError
+from hylo_megatron.mixers import MIXERS
+from hylo_megatron.planner.flops import RATES, head_products, layer_products, mixing, token_flops
+from hylo_megatron.planner.training import PlannedRun, stage_sub_layers
+
+CARDS = {"H100": RATES["NVIDIA H100 80GB HBM3"], "H200": RATES["NVIDIA H200"]}  # FLOP/s of a large bf16 product
+
+
+@dataclass(frozen=True, kw_only=True)
+class Constants:
+    """Fitted to measured steps, except those of communication, which are assumptions: no step measured them."""
+
+    products: float = 0.95  # share of the rate of products that the products of layers reach
+    head: float = 0.79  # the same for the logits' products
+    attention: float = 0.80  # the same for attention, forward and backward together
+    attention_cp: float = 0.35  # the same where ranks share a sequence
+    traffic: float = 0.86e-12  # seconds for a byte that a layer keeps for the backward pass, in a forward pass
+    optimizer: float = 0.4e-12  # seconds for a byte of gradients and optimizer
+    recurrence: float = 20.5e-12  # seconds for a value of the queries, keys, values and outputs of a linear block
+    chunk: float = 2.45e-6  # seconds for a chunk of the recurrence, which waits for the chunk before
+    step: float = 0.015  # seconds of a step without a kernel: logging and data
+    node: int = 8  # GPUs that NVLink connects
+    nvlink: float = 250e9  # bytes a second that a GPU sends within a node
+    network: float = 40e9  # and to another node
+
+
+FITTED = Constants()
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTime:
+    """Seconds of one step. ``waiting``: bubbles of a pipeline, and what runs between steps."""
+
+    products: float
+    attention: float
+    recurrences: float
+    traffic: float
+    optimizer: float
+    communication: float
+    waiting: float
+
+    @property
+    def total(self) -> float:
+        return sum(astuple(self))
+
+
+def card_named(name: str) -> float:
+    """Return the rate of products of the card of that name. Raises ``HyLoError`` for an unknown one."""
+    if name not in CARDS:
+        raise HyLoError(f"--card {name!r}: expected one of {', '.join(CARDS)}, whose rate of products was measured")
+    return CARDS[name]
+
+
+def _recomputed(run: PlannedRun) -> float:
+    """Return the share of sub-layers that are computed twice."""
+    return min(1.0, run.recompute * run.layout.pp / (2 * run.student.num_layers))
+
+
+def _products(run: PlannedRun, card: float, fitted: Constants) -> float:
+    """Return the seconds of a token in products with weights, on one rank."""
+    found = token_flops(run.student, run.teacher, run.kind, train=run.train, length=run.work.seq_length,
+                        taught=run.taught * run.layout.cp // run.work.micro_batch)  # fmt: skip
+    logits = 0.0
+    if not run.kind.layerwise:
+        taught, learnt = 2 * run.taught / run.share.tokens, 6 if run.train == "all" else 4
+        logits = taught * head_products(run.teacher) + learnt * head_products(run.student)
+    again = 2 * _recomputed(run) * sum(layer_products(run.student).values())
+    layers = found.teacher_products + found.student_products - logits + again
+    return (layers / fitted.products + logits / fitted.head) / card
+
+
+def _attention(run: PlannedRun, card: float, fitted: Constants) -> float:
+    """Return the seconds of a token in attention, on one rank."""
+    length, taught = run.work.seq_length, run.taught * run.layout.cp // run.work.micro_batch
+    own = mixing(run.student, length) - _recurrence_flops(run.student)
+    flops = taught / length * mixing(run.teacher, taught) + (3 + _recomputed(run)) * own
+    return flops / (fitted.attention_cp if run.layout.cp > 1 else fitted.attention) / card
+
+
+def _recurrence_flops(arch: Architecture) -> int:
+    return sum(MIXERS[kind].part("flops").mixing(arch, 1) for kind in arch.plan if MIXERS[kind].linear)
+
+
+def _recurrences(run: PlannedRun, fitted: Constants) -> float:
+    """Return the seconds of a micro-batch in the recurrences of linear blocks, on one rank."""
+    blocks = [MIXERS[kind].part("flops") for kind in run.student.plan if MIXERS[kind].linear]
+    values = sum(block.VALUE_COST * block.values(run.student) for block in blocks) / run.layout.tp
+    waits = fitted.chunk * len(blocks) * run.share.length / CHUNK
+    again = 1 + _recomputed(run) / 3
+    return again / run.layout.pp * (fitted.recurrence * values * run.share.tokens + waits)
+
+
+def _traffic(run: PlannedRun, fitted: Constants) -> float:
+    """Return the seconds of a micro-batch in norms, element-wise functions and copies, on one rank."""
+    kept = sum(part.kept for part in stage_sub_layers(run, range(run.student.num_layers)))
+    c, f, heads = run.teacher.hidden_size, run.teacher.intermediate_size, run.teacher.num_attention_heads
+    read = run.teacher.num_layers * 2 * run.taught * (4 * c + 3 * f + 3 * heads * run.teacher.head_dim) / run.layout.tp
+    return fitted.traffic * (kept * (3 + _recomputed(run)) + read) / run.layout.pp
+
+
+def _elements(run: PlannedRun) -> float:
+    """Return the trained parameters of a rank, as if tensors and layers were split evenly."""
+    trained = sum(prod(shape) for name, shape in hf_shapes(run.student).items() if run.trains(name))
+    return trained / run.layout.tp / run.layout.pp
+
+
+def _optimizer(run: PlannedRun, fitted: Constants) -> float:
+    """Return the seconds of a step: gradients are read twice, and the shared states read and written."""
+    sharers = run.work.processes // (run.layout.tp * run.layout.pp)
+    return _elements(run) * (8 + 28 / sharers) * fitted.optimizer
+
+
+def _communication(run: PlannedRun, fitted: Constants) -> tuple[float, float]:
+    """Return the seconds that a rank sends in a micro-batch, and in a step.
+
+    Tensor parallelism sums two tensors a layer forward and two backward; data parallelism sums gradients and collects
+    parameters. Nothing is overlapped.
+    """
+    tp, pp, share = run.layout.tp, run.layout.pp, run.share
+    forward = 2 * 2 * share.tokens * (tp - 1) / tp * 2  # two tensors in bf16, summed and spread
+    student = run.student.num_layers * run.student.hidden_size * (2 + _recomputed(run))
+    teacher = run.teacher.num_layers * run.teacher.hidden_size * run.taught / share.tokens
+    rate = fitted.nvlink if tp <= fitted.node else fitted.network
+    micro_batch = forward * (student + teacher) / pp / rate
+    if pp > 1:
+        states = 2 * share.tokens * (2 * run.student.hidden_size + run.teacher.hidden_size)
+        micro_batch += states / (fitted.nvlink if run.layout.ranks <= fitted.node else fitted.network)
+    sharers = run.work.processes // (tp * pp)
+    inside = run.work.processes <= fitted.node
+    step = 6 * _elements(run) * (sharers - 1) / sharers / (fitted.nvlink if inside else fitted.network)
+    return micro_batch, step
+
+
+def step_time(run: PlannedRun, card: float, fitted: Constants = FITTED) -> StepTime:
+    """Return the seconds of a step."""
+    split, tokens, times = run.layout.tp * run.layout.pp, run.share.tokens, run.micro_batches
+    parts = dict(
+        products=times * tokens / split * _products(run, card, fitted),
+        attention=times * tokens / split * _attention(run, card, fitted),
+        recurrences=times * _recurrences(run, fitted), traffic=times * _traffic(run, fitted),
+    )  # fmt: skip
+    sent, shared = _communication(run, fitted)
+    bubble = (run.layout.pp - 1) / times * (sum(parts.values()) + times * sent)
+    return StepTime(**parts, optimizer=_optimizer(run, fitted), communication=times * sent + shared,
+                    waiting=fitted.step + bubble)  # fmt: skip
+
+
+def tokens_per_second(run: PlannedRun, card: float, fitted: Constants = FITTED) -> float:
+    """Return the tokens that all ranks together train on in a second."""
+    data_parallel = run.work.processes // run.layout.ranks
+    tokens = run.work.micro_batch * run.micro_batches * data_parallel * run.work.seq_length
+    return tokens / step_time(run, card, fitted).total

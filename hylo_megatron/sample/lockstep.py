@@ -1,0 +1,76 @@
+"""Rows of a hybrid, written in batches that begin and end together.
+
+The caches of a hybrid hold states of one length for all rows, so a row that has ended cannot give way to another one
+before its whole batch is finished. A prompt is fed token by token like the text behind it.
+"""
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hylo_megatron.evaluate.models import kv_bytes_per_token
+from hylo_megatron.kernels import draw
+from hylo_megatron.sample.decoder import STEPS_BETWEEN, Request, Sampling, Written, drawing
+
+
+def cache_bytes_per_token(model: PreTrainedModel, length: int) -> int:
+    """Return the bytes of a row's cache for each of ``length`` tokens. The states of linear layers are shared out."""
+    grows = kv_bytes_per_token(model.config, model.dtype.itemsize)
+    token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+    with torch.inference_mode():
+        cache = model(input_ids=token, use_cache=True).past_key_values
+    return grows + math.ceil((cache.num_bytes() - grows) / length)
+
+
+class LockstepDecoder:
+    """``rows`` rows of a hybrid at once. A row's tokens are those that it has alone, but for rounding."""
+
+    def __init__(self, model: PreTrainedModel, sampling: Sampling, rows: int):
+        self.model, self.sampling, self.rows, self.device = model, sampling, rows, model.device
+        self.draw = drawing(self.device)
+        self.ends = torch.zeros(model.get_output_embeddings().weight.shape[0], dtype=torch.bool, device=self.device)
+        self.ends[sorted(sampling.ends)] = True
+
+    def write(self, requests: Iterable[Request]) -> Iterator[Written]:
+        """Yield the row of every request, in order."""
+        waiting = iter(requests)
+        while batch := list(itertools.islice(waiting, self.rows)):
+            yield from self._batch(batch)
+
+    @torch.inference_mode()
+    def _batch(self, requests: list[Request]) -> list[Written]:
+        padded = requests + requests[-1:] * (self.rows - len(requests))  # kernels round by the size of a batch
+        tokens = self._prompts(padded)
+        prompt = torch.tensor([len(request.ids) for request in padded], device=self.device)
+        row = torch.tensor([request.row for request in padded], device=self.device)
+        live = torch.ones(self.rows, dtype=torch.bool, device=self.device)
+        last, cache = torch.zeros_like(row), None
+        for at in range(self.sampling.length - 1):
+            out = self.model(input_ids=tokens[:, at : at + 1], past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            drawn = self._drawn(out.logits[:, -1], row, at)
+            writes = live & (at + 1 >= prompt)
+            tokens[:, at + 1] = torch.where(writes, drawn, tokens[:, at + 1])
+            last = torch.where(live, at + 1, last)
+            live = live & ~(writes & self.ends[drawn])
+            if at % STEPS_BETWEEN == 0 and not live.any():
+                break
+        found = zip(requests, tokens.tolist(), last.tolist(), (~live).tolist(), strict=False)
+        return [
+            Written(request.row, ids[len(request.ids) : end + (not ended)], ended)
+            for request, ids, end, ended in found
+        ]
+
+    def _prompts(self, requests: list[Request]) -> Tensor:
+        tokens = torch.zeros(len(requests), self.sampling.length, dtype=torch.int64)
+        for line, request in zip(tokens, requests, strict=True):
+            line[: len(request.ids)] = torch.tensor(request.ids)
+        return tokens.to(self.device)
+
+    def _drawn(self, logits: Tensor, row: Tensor, at: int) -> Tensor:
+        uniform = draw.uniforms(self.sampling.seed, row, torch.full_like(row, at))
+        return self.draw(logits, uniform, self.sampling.temperature, self.sampling.top_p)

@@ -1,0 +1,105 @@
+"""The base model beside the all-linear student, and the student with some of the base model's attention layers.
+
+Legend: B batch, S sequence, D model.
+"""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from hylo_megatron.config import Architecture
+from hylo_megatron.config.architecture import FILE_NAME
+from hylo_megatron.convert import megatron_to_hf
+from hylo_megatron.errors import HyLoError
+from hylo_megatron.evaluate.models import load
+from hylo_megatron.mixers import LINEAR
+
+_SAME = ("num_layers", "hidden_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+
+
+class BaseAttention(nn.Module):
+    """A base model's attention layer with the interface of the mixers of ``hf/modeling_hylo.py``."""
+
+    def __init__(self, attention: nn.Module, rotary: nn.Module):
+        super().__init__()
+        self.attention, self.rotary = attention, rotary
+
+    def forward(self, x_BSD: Tensor, *beside) -> Tensor:
+        """``beside``: what hybrids' mixers get. Rows have neither padding nor a cache, so nothing is read of it."""
+        positions_1S = torch.arange(x_BSD.shape[1], device=x_BSD.device).unsqueeze(0)
+        turn = self.rotary(x_BSD, position_ids=positions_1S)
+        return self.attention(x_BSD, position_embeddings=turn, attention_mask=None)[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """The frozen base model, which is the teacher, and the all-linear student."""
+
+    teacher: nn.Module
+    student: nn.Module
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.student.model.layers)
+
+    def attention(self, layer: int) -> tuple[nn.Module, nn.Module]:
+        """Return the norm before the base model's attention layer, and the attention layer."""
+        base = self.teacher.model.layers[layer]
+        return base.input_layernorm, BaseAttention(base.self_attn, self.teacher.model.rotary_emb)
+
+    @contextlib.contextmanager
+    def restored(self, layers: Iterable[int]) -> Iterator[nn.Module]:
+        """Yield the student with the base model's attention, and the norm before it, at ``layers``."""
+        replaced = []
+        try:
+            for number in layers:
+                layer = self.student.model.layers[number]
+                replaced.append((layer, layer.input_layernorm, getattr(layer, layer.mixer_name)))
+                norm, attention = self.attention(number)
+                _put(layer, norm, attention)
+            yield self.student
+        finally:
+            for layer, norm, mixer in replaced:
+                _put(layer, norm, mixer)
+
+
+def _put(layer: nn.Module, norm: nn.Module, mixer: nn.Module) -> None:
+    layer.input_layernorm = norm
+    setattr(layer, layer.mixer_name, mixer)
+
+
+def hf_folder(path: Path, scratch: Path) -> Path:
+    """Return ``path`` if it is a Hugging Face folder; export a Megatron checkpoint to ``scratch``."""
+    if not (path / FILE_NAME).is_file():
+        return path
+    megatron_to_hf.convert(path, scratch)
+    return scratch
+
+
+def check_pair(base: Architecture, student: Architecture, teacher_at: Path, student_at: Path) -> None:
+    """Raise ``HyLoError`` if the student is not an all-linear one of this base model."""
+    if base.is_hybrid:
+        raise HyLoError(f"--teacher {teacher_at}: is a hybrid ({base.plan.name}), expected the model it came from")
+    if not all(kind in LINEAR for kind in student.plan):
+        raise HyLoError(
+            f"--student {student_at}: is {student.plan.name}, expected a student whose layers are all linear"
+            " (hylo upcycle --mla-layers none)"
+        )
+    for name in _SAME:
+        if getattr(base, name) != getattr(student, name):
+            raise HyLoError(
+                f"--student {student_at}: {name} is {getattr(student, name)}, the teacher's is {getattr(base, name)};"
+                " expected the base model that the student was made from"
+            )
+
+
+def load_pair(teacher: Path, student: Path, device: torch.device, dtype: torch.dtype) -> Pair:
+    """Load both Hugging Face folders. Raises ``HyLoError``."""
+    models = [load(folder, device, dtype).model.requires_grad_(False) for folder in (teacher, student)]
+    if models[0].config._attn_implementation != "sdpa":  # without a mask, others would look ahead
+        raise HyLoError(f"--teacher {teacher}: attention runs as {models[0].config._attn_implementation}, not as sdpa")
+    return Pair(teacher=models[0], student=models[1])

@@ -1,0 +1,120 @@
+"""The layers of ``--hylo-backend te``, with stand-ins that take the arguments of megatron-core's TE classes.
+
+TransformerEngine itself is not here. The stand-ins compute with torch and keep an ``_extra_state`` as TE's do.
+"""
+
+import pytest
+import torch
+
+from hylo_megatron.packages import has
+
+if not has("megatron-core"):
+    pytest.skip("megatron-core is not installed", allow_module_level=True)
+from helpers import tiny  # noqa: E402
+from helpers import train as helpers  # noqa: E402
+from megatron.core.extensions import transformer_engine as te  # noqa: E402
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear  # noqa: E402
+
+from hylo_megatron.errors import HyLoError  # noqa: E402
+from hylo_megatron.layers import specs  # noqa: E402
+from hylo_megatron.layers.load import load_model, model_tensors  # noqa: E402
+from hylo_megatron.mixers.megatron_layers import RMSNorm  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("process_groups")
+
+
+class ExtraState:
+    def get_extra_state(self):
+        return torch.zeros(0, dtype=torch.uint8)
+
+    def set_extra_state(self, state):
+        pass
+
+
+class Column(ExtraState, ColumnParallelLinear):
+    def __init__(
+        self,
+        input_size,
+        output_size,
+        *,
+        config,
+        init_method,
+        gather_output,
+        bias,
+        skip_bias_add,
+        is_expert,
+        skip_weight_param_allocation=False,
+        tp_comm_buffer_name=None,
+        tp_group=None,
+        stride=1,
+        name=None,
+    ):
+        super().__init__(
+            input_size,
+            output_size,
+            config=config,
+            init_method=init_method,
+            bias=bias,
+            stride=stride,
+            gather_output=gather_output,
+            skip_bias_add=skip_bias_add,
+            tp_group=tp_group,
+        )
+
+
+class Row(ExtraState, RowParallelLinear):
+    def __init__(
+        self,
+        input_size,
+        output_size,
+        *,
+        config,
+        init_method,
+        bias,
+        input_is_parallel,
+        skip_bias_add,
+        is_expert,
+        tp_comm_buffer_name=None,
+        tp_group=None,
+        name=None,
+    ):
+        super().__init__(
+            input_size,
+            output_size,
+            config=config,
+            init_method=init_method,
+            bias=bias,
+            input_is_parallel=input_is_parallel,
+            skip_bias_add=skip_bias_add,
+            tp_group=tp_group,
+        )
+
+
+class Norm(ExtraState, RMSNorm):
+    def __init__(self, config, hidden_size, eps=1e-5, has_residual=False):
+        super().__init__(config, hidden_size, eps)
+
+
+@pytest.mark.parametrize("linear", ["gdn", "mamba2", "kda", "teacher"])
+def test_specs_build_and_checkpoints_fit_both_ways(linear, tmp_path, monkeypatch):
+    monkeypatch.setattr(specs, "require", lambda *_: None)
+    for name, kind in (("TEColumnParallelLinear", Column), ("TERowParallelLinear", Row), ("TENorm", Norm)):
+        monkeypatch.setattr(te, name, kind)
+    student, teacher = helpers.write_pair(tmp_path, "gdn" if linear == "teacher" else linear)
+    folder, batch = (teacher if linear == "teacher" else student), tiny.tokens(length=16)
+    positions, found = torch.arange(16).expand_as(batch), {}
+    for backend in ("local", "te"):
+        model, _ = load_model(folder, backend=backend)
+        with torch.no_grad():
+            found[backend] = model.eval()(batch, positions, None), model_tensors(model.sharded_state_dict()).keys()
+    kinds = {type(module) for module in model.decoder.modules()}  # those of te
+    assert {Column, Row, Norm} <= kinds and not kinds & {ColumnParallelLinear, RowParallelLinear, RMSNorm}
+    torch.testing.assert_close(found["te"][0], found["local"][0], rtol=1e-5, atol=1e-5)
+    assert found["te"][1] == found["local"][1]
+
+
+def test_a_missing_transformer_engine_is_one_line():
+    if has("transformer-engine"):
+        pytest.skip("TransformerEngine is installed")
+    with pytest.raises(HyLoError, match="--hylo-backend te"):
+        specs.backend("te")
