@@ -47,6 +47,14 @@ def table(arch: Architecture, kind: str) -> list[Mapping]:
     return [*copied, copy(f"{holder}.{GATE}", f"{HF}mixer.{GATE}")]
 
 
+def mixing(arch: Architecture, length: int) -> int:
+    """Return the FLOPs of a token in all windows beside products with weights: scores twice as wide, and values."""
+    if not arch.window:
+        return 0
+    layers = sum(MIXERS[kind].linear for kind in arch.plan)
+    return layers * 6 * arch.num_attention_heads * arch.head_dim * _cut(arch, length).keys
+
+
 def beside(block: SubLayer, arch: Architecture, at: Share) -> SubLayer:
     """Return the bytes of a linear block together with its window.
 
@@ -55,7 +63,7 @@ def beside(block: SubLayer, arch: Architecture, at: Share) -> SubLayer:
     the zeros that align it.
     """
     h, g, k = arch.num_attention_heads // at.layout.tp, arch.num_key_value_heads // at.layout.tp, arch.head_dim
-    cut = _cut(arch, at)
+    cut = _cut(arch, at.length)
     padded, keys = cut.count * cut.length / at.length, cut.count * cut.keys / at.length
     kept = at.inner(padded * (4 * h * k + 2 * h) + 3 * keys * g * k + h * k + 3 * h)
     kept += 2 * aligned(h) * arch.hidden_size if h % 16 else 0
@@ -65,9 +73,9 @@ def beside(block: SubLayer, arch: Architecture, at: Share) -> SubLayer:
 
 def tables(arch: Architecture, at: Share) -> int:
     """Return bytes that all windows share: cosines and sines, those for sinks too, and the mask of a micro-batch."""
-    cut, shared = _cut(arch, at), arch.num_attention_heads // arch.num_key_value_heads
+    cut, shared = _cut(arch, at.length), arch.num_attention_heads // arch.num_key_value_heads
     return 8 * at.length * arch.head_dim + 2 * at.sequences * cut.count * shared * cut.length * cut.keys
 
 
-def _cut(arch: Architecture, at: Share) -> Blocks:
-    return blocks(at.length, arch.window["size"], min(arch.window["sinks"], at.length))
+def _cut(arch: Architecture, length: int) -> Blocks:
+    return blocks(length, arch.window["size"], min(arch.window["sinks"], length))

@@ -12,7 +12,7 @@ from hylo_megatron.config import Architecture
 from hylo_megatron.config.decisions import is_new
 from hylo_megatron.config.stages import StageKind
 from hylo_megatron.convert.shapes import hf_shapes
-from hylo_megatron.mixers import MIXERS
+from hylo_megatron.mixers import MIXERS, window
 
 RATES = {  # FLOP/s of one bf16 product of 8192 x 8192 x 8192, by the name that torch gives a card
     "NVIDIA H100 80GB HBM3": 728e12,
@@ -45,7 +45,7 @@ def head_products(arch: Architecture) -> int:
 
 def mixing(arch: Architecture, length: int) -> int:
     """Return the FLOPs of a token in the mixers of all layers beside their products with weights."""
-    return sum(MIXERS[kind].part("flops").mixing(arch, length) for kind in arch.plan)
+    return sum(MIXERS[kind].part("flops").mixing(arch, length) for kind in arch.plan) + window.mixing(arch, length)
 
 
 def token_flops(student: Architecture, teacher: Architecture, kind: StageKind, *, train: str, length: int,

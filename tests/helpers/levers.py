@@ -41,7 +41,9 @@ def every_lever() -> Recipe:
         mix=(("text", 1.0),),
     )  # fmt: skip
     stages = (ild, late, reverse, jensen, last)
-    return replace(toy, name="levers", layers=5, linear="gdn", linear_rope=True, stages=stages, **LATENT)
+    return replace(
+        toy, name="levers", layers=5, linear="gdn", linear_rope=True, window="32+2", stages=stages, **LATENT
+    )
 
 
 def control() -> Recipe:
