@@ -6,7 +6,8 @@
 With length 0 this is the scale of HypeNet (arXiv 2601.22156), which grows from the first token on. With a trained
 length nothing changes before that length, and with base 0 the scale beyond it is ``log_length(t)``.
 ``window``: beside each linear block stands softmax attention with the base model's own weights, over the last ``size``
-tokens (the current one is the last) and the first ``sinks`` tokens of the text. Both outputs are added.
+tokens (the current one is the last) and the first ``sinks`` tokens of the text. Both outputs are added. The distance
+to a sink counts as at most ``size + sinks - 1``.
 """
 
 import argparse

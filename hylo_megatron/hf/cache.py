@@ -9,7 +9,7 @@ class HyLoCache(Cache):
 
     MLA has ``latent`` [B,S,R+P], the latent and the rotated shared key, and one more value with ``qk_norm``. Linear
     mixers have ``conv`` [B,W-1,C] and ``state`` (fp32) for every length of text. A window beside them has ``window``
-    [B,W,2GK] and ``sinks`` [B,S,2GK], keys and values of its last and first tokens, and their positions.
+    [B,W,2GK] and ``sinks`` [B,S,2GK], keys and values of its last and first tokens, with positions ``.._at``.
     """
 
     def __init__(self, num_layers: int):

@@ -17,7 +17,7 @@ from hylo_megatron.config.positions import Window
 from hylo_megatron.convert.tables import mappings
 from hylo_megatron.kernels.norm import rms_norm
 from hylo_megatron.kernels.rope import cos_and_sin, rope_frequencies, turn
-from hylo_megatron.kernels.window import sequence_attention
+from hylo_megatron.kernels.window import far_positions, sequence_attention
 
 VOCABULARY_ROWS = 16384
 
@@ -79,14 +79,17 @@ class BaseModel:
             q = rms_norm(q, w["self_attn.q_norm.weight"], a.rms_norm_eps)
             k = rms_norm(k, w["self_attn.k_norm.weight"], a.rms_norm_eps)
         positions = torch.arange(x_BSD.shape[1], device=x_BSD.device)
-        cos_SP, sin_SP = cos_and_sin(positions, self.frequencies.to(x_BSD.device), self.scaling)
-        q, k = (turn(x, cos_SP[:, None], sin_SP[:, None]) for x in (q, k))
+        near, k = self._turned(q, positions), self._turned(k, positions)
         if window:
-            return sequence_attention(q, k, v, window)
+            return sequence_attention(near, self._turned(q, far_positions(positions, window)), k, v, window)
         out = F.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=True
+            near.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=True
         )
         return out.transpose(1, 2)
+
+    def _turned(self, x_BSHK: Tensor, positions_S: Tensor) -> Tensor:
+        cos_SP, sin_SP = cos_and_sin(positions_S, self.frequencies.to(x_BSHK.device), self.scaling)
+        return turn(x_BSHK, cos_SP[:, None], sin_SP[:, None])
 
     def embed(self, tokens_BS: Tensor) -> Tensor:
         return F.embedding(tokens_BS.cpu(), self.stored("model.embed_tokens.weight")).to(self.device, torch.float32)

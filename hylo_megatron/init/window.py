@@ -15,8 +15,7 @@ from hylo_megatron.init.teacher import AttentionLayer, BaseModel
 from hylo_megatron.mixers import MIXERS
 from hylo_megatron.mixers.window import GATE, HF_NAME
 
-RIDGE = 0.02
-WIDEST = 0.95  # of a gate at the start: beyond it a sigmoid hardly learns
+RIDGE = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,12 +53,16 @@ def window_beside(base: BaseModel, layer: AttentionLayer, arch: Architecture) ->
 def fitted_gates(x_BSD: Tensor, window_BSHK: Tensor, whole_BSHK: Tensor) -> Tensor:
     """Return ``[H, D]``, by ridge regression of the factor by which the window's head comes closest to the whole one.
 
-    At each token this factor is the share of the attention's weight that lies within the window.
+    At each token this is about the share of the attention's weight that lies within the window. Tokens count by the
+    size of the head's output. The regression is pulled towards gates of 1, and takes the sigmoid for linear there.
     """
-    power = window_BSHK.square().sum(-1)
-    factor = (window_BSHK * whole_BSHK).sum(-1) / power.clamp_min(1e-12)
-    wanted_NH = (factor / 2).clamp(1 - WIDEST, WIDEST).logit().flatten(0, 1).double()
+    power_NH = window_BSHK.square().sum(-1).flatten(0, 1).double()
+    factor_NH = (window_BSHK * whole_BSHK).sum(-1).flatten(0, 1) / power_NH.clamp_min(1e-12)
     x = x_BSD.flatten(0, 1).double()
-    gram = x.T @ x
-    gram += RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    return torch.linalg.solve(gram, x.T @ wanted_NH).T.to(x_BSD.dtype)
+    gates = []
+    for power, factor in zip(power_NH.T, factor_NH.clamp(0, 2).T, strict=True):
+        weighted = x * (power / power.mean().clamp_min(1e-12))[:, None]
+        gram = weighted.T @ x
+        gram += RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        gates.append(torch.linalg.solve(gram, weighted.T @ (2 * (factor - 1))))
+    return torch.stack(gates).to(x_BSD.dtype)

@@ -76,12 +76,11 @@ class Rotation:
     def __call__(self, positions_BS: torch.Tensor) -> Angles:
         config = self.config
         width = rotary_width(config.linear_type, config.geometry()) if config.linear_rope else 0
-        mla = self._cos_and_sin(positions_BS, config.qk_rope_head_dim if config.mla_rope else 0)
+        mla = self.cos_and_sin(positions_BS, config.qk_rope_head_dim if config.mla_rope else 0)
         scale = query_scale(positions_BS, config.log_scale) if config.log_scale else None
-        beside = self._cos_and_sin(positions_BS, config.head_dim if config.window else 0)
-        return Angles(*mla, scale, *self._cos_and_sin(positions_BS, width), *beside)
+        return Angles(*mla, scale, *self.cos_and_sin(positions_BS, width))
 
-    def _cos_and_sin(self, positions_BS: torch.Tensor, width: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def cos_and_sin(self, positions_BS: torch.Tensor, width: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         if not width:
             return None, None
         key, config = (positions_BS.device, width), self.config

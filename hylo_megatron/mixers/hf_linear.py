@@ -73,7 +73,7 @@ class LinearMixer(nn.Module):
         """``real_BS1``: True at tokens that are no padding. ``allowed`` is not read."""
         x_BSD = x_BSD if real_BS1 is None else x_BSD * real_BS1
         out_BSD = self.mix(x_BSD, real_BS1, States(x_BSD, cache, self.layer, angles))
-        return out_BSD if self.window is None else out_BSD + self.window(x_BSD, angles, real_BS1, cache)
+        return out_BSD if self.window is None else out_BSD + self.window(x_BSD, real_BS1, cache)
 
     def _apply(self, fn, recurse=True):
         kept = {id(getattr(self, name)) for name in self.fp32_names}

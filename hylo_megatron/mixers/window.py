@@ -47,34 +47,35 @@ def table(arch: Architecture, kind: str) -> list[Mapping]:
     return [*copied, copy(f"{holder}.{GATE}", f"{HF}mixer.{GATE}")]
 
 
-def mixing(arch: Architecture, kind: str, length: int) -> int:
-    """Return the FLOPs of a token in a layer of ``kind``: scores and values of the tokens in its window."""
-    if not (arch.window and MIXERS[kind].linear):
+def mixing(arch: Architecture, length: int) -> int:
+    """Return the FLOPs of a token in all windows beside products with weights: scores twice as wide, and values."""
+    if not arch.window:
         return 0
-    seen = min(sum(arch.window.values()), length // 2)
-    return 4 * seen * arch.num_attention_heads * arch.head_dim
+    layers = sum(MIXERS[kind].linear for kind in arch.plan)
+    return layers * 6 * arch.num_attention_heads * arch.head_dim * _cut(arch, length).keys
 
 
 def beside(block: SubLayer, arch: Architecture, at: Share) -> SubLayer:
     """Return the bytes of a linear block together with its window.
 
-    Kept are queries and keys beside values in blocks, the output as the kernel returns it and by token, with fp32
-    denominators, gates in fp32 and bf16, the product of both, and the gate's weight with the zeros that align it.
+    Kept are queries, rotated twice, with keys of the same width and values in blocks, the output as the kernel returns
+    it and by token, with fp32 denominators, gates in fp32 and bf16, the product of both, and the gate's weight with
+    the zeros that align it.
     """
     h, g, k = arch.num_attention_heads // at.layout.tp, arch.num_key_value_heads // at.layout.tp, arch.head_dim
-    cut = _cut(arch, at)
+    cut = _cut(arch, at.length)
     padded, keys = cut.count * cut.length / at.length, cut.count * cut.keys / at.length
-    kept = at.inner(padded * (3 * h * k + 2 * h) + 2 * keys * g * k + h * k + 3 * h)
+    kept = at.inner(padded * (4 * h * k + 2 * h) + 3 * keys * g * k + h * k + 3 * h)
     kept += 2 * aligned(h) * arch.hidden_size if h % 16 else 0
-    work = at.inner(2 * padded * h * k + 4 * keys * g * k)
+    work = at.inner(3 * padded * h * k + 6 * keys * g * k)
     return SubLayer(block.kept + kept, max(block.work, work), block.entry)
 
 
 def tables(arch: Architecture, at: Share) -> int:
-    """Return bytes that all windows share: cosines and sines, and the mask of a micro-batch."""
-    cut, shared = _cut(arch, at), arch.num_attention_heads // arch.num_key_value_heads
-    return 4 * at.length * arch.head_dim + 2 * at.sequences * cut.count * shared * cut.length * cut.keys
+    """Return bytes that all windows share: cosines and sines, those for sinks too, and the mask of a micro-batch."""
+    cut, shared = _cut(arch, at.length), arch.num_attention_heads // arch.num_key_value_heads
+    return 8 * at.length * arch.head_dim + 2 * at.sequences * cut.count * shared * cut.length * cut.keys
 
 
-def _cut(arch: Architecture, at: Share) -> Blocks:
-    return blocks(at.length, arch.window["size"], min(arch.window["sinks"], at.length))
+def _cut(arch: Architecture, length: int) -> Blocks:
+    return blocks(length, arch.window["size"], min(arch.window["sinks"], length))

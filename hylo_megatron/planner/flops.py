@@ -45,8 +45,7 @@ def head_products(arch: Architecture) -> int:
 
 def mixing(arch: Architecture, length: int) -> int:
     """Return the FLOPs of a token in the mixers of all layers beside their products with weights."""
-    parts = (MIXERS[kind].part("flops").mixing(arch, length) + window.mixing(arch, kind, length) for kind in arch.plan)
-    return sum(parts)
+    return sum(MIXERS[kind].part("flops").mixing(arch, length) for kind in arch.plan) + window.mixing(arch, length)
 
 
 def token_flops(student: Architecture, teacher: Architecture, kind: StageKind, *, train: str, length: int,

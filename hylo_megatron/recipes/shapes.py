@@ -67,4 +67,5 @@ def stage_named(recipe: Recipe, name: str) -> Stage:
 def student_shape(recipe: Recipe, base: Architecture) -> Architecture:
     """Return the student that ``recipe`` makes of ``base``."""
     plan = Plan.parse(base.num_layers, recipe.plan, recipe.linear)
-    return student_architecture(base, plan, recipe.geometry, qk_norm=recipe.init == "svd" and base.qk_norm)
+    qk_norm = recipe.init == "svd" and base.qk_norm
+    return student_architecture(base, plan, recipe.geometry, qk_norm=qk_norm, **recipe.settings)

@@ -81,7 +81,8 @@ class Job:
             )
         plan = Plan.parse(self.recipe.layers, self.recipe.plan, self.recipe.linear)
         teacher = read_architecture(self.source.teacher) if self.source.teacher else base
-        models = {"student": student_architecture(base, plan, self.recipe.geometry), "base": base, "teacher": teacher}
+        student = student_architecture(base, plan, self.recipe.geometry, **self.recipe.settings)
+        models = {"student": student, "base": base, "teacher": teacher}
         for stage in self.recipe.stages:
             work = Work(processes=processes.ranks, seq_length=stage.seq_length, micro_batch=stage.micro_batch,
                         global_batch=stage.global_batch)  # fmt: skip

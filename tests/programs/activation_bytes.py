@@ -127,8 +127,8 @@ class _FlashAttention(torch.autograd.Function):
 
 
 def _attention(q, k, v, mask=None, **_):
-    missing = max(0, q.shape[-1] - v.shape[-1])  # as CoreAttention pads on a GPU
-    masks = [] if mask is None else [mask]
+    masks = [] if mask is None else [mask]  # with which another kernel runs, for which nothing is padded
+    missing = 0 if masks else max(0, q.shape[-1] - v.shape[-1])  # as CoreAttention pads on a GPU
     return _FlashAttention.apply(q, k, F.pad(v, (0, missing)) if missing else v, *masks)
 
 

@@ -69,14 +69,17 @@ def test_on_a_gpu_vllms_fp8_methods_are_let_through(folder, monkeypatch):
         plugin.refuse(given)
 
 
-def test_a_folder_that_is_quantised_already_is_refused(folder, tmp_path):
+@pytest.mark.parametrize("field, value, advises", [
+    ("quantization_config", dict(quant_method="fp8", activation_scheme="dynamic"), "export the model unquantised"),
+    ("window", dict(size=8, sinks=2), "vLLM's linear layers have no cache of last tokens"),
+])  # fmt: skip
+def test_a_folder_that_vllm_cannot_serve_is_refused(folder, tmp_path, field, value, advises):
     for file in folder.iterdir():
         (tmp_path / file.name).symlink_to(file)
     config = json.loads((folder / "config.json").read_text())
     (tmp_path / "config.json").unlink()
-    config["quantization_config"] = dict(quant_method="fp8", activation_scheme="dynamic")
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(HyLoError, match="quantization_config in config.json: .* export the model unquantised"):
+    (tmp_path / "config.json").write_text(json.dumps(config | {field: value}))
+    with pytest.raises(HyLoError, match=f"{field} in config.json: .* {advises}"):
         configure(tmp_path)
 
 
