@@ -39,9 +39,16 @@ class Share:
         """Return what a recurrence reads at once."""
         return replace(self, length=min(self.length, self.segment or self.length))
 
-    def joined(self, width: float) -> int:
-        """Return bytes of the gradients of a recurrence's inputs, which segments hold until all are done."""
-        return self.inner(width) if self.at_once.length < self.length else 0
+    def in_segments(self, work: float, joining: float, copied: float) -> int:
+        """Return bytes that the backward pass of a recurrence works in, from widths in values a token.
+
+        With segments ``work`` counts for one of them, or ``joining`` for all where their gradients are joined.
+        Segments of several sequences are ``copied``.
+        """
+        if self.at_once.length == self.length:
+            return self.inner(work)
+        most = max(self.at_once.inner(work), self.inner(joining))
+        return most + (self.inner(copied) if self.sequences > 1 else 0)
 
     @property
     def tokens(self) -> int:

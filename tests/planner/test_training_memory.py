@@ -134,8 +134,8 @@ def test_steps_peak_where_they_are_planned_to(counted):
     for step, got in zip(known.STEPS, counted["steps"], strict=True):
         run = _step_run(known, step, ParallelLayout(), known.ROWS)
         planned = _beside_weights(peak(run, 0))
-        if step.recurrence_block:  # planned high: what a segment's backward pass frees is not counted
-            assert 0.98 * got <= planned <= 1.15 * got, step
+        if step.recurrence_block:  # copies of several sequences are planned high
+            assert 0.98 * got <= planned <= 1.06 * got, step
         else:
             assert planned == pytest.approx(got, rel=0.02), step
 

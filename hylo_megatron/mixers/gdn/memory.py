@@ -29,5 +29,5 @@ def activations(arch: Architecture, at: Share) -> SubLayer:
     if at.layout.passes_states:
         kept += delta_rule_states(h, k, v, at)
     # states and their gradients; dq, dk, dv, w, u, ..
-    work = at.at_once.inner(2 * h * k * v / CHUNK + 4 * h * v + 4 * h * k) + at.joined(2 * m * k + h * v)
+    work = at.in_segments(2 * h * k * v / CHUNK + 4 * h * v + 4 * h * k, 2 * m * k + 2 * h * v + 6 * h, h * v)
     return SubLayer(kept, work, at.outer(d))
