@@ -23,13 +23,13 @@ from helpers.paths import ROOT  # noqa: E402
 from helpers.recipes import write_inputs  # noqa: E402
 
 from hylo_megatron.config import Plan, geometry_preset  # noqa: E402
+from hylo_megatron.config.decisions import INITIAL_STATES  # noqa: E402
 from hylo_megatron.config.stages import stage_kind  # noqa: E402
 from hylo_megatron.distill import command_line  # noqa: E402
 from hylo_megatron.distill.losses import LOSSES  # noqa: E402
 from hylo_megatron.distill.spikes import ACTIONS  # noqa: E402
 from hylo_megatron.errors import HyLoError  # noqa: E402
 from hylo_megatron.evaluate import log_scale  # noqa: E402
-from hylo_megatron.mixers.initial_states import MODES  # noqa: E402
 from hylo_megatron.recipes.stage import Recipe, Stage, _lever, lever_names  # noqa: E402
 from hylo_megatron.run import datasets, on_policy, recipe_run  # noqa: E402
 from hylo_megatron.run.launch import Processes  # noqa: E402
@@ -43,7 +43,7 @@ def test_every_lever_is_used():
     assert not unused(recipes())
     stages = [stage for recipe in recipes() for stage in recipe.stages]
     assert {stage.loss for stage in stages} >= {name for name, loss in LOSSES.items() if not loss.layerwise}
-    assert {stage.initial_states for stage in stages} == set(MODES)
+    assert {stage.initial_states for stage in stages} == set(INITIAL_STATES)
     assert {stage.on_spike for stage in stages} == set(ACTIONS)
     kinds = {name for stage in stages for name, _ in datasets.mix_of(stage)}
     assert kinds == {*datasets.NAMES, datasets.ON_POLICY}

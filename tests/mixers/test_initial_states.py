@@ -106,7 +106,7 @@ def test_restored_states_are_written_where_a_graph_reads_them():
 def test_a_step_that_the_guard_leaves_out_is_forgotten(pair, wrong, monkeypatch):
     model, x = model_of(pair, "carried"), helpers.token_batch(2, 64)
     guard = SimpleNamespace(
-        begin=lambda _: None, gate=lambda _: contextlib.nullcontext([]), after=lambda *_: None, wrong=wrong
+        phase=None, begin=lambda _: None, gate=lambda _: contextlib.nullcontext([]), after=lambda *_: None, wrong=wrong
     )
     args = SimpleNamespace(train_iters=4, hylo_offload_optimizer=False)
     monkeypatch.setattr("megatron.training.get_args", lambda: args)
