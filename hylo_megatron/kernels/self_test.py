@@ -14,10 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hylo_megatron.config import Architecture
-from hylo_megatron.config.layout import ParallelLayout, Work, passes_states
+from hylo_megatron.config.layout import ParallelLayout, Work
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.kernels.choose import TORCH, Ops, ops
-from hylo_megatron.mixers import MIXERS
 
 LENGTH = 512  # tokens of a sequence that are compared
 TOLERANCE = 0.02  # ‖kernel - reference‖ / ‖reference‖; rounding to bf16 gave 2e-3 to 4e-3 on an H200
@@ -41,9 +40,7 @@ class RankShape:
 
     @classmethod
     def of(cls, arch: Architecture, layout: ParallelLayout, work: Work) -> "RankShape":
-        kind = arch.linear_kind
-        heads = getattr(MIXERS[kind].dimensions(arch.geometry), MIXERS[kind].heads[1])
-        if passes_states(layout.linear_cp, heads, layout.tp, layout.cp):  # each rank has two chunks of a sequence
+        if layout.passes_states:  # each rank has two chunks of a sequence
             return cls(split=layout.tp, rows=2 * work.micro_batch, length=work.seq_length // (2 * layout.cp))
         return cls(split=layout.tp * layout.cp, rows=work.micro_batch, length=work.seq_length)
 
