@@ -48,11 +48,19 @@ def table(arch: Architecture, kind: str) -> list[Mapping]:
 
 
 def mixing(arch: Architecture, length: int) -> int:
-    """Return the FLOPs of a token in all windows beside products with weights: scores twice as wide, and values."""
-    if not arch.window:
-        return 0
-    layers = sum(MIXERS[kind].linear for kind in arch.plan)
-    return layers * 6 * arch.num_attention_heads * arch.head_dim * _cut(arch, length).keys
+    """Return the FLOPs of a token in all windows beside products with weights: scores and values of seen tokens."""
+    seen = min(sum(arch.window.values()), length // 2) if arch.window else 0
+    return 4 * seen * _layers(arch) * arch.num_attention_heads * arch.head_dim
+
+
+def computed(arch: Architecture, length: int) -> int:
+    """Return what the kernel computes for ``mixing``: scores twice as wide, and values, of all keys of a block."""
+    keys = _cut(arch, length).keys if arch.window else 0
+    return 6 * keys * _layers(arch) * arch.num_attention_heads * arch.head_dim
+
+
+def _layers(arch: Architecture) -> int:
+    return sum(MIXERS[kind].linear for kind in arch.plan)
 
 
 def beside(block: SubLayer, arch: Architecture, at: Share) -> SubLayer:

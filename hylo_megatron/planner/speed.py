@@ -11,7 +11,7 @@ from hylo_megatron.config import Architecture
 from hylo_megatron.config.decisions import CHUNK
 from hylo_megatron.convert.shapes import hf_shapes
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.mixers import MIXERS
+from hylo_megatron.mixers import MIXERS, window
 from hylo_megatron.planner.flops import RATES, head_products, layer_products, mixing, token_flops
 from hylo_megatron.planner.training import PlannedRun, stage_sub_layers
 
@@ -84,7 +84,8 @@ def _products(run: PlannedRun, card: float, fitted: Constants) -> float:
 def _attention(run: PlannedRun, card: float, fitted: Constants) -> float:
     """Return the seconds of a token in attention, on one rank."""
     length, taught = run.work.seq_length, run.taught * run.layout.cp // run.work.micro_batch
-    own = mixing(run.student, length) - _recurrence_flops(run.student)
+    masked = window.computed(run.student, length) - window.mixing(run.student, length)
+    own = mixing(run.student, length) + masked - _recurrence_flops(run.student)
     flops = taught / length * mixing(run.teacher, taught) + (3 + _recomputed(run)) * own
     return flops / (fitted.attention_cp if run.layout.cp > 1 else fitted.attention) / card
 

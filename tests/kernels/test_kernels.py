@@ -265,8 +265,9 @@ def test_self_test_passes_right_kernels_and_refuses_wrong_gradients(linear):
     (ParallelLayout(), Work(seq_length=600, micro_batch=2), RankShape(rows=2, length=600)),
     (ParallelLayout(tp=2), Work(seq_length=600), RankShape(split=2, length=600)),
     (ParallelLayout(cp=2, linear_cp="states"), Work(seq_length=1200, micro_batch=3), RankShape(rows=6, length=300)),
-    (ParallelLayout(cp=2), Work(seq_length=600), RankShape(split=2, length=600)),
-], ids=["one rank", "tensor parallel", "states", "heads"])  # fmt: skip
+    (ParallelLayout(cp=2), Work(seq_length=1200, micro_batch=3), RankShape(rows=6, length=300)),
+    (ParallelLayout(cp=2, linear_cp="a2a"), Work(seq_length=600), RankShape(split=2, length=600)),
+], ids=["one rank", "tensor parallel", "states", "states by default", "heads"])  # fmt: skip
 def test_self_test_runs_kernels_at_the_shape_of_the_run(layout, work, shape):
     """fla tunes kernels by the number of heads, rows and tokens: the first step finds them tuned."""
     arch, seen = tiny.hybrid("gdn"), []
