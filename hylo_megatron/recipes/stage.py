@@ -149,7 +149,8 @@ class Recipe:
     linear_rope: bool = field(default=False, metadata=LEVER)
     # SIZE+SINKS, of attention beside each linear layer (config/positions.py)
     window: str | None = field(default=None, metadata=LEVER)
-    init: str = "data"  # or "attention", or "svd", the initialisation of the method's paper (hylo upcycle --init)
+    # or "attention", or "svd", the initialisation of the method's paper (hylo upcycle --init)
+    init: str = field(default="data", metadata=LEVER)
     save_every: int = 20
     seed: int = 1234
     # the student is the base model itself; ``plan``, ``linear`` and ``geometry`` are unused

@@ -29,19 +29,21 @@ def every_lever() -> Recipe:
     )  # fmt: skip
     reverse = replace(
         late, name="reverse", steps=6, loss="reverse-kl", hidden_layers_weight=0.0, mla_rope=False,
-        initial_states="random", on_spike="skip", mix=(("text", 1.0),),
+        initial_states="random", on_spike="skip", mix=(("text", 1.0),), on_policy=0.25,
     )  # fmt: skip
     jensen = replace(
         reverse, name="jensen", seq_length=512, loss="jsd", jsd_beta=0.3, log_scale="600,512", on_spike="rollback",
-        initial_states="carried", answer_weight=0.1, teacher_length=384, ce_beyond=0.5, rope={"rope_theta": 5e4},
-        recompute=4, mix=(("long", 0.4), ("chat", 0.1), ("retrieval", 0.5)),
+        initial_states="carried", on_policy=0.0, answer_weight=0.1, teacher_length=384, ce_beyond=0.5,
+        rope={"rope_theta": 5e4}, recompute=4, mix=(("long", 0.4), ("chat", 0.1), ("retrieval", 0.5)),
     )  # fmt: skip
     last = replace(
         jensen, name="last", loss="kl", jsd_beta=0.5, initial_states="zero", on_spike="stop", recompute=0,
         mix=(("text", 1.0),),
     )  # fmt: skip
     stages = (ild, late, reverse, jensen, last)
-    return replace(toy, name="levers", layers=5, linear="gdn", linear_rope=True, stages=stages, **LATENT)
+    return replace(
+        toy, name="levers", layers=5, linear="gdn", linear_rope=True, init="attention", stages=stages, **LATENT
+    )
 
 
 def control() -> Recipe:
