@@ -65,8 +65,9 @@ def test_rows_of_a_hybrids_batch_are_those_of_rows_alone(kind):
     assert {row.ended for row in alone} == {True, False}  # both ways to end
 
 
-def test_bytes_of_a_hybrids_cache():
-    model = model_of(("mla", "gdn"))
+@pytest.mark.parametrize("window", [None, {"size": 20, "sinks": 2}, {"size": 80, "sinks": 2}])
+def test_bytes_of_a_hybrids_cache(window):
+    model = model_of(("mla", "gdn"), window=window)
     with torch.no_grad():
         cache = model(torch.zeros(1, 50, dtype=torch.int64), use_cache=True).past_key_values
     assert cache.num_bytes() <= 50 * cache_bytes_per_token(model, 50) < cache.num_bytes() + 50
