@@ -93,8 +93,13 @@ class Plan(tuple[str, ...]):
         return "|".join("".join(symbols[layer] for layer in layers) for layers in self.stages(pipeline_stages))
 
 
-def linear_of_name(text: str) -> str | None:
-    """The linear mixer that a plan's name such as ``4MLA12M2`` states; None for any other text."""
+def linear_of_plan(text: str) -> str | None:
+    """The linear mixer that a plan's name such as ``4MLA12M2`` or file states; None for any other text.
+
+    Raises ``HyLoError`` for a file that is no plan.
+    """
+    if text.endswith(".json"):
+        return _read(text)["linear"]
     match = _PLAN_NAME.fullmatch(text)
     return _LINEAR_NAMES.get(match[3].upper()) if match else None
 
@@ -129,9 +134,13 @@ class _PlanFile(TypedDict):
     linear: Literal[LINEAR]
 
 
+def _read(path: str) -> _PlanFile:
+    return read_json(path, _PlanFile, "expected plan.json of hylo select-layers")
+
+
 def _layers_of_file(path: str, num_layers: int, linear: str | None) -> tuple[tuple[int, ...], str]:
     """Return the MLA layers and the linear mixer of a file that ``hylo select-layers`` wrote."""
-    found = read_json(path, _PlanFile, "expected plan.json of hylo select-layers")
+    found = _read(path)
     if found["num_layers"] != num_layers:
         raise HyLoError(f"{path}: num_layers is {found['num_layers']}, the base model has {num_layers}")
     if linear not in (None, found["linear"]):

@@ -74,6 +74,14 @@ def window(text: str) -> Window | dict:
     )
 
 
+def window_named(value: object) -> Window | None:
+    """Return the window of a recipe, which is a flag's text; None for ``off``. Raises ``HyLoError``."""
+    try:
+        return window(str(value or "off")) or None
+    except argparse.ArgumentTypeError as error:
+        raise HyLoError(f"window {error}") from None
+
+
 def misfit(arch) -> str | None:
     """Return which setting of an ``Architecture`` its layers cannot follow, or None."""
     for name in ("mla_rope", "log_scale"):

@@ -32,13 +32,14 @@ def _step_of(line: bytes) -> float:
 
 @dataclass(kw_only=True)
 class Noted:
-    """A step whose numbers may still be on the GPU. ``first``: its first sample."""
+    """A step whose numbers may still be on the GPU. ``first``: its first sample. ``time``: when it was noted."""
 
     iteration: int
     learning_rate: float
     numbers: ToHost
     guard: Guard | None
     first: int | None
+    time: float
 
 
 def runs_ahead(guard: Guard | None) -> bool:
@@ -103,7 +104,7 @@ class StepLog:
         """
         numbers = ToHost({**losses, "layers": self.layer_means(), "norm": grad_norm})
         step = Noted(iteration=iteration, learning_rate=learning_rate, numbers=numbers, guard=guard,
-                     first=guard and guard.first)  # fmt: skip
+                     first=guard and guard.first, time=time.time())  # fmt: skip
         self.flush()
         self.noted = step
         if not runs_ahead(guard):
@@ -116,11 +117,12 @@ class StepLog:
             return
         losses = step.numbers.get()
         layers, norm = losses.pop("layers"), losses.pop("norm")
-        self.write(losses, step.iteration, step.learning_rate, norm, step.guard, layers, step.first)
+        self.write(losses, step.iteration, step.learning_rate, norm, step.guard, layers, step.first, step.time)
 
     def write(self, losses: dict, iteration: int, learning_rate, norm: float | None, guard: Guard | None = None,
-              layers: list[list[float]] | None = None, first: int | None = None) -> None:  # fmt: skip
-        """Append the line of a step. ``first``: the step's first sample.
+              layers: list[list[float]] | None = None, first: int | None = None,
+              now: float | None = None) -> None:  # fmt: skip
+        """Append the line of a step. ``first``: its first sample. ``now``: its end, if that is not this moment.
 
         A step that ``guard`` has skipped has no line if its loss is not finite.
         """
@@ -144,7 +146,7 @@ class StepLog:
             if skipped:
                 return
             raise HyLoError(f"loss {losses['loss']} at step {iteration}: lower --lr, or look at the data around it")
-        now = time.time()
+        now = now or time.time()
         line = {"stage": self.stage, "iteration": iteration}
         line |= losses | {LEARNT: learnt, "lr": learning_rate, "grad_norm": json_number(norm)}
         line |= {"tokens": iteration * self.tokens, "seconds": self.last and round(now - self.last, 4)}

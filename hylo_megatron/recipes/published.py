@@ -7,6 +7,7 @@ many tokens as at 8K), weight decay, and the YaRN of Qwen's teacher at 64K, whic
 
 from dataclasses import dataclass, replace
 
+from hylo_megatron.config.plan import linear_of_plan
 from hylo_megatron.mixers import LINEAR
 from hylo_megatron.recipes.stage import Evaluation, Recipe, Stage
 
@@ -82,14 +83,15 @@ def stages(base: Base, linear: str, tokens: int) -> tuple[Stage, ...]:
     )
 
 
-def published(name: str, plan: str | None = None, linear: str = LINEAR[0], tokens: int = TOKENS, seed: int = 1234,
-              geometry: str = "published") -> Recipe:  # fmt: skip
+def published(name: str, plan: str | None = None, linear: str | None = None, tokens: int = TOKENS,
+              seed: int = 1234, geometry: str = "published") -> Recipe:  # fmt: skip
     """Return the paper's recipe ``name``.
 
-    ``plan``: another layer plan in place of the paper's first for this model. ``geometry``: the paper's, initialised
-    by SVD, or our ``native`` one, calibrated on text.
+    ``plan``: another layer plan in place of the paper's first for this model. ``linear``: the mixer of its linear
+    layers (default: the plan's, or gdn). ``geometry``: the paper's, initialised by SVD, or our ``native`` one,
+    calibrated on text.
     """
-    base = BASES[name]
+    base, linear = BASES[name], linear or linear_of_plan(plan or "") or LINEAR[0]
     evaluation = Evaluation(
         context=2048, tokens=150_000, needle_lengths=(8192, 16384, 32768, 65536), needle_samples=4, needle_depths=5
     )

@@ -47,8 +47,7 @@ def recipe_named(name: str, plan: str | None = None, linear: str | None = None, 
     ``tokens``: those of a whole published run (default: the paper's). The SmolLM2 recipe has its own.
     """
     if name in BASES:
-        given = {"linear": linear} if linear else {}
-        return published(name, plan, tokens=tokens or TOKENS, **given)
+        return published(name, plan, linear, tokens or TOKENS)
     if name != "smollm2":
         raise HyLoError(f"recipe {name!r}: expected one of {', '.join(RECIPES)}")
     from hylo_megatron.recipes.smollm2 import smollm2_gpu

@@ -157,7 +157,9 @@ class Recipe:
     control: bool = field(default=False, metadata=LEVER)
 
     def __post_init__(self):
-        """Read a plan's file once: a run that is continued has the layers with which it began."""
+        """Check the window. Read a plan's file once: a run that is continued has the layers with which it began."""
+        if self.window is not None:
+            object.__setattr__(self, "window", str(self.window) if positions.window_named(self.window) else None)
         if self.plan.endswith(".json"):
             plan = Plan.parse(self.layers, self.plan, self.linear)
             layers = ",".join(str(number) for number, kind in enumerate(plan) if kind == "mla")
@@ -167,7 +169,7 @@ class Recipe:
     @property
     def settings(self) -> dict[str, Any]:
         """Settings of ``config/positions.py`` that the student has from the start."""
-        window = {"window": positions.window(self.window)} if self.window else {}
+        window = {"window": positions.window_named(self.window)} if self.window else {}
         return {"linear_rope": self.linear_rope, **window}
 
     def as_control(self) -> "Recipe":

@@ -11,7 +11,7 @@ from hylo_megatron.config import Plan
 from hylo_megatron.config.geometry import PRESETS
 from hylo_megatron.config.layout import ParallelLayout, Work, check_parallel_layout
 from hylo_megatron.config.pair import check_vocabularies
-from hylo_megatron.config.plan import linear_of_name
+from hylo_megatron.config.plan import linear_of_plan
 from hylo_megatron.config.stages import stage_kind
 from hylo_megatron.config.student import student_architecture
 from hylo_megatron.convert.hf_folder import read_architecture
@@ -145,7 +145,7 @@ def source_of(out: Path, name: str, small: bool) -> Source:
 
 def job_of(name: str) -> Job:
     small = value("PROXY", "0") != "0"
-    linear = value("LINEAR") or linear_of_name(value("PLAN", "")) or LINEAR[0]
+    linear = value("LINEAR") or linear_of_plan(value("PLAN", "")) or LINEAR[0]
     geometry = value("GEOMETRY", "published")
     if linear not in LINEAR or geometry.partition(":")[0] not in PRESETS:
         expected = f"{' or '.join(LINEAR)}, and {' or '.join(reversed(PRESETS))}"

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hylo_megatron.config import Architecture, Plan
-from hylo_megatron.config.plan import linear_of_name
+from hylo_megatron.config.plan import linear_of_plan
 from hylo_megatron.mixers import LINEAR, MIXERS
 
 KINDS = st.sampled_from(tuple(MIXERS))
@@ -37,7 +37,7 @@ def test_names_round_trip(layers, count, linear):
     name = f"{min(count, layers)}MLA{layers - min(count, layers)}{short}"
     plan = Plan.parse(layers, name)
     assert len(plan) == layers and plan.count("mla") == min(count, layers)
-    assert linear_of_name(name) == linear
+    assert linear_of_plan(name) == linear
     assert plan.name == name.replace("0MLA", "", 1) if name.startswith("0MLA") else plan.name in (name, f"{layers}MLA")
 
 
@@ -66,7 +66,7 @@ def test_a_plan_is_a_tuple_of_names(plan):
 
 @pytest.mark.parametrize("text", ["1,5", "uniform:4", "all", "M2", "4MLA12RWKV"])
 def test_only_names_say_a_linear_mixer(text):
-    assert linear_of_name(text) is None
+    assert linear_of_plan(text) is None
 
 
 def test_architectures_have_a_plan_however_they_are_made():

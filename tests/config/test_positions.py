@@ -122,6 +122,22 @@ def test_a_control_has_no_layers_for_the_settings():
     assert "window" not in wide.as_control().to_dict()
 
 
+@pytest.mark.parametrize("window", ["off", {}, None])
+def test_a_recipe_without_a_window_has_no_setting_of_it(window):
+    from hylo_megatron.recipes.smollm2 import smollm2_cpu
+
+    recipe = replace(smollm2_cpu(), window=window)
+    assert recipe.window is None and recipe == smollm2_cpu() and "window" not in recipe.settings
+
+
+@pytest.mark.parametrize("window", ["256,4", "9000", {"size": 8, "sinks": 2}])
+def test_a_recipe_with_a_wrong_window_is_refused_when_it_is_made(window):
+    from hylo_megatron.recipes.smollm2 import smollm2_cpu
+
+    with pytest.raises(HyLoError, match="^window .*: expected off, or SIZE"):
+        replace(smollm2_cpu(), window=window)
+
+
 def test_the_planner_counts_the_tables_that_there_are():
     share = Share(ParallelLayout(), 1, 64)
     plain, scale = tiny.hybrid("gdn"), replace(NOPE, mla_rope=True)

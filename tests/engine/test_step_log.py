@@ -10,6 +10,7 @@ from hylo_megatron.packages import has
 if not has("megatron-core"):
     pytest.skip("megatron-core is not installed", allow_module_level=True)
 from hylo_megatron.distill.batches import LEARNT  # noqa: E402
+from hylo_megatron.engine import step_log  # noqa: E402
 from hylo_megatron.engine.step_log import StepLog  # noqa: E402
 
 
@@ -37,3 +38,19 @@ def test_a_step_says_which_share_of_the_products_rate_it_reached(tmp_path, proce
 
 def test_without_a_rate_a_step_says_nothing_about_it(tmp_path, process_groups):
     assert not {"utilization", "tflops"} & lines(tmp_path, product_rate=None)[1].keys()
+
+
+def test_a_step_that_is_logged_late_has_its_own_time(tmp_path, process_groups, monkeypatch):
+    clock = iter([100.0, 103.0, 104.5])
+    monkeypatch.setattr(step_log, "runs_ahead", lambda guard: True)  # as on a GPU
+    monkeypatch.setattr(step_log, "time", SimpleNamespace(time=lambda: next(clock)))
+    settings = SimpleNamespace(kind=SimpleNamespace(layerwise=False))
+    args = SimpleNamespace(
+        hylo_stage="distill", global_batch_size=1, seq_length=8, hylo_log=tmp_path / "log", save=None
+    )
+    log = StepLog(args, [SimpleNamespace(settings=settings)])
+    for step in (1, 2, 3):
+        log.note({"loss": 1.0, LEARNT: 1.0}, step, 1e-4, 0.5)
+    log.flush()
+    seconds = [json.loads(line)["seconds"] for line in (tmp_path / "log").read_text().splitlines()]
+    assert seconds == [None, 3.0, 1.5]

@@ -7,6 +7,8 @@ import pytest
 from hylo_megatron.config import GDNGeometry, Mamba2Geometry, MLAGeometry, Plan, geometry_preset
 from hylo_megatron.recipes.proxy import proxy, small_geometry
 from hylo_megatron.recipes.published import BASES, published
+from hylo_megatron.recipes.shapes import recipe_named
+from hylo_megatron.run.examples import job_of
 
 # layers, MLA layers, lr of the KL stages, batches at 8K and 64K with GDN and with Mamba-2
 TABLE = {
@@ -75,6 +77,20 @@ def test_variants(name, plan, linear):
     parsed = Plan.parse(recipe.layers, recipe.plan, recipe.linear)
     assert parsed.name == plan
     assert [i for i, kind in enumerate(parsed) if kind == "mla"] == list(range(0, recipe.layers, 2))
+
+
+def test_a_plan_says_its_linear_mixer(tmp_path, monkeypatch):
+    """Qwen's batches at 8K are 16 with GDN and 32 with Mamba-2."""
+    file = tmp_path / "plan.json"
+    file.write_text('{"num_layers": 28, "mla_layers": [1, 5], "linear": "mamba2"}')
+    monkeypatch.setenv("PROXY", "1")
+    for plan in ("7MLA21M2", str(file)):
+        for recipe in (published("qwen1p7b", plan), recipe_named("qwen1p7b", plan)):
+            assert (recipe.linear, recipe.stages[2].global_batch) == ("mamba2", 32)
+        monkeypatch.setenv("PLAN", plan)
+        assert job_of("qwen1p7b").recipe.linear == "mamba2"
+    assert recipe_named("qwen1p7b", "7MLA21KDA").linear == "kda"
+    assert recipe_named("qwen1p7b", "1,5").linear == "gdn"
 
 
 @pytest.mark.parametrize("name", TABLE)
