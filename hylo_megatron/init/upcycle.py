@@ -201,7 +201,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--linear", choices=LINEAR, help=f"what the other layers become (default: {LINEAR[0]}, or the plan's name)")
     add(
         "--init", default="data", choices=INITS,
-        help="data: calibrated on text; attention: the same with betas, gates and ridge fitted too; svd: the paper's",
+        help="data: calibrated on text; attention: the same with betas, gates and ridge fitted too (in Mamba-2 the"
+        " ridge only); svd: the paper's",
     )  # fmt: skip
     add(
         "--geometry",

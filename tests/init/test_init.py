@@ -416,12 +416,13 @@ def test_copied_rows_of_kimi_delta_attention_begin_again(bases):
     assert torch.equal(found["mixer.o_proj.weight"], torch.cat([half, o[:, 32:], half], 1))
 
 
+@pytest.mark.parametrize("choices", [DATA, ATTENTION], ids=["data", "attention"])
 @pytest.mark.parametrize("kind", ["gdn", "mamba2", "kda"])
-def test_data_init_refuses_heads_unlike_the_base(bases, kind):
+def test_fitted_starts_refuse_heads_unlike_the_base(bases, kind, choices):
     layer, base = bases.layer()
     arch = replace(student(base, kind), geometry=tiny.GEOMETRY_Q_LORA)
-    with pytest.raises(HyLoError, match="--geometry native.*--init svd"):
-        initialise(kind).calibrated(layer, arch, base.frequencies)
+    with pytest.raises(HyLoError, match=f"^--init {choices.name} for .*--geometry native.*--init svd"):
+        initialise(kind).calibrated(layer, arch, base.frequencies, choices)
 
 
 def test_fewer_heads_keep_those_that_matter(bases):
