@@ -4,7 +4,7 @@ import argparse
 import functools
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from hylo_megatron.checkpoint import disk
 from hylo_megatron.errors import HyLoError
@@ -44,6 +44,17 @@ def given(parser: argparse.ArgumentParser, argv: list[str]) -> frozenset[str]:
     finally:
         for action, default in kept.items():
             action.default = default
+
+
+def flag_among(parser: argparse.ArgumentParser, names: Collection[str]) -> str | None:
+    """Return the first flag of ``parser`` whose name in parsed arguments is in ``names``, or None."""
+    found = (each for each in parser._actions if each.dest in names and each.option_strings)
+    return next((each.option_strings[0] for each in found), None)
+
+
+def names_of(group: argparse._ArgumentGroup) -> frozenset[str]:
+    """Return the names, in parsed arguments, of the flags of ``group``."""
+    return frozenset(each.dest for each in group._group_actions)
 
 
 def short(text: str, limit: int = 40) -> str:

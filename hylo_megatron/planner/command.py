@@ -26,7 +26,7 @@ from hylo_megatron.config.stages import STAGE_KINDS, TRAIN, stage_kind
 from hylo_megatron.convert.shapes import hf_shapes
 from hylo_megatron.distill.losses import LOSSES, check_levers, loss_of
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.flags import Parser, command_line, count, positive, share, size, weight
+from hylo_megatron.flags import Parser, command_line, count, flag_among, names_of, positive, share, size, weight
 from hylo_megatron.flags import given as given_flags
 from hylo_megatron.json_file import read_json
 from hylo_megatron.planner.pages import Pages, expanded_bytes, pages, row_bytes, state_bytes
@@ -146,8 +146,19 @@ def print_training(run: PlannedRun, gpu_gib: float) -> None:
     print(f"{verdict} {gpu_gib:g} GiB ({heaviest.total / GIB / gpu_gib:.0%})")
 
 
-def add_training_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("training", "as the flags of hylo_megatron.train").add_argument
+def add_serving_flags(parser: argparse.ArgumentParser) -> frozenset[str]:
+    """Add the flags, and return their names in parsed arguments."""
+    group = parser.add_argument_group("serving")
+    group.add_argument("--utilization", type=share, default=0.9, help="vLLM's --gpu-memory-utilization")
+    group.add_argument("--requests", type=size, default=64, help="vLLM's --max-num-seqs")
+    group.add_argument("--state-dtype", choices=("float32", "bfloat16"), default="float32")
+    return names_of(group)
+
+
+def add_training_flags(parser: argparse.ArgumentParser) -> frozenset[str]:
+    """Add the flags, and return their names in parsed arguments."""
+    group = parser.add_argument_group("training", "as the flags of hylo_megatron.train")
+    add = group.add_argument
     add("--train", choices=tuple(STAGE_KINDS), help="plan this stage of training, not serving")
     add("--teacher", type=Path, help="folder of another teacher than the base model (distill)")
     for flag in ("--pp", "--cp", "--dp", "--micro-batch"):
@@ -178,24 +189,39 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
         help="--hylo-hidden-layers-weight",
     )
     add("--teacher-length", dest="hylo_teacher_length", type=size, help="--hylo-teacher-length")
+    return names_of(group)
 
 
-@command_line
-def main() -> None:
+def parse() -> argparse.Namespace:
+    """Return the flags, with ``given``. Raises ``HyLoError`` for flags that the kind of plan does not read."""
     parser = Parser(description=__doc__)
     parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("--plan", help="layers of the hybrid that a base model would become, such as 6MLA22GDN")
     parser.add_argument("--geometry", default="native", metavar="PRESET[:RANK+ROPE]", help=GEOMETRY_HELP)
     add_window(parser.add_argument)
     parser.add_argument("--gpu-gib", type=positive, default=139.8, help="memory of the GPU (default: an H200's)")
-    parser.add_argument("--utilization", type=share, default=0.9, help="vLLM's --gpu-memory-utilization")
     parser.add_argument("--tp", type=size, default=1)
-    parser.add_argument("--requests", type=size, default=64, help="vLLM's --max-num-seqs")
-    parser.add_argument("--state-dtype", choices=("float32", "bfloat16"), default="float32")
-    add_training_flags(parser)
-    add_recipe_flags(parser)
+    serving, training, recipe = (add(parser) for add in (add_serving_flags, add_training_flags, add_recipe_flags))
     known = parser.parse_args()
     known.given = given_flags(parser, sys.argv[1:])
+    if known.recipe:
+        unread = [(known.given - recipe, "--recipe has models, stages and layouts of its own: leave out {}")]
+    else:
+        unread = [
+            (recipe, "{} is for --recipe: leave it out, or give --recipe in place of FOLDER"),
+            (serving if known.train else (), "{} is for a plan of serving: leave it out, or leave out --train"),
+            (() if known.train else training, "{} is for a plan of training: leave it out, or give --train"),
+            (() if known.plan else ("geometry",), "{} is for the hybrid that --plan names: leave it out"),
+        ]
+    for names, message in unread:
+        if flag := flag_among(parser, known.given & set(names)):
+            raise HyLoError(message.format(flag))
+    return known
+
+
+@command_line
+def main() -> None:
+    known = parse()
     if known.recipe:
         print_layouts(known)
         return

@@ -3,7 +3,7 @@
 import argparse
 
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.flags import positive, readable_number, size
+from hylo_megatron.flags import names_of, positive, readable_number, size
 from hylo_megatron.markdown import table
 from hylo_megatron.planner.layouts import GIB, USABLE, LayoutPlan, Training, disk_bytes, layouts, scaled
 from hylo_megatron.planner.speed import CARDS, FITTED, card_named
@@ -19,8 +19,10 @@ def _tokens(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a number of tokens, such as 1e10 or 500M") from None
 
 
-def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("a whole recipe", "in place of FOLDER").add_argument
+def add_recipe_flags(parser: argparse.ArgumentParser) -> frozenset[str]:
+    """Add the flags, and return their names in parsed arguments."""
+    group = parser.add_argument_group("a whole recipe", "in place of FOLDER")
+    add = group.add_argument
     add("--recipe", choices=RECIPES, help="list layouts that fit, with memory, speed, days and disk")
     add("--gpus", type=size, default=1)
     add("--gpu-memory", type=positive, default=80.0, help="memory of a GPU in GiB")
@@ -28,12 +30,13 @@ def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
     add("--teacher-shape", choices=tuple(SHAPES), help="another teacher than the base model in the KL stages")
     add("--base-shape", choices=tuple(SHAPES), help="another base model than the recipe's")
     add("--tokens", type=_tokens, help="tokens of the whole run (default: the recipe's)")
+    return names_of(group)
 
 
 def training_of(known: argparse.Namespace) -> Training:
     """Return the training that the flags describe. Raises ``HyLoError``."""
-    if known.folder or known.train or known.plan:
-        raise HyLoError("--recipe has models and stages of its own: leave out FOLDER, --plan and --train")
+    if known.folder:
+        raise HyLoError("--recipe has models and stages of its own: leave out FOLDER")
     if known.tokens and known.recipe == "smollm2":
         raise HyLoError("--tokens: the SmolLM2 recipe has a fixed number of steps; leave it out")
     recipe, base = recipe_named(known.recipe, tokens=known.tokens), shape(known.base_shape or known.recipe)

@@ -5,12 +5,13 @@ with the same command. Several GPUs: torchrun --nproc-per-node N -m hylo_megatro
 """
 
 import argparse
+import sys
 import time
 from pathlib import Path
 
 from hylo_megatron.config.geometry import GEOMETRY_HELP
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.flags import Parser, command_line, positive, share, size
+from hylo_megatron.flags import Parser, command_line, flag_among, given, names_of, positive, share, size
 from hylo_megatron.mixers import LINEAR
 from hylo_megatron.run.parent import die_with_parent
 
@@ -32,9 +33,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--geometry", default="native", metavar="PRESET[:RANK+ROPE]", help=f"of the MLA layers: {GEOMETRY_HELP}")
     add("--linear", choices=LINEAR, help=f"mixer of the other layers (default: the student's, else {LINEAR[0]})")
     add("--layers", help="--method explicit: numbers such as 4,14,24")
-    _add_measured(parser)
-    _add_training(parser)
+    measuring, training = _add_measured(parser), _add_training(parser)
     options = parser.parse_args(argv)
+    found = given(parser, sys.argv[1:] if argv is None else argv)
+    if options.method in FIXED and (flag := flag_among(parser, found & (measuring | training))):
+        raise HyLoError(f"--method {options.method} measures nothing: leave out {flag}")
+    if options.method not in STEPS and (flag := flag_among(parser, found & training)):
+        raise HyLoError(f"--method {options.method} trains nothing: leave out {flag}")
+    if "retrieval_samples" in found and not options.retrieval:
+        raise HyLoError(f"--retrieval-samples {options.retrieval_samples}: needs --retrieval")
     _check(options)
     return options
 
@@ -47,8 +54,10 @@ def _add_budget(parser: Parser) -> None:
     budget.add_argument("--cache-bytes", type=size, metavar="N", help="bytes of the KV cache for a token, in bf16")
 
 
-def _add_measured(parser: Parser) -> None:
-    add = parser.add_argument_group("methods that measure").add_argument
+def _add_measured(parser: Parser) -> frozenset[str]:
+    """Add the flags, and return their names in parsed arguments."""
+    group = parser.add_argument_group("methods that measure")
+    add = group.add_argument
     add("--student", type=Path, help="all-linear student (hylo upcycle --mla-layers none, with or without ILD):"
         " Hugging Face folder or checkpoint")  # fmt: skip
     add("--text", type=Path, metavar="FILE", help="held-out text as for hylo prepare-data, or prefix of its tokens")
@@ -62,14 +71,18 @@ def _add_measured(parser: Parser) -> None:
     add("--batch-size", type=size, help="rows of a forward pass; what suits the device")
     add("--device", default="auto")
     add("--dtype", default="auto", help="bfloat16 or float32; auto: bfloat16 on a GPU, float32 on a CPU")
+    return names_of(group)
 
 
-def _add_training(parser: Parser) -> None:
-    add = parser.add_argument_group("methods that train, kl and gates").add_argument
+def _add_training(parser: Parser) -> frozenset[str]:
+    """Add the flags, and return their names in parsed arguments."""
+    group = parser.add_argument_group("methods that train, kl and gates")
+    add = group.add_argument
     add("--steps", type=size, help=f"of each training (default: {STEPS['kl']} for kl, {STEPS['gates']} for gates)")
     add("--lr", type=positive, help=f"peak learning rate (default: {RATES['kl']} for kl, {RATES['gates']} for gates)")
     add("--train-batch", type=size, default=8, metavar="ROWS", help="rows of a step; of --retrieval too, for gates")
     add("--train-tokens", type=size, default=1638400, help="tokens of --text, after those measured, to train on")
+    return names_of(group)
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -80,10 +93,7 @@ def _check(options: argparse.Namespace) -> None:
     if method != "explicit" and (options.layers is not None or all(value is None for value in budget)):
         raise HyLoError(f"--method {method}: give --mla, --cache-share or --cache-bytes, and no --layers")
     if method in FIXED:
-        given = [name for name in ("student", "text", "retrieval") if getattr(options, name) is not None]
         options.training = None
-        if given or options.greedy:
-            raise HyLoError(f"--method {method} measures nothing: leave out --{(*given, 'greedy')[0]}")
         return
     _check_training(options)
     for name in ("student", "text"):
@@ -96,7 +106,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _check_training(options: argparse.Namespace) -> None:
-    """Set ``options.training``. Raises ``HyLoError`` for flags that the method does not read."""
+    """Set ``options.training``. Raises ``HyLoError`` for flags that contradict one another or the method."""
     from hylo_megatron.select.training import Training
 
     method, options.training = options.method, None
@@ -108,8 +118,6 @@ def _check_training(options: argparse.Namespace) -> None:
                 f"--train-tokens {options.train_tokens}: expected at least --train-batch {options.train_batch} rows of"
                 f" {options.length} tokens"
             )
-    elif options.steps or options.lr:
-        raise HyLoError(f"--method {method} trains nothing: leave out {'--steps' if options.steps else '--lr'}")
     if method == "gates" and options.greedy:
         raise HyLoError("--method gates ranks all layers in one training: leave out --greedy")
 

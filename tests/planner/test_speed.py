@@ -10,6 +10,8 @@ from helpers.paths import ROOT
 from hylo_megatron.config.layout import ParallelLayout, Work
 from hylo_megatron.config.stages import stage_kind
 from hylo_megatron.distill.losses import KL, LayerDistance
+from hylo_megatron.errors import HyLoError
+from hylo_megatron.planner import command
 from hylo_megatron.planner.layouts import GIB, USABLE, Training, candidates, disk_bytes, layouts
 from hylo_megatron.planner.speed import CARDS, step_time, tokens_per_second
 from hylo_megatron.planner.training import PlannedRun, peak
@@ -131,8 +133,46 @@ def test_shapes_of_30b_are_planned_by_the_same_arithmetic():
     (("--recipe", "llama3b", "--teacher-shape", "qwen8b"), "151936 words, the base model has 128256"),
     (("--recipe", "smollm2", "--tokens", "1e9"), "the SmolLM2 recipe has a fixed number of steps"),
     (("models/base", "--recipe", "llama3b"), "leave out FOLDER"),
+    (("--recipe", "llama3b", "--tp", 2), "--recipe has models, stages and layouts of its own: leave out --tp"),
     ((), "give FOLDER"),
 ])  # fmt: skip
 def test_what_cannot_be_planned_is_one_line(arguments, words):
     done = plan(*arguments)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and words in done.stderr
+
+
+UNREAD = {
+    "--recipe llama3b {} {}": (
+        "--recipe has models, stages and layouts of its own: leave out {}",
+        "--plan 6MLA22GDN, --train ild, --gpu-gib 80, --window 8, --teacher-fp8, --sequence 4096, --geometry native",
+    ),
+    "models/base {} {}": (
+        "{} is for --recipe: leave it out",
+        "--gpus 8, --card H100, --tokens 1e9, --base-shape llama8b, --teacher-shape llama8b, --gpu-memory 80",
+    ),
+    "{} {} models/base": (
+        "{} is for a plan of training: leave it out, or give --train",
+        "--teacher-fp8, --offload-teacher, --offload-optimizer, --mlp-block 64, --sequence 4096, --loss kl",
+    ),
+    "models/base --train ild {} {}": ("{} is for a plan of serving", "--requests 9, --utilization 0.8"),
+    "models/base --state-dtype float32 {} {}": ("{} is for the hybrid that --plan names", "--geometry native"),
+}
+
+
+@pytest.mark.parametrize("line, flag, value, words", [
+    (line, *f"{each} ".split(" ")[:2], words) for line, (words, flags) in UNREAD.items() for each in flags.split(", ")
+])  # fmt: skip
+def test_flags_that_a_plan_does_not_read_are_refused(line, flag, value, words, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["hylo plan", *line.format(flag, value).split()])
+    with pytest.raises(HyLoError, match=words.format(flag)):
+        command.parse()
+
+
+@pytest.mark.parametrize("flags", [
+    "--recipe llama3b --gpus 8 --gpu-memory 80 --teacher-shape llama8b --base-shape llama3b --card H100 --tokens 1e9",
+    "models/base --plan 6MLA22GDN --geometry published --window 8 --gpu-gib 80 --tp 2 --requests 9 --utilization 0.8",
+    "models/base --plan 6MLA22GDN --train distill --tp 2 --gpu-gib 80 --teacher-fp8 --sequence 4096 --loss kl",
+])  # fmt: skip
+def test_flags_that_a_plan_reads_are_taken(flags, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["hylo plan", *flags.split()])
+    assert command.parse().given >= {"gpus" if "recipe" in flags else "gpu_gib"}

@@ -295,6 +295,20 @@ def test_flags_that_a_method_does_not_read_are_refused(world, tmp_path, capsys):
     samples = ("--retrieval", world / "samples", "--retrieval-samples", 4, "--train-tokens", 256)
     assert "4 samples are measured and 2 left to train on, expected --train-batch 8" in error("gates", *samples)
     assert "lower --train-tokens" in error("kl", "--train-tokens", 4096)
+    assert "--retrieval-samples 9: needs --retrieval" in error("smart", "--retrieval-samples", 9)
+
+
+@pytest.mark.parametrize("method, says, flags", [
+    ("uniform", "measures", "--steps 5, --lr 1, --retrieval-weight 0.3, --tokens 50, --greedy, --device cpu"),
+    ("explicit", "measures", "--steps 4, --length 64, --train-batch 3"),
+    ("smart", "trains", "--steps 4, --lr 1, --train-batch 3, --train-tokens 7"),
+])  # fmt: skip
+def test_flags_of_other_methods_are_refused(method, says, flags):
+    budget = ("--layers", "1,2") if method == "explicit" else ("--mla", "1")
+    for each in flags.split(", "):
+        message = f"--method {method} {says} nothing: leave out {each.split()[0]}"
+        with pytest.raises(HyLoError, match=message):
+            command.parse(["--method", method, "--teacher", "base", "--out", "out", *budget, *each.split()])
 
 
 # ---- cache ----
@@ -376,6 +390,8 @@ def test_models_that_do_not_belong_together_are_refused(world, tmp_path, capsys)
     assert "is a hybrid" in refused(capsys, world, out, "--teacher", world / "student")
     wide = tiny.save_model(tiny.teacher_model("llama", vocab_size=tiny.VOCAB + 4), tmp_path / "wide")
     assert "vocab_size is 300, the teacher's is 304" in refused(capsys, world, out, "--teacher", wide)
+    linear = refused(capsys, world, out, "--linear", "kda")
+    assert "--linear kda: --student " in linear and "is 4GDN, and its layers are measured; leave --linear out" in linear
     assert "has 6 samples, expected 7" in refused(
         capsys, world, out, "--retrieval", world / "samples", "--retrieval-samples", 7
     )
