@@ -391,7 +391,9 @@ def test_models_that_do_not_belong_together_are_refused(world, tmp_path, capsys)
     wide = tiny.save_model(tiny.teacher_model("llama", vocab_size=tiny.VOCAB + 4), tmp_path / "wide")
     assert "vocab_size is 300, the teacher's is 304" in refused(capsys, world, out, "--teacher", wide)
     linear = refused(capsys, world, out, "--linear", "kda")
-    assert "--linear kda: --student " in linear and "is 4GDN, and its layers are measured; leave --linear out" in linear
+    assert (
+        "--linear kda: --student " in linear and "is 4GDN, and its layers are measured; leave --linear out" in linear
+    )
     assert "has 6 samples, expected 7" in refused(
         capsys, world, out, "--retrieval", world / "samples", "--retrieval-samples", 7
     )
