@@ -27,7 +27,12 @@ def select(options: Namespace, ranks: Ranks) -> dict[str, Any]:
     if options.student:
         student = _architecture(options.student)
         check_pair(base, student, options.teacher, options.student)
-        linear = options.linear or student.linear_kind
+        linear = student.linear_kind
+        if options.linear not in (None, linear):
+            raise HyLoError(
+                f"--linear {options.linear}: --student {options.student} is {student.plan.name}, and its layers are"
+                f" measured; leave --linear out, or give a student of {options.linear} layers"
+            )
     if options.method == "explicit":
         chosen = [n for n, kind in enumerate(Plan.parse(base.num_layers, options.layers)) if kind == "mla"]
         ranking = Ranking(order=tuple(chosen))

@@ -390,6 +390,8 @@ def test_models_that_do_not_belong_together_are_refused(world, tmp_path, capsys)
     assert "is a hybrid" in refused(capsys, world, out, "--teacher", world / "student")
     wide = tiny.save_model(tiny.teacher_model("llama", vocab_size=tiny.VOCAB + 4), tmp_path / "wide")
     assert "vocab_size is 300, the teacher's is 304" in refused(capsys, world, out, "--teacher", wide)
+    linear = refused(capsys, world, out, "--linear", "kda")
+    assert "--linear kda: --student " in linear and "is 4GDN, and its layers are measured; leave" in linear
     assert "has 6 samples, expected 7" in refused(
         capsys, world, out, "--retrieval", world / "samples", "--retrieval-samples", 7
     )
