@@ -8,6 +8,8 @@ from hylo_megatron.config.architecture import Architecture
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.mixers import LINEAR, MIXERS
 
+EXCHANGES = ("auto", "p2p", "all_gather")  # choices of --cp-comm-type
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelLayout:
@@ -118,6 +120,14 @@ def check_parallel_layout(models: dict[str, Architecture], at: ParallelLayout, w
     others = "; ".join(map(str, nearest(models, at, work)))
     remedy = f"nearest layouts that fit: {others}" if others else "no layout of this many processes fits"
     raise HyLoError(f"{at} does not fit: {'; '.join(reasons)}. {remedy}")
+
+
+def check_exchange(mode: str | None) -> None:
+    """Raise ``HyLoError`` for a value of ``--cp-comm-type`` that attention does not have."""
+    if mode not in (None, *EXCHANGES):
+        raise HyLoError(
+            f"--cp-comm-type {mode}: attention across ranks has p2p (a ring), all_gather, and auto, which chooses"
+        )
 
 
 def check_layout(arch: Architecture, tp: int = 1, pp: int = 1, cp: int = 1, linear_cp: str = "auto") -> None:

@@ -12,7 +12,7 @@ from hylo_megatron.checkpoint.iterations import complete_iterations, latest
 from hylo_megatron.checkpoint.read_ahead import read_ahead
 from hylo_megatron.config import Architecture
 from hylo_megatron.config.decisions import CHUNK
-from hylo_megatron.config.layout import ParallelLayout, Work, check_parallel_layout
+from hylo_megatron.config.layout import ParallelLayout, Work, check_exchange, check_parallel_layout
 from hylo_megatron.config.pair import check_pair
 from hylo_megatron.config.stages import STAGE_KINDS, stage_kind
 from hylo_megatron.data.data_check import check_data, prefixes
@@ -26,7 +26,6 @@ from hylo_megatron.engine.step_profile import LEAST_STEPS
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.flags import Parser, given
 from hylo_megatron.options import from_options
-from hylo_megatron.parallel.exchange import check_mode
 
 
 def async_flags() -> list[str]:
@@ -182,7 +181,7 @@ def check_models(known: argparse.Namespace, student: Architecture) -> tuple[Arch
     loss.check(student, teacher, known.pipeline_model_parallel_size, bool(known.recompute_granularity))
     check_recurrence_block(known, student)
     for mode in known.cp_comm_type:
-        check_mode(mode)
+        check_exchange(mode)
     if known.hylo_initial_states != "zero" and known.context_parallel_size > 1:
         raise HyLoError(
             f"--hylo-initial-states {known.hylo_initial_states}: a sequence must be on one rank, and"

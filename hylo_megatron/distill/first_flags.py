@@ -23,6 +23,7 @@ WHOLE = ("train_samples", "eval_iters", "lr_decay_iters", "lr_warmup_iters", "re
 TEXTS = ("save", "load", "split", "data_args_path", "per_split_data_args_path", "recompute_granularity",
          "recompute_method", "cuda_graph_impl")  # fmt: skip
 LISTS = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
+FULL_LISTS = ("cp_comm_type",)  # of one value and more
 SWITCHES = ("mock_data", "sequence_parallel", "bf16", "no_save_optim", "no_load_optim", "finetune", "async_save",
             "check_for_spiky_loss", "optimizer_cpu_offload")  # fmt: skip
 # Megatron's defaults other than None, and False of a switch
@@ -46,6 +47,7 @@ def first_parser() -> argparse.ArgumentParser:
     numbers = dict.fromkeys(name for names in LIMITS.values() for name in names)
     kinds = {name: {} for name in numbers} | {name: {"type": int} for name in WHOLE}
     kinds |= {name: {} for name in TEXTS} | {name: {"nargs": "*"} for name in LISTS}
+    kinds |= {name: {"nargs": "+"} for name in FULL_LISTS}
     kinds |= {name: {"action": "store_true"} for name in SWITCHES}
     other = {"save_interval": ["--persistent-save-interval"]}
     for name, kind in kinds.items():

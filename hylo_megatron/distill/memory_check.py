@@ -16,8 +16,9 @@ GIB = 1 << 30
 BESIDE = GIB  # at most what CUDA's context and NCCL's buffers take beside torch's allocator
 SURE = 1.05  # a plan above this share of the memory cannot fit: the planner's count may be some percent too high
 # Flags of Megatron (or how they begin) that need less memory than the planner counts
-UNPLANNED = ("--use-precision-aware-optimizer", "--cpu-offloading", "--use-megatron-fsdp",
-             "--use-torch-fsdp2", "--fine-grained-activation-offloading", "--fp8", "--fp4")  # fmt: skip
+UNPLANNED = ("--use-precision-aware-optimizer", "--optimizer", "--grad-reduce-in-bf16", "--cpu-offloading",
+             "--use-megatron-fsdp", "--use-torch-fsdp2", "--fine-grained-activation-offloading", "--fp8",
+             "--fp4")  # fmt: skip
 
 
 def gpu_bytes(index: int) -> int | None:

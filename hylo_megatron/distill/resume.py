@@ -5,6 +5,7 @@ groups by their learning rates, so that a new ``--lr`` finds no group (``distrib
 """
 
 import contextlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -100,12 +101,17 @@ def has_no_optimizer(path: Path, args) -> bool:
     return "args" in common and "optimizer" not in common
 
 
+def _is_finished(path: Path, args) -> bool:
+    number = re.fullmatch(r"iter_(\d+)", path.name)
+    return bool(number and args.train_iters) and int(number[1]) >= args.train_iters
+
+
 def check(path: Path, optimizer, scheduler, args) -> None:
     """Raise ``HyLoError`` with the flags by which this run differs from the one that saved ``path``, if any.
 
     A finished run needs no optimizer any more, and may be started again without one.
     """
-    if has_no_optimizer(path, args) and path.name != f"iter_{args.train_iters or 0:07d}":
+    if has_no_optimizer(path, args) and not _is_finished(path, args):
         raise HyLoError(
             f"{path} has no optimizer's states, expected those of a run that goes on; start another training from its"
             f" weights by --hylo-student {path.parent} and another --save, or give --no-load-optim"

@@ -8,14 +8,17 @@ import contextlib
 import fcntl
 import os
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import IO
 
 from hylo_megatron.engine.patch import entries
 
 SWITCH = "HYLO_COMPILE_AHEAD"  # in the environment: 0 lets Triton compile one candidate after another
 LOCK = "hylo-compile.lock"
+PATIENCE = 300  # seconds that a process waits for another's compilation before it compiles too
 
 
 def wanted() -> bool:
@@ -35,8 +38,20 @@ def alone() -> Iterator[None]:
             folder = Path(knobs.cache.dir)
             folder.mkdir(parents=True, exist_ok=True)
             file = stack.enter_context((folder / LOCK).open("w"))
-            fcntl.flock(file, fcntl.LOCK_EX)
+            _wait_for(file)
         yield
+
+
+def _wait_for(file: IO) -> None:
+    """Lock ``file`` unless another process, or a hung one, holds it longer than ``PATIENCE``."""
+    end = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > end:
+                return None
+            time.sleep(0.05)
 
 
 def compile_all(tuner, candidates: list, arguments: tuple, options: dict) -> None:

@@ -1,9 +1,10 @@
-"""A training step in which the host does not wait for the GPU, so that the GPU never waits for the host.
+"""A training step in which the host seldom waits for the GPU: once, where megatron-core clips the gradient.
 
 megatron-core reads numbers from the GPU several times a step: the gradient's norm (once for each parameter, where
 neither TransformerEngine nor Apex is installed), a flag and two statistics that it reduces over groups of ranks, and
 the scale of the loss. Each time the GPU runs out of work, and the hundreds of small launches of the optimizer's step
 then reach it one by one. These replacements keep the numbers on the GPU, or on the host where they are known there.
+One wait is left: ``clip_grads.py:138`` reads the norm.
 """
 
 import torch
@@ -23,18 +24,6 @@ def norm_on_device(norm, run):
         return torch.linalg.vector_norm(torch.stack(norms)).view(1), None
 
     return l2_norm
-
-
-def scale_on_device(missing, run):
-    """Return megatron's ``multi_tensor_scale_tensor_impl``: products with a factor that is a tensor of one element."""
-
-    def scale(chunk_size, noop_flag, tensor_lists, factor: Tensor):
-        sources, targets = tensor_lists
-        if sources is not targets:
-            torch._foreach_copy_(targets, sources)
-        torch._foreach_mul_(targets, factor.view(()))
-
-    return scale
 
 
 def and_of_one(reduce, run):
@@ -78,8 +67,6 @@ PATCHES = entries(
     "training", "megatron-core",
     (f"{_CLIP}:l2_norm_impl", norm_on_device, "(chunk_size, noop_flag, tensor_lists, per_tensor, *args) or builtin",
      "reads the norm of each parameter from the GPU: hundreds of waits a step (megatron/core/utils.py:1331)"),
-    (f"{_CLIP}:multi_tensor_scale_tensor_impl", scale_on_device, "NoneType",
-     "without it the norm of the gradient is read from the GPU (megatron/core/optimizer/clip_grads.py:138)"),
     needed=lambda: reads_each_norm(),
 ) + entries(
     "training", "megatron-core",

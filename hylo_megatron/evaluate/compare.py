@@ -61,8 +61,8 @@ def _questions(entry: dict) -> dict[str, Scores]:
 def differences(base: dict, model: dict) -> dict[str, dict]:
     """Return the model's accuracy minus the base's for each score that both have, by the label of its row.
 
-    If both have answered the same questions there is a 95 % interval (``low`` to ``high``), which draws questions and
-    compares the models on each draw, and the number of questions at which the model is ``better`` and ``worse``.
+    If both have answered the same questions there is a paired 95 % interval (``low`` to ``high``, see
+    ``of_differences``), and the number of questions at which the model is ``better`` and ``worse``.
     """
     rows, others = labelled(model), labelled(base)
     asked, before = _questions(model), _questions(base)
@@ -81,10 +81,10 @@ def _of_pairs(before: Scores, after: Scores) -> dict:
     if len(after) < 2 or [question for question, _ in before] != [question for question, _ in after]:
         return {}
     a, b = ([score for _, score in scores] for scores in (before, after))
-    low, high = of_differences(a, b)
+    interval = dict(zip(("low", "high"), of_differences(a, b) or (), strict=False))
     better = sum(new > old for old, new in zip(a, b, strict=True))
     worse = sum(new < old for old, new in zip(a, b, strict=True))
-    return {"low": low, "high": high, "better": better, "worse": worse, "samples": len(b)}
+    return {**interval, "better": better, "worse": worse, "samples": len(b)}
 
 
 def differences_of(figures: dict[str, dict]) -> dict[str, dict]:

@@ -1,4 +1,4 @@
-"""95 % intervals: Wilson's for hits, the bootstrap's for means, for ratios of sums and for differences of pairs."""
+"""95 % intervals: Wilson's for hits, Newcombe's for their differences, the bootstrap's for means and ratios."""
 
 import math
 from collections.abc import Sequence
@@ -39,12 +39,37 @@ def bootstrap(values: Sequence[float], weights: Sequence[float] | None = None, s
     return low, high
 
 
-def of_differences(before: Sequence[float], after: Sequence[float], seed: int = 0) -> tuple[float, float]:
+def newcombe(before: Sequence[float], after: Sequence[float]) -> tuple[float, float]:
+    """Return the 95 % interval of the difference of two models' shares of hits at the same questions.
+
+    Newcombe's interval of paired shares (1998, method 10) joins the Wilson intervals of both shares, and takes the
+    correlation of the answers into account. It also holds if the models agree, or differ alike, at all questions.
+    """
+    count, old, new = len(before), sum(before), sum(after)
+    both = sum(a * b for a, b in zip(before, after, strict=True))
+    surplus = both * (count - old - new + both) - (old - both) * (new - both)
+    surplus = max(surplus - count / 2, 0.0) if surplus > 0 else surplus
+    spread = math.sqrt(old * (count - old) * new * (count - new))
+    correlation = surplus / spread if spread else 0.0
+    (old_low, old_high), (new_low, new_high) = wilson(old, count), wilson(new, count)
+
+    def joined(one: float, other: float) -> float:
+        return math.sqrt(max(0.0, one**2 - 2 * correlation * one * other + other**2))
+
+    old, new = old / count, new / count
+    return new - old - joined(new - new_low, old_high - old), new - old + joined(new_high - new, old - old_low)
+
+
+def of_differences(before: Sequence[float], after: Sequence[float], seed: int = 0) -> tuple[float, float] | None:
     """Return the 95 % interval of the mean of ``after - before``: two models' scores of the same questions.
 
-    Each draw takes the same questions for both models, so questions that both get right, or both wrong, widen nothing.
+    The interval is Newcombe's if every score is 0 or 1. Otherwise each draw of the bootstrap takes the same questions
+    for both models. Differences that are all equal say nothing of their spread: there is no such interval then.
     """
-    return bootstrap([b - a for a, b in zip(before, after, strict=True)], seed=seed)
+    if all(score in (0, 1) for score in (*before, *after)):
+        return newcombe(before, after)
+    differences = [b - a for a, b in zip(before, after, strict=True)]
+    return bootstrap(differences, seed=seed) if len(set(differences)) > 1 else None
 
 
 def of_scores(scores: Sequence[float], seed: int = 0) -> tuple[float, float]:

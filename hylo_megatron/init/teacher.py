@@ -36,6 +36,11 @@ class AttentionLayer:
     def __getitem__(self, name: str) -> Tensor | None:
         return self.weights.get(name)
 
+    @property
+    def fitted_rows(self) -> int:
+        """How many rows of the calibration text are fitted; errors are measured on the others."""
+        return max(1, len(self.inputs_BSD) * 3 // 4)
+
     def first(self, rows: int) -> "AttentionLayer":
         """Return the layer with the activations of its first ``rows`` rows of text."""
         names = ("inputs_BSD", "heads_BSHK", "output_BSD")

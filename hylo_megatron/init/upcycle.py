@@ -42,15 +42,10 @@ def initial_mixer(layer, arch: Architecture, how: str, frequencies, generator) -
     if how == "svd":
         weights = mixer.from_rows(layer, arch, generator)
     elif how == "attention" and entry.linear:
-        weights = mixer.calibrated(layer.first(fitted_rows(layer)), arch, frequencies, ATTENTION)
+        weights = mixer.calibrated(layer.first(layer.fitted_rows), arch, frequencies, ATTENTION)
     else:
         weights = mixer.calibrated(layer, arch, frequencies)
     return {key: tensor.float().cpu().contiguous() for key, tensor in weights.items()}
-
-
-def fitted_rows(layer) -> int:
-    """Return how many rows of the calibration text are fitted; errors are measured on the others."""
-    return max(1, len(layer.inputs_BSD) * 3 // 4)
 
 
 def _fit_and_measure(
@@ -61,7 +56,7 @@ def _fit_and_measure(
     ``layer`` is what a window leaves over, ``beside`` [B,S,D] the window's output.
     """
     mixer, rows = MIXERS[arch.plan[layer.index]].part("initialise"), len(layer.inputs_BSD)
-    fit = fitted_rows(layer)
+    fit = layer.fitted_rows
     held = slice(fit, None) if rows > 1 else slice(None)
     runner, name = MixerRunner(arch, layer.index, device), mixer.OUTPUT_PROJECTION
     runner.load(weights)
@@ -206,7 +201,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--linear", choices=LINEAR, help=f"what the other layers become (default: {LINEAR[0]}, or the plan's name)")
     add(
         "--init", default="data", choices=INITS,
-        help="data: calibrated on text; attention: the same with betas, gates and ridge fitted too; svd: the paper's",
+        help="data: calibrated on text; attention: the same with betas, gates and ridge fitted too (in Mamba-2 the"
+        " ridge only); svd: the paper's",
     )  # fmt: skip
     add(
         "--geometry",

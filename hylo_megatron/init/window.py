@@ -43,7 +43,8 @@ def window_beside(base: BaseModel, layer: AttentionLayer, arch: Architecture) ->
     rest, output = layer, 0.0
     if layer.inputs_BSD.numel():
         heads = torch.cat([base.attention(row[None], layer.weights, arch.window) for row in layer.inputs_BSD])
-        gate_HD = fitted_gates(layer.inputs_BSD, heads, layer.heads_BSHK)
+        fit = layer.first(layer.fitted_rows)
+        gate_HD = fitted_gates(fit.inputs_BSD, heads[: layer.fitted_rows], fit.heads_BSHK)
         heads = heads * 2 * F.linear(layer.inputs_BSD, gate_HD).sigmoid().unsqueeze(-1)
         output = F.linear(heads.flatten(2), layer["self_attn.o_proj.weight"])
         rest = replace(layer, heads_BSHK=layer.heads_BSHK - heads, output_BSD=layer.output_BSD - output)

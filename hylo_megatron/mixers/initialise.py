@@ -107,16 +107,17 @@ def choose_heads(layer, arch: Architecture, count: int) -> Tensor:
 class Choices:
     """What a calibrated linear block is fitted with beside decays.
 
-    ``betas``: the strengths of the delta rule's update that a head chooses from. ``sizes``: output gates follow the
-    size of the teacher's heads.
+    ``name``: that of the start, as ``--init`` takes it. ``betas``: the strengths of the delta rule's update that a
+    head chooses from. ``sizes``: output gates follow the size of the teacher's heads.
     """
 
+    name: str = "data"
     betas: tuple[float, ...] = (0.5,)
     sizes: bool = False
 
 
 DATA = Choices()
-ATTENTION = Choices(betas=(0.03, 0.1, 0.3, 0.8), sizes=True)
+ATTENTION = Choices(name="attention", betas=(0.03, 0.1, 0.3, 0.8), sizes=True)
 
 
 @dataclass(frozen=True, kw_only=True)

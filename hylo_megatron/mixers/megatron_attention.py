@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from hylo_megatron.config.layout import check_exchange
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.mixers.megatron_layers import Rotary
 from hylo_megatron.parallel.attention import Shared, attention_across_ranks
-from hylo_megatron.parallel.exchange import check_mode
 
 
 def refuse_packed(packed_seq_params) -> None:
@@ -32,7 +32,7 @@ class CoreAttention(MegatronModule):
     def __init__(self, config, layer_number, attn_mask_type=None, attention_type="self", softmax_scale=None,
                  pg_collection=None, rotary: Rotary | None = None, cp_comm_type: str | None = None, **_):  # fmt: skip
         super().__init__(config)
-        check_mode(cp_comm_type)
+        check_exchange(cp_comm_type)
         self.rotary, self.mode = rotary, cp_comm_type
         self.softmax_scale = softmax_scale
         self.cp_group = pg_collection.cp

@@ -15,11 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hylo_megatron.errors import HyLoError
 from hylo_megatron.kernels.chunked import compute_dtype
 
 Arrival = tuple[range, Tensor]  # ranks, and their tensors [m,..]
-MODES = ("auto", "p2p", "all_gather")  # of --cp-comm-type
 GATHERED = 2 << 30  # bytes that a rank gathers, or makes of what it gathered, at one time
 
 
@@ -107,13 +105,6 @@ class Ring:
 
     def total(self) -> Tensor:
         return self.travelling()
-
-
-def check_mode(mode: str | None) -> None:
-    if mode not in (None, *MODES):
-        raise HyLoError(
-            f"--cp-comm-type {mode}: attention across ranks has p2p (a ring), all_gather, and auto, which chooses"
-        )
 
 
 def exchange(group, mode: str | None, held: int, made: int) -> Gather | Ring:

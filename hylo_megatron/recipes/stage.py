@@ -139,7 +139,7 @@ class Recipe:
     plan: str = field(metadata=LEVER)
     linear: str | None
     stages: tuple[Stage, ...]
-    calibration_tokens: int = field(metadata=LEVER)
+    calibration_tokens: int
     calibration_length: int
     evaluation: Evaluation
     layers: int = 30

@@ -53,6 +53,8 @@ def needs(run, student: Architecture, optimizer: bool = True) -> list[tuple[str,
     width = base / elements(read_architecture(source.base))  # bytes per parameter
     if not run.recipe.control:
         add("the student", run.out / "student", int(elements(student) * width))
+    if source.held_out or run.recipe.stages[0].on_policy:
+        add("hf-init", run.out / "hf-init", EXPORTED * elements(student))
     for stage, after in zip(run.recipe.stages, (*run.recipe.stages[1:], None), strict=True):
         folder = run.out / stage.name
         if not trained_to(folder, stage.steps):

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from hylo_megatron.checkpoint.iterations import trained_to
 from hylo_megatron.config import Architecture
 from hylo_megatron.config.stages import stage_kind
 from hylo_megatron.distill.command_line import layout_of
@@ -14,9 +15,10 @@ from hylo_megatron.run.training_process import GPU_FLAGS
 
 
 def check(run, student: Architecture, base: Architecture, teacher: Architecture) -> None:
-    """Refuse a ``Run`` with a stage that cannot fit a GPU. Nothing is checked without one."""
+    """Refuse a ``Run`` with a stage that is not trained yet and cannot fit a GPU. Without one nothing is checked."""
     available = gpu_bytes(0)
-    for stage in run.recipe.stages if available else ():
+    missing = [stage for stage in run.recipe.stages if not trained_to(run.out / stage.name, stage.steps)]
+    for stage in missing if available else ():
         taught_by = base if stage_kind(stage.kind).layerwise else teacher
         _check_stage(stage, run, student, taught_by, available)
 

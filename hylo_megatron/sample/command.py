@@ -50,11 +50,16 @@ def read_prompts(options: argparse.Namespace, teller: Teller) -> tuple[Prompts, 
     return Prompts(found, options.seed), about
 
 
+def unserved(config) -> bool:
+    """Return whether vLLM refuses the hybrid (``serve/config.py``): one with a window, or rotated linear layers."""
+    return bool(config.window) or config.linear_rope and torch.cuda.is_available()
+
+
 def engine_of(options: argparse.Namespace, config) -> str:
     """Return transformers or vllm. Raises ``HyLoError`` if neither can sample this model here."""
     if options.engine != "auto":
         return options.engine
-    if config.model_type == "hylo" and not packages.has("vllm"):
+    if config.model_type == "hylo" and (not packages.has("vllm") or unserved(config)):
         return "transformers"
     reason = refusal(config, options.length)
     if reason:
@@ -178,7 +183,7 @@ def parser() -> Parser:
         help="largest share of repeated runs of 4 words in 200 words; more is a loop and dropped")  # fmt: skip
     add("--alike", type=share, default=Rules.alike,
         help="share of common runs of 5 words (MinHash) from which a text is dropped as a copy")  # fmt: skip
-    engines = "auto: transformers, and vllm for hybrids (if installed) and for models that it cannot batch"
+    engines = "auto: transformers; vllm (if installed) for hybrids that it serves and models that cannot be batched"
     add("--engine", choices=ENGINES, default="auto", help=engines)
     add("--batch-size", type=size, help="rows written at once (default: by memory, on a CPU 8)")
     add("--rows-per-shard", type=size, default=1000)

@@ -18,12 +18,13 @@ from hylo_megatron.sample.decoder import STEPS_BETWEEN, Request, Sampling, Writt
 
 
 def cache_bytes_per_token(model: PreTrainedModel, length: int) -> int:
-    """Return the bytes of a row's cache for each of ``length`` tokens. The states of linear layers are shared out."""
+    """Return the bytes of a row's cache for each of ``length`` tokens. States and full windows are shared out."""
     grows = kv_bytes_per_token(model.config, model.dtype.itemsize)
-    token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+    window = model.config.window or {"size": 1}
+    tokens = torch.zeros(1, min(window["size"], length), dtype=torch.int64, device=model.device)
     with torch.inference_mode():
-        cache = model(input_ids=token, use_cache=True).past_key_values
-    return grows + math.ceil((cache.num_bytes() - grows) / length)
+        cache = model(input_ids=tokens, use_cache=True).past_key_values
+    return grows + math.ceil((cache.num_bytes() - grows * tokens.shape[1]) / length)
 
 
 class LockstepDecoder:

@@ -137,14 +137,18 @@ def test_a_killed_run_continues_bit_for_bit(world, uninterrupted, tmp_path):
 def test_bf16_runs_saves_and_resumes(world, tmp_path):
     run = tmp_path / "run"
     flags = train_flags(world, "distill", run, train_iters=4, exit_interval=2, bf16=True, hylo_last_weights_only=True)
-    for steps in (2, 4, 4):  # a finished run starts and ends again
+    for steps in (2, 4):
         succeeded(train(*flags))
         assert len(losses(run)) == steps
+    fewer = train_flags(world, "distill", run, train_iters=3, exit_interval=2, bf16=True, hylo_last_weights_only=True)
+    succeeded(train(*fewer))  # a finished run starts and ends again, also where it has done more than is asked for
+    assert len(losses(run)) == 4
     before, last = (run / f"iter_{step:07d}" for step in (2, 4))
     assert disk.used(before) > 2 * disk.used(last)  # the last step has no optimizer
     asked = SimpleNamespace(finetune=False, no_load_optim=False, train_iters=6)
     with pytest.raises(HyLoError, match="iter_0000004 has no optimizer's states, expected .* --hylo-student"):
         resume.check(last, object(), None, asked)
+    resume.check(last, object(), None, SimpleNamespace(finetune=False, no_load_optim=False, train_iters=4))
     assert not resume.has_no_optimizer(before, asked)
     assert all(0 < loss < 100 for loss, *_ in losses(run))
     for name, tensor in helpers.trained_weights(run).items():

@@ -219,9 +219,11 @@ def test_flags_are_declared_as_megatron_declares_them():
     from megatron.training.arguments import add_megatron_arguments
 
     theirs = first_flags.limited(add_megatron_arguments(argparse.ArgumentParser(add_help=False)))
+    theirs.set_defaults(cp_comm_type=["auto"])  # as ours
     of = {action.dest: action for action in theirs._actions}
     ours = [action for action in first_flags.first_parser()._actions if action.dest in of]
-    named = {*first_flags.WHOLE, *first_flags.TEXTS, *first_flags.LISTS, *first_flags.SWITCHES}
+    named = {*first_flags.WHOLE, *first_flags.TEXTS, *first_flags.LISTS, *first_flags.FULL_LISTS}
+    named |= {*first_flags.SWITCHES}
     assert {action.dest for action in ours} == named.union(*first_flags.LIMITS.values())
     for action in ours:
         other = of[action.dest]

@@ -214,6 +214,19 @@ def test_the_need_of_a_recipe(recipe_run, monkeypatch, capsys):
         run._check_room()
 
 
+def test_the_need_counts_the_first_student_where_it_is_exported(recipe_run, tmp_path):
+    """It is, to be measured, or to write text for the first stage."""
+    student = student_architecture(hf_to_megatron.read_architecture(recipe_run.hf), recipe_run.plan, "native")
+    recipe, source = recipe_run.recipe, recipe_run.source
+    assert "hf-init" not in [what for what, *_ in disk_need.needs(recipe_run, student)]
+    recipe_run.source = replace(source, held_out=tmp_path)
+    assert "hf-init" in [what for what, *_ in disk_need.needs(recipe_run, student)]
+    first = replace(recipe.stages[0], on_policy=0.5)
+    recipe_run.source, recipe_run.recipe = source, replace(recipe, stages=(first, *recipe.stages[1:]))
+    stays = {what: stays for what, stays, _ in disk_need.needs(recipe_run, student)}
+    assert stays["hf-init"] == stays[f"hf-{recipe.stages[-1].name}"]
+
+
 def test_a_stage_that_no_gpu_has_memory_for_is_refused_before_the_run(recipe_run, monkeypatch, capsys):
     memory = [2**40]
     monkeypatch.setattr(memory_need, "gpu_bytes", lambda index: memory[0])
@@ -223,6 +236,8 @@ def test_a_stage_that_no_gpu_has_memory_for_is_refused_before_the_run(recipe_run
     first = recipe_run.recipe.stages[0].name
     with pytest.raises(HyLoError, match=f"^{first}: memory: the fullest rank needs .* lower --micro-batch-size"):
         recipe_run._check_room()
+    monkeypatch.setattr(memory_need, "trained_to", lambda folder, steps: True)  # a stage that is done needs no memory
+    recipe_run._check_room()
 
 
 # ---- writers ----

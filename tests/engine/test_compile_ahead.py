@@ -121,6 +121,23 @@ def test_a_tuner_goes_on_when_nothing_can_be_compiled_ahead(compiled, monkeypatc
     assert capsys.readouterr().err == "warning: doubled is compiled on one core (RuntimeError: no threads)\n"
 
 
+def test_a_lock_that_is_never_released_delays_and_does_not_hang(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(compile_ahead, "PATIENCE", 0.2)
+    order = []
+
+    def enter():
+        with compile_ahead.alone():
+            order.append("in")
+
+    with compile_ahead.alone():
+        waiting = threading.Thread(target=enter)
+        waiting.start()
+        order.append("held")
+        waiting.join(10)
+    assert order == ["held", "in"]
+
+
 def test_a_cache_that_was_copied_is_read_where_it_is_now(compiled, tmp_path, monkeypatch):
     """Triton names its files by absolute paths: without the correction everything is compiled again."""
     first, second, third = (tmp_path / name for name in ("first", "second", "third"))

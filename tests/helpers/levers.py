@@ -41,7 +41,7 @@ def every_lever() -> Recipe:
         mix=(("text", 1.0),),
     )  # fmt: skip
     stages = (ild, late, reverse, jensen, last)
-    linear = dict(linear="gdn", linear_rope=True, window="48+4", init="attention", calibration_tokens=2048)
+    linear = dict(linear="gdn", linear_rope=True, window="48+4", init="attention")
     return replace(toy, name="levers", layers=5, stages=stages, **linear, **LATENT)
 
 
@@ -71,6 +71,5 @@ def unused(found: Iterable[Recipe]) -> set[str]:
     """Return the levers of ``Stage`` and ``Recipe`` that none of the recipes uses."""
     found = tuple(found)
     stages = tuple(stage for recipe in found for stage in recipe.stages)
-    toy = toy_recipe()
-    of_recipes = _unused(type(found[0]), found, {name: getattr(toy, name) for name in ("plan", "calibration_tokens")})
+    of_recipes = _unused(type(found[0]), found, {"plan": toy_recipe().plan})
     return of_recipes | _unused(type(stages[0]), stages, {})

@@ -21,6 +21,7 @@ from hylo_megatron.init.calibration import calibration_tokens  # noqa: E402
 from hylo_megatron.init.linear_algebra import relative_error, ridge_corrections  # noqa: E402
 from hylo_megatron.init.mixer_forward import MixerRunner  # noqa: E402
 from hylo_megatron.init.teacher import BaseModel  # noqa: E402
+from hylo_megatron.init.window import window_beside  # noqa: E402
 from hylo_megatron.kernels.rope import rope_frequencies  # noqa: E402
 from hylo_megatron.mixers import MIXERS  # noqa: E402
 from hylo_megatron.mixers import initialise as shared  # noqa: E402
@@ -415,12 +416,13 @@ def test_copied_rows_of_kimi_delta_attention_begin_again(bases):
     assert torch.equal(found["mixer.o_proj.weight"], torch.cat([half, o[:, 32:], half], 1))
 
 
+@pytest.mark.parametrize("choices", [DATA, ATTENTION], ids=["data", "attention"])
 @pytest.mark.parametrize("kind", ["gdn", "mamba2", "kda"])
-def test_data_init_refuses_heads_unlike_the_base(bases, kind):
+def test_fitted_starts_refuse_heads_unlike_the_base(bases, kind, choices):
     layer, base = bases.layer()
     arch = replace(student(base, kind), geometry=tiny.GEOMETRY_Q_LORA)
-    with pytest.raises(HyLoError, match="--geometry native.*--init svd"):
-        initialise(kind).calibrated(layer, arch, base.frequencies)
+    with pytest.raises(HyLoError, match=f"^--init {choices.name} for .*--geometry native.*--init svd"):
+        initialise(kind).calibrated(layer, arch, base.frequencies, choices)
 
 
 def test_fewer_heads_keep_those_that_matter(bases):
@@ -502,6 +504,20 @@ def test_attention_chooses_the_ridge_and_leaves_mla_as_it_is(bases, tmp_path):
     tiny.same_bits(*({k: t for k, t in weights.items() if ".mixer." not in k} for weights in (old, new)))
     for before, after in zip(data, attention, strict=True):
         assert after["kind"] == "gdn" or after["error"] == before["error"]
+
+
+def test_a_windows_gates_are_not_fitted_on_held_out_rows(bases):
+    layer, base = bases.layer()
+    arch = replace(student(base, "gdn"), window=tiny.WINDOW)
+
+    def gates(row: int) -> torch.Tensor:
+        changed = replace(layer, heads_BSHK=layer.heads_BSHK.clone())
+        changed.heads_BSHK[row] *= -1
+        return window_beside(base, changed, arch).weights["mixer.window.gate_proj.weight"]
+
+    first, last = gates(0), gates(3)
+    assert torch.equal(last, window_beside(base, layer, arch).weights["mixer.window.gate_proj.weight"])
+    assert not torch.allclose(first, last)
 
 
 def test_the_same_seed_gives_the_same_student(bases, tmp_path):

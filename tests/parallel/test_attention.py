@@ -7,10 +7,11 @@ import torch
 from helpers import train as helpers
 from programs import latents as shapes
 
+from hylo_megatron.config.layout import check_exchange
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.kernels import attention
 from hylo_megatron.mixers.megatron_attention import refuse_packed
-from hylo_megatron.parallel.exchange import Gather, Ring, check_mode, exchange
+from hylo_megatron.parallel.exchange import Gather, Ring, exchange
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -54,7 +55,7 @@ def test_the_exchange_is_chosen_by_size(mode, ranks, held, kind, together, monke
 
 def test_what_attention_cannot_do_is_refused():
     with pytest.raises(HyLoError, match="--cp-comm-type a2a: .* p2p .*, all_gather, and auto"):
-        check_mode("a2a")
+        check_exchange("a2a")
     with pytest.raises(HyLoError, match="packed_seq_params"):
         refuse_packed(object())
     refuse_packed(None)

@@ -9,7 +9,7 @@ import types
 import pytest
 import torch
 from helpers import text, tiny, tokenizer_kinds
-from helpers.hf import model_of
+from helpers.hf import model_of, tiny_config
 from safetensors.torch import load_file, save_file
 from tokenizers import decoders
 from torch.cuda._utils import _get_device_index
@@ -65,8 +65,9 @@ def test_rows_of_a_hybrids_batch_are_those_of_rows_alone(kind):
     assert {row.ended for row in alone} == {True, False}  # both ways to end
 
 
-def test_bytes_of_a_hybrids_cache():
-    model = model_of(("mla", "gdn"))
+@pytest.mark.parametrize("window", [None, {"size": 20, "sinks": 2}, {"size": 80, "sinks": 2}])
+def test_bytes_of_a_hybrids_cache(window):
+    model = model_of(("mla", "gdn"), window=window)
     with torch.no_grad():
         cache = model(torch.zeros(1, 50, dtype=torch.int64), use_cache=True).past_key_values
     assert cache.num_bytes() <= 50 * cache_bytes_per_token(model, 50) < cache.num_bytes() + 50
@@ -318,6 +319,19 @@ def test_a_student_is_left_to_vllm(teacher, tmp_path, monkeypatch, capsys):
     rows = list(engine.write(Request(row, (5, row + 10)) for row in range(3)))
     assert rows == [Written(row, [row + 10], True) for row in range(3)]
     assert calls[0]["max_model_len"] == LENGTH and len(set(calls[1])) == 3
+
+
+def test_a_student_that_vllm_refuses_is_left_to_transformers(monkeypatch):
+    monkeypatch.setattr(command.packages, "has", lambda name: True)
+    monkeypatch.setattr(command.packages, "require", lambda *_: None)
+    options = argparse.Namespace(engine="auto", length=LENGTH, teacher="x")
+
+    def chosen(gpu: bool, **changes) -> str:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+        return command.engine_of(options, tiny_config(("mla", "gdn"), **changes))
+
+    assert chosen(True) == chosen(False, linear_rope=True) == "vllm"
+    assert chosen(False, window=tiny.WINDOW) == chosen(True, linear_rope=True) == "transformers"
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def heads_of(layer, arch: Architecture, frequencies: Tensor, choices: Choices) -
     """Return the calibrated heads. Raises ``HyLoError`` for heads unlike the base model's."""
     g, dim = arch.geometry.gdn, arch.head_dim
     if g.num_value_heads != 2 * g.num_key_heads or g.key_head_dim != dim or g.value_head_dim != dim:
-        raise HyLoError("--init data for GDN needs heads like the base model's, two value heads a key head"
+        raise HyLoError(f"--init {choices.name} for GDN needs heads like the base model's, two value heads a key head"
                         " (--geometry native); use --init svd for other geometries")  # fmt: skip
     scan = partial(_scan, frequencies=frequencies if arch.linear_rope else None)
     eps = g.norm_eps or arch.rms_norm_eps

@@ -71,8 +71,8 @@ def calibrated(layer, arch: Architecture, frequencies: Tensor, choices: Choices 
     """Return a Kimi Delta Attention that computes what a calibrated Gated DeltaNet of the same states computes."""
     g = arch.geometry.kda
     if g.num_heads % 2 or g.head_dim != arch.head_dim:
-        raise HyLoError("--init data for KDA needs heads like the base model's, in pairs (--geometry native);"
-                        " use --init svd for other geometries")  # fmt: skip
+        raise HyLoError(f"--init {choices.name} for KDA needs heads like the base model's, in pairs"
+                        " (--geometry native); use --init svd for other geometries")  # fmt: skip
     same = GDNGeometry(g.num_heads // 2, g.num_heads, g.head_dim, g.head_dim, g.conv_kernel, g.norm_eps)
     as_gdn = replace(arch, geometry=replace(arch.geometry, gdn=same))
     start = gdn.heads_of(layer, as_gdn, frequencies, choices)

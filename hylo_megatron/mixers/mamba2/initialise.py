@@ -69,11 +69,11 @@ def _scan(q: Tensor, k: Tensor, v: Tensor, x_BSD: Tensor, times_ht: Tensor, _) -
 def calibrated(layer, arch: Architecture, frequencies: Tensor, choices: Choices = DATA) -> dict[str, Tensor]:
     """Return a Mamba-2 that starts as a decayed linear attention with the teacher's heads.
 
-    ``choices`` are not read: the block has no beta, and its norm, behind the gate, takes a head's size away.
+    ``choices`` change nothing: the block has no beta, and its norm, behind the gate, takes a head's size away.
     """
     g, dim = arch.geometry.mamba2, arch.head_dim
     if g.num_groups != g.num_heads or g.state_size != dim or g.head_dim != dim:
-        raise HyLoError("--init data for Mamba-2 needs one group a head and heads like the base model's"
+        raise HyLoError(f"--init {choices.name} for Mamba-2 needs one group a head and heads like the base model's"
                         " (--geometry native); use --init svd for other geometries")  # fmt: skip
     start = linear_heads(layer, arch, g.num_heads, _scan, eps=NORM_EPS, rms=_LINEAR_RANGE)
     inner, conv = g.num_heads * dim, (g.num_heads + 2 * g.num_groups) * dim

@@ -18,12 +18,12 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from torch import Tensor, nn
 
 from hylo_megatron.config import Architecture
+from hylo_megatron.config.layout import check_exchange
 from hylo_megatron.config.positions import LogScale
 from hylo_megatron.kernels.rope import query_scale, scaled
 from hylo_megatron.mixers.megatron_attention import refuse_packed
 from hylo_megatron.mixers.megatron_layers import Backend, HeadRMSNorm, ReplicatedLinear, Rotary, transformer_layer
 from hylo_megatron.parallel.attention import Shared, attention_across_ranks
-from hylo_megatron.parallel.exchange import check_mode
 from hylo_megatron.parallel.zigzag import zigzag_positions
 
 TRANSFORMER_FIELDS: dict[str, str] = {}  # megatron-core's own MLA is not used
@@ -63,7 +63,7 @@ class MLASelfAttention(MegatronModule):
                  scale: QueryScale | None = None, pg_collection=None, cp_comm_type: str | None = None,
                  **_):  # fmt: skip
         super().__init__(config)
-        check_mode(cp_comm_type)
+        check_exchange(cp_comm_type)
         geometry = arch.geometry.mla
         self.mode, self.cp_group = cp_comm_type, pg_collection.cp
         self.geometry, self.layer_number, self.tp_group = geometry, layer_number, pg_collection.tp
