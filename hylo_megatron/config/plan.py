@@ -6,7 +6,7 @@ stages.
 """
 
 import re
-from typing import Literal
+from typing import Literal, NotRequired
 
 from pydantic import ConfigDict
 from typing_extensions import TypedDict
@@ -34,18 +34,19 @@ class Plan(tuple[str, ...]):
     __slots__ = ()
 
     @classmethod
-    def parse(cls, num_layers: int, text: str, linear: str | None = None) -> "Plan":
+    def parse(cls, num_layers: int, text: str, linear: str | None = None, geometry: str | None = None) -> "Plan":
         """Read ``1,5,10,14`` | ``uniform:K`` | ``all`` | ``none`` | a plan's name such as ``4MLA12GDN`` | a file
         ``*.json`` of ``hylo select-layers``.
 
         ``linear`` is the mixer of the layers that are not MLA (default: gdn). A plan's name says which mixer that is.
+        ``geometry``: the name of the geometry that the layers get. A file that names another one is refused.
         A name puts the MLA layers where the paper lists that split; on every other layer from 0 when half of the
         layers are MLA; else uniformly. Raises ``HyLoError`` for what does not fit.
         """
         if match := _PLAN_NAME.fullmatch(text):
             layers, linear = _named_layers(match, num_layers, linear)
         elif text.endswith(".json"):
-            layers, linear = _layers_of_file(text, num_layers, linear)
+            layers, linear = _layers_of_file(text, num_layers, linear, geometry)
         else:
             layers = _mla_layers(text, num_layers)
         linear = linear or LINEAR[0]
@@ -132,19 +133,27 @@ class _PlanFile(TypedDict):
     num_layers: Size
     mla_layers: list[Count]
     linear: Literal[LINEAR]
+    geometry: NotRequired[str]
 
 
 def _read(path: str) -> _PlanFile:
     return read_json(path, _PlanFile, "expected plan.json of hylo select-layers")
 
 
-def _layers_of_file(path: str, num_layers: int, linear: str | None) -> tuple[tuple[int, ...], str]:
+def _layers_of_file(
+    path: str, num_layers: int, linear: str | None, geometry: str | None
+) -> tuple[tuple[int, ...], str]:
     """Return the MLA layers and the linear mixer of a file that ``hylo select-layers`` wrote."""
     found = _read(path)
     if found["num_layers"] != num_layers:
         raise HyLoError(f"{path}: num_layers is {found['num_layers']}, the base model has {num_layers}")
     if linear not in (None, found["linear"]):
         raise HyLoError(f"{path}: linear is {found['linear']}, --linear {linear}; leave --linear out")
+    if geometry and (counted := found.get("geometry", geometry)) != geometry:
+        raise HyLoError(
+            f"{path}: geometry is {counted}, with which the cache was counted, but the layers get {geometry}; give"
+            f" them {counted}, or run hylo select-layers with the --geometry that they get"
+        )
     if wrong := [layer for layer in found["mla_layers"] if layer >= num_layers]:
         raise HyLoError(f"{path}: mla_layers has {wrong[0]}, expected numbers below {num_layers}")
     return tuple(found["mla_layers"]), found["linear"]

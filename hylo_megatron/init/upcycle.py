@@ -226,7 +226,7 @@ def main(argv: list[str] | None = None) -> None:
     arch = Architecture.load(options.teacher)
     if options.mla_qk_norm and not (arch.qk_norm and options.init == "svd"):
         raise HyLoError("--mla-qk-norm: needs a base model with per-head norms (Qwen3) and --init svd")
-    plan = Plan.parse(arch.num_layers, options.mla_layers, options.linear)
+    plan = Plan.parse(arch.num_layers, options.mla_layers, options.linear, options.geometry)
     tokens = None
     if options.calibration:
         tokens = calibration_tokens(

@@ -161,7 +161,8 @@ class Recipe:
         if self.window is not None:
             object.__setattr__(self, "window", str(self.window) if positions.window_named(self.window) else None)
         if self.plan.endswith(".json"):
-            plan = Plan.parse(self.layers, self.plan, self.linear)
+            geometry = self.geometry if isinstance(self.geometry, str) else "dimensions of the recipe's own"
+            plan = Plan.parse(self.layers, self.plan, self.linear, geometry)
             layers = ",".join(str(number) for number, kind in enumerate(plan) if kind == "mla")
             object.__setattr__(self, "plan", layers or "none")
             object.__setattr__(self, "linear", plan.linear_kind)

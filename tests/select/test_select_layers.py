@@ -12,12 +12,14 @@ from helpers import tiny
 from helpers.train import torchrun
 from safetensors.torch import load_file, save_file
 
-from hylo_megatron.config import Plan
+from hylo_megatron.config import Plan, geometry_preset
 from hylo_megatron.convert import hf_to_megatron, megatron_to_hf
 from hylo_megatron.data.token_writer import token_files
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.evaluate.models import load
+from hylo_megatron.init.upcycle import main as upcycle_command
 from hylo_megatron.init.upcycle import upcycle
+from hylo_megatron.planner.command import main as plan_command
 from hylo_megatron.recipes.smollm2 import smollm2_cpu
 from hylo_megatron.select import command, gates, judge
 from hylo_megatron.select.cache import Cache, layers_of, name_of
@@ -391,12 +393,23 @@ def test_models_that_do_not_belong_together_are_refused(world, tmp_path, capsys)
     wide = tiny.save_model(tiny.teacher_model("llama", vocab_size=tiny.VOCAB + 4), tmp_path / "wide")
     assert "vocab_size is 300, the teacher's is 304" in refused(capsys, world, out, "--teacher", wide)
     linear = refused(capsys, world, out, "--linear", "kda")
-    assert (
-        "--linear kda: --student " in linear and "is 4GDN, and its layers are measured; leave --linear out" in linear
-    )
+    assert "--linear kda: --student " in linear and "is 4GDN, and its layers are measured; leave" in linear
     assert "has 6 samples, expected 7" in refused(
         capsys, world, out, "--retrieval", world / "samples", "--retrieval-samples", 7
     )
+
+
+def test_upcycle_and_planner_compare_the_geometry(world, tmp_path, capsys, monkeypatch):
+    select(world, tmp_path, "--geometry", "native:16+8", method="uniform")
+    layers = str(tmp_path / "plan.json")
+    monkeypatch.setattr("sys.argv", ["hylo plan", str(world / "hf"), "--plan", layers])
+    for program in (lambda: upcycle_command(["--teacher", str(world / "base"), "--out", str(tmp_path / "student"),
+                                             "--mla-layers", layers, "--init", "svd"]), plan_command):  # fmt: skip
+        with pytest.raises(SystemExit):
+            program()
+        assert "geometry is native:16+8, with which the cache was counted, but the layers get native" in (
+            capsys.readouterr().err
+        )
 
 
 def test_checkpoints_are_taken_and_the_plan_is_one_for_upcycle(world, tmp_path):
@@ -411,7 +424,11 @@ def test_checkpoints_are_taken_and_the_plan_is_one_for_upcycle(world, tmp_path):
     assert Plan.parse(4, str(file)) == ("mla", "kda", "kda", "mla")
     recipe = replace(smollm2_cpu(), layers=4, plan=str(file))
     assert (recipe.plan, recipe.linear) == ("0,3", "kda")  # a run that goes on does not read the file again
+    for geometry in ("published", geometry_preset("native", 64, 4, 16)):
+        with pytest.raises(HyLoError, match="geometry is native, .* the layers get (published|dimensions of)"):
+            replace(smollm2_cpu(), layers=4, plan=str(file), geometry=geometry)
     for arguments, message in (
+        ((4, str(file), None, "published"), "geometry is native, .* the layers get published; give them native"),
         ((5, str(file)), "num_layers is 4, the base model has 5"),
         ((4, str(file), "gdn"), "linear is kda, --linear gdn"),
         ((4, str(tmp_path / "absent.json")), "not found; expected plan.json of hylo select-layers"),
