@@ -44,7 +44,7 @@ def load(checkpoint):
 
 DOORS = {  # what is planted, and what is done with it: (checkpoint, sources, out)
     "export": ("hybrid", lambda checkpoint, sources, out: megatron_to_hf.convert(checkpoint, out)),
-    "upcycle": ("teacher", lambda checkpoint, sources, out: upcycle(checkpoint, out, PLAN, init="copy", log=str)),
+    "upcycle": ("teacher", lambda checkpoint, sources, out: upcycle(checkpoint, out, PLAN, init="svd", log=str)),
     "assemble": ("gdn", lambda checkpoint, sources, out: assemble.assemble(sources / "mla", checkpoint, PLAN, out)),
     "load": ("hybrid", lambda checkpoint, sources, out: load(checkpoint)),
 }
