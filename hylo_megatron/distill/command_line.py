@@ -142,10 +142,10 @@ def check_given(known: argparse.Namespace, user: list[str]) -> None:
 def _check_benchmark(known: argparse.Namespace) -> None:
     """Refuse random weights beside flags for checkpoints, and a profile of fewer steps than it needs."""
     flags = ("--save", "--load", "--hylo-student-iteration")
-    given = next((flag for flag in flags if getattr(known, flag[2:].replace("-", "_"))), None)
-    if known.hylo_random_weights and given:
+    unused = next((flag for flag in flags if getattr(known, flag[2:].replace("-", "_"))), None)
+    if known.hylo_random_weights and unused:
         raise HyLoError(
-            f"{given}: a benchmark with --hylo-random-weights loads and saves nothing; leave one of them out"
+            f"{unused}: a benchmark with --hylo-random-weights loads and saves nothing; leave one of them out"
         )
     if known.hylo_profile and (known.train_iters or 0) < LEAST_STEPS:
         raise HyLoError(f"--hylo-profile: needs --train-iters of {LEAST_STEPS} or more, got {known.train_iters}")
