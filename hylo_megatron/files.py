@@ -4,16 +4,21 @@ import contextlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 
 @contextlib.contextmanager
-def whole_file(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield ``PATH.partial``, which takes the place of ``path`` when the block ends and goes when the block raises."""
+def whole_file(path: str | os.PathLike, *, shared: bool = False) -> Iterator[Path]:
+    """Yield ``PATH.partial``, which takes the place of ``path`` when the block ends and goes when the block raises.
+
+    ``shared``: several processes may write ``path`` at the same time, so each has a scratch file of its own.
+    """
     path = Path(path)
-    scratch = path.with_name(path.name + ".partial")
+    own = f".{uuid.uuid4().hex[:8]}" if shared else ""
+    scratch = path.with_name(f"{path.name}{own}.partial")
     try:
         yield scratch
         os.replace(scratch, path)

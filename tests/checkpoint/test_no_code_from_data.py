@@ -152,17 +152,37 @@ def test_caches_of_sample_indices_hold_no_pickles(tmp_path):
     (tmp_path / "bad.npy").write_bytes(pickle.dumps(planted.Touch(tmp_path / "ran")))
     np.save(tmp_path / "objects.npy", np.array([planted.Touch(tmp_path / "ran")]))
     for module in (gpt, blended):
-        assert module.safe_numpy_load(tmp_path / "good.npy", allow_pickle=True, mmap_mode="r").tolist() == [
-            0,
-            1,
-            2,
-            3,
-            4,
-        ]
+        good = module.safe_numpy_load(tmp_path / "good.npy", allow_pickle=True, mmap_mode="r")
+        assert good.tolist() == list(range(5))
         for name in ("bad.npy", "objects.npy"):
             with pytest.raises(HyLoError, match=name):
                 module.safe_numpy_load(tmp_path / name, allow_pickle=True, mmap_mode="r")
     assert not (tmp_path / "ran").exists()
+
+
+def test_caches_of_sample_indices_are_written_whole(tmp_path, monkeypatch):
+    """Another training may look at the cache at any time; a training that is killed leaves no half file there."""
+    import megatron.core.datasets.blended_dataset as blended
+    import megatron.core.datasets.gpt_dataset as gpt
+
+    seen = []
+
+    def interrupted(file, array, **how):
+        file.write(b"half")
+        seen.append(sorted(path.name for path in tmp_path.iterdir()))
+        raise KeyboardInterrupt
+
+    for module in (gpt, blended):
+        module.numpy.save(tmp_path / "index.npy", np.arange(5), allow_pickle=True)
+        assert np.load(tmp_path / "index.npy").tolist() == list(range(5))
+        with monkeypatch.context() as patch:
+            patch.setattr(np, "save", interrupted)
+            for _ in range(2):
+                with pytest.raises(KeyboardInterrupt):
+                    module.numpy.save(tmp_path / "new.npy", np.arange(5), allow_pickle=True)
+        assert [path.name for path in tmp_path.iterdir()] == ["index.npy"]
+    scratch = [name for names in seen for name in names if name != "index.npy"]
+    assert len(set(scratch)) == 4 and "new.npy" not in scratch
 
 
 def test_the_engine_reads_weights_only(tmp_path):
