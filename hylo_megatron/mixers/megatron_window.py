@@ -34,7 +34,7 @@ class Tables:
         self.window, self.rotary, self.masks, self.far = arch.window, Rotary(arch, arch.head_dim), {}, {}
 
     def mask(self, q_SBHK: Tensor, groups: int) -> Tensor:
-        key = (*q_SBHK.shape[:3], groups, q_SBHK.dtype, q_SBHK.device)
+        key = (len(q_SBHK), q_SBHK.shape[2], groups, q_SBHK.dtype, q_SBHK.device)
         if key not in self.masks:
             self.masks[key] = sequence_mask(q_SBHK.transpose(0, 1), groups, self.window)
         return self.masks[key]

@@ -80,9 +80,9 @@ def beside(block: SubLayer, arch: Architecture, at: Share) -> SubLayer:
 
 
 def tables(arch: Architecture, at: Share) -> int:
-    """Return bytes that all windows share: cosines and sines, those for sinks too, and the mask of a micro-batch."""
+    """Return bytes that all windows share: cosines and sines, those for sinks too, and the mask of a row."""
     cut, shared = _cut(arch, at.length), arch.num_attention_heads // arch.num_key_value_heads
-    return 8 * at.length * arch.head_dim + 2 * at.sequences * cut.count * shared * cut.length * cut.keys
+    return 8 * at.length * arch.head_dim + 2 * cut.count * shared * cut.length * cut.keys
 
 
 def _cut(arch: Architecture, length: int) -> Blocks:

@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from hylo_megatron.kernels.window import PADDING, far_positions, sequence_attention, window_attention, window_mask
+from hylo_megatron.kernels.window import (
+    PADDING,
+    far_positions,
+    sequence_attention,
+    sequence_mask,
+    window_attention,
+    window_mask,
+)
 
 SIZES = [(8, 2), (5, 0), (16, 4), (64, 4), (1, 1)]
 
@@ -51,6 +58,19 @@ def test_padding_is_not_seen_and_gives_finite_numbers():
     got = window_attention(q, far, kv, kv[:, 6:8], mask, sizes)
     assert got.isfinite().all()
     torch.testing.assert_close(got[:, 6:], dense(*(x[:, 6:] for x in (q, far, k, v)), 5, 2))
+
+
+@pytest.mark.parametrize("length, window, sinks", [(37, 8, 2), (64, 16, 4), (3, 5, 1)])
+def test_rows_share_a_mask_and_compute_what_a_mask_for_each_row_does(length, window, sinks):
+    leaves, sizes = [x.requires_grad_() for x in made(length)], {"size": window, "sinks": sinks}
+    at = torch.arange(length).expand(2, -1)
+    apart = window_mask(at, at[:, :sinks], length, sizes, shared=2, dtype=torch.double)
+    shared = sequence_mask(leaves[0], 3, sizes)
+    assert 2 * shared.numel() == apart.numel() and torch.equal(shared.repeat(2, 1, 1, 1), apart)
+    one, other = (sequence_attention(*leaves, sizes, mask) for mask in (shared, apart))
+    assert torch.equal(one, other)
+    for pair in zip(*(torch.autograd.grad(x.square().sum(), leaves) for x in (one, other)), strict=True):
+        assert torch.equal(*pair)
 
 
 def test_memory_grows_with_the_window_not_with_the_square():
