@@ -77,8 +77,6 @@ def misfits(arch: Architecture, at: ParallelLayout, work: Work = NO_WORK) -> lis
             found.append(f"{sizes} = {ranks} does not divide {count} {what} (sizes that do: {fits})")
     if at.pp > arch.num_layers:
         found.append(f"PP = {at.pp} stages for {arch.num_layers} layers")
-    if arch.window and at.cp > 1:
-        found.append("the window beside linear layers needs whole sequences on a rank, CP = 1")
     chunks = 2 * at.cp if at.cp > 1 else 1
     if work.seq_length % chunks:
         found.append(f"sequences of {work.seq_length} do not divide into 2 x CP = {chunks} chunks")

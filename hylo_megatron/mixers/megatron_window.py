@@ -1,8 +1,9 @@
 """The window beside a linear block for megatron-core: softmax attention over the last tokens and the first ones.
 
-Tensor parallelism splits heads, as in the base model's attention. Every rank needs complete sequences
-(``config/layout.py`` refuses context parallelism). Legend: S sequence, B batch, D model, H query heads and G key heads
-of this rank, K head dim.
+Tensor parallelism splits heads, as in the base model's attention. Under context parallelism each chunk of a sequence
+fetches the keys and values of the window before it, and those of the sinks (``parallel/halo.py``), whichever way the
+linear block itself works. Legend: S tokens of this rank, B batch, D model, H query heads and G key heads of this rank,
+K head dim.
 """
 
 from collections.abc import Callable
@@ -16,8 +17,11 @@ from torch import Tensor
 
 from hylo_megatron.config import Architecture
 from hylo_megatron.kernels import ops_for
-from hylo_megatron.kernels.window import far_positions, sequence_attention, sequence_mask
+from hylo_megatron.kernels.rope import cos_and_sin
+from hylo_megatron.kernels.window import PADDING, far_positions, window_attention, window_mask
 from hylo_megatron.mixers.megatron_layers import Backend, HeadRMSNorm, Rotary
+from hylo_megatron.parallel.halo import Reach, with_halo
+from hylo_megatron.parallel.zigzag import chunk_starts, from_rows, to_rows, zigzag_positions
 
 
 def window_of(arch: Architecture, backend: Backend) -> Callable | None:
@@ -28,26 +32,32 @@ def window_of(arch: Architecture, backend: Backend) -> Callable | None:
 
 
 class Tables:
-    """Rotations of queries and keys, and masks, of complete sequences: one of each for every shape."""
+    """Rotations of queries and keys, and masks, of a rank's tokens: one of each for every shape."""
 
     def __init__(self, arch: Architecture):
         self.window, self.rotary, self.masks, self.far = arch.window, Rotary(arch, arch.head_dim), {}, {}
 
-    def mask(self, q_SBHK: Tensor, groups: int) -> Tensor:
-        key = (len(q_SBHK), q_SBHK.shape[2], groups, q_SBHK.dtype, q_SBHK.device)
+    def mask(self, q_SBHK: Tensor, groups: int, reach: Reach, rank: int) -> Tensor:
+        """Return the mask of a rank's chunks with the keys before them, which all sequences share."""
+        key = reach, rank, q_SBHK.shape[2], groups, q_SBHK.dtype, q_SBHK.device
         if key not in self.masks:
-            self.masks[key] = sequence_mask(q_SBHK.transpose(0, 1), groups, self.window)
+            starts, device = chunk_starts(reach.length, reach.ranks, rank), q_SBHK.device
+            chunk = reach.length // len(starts)
+            at = [torch.arange(start - reach.before, start + chunk, device=device) for start in starts]
+            sinks = torch.arange(reach.first, device=device).expand(len(starts), -1)
+            self.masks[key] = window_mask(
+                torch.stack(at).clamp(min=PADDING), sinks, chunk, self.window, shared=q_SBHK.shape[2] // groups,
+                dtype=q_SBHK.dtype,
+            )  # fmt: skip
         return self.masks[key]
 
-    def rotate(self, x_SBHK: Tensor) -> Tensor:
-        return self.rotary(x_SBHK, 1, 0)
-
-    def rotate_far(self, q_SBHK: Tensor) -> Tensor:
+    def rotate_far(self, q_SBHK: Tensor, ranks: int, rank: int) -> Tensor:
         """Rotate queries by the positions at which they meet the sinks."""
-        key = len(q_SBHK), q_SBHK.device
+        key = len(q_SBHK), ranks, rank, q_SBHK.device
         if key not in self.far:
-            index = far_positions(torch.arange(key[0], device=key[1]), self.window)
-            self.far[key] = tuple(part[index] for part in self.rotary.table(key[0], 1, 0, key[1]))
+            at = far_positions(zigzag_positions(*key[:3]), self.window)
+            table = cos_and_sin(at, self.rotary.frequencies, self.rotary.scaling)
+            self.far[key] = tuple(part.to(q_SBHK.device) for part in table)
         return ops_for(q_SBHK).rotate(q_SBHK, *self.far[key])
 
 
@@ -67,14 +77,17 @@ class WindowAttention(SelfAttention):
         super().__init__(config, submodules, layer_number, AttnMaskType.causal, pg_collection=pg_collection)
         gate = partial(backend.column, config=config, tp_group=pg_collection.tp, kind=backend.projection)
         self.gate_proj = gate(config.hidden_size, config.num_attention_heads)
-        self.tables = tables
+        self.tables, self.cp_group = tables, pg_collection.cp
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         q_SBHK, k_SBGK, v_SBGK = self.get_query_key_value_tensors(hidden_states)
-        rotate, rotate_far = self.tables.rotate, self.tables.rotate_far
-        parts = (rotate(q_SBHK), rotate_far(q_SBHK), rotate(k_SBGK), v_SBGK)
-        mask = self.tables.mask(q_SBHK, k_SBGK.shape[2])
-        out_BSHK = sequence_attention(*(part.transpose(0, 1) for part in parts), self.tables.window, mask)
-        gate_SBH = self.gate_proj(hidden_states)[0][..., : out_BSHK.shape[2]]  # zeros behind it align its rows
-        gate_SBH = 2 * gate_SBH.float().sigmoid().to(out_BSHK.dtype)
-        return self.linear_proj((out_BSHK.transpose(0, 1) * gate_SBH.unsqueeze(-1)).flatten(2))[0]
+        tables, ranks, rank = self.tables, self.cp_group.size(), self.cp_group.rank()
+        reach = Reach.of_window(**tables.window, ranks=ranks, length=len(q_SBHK))
+        fetched = with_halo(torch.cat([tables.rotary(k_SBGK, ranks, rank), v_SBGK], -1), reach, self.cp_group)
+        chunks = len(chunk_starts(reach.length, ranks, rank))
+        turned = tables.rotary(q_SBHK, ranks, rank), tables.rotate_far(q_SBHK, ranks, rank)
+        gate_SBH = self.gate_proj(hidden_states)[0][..., : q_SBHK.shape[2]]  # zeros behind it align its rows
+        gate_SBH = 2 * gate_SBH.float().sigmoid().to(q_SBHK.dtype)
+        mask = tables.mask(q_SBHK, k_SBGK.shape[2], reach, rank)
+        out_BSHK = window_attention(*(to_rows(q, chunks) for q in turned), *fetched(), mask, tables.window)
+        return self.linear_proj((from_rows(out_BSHK, chunks) * gate_SBH.unsqueeze(-1)).flatten(2))[0]

@@ -53,9 +53,12 @@ def mixing(arch: Architecture, length: int) -> int:
     return 4 * seen * _layers(arch) * arch.num_attention_heads * arch.head_dim
 
 
-def computed(arch: Architecture, length: int) -> int:
-    """Return what the kernel computes for ``mixing``: scores twice as wide, and values, of all keys of a block."""
-    keys = _cut(arch, length).keys if arch.window else 0
+def computed(arch: Architecture, length: int, ranks: int = 1) -> int:
+    """Return what the kernel computes for ``mixing``: scores twice as wide, and values, of all keys of a block.
+
+    ``ranks`` share a sequence of ``length``.
+    """
+    keys = _cut(arch, length // ranks, ranks).keys if arch.window else 0
     return 6 * keys * _layers(arch) * arch.num_attention_heads * arch.head_dim
 
 
@@ -71,7 +74,7 @@ def beside(block: SubLayer, arch: Architecture, at: Share) -> SubLayer:
     the zeros that align it.
     """
     h, g, k = arch.num_attention_heads // at.layout.tp, arch.num_key_value_heads // at.layout.tp, arch.head_dim
-    cut = _cut(arch, at.length)
+    cut = _cut(arch, at.length, at.layout.cp)
     padded, keys = cut.count * cut.length / at.length, cut.count * cut.keys / at.length
     kept = at.inner(padded * (4 * h * k + 2 * h) + 3 * keys * g * k + h * k + 3 * h)
     kept += 2 * aligned(h) * arch.hidden_size if h % 16 else 0
@@ -81,9 +84,12 @@ def beside(block: SubLayer, arch: Architecture, at: Share) -> SubLayer:
 
 def tables(arch: Architecture, at: Share) -> int:
     """Return bytes that all windows share: cosines and sines, those for sinks too, and the mask of a row."""
-    cut, shared = _cut(arch, at.length), arch.num_attention_heads // arch.num_key_value_heads
+    cut, shared = _cut(arch, at.length, at.layout.cp), arch.num_attention_heads // arch.num_key_value_heads
     return 8 * at.length * arch.head_dim + 2 * cut.count * shared * cut.length * cut.keys
 
 
-def _cut(arch: Architecture, length: int) -> Blocks:
-    return blocks(length, arch.window["size"], min(arch.window["sinks"], length))
+def _cut(arch: Architecture, length: int, ranks: int) -> Blocks:
+    """Return the blocks of the ``length`` tokens of one sequence that a rank has, in two chunks if ranks share it."""
+    chunks = 2 if ranks > 1 else 1
+    cut = blocks(length // chunks, arch.window["size"], min(arch.window["sinks"], ranks * length))
+    return cut._replace(count=chunks * cut.count)

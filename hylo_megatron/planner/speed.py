@@ -84,10 +84,12 @@ def _products(run: PlannedRun, card: float, fitted: Constants) -> float:
 def _attention(run: PlannedRun, card: float, fitted: Constants) -> float:
     """Return the seconds of a token in attention, on one rank."""
     length, taught = run.work.seq_length, run.taught * run.layout.cp // run.work.micro_batch
-    masked = window.computed(run.student, length) - window.mixing(run.student, length)
-    own = mixing(run.student, length) + masked - _recurrence_flops(run.student)
-    flops = taught / length * mixing(run.teacher, taught) + (3 + _recomputed(run)) * own
-    return flops / (fitted.attention_cp if run.layout.cp > 1 else fitted.attention) / card
+    windows = window.computed(run.student, length, run.layout.cp)
+    own = mixing(run.student, length) - window.mixing(run.student, length) - _recurrence_flops(run.student)
+    again = 3 + _recomputed(run)
+    flops = taught / length * mixing(run.teacher, taught) + again * own
+    rate = fitted.attention_cp if run.layout.cp > 1 else fitted.attention
+    return (flops / rate + again * windows / fitted.attention) / card
 
 
 def _recurrence_flops(arch: Architecture) -> int:

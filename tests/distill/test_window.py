@@ -12,7 +12,6 @@ from helpers import train as helpers  # noqa: E402
 
 from hylo_megatron.config import Plan  # noqa: E402
 from hylo_megatron.convert import megatron_to_hf  # noqa: E402
-from hylo_megatron.errors import HyLoError  # noqa: E402
 from hylo_megatron.init.upcycle import upcycle  # noqa: E402
 
 
@@ -72,12 +71,3 @@ def test_a_window_as_wide_as_the_text_is_the_base_models_attention(tmp_path, sha
     student = HyLoForCausalLM.from_pretrained(tmp_path / "wide-hf").eval()
     with torch.no_grad():
         torch.testing.assert_close(student(tiny.tokens()).logits, teacher(tiny.tokens()).logits, rtol=1e-3, atol=1e-3)
-
-
-def test_context_parallelism_is_refused(world):
-    from hylo_megatron.config import Architecture
-    from hylo_megatron.config.layout import check_layout
-
-    check_layout(Architecture.load(world["window"]), pp=2)
-    with pytest.raises(HyLoError, match="window beside linear layers needs whole sequences on a rank, CP = 1"):
-        check_layout(Architecture.load(world["window"]), cp=2)

@@ -12,6 +12,7 @@ FORMULAS = {
     "GDN, states": ("(n-1) 2B (4 H K (K+V) + (W-1) N e)", "(n-1) 2B (4 H K V + (W-1) N e)"),
     "Mamba-2, all-to-all": ("(n-1)/n T (C+Y) e", "(n-1)/n T (C+Y) e"),
     "Mamba-2, states": ("(n-1) 2B (4 H (K V + 1) + (W-1) N e)", "(n-1) 2B (4 H K V + (W-1) N e)"),
+    "window, halo": ("(n-1)/n B (2 (w-1) + s) 2 G d e", "(n-1)/n B (2 (w-1) + s) 2 G d e"),
 }
 
 
@@ -27,6 +28,22 @@ class Linear:
     state: int  # numbers in a head's state
     transfer: int  # numbers in a head's transfer matrix
     taps: int  # of the convolution
+
+
+@dataclass(frozen=True)
+class Window:
+    """Sizes of a window: its tokens, its sinks, and the key heads of ``width`` values."""
+
+    size: int
+    sinks: int
+    groups: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Model:
+    geometry: Geometry
+    window: Window
 
 
 def gdn(g: GDNGeometry) -> Linear:
@@ -45,12 +62,18 @@ def mamba2(g: Mamba2Geometry) -> Linear:
     )  # fmt: skip
 
 
-def sent(choice: str, geometry: Geometry, ranks: int, tokens: int, batch: int, element: int) -> tuple[int, int] | None:
+def sent(choice: str, model: Model, ranks: int, tokens: int, batch: int, element: int) -> tuple[int, int] | None:
     """Return the bytes that a rank with ``tokens`` tokens sends in a layer, forward and backward.
 
-    None where an all-to-all cannot deal out the heads.
+    For windows this is the mean of all ranks, whose chunks must not be shorter than the window. None where an
+    all-to-all cannot deal out the heads.
     """
+    geometry, window = model.geometry, model.window
     others, (kind, way) = ranks - 1, choice.split(", ")
+    if kind == "window":
+        moved = 2 * (window.size - 1) + window.sinks
+        forward = others * batch * moved * 2 * window.groups * window.width * element // ranks
+        return forward, forward
     if kind == "MLA":
         latents = tokens * (geometry.mla.kv_lora_rank + geometry.mla.qk_rope_head_dim)
         forward = others * latents * element
@@ -71,11 +94,11 @@ def table() -> str:
     head = " | ".join(f"n = {n}" for n in sizes)
     lines += ["", f"| geometry | layer, choice | {head} |", "|---|---|" + "---:|" * len(sizes)]
     for preset in ("published", "native"):
-        geometry = geometry_preset(preset, 2048, 32, 64)
+        model = Model(geometry_preset(preset, 2048, 32, 64), Window(256, 4, 8, 64))
         for choice in FORMULAS:
             cells = []
             for n in sizes:
-                both = sent(choice, geometry, n, length // n, 1, 2)
+                both = sent(choice, model, n, length // n, 1, 2)
                 cells.append(f"{sum(both) * n / length:,.0f}" if both else "does not divide")
             lines.append(f"| {preset} | {choice} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -1,7 +1,8 @@
 """Tests that every parallel layout computes what one process does: loss, each gradient, five optimizer steps.
 
-In fp64 the gradients agree to 1e-10, which leaves no room for a missing term. In fp32 they have to agree to 1e-5, or
-for A_log and dt_bias, small sums of large terms, to four times what moving every weight by 3e-8 does to them.
+In fp64 the first losses and the gradients agree to 1e-10, which leaves no room for a missing term. In fp32 losses have
+to agree to 2e-6, since divergences are small differences of large numbers, and gradients to 1e-5, or for A_log and
+dt_bias, small sums of large terms, to four times what moving every weight by 3e-8 does to them.
 """
 
 import functools
@@ -27,6 +28,8 @@ MODELS = {  # students: of PP2's stages, the mixed one's have three and two laye
     "mamba2": dict(linear="mamba2", **QWEN3),
     "kda": dict(linear="kda", **QWEN3),
     "mixed": dict(linear="gdn", plan=("gdn", "mla", "mamba2", "gdn", "mla")),
+    # wider than a chunk of two ranks, 16 tokens, and than both chunks of one of four
+    "window": dict(linear="gdn", window={"size": 19, "sinks": 2}),
     "nope": dict(linear="gdn", mla_rope=False, log_scale={"base": 3.0, "length": 8}, linear_rope=True),
 }
 RUNS = {  # what trains in ``ild`` and in ``distill``, and with which teacher in the latter
@@ -35,6 +38,7 @@ RUNS = {  # what trains in ``ild`` and in ``distill``, and with which teacher in
     "kda": dict(ild=("kda", "all"), distill=("kda", "all")),
     "mixed": dict(ild=("mixed", "all"), distill=("big", "all")),
     "nope": dict(distill=("nope", "all")),
+    "window": dict(distill=("window", "all")),
 }
 
 
@@ -49,7 +53,7 @@ CASES = [
 
 def in_make_test(processes: int, layout: str, model: str, stage: str) -> bool:
     few = {"mixed": ("PP2",), "kda": ("TP2", "TP2 SP", "CP2", "CP2 ring, states")}
-    few["nope"] = ("TP2", "CP2", "CP2 ring, states")
+    few |= {"nope": ("TP2", "CP2", "CP2 ring, states"), "window": ("CP2 ring, states",)}
     return processes == 2 and layout in few.get(model, (layout,))
 
 
@@ -115,7 +119,7 @@ def test_layout_equals_one_process(processes, layout, model, stage, cells, recor
     single, *double = cells.variants(layout, processes, model, stage)
     (got, log), (want, expected) = cells.pair(single, processes, layout, model, stage)
     first = parity.loss_gap(log[0], expected[0])
-    assert first <= 1e-6
+    assert first <= 2e-6
     if stage == "ild":
         torch.testing.assert_close(torch.tensor(got["layers"]), torch.tensor(want["layers"]), rtol=1e-6, atol=0)
     gaps = parity.gradient_gaps(got["gradients"], want["gradients"])
@@ -131,10 +135,11 @@ def test_layout_equals_one_process(processes, layout, model, stage, cells, recor
     assert later <= 1e-5
     worst = max(gap for key, gap in gaps.items() if not key.endswith((".A_log", ".dt_bias")))
     if double:
-        (got, _), (want, _) = cells.pair(double[0], processes, layout, model, stage)
+        (got, log), (want, expected) = cells.pair(double[0], processes, layout, model, stage)
         exact = parity.gradient_gaps(got["gradients"], want["gradients"])
         # The engine's Mamba-2 rounds its decay to fp32; the one that passes states does not.
-        bound = 1e-6 if "states" in layout and model not in ("gdn", "kda") else 1e-10
+        bound = 1e-6 if "states" in layout and model not in ("gdn", "kda", "window") else 1e-10
+        assert parity.loss_gap(log[0], expected[0]) <= bound
         for key, gap in exact.items():
             assert gap <= (1e-6 if key.endswith((".mixer.A_log", ".dt_bias", ".mixer.D")) else bound), (key, gap)
         worst_exact = max(gap for key, gap in exact.items() if not key.endswith((".A_log", ".dt_bias", ".D")))

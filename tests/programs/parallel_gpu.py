@@ -1,6 +1,6 @@
 """The cells of two processes on what this machine has, with NCCL on two GPUs.
 
-``PYTHONPATH=.:tests python tests/programs/parallel_gpu.py WORK [fp32 bf16] [gdn mamba2 kda]``
+``PYTHONPATH=.:tests python tests/programs/parallel_gpu.py WORK [fp32 bf16] [gdn mamba2 kda window]``
 
 Prints a table: each layout against one process of the same precision; the kernels are those that training takes. What
 one process computes and what two do are launched beside each other: on a new machine kernels take minutes to compile.
@@ -25,12 +25,13 @@ SIZES = dict(hidden_size=256, intermediate_size=512, num_attention_heads=4, num_
              geometry=Geometry(MLAGeometry(64, 32, 32, 64), GDNGeometry(4, 8, 64, 64), Mamba2Geometry(4, 64, 64, 4),
                                KDAGeometry(4, 64)),
              max_position_embeddings=512)  # fmt: skip
-LENGTH = 512
+LENGTH, WINDOW = 512, {"size": 96, "sinks": 4}
 
 
 def cells(work: Path, linear: str, dtype: str):
     """``(layout, what, one process's cell, two processes' cell)``."""
-    folders = [str(folder) for folder in helpers.write_pair(work / f"{linear}-{dtype}", linear, **SIZES)]
+    mixer, changes = ("gdn", dict(window=WINDOW)) if linear == "window" else (linear, {})
+    folders = [str(folder) for folder in helpers.write_pair(work / f"{linear}-{dtype}", mixer, **SIZES, **changes)]
     for stage in ("ild", "distill"):
         what = f"{linear}-{stage}-{dtype}"
         alone = parity.Cell(f"alone-{what}", *folders, stage, "all", dtype=dtype, length=LENGTH)
@@ -60,7 +61,9 @@ def measure(work: Path, alone: parity.Cell, two: parity.Cell) -> list[float]:
 
 def main(work: Path, chosen: list[str]) -> None:
     work.mkdir(parents=True)
-    dtypes, kinds = ([name for name in names if name in chosen] or names for names in (("fp32", "bf16"), LINEAR))
+    dtypes, kinds = (
+        [name for name in names if name in chosen] or names for names in (("fp32", "bf16"), (*LINEAR, "window"))
+    )
     groups = {(linear, dtype): list(cells(work, linear, dtype)) for dtype in dtypes for linear in kinds}
     with ThreadPoolExecutor() as pool:
         jobs = []
