@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # SmolLM2-135M-Instruct -> hybrid, end to end: fetch, convert, upcycle, distil, export, evaluate, generate.
-# Variables: PLAN (3MLA27GDN), LINEAR (gdn|mamba2|kda), SEED, TP, PP, OUT. The same command continues an interrupted run.
+# Variables: RECIPE (base|window), TOKENS (100M), PLAN (3MLA27GDN), LINEAR (gdn|mamba2|kda), SEED, TP, PP, OUT. The same command continues an interrupted run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 args=()
-for name in PLAN LINEAR SEED TP PP OUT; do
+for name in RECIPE TOKENS PLAN LINEAR SEED TP PP OUT; do
   value=${!name:-}
   [ -z "$value" ] || args+=("--$(tr '[:upper:]' '[:lower:]' <<<"$name")" "$value")
 done

@@ -2,6 +2,7 @@
 
 import functools
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -14,7 +15,7 @@ from helpers.recipes import STEPS, losses, start, toy_recipe, wait_for_step, wri
 from helpers.waits import PATIENCE  # noqa: E402
 
 from hylo_megatron.errors import HyLoError  # noqa: E402
-from hylo_megatron.recipes.smollm2 import smollm2_cpu, smollm2_gpu  # noqa: E402
+from hylo_megatron.recipes.smollm2 import smollm2_cpu, smollm2_gpu, with_tokens, with_window  # noqa: E402
 from hylo_megatron.run.background import Background  # noqa: E402
 
 
@@ -69,3 +70,21 @@ def test_recipes_are_declared_as_the_readme_says():
         for stage in recipe.stages:
             assert not stage.mix or sum(share for _, share in stage.mix) == pytest.approx(1)
             assert stage.global_batch % stage.micro_batch == 0
+
+
+def test_the_window_recipe_is_the_best_one_known_and_takes_its_tokens_at_2k():
+    """docs/recipe.md has the same changes, one by one."""
+    recipe = with_tokens(with_window(smollm2_gpu()), 100_000_000)
+    ild, short, longer, longest = smollm2_gpu("6MLA24GDN").stages
+    more = replace(short, mla_rope=False, steps=recipe.stages[1].steps)
+    stages = (ild, more, replace(longer, rope=None), replace(longest, rope=None))
+    assert recipe == replace(
+        smollm2_gpu("6MLA24GDN"), name="smollm2-gpu-window", geometry="native:128+32", linear_rope=True,
+        window="256+4", stages=stages,
+    )  # fmt: skip
+    batch = short.global_batch * short.seq_length
+    assert 100_000_000 - batch < sum(stage.tokens for stage in recipe.stages) <= 100_000_000
+    with pytest.raises(HyLoError, match="--tokens 10,000,000: the stages beside distill-2k take 14,090,240"):
+        with_tokens(smollm2_gpu(), 10_000_000)
+    with pytest.raises(HyLoError, match="mamba2 layers have no queries that can rotate; choose gdn or kda"):
+        with_window(smollm2_gpu(linear="mamba2"))
