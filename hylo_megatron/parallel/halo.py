@@ -50,6 +50,7 @@ class Reach:
 
     @classmethod
     def of_window(cls, size: int, sinks: int, ranks: int, length: int) -> "Reach":
+        """Return what a window of ``size`` tokens and ``sinks`` reads; not more than a sequence has."""
         before = min(size - 1, ranks * length - length // 2) if ranks > 1 else 0
         return cls(ranks=ranks, length=length, before=before, first=min(sinks, ranks * length))
 

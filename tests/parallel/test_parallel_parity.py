@@ -1,8 +1,9 @@
 """Tests that every parallel layout computes what one process does: loss, each gradient, five optimizer steps.
 
-In fp64 the first losses and the gradients agree to 1e-10, which leaves no room for a missing term. In fp32 losses have
-to agree to 2e-6, since divergences are small differences of large numbers, and gradients to 1e-5, or for A_log and
-dt_bias, small sums of large terms, to four times what moving every weight by 3e-8 does to them.
+In fp64 end-to-end losses and all gradients agree to 1e-10, which leaves no room for a missing term. In fp32 the first
+losses have to agree to 1e-6 layer-wise and to 2e-6 end to end, since divergences are small differences of large
+numbers; gradients to 1e-5, or for A_log and dt_bias, small sums of large terms, to four times what moving every weight
+by 3e-8 does to them.
 """
 
 import functools
@@ -119,7 +120,7 @@ def test_layout_equals_one_process(processes, layout, model, stage, cells, recor
     single, *double = cells.variants(layout, processes, model, stage)
     (got, log), (want, expected) = cells.pair(single, processes, layout, model, stage)
     first = parity.loss_gap(log[0], expected[0])
-    assert first <= 2e-6
+    assert first <= (1e-6 if stage == "ild" else 2e-6)
     if stage == "ild":
         torch.testing.assert_close(torch.tensor(got["layers"]), torch.tensor(want["layers"]), rtol=1e-6, atol=0)
     gaps = parity.gradient_gaps(got["gradients"], want["gradients"])
@@ -139,7 +140,8 @@ def test_layout_equals_one_process(processes, layout, model, stage, cells, recor
         exact = parity.gradient_gaps(got["gradients"], want["gradients"])
         # The engine's Mamba-2 rounds its decay to fp32; the one that passes states does not.
         bound = 1e-6 if "states" in layout and model not in ("gdn", "kda", "window") else 1e-10
-        assert parity.loss_gap(log[0], expected[0]) <= bound
+        # layer-wise losses are summed in fp32
+        assert stage == "ild" or parity.loss_gap(log[0], expected[0]) <= bound
         for key, gap in exact.items():
             assert gap <= (1e-6 if key.endswith((".mixer.A_log", ".dt_bias", ".mixer.D")) else bound), (key, gap)
         worst_exact = max(gap for key, gap in exact.items() if not key.endswith((".A_log", ".dt_bias", ".D")))
