@@ -4,41 +4,25 @@ Under torchrun. A JSON line for each mixer and data type: bytes that went to tor
 """
 
 import json
-from collections.abc import Callable
+from contextlib import contextmanager
 
 from helpers.cp_bytes import FORMULAS, sent
 
 from hylo_megatron.config import GDNGeometry, Geometry, Mamba2Geometry
 
 
-def counter():
-    """Return a context that adds up, as ``.bytes``, what this process hands to collectives."""
-    import torch
-    from torch.utils._python_dispatch import TorchDispatchMode
+@contextmanager
+def counted():
+    """Yield what counts the bytes that this process sends in the block, as a profile of steps does."""
+    from hylo_megatron.engine.register import install, uninstall
+    from hylo_megatron.engine.sent_bytes import Sent
 
-    size = torch.distributed.get_world_size()
-
-    def own(x) -> float:
-        return x.numel() * x.element_size()
-
-    # bytes that leave this rank, of the operation's arguments
-    outgoing: dict[str, Callable] = {
-        "_allgather_base_": lambda out, x, *_: (size - 1) * own(x),
-        "_reduce_scatter_base_": lambda out, x, *_: (size - 1) * own(x) // size,
-        "alltoall_base_": lambda out, x, *_: (size - 1) * own(x) // size,
-        "send": lambda tensors, *_: sum(map(own, tensors)),
-        "recv_": lambda *_: 0,
-    }
-
-    class Counter(TorchDispatchMode):
-        bytes = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func.namespace == "c10d":
-                self.bytes += outgoing[func._opname](*args)
-            return func(*args, **(kwargs or {}))
-
-    return Counter()
+    sent = Sent()
+    install("counting", sent)
+    try:
+        yield sent
+    finally:
+        uninstall("counting")
 
 
 def make(choice: str, geometry: Geometry, dtype, groups):
@@ -83,12 +67,13 @@ def main() -> None:
         for dtype in (torch.float32, torch.bfloat16):
             mixer = make(choice, geometry, dtype, groups)
             hidden = torch.randn(tokens, batch, tiny.HIDDEN, dtype=dtype).requires_grad_()
-            with counter() as forward:
+            with counted() as forward:
                 out, _ = mixer(hidden, None)
-            with counter() as backward:
+            with counted() as backward:
                 out.sum().backward()
+            found = [sum(each.bytes.values()) for each in (forward, backward)]
             want = sent(choice, geometry, size, tokens * batch, batch, dtype.itemsize)
-            line = {"choice": choice, "dtype": str(dtype), "sent": [forward.bytes, backward.bytes], "formula": want}
+            line = {"choice": choice, "dtype": str(dtype), "sent": found, "formula": want}
             if dist.get_rank() == 0:
                 print(json.dumps(line), flush=True)
     dist.destroy_process_group()
