@@ -57,6 +57,7 @@ GROUPS = {
                       ("checkpoint_writer", "checkpoint_hooks", "training_hooks", "step_sync"),
                       ("megatron", "writing")),
     "tuning": Group("Triton's tuner", ("compile_ahead",)),
+    "counting": Group("what a rank sends, while steps are profiled", ("sent_bytes",)),
     "transformers": Group("the auto classes of transformers", ("auto_classes",)),
     "vllm": Group("the vLLM plugin", ("vllm_plugin",)),
     "vllm model": Group("a hybrid in vLLM", ("vllm_plugin",)),

@@ -1,7 +1,8 @@
 """A table of where the time of a training step goes on one rank: kernels by group, and times without any.
 
 torch's profiler records the kernels of two steps. Only sums are kept: a few KB, where a trace has gigabytes. On a CPU
-operators take the place of kernels, with the time that each spends outside the operators that it calls.
+operators take the place of kernels, with the time that each spends outside the operators that it calls. What the rank
+sends to others in these steps is counted (``sent_bytes.py``).
 """
 
 from __future__ import annotations
@@ -123,7 +124,8 @@ class StepProfile:
 
     def __init__(self, folder: Path, steps: int):
         self.folder, self.first, self.last = folder, steps - 1 - PROFILED, steps - 1
-        self.profile, self.began = None, 0.0
+        self.profile = self.sent = None
+        self.began = 0.0
 
     def begin_step(self, step: int) -> None:
         """Tell that a step begins, which is counted from 0."""
@@ -136,20 +138,29 @@ class StepProfile:
         import torch
         from torch.profiler import ProfilerActivity, profile
 
+        from hylo_megatron.engine.register import install
+        from hylo_megatron.engine.sent_bytes import Sent
+
         on_gpu = torch.cuda.device_count() > 0
         self.profile = profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU])
         self.profile.start()
+        self.sent = Sent()
+        install("counting", self.sent)
         torch.cuda.synchronize()
         self.began = time.perf_counter()
 
     def _stop(self) -> None:
         import torch
 
+        from hylo_megatron.engine.register import uninstall
+
         torch.cuda.synchronize()
         wall_ms = 1e3 * (time.perf_counter() - self.began)
+        uninstall("counting")
         self.profile.stop()
         rank = torch.distributed.get_rank()
         table = {"rank": rank, "memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2)}
+        table |= {"sent": self.sent.table(PROFILED)}
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / f"rank-{rank}.json", table | summary(recorded(self.profile), wall_ms, PROFILED))
         self.profile = None

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from math import prod
 
 from hylo_megatron.config import Architecture
@@ -77,17 +78,19 @@ def work(stage: Stage, gpus: int) -> Work:
 
 def candidates(training: Training, gpus: int) -> Iterator[ParallelLayout]:
     """Yield the layouts of ``gpus`` processes that models, sequences and batches of all stages divide by."""
-    sizes = [size for size in range(1, gpus + 1) if gpus % size == 0]
     models = (training.student, training.base, training.teacher)
-    for tp in sizes:
-        for cp in sizes:
-            for pp in sizes:
-                layout = ParallelLayout(tp=tp, cp=cp, pp=pp, sequence_parallel=tp > 1)
-                if tp > WIDEST_TP or layout.ranks > gpus:
-                    continue
-                works = [work(stage, gpus) for stage in training.recipe.stages]
-                if not any(misfits(arch, layout, each) for arch in models for each in works):
-                    yield layout
+    return dividing(models, [work(stage, gpus) for stage in training.recipe.stages], gpus)
+
+
+def dividing(models: tuple[Architecture, ...], works: list[Work], gpus: int) -> Iterator[ParallelLayout]:
+    """Yield the layouts of ``gpus`` processes that all ``models`` and all ``works`` divide by."""
+    sizes = [size for size in range(1, gpus + 1) if gpus % size == 0]
+    for tp, cp, pp in product(sizes, repeat=3):
+        layout = ParallelLayout(tp=tp, cp=cp, pp=pp, sequence_parallel=tp > 1)
+        if tp > WIDEST_TP or layout.ranks > gpus:
+            continue
+        if not any(misfits(arch, layout, each) for arch in models for each in works):
+            yield layout
 
 
 def planned_stage(training: Training, stage: Stage, layout: ParallelLayout, gpus: int, budget: float,

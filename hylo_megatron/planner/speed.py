@@ -65,6 +65,8 @@ def card_named(name: str) -> float:
 
 def _recomputed(run: PlannedRun) -> float:
     """Return the share of sub-layers that are computed twice."""
+    if run.recompute_chunk and not run.kind.layerwise:
+        return 1.0
     return min(1.0, run.recompute * run.layout.pp / (2 * run.student.num_layers))
 
 

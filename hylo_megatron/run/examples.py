@@ -156,6 +156,7 @@ def job_of(name: str) -> Job:
         recipe = proxy(recipe, BASES[name], number("STEPS", STEPS))
     elif value("STEPS"):
         recipe = replace(recipe, stages=tuple(replace(s, steps=number("STEPS", 1)) for s in recipe.stages))
+    recipe = replace(recipe, save_every=number("SAVE_EVERY", recipe.save_every))
     out = Path(value("OUT", os.path.join("runs", f"{recipe.name}-{plan}")))
     flags = (*FLAGS, "--data-cache-path", out / "data" / "cache", *words("FLAGS"))
     return Job(recipe, out, source_of(out, name, small), flags)

@@ -65,8 +65,11 @@ class TrainingProcess:
         trainer = ["-m", "hylo_megatron.train", *own, *map(str, flags), *processes.layout.flags()]
         self.process = start(trainer, processes, log)
 
-    def wait(self, running: Callable[[], object] = lambda: None) -> None:
-        """Wait for the last step and show the progress. ``running`` is called once, after the first step."""
+    def wait(self, running: Callable[[], object] = lambda: None, limit: float = math.inf) -> None:
+        """Wait for the last step and show the progress. ``running`` is called once, after the first step.
+
+        Raises ``HyLoError`` if the training fails, or goes on after ``limit`` seconds.
+        """
         terminal, started, shown, told = sys.stdout.isatty(), time.time(), time.time(), False
         before = last_line(self.steps)
         while (code := self.process.poll()) is None:
@@ -75,6 +78,8 @@ class TrainingProcess:
             if not told and line != before:
                 told = True
                 running()
+            if time.time() - started > limit:
+                raise HyLoError(f"{self.stage.name} went on after {limit:g} s, the time limit; see {self.log}")
             if time.time() - shown > (1 if terminal else 30):
                 shown = time.time()
                 _show(self.stage, line, started, terminal)

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from helpers.paths import ROOT
@@ -72,6 +73,13 @@ def test_no_part_of_a_step_is_free_or_negative():
     assert parts.pop("communication") == 0 and all(seconds > 0 for seconds in parts.values())
     shared = planned("llama1b", "distill-64k", "llama8b", cp=2)
     assert step_time(shared, CARDS["H100"]).communication > 0
+
+
+def test_layers_that_are_recomputed_together_are_computed_twice_too():
+    each = planned("llama1b", "distill-64k", "llama8b")
+    pairs, none = (replace(each, recompute=0, recompute_chunk=chunk) for chunk in (2, 0))
+    assert step_time(pairs, CARDS["H100"]) == step_time(each, CARDS["H100"])
+    assert step_time(none, CARDS["H100"]).total < step_time(each, CARDS["H100"]).total
 
 
 def training(recipe: str, teacher: str) -> Training:

@@ -5,45 +5,25 @@ as the mean of all ranks.
 """
 
 import json
-from collections.abc import Callable
+from contextlib import contextmanager
 
 from helpers.cp_bytes import FORMULAS, Model, Window, sent
 
 from hylo_megatron.config import GDNGeometry, Geometry, Mamba2Geometry
 
 
-def counter():
-    """Return a context that adds up, as ``.bytes``, what this process hands to collectives."""
-    import torch
-    from torch.utils._python_dispatch import TorchDispatchMode
+@contextmanager
+def counted():
+    """Yield what counts the bytes that this process sends in the block, as a profile of steps does."""
+    from hylo_megatron.engine.register import install, uninstall
+    from hylo_megatron.engine.sent_bytes import Sent
 
-    size = torch.distributed.get_world_size()
-
-    def own(x) -> float:
-        return x.numel() * x.element_size()
-
-    def all_to_all(out, x, group, received, sent, *_) -> float:
-        away = sum(sent) - sent[torch.distributed.get_rank()] if sent else len(x) * (size - 1) // size
-        return own(x) // len(x) * away
-
-    # bytes that leave this rank, of the operation's arguments
-    outgoing: dict[str, Callable] = {
-        "_allgather_base_": lambda out, x, *_: (size - 1) * own(x),
-        "_reduce_scatter_base_": lambda out, x, *_: (size - 1) * own(x) // size,
-        "alltoall_base_": all_to_all,
-        "send": lambda tensors, *_: sum(map(own, tensors)),
-        "recv_": lambda *_: 0,
-    }
-
-    class Counter(TorchDispatchMode):
-        bytes = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func.namespace == "c10d":
-                self.bytes += outgoing[func._opname](*args)
-            return func(*args, **(kwargs or {}))
-
-    return Counter()
+    sent = Sent()
+    install("counting", sent)
+    try:
+        yield sent
+    finally:
+        uninstall("counting")
 
 
 def make(choice: str, geometry: Geometry, dtype, groups):
@@ -94,11 +74,11 @@ def main() -> None:
         for dtype in (torch.float32, torch.bfloat16):
             mixer = make(choice, geometry, dtype, groups)
             hidden = torch.randn(tokens, batch, tiny.HIDDEN, dtype=dtype).requires_grad_()
-            with counter() as forward:
+            with counted() as forward:
                 out, _ = mixer(hidden, None)
-            with counter() as backward:
+            with counted() as backward:
                 out.sum().backward()
-            everyone = torch.tensor([forward.bytes, backward.bytes])
+            everyone = torch.tensor([sum(each.bytes.values()) for each in (forward, backward)])
             dist.all_reduce(everyone)
             want = sent(choice, model, size, tokens * batch, batch, dtype.itemsize)
             mean = [total / size for total in everyone.tolist()]

@@ -86,13 +86,17 @@ def test_two_ranks_are_compared_with_one(tmp_path):
     (("--stage", "distill-64k"), "give --random, or both --student and --teacher"),
     (("--stage", "distill-32k", "--random"), "the recipe llama1b has ild, distill-2k, distill-8k, distill-64k"),
     (("--stage", "ild", "--random", "--teacher-shape", "llama8b"), "ild compares with the base model"),
+    (("--stage", "ild", "--random", "--peer", "transformers"), "trains every weight with the KL alone; ild does not"),
+    (("--stage", "distill-8k", "--random", "--peer-batch", "2"), "for --peer transformers; leave them out"),
+    (("--stage", "distill-8k", "--random", "--peer", "transformers", "--peer-batch", "all"), "or largest"),
 ])  # fmt: skip
-def test_a_step_that_cannot_be_measured_is_refused(flags, words, tmp_path):
-    spec = importlib.util.spec_from_file_location("train_step", ROOT / "tools" / "bench" / "train_step.py")
-    train_step = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(train_step)
+def test_a_step_that_cannot_be_measured_is_refused(flags, words, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tools" / "bench")
+    import train_step
+
     with pytest.raises(HyLoError, match=re.escape(words)):
-        train_step.job_of(train_step.parsed(["--recipe", "llama1b", *flags]), tmp_path)
+        options = train_step.parsed(["--recipe", "llama1b", *flags])
+        train_step.check_peer(options, train_step.job_of(options, tmp_path), None)
 
 
 def test_the_losses_are_compared(tmp_path):

@@ -2,6 +2,7 @@
 
     python tools/bench/train_step.py --recipe llama1b --stage distill-64k --teacher-shape llama8b --random
     python tools/bench/train_step.py ... --random --cp 2 --peer one --profile      two GPUs beside one, with kernels
+    python tools/bench/train_step.py ... --random --peer transformers --peer-batch largest    beside transformers
     python tools/bench/train_step.py --recipe llama1b --stage ild --random --toy   a small model, for a CPU
 
 ``--random`` makes student and teacher on the device. Without it, ``--student`` and ``--teacher`` are checkpoints of
@@ -16,125 +17,83 @@ program starts TP x PP x CP x DP processes.
 
 import argparse
 import json
-import statistics
 import sys
 import tempfile
-import time
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from measured_step import (
+    PACKAGES,
+    Job,
+    add_job_flags,
+    cause,
+    check_job_flags,
+    job_of,
+    measured,
+    processes_ended,
+    with_rate,
+)
 
-from hylo_megatron.config import Architecture
 from hylo_megatron.config.layout import ParallelLayout
 from hylo_megatron.config.stages import stage_kind
 from hylo_megatron.engine.product_rate import measured_rate
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.evaluate.plots import COLOURS, new_figure
 from hylo_megatron.files import write_json
-from hylo_megatron.flags import Parser, command_line, count, size
+from hylo_megatron.flags import Parser, command_line, size
 from hylo_megatron.json_file import read_json
 from hylo_megatron.packages import version_of
-from hylo_megatron.planner.flops import TokenFlops, token_flops
-from hylo_megatron.recipes.proxy import toy_recipe, toy_shape
-from hylo_megatron.recipes.shapes import RECIPES, SHAPES, recipe_named, shape, stage_named, student_shape
-from hylo_megatron.recipes.stage import Stage
-from hylo_megatron.run.launch import Processes, start_own
-from hylo_megatron.run.training_process import TrainingProcess
+from hylo_megatron.run.launch import Process, Processes, child_environment, start_own
 from hylo_megatron.run.world import World, under_torchrun
 
-UNTIMED = 3  # first steps, in which kernels are compiled and a CUDA graph is captured
-TOY_LENGTH = 64
-PACKAGES = ("torch", "triton", "megatron-core", "flash-linear-attention", "transformer-engine")
+TRANSFORMERS = "transformers"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What is measured: a stage with the sizes of this run, and both models."""
-
-    name: str
-    stage: Stage
-    student: Architecture
-    teacher: Architecture
-    models: list  # flags of the trainer that say where the models come from
-
-    def flops(self) -> TokenFlops:
-        stage = self.stage
-        taught = min(stage.seq_length, stage.teacher_length or stage.seq_length)
-        return token_flops(self.student, self.teacher, stage_kind(stage.kind), train=stage.train,
-                           length=stage.seq_length, taught=taught)  # fmt: skip
-
-
-def job_of(options: argparse.Namespace, folder: Path) -> Job:
-    recipe = recipe_named(options.recipe, options.plan, options.linear)
-    stage, base = stage_named(recipe, options.stage), shape(options.recipe)
-    teacher = shape(options.teacher_shape) if options.teacher_shape else base
-    if stage_kind(stage.kind).layerwise and teacher != base:
-        raise HyLoError(f"--teacher-shape {options.teacher_shape}: {stage.name} compares with the base model; omit it")
-    if options.toy:
-        recipe, base, teacher = toy_recipe(recipe), toy_shape(base), toy_shape(teacher)
-        stage = replace(stage, seq_length=TOY_LENGTH, micro_batch=1)
-    changes = {name: getattr(options, name) for name in ("seq_length", "micro_batch", "recompute")}
-    stage = replace(stage, **{name: value for name, value in changes.items() if value is not None})
-    student, paths = student_shape(recipe, base), {"student": options.student, "teacher": options.teacher}
-    if options.random:
-        for role, arch in (("student", student), ("teacher", teacher)):
-            paths[role] = folder / role
-            paths[role].mkdir()
-            arch.save(paths[role])
-    student, teacher = (Architecture.load(path) for path in paths.values())
-    models = ["--hylo-student", paths["student"], "--hylo-teacher", paths["teacher"], "--mock-data"]
-    name = "-".join([options.recipe, stage.name, f"{stage.seq_length // 1024}K" if options.seq_length else ""]).strip(
-        "-"
-    )
-    return Job(name=f"toy-{name}" if options.toy else name, stage=stage, student=student, teacher=teacher,
-               models=[*models, "--hylo-random-weights"] if options.random else models)  # fmt: skip
+def transformers_step(job: Job, options: argparse.Namespace, folder: Path) -> dict:
+    """Return what the step takes in transformers, whole logits and torch's optimizer: ``transformers_step.py``."""
+    stage = job.stage
+    flags = [*(("--rope", json.dumps(stage.rope)) if stage.rope else ()),
+             *(("--teacher-rope", json.dumps(stage.teacher_rope)) if stage.teacher_rope else ()),
+             *(("--random",) if job.random else ())]  # fmt: skip
+    flags += ["--student", job.folders["student"], "--teacher", job.folders["teacher"], "--steps", options.steps,
+              "--seq-length", stage.seq_length, "--batch", options.peer_batch or stage.micro_batch,
+              "--checkpointing" if options.peer_checkpointing else "--no-checkpointing"]  # fmt: skip
+    log, program = folder / "transformers.log", str(Path(__file__).with_name("transformers_step.py"))
+    with processes_ended():
+        process = Process(["-W", "ignore", program, *map(str, flags)], log, child_environment(1))
+        code = process.popen.wait()
+    text = log.read_text(errors="replace")
+    if code:
+        raise HyLoError(f"{job.name}, transformers: {cause(text) or text.strip().splitlines()[-1][:300]}")
+    return json.loads(text.splitlines()[-1])
 
 
-def step_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-
-
-def measured(job: Job, processes: Processes, options: argparse.Namespace, folder: Path, start) -> dict:
-    """Train ``--steps`` steps and return what they took."""
-    folder.mkdir()
-    batch = job.stage.micro_batch * processes.dp * (options.micro_batches or processes.layout.pp)
-    stage = replace(job.stage, steps=options.steps + UNTIMED + 3 * options.profile, global_batch=batch, warmup=0.0)
-    log, profile = folder / "train_log.jsonl", folder / "profile"
-    flags = [*stage.flags(), *job.models, "--hylo-log", log, "--seed", 1, *options.flag]
-    flags += ["--sequence-parallel"] if processes.layout.sequence_parallel else []
-    flags += ["--hylo-profile", profile] if options.profile else []
-    began, seen = time.time(), []
-    try:
-        training = TrainingProcess(stage, flags, folder, processes, folder / "log", start)
-        training.wait(lambda: seen.append(time.time()))
-    except HyLoError as error:
-        print((folder / "log").read_text(errors="replace")[-4000:], file=sys.stderr)
-        raise HyLoError(f"{job.name}, {processes}: {error}") from None
-    lines = step_lines(log)
-    seconds = statistics.median(line["seconds"] for line in lines[UNTIMED : UNTIMED + options.steps])
-    tokens = batch * stage.seq_length
-    return {
-        "layout": str(processes), "devices": processes.ranks, "tokens": tokens, "seconds": seconds,
-        "tokens_per_second": tokens / seconds, "memory_gib": lines[-1]["memory_gib"],
-        "first_step_seconds": round(seen[0] - began, 1) if seen else None,
-        "losses": [line["loss"] for line in lines[:3]],
-        "profile": [read_json(path) for path in sorted(profile.glob("rank-*.json"))],
-    }  # fmt: skip
-
-
-def with_rate(found: dict, flops: TokenFlops, rate: float) -> dict:
-    """Add how the step compares with the devices' rate of products."""
-    per_device = found["tokens_per_second"] * flops.total / found["devices"]
-    floor = found["tokens"] * flops.total / rate / found["devices"]
-    return found | {"flops_per_second": per_device, "utilization": per_device / rate, "floor_seconds": floor}
-
-
-def compared(options: argparse.Namespace, processes: Processes, measure) -> list[dict]:
-    """Return the measurement and, before it, that of its peer."""
+def compared(options: argparse.Namespace, processes: Processes, measure, peer) -> list[dict]:
+    """Return the measurement and, before it, that of its peer; ``peer`` measures transformers."""
+    if options.peer == TRANSFORMERS:
+        return [peer(), measure(processes)]
     if options.peer and options.peer != "one":
         return [read_json(Path(options.peer))["runs"][-1], measure(processes)]
     return [*([measure(Processes(cuda_graph=processes.cuda_graph))] if options.peer else []), measure(processes)]
+
+
+def check_peer(options: argparse.Namespace, job: Job, world: World | None) -> None:
+    """Refuse a peer that cannot be measured beside ``job``, and flags of another peer."""
+    if world and options.peer in ("one", TRANSFORMERS):
+        raise HyLoError(
+            f"--peer {options.peer}: under torchrun every run has all ranks; start the program without torchrun"
+        )
+    if options.peer_batch not in (None, "largest") and not options.peer_batch.isdigit():
+        raise HyLoError(f"--peer-batch {options.peer_batch}: expected a number of sequences, or largest")
+    if options.peer != TRANSFORMERS:
+        if options.peer_batch or not options.peer_checkpointing:
+            raise HyLoError("--peer-batch, --no-peer-checkpointing: for --peer transformers; leave them out")
+        return
+    stage = job.stage
+    if stage_kind(stage.kind).layerwise or stage.train != "all" or stage.teacher_length or stage.ce_weight:
+        raise HyLoError(
+            f"--peer transformers: trains every weight with the KL alone; {stage.name} does not, take distill-8k"
+        )
 
 
 def described(found: dict) -> str:
@@ -195,53 +154,46 @@ def report(job: Job, runs: list[dict], options: argparse.Namespace) -> None:
     print(f"{path} and .png")
 
 
-def run(options: argparse.Namespace, world: World | None) -> None:
-    sizes = {name: getattr(options, name) for name in ("tp", "pp", "cp")}
-    layout = ParallelLayout(**sizes, sequence_parallel=options.tp > 1)
+def processes_of(options: argparse.Namespace, world: World | None) -> Processes:
+    layout = ParallelLayout(tp=options.tp, pp=options.pp, cp=options.cp, sequence_parallel=options.tp > 1)
     ranks = world.size if world else layout.ranks * options.dp
     graph = options.recipe == "smollm2" if options.cuda_graph is None else options.cuda_graph
-    processes = Processes.among(ranks, "ranks", layout, graph)
-    if world and options.peer == "one":
-        raise HyLoError("--peer one: under torchrun every run has all ranks; start the program without torchrun")
+    return Processes.among(ranks, "ranks", layout, graph)
+
+
+def run(options: argparse.Namespace, world: World | None) -> None:
+    processes = processes_of(options, world)
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.out if world else None) as folder:  # which all nodes share
         job = job_of(options, Path(folder))
+        check_peer(options, job, world)
 
         def measure(among: Processes) -> dict:
             where = Path(folder) / str(among).replace(" ", "")
             return measured(job, among, options, where, world.start if world else start_own)
 
-        report(job, compared(options, processes, measure), options)
+        def peer() -> dict:
+            return transformers_step(job, options, Path(folder))
+
+        report(job, compared(options, processes, measure, peer), options)
 
 
 def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
+    add_job_flags(parser)
     add = parser.add_argument
-    add("--recipe", required=True, choices=RECIPES)
-    add("--stage", required=True, help="name of a stage of the recipe, such as ild or distill-8k")
-    add("--teacher-shape", choices=tuple(SHAPES), help="another teacher than the base model")
-    add("--random", action="store_true", help="random weights, made on the device")
-    add("--student", type=Path, help="checkpoint in place of random weights")
-    add("--teacher", type=Path, help="checkpoint in place of random weights")
-    add("--plan", help="another plan of layers than the recipe's")
-    add("--linear", help="another kind of linear blocks than the recipe's")
     for flag in ("--tp", "--pp", "--cp", "--dp"):
         add(flag, type=size, default=1)
-    add("--seq-length", type=size, help="(default: the stage's)")
-    add("--micro-batch", type=size, help="sequences of a micro-batch (default: the stage's)")
-    add("--micro-batches", type=size, help="micro-batches of a rank in a step (default: one for each pipeline stage)")
-    add("--recompute", type=count, help="recomputed sub-layers (default: the stage's)")
-    add("--steps", type=size, default=5, help="timed steps")
     add("--profile", action="store_true", help="record kernels of two more steps")
     graph = "run a step on one GPU as one CUDA graph (default: as the recipe's script, for SmolLM2 only)"
     add("--cuda-graph", action=argparse.BooleanOptionalAction, help=graph)
-    add("--peer", help="'one': the same on one GPU, run first; or the JSON file of an earlier run")
-    add("--flag", action="append", default=[], help="another flag of the trainer, as --flag=--hylo-kl-chunk=1024")
-    add("--toy", action="store_true", help="small models and short sequences, to try the program on a CPU")
-    add("--out", type=Path, default=Path("docs/benchmarks"))
+    peer = "'one': the same on one GPU, run first; 'transformers': its models, whole logits and torch's optimizer in"
+    add("--peer", help=f"{peer} one process, run first; or the JSON file of an earlier run")
+    add("--peer-batch", help="sequences of a step of --peer transformers, or 'largest' (default: the micro-batch)")
+    add("--peer-checkpointing", action=argparse.BooleanOptionalAction, default=True,
+        help="recompute the student's layers in --peer transformers")  # fmt: skip
     options = parser.parse_args(argv)
-    if options.random == bool(options.student and options.teacher) or options.random == bool(options.student):
-        raise HyLoError("give --random, or both --student and --teacher")
+    check_job_flags(options)
     return options
 
 

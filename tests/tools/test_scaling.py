@@ -1,0 +1,277 @@
+"""``tools/bench/scaling.py``: which layouts it measures, what its table says, and rows that fail."""
+
+import argparse
+import json
+import math
+import shlex
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+from helpers.paths import DOCS, ROOT
+from helpers.waits import PATIENCE
+
+from hylo_megatron.config.layout import ParallelLayout
+from hylo_megatron.errors import HyLoError
+
+BENCH = ROOT / "tools" / "bench"
+RECIPE = ("--recipe", "llama1b", "--stage", "distill-64k", "--teacher-shape", "llama8b", "--random")
+TOY = (*RECIPE, "--toy", "--steps", "1")
+
+
+@pytest.fixture
+def scaling(monkeypatch):
+    monkeypatch.syspath_prepend(BENCH)
+    import scaling
+
+    return scaling
+
+
+def options_of(scaling, *flags: str, gpus: int = 4, memory: float = 80.0) -> argparse.Namespace:
+    options = scaling.parsed([*RECIPE, *flags])
+    options.gpus, options.gpu_memory = gpus, memory
+    return options
+
+
+def layouts_of(scaling, folder, *flags: str, **host) -> list[str]:
+    options = options_of(scaling, *flags, **host)
+    return [str(each.processes) for each in scaling.chosen(scaling.job_of(options, folder), options, 728e12)]
+
+
+def test_the_planner_ranks_the_layouts(scaling, tmp_path):
+    assert layouts_of(scaling, tmp_path, gpus=3) == ["TP 1 PP 1 DP 1", "TP 1 PP 1 DP 2", "TP 1 PP 1 DP 3"]
+
+
+def test_layouts_are_named(scaling, tmp_path):
+    flags = ("--only", "dp1,cp2dp2,tp2cp2,pp4", "--rows", "3")
+    assert layouts_of(scaling, tmp_path, *flags) == ["TP 1 PP 1 DP 1", "TP 1 PP 1 CP 2 DP 2", "TP 2 PP 1 CP 2 DP 1"]
+
+
+@pytest.mark.parametrize("only, words", [
+    ("cp2tp", "--only cp2tp: expected sizes"), ("", "--only : expected sizes"), ("tp4", "does not divide 6"),
+    ("cp8", "needs 8 GPUs, there are 4"), ("dp2dp2", "expected sizes"),
+])  # fmt: skip
+def test_layouts_that_cannot_run_are_refused_first(scaling, tmp_path, only, words):
+    options = options_of(scaling, "--only", only or "")
+    with pytest.raises(HyLoError, match=words):
+        scaling.chosen(scaling.job_of(options, tmp_path), options, 728e12) if only else scaling.named(only, False)
+
+
+def test_a_layout_without_memory_gets_what_saves_it(scaling, tmp_path):
+    options = options_of(scaling, gpus=1)
+    job = scaling.job_of(options, tmp_path)
+    savers = []
+    for memory in (80, 60, 50, 30):
+        options.gpu_memory = memory
+        [only] = scaling.chosen(job, options, 728e12)
+        savers.append(only.saver)
+    assert savers == list(scaling.SAVERS)
+    assert only.run.offload_teacher and only.run.offload_optimizer and only.run.recompute_chunk == 2
+
+
+def row_of(layout: str, devices: int, speed: float, **changes) -> dict:
+    row = dict(
+        layout=layout, devices=devices, how="", planned={"memory_gib": 55.0, "tokens_per_second": 1.2 * speed},
+        tokens_per_second=speed, seconds=65536 / speed, utilization=0.5, memory_gib=50.0,
+        exposed_communication_ms=3.0, sent=[{"collective": "send", "group": "x", "calls": 1, "bytes": 2_000_000}],
+    )  # fmt: skip
+    return row | changes
+
+
+def test_the_table(scaling, tmp_path):
+    import scaling_table
+
+    head = {"name": "x", "device": "H100", "product_rate": 728e12}
+    rows = [
+        row_of("TP 1 PP 1 DP 1", 1, 10000.0), row_of("TP 1 PP 1 CP 2 DP 1", 2, 19000.0),
+        dict(layout="TP 2 PP 1 DP 1", devices=2, how="", planned={}, failed="CUDA out of memory | 3 GiB"),
+    ]  # fmt: skip
+    text = scaling_table.write_table(tmp_path / "t.json", head, rows, {})
+    assert (
+        "| TP 1 PP 1 CP 2 DP 1 | 2 | 19,000 | 1.90 | 0.95 | 50% | 50.0 | 55.0 (+10%) | 22,800 (+20%) | send 2 MB"
+        in text
+    )
+    assert text.splitlines()[-1].endswith("| CUDA out of memory / 3 GiB |")  # a bar would be another cell
+    found = json.loads((tmp_path / "t.json").read_text())["rows"]
+    assert found[1]["planned_error"] == pytest.approx({"memory_gib": 0.1, "tokens_per_second": 0.2})
+    assert (tmp_path / "t.md").read_text() == text + "\n"
+    without = scaling_table.write_table(tmp_path / "t.json", head, rows[1:], {})
+    assert "No row on one GPU: ratios are to TP 1 PP 1 CP 2 DP 1." in without
+
+
+def test_rows_of_another_step_are_not_mixed(scaling, tmp_path):
+    path = tmp_path / "t.json"
+    path.write_text(json.dumps({"name": "x", "flags": [], "rows": [{"layout": "y"}]}))
+    assert scaling.rows_before(path, {"name": "x", "flags": []}) == [{"layout": "y"}]
+    with pytest.raises(HyLoError, match="flags is .., this run has .'--hylo-kl-chunk=1'.; give another --out"):
+        scaling.rows_before(path, {"name": "x", "flags": ["--hylo-kl-chunk=1"]})
+
+
+def test_processes_end_with_their_row(scaling, monkeypatch):
+    """Also those that have left their parent's session."""
+    import measured_step
+
+    marks = []
+    monkeypatch.setattr(measured_step.uuid, "uuid4", lambda: argparse.Namespace(hex=marks.append("m17") or "m17"))
+    with pytest.raises(HyLoError), measured_step.processes_ended():
+        subprocess.Popen(["sleep", "1000"], start_new_session=True)
+        assert len(measured_step.marked("m17")) == 1
+        raise HyLoError("the row fails")
+    assert marks and not measured_step.marked("m17")
+
+
+def test_a_row_that_takes_too_long_is_a_row(scaling, tmp_path):
+    options = options_of(scaling, "--toy", "--limit", "0.2", gpus=1)
+    job = scaling.job_of(options, tmp_path)
+    [candidate] = scaling.chosen(job, options, 728e12)
+    row = scaling.attempt(job, candidate, options, tmp_path, 1e9)
+    assert "went on after 0.2 s, the time limit" in row["failed"] and row["layout"] == "TP 1 PP 1 DP 1"
+
+
+def test_the_cause_of_a_failure_is_found(scaling):
+    import measured_step
+
+    log = "error: rank 1 left\n[rank0]: torch.OutOfMemoryError: CUDA out of memory. Tried 4 GiB\nerror: late\n"
+    assert "CUDA out of memory" in measured_step.cause(log)
+    assert measured_step.cause(log.replace("out of memory", "busy")) == "rank 1 left"
+    assert measured_step.cause("all well\n") is None
+
+
+def bench(program: str, *flags) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-W", "ignore", str(BENCH / program), *map(str, flags)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+
+
+def measured_rows(folder, *flags) -> dict[str, dict]:
+    result = bench("scaling.py", *TOY, "--out", folder, *flags)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return {
+        row["layout"]: row for row in json.loads((folder / "scaling-toy-llama1b-distill-64k.json").read_text())["rows"]
+    }
+
+
+@pytest.mark.slow
+def test_one_rank_is_measured(tmp_path):
+    [row] = measured_rows(tmp_path, "--gpus", 1).values()
+    assert row["ratio"] == row["of_linear"] == 1 and row["sent"] == [] and math.isfinite(row["losses"][0])
+    assert row["planned"]["memory_gib"] > 0 and "planned_error" in row
+
+
+@pytest.mark.slow
+@pytest.mark.parallel
+def test_two_and_four_ranks_are_measured(tmp_path):
+    rows = measured_rows(tmp_path, "--gpus", 4, "--only", "dp1,cp2")
+    rows |= measured_rows(tmp_path, "--gpus", 4, "--only", "tp2,pp2,cp2dp2")  # a later call adds its rows
+    assert len(rows) == 5 and not [row["failed"] for row in rows.values() if "failed" in row]
+    one = rows["TP 1 PP 1 DP 1"]
+    shared = rows["TP 1 PP 1 CP 2 DP 1"]["losses"][0]  # with TP and PP the random weights are others, with DP the data
+    assert shared == pytest.approx(one["losses"][0], rel=1e-2)
+    for row in rows.values():
+        assert math.isfinite(row["losses"][0])
+        assert row["of_linear"] == pytest.approx(row["tokens_per_second"] / row["devices"] / one["tokens_per_second"])
+    kinds = {layout: {each["collective"] for each in row["sent"]} for layout, row in rows.items()}
+    assert {"all-gather", "reduce-scatter"} <= kinds["TP 1 PP 1 CP 2 DP 1"]
+    assert "send" in kinds["TP 1 PP 2 DP 1"] and "all-gather" in kinds["TP 2 PP 1 DP 1"]
+
+
+@pytest.mark.slow
+@pytest.mark.parallel
+def test_the_step_is_compared_with_transformers(tmp_path):
+    result = bench("train_step.py", "--recipe", "llama1b", "--stage", "distill-8k", "--teacher-shape", "llama8b",
+                   "--random", "--toy", "--steps", 1, "--peer", "transformers", "--out", tmp_path)  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    found = json.loads(next(tmp_path.glob("*.json")).read_text())
+    peer, ours = found["runs"]
+    assert peer["layout"] == "transformers, batch 1" and peer["tokens"] == ours["tokens"] == 64
+    assert found["ratio"] == ours["tokens_per_second"] / peer["tokens_per_second"]
+
+
+@pytest.mark.slow
+@pytest.mark.parallel
+def test_a_recipe_survives_a_killed_rank_and_ends_on_half_the_ranks(tmp_path):
+    flags = "--recompute-method uniform --recompute-num-layers 2 --hylo-offload-optimizer"
+    result = bench("recipe_faults.py", "--recipe", "llama3b", "--ranks", 2, "--toy", "--steps", 6, "--out", tmp_path,
+                   "--half-flags", flags)  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "distill-2k: a rank killed after the checkpoint of step" in result.stdout
+    assert "distill-64k ended on 1 ranks of 2, exported" in result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parallel
+def test_a_random_model_loads_as_a_downloaded_one(tmp_path):
+    from hylo_megatron.convert.hf_folder import HFWeights, read_architecture
+
+    result = bench("random_model.py", "--shape", "llama8b", "--toy", "--out", tmp_path / "m", "--text", tmp_path / "t")
+    assert result.returncode == 0, result.stderr[-2000:]
+    arch = read_architecture(tmp_path / "m")
+    weights = HFWeights(tmp_path / "m", arch)
+    assert arch.num_layers == 32 and not arch.tie_word_embeddings
+    assert all(weights[key].isfinite().all() for key in weights.expected)
+
+
+def page_commands(program: str) -> list[list[str]]:
+    lines = (DOCS / "benchmarks.md").read_text().splitlines()
+    return [shlex.split(line, comments=True)[2:] for line in lines if line.startswith(f"python tools/bench/{program}")]
+
+
+def first_checks(job, options, processes, flags, monkeypatch) -> None:
+    """Run what the trainer checks before it imports torch, as on these ranks."""
+    from measured_step import step_flags
+
+    from hylo_megatron.distill.command_line import check_command_line
+
+    monkeypatch.setenv("WORLD_SIZE", str(processes.ranks))
+    check_command_line(["--bf16", *step_flags(job, processes, options, flags), *processes.layout.flags()])
+
+
+CARD_GIB = 79.1  # what the driver says of a card of 80 GB
+
+
+@pytest.mark.parametrize("flags", page_commands("scaling.py"), ids=" ".join)
+def test_layouts_of_the_page_start_and_fit(scaling, flags, tmp_path, monkeypatch):
+    """Also without an accelerator: heads, layers, lengths and memory of every row."""
+    options = scaling.parsed(flags)
+    options.gpus, options.gpu_memory = options.gpus or 8, CARD_GIB
+    job = scaling.job_of(options, tmp_path)
+    for candidate in scaling.chosen(job, options, 728e12):
+        assert candidate.memory < CARD_GIB - 1
+        first_checks(job, options, candidate.processes, candidate.flags, monkeypatch)
+
+
+@pytest.mark.parametrize("flags", page_commands("train_step.py"), ids=" ".join)
+def test_steps_of_the_page_start_and_fit(scaling, flags, tmp_path, monkeypatch):
+    import train_step
+    from measured_step import job_of, planned
+
+    from hylo_megatron.planner.training import peaks
+
+    options = train_step.parsed(flags)
+    job = job_of(options, tmp_path)
+    train_step.check_peer(options, job, None)
+    processes = train_step.processes_of(options, None)
+    run = planned(job, processes, options)
+    assert max(peak.total for peak in peaks(run)) < (CARD_GIB - 1) * 2**30
+    first_checks(job, options, processes, (), monkeypatch)
+
+
+@pytest.mark.parametrize("flags", page_commands("recipe_faults.py"), ids=" ".join)
+def test_recipes_of_the_page_fit(scaling, flags, tmp_path, monkeypatch):
+    """Every stage on all ranks, and the last one on half of them, by the recipe's own check of memory."""
+    import recipe_faults
+
+    from hylo_megatron.recipes.shapes import SHAPES, recipe_named, student_shape
+    from hylo_megatron.run import memory_need
+    from hylo_megatron.run.launch import Processes
+
+    options = recipe_faults.parsed(flags)
+    recipe, base = recipe_named(options.recipe), SHAPES[options.recipe]
+    monkeypatch.setattr(memory_need, "gpu_bytes", lambda index: int(CARD_GIB * 2**30))
+    half = options.half_layout or options.layout, options.half_flags or options.flags
+    for ranks, (sizes, more), stages in ((options.ranks, (options.layout, options.flags), recipe.stages),
+                                         (options.ranks // 2, half, recipe.stages[-1:])):  # fmt: skip
+        layout = ParallelLayout(**{name.lower(): int(size) for name, size in (each.split("=") for each in sizes)})
+        run = argparse.Namespace(recipe=replace(recipe, stages=stages), out=tmp_path, flags=more.split(),
+                                 processes=Processes.among(ranks, "ranks", layout))  # fmt: skip
+        memory_need.check(run, student_shape(recipe, base), base, SHAPES[options.teacher_shape or options.recipe])
