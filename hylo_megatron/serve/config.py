@@ -100,9 +100,10 @@ class EngineSettings(VerifyAndUpdateConfig):
 def refuse(vllm_config) -> None:
     """Raise ``HyLoError`` for options with which a hybrid would start, and then ignore them or give wrong tokens."""
     model, dtype = vllm_config.model_config, vllm_config.cache_config.cache_dtype
+    hybrid = model.hf_config
     weights = ONLINE_FP8[-1:] if current_platform.is_cpu() else ONLINE_FP8
     draft, lora = vllm_config.speculative_config, vllm_config.lora_config
-    quantised = getattr(model.hf_config, "quantization_config", None)
+    quantised = getattr(hybrid, "quantization_config", None)
     split = vllm_config.parallel_config.decode_context_parallel_size > 1
     refused = (
         ("--speculative-config", draft, "rejected drafts would stay in the recurrent states; leave it out"),
@@ -114,10 +115,9 @@ def refuse(vllm_config) -> None:
          f"expected {' or '.join(weights)}, with which vLLM quantises an exported folder while it loads"),
         ("--decode-context-parallel-size", split,
          "recurrent states cannot be split by position; use --tensor-parallel-size"),
-        ("linear_rope in config.json", model.hf_config.linear_rope and on_gpu(),
-         "vLLM's kernels for a GPU convolve and scan in one step, without a rotation between; use transformers, or"
-         " train without --linear-rope"),
-        ("window in config.json", model.hf_config.window,
+        ("linear_rope in config.json", hybrid.linear_rope and hybrid.linear_type == "kda" and on_gpu(),
+         "vLLM's Kimi Delta Attention has no place for a rotation on a GPU; use transformers, or Gated DeltaNet"),
+        ("window in config.json", hybrid.window,
          "vLLM's linear layers have no cache of last tokens; use transformers, or train without --window"),
         (f"--kv-cache-dtype {dtype}", current_platform.is_cpu() and dtype not in CPU_CACHES,
          f"a CPU keeps {', '.join(CPU_CACHES)}; leave it out"),

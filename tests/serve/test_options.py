@@ -69,18 +69,33 @@ def test_on_a_gpu_vllms_fp8_methods_are_let_through(folder, monkeypatch):
         plugin.refuse(given)
 
 
+def changed(folder, to, **fields):
+    for file in folder.iterdir():
+        (to / file.name).symlink_to(file)
+    config = json.loads((folder / "config.json").read_text())
+    (to / "config.json").unlink()
+    (to / "config.json").write_text(json.dumps(config | fields))
+    return to
+
+
 @pytest.mark.parametrize("field, value, advises", [
     ("quantization_config", dict(quant_method="fp8", activation_scheme="dynamic"), "export the model unquantised"),
     ("window", dict(size=8, sinks=2), "vLLM's linear layers have no cache of last tokens"),
 ])  # fmt: skip
 def test_a_folder_that_vllm_cannot_serve_is_refused(folder, tmp_path, field, value, advises):
-    for file in folder.iterdir():
-        (tmp_path / file.name).symlink_to(file)
-    config = json.loads((folder / "config.json").read_text())
-    (tmp_path / "config.json").unlink()
-    (tmp_path / "config.json").write_text(json.dumps(config | {field: value}))
     with pytest.raises(HyLoError, match=f"{field} in config.json: .* {advises}"):
-        configure(tmp_path)
+        configure(changed(folder, tmp_path, **{field: value}))
+
+
+@pytest.mark.parametrize("kind, device, refused", [("gdn", "gpu", False), ("kda", "gpu", True), ("kda", "cpu", False)])
+def test_kimis_rotation_is_refused_on_a_gpu_only(folder, tmp_path, monkeypatch, kind, device, refused):
+    monkeypatch.setenv("HYLO_SERVE_GEOMETRY", device)
+    model = changed(folder, tmp_path, mixers=["mla", kind, "mla", kind, "mla"], linear_rope=True)
+    if refused:
+        with pytest.raises(HyLoError, match="linear_rope in config.json: .* Kimi Delta Attention has no place"):
+            configure(model)
+    else:
+        configure(model)
 
 
 def test_single_tensors_are_refused_once_weights_are_quantised():

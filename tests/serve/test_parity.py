@@ -86,9 +86,6 @@ def test_settings_of_positions_are_served_exactly(geometry, linear, qk_norm, dev
     env = ON_GPU if device == "gpu" else {}
     sizes = dict(dtype="float32", max_model_len=1024, max_num_seqs=8)
     check(folder, generate(tmp_path, folder, prompts, 8, env, **sizes)["answers"], prompts, 1e-4)
-    if linear_rope:
-        refused = start(tmp_path, folder, prompts, 1, ON_GPU, **sizes)
-        assert "linear_rope in config.json: not supported for a hybrid" in refused.stdout + refused.stderr
 
 
 def test_one_token_to_twenty_thousand_and_no_state_leaks(tmp_path):

@@ -40,7 +40,7 @@ class Rotation(nn.Module):
         if self.rotates:
             mla = cos_and_sin(positions, self.frequencies, self.scaling)
         if self.linear_rope:
-            linear = cos_and_sin(positions, self.linear_frequencies, self.scaling)
+            linear = cos_and_sin(positions, self.linear_frequencies, 1.0)  # a norm follows, or came before
         return Angles(*mla, query_scale(positions, self.log_scale) if self.log_scale else None, *linear)
 
 
