@@ -111,6 +111,7 @@ def test_every_tensor_finds_its_place_or_is_an_error():
     ("gdn", ("mixer.b_proj", "mixer.a_proj")),
     ("gdn", tuple(f"mixer.{part}_conv1d" for part in "qkv")),
     ("kda", tuple(f"mixer.{part}_proj" for part in ("q", "k", "v", "b", "f_a"))),
+    ("gdn", tuple(f"mixer.window.{part}_proj" for part in "qkv")),
 ])  # fmt: skip
 def test_a_parameter_of_several_tensors_needs_them_all(linear, merged):
     kinds = frozenset(("mla", linear))

@@ -14,9 +14,10 @@ from hylo_megatron.mixers.gdn.vllm_rotation import RotatedQueriesAndKeys
 from hylo_megatron.mixers.serving import trained_geometry
 from hylo_megatron.mixers.vllm_states import GDNBackend
 from hylo_megatron.mixers.vllm_weights import conv_loader, keep_fp32
+from hylo_megatron.mixers.vllm_window import WithWindow
 
 
-class HyLoGatedDeltaNet(RotatedQueriesAndKeys, QwenGatedDeltaNetAttention):
+class HyLoGatedDeltaNet(WithWindow, RotatedQueriesAndKeys, QwenGatedDeltaNetAttention):
     """Norm and gate span the trained value heads, also where the kernel runs several in the place of one."""
 
     def __init__(self, config, vllm_config, prefix: str):

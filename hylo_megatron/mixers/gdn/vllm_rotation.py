@@ -87,7 +87,7 @@ class RotatedQueriesAndKeys:
     def core_rotated(self, qkv: Tensor, b: Tensor, a: Tensor, cos_TP: Tensor, sin_TP: Tensor, out: Tensor) -> None:
         """Fill ``out`` with vLLM's ``_forward_core``. Raises ``HyLoError`` if some token was not rotated."""
         metadata = get_forward_context().attn_metadata
-        metadata = metadata.get(self.prefix) if isinstance(metadata, dict) else None
+        metadata = None if metadata is None else metadata.get(self.prefix)
         if metadata is None:
             self._forward_core(mixed_qkv=qkv, b=b, a=a, core_attn_out=out)
             return
