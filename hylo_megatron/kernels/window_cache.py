@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hylo_megatron.config.window import ALIGNMENT, blocks
 
+QUERIES = 256  # of a block, at most
 KERNELS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]  # cuDNN's makes a new plan for every number of blocks
 
 
@@ -79,8 +80,8 @@ class ChunkPlan:
     ) -> "ChunkPlan":
         """Plan for tokens at positions ``at``; request r has those from ``starts[r]`` to ``starts[r + 1]``."""
         size, sinks, tokens, device = window["size"], window["sinks"], len(at_T), at_T.device
-        cut = blocks(tokens, size, sinks)
-        starts, slot_R = starts.long(), slot_R.long()
+        cut = blocks(min(tokens, QUERIES), size, sinks)
+        starts, slot_R = starts.long(), slot_R.long().clamp(min=0)
         length_R, begin_R = starts.diff(), starts[:-1]
         first_R = at_T[begin_R.clamp(max=tokens - 1)]
         # blocks: every request has whole ones; those at the end that none has are left to the last request
@@ -96,7 +97,7 @@ class ChunkPlan:
         is_new_NC = (key_NC >= 0) & (key_NC < length_N1)
         is_old_NC = (key_NC < 0) & (key_NC >= -size) & (key_at_NC >= sinks)
         # what a query sees
-        distance = query_at_NL1 - key_at_NC[:, None]
+        distance = query_at_NL1.int() - key_at_NC[:, None].int()
         seen = ((is_new_NC & (key_at_NC >= sinks)) | is_old_NC)[:, None] & (distance >= 0) & (distance < size)
         sink_S = torch.arange(sinks, device=device)
         seen = torch.cat([sink_S <= query_at_NL1, seen], -1) | (query_NL >= length_N1)[..., None]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from hylo_megatron.kernels import window_cache
 from hylo_megatron.kernels.window import sequence_attention
 from hylo_megatron.kernels.window_cache import ChunkPlan, TokenPlan
 
@@ -32,8 +33,10 @@ def served(plan, cache, parts: list[list[torch.Tensor]]) -> torch.Tensor:
     return plan.attend(q, far, torch.cat([k, v], -1), cache)
 
 
+@pytest.mark.parametrize("queries", [3, 256])
 @pytest.mark.parametrize("size, sinks", SIZES)
-def test_chunks_and_tokens_of_several_requests(size, sinks):
+def test_chunks_and_tokens_of_several_requests(size, sinks, queries, monkeypatch):
+    monkeypatch.setattr(window_cache, "QUERIES", queries)
     given, window, done = sequences(), {"size": size, "sinks": sinks}, dict.fromkeys(LENGTHS, 0)
     want = {slot: sequence_attention(*(x[None] for x in parts), window)[0] for slot, parts in given.items()}
     page = torch.full((SLOTS, 7 + GROUPS * (sinks + size) * 2 * DIM), torch.nan, dtype=torch.double)

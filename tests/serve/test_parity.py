@@ -117,7 +117,7 @@ def test_a_folder_that_is_not_whole_is_refused(tmp_path):
 @pytest.mark.parallel
 @pytest.mark.parametrize("size", ["tensor_parallel_size", "pipeline_parallel_size"])
 def test_two_ranks_serve_what_one_does(size, tmp_path):
-    folder = write_folder(tmp_path / "ranks", "llama-1b", "gdn")
+    folder = write_folder(tmp_path / "ranks", "llama-1b", "gdn", linear_rope=True, **WINDOW)
     prompts = [prompt(length, i) for i, length in enumerate(LENGTHS)]
     env = {**ON_GPU, "VLLM_CPU_OMP_THREADS_BIND": f"0|{min(1, os.cpu_count() - 1)}"}
     got = generate(tmp_path, folder, prompts, 8, env, dtype="float32", max_model_len=1024, max_num_seqs=8,
