@@ -57,7 +57,8 @@ class Angles(NamedTuple):
     """What the layers of exported models read of positions, fp32. None: the model has no such setting.
 
     ``cos`` and ``sin`` rotate queries and keys of MLA, and ``scale`` multiplies its queries. ``linear_cos`` and
-    ``linear_sin`` rotate queries and keys of linear layers.
+    ``linear_sin`` rotate queries and keys of linear layers. ``window`` is for the windows beside them in vLLM
+    (``Positions`` of ``mixers/vllm_window.py``).
     """
 
     cos: Tensor | None
@@ -65,6 +66,7 @@ class Angles(NamedTuple):
     scale: Tensor | None
     linear_cos: Tensor | None = None
     linear_sin: Tensor | None = None
+    window: tuple[Tensor, ...] | None = None
 
 
 def query_scale(positions: Tensor, log_scale: LogScale) -> Tensor:

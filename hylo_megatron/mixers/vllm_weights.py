@@ -30,7 +30,7 @@ class Rule:
     """
 
     name: str | None = None
-    part: int | None = None
+    part: int | str | None = None
     pad: Callable[[Tensor, Sizes], Tensor] | None = None
 
 

@@ -47,6 +47,20 @@ def table(arch: Architecture, kind: str) -> list[Mapping]:
     return [*copied, copy(f"{holder}.{GATE}", f"{HF}mixer.{GATE}")]
 
 
+def key_heads(heads: int, ranks: int) -> int:
+    """Return the key heads of a window on one tensor-parallel rank in vLLM, which repeats heads that are too few."""
+    return max(1, heads // ranks)
+
+
+def cached_values(arch: Architecture, ranks: int = 1) -> int:
+    """Return the values that the window of one linear layer caches of a request, on one tensor-parallel rank.
+
+    ``arch`` may be an exported model's configuration.
+    """
+    rows = sum(arch.window.values()) if arch.window else 0
+    return 2 * rows * key_heads(arch.num_key_value_heads, ranks) * arch.head_dim
+
+
 def mixing(arch: Architecture, length: int) -> int:
     """Return the FLOPs of a token in all windows beside products with weights: scores and values of seen tokens."""
     seen = min(sum(arch.window.values()), length // 2) if arch.window else 0

@@ -29,6 +29,7 @@ from hylo_megatron.errors import HyLoError
 from hylo_megatron.flags import Parser, command_line, count, flag_among, names_of, positive, share, size, weight
 from hylo_megatron.flags import given as given_flags
 from hylo_megatron.json_file import read_json
+from hylo_megatron.mixers.window import cached_values
 from hylo_megatron.planner.pages import Pages, expanded_bytes, pages, row_bytes, state_bytes
 from hylo_megatron.planner.recipe_command import add_recipe_flags, print_layouts
 from hylo_megatron.planner.training import Peak, PlannedRun, peaks
@@ -64,9 +65,10 @@ def rows(arch: Architecture, known) -> list[tuple[str, str]]:
         served = serve(arch.geometry, set(arch.plan), heads, arch.mla_qk_norm, on_gpu=True)
         found += [("as served", note) for note in served.notes]
         itemsize = 4 if known.state_dtype == "float32" else 2
-        layout = pages(served, arch.plan, heads, state_itemsize=itemsize, tp=known.tp)
+        sizes = dict(state_itemsize=itemsize, tp=known.tp, window=cached_values(arch, known.tp))
+        layout = pages(served, arch.plan, heads, **sizes)
         row = row_bytes(served, heads, tp=known.tp) * layout.layers[0]
-        states = state_bytes(served, arch.linear_kind, state_itemsize=itemsize, tp=known.tp) * layout.layers[1]
+        states = state_bytes(served, arch.linear_kind, **sizes) * layout.layers[1]
         space = max(known.requests * layout.block, 64 * 1024) * expanded_bytes(served, heads, tp=known.tp)
         found += [("states of a request", f"{states / 2**20:.1f} MiB"),
                   ("work space", f"{space / GIB:.2f} GiB for {known.requests} requests at once")]  # fmt: skip
@@ -74,13 +76,15 @@ def rows(arch: Architecture, known) -> list[tuple[str, str]]:
     else:
         row = arch.kv_bytes_per_token() // known.tp
         layout = Pages(16, 16 * row // arch.num_layers, (arch.num_layers, 0))
-    if windows := arch.window_bytes():
-        each = arch.as_teacher().kv_bytes_per_token()
+    if arch.window:
+        windows = 2 * sizes["window"] * layout.layers[1]
+        share = windows * known.tp / arch.as_teacher().kv_bytes_per_token()
         found.append(
-            ("windows of a request",
-             f"{windows / known.tp / 2**20:.1f} MiB, as {windows / each:,.0f} tokens of the base model; vLLM does not"
-             " serve them, and the figures below leave them out")
-        )  # fmt: skip
+            (
+                "windows of a request",
+                f"{windows / 2**20:.1f} MiB of its states, as {share:,.0f} tokens of the base model",
+            )
+        )
     found += [("cache of a token", f"{row:,} bytes"), ("block", f"{layout.block:,} tokens"),
               ("left for caches", f"{budget / GIB:.1f} GiB")]  # fmt: skip
     for length in LENGTHS:

@@ -42,11 +42,16 @@ class Pages:
         return max(0, cache_bytes // self.block_bytes - 1) // self.blocks(tokens)
 
 
-def state_bytes(served: Served, linear: str, itemsize: int = 2, state_itemsize: int = 4, tp: int = 1) -> int:
-    """Return bytes of one linear layer's state of one request on one rank."""
+def state_bytes(
+    served: Served, linear: str, itemsize: int = 2, state_itemsize: int = 4, tp: int = 1, window: int = 0
+) -> int:
+    """Return bytes of one linear layer's state of one request on one rank.
+
+    ``window``: values that a window beside the layer keeps there (``mixers/window.py:cached_values``).
+    """
     entry = MIXERS[linear]
-    window, state = entry.part("memory").state(entry.dimensions(served.geometry))
-    return (window * itemsize + state * state_itemsize) // tp
+    conv, state = entry.part("memory").state(entry.dimensions(served.geometry))
+    return (conv * itemsize + state * state_itemsize) // tp + window * itemsize
 
 
 def row_bytes(served: Served, heads: int, itemsize: int = 2, tp: int = 1) -> int:
@@ -56,13 +61,13 @@ def row_bytes(served: Served, heads: int, itemsize: int = 2, tp: int = 1) -> int
     )
 
 
-def pages(served: Served, plan: tuple[str, ...], heads: int, itemsize=2, state_itemsize=4, tp=1) -> Pages:
-    """Return the pages that vLLM makes for the layers of ``plan``."""
+def pages(served: Served, plan: tuple[str, ...], heads: int, itemsize=2, state_itemsize=4, tp=1, window=0) -> Pages:
+    """Return the pages that vLLM makes for the layers of ``plan``. ``window`` is that of ``state_bytes``."""
     row = row_bytes(served, heads, itemsize, tp)
     linear = [kind for kind in plan if MIXERS[kind].linear]
     block = ALIGNMENT
     if linear:
-        state = state_bytes(served, linear[0], itemsize, state_itemsize, tp)
+        state = state_bytes(served, linear[0], itemsize, state_itemsize, tp, window)
         block = ALIGNMENT * -(-state // (ALIGNMENT * row))
     return Pages(block, block * row, (len(plan) - len(linear), len(linear)))
 

@@ -51,8 +51,8 @@ def read_prompts(options: argparse.Namespace, teller: Teller) -> tuple[Prompts, 
 
 
 def unserved(config) -> bool:
-    """Return whether vLLM refuses the hybrid (``serve/config.py``): one with a window, or rotated linear layers."""
-    return bool(config.window) or config.linear_rope and torch.cuda.is_available()
+    """Return whether vLLM refuses the hybrid (``serve/config.py``)."""
+    return config.linear_rope and config.linear_type == "kda" and torch.cuda.is_available()
 
 
 def engine_of(options: argparse.Namespace, config) -> str:

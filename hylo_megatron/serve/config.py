@@ -12,6 +12,7 @@ from hylo_megatron.hf.config_values import described
 from hylo_megatron.hf.configuration_hylo import HyLoConfig
 from hylo_megatron.mixers import CACHED, MIXERS
 from hylo_megatron.mixers.dimensions import geometry_to_config
+from hylo_megatron.mixers.window import cached_values
 from hylo_megatron.planner.pages import expanded_bytes, pages
 from hylo_megatron.serve.geometry import Served, serve
 
@@ -100,9 +101,10 @@ class EngineSettings(VerifyAndUpdateConfig):
 def refuse(vllm_config) -> None:
     """Raise ``HyLoError`` for options with which a hybrid would start, and then ignore them or give wrong tokens."""
     model, dtype = vllm_config.model_config, vllm_config.cache_config.cache_dtype
+    hybrid = model.hf_config
     weights = ONLINE_FP8[-1:] if current_platform.is_cpu() else ONLINE_FP8
     draft, lora = vllm_config.speculative_config, vllm_config.lora_config
-    quantised = getattr(model.hf_config, "quantization_config", None)
+    quantised = getattr(hybrid, "quantization_config", None)
     split = vllm_config.parallel_config.decode_context_parallel_size > 1
     refused = (
         ("--speculative-config", draft, "rejected drafts would stay in the recurrent states; leave it out"),
@@ -114,11 +116,8 @@ def refuse(vllm_config) -> None:
          f"expected {' or '.join(weights)}, with which vLLM quantises an exported folder while it loads"),
         ("--decode-context-parallel-size", split,
          "recurrent states cannot be split by position; use --tensor-parallel-size"),
-        ("linear_rope in config.json", model.hf_config.linear_rope and on_gpu(),
-         "vLLM's kernels for a GPU convolve and scan in one step, without a rotation between; use transformers, or"
-         " train without --linear-rope"),
-        ("window in config.json", model.hf_config.window,
-         "vLLM's linear layers have no cache of last tokens; use transformers, or train without --window"),
+        ("linear_rope in config.json", hybrid.linear_rope and hybrid.linear_type == "kda" and on_gpu(),
+         "vLLM's Kimi Delta Attention has no place for a rotation on a GPU; use transformers, or Gated DeltaNet"),
         (f"--kv-cache-dtype {dtype}", current_platform.is_cpu() and dtype not in CPU_CACHES,
          f"a CPU keeps {', '.join(CPU_CACHES)}; leave it out"),
     )  # fmt: skip
@@ -136,7 +135,8 @@ def limit_requests(vllm_config) -> None:
     config, scheduler = vllm_config.model_config.hf_config, vllm_config.scheduler_config
     tp, state = vllm_config.parallel_config.tensor_parallel_size, vllm_config.cache_config.mamba_ssm_cache_dtype
     heads, runs = config.num_attention_heads, Served(config.geometry())
-    block = pages(runs, tuple(config.mixers), heads, state_itemsize=4 if state == "float32" else 2, tp=tp).block
+    sizes = dict(state_itemsize=4 if state == "float32" else 2, tp=tp, window=cached_values(config, tp))
+    block = pages(runs, tuple(config.mixers), heads, **sizes).block
     each = block * expanded_bytes(runs, heads, tp=tp)
     fits = max(1, WORKSPACE // each)
     if scheduler.max_num_seqs > fits:

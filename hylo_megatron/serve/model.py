@@ -29,6 +29,7 @@ from hylo_megatron.errors import HyLoError
 from hylo_megatron.kernels.rope import Angles
 from hylo_megatron.mixers import CACHED, MIXERS, Mixer
 from hylo_megatron.mixers.serving import trained_geometry
+from hylo_megatron.mixers.vllm_window import places
 from hylo_megatron.serve.config import refuse
 from hylo_megatron.serve.weights import Padding, check_parts, fits, served_weights
 
@@ -39,6 +40,8 @@ class HyLoDecoderLayer(nn.Module):
         entry = MIXERS[config.mixers[int(prefix.rsplit(".", 1)[1])]]
         self.mixer_name = entry.module
         layer = entry.part("vllm_module").LAYER(config, vllm_config, f"{prefix}.{entry.module}")
+        if config.window and entry.linear:
+            layer.add_window(config, vllm_config)
         setattr(self, entry.module, layer)
         sizes, quant = (config.hidden_size, config.intermediate_size), vllm_config.quant_config
         self.mlp = LlamaMLP(*sizes, config.hidden_act, quant_config=quant, prefix=f"{prefix}.mlp")
@@ -50,7 +53,10 @@ class HyLoDecoderLayer(nn.Module):
             normed, residual_TD = self.input_layernorm(hidden_TD), hidden_TD
         else:
             normed, residual_TD = self.input_layernorm(hidden_TD, residual_TD)
-        mixed = getattr(self, self.mixer_name).mix(normed, angles)
+        mixer = getattr(self, self.mixer_name)
+        mixed = mixer.mix(normed, angles)
+        if angles.window is not None and self.mixer_name == "mixer":
+            mixed = mixed + mixer.window(normed, angles)
         normed, residual_TD = self.post_attention_layernorm(mixed, residual_TD)
         return self.mlp(normed), residual_TD
 
@@ -135,17 +141,23 @@ class HyLoForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
     def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig):
         cache = vllm_config.cache_config
         types = cache.mamba_cache_dtype, cache.mamba_ssm_cache_dtype
-        return _linear(vllm_config).part("vllm_module").state_dtypes(vllm_config.model_config.dtype, *types)
+        found = _linear(vllm_config).part("vllm_module").state_dtypes(vllm_config.model_config.dtype, *types)
+        return (*found, found[0]) if vllm_config.model_config.hf_config.window else found
 
     @classmethod
     def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig):
         entry, tp = _linear(vllm_config), vllm_config.parallel_config.tensor_parallel_size
-        dimensions = entry.dimensions(vllm_config.model_config.hf_config.geometry())
-        return entry.part("vllm_module").state_shapes(tp, dimensions)
+        config = vllm_config.model_config.hf_config
+        found = entry.part("vllm_module").state_shapes(tp, entry.dimensions(config.geometry()))
+        return (*found, places(config, tp)) if config.window else found
 
-    @classmethod
-    def get_mamba_state_copy_func(cls):
-        return MambaStateCopyFuncCalculator.mamba2_state_copy_func()  # each linear mixer has a window and a state
+    def get_mamba_state_copy_func(self):
+        """Return how prefix caching copies each state. vLLM declares a class method, and asks the model itself."""
+        copies = MambaStateCopyFuncCalculator.mamba2_state_copy_func()  # those of a convolution and of a recurrence
+        return (*copies, copies[1]) if self.config.window else copies
+
+    def get_mamba_state_copy_funcs(self, mamba_types):
+        return dict.fromkeys(mamba_types, self.get_mamba_state_copy_func())
 
     # ---- running ----
 

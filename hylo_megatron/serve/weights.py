@@ -9,7 +9,7 @@ from torch import Tensor
 from hylo_megatron.config import Geometry
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.mixers import MIXERS
-from hylo_megatron.mixers.vllm_weights import Rule, Sizes
+from hylo_megatron.mixers.vllm_weights import Rule, Sizes, same
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,12 +34,21 @@ _LAYER = {
     "input_layernorm.weight": Rule(),
     "post_attention_layernorm.weight": Rule(),
 }
+# Of a window beside a linear block.
+_WINDOW = {
+    **{
+        f"mixer.window.{part}_proj.{kind}": Rule(f"mixer.window.qkv_proj.{kind}", part)
+        for part in "qkv"
+        for kind in ("weight", "bias")
+    },
+    **same(*(f"window.{name}.weight" for name in ("o_proj", "gate_proj", "q_norm", "k_norm"))),
+}
 _TOP = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
 
 
 def rules(kinds: Iterable[str]) -> dict[str, tuple[Rule, str]]:
     """Return the rule and the mixer of each name that a layer of one of ``kinds`` may have."""
-    found = {name: (rule, "") for name, rule in _LAYER.items()}
+    found = {name: (rule, "") for name, rule in (_LAYER | _WINDOW).items()}
     for kind in kinds:
         found |= {name: (rule, kind) for name, rule in MIXERS[kind].part("vllm_weights").RULES.items()}
     return found
@@ -47,7 +56,7 @@ def rules(kinds: Iterable[str]) -> dict[str, tuple[Rule, str]]:
 
 def served_weights(
     weights: Iterable[tuple[str, Tensor]], padding: Padding
-) -> Iterator[tuple[str, Tensor, int | None]]:
+) -> Iterator[tuple[str, Tensor, int | str | None]]:
     """Yield ``(name in vLLM, tensor, part)`` for each ``(exported name, tensor)``.
 
     ``part`` says which one of a merged parameter it is. Raises ``HyLoError`` for names that no rule has.
@@ -79,7 +88,7 @@ def fits(name: str, tensor: Tensor) -> Iterator[None]:
         ) from error
 
 
-def check_parts(loaded: set[tuple[str, int | None]], kinds: Iterable[str]) -> None:
+def check_parts(loaded: set[tuple[str, int | str | None]], kinds: Iterable[str]) -> None:
     """Raise ``HyLoError`` for a merged parameter in ``loaded`` of which a part is missing."""
     known = rules(kinds)
     for prefix, target in sorted({_parts(name) for name, part in loaded if part is not None}):

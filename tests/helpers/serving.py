@@ -61,7 +61,7 @@ def write_folder(
     model = HyLoForCausalLM(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() == 1 and name.endswith("weight"):
+            if parameter.dim() == 1 and name.endswith(("weight", "_proj.bias")):
                 parameter.add_(0.2 * torch.randn(parameter.shape))
     model.to(dtype).save_pretrained(folder)
     return folder

@@ -326,12 +326,12 @@ def test_a_student_that_vllm_refuses_is_left_to_transformers(monkeypatch):
     monkeypatch.setattr(command.packages, "require", lambda *_: None)
     options = argparse.Namespace(engine="auto", length=LENGTH, teacher="x")
 
-    def chosen(gpu: bool, **changes) -> str:
+    def chosen(gpu: bool, kind: str = "gdn", **changes) -> str:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-        return command.engine_of(options, tiny_config(("mla", "gdn"), **changes))
+        return command.engine_of(options, tiny_config(("mla", kind), **changes))
 
-    assert chosen(True) == chosen(False, linear_rope=True) == "vllm"
-    assert chosen(False, window=tiny.WINDOW) == chosen(True, linear_rope=True) == "transformers"
+    assert chosen(True, window=tiny.WINDOW, linear_rope=True) == chosen(False, "kda", linear_rope=True) == "vllm"
+    assert chosen(True, "kda", linear_rope=True) == "transformers"
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,10 @@
 
 ``PYTHONPATH=.:tests python tests/serve/parity_gpu.py WORK [CASE ...] [--engine JSON]``
 
-CASE: the folder of an exported model, or geometry:linear[:norms] for random weights. For each the share of 64 x 64
-greedy tokens that are transformers' (fp32, same rounded weights; and bf16), or within 1e-3 of it in log probability,
-and that share for transformers' own bf16: close calls any bf16 loses, and random weights have many.
+CASE: the folder of an exported model, or geometry:linear[:WORD ...] for random weights with settings that ``WORDS``
+has: norms, rope, nope, window. For each the share of 64 x 64 greedy tokens that are transformers' (fp32, same rounded
+weights; and bf16), or within 1e-3 of it in log probability, and that share for transformers' own bf16: close calls any
+bf16 loses, and random weights have many.
 """
 
 import argparse
@@ -27,6 +28,10 @@ TOKENS, TIE = 64, 1e-3
 # Heads as the native geometry has them for 128-wide attention: FlashInfer's kernel for prompts takes these.
 GEOMETRIES["native-128"] = replace(GEOMETRIES["native"], gdn=GDNGeometry(3, 6, 128, 128),
                                    kda=KDAGeometry(6, 128))  # fmt: skip
+WORDS = {
+    "norms": dict(qk_norm=True), "rope": dict(linear_rope=True), "nope": dict(mla_rope=False),
+    "window": dict(window=dict(size=256, sinks=4), num_key_value_heads=2),
+}  # fmt: skip
 ENGINE = dict(dtype="bfloat16", max_num_seqs=16, max_num_batched_tokens=4096, gpu_memory_utilization=0.3,
               kv_cache_memory_bytes=8 << 30)  # fmt: skip
 
@@ -47,8 +52,9 @@ def text_prompts(folder: Path, longest: int) -> list[list[int]]:
 
 
 def random_case(work: Path, case: str) -> tuple[Path, list[list[int]]]:
-    geometry, linear, *norms = case.split(":")
-    folder = write_folder(work / case.replace(":", "-"), geometry, linear, bool(norms), torch.bfloat16)
+    geometry, linear, *words = case.split(":")
+    settings = {name: value for word in words for name, value in WORDS[word].items()}
+    folder = write_folder(work / case.replace(":", "-"), geometry, linear, dtype=torch.bfloat16, **settings)
     return folder, [prompt(length, i) for i, length in enumerate(LENGTHS)]
 
 

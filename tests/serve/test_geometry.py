@@ -5,13 +5,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers import tiny
 
 from hylo_megatron.config import GDNGeometry, Geometry, Mamba2Geometry, MLAGeometry, geometry_preset
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.kernels.rope import rotate
 from hylo_megatron.mixers.mla import vllm_weights
 from hylo_megatron.mixers.vllm_weights import conv_loader, pad, spread
-from hylo_megatron.planner.pages import Pages, expanded_bytes, pages
+from hylo_megatron.mixers.window import cached_values
+from hylo_megatron.planner.pages import Pages, expanded_bytes, pages, state_bytes
 from hylo_megatron.serve.geometry import serve
 from hylo_megatron.serve.weights import Padding, check_parts, served_weights
 
@@ -111,6 +113,7 @@ def test_every_tensor_finds_its_place_or_is_an_error():
     ("gdn", ("mixer.b_proj", "mixer.a_proj")),
     ("gdn", tuple(f"mixer.{part}_conv1d" for part in "qkv")),
     ("kda", tuple(f"mixer.{part}_proj" for part in ("q", "k", "v", "b", "f_a"))),
+    ("gdn", tuple(f"mixer.window.{part}_proj" for part in "qkv")),
 ])  # fmt: skip
 def test_a_parameter_of_several_tensors_needs_them_all(linear, merged):
     kinds = frozenset(("mla", linear))
@@ -135,3 +138,14 @@ def test_pages_are_those_that_vllm_reported():
     assert [Pages(16, 1, layers).group for layers in ((6, 22), (12, 16), (14, 14), (4, 0))] == [6, 16, 14, 4]
     asked = 1024 * found.block * expanded_bytes(served, 24)
     assert round(asked / 2**30, 2) == 33.19
+
+
+def test_a_window_is_a_part_of_each_linear_layers_state():
+    arch = replace(tiny.hybrid("gdn"), window={"size": 256, "sinks": 4})
+    values, layers = cached_values(arch), sum(kind == "gdn" for kind in arch.plan)
+    assert 2 * values * layers == arch.window_bytes()
+    served = serve(geometry_preset("native", 3072, 24, 128), {"mla", "gdn"}, 24, False, on_gpu=True)
+    plan = ("mla",) * 6 + ("gdn",) * 22
+    plain, wide = (pages(served, plan, 24, window=window) for window in (0, values))
+    assert state_bytes(served, "gdn", window=values) == state_bytes(served, "gdn") + 2 * values
+    assert plain.page_bytes < state_bytes(served, "gdn", window=values) <= wide.page_bytes

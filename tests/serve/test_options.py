@@ -7,9 +7,13 @@ import pytest
 import torch
 from helpers.serving import write_folder
 from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.kv_cache_interface import MambaSpec
 
 from hylo_megatron.errors import HyLoError
+from hylo_megatron.mixers.window import cached_values
+from hylo_megatron.planner.pages import state_bytes
 from hylo_megatron.serve import config as plugin
+from hylo_megatron.serve.geometry import Served
 from hylo_megatron.serve.model import HyLoForCausalLM
 
 
@@ -69,18 +73,53 @@ def test_on_a_gpu_vllms_fp8_methods_are_let_through(folder, monkeypatch):
         plugin.refuse(given)
 
 
-@pytest.mark.parametrize("field, value, advises", [
-    ("quantization_config", dict(quant_method="fp8", activation_scheme="dynamic"), "export the model unquantised"),
-    ("window", dict(size=8, sinks=2), "vLLM's linear layers have no cache of last tokens"),
-])  # fmt: skip
-def test_a_folder_that_vllm_cannot_serve_is_refused(folder, tmp_path, field, value, advises):
+def changed(folder, to, **fields):
     for file in folder.iterdir():
-        (tmp_path / file.name).symlink_to(file)
+        (to / file.name).symlink_to(file)
     config = json.loads((folder / "config.json").read_text())
-    (tmp_path / "config.json").unlink()
-    (tmp_path / "config.json").write_text(json.dumps(config | {field: value}))
-    with pytest.raises(HyLoError, match=f"{field} in config.json: .* {advises}"):
-        configure(tmp_path)
+    (to / "config.json").unlink()
+    (to / "config.json").write_text(json.dumps(config | fields))
+    return to
+
+
+def test_a_folder_that_vllm_cannot_serve_is_refused(folder, tmp_path):
+    field = {"quantization_config": dict(quant_method="fp8", activation_scheme="dynamic")}
+    with pytest.raises(HyLoError, match="quantization_config in config.json: .* export the model unquantised"):
+        configure(changed(folder, tmp_path, **field))
+
+
+@pytest.mark.parametrize("kind, device, refused", [("gdn", "gpu", False), ("kda", "gpu", True), ("kda", "cpu", False)])
+def test_kimis_rotation_is_refused_on_a_gpu_only(folder, tmp_path, monkeypatch, kind, device, refused):
+    monkeypatch.setenv("HYLO_SERVE_GEOMETRY", device)
+    model = changed(folder, tmp_path, mixers=["mla", kind, "mla", kind, "mla"], linear_rope=True)
+    if refused:
+        with pytest.raises(HyLoError, match="linear_rope in config.json: .* Kimi Delta Attention has no place"):
+            configure(model)
+    else:
+        configure(model)
+
+
+@pytest.mark.parametrize("kind", ["gdn", "kda", "mamba2"])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_states_take_the_bytes_that_the_planner_counts(folder, tmp_path, kind, ranks):
+    """With a window; four ranks have a copy each of the two key heads."""
+    size = dict(
+        window=dict(size=24, sinks=3), num_key_value_heads=2, kda_num_heads=4, mixers=["mla", kind, "mla", kind, "mla"]
+    )
+    config = configure(changed(folder, tmp_path, **size))
+    config.cache_config.mamba_ssm_cache_dtype = "float32"
+    hybrid, parallel = config.model_config.hf_config, SimpleNamespace(tensor_parallel_size=ranks)
+    given = SimpleNamespace(
+        model_config=config.model_config, cache_config=config.cache_config, parallel_config=parallel
+    )
+    made = MambaSpec(
+        shapes=HyLoForCausalLM.get_mamba_state_shape_from_config(given),
+        dtypes=HyLoForCausalLM.get_mamba_state_dtype_from_config(given), block_size=16,
+    )  # fmt: skip
+    counted = state_bytes(Served(hybrid.geometry()), kind, tp=ranks, window=cached_values(hybrid, ranks))
+    assert made.page_size_bytes == counted
+    copies = HyLoForCausalLM.get_mamba_state_copy_func(SimpleNamespace(config=hybrid))
+    assert len(copies) == len(made.shapes) == 3 and copies[1] is copies[2]
 
 
 def test_single_tensors_are_refused_once_weights_are_quantised():

@@ -22,11 +22,12 @@ CASES = [  # geometry, linear blocks, norms on queries and keys, whose kernels' 
     ("qwen3-1.7b", "mamba2", False, "gpu"),
 ]
 
-POSITIONS = [  # geometry, linear blocks, norms on queries and keys, whose kernels' geometry, rotation in linear blocks
-    ("native", "gdn", False, "cpu", True),
-    ("native", "kda", False, "cpu", True),
-    ("split", "gdn", False, "gpu", False),
-    ("qwen3-1.7b", "gdn", True, "gpu", False),
+WINDOW = dict(window=dict(size=24, sinks=3), num_key_value_heads=2)
+POSITIONS = [  # geometry, linear blocks, norms on queries and keys, whose kernels, settings, and those of the engine
+    ("native", "gdn", False, "cpu", WINDOW | dict(linear_rope=True, attention_bias=True), {}),
+    ("native", "kda", False, "cpu", WINDOW | dict(linear_rope=True, base_qk_norm=True), {}),
+    ("split", "gdn", False, "gpu", dict(linear_rope=True), {}),
+    ("qwen3-1.7b", "gdn", True, "gpu", WINDOW, dict(enable_chunked_prefill=True, max_num_batched_tokens=48)),
 ]
 
 
@@ -58,6 +59,7 @@ def check_scores(folder, scored: dict, given: list[int]) -> None:
 def test_every_geometry_is_served_exactly(geometry, linear, qk_norm, device, tmp_path):
     changes = {"linear_norm_eps": 1e-2, "kda_norm_eps": 1e-2} if geometry in ("native", "qwen3-1.7b") else {}
     changes |= {"tie_word_embeddings": geometry == "llama-3b"}
+    changes |= WINDOW if (geometry, linear) == ("qwen3-1.7b", "mamba2") else {}
     folder = write_folder(tmp_path / f"{geometry}-{linear}", geometry, linear, qk_norm, **changes)
     other = write_folder(tmp_path / "other", geometry, linear, qk_norm, seed=1, **changes)
     prompts = [prompt(length, i) for i, length in enumerate(LENGTHS)]
@@ -78,17 +80,16 @@ def test_every_geometry_is_served_exactly(geometry, linear, qk_norm, device, tmp
     assert ("keeps them expanded" in got["log"]) == qk_norm
 
 
-@pytest.mark.parametrize("geometry, linear, qk_norm, device, linear_rope", POSITIONS)
-def test_settings_of_positions_are_served_exactly(geometry, linear, qk_norm, device, linear_rope, tmp_path):
-    settings = dict(mla_rope=False, log_scale={"base": 9.0, "length": 20}, linear_rope=linear_rope)
+@pytest.mark.parametrize("geometry, linear, qk_norm, device, settings, engine", POSITIONS)
+def test_settings_of_positions_are_served_exactly(geometry, linear, qk_norm, device, settings, engine, tmp_path):
+    """More requests than run at once, some in chunks, and all of them again from caches of NaN."""
+    settings = dict(mla_rope=False, log_scale={"base": 9.0, "length": 20}) | settings
     folder = write_folder(tmp_path / "model", geometry, linear, qk_norm, **settings)
     prompts = [prompt(length, i) for i, length in enumerate(LENGTHS)]
-    env = ON_GPU if device == "gpu" else {}
-    sizes = dict(dtype="float32", max_model_len=1024, max_num_seqs=8)
-    check(folder, generate(tmp_path, folder, prompts, 8, env, **sizes)["answers"], prompts, 1e-4)
-    if linear_rope:
-        refused = start(tmp_path, folder, prompts, 1, ON_GPU, **sizes)
-        assert "linear_rope in config.json: not supported for a hybrid" in refused.stdout + refused.stderr
+    env, sizes = ON_GPU if device == "gpu" else {}, dict(dtype="float32", max_model_len=1024, max_num_seqs=3) | engine
+    got = generate(tmp_path, folder, prompts, 8, env, poison=True, **sizes)
+    check(folder, got["answers"], prompts, 1e-4)
+    assert got["again"] == got["answers"]
 
 
 def test_one_token_to_twenty_thousand_and_no_state_leaks(tmp_path):
@@ -116,7 +117,7 @@ def test_a_folder_that_is_not_whole_is_refused(tmp_path):
 @pytest.mark.parallel
 @pytest.mark.parametrize("size", ["tensor_parallel_size", "pipeline_parallel_size"])
 def test_two_ranks_serve_what_one_does(size, tmp_path):
-    folder = write_folder(tmp_path / "ranks", "llama-1b", "gdn")
+    folder = write_folder(tmp_path / "ranks", "llama-1b", "gdn", linear_rope=True, **WINDOW)
     prompts = [prompt(length, i) for i, length in enumerate(LENGTHS)]
     env = {**ON_GPU, "VLLM_CPU_OMP_THREADS_BIND": f"0|{min(1, os.cpu_count() - 1)}"}
     got = generate(tmp_path, folder, prompts, 8, env, dtype="float32", max_model_len=1024, max_num_seqs=8,

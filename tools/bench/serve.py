@@ -20,6 +20,7 @@ from pathlib import Path
 from hylo_megatron.config import Architecture, Plan, geometry_preset
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.flags import command_line
+from hylo_megatron.mixers.window import cached_values
 from hylo_megatron.planner.pages import state_bytes
 from hylo_megatron.serve.geometry import serve
 
@@ -122,12 +123,12 @@ def floors(arch: Architecture, length: int, rate: dict) -> dict:
 
 
 def states(arch: Architecture) -> int:
-    """Return the bytes of a request's recurrent states, in fp32."""
+    """Return the bytes of a request's recurrent states, in fp32, with its windows, in bf16."""
     if not arch.is_hybrid:
         return 0
     served = serve(arch.geometry, set(arch.plan), arch.num_attention_heads, arch.mla_qk_norm, on_gpu=True)
     linear = sum(kind not in ("mla", "attention") for kind in arch.plan)
-    return linear * state_bytes(served, arch.linear_kind, state_itemsize=4)
+    return linear * state_bytes(served, arch.linear_kind, state_itemsize=4, window=cached_values(arch))
 
 
 def measure(folder: Path, spec: dict, limit: float) -> tuple[list[dict], str]:

@@ -10,12 +10,14 @@ from hylo_megatron.kernels import log_decay
 from hylo_megatron.kernels.rope import Angles
 from hylo_megatron.mixers.gdn import MIXER
 from hylo_megatron.mixers.gdn.geometry import GDNGeometry
+from hylo_megatron.mixers.gdn.vllm_rotation import RotatedQueriesAndKeys
 from hylo_megatron.mixers.serving import trained_geometry
 from hylo_megatron.mixers.vllm_states import GDNBackend
 from hylo_megatron.mixers.vllm_weights import conv_loader, keep_fp32
+from hylo_megatron.mixers.vllm_window import WithWindow
 
 
-class HyLoGatedDeltaNet(QwenGatedDeltaNetAttention):
+class HyLoGatedDeltaNet(WithWindow, RotatedQueriesAndKeys, QwenGatedDeltaNetAttention):
     """Norm and gate span the trained value heads, also where the kernel runs several in the place of one."""
 
     def __init__(self, config, vllm_config, prefix: str):
@@ -29,6 +31,8 @@ class HyLoGatedDeltaNet(QwenGatedDeltaNetAttention):
             self.layer_norm_epsilon = eps  # vLLM's fused norm reads it
             device = current_platform.current_device()
             self.norm = RMSNormGated(self.norm_dim, eps=eps, group_size=None, norm_before_gate=True, device=device)
+        if config.linear_rope and not current_platform.is_cpu():
+            self.rotate(vllm_config)
 
     def get_attn_backend(self):
         return GDNBackend
@@ -36,6 +40,8 @@ class HyLoGatedDeltaNet(QwenGatedDeltaNetAttention):
     def mix(self, hidden_TD: Tensor, angles: Angles) -> Tensor:
         if current_platform.is_cpu():
             return self._forward_plain(hidden_TD, angles)
+        if self.rotates:
+            return self.forward_rotated(hidden_TD, angles.linear_cos, angles.linear_sin)
         return self(hidden_TD)
 
     def _output_projection(self, core_attn_out: Tensor, z: Tensor) -> Tensor:

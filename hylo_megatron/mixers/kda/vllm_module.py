@@ -15,6 +15,7 @@ from hylo_megatron.kernels.rope import Angles
 from hylo_megatron.mixers.kda.geometry import KDAGeometry
 from hylo_megatron.mixers.vllm_states import GDNBackend
 from hylo_megatron.mixers.vllm_weights import conv_loader
+from hylo_megatron.mixers.vllm_window import WithWindow
 
 try:
     from vllm.model_executor.layers.mamba.gdn.kimi_gdn_linear_attn import KimiGatedDeltaNetAttention
@@ -25,7 +26,7 @@ except ImportError as error:
 OP = "hylo_kimi_delta_attention"
 
 
-class HyLoKimiDeltaAttention(KimiGatedDeltaNetAttention):
+class HyLoKimiDeltaAttention(WithWindow, KimiGatedDeltaNetAttention):
     """vLLM's layer with our eps of the norm, in a model that is compiled.
 
     Kimi Linear is not compiled. A compiled model needs what reads vLLM's metadata, ``_forward``, in an operator at
@@ -70,7 +71,12 @@ class HyLoKimiDeltaAttention(KimiGatedDeltaNetAttention):
 
 def _run(qkv: Tensor, decay: Tensor, gate: Tensor, beta: Tensor, out: Tensor, layer: str) -> None:
     layer = get_forward_context().no_compile_layers[layer]
-    KimiGatedDeltaNetAttention._forward(layer, mixed_qkv=qkv, g1=decay, g2=gate, beta=beta, core_attn_out=out)
+    states = getattr(layer, "kv_cache", ())
+    layer.kv_cache = states[:2]  # vLLM's function expects no window's places behind its two
+    try:
+        KimiGatedDeltaNetAttention._forward(layer, mixed_qkv=qkv, g1=decay, g2=gate, beta=beta, core_attn_out=out)
+    finally:
+        layer.kv_cache = states
 
 
 def _fake(qkv: Tensor, decay: Tensor, gate: Tensor, beta: Tensor, out: Tensor, layer: str) -> None:

@@ -10,11 +10,12 @@ from hylo_megatron.mixers.mamba2 import MIXER
 from hylo_megatron.mixers.mamba2.geometry import NORM_EPS, Mamba2Geometry
 from hylo_megatron.mixers.vllm_states import Mamba2Backend
 from hylo_megatron.mixers.vllm_weights import keep_fp32
+from hylo_megatron.mixers.vllm_window import WithWindow
 
 VLLM_NAMES = {"A_log": "A"}
 
 
-class HyLoMamba2(MambaMixer2):
+class HyLoMamba2(WithWindow, MambaMixer2):
     """vLLM's Mamba-2 with ``dt_bias`` and ``D`` in fp32."""
 
     def __init__(self, config, vllm_config, prefix: str):

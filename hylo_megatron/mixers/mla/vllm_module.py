@@ -12,8 +12,10 @@ from vllm.model_executor.layers.linear import ColumnParallelLinear, ReplicatedLi
 
 from hylo_megatron.config.positions import rotary_width
 from hylo_megatron.kernels.rope import Angles, cos_and_sin, query_scale, rope_frequencies, scaled, turn
+from hylo_megatron.kernels.window import far_positions
 from hylo_megatron.mixers.serving import trained_geometry
 from hylo_megatron.mixers.vllm_weights import pad
+from hylo_megatron.mixers.vllm_window import Positions
 
 
 class Rotation(nn.Module):
@@ -27,6 +29,9 @@ class Rotation(nn.Module):
         if self.linear_rope:
             width = rotary_width(config.linear_type, trained)
             self._keep("linear_frequencies", config, width, width // 2)
+        self.window = config.window
+        if self.window:
+            self._keep("window_frequencies", config, config.head_dim, config.head_dim // 2)
 
     def _keep(self, name: str, config, width: int, pairs: int) -> None:
         """Keep the frequencies of a head of ``width``, padded to ``pairs``, as a buffer."""
@@ -40,8 +45,14 @@ class Rotation(nn.Module):
         if self.rotates:
             mla = cos_and_sin(positions, self.frequencies, self.scaling)
         if self.linear_rope:
-            linear = cos_and_sin(positions, self.linear_frequencies, self.scaling)
-        return Angles(*mla, query_scale(positions, self.log_scale) if self.log_scale else None, *linear)
+            linear = cos_and_sin(positions, self.linear_frequencies, 1.0)  # a norm follows, or came before
+        scale = query_scale(positions, self.log_scale) if self.log_scale else None
+        return Angles(*mla, scale, *linear, self._window(positions) if self.window else None)
+
+    def _window(self, positions_T1: Tensor) -> Positions:
+        far_T1 = far_positions(positions_T1, self.window)
+        tables = (cos_and_sin(at, self.window_frequencies, self.scaling) for at in (positions_T1, far_T1))
+        return Positions(positions_T1.squeeze(1), *(table for pair in tables for table in pair))
 
 
 class HyLoMLA(nn.Module):

@@ -1,0 +1,183 @@
+"""The window beside a linear block in vLLM: its layer, and its keys and values among the block's states.
+
+A request's places (``kernels/window_cache.py``) are the last of the states that the block caches.
+
+Legend: T tokens of all requests, H this rank's query heads, G its key heads, K head dim, Y = 2 K, P = K / 2.
+"""
+
+from dataclasses import dataclass, replace
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from vllm.utils.torch_utils import direct_register_custom_op, get_dtype_size
+
+from hylo_megatron.kernels.rope import Angles, turn
+from hylo_megatron.kernels.window_cache import ChunkPlan, TokenPlan
+from hylo_megatron.mixers.window import key_heads
+
+OP = "hylo_window"
+
+
+class HyLoWindow(nn.Module):
+    """The base model's attention over the last tokens and the first ones; ``gate_proj`` gives each head a factor."""
+
+    def __init__(self, config, vllm_config, layer: str):
+        super().__init__()
+        ranks, quant, prefix = get_tensor_model_parallel_world_size(), vllm_config.quant_config, f"{layer}.window"
+        self.places = places(config, ranks)
+        self.layer, self.window, self.dim = layer, config.window, config.head_dim
+        heads, groups, hidden = config.num_attention_heads, config.num_key_value_heads, config.hidden_size
+        self.heads, self.groups = heads // ranks, self.places[0]
+        self.qkv_proj = QKVParallelLinear(
+            hidden,
+            self.dim,
+            heads,
+            groups,
+            bias=config.attention_bias,
+            quant_config=quant,
+            prefix=f"{prefix}.qkv_proj",
+        )
+        self.o_proj = RowParallelLinear(
+            heads * self.dim, hidden, bias=False, quant_config=quant, prefix=f"{prefix}.o_proj"
+        )
+        # A row a head is fewer than 8-bit kernels take.
+        self.gate_proj = ColumnParallelLinear(hidden, heads, bias=False, prefix=f"{prefix}.gate_proj")
+        self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
+        if config.base_qk_norm:
+            self.q_norm, self.k_norm = (RMSNorm(self.dim, eps=config.rms_norm_eps) for _ in range(2))
+        splits = vllm_config.compilation_config.splitting_ops
+        if splits is not None and f"vllm::{OP}" not in splits:
+            splits.append(f"vllm::{OP}")
+
+    def forward(self, hidden_TD: Tensor, angles: Angles) -> Tensor:
+        at = angles.window
+        q, k, v = self.qkv_proj(hidden_TD)[0].unflatten(-1, (-1, self.dim)).split([self.heads, *[self.groups] * 2], 1)
+        q, k = self.q_norm(q.contiguous()), self.k_norm(k.contiguous())
+        kv_TGY = torch.cat([turn(k, at.cos, at.sin), v], -1)
+        near, far = turn(q, at.cos, at.sin), turn(q, at.far_cos, at.far_sin)
+        out_THK = torch.zeros_like(near)
+        getattr(torch.ops.vllm, OP)(near, far, kv_TGY, at.positions, out_THK, self.layer)
+        gate_TH = 2 * self.gate_proj(hidden_TD)[0].float().sigmoid().to(out_THK.dtype)
+        return self.o_proj((out_THK * gate_TH.unsqueeze(-1)).flatten(1))[0]
+
+    def plans(self, at_T: Tensor, batch: "Batch", dtype: torch.dtype) -> "Plans":
+        kinds, parts, first = dict(shared=self.heads // self.groups, dtype=dtype), [], len(batch.token_slots)
+        if first:
+            parts.append((slice(first), TokenPlan.of(at_T[:first], batch.token_slots, self.window, **kinds)))
+        if batch.chunk_tokens:
+            here = slice(first, first + batch.chunk_tokens)
+            plan = ChunkPlan.of(at_T[here], batch.chunk_starts, batch.chunk_slots, self.window, **kinds)
+            parts.append((here, plan))
+        return Plans(owner=self.layer, parts=parts)
+
+    def measure(self, near: Tensor, far: Tensor, kv: Tensor) -> None:
+        """Take the memory that a prompt of all tokens takes, where vLLM measures its memory."""
+        zero, tokens = torch.zeros(1, dtype=torch.int64, device=kv.device), len(kv)
+        batch = Batch(zero[:0], tokens, torch.tensor([0, tokens], device=kv.device), zero)
+        plans = self.plans(torch.arange(tokens, device=kv.device), batch, near.dtype)
+        plans.attend(near, far, kv, kv.new_zeros(1, *self.places), torch.empty_like(near))
+
+
+class Positions(NamedTuple):
+    """Positions of tokens, and cosines and sines ``[T, 1, P]`` there and where queries meet the sinks."""
+
+    positions: Tensor
+    cos: Tensor
+    sin: Tensor
+    far_cos: Tensor
+    far_sin: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plans:
+    """Plans of one pass for the layers of a cache group, made by the first of them, their ``owner``."""
+
+    owner: str
+    parts: list[tuple[slice, TokenPlan | ChunkPlan]]
+
+    def attend(self, near: Tensor, far: Tensor, kv: Tensor, cache: Tensor, out: Tensor) -> None:
+        """Fill ``out`` for all tokens that are no padding."""
+        for tokens, plan in self.parts:
+            out[tokens] = plan.attend(near[tokens], far[tokens], kv[tokens], cache)
+
+
+class Batch(NamedTuple):
+    """What vLLM's metadata say of a pass: slots of requests with one token, then those of chunks."""
+
+    token_slots: Tensor
+    chunk_tokens: int
+    chunk_starts: Tensor | None = None
+    chunk_slots: Tensor | None = None
+
+    @classmethod
+    def of(cls, metadata) -> "Batch":
+        if hasattr(metadata, "state_indices_tensor_d"):  # Mamba-2
+            tokens = metadata.state_indices_tensor_d
+            tokens = tokens if tokens.dim() == 1 else tokens[:, 0]
+            if not metadata.num_prefills:
+                return cls(tokens, 0)
+            chunks = metadata.query_start_loc_p, metadata.state_indices_tensor_p
+            return cls(tokens[: metadata.num_decodes], metadata.num_prefill_tokens, *chunks)
+        slots, first, chunks = metadata.non_spec_state_indices_tensor, metadata.num_decodes, metadata.num_prefills
+        if not chunks:
+            return cls(slots[: metadata.num_actual_tokens], 0)  # with the padding of a CUDA graph
+        starts = metadata.non_spec_query_start_loc[first : first + chunks + 1] - metadata.num_decode_tokens
+        return cls(slots[:first], metadata.num_prefill_tokens, starts, slots[first : first + chunks])
+
+
+def places(config, ranks: int) -> tuple[int, ...]:
+    """Return the shape of a request's places on one rank."""
+    return key_heads(config.num_key_value_heads, ranks), sum(config.window.values()), 2 * config.head_dim
+
+
+class WithWindow:
+    """Part of a linear block of vLLM that may have a window, whose places are the last of the block's states."""
+
+    has_window = False
+
+    def add_window(self, config, vllm_config) -> None:
+        self.has_window, self.window = True, HyLoWindow(config, vllm_config, self.prefix)
+
+    def get_kv_cache_spec(self, vllm_config):
+        spec = super().get_kv_cache_spec(vllm_config)
+        if not self.has_window:
+            return spec
+        shapes, dtypes = (*spec.shapes, self.window.places), (*spec.dtypes, spec.dtypes[0])
+        return replace(spec, shapes=shapes, dtypes=dtypes)
+
+    def bind_kv_cache(self, kv_cache: Tensor) -> None:
+        """Find the states in raw pages. vLLM 0.26 makes states of the specification itself."""
+        super().bind_kv_cache(kv_cache)
+        if self.has_window:
+            kinds = tuple(self.get_state_dtype())
+            before = zip(self.get_state_shape(), kinds, strict=True)
+            first = sum(prod(shape) * get_dtype_size(dtype) for shape, dtype in before)
+            size = prod(self.window.places) * get_dtype_size(kinds[0])
+            pages = kv_cache.squeeze(dim=(1, 2))[:, first : first + size]
+            self.kv_cache = (*self.kv_cache, pages.view(kinds[0]).view(-1, *self.window.places))
+
+
+def _run(near: Tensor, far: Tensor, kv: Tensor, positions: Tensor, out: Tensor, layer: str) -> None:
+    context = get_forward_context()
+    block, metadata = context.no_compile_layers[layer], context.attn_metadata
+    metadata = None if metadata is None else metadata.get(layer)
+    if metadata is None:
+        block.window.measure(near, far, kv)
+        return
+    plans = getattr(metadata, "hylo_window", None)
+    if plans is None or plans.owner == layer:  # the metadata of a CUDA graph's capture may serve several passes
+        plans = metadata.hylo_window = block.window.plans(positions, Batch.of(metadata), near.dtype)
+    plans.attend(near, far, kv, block.kv_cache[-1], out)
+
+
+def _fake(near: Tensor, far: Tensor, kv: Tensor, positions: Tensor, out: Tensor, layer: str) -> None:
+    """Tell the compiler that nothing is returned."""
+
+
+direct_register_custom_op(OP, _run, mutates_args=["out"], fake_impl=_fake)

@@ -1,0 +1,95 @@
+"""The operator of a window in vLLM: what it reads of the metadata, and plans that layers of a pass share."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from vllm.forward_context import override_forward_context
+
+from hylo_megatron.kernels.window import sequence_attention
+from hylo_megatron.mixers.vllm_window import OP, Batch, HyLoWindow
+
+SIZE, HEADS, GROUPS, DIM, SLOTS, LENGTH = {"size": 6, "sinks": 2}, 4, 2, 8, 4, 12
+LAYERS = "first", "second"
+
+
+def blocks() -> dict[str, nn.Module]:
+    """Return linear blocks with a window each and with two states before its places, full of NaN."""
+    found = {}
+    for name in LAYERS:
+        window = HyLoWindow.__new__(HyLoWindow)
+        nn.Module.__init__(window)
+        window.layer, window.window, window.heads, window.groups = name, SIZE, HEADS, GROUPS
+        window.places = (GROUPS, sum(SIZE.values()), 2 * DIM)
+        cache = torch.full((SLOTS, *window.places), torch.nan)
+        found[name] = SimpleNamespace(window=window, kv_cache=(None, None, cache))
+    return found
+
+
+def gdn(decodes: list[int], prompts: list[tuple[int, int]], padding: int = 0) -> SimpleNamespace:
+    """Return metadata of Gated DeltaNet and KDA. ``decodes``: slots; ``prompts``: slots and tokens."""
+    lengths = [1] * len(decodes) + [length for _, length in prompts]
+    slots = torch.tensor([*decodes, *(slot for slot, _ in prompts), *[0] * padding])
+    return SimpleNamespace(
+        num_decodes=len(decodes), num_decode_tokens=len(decodes), num_prefills=len(prompts),
+        num_prefill_tokens=sum(lengths[len(decodes) :]), num_actual_tokens=sum(lengths) + padding,
+        non_spec_state_indices_tensor=slots, non_spec_query_start_loc=torch.tensor([0, *lengths]).cumsum(0),
+    )  # fmt: skip
+
+
+def mamba2(decodes: list[int], prompts: list[tuple[int, int]], padding: int = 0) -> SimpleNamespace:
+    lengths = torch.tensor([0, *(length for _, length in prompts)])
+    return SimpleNamespace(
+        num_decodes=len(decodes), num_prefills=len(prompts), num_prefill_tokens=int(lengths.sum()),
+        state_indices_tensor_d=torch.tensor([*decodes, *[0] * padding])[:, None],
+        state_indices_tensor_p=torch.tensor([slot for slot, _ in prompts]), query_start_loc_p=lengths.cumsum(0),
+    )  # fmt: skip
+
+
+def run(layers: dict, metadata, spans: list[tuple[int, range]], inputs: dict, padding: int = 0) -> None:
+    """Run every layer's operator and compare its output for ``spans``: (slot, positions) in the batch's order."""
+    at = torch.tensor([t for _, span in spans for t in span] + [7] * padding)
+    context = SimpleNamespace(attn_metadata=dict.fromkeys(LAYERS, metadata), no_compile_layers=layers)
+    for name in LAYERS:
+        near, far, k, v = (torch.cat([inputs[name, slot][i][span] for slot, span in spans]) for i in range(4))
+        near, far, kv = (torch.cat([x, x.new_ones(padding, *x.shape[1:])]) for x in (near, far, torch.cat([k, v], -1)))
+        out = torch.zeros_like(near)
+        with override_forward_context(context):
+            getattr(torch.ops.vllm, OP)(near, far, kv, at, out, name)
+        want = torch.cat([wanted(inputs[name, slot])[span] for slot, span in spans])
+        torch.testing.assert_close(out[: len(want)], want, rtol=1e-4, atol=1e-5)
+
+
+def wanted(parts: list[torch.Tensor]) -> torch.Tensor:
+    return sequence_attention(*(x[None] for x in parts), SIZE)[0]
+
+
+@pytest.mark.parametrize("metadata", [gdn, mamba2])
+def test_passes_of_two_layers(metadata):
+    torch.manual_seed(0)
+    shapes = [(LENGTH, heads, DIM) for heads in (HEADS, HEADS, GROUPS, GROUPS)]
+    inputs = {(name, slot): [torch.randn(shape) for shape in shapes] for name in LAYERS for slot in (1, 2)}
+    layers = blocks()
+    run(layers, metadata([], [(1, 5)]), [(1, range(5))], inputs)
+    run(layers, metadata([1], [(2, 8)]), [(1, range(5, 6)), (2, range(8))], inputs, padding=3)
+    # A CUDA graph's capture may run twice with the same metadata, whose tensors hold other numbers each time.
+    shared = metadata([1, 2], [], padding=2)
+    for step in range(3):
+        run(layers, shared, [(1, range(6 + step, 7 + step)), (2, range(8 + step, 9 + step))], inputs, padding=2)
+    assert shared.hylo_window.owner == "first"
+
+
+def test_the_measurement_of_memory_needs_no_metadata():
+    layers, shape = blocks(), (9, HEADS, DIM)
+    out, kv = torch.zeros(shape), torch.randn(9, GROUPS, 2 * DIM)
+    with override_forward_context(SimpleNamespace(attn_metadata=None, no_compile_layers=layers)):
+        getattr(torch.ops.vllm, OP)(torch.randn(shape), torch.randn(shape), kv, torch.arange(9), out, "first")
+    assert not out.any() and layers["first"].kv_cache[2].isnan().all()
+
+
+def test_slots_of_a_batch():
+    for made in (gdn([3, 1], [(2, 4), (0, 1)]), mamba2([3, 1], [(2, 4), (0, 1)])):
+        batch = Batch.of(made)
+        assert batch.token_slots.tolist() == [3, 1] and batch.chunk_slots.tolist() == [2, 0]
+        assert batch.chunk_starts.tolist() == [0, 4, 5] and batch.chunk_tokens == 5
