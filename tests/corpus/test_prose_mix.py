@@ -6,8 +6,11 @@ import json
 import struct
 import zipfile
 import zlib
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 from helpers.package_files import cached_wheel, zip_bytes
 
 from hylo_megatron.corpus import prose_readers, text
@@ -17,7 +20,7 @@ from hylo_megatron.corpus.r_data import text_vectors
 from hylo_megatron.corpus.readers import read_source
 from hylo_megatron.corpus.sources import SMALL_MIX, Source
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.recipes.smollm2 import smollm2_cpu, smollm2_gpu
+from hylo_megatron.recipes import smollm2
 
 
 def digest_of(mix: tuple[Source, ...]) -> str:
@@ -51,8 +54,14 @@ def test_the_text_of_earlier_recipes_stays_what_it_was(mix):
     assert digest_of(text.MIXES[mix][1:]) != RECORDED[mix]
 
 
-def test_recipes_name_the_mixes_that_they_had():
-    assert (smollm2_cpu().text, smollm2_gpu().text) == ("small", "large")
+def test_a_recipe_has_another_mix_only_if_asked(monkeypatch):
+    runs = []
+    monkeypatch.setattr(smollm2, "Run", lambda recipe, *_: SimpleNamespace(execute=lambda: runs.append(recipe)))
+    for arguments in ([], ["--text", "prose"]):
+        smollm2.main(arguments)
+    own = (smollm2.smollm2_gpu if torch.cuda.is_available() else smollm2.smollm2_cpu)()
+    assert runs == [own, replace(own, text="prose")]
+    assert (smollm2.smollm2_cpu().text, smollm2.smollm2_gpu().text) == ("small", "large")
 
 
 def test_the_prose_mix_adds_to_the_large_one():

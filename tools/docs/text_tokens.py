@@ -1,8 +1,8 @@
 """Count the tokens of each source in the files of ``hylo fetch-text``, as docs/data.md states them.
 
-    hylo fetch-text --mix prose --out w/text
-    hylo fetch-smollm2 --out w/hf
-    python tools/docs/text_tokens.py --text w/text --tokenizer w/hf
+hylo fetch-text --mix prose --out w/text
+hylo fetch-smollm2 --out w/hf
+python tools/docs/text_tokens.py --text w/text --tokenizer w/hf
 """
 
 import json
