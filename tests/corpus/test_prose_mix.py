@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import runpy
 import struct
 import zipfile
 import zlib
@@ -12,6 +13,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers.package_files import cached_wheel, zip_bytes
+from helpers.paths import ROOT
+from helpers.text import make_tokenizer
+from transformers import AutoTokenizer
 
 from hylo_megatron.corpus import prose_readers, text
 from hylo_megatron.corpus.large_mix import LARGE_MIX
@@ -82,6 +86,22 @@ def test_held_out_books_are_whole_and_keep_their_quotations_out_of_training(tmp_
     by_role, _ = text.collect(tmp_path, sources)
     assert len(by_role["eval_books"][0].text) > text.LONGEST_EVAL and by_role["eval_books"][0].text == book
     assert [document.text for document in by_role["train"]] == ["Before.\n\nAfter."]
+
+
+def test_tokens_are_counted_by_source(tmp_path, capsys):
+    tokenizer = make_tokenizer(tmp_path / "hf")
+    count = AutoTokenizer.from_pretrained(tokenizer).encode
+    rows = [("a", "one two"), ("b", "three"), ("a", "four five six")]
+    lines = [json.dumps({"source": source, "text": written}) + "\n" for source, written in rows]
+    (tmp_path / "train.jsonl").write_text("".join(lines))
+    main = runpy.run_path(str(ROOT / "tools/docs/text_tokens.py"))["main"]
+    main(["--text", str(tmp_path), "--tokenizer", str(tokenizer)])
+    one, three, four = (len(count(written, add_special_tokens=False)) for _, written in rows)
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        f"| train.jsonl | a | 2 | {one + four} | {four} |",
+        f"| train.jsonl | b | 1 | {three} | {three} |",
+        f"| train.jsonl | all | 3 | {one + three + four} | {four} |",
+    ]
 
 
 # ---- the readers
