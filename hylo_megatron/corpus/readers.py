@@ -6,7 +6,6 @@ a file is used if it matches one of them and none of those that begin with "!".
 
 import bz2
 import csv
-import fnmatch
 import gzip
 import html
 import io
@@ -15,14 +14,13 @@ import re
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from xml.etree import ElementTree
 
-from hylo_megatron.corpus.debian import DebFile
+from hylo_megatron.corpus import prose_readers
+from hylo_megatron.corpus.archive import Archive, decoded, in_reading_order, matching, mostly_latin
 from hylo_megatron.corpus.html_text import plain_html, without_frame
 from hylo_megatron.errors import HyLoError
-
-Archive = zipfile.ZipFile | DebFile
 
 # folders with repetitive text, tables or copies
 SKIPPED_PARTS = ("/tests/", "/testing/", "/locale/", "/_vendor/", "/migrations/")
@@ -64,7 +62,7 @@ def files(archive: Archive, member: str) -> Iterator[str]:
 def documents(archive: Archive, member: str) -> Iterator[str]:
     """Read every text file that ``member`` names and that is written in Latin letters, gzip-compressed or not."""
     for name in in_reading_order(matching(archive.namelist(), member)):
-        text = _text(archive.read(name), name)
+        text = decoded(archive.read(name), name)
         if mostly_latin(text):
             yield text
 
@@ -72,7 +70,7 @@ def documents(archive: Archive, member: str) -> Iterator[str]:
 def pages(archive: Archive, member: str) -> Iterator[str]:
     """Read the text of every HTML page that ``member`` names, without the text that all pages of the site share."""
     names = in_reading_order(matching(archive.namelist(), member))
-    yield from filter(mostly_latin, without_frame([plain_html(_text(archive.read(name), name)) for name in names]))
+    yield from filter(mostly_latin, without_frame([plain_html(decoded(archive.read(name), name)) for name in names]))
 
 
 def book(archive: Archive, member: str) -> Iterator[str]:
@@ -84,7 +82,7 @@ def dictionary(archive: Archive, member: str) -> Iterator[str]:
     """Read the entries of a dictd dictionary, which begin at the left margin, in parts of about PART characters."""
     part: list[str] = []
     size = 0
-    for entry in re.split(r"\n\n(?=\S)", _DICTIONARY_CREDIT.sub("", _text(archive.read(member), member))):
+    for entry in re.split(r"\n\n(?=\S)", _DICTIONARY_CREDIT.sub("", decoded(archive.read(member), member))):
         if entry.lstrip().startswith("00-database"):  # this entry describes the file
             continue
         part.append(entry)
@@ -120,6 +118,7 @@ def wikipedia_dump(archive: Archive, member: str) -> Iterator[str]:
 
 _ALL = (
     first_of_variants, zipped_csv, json_articles, files, documents, pages, book, dictionary, inner_tar, wikipedia_dump,
+    *prose_readers.ALL,
 )  # fmt: skip
 READERS = {reader.__name__: reader for reader in _ALL}
 
@@ -137,33 +136,6 @@ def read_source(reader: str, archive: Archive, member: str) -> Iterator[str]:
         raise HyLoError(
             f"{archive.filename}: cannot read {member} as {reader} ({error}): the mix's table does not fit this file"
         ) from error
-
-
-def matching(names: Iterable[str], patterns: str) -> list[str]:
-    """Return the names that match the patterns, sorted."""
-    wanted = [pattern for pattern in patterns.split() if not pattern.startswith("!")]
-    unwanted = [pattern[1:] for pattern in patterns.split() if pattern.startswith("!")]
-    taken = {name for pattern in wanted for name in fnmatch.filter(names, pattern)}
-    return sorted(taken.difference(*(fnmatch.filter(taken, pattern) for pattern in unwanted)))
-
-
-def in_reading_order(names: list[str]) -> list[str]:
-    """Sort names so that chapter 2 comes before chapter 10."""
-    return sorted(names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
-
-
-def mostly_latin(text: str) -> bool:
-    """Return whether nearly all characters are ASCII, as in English text and unlike most translations."""
-    return text.isascii() or len(text.encode("ascii", "ignore")) > 0.97 * len(text)
-
-
-def _text(content: bytes, name: str) -> str:
-    if name.endswith((".gz", ".dz")):
-        content = gzip.decompress(content)
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError:
-        return content.decode("latin-1")
 
 
 _INNERMOST = re.compile(r"\{\{[^{}]*\}\}|\{\|(?:(?!\{\||\|\}).)*\|\}", re.DOTALL)

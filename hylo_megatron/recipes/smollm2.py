@@ -10,6 +10,7 @@ import torch
 from hylo_megatron.config import Plan
 from hylo_megatron.config.layout import ParallelLayout
 from hylo_megatron.config.stages import stage_kind
+from hylo_megatron.corpus.text import MIXES
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.flags import Parser, command_line, count, readable_number, share, size
 from hylo_megatron.mixers import LINEAR, MIXERS
@@ -148,6 +149,8 @@ def found_recipe(options: argparse.Namespace) -> Recipe:
     recipe = with_batches(recipe, options.batch_factor)
     if options.tokens:
         recipe = with_tokens(recipe, options.tokens)
+    if options.text:
+        recipe = replace(recipe, text=options.text)
     recipe = with_sampled(recipe, options.sampled_share)
     return with_on_policy(recipe, options.on_policy_share)
 
@@ -165,6 +168,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--tokens", type=readable_number, metavar="N",
         help="training tokens of all stages, such as 100M; the first distillation stage has what the others leave"
         " (default: 30M on a GPU)")  # fmt: skip
+    add("--text", choices=sorted(MIXES),
+        help="mix of hylo fetch-text (default: small on a CPU, large on a GPU, as in recorded runs)")  # fmt: skip
     add("--batch-factor", type=size, default=1,
         help="times the sequences in each batch, and so the tokens of each stage: for several GPUs")  # fmt: skip
     add("--tp", type=size, default=1, help="tensor-parallel ranks (SmolLM2 has 9 heads: 1 or 3)")
