@@ -29,7 +29,8 @@ def compared(base: dict, model: dict) -> dict[str, dict]:
     if base["kv_cache_bytes_per_token"]:
         ratio = model["kv_cache_bytes_per_token"] / base["kv_cache_bytes_per_token"]
         found["kv_cache"] = {"ratio": ratio}
-    if base["vocabulary"] == model["vocabulary"]:
+    same = "tokenizer" not in base or base["tokenizer"] == model["tokenizer"]  # older reports have no fingerprint
+    if base["vocabulary"] == model["vocabulary"] and same:
         before = losses_of(base)
         for text, after in losses_of(model).items():
             if text in before and before[text]["tokens"] == after["tokens"]:

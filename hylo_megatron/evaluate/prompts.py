@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.evaluate.task import Prompt
-from hylo_megatron.evaluate.texts import key_words, read_some, sentences_of
+from hylo_megatron.evaluate.texts import encode_open, key_words, read_some, sentences_of
 
 FACT = "One of the special magic numbers for {key} is: {value}."
 PROMPT = (
@@ -65,7 +65,7 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, text: str, key: str) -> str:
 
 def encode_start(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Return the ids of a prompt or of its beginning. A chat template has already written BOS."""
-    return tokenizer(text, add_special_tokens=not tokenizer.chat_template, verbose=False).input_ids
+    return encode_open(tokenizer, text, special=not tokenizer.chat_template)
 
 
 @lru_cache(maxsize=1)

@@ -52,6 +52,10 @@ class Settings:
             value = min(value, default=0) if isinstance(value, tuple) else value
             if value is not None and value < 1:
                 raise HyLoError(f"evaluation setting {name} is {value}, expected 1 or more")
+        for name in ("needle_lengths", "ruler_lengths"):
+            lengths = getattr(self, name)
+            if len(set(lengths)) < len(lengths):
+                raise HyLoError(f"evaluation setting {name} has a length twice, expected different ones: {lengths}")
         for verb, names in (("skip", self.skip), ("measure", self.suites)):
             if unknown := set(names) - set(SUITES):
                 raise HyLoError(f"cannot {verb} {', '.join(sorted(unknown))}: the parts are {', '.join(SUITES)}")

@@ -28,9 +28,10 @@ def perplexity_cell(result: dict) -> str:
 
 
 def score_cell(row: dict) -> str:
-    """Return an accuracy with its 95 % interval, in percent."""
+    """Return an accuracy with its 95 % interval, in percent. Equal scores other than hits have no interval."""
     accuracy, low, high = (f"{100 * row[name]:.0f}" for name in ("accuracy", "low", "high"))
-    return f"{accuracy} % ({row['hits']:g}/{row['samples']}; {low}–{high})"
+    spread = f"; {low}–{high}" if row["low"] < row["high"] else ""
+    return f"{accuracy} % ({row['hits']:g}/{row['samples']}{spread})"
 
 
 def ratio_cell(found: dict | None, percent: bool = False) -> str:

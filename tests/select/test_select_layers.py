@@ -145,6 +145,15 @@ def test_measurements_equal_the_plain_formulas(world, monkeypatch):
     assert measured.answer_loss == pytest.approx(-found.mean().item(), rel=1e-4)
 
 
+def test_measurements_that_are_no_numbers_are_refused(world, monkeypatch):
+    pair = load_pair(world / "hf", world / "linear-hf", CPU, torch.float32)
+    judged = Judge(pair.teacher, Rows(text_BS=tiny.tokens(2, 16)))
+    assert judged(pair.student).answer_loss is None
+    monkeypatch.setattr(Judge, "_answer_loss", lambda *_: float("nan"))
+    with pytest.raises(HyLoError, match="loss of answers is not finite"):
+        judged(pair.student)
+
+
 # ---- scores and order ----
 
 

@@ -38,6 +38,8 @@ class Documents(RulerTask):
         library = self.library
         asked = _question(rng, library, encoder, length - self.max_new_tokens)
         own = [library.documents[number] for number in asked.own]
+        if len(own) == len(library.documents):
+            raise HyLoError(f"RULER's {self.name}: its file has one question's documents only, expected others")
         others = _others(rng, library, asked)
         documents = own + _filling(encoder, others, len(own), budget)
         rng.shuffle(documents)
