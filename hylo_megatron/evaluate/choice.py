@@ -14,13 +14,13 @@ from string import ascii_uppercase
 import torch
 
 from hylo_megatron.errors import HyLoError
+from hylo_megatron.evaluate.encoding import encode_open
 from hylo_megatron.evaluate.greedy import batches
 from hylo_megatron.evaluate.intervals import of_scores
 from hylo_megatron.evaluate.perplexity import padded, token_losses
 from hylo_megatron.evaluate.questions import Choice, prompt_ids
 from hylo_megatron.evaluate.run_task import Answerer, run, summary
 from hylo_megatron.evaluate.task import Prompt, Task
-from hylo_megatron.evaluate.texts import encode_open
 
 LETTER = re.compile(r"^\W*([A-Z])(?![\w'])|(?i:\b(?:answer|option)(?: is)?:?)\s*\W?([A-Z])(?![\w'])")
 MARKS = ' *"“”'

@@ -5,7 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.evaluate.settings import DEFAULT_SUITES, SUITES
+from hylo_megatron.evaluate.settings import DEFAULT_SUITES, SUITES, Settings
 from hylo_megatron.flags import Parser, command_line, count, positive, size
 
 MEASURED = ("prose", "book", "code", "c", "long", "choice", "answers")
@@ -74,7 +74,7 @@ def main() -> None:
 
     # imported after parsing, because torch and transformers take seconds to import
     from hylo_megatron.engine.kernel_cache import prepare_kernels
-    from hylo_megatron.evaluate import Settings, evaluate
+    from hylo_megatron.evaluate.runner import evaluate
 
     prepare_kernels()
 

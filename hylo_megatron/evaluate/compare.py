@@ -3,7 +3,7 @@
 import math
 
 from hylo_megatron.evaluate.intervals import bootstrap, of_differences
-from hylo_megatron.evaluate.suites import REGISTRY, Scores
+from hylo_megatron.evaluate.suites import REGISTRY, Row, Scores
 
 ROLES = {"teacher": "teacher", "teacher_yarn": "teacher with YaRN", "control": "control", "model": "model"}
 BASES = ("teacher", "control")  # roles that the model is compared with
@@ -48,15 +48,9 @@ def _paired(before: dict, after: dict) -> dict:
     return {"low": math.exp(low), "high": math.exp(high)}
 
 
-def labelled(entry: dict) -> dict[str, dict | None]:
-    """Return the summary of each score of a model, by the label of its row; None for a length that was not run."""
-    rows = (suite.rows(entry[name]) for name, suite in REGISTRY.items() if name in entry)
-    return {label: row for pairs in rows for label, row in pairs}
-
-
-def _questions(entry: dict) -> dict[str, Scores]:
-    found = (suite.scores(entry[name]) for name, suite in REGISTRY.items() if name in entry)
-    return {label: scores for pairs in found for label, scores in pairs}
+def rows_of(entry: dict) -> dict[str, Row]:
+    """Return the rows of each score of a model, by label."""
+    return {row.label: row for name, suite in REGISTRY.items() if name in entry for row in suite.rows(entry[name])}
 
 
 def differences(base: dict, model: dict) -> dict[str, dict]:
@@ -65,16 +59,13 @@ def differences(base: dict, model: dict) -> dict[str, dict]:
     If both have answered the same questions there is a paired 95 % interval (``low`` to ``high``, see
     ``of_differences``), and the number of questions at which the model is ``better`` and ``worse``.
     """
-    rows, others = labelled(model), labelled(base)
-    asked, before = _questions(model), _questions(base)
-    return {
-        label: {
-            "difference": row["accuracy"] - others[label]["accuracy"],
-            **_of_pairs(before.get(label, []), asked.get(label, [])),
-        }
-        for label, row in rows.items()
-        if row and others.get(label)
-    }
+    found, others = {}, rows_of(base)
+    for label, row in rows_of(model).items():
+        other = others.get(label, Row(label))
+        if row.summary and other.summary:
+            difference = row.summary["accuracy"] - other.summary["accuracy"]
+            found[label] = {"difference": difference, **_of_pairs(other.scores, row.scores)}
+    return found
 
 
 def _of_pairs(before: Scores, after: Scores) -> dict:

@@ -17,9 +17,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hylo_megatron.data.documents import read_texts
 from hylo_megatron.errors import HyLoError
+from hylo_megatron.evaluate.encoding import encode_open
 from hylo_megatron.evaluate.intervals import bootstrap
 from hylo_megatron.evaluate.models import rows_per_batch
-from hylo_megatron.evaluate.texts import encode_open
 
 IGNORED = -100
 FIRST_BUCKET = 128  # tokens; buckets double from there

@@ -11,7 +11,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.evaluate.prompts import encode_start, question_text
+from hylo_megatron.evaluate.encoding import encode_start, question_text
 from hylo_megatron.json_file import check, parse
 
 T = TypeVar("T")

@@ -1,4 +1,4 @@
-"""Sentences and words of text files for haystacks, and the ids of texts that go on."""
+"""Sentences and words of text files, for haystacks."""
 
 import re
 from pathlib import Path
@@ -12,16 +12,6 @@ ADJECTIVE_ENDINGS = ("able", "ible", "less", "ful", "ous", "ive", "ish", "ant", 
 NOUN_IN_TEXT = re.compile(r"\b(?:the|a|an) ([a-z]{4,9})(?=[.,;:)])")
 WORD = re.compile(r"(?<![\w'-])[a-z]{4,9}(?![\w'-])")
 MIN_WORDS = 8
-
-
-def encode_open(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> list[int]:
-    """Return the ids of a text that goes on: some tokenizers add an end token behind each text, which is left out.
-
-    ``special``: with the token that the tokenizer puts first, if it adds one.
-    """
-    ids = tokenizer(text, add_special_tokens=special, verbose=False).input_ids
-    ended = special and ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token)
-    return ids[:-1] if ended else ids
 
 
 def read_some(file: Path, tokenizer: PreTrainedTokenizerBase, max_chars: int) -> str:

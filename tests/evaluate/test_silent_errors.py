@@ -7,13 +7,15 @@ from helpers.ruler import make_prose as ruler_prose
 from tokenizers import processors
 
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.evaluate import Settings, choice, long_documents_of, perplexity_of
+from hylo_megatron.evaluate import choice
 from hylo_megatron.evaluate.compare import compared
+from hylo_megatron.evaluate.encoding import encode_start
 from hylo_megatron.evaluate.greedy import greedy
 from hylo_megatron.evaluate.models import describe, load
-from hylo_megatron.evaluate.prompts import encode_start
+from hylo_megatron.evaluate.perplexity import long_documents_of, perplexity_of
 from hylo_megatron.evaluate.questions import Choice, Short, draw
 from hylo_megatron.evaluate.ruler import tasks
+from hylo_megatron.evaluate.settings import Settings
 from hylo_megatron.evaluate.tables import score_cell
 
 QUESTION = Choice(question="1 + 1?", options=("2", "3"), answer=0, where="a:1")

@@ -99,7 +99,7 @@ def answers_of(tokenizer, ids, answers) -> list[tuple[str, str]]:
 
 
 def test_the_wording_shares_no_run_of_three_words_with_the_evaluation():
-    from hylo_megatron.evaluate import prompts as evaluation
+    from hylo_megatron.evaluate import needle as evaluation
 
     theirs = set().union(*map(runs_of_three, (evaluation.FACT, evaluation.PROMPT, evaluation.ANSWER)))
     assert ("special", "magic", "number") in theirs and ("numbers", "for", "is") in theirs

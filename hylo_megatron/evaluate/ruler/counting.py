@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from string import ascii_lowercase
 
+from hylo_megatron.evaluate.encoding import BLOCK, SPACES, Border, Encoder, stretched
 from hylo_megatron.evaluate.ruler.base import Draft, RulerTask
-from hylo_megatron.evaluate.ruler.encoding import BLOCK, SPACES, Border, Encoder, stretched
 
 ASKED = 10
 LEAST_ITEM = 3  # tokens of an item of a list: a number, a point and a word

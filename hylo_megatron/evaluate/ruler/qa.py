@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from itertools import islice
 
 from hylo_megatron.errors import HyLoError
+from hylo_megatron.evaluate.encoding import Encoder, beginnings, longest
 from hylo_megatron.evaluate.ruler.base import Draft, RulerTask
-from hylo_megatron.evaluate.ruler.encoding import Encoder, beginnings, longest
 from hylo_megatron.evaluate.ruler.questions import Library, Question
 from hylo_megatron.evaluate.task import Prompt
 
