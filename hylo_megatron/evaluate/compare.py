@@ -14,11 +14,6 @@ def losses_of(figures: dict) -> dict[str, dict]:
     return figures.get("perplexity", {}) | ({"long": figures["long"]} if "long" in figures else {})
 
 
-def ratios_of(base: dict, model: dict) -> dict[str, float]:
-    """Return the model's figures divided by the base's: cache, and perplexities if both read the same tokens."""
-    return {name: found["ratio"] for name, found in compared(base, model).items()}
-
-
 def compared(base: dict, model: dict) -> dict[str, dict]:
     """Return each ratio, and its 95 % interval (``low`` to ``high``) where it can be known.
 
@@ -77,13 +72,3 @@ def _of_pairs(before: Scores, after: Scores) -> dict:
     better = sum(new > old for old, new in zip(a, b, strict=True))
     worse = sum(new < old for old, new in zip(a, b, strict=True))
     return {**interval, "better": better, "worse": worse, "samples": len(b)}
-
-
-def differences_of(figures: dict[str, dict]) -> dict[str, dict]:
-    """Return the differences of the model's scores to those of the teacher and of the control."""
-    return {base: differences(figures[base], figures["model"]) for base in BASES if base in figures}
-
-
-def comparisons_of(figures: dict[str, dict]) -> dict[str, dict]:
-    """Return the model's ratios to the teacher and to the control, as far as they were measured."""
-    return {base: compared(figures[base], figures["model"]) for base in BASES if base in figures}

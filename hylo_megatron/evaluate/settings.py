@@ -6,6 +6,8 @@ from hylo_megatron.errors import HyLoError
 
 DEFAULT_SUITES = ("perplexity", "long", "needle", "choice", "answers")
 SUITES = (*DEFAULT_SUITES, "ruler")
+MEASURED = ("prose", "book", "code", "c", "long", "choice", "answers")  # kinds of files that a suite is measured on
+KINDS = (*MEASURED, "ruler_squad", "ruler_hotpot")
 
 
 @dataclass(frozen=True)

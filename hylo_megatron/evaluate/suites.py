@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -14,13 +14,14 @@ from hylo_megatron.evaluate.models import Loaded
 from hylo_megatron.evaluate.needle import Needle
 from hylo_megatron.evaluate.perplexity import long_documents_of, perplexity_of
 from hylo_megatron.evaluate.questions import draw, read_answers, read_choices
+from hylo_megatron.evaluate.ruler import tasks
 from hylo_megatron.evaluate.run_task import answerer, run, summary
 from hylo_megatron.evaluate.settings import Settings
 from hylo_megatron.evaluate.task import Task
 
 TEXTS = ("prose", "book", "code", "c")  # kinds of text with a perplexity
 Files = dict[str, tuple[Path, ...]]  # by kind; "choice" and "answers" may have several files, others have one
-Scores = list[tuple[str, float]]  # a question, as a text that tells it from others, and its score
+Scores = Sequence[tuple[str, float]]  # a question, as a text that tells it from others, and its score
 
 
 class Row(NamedTuple):
@@ -28,7 +29,7 @@ class Row(NamedTuple):
 
     label: str
     summary: dict | None = None
-    scores: Scores = []
+    scores: Scores = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,8 +145,6 @@ def _answers(job: Job) -> dict:
 
 
 def _ruler(job: Job) -> dict:
-    from hylo_megatron.evaluate.ruler import tasks
-
     settings, found = job.settings, {}
     lengths, not_run = job.split(settings.ruler_lengths)
     given = {kind: job.files[f"ruler_{kind}"][0] for kind in ("squad", "hotpot") if f"ruler_{kind}" in job.files}
