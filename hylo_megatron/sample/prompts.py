@@ -95,10 +95,6 @@ class Teller:
         return self.tokenizer.decode(ids, skip_special_tokens=True).rstrip("\ufffd")
 
 
-def start_prompts(teller: Teller, token: str | None) -> list[Prompt]:
-    return [Prompt((teller.start(token),))]
-
-
 def sentence_prompts(teller: Teller, file: Path, token: str | None, most: int) -> list[Prompt]:
     """Return the first sentence of each document of ``file``, without repetitions. ``most``: tokens of a prompt."""
     begin, seen = teller.start(token), {}

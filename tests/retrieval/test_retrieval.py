@@ -328,7 +328,7 @@ def test_chat_formats_of_different_templates():
         ({}, {"dtype": None}, "bad.json: no dtype"),
         ({}, None, "bad.json: not valid JSON"),
         ({"haystack": "gone"}, {}, "gone.bin, gone.json: no such files.*hylo prepare-data"),
-        ({"tokenizer_path": "hay.jsonl"}, {}, "hay.jsonl: expected a folder with tokenizer.json"),
+        ({"tokenizer": "hay.jsonl"}, {}, "hay.jsonl: expected a folder with tokenizer.json"),
     ],
 )
 def test_bad_input_is_named_and_nothing_is_left(work, tmp_path, options, change, message):
@@ -338,8 +338,8 @@ def test_bad_input_is_named_and_nothing_is_left(work, tmp_path, options, change,
     bad.mkdir()
     (bad / "bad.json").write_text("{" if change is None else json.dumps(values))
     shutil.copy(work / "hay.bin", bad / "bad.bin")
-    given = {"haystack": bad / "bad", "tokenizer_path": "hf", "length": LENGTH, "samples": 2} | options
-    paths = {key: work / given.pop(key) for key in ("haystack", "tokenizer_path")}  # an absolute path stays as it is
+    given = {"haystack": bad / "bad", "tokenizer": "hf", "length": LENGTH, "samples": 2} | options
+    paths = {key: work / given.pop(key) for key in ("haystack", "tokenizer")}  # an absolute path stays as it is
     with pytest.raises(HyLoError, match=message) as caught:
         retrieval.make_retrieval(out=out, **paths, **given)
     assert "\n" not in str(caught.value) and [path.name for path in tmp_path.iterdir()] == ["bad"]
