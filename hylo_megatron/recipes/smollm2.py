@@ -109,6 +109,12 @@ def with_tokens(recipe: Recipe, tokens: int) -> Recipe:
     return replace(recipe, stages=tuple(replace(s, steps=steps) if s is first else s for s in recipe.stages))
 
 
+def with_batches(recipe: Recipe, factor: int) -> Recipe:
+    """Return ``recipe`` with ``factor`` times the sequences in each batch, and so of the tokens."""
+    stages = tuple(replace(stage, global_batch=factor * stage.global_batch) for stage in recipe.stages)
+    return replace(recipe, stages=stages)
+
+
 def found_recipe(options: argparse.Namespace) -> Recipe:
     """Return the recipe that the command line asks for, for this machine's device."""
     kind = smollm2_gpu if torch.cuda.is_available() else smollm2_cpu
@@ -116,6 +122,7 @@ def found_recipe(options: argparse.Namespace) -> Recipe:
         recipe = with_window(kind(None, options.linear, options.seed), options.plan)
     else:
         recipe = kind(options.plan, options.linear, options.seed)
+    recipe = with_batches(recipe, options.batch_factor)
     if options.tokens:
         recipe = with_tokens(recipe, options.tokens)
     recipe = with_sampled(recipe, options.sampled_share)
@@ -134,6 +141,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--tokens", type=readable_number, metavar="N",
         help="training tokens of all stages, such as 100M; the first distillation stage has what the others leave"
         " (default: 30M on a GPU)")  # fmt: skip
+    add("--batch-factor", type=size, default=1,
+        help="times the sequences in each batch, and so the tokens of each stage: for several GPUs")  # fmt: skip
     add("--tp", type=size, default=1, help="tensor-parallel ranks (SmolLM2 has 9 heads: 1 or 3)")
     add("--pp", type=size, default=1, help="pipeline stages; the remaining factor of the GPUs is data parallel")
     add("--seed", type=count, default=1234)

@@ -15,8 +15,16 @@ from helpers.recipes import STEPS, losses, start, toy_recipe, wait_for_step, wri
 from helpers.waits import PATIENCE  # noqa: E402
 
 from hylo_megatron.errors import HyLoError  # noqa: E402
-from hylo_megatron.recipes.smollm2 import smollm2_cpu, smollm2_gpu, with_tokens, with_window  # noqa: E402
+from hylo_megatron.recipes.smollm2 import (  # noqa: E402
+    smollm2_cpu,
+    smollm2_gpu,
+    with_batches,
+    with_tokens,
+    with_window,
+)
 from hylo_megatron.run.background import Background  # noqa: E402
+from hylo_megatron.run.launch import Processes  # noqa: E402
+from hylo_megatron.run.recipe_run import Run  # noqa: E402
 
 
 def test_every_stage_of_the_gpu_recipe_and_a_kill(tmp_path):
@@ -88,3 +96,15 @@ def test_the_window_recipe_is_the_best_one_known_and_takes_its_tokens_at_2k():
         with_tokens(smollm2_gpu(), 10_000_000)
     with pytest.raises(HyLoError, match="mamba2 layers have no queries that can rotate; choose gdn or kda"):
         with_window(smollm2_gpu(linear="mamba2"))
+
+
+def test_several_gpus_share_a_batch(tmp_path):
+    stages = smollm2_gpu().stages
+    four = Processes(dp=4)
+    assert [four.fit(stage).micro_batch for stage in stages[:2]] == [2, 2]
+    with pytest.raises(HyLoError, match="stage distill-8k: 4 copies .* a batch of 2 .* --batch-factor 4"):
+        Run(smollm2_gpu(), tmp_path / "run", four).execute()
+    larger = with_batches(smollm2_gpu(), 4).stages
+    assert [four.fit(stage).micro_batch for stage in larger] == [8, 8, 2, 1]
+    assert [stage.tokens for stage in larger] == [4 * stage.tokens for stage in stages]
+    assert all(Processes().fit(stage) == stage for stage in stages)
