@@ -17,8 +17,8 @@ def losses_of(figures: dict) -> dict[str, dict]:
 def compared(base: dict, model: dict) -> dict[str, dict]:
     """Return each ratio, and its 95 % interval (``low`` to ``high``) where it can be known.
 
-    Both models read the same documents. The interval draws documents and compares the models on each draw, so what
-    makes a document hard for both does not widen it.
+    Both models read the same documents. The bootstrap draws documents and compares the models on each draw, so a
+    document that is hard for both models does not widen the interval.
     """
     found = {}
     if base["kv_cache_bytes_per_token"]:

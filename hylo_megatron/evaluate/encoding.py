@@ -18,9 +18,9 @@ T = TypeVar("T")
 
 
 def encode_open(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> list[int]:
-    """Return the ids of a text that goes on: some tokenizers add an end token behind each text, which is left out.
+    """Return the ids of a text without the end token that some tokenizers add behind every text.
 
-    ``special``: with the token that the tokenizer puts first, if it adds one.
+    ``special``: keep the token that the tokenizer puts first, if it adds one.
     """
     ids = tokenizer(text, add_special_tokens=special, verbose=False).input_ids
     ended = special and ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token)
@@ -55,7 +55,7 @@ LINES = Border("\n", "A")  # each text but the last ends with a line feed
 
 
 def around(tokenizer: PreTrainedTokenizerBase, head: str, tail: str, prefix: str) -> tuple[str, str]:
-    """Return what stands before and after the text of a prompt.
+    """Return the parts of a prompt before and after its text.
 
     ``head`` and ``tail`` are the instruction around the text. ``prefix`` begins the answer. The chat format is used if
     the tokenizer has one.

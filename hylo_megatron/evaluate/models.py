@@ -71,7 +71,7 @@ def check_folder(folder: str | Path) -> Path:
 
 
 def with_yarn(config, factor: float, folder: str | Path) -> PreTrainedConfig:
-    """Return a configuration whose rotary frequencies YaRN stretches by ``factor``, to ``factor`` times the window."""
+    """Return a configuration with YaRN, which scales the rotary frequencies for ``factor`` times the window."""
     rope = getattr(config, "rope_parameters", None) or {}
     if config.model_type == "hylo" or rope.get("rope_type") != "default":
         raise HyLoError(

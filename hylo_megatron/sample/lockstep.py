@@ -28,7 +28,7 @@ def cache_bytes_per_token(model: PreTrainedModel, length: int) -> int:
 
 
 class LockstepDecoder:
-    """``rows`` rows of a hybrid at once. A row's tokens are those that it has alone, but for rounding."""
+    """``rows`` rows of a hybrid at once. Each row has the tokens that it would have alone, except for rounding."""
 
     def __init__(self, model: PreTrainedModel, sampling: Sampling, rows: int):
         self.model, self.sampling, self.rows, self.device = model, sampling, rows, model.device

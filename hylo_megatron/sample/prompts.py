@@ -1,4 +1,4 @@
-"""What rows begin with: the start token alone, first sentences of a text, or instructions in the chat template."""
+"""The prompts of rows: the start token alone, first sentences of a text, or instructions in the chat template."""
 
 import functools
 import re

@@ -1,4 +1,4 @@
-"""One run of sampling: rows from an engine, judged in the order of their numbers, into shards."""
+"""One run of sampling: rows of an engine are filtered in the order of their numbers and written to shards."""
 
 import itertools
 import time
@@ -39,7 +39,7 @@ class SamplingRun:
     keep_prompt: bool
 
     def until(self, wanted: int) -> None:
-        """Sample until the shards have ``wanted`` tokens. A run ends with a whole shard, a little above them."""
+        """Sample until the shards have ``wanted`` tokens, or slightly more, because the last shard is complete."""
         if self.shards.tokens >= wanted:
             return
         self.shards.replay(self.keeper)

@@ -1,6 +1,6 @@
 """Sampled text on the disk: numbered JSON-lines files, and ``sampled.json`` with their origin and their counts.
 
-A shard counts once ``sampled.json`` lists it. What an interrupted run left behind the last listed one is overwritten.
+A shard counts once ``sampled.json`` lists it. Files that an interrupted run left beyond are overwritten.
 """
 
 import datetime
@@ -57,7 +57,7 @@ class Shards:
         return sum(shard["rows"] for shard in self.about["shards"])
 
     def replay(self, keeper: Keeper) -> None:
-        """Tell ``keeper`` the texts that stand. Raises ``HyLoError`` if a shard is not as it was written."""
+        """Add the texts of all shards to ``keeper``. Raises ``HyLoError`` if a shard is not as it was written."""
         for shard in self.about["shards"]:
             path = self.out / shard["file"]
             try:  # as bytes: text would break at U+2028 and its like, which JSON leaves as they are

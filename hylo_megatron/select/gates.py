@@ -131,7 +131,7 @@ class GateTraining:
         return loss
 
     def __call__(self, state: GateState, ranks: Ranks, log=print) -> Ranking:
-        """Train to the last step, or go on from where ``state`` is, and rank layers by their gates."""
+        """Train from the step that ``state`` has reached to the last one, and rank layers by their gates."""
         if self.training.batch % ranks.size:
             raise HyLoError(f"--train-batch {self.training.batch}: expected a multiple of the {ranks.size} ranks")
         state.load()

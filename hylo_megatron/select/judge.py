@@ -1,4 +1,4 @@
-"""How far a student is from its teacher: divergence on text, and loss on the answers of retrieval samples.
+"""Distance of a student from its teacher: divergence on text, and loss on the answers of retrieval samples.
 
 Legend: B rows, S tokens of a row, D model, T tokens, N vocabulary.
 """

@@ -29,7 +29,7 @@ class BaseAttention(nn.Module):
         self.attention, self.rotary = attention, rotary
 
     def forward(self, x_BSD: Tensor, *beside) -> Tensor:
-        """``beside``: what hybrids' mixers get. Rows have neither padding nor a cache, so nothing is read of it."""
+        """``beside``: further arguments of hybrids' mixers, ignored, as rows have neither padding nor a cache."""
         positions_1S = torch.arange(x_BSD.shape[1], device=x_BSD.device).unsqueeze(0)
         turn = self.rotary(x_BSD, position_ids=positions_1S)
         return self.attention(x_BSD, position_embeddings=turn, attention_mask=None)[0]

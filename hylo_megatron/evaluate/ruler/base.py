@@ -67,7 +67,7 @@ class RulerTask(Task):
             )
 
     def score(self, answer: str, prompt: Prompt) -> float:
-        """Return the share of references that stand in the answer, in upper or lower case."""
+        """Return the share of references that occur in the answer, in upper or lower case."""
         return sum(reference.lower() in answer.lower() for reference in prompt.references) / len(prompt.references)
 
     def _prompt(self, encoder: Encoder, length: int, seed: str, whole: bool) -> Prompt:

@@ -31,7 +31,7 @@ class Documents(RulerTask):
         return self.sources.one_hop if self.hops == 1 else self.sources.two_hops
 
     def score(self, answer: str, prompt: Prompt) -> float:
-        """Return 1 if one of the references stands in the answer, in upper or lower case."""
+        """Return 1 if one of the references occurs in the answer, in upper or lower case."""
         return float(any(reference.lower() in answer.lower() for reference in prompt.references))
 
     def draft(self, rng: random.Random, encoder: Encoder, length: int, budget: int) -> Draft:
