@@ -16,7 +16,6 @@ import torch
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.evaluate.encoding import encode_open
 from hylo_megatron.evaluate.greedy import batches
-from hylo_megatron.evaluate.intervals import of_scores
 from hylo_megatron.evaluate.perplexity import padded, token_losses
 from hylo_megatron.evaluate.questions import Choice, prompt_ids
 from hylo_megatron.evaluate.run_task import Answerer, run, summary
@@ -180,10 +179,7 @@ def by_letter(task: Letters, tokenizer, answer: Answerer, length: int, label: st
     for result in results:
         scores.setdefault(result["question"], []).append(result["score"])
     means = [fmean(values) for values in scores.values()]
-    low, high = of_scores(means)
-    hits = round(sum(means), 4)
-    row = {"hits": hits, "samples": len(means), "accuracy": fmean(means), "low": low, "high": high}
-    return {**row, "samples_of_shifts": results}
+    return {**summary(means), "hits": round(sum(means), 4), "samples_of_shifts": results}
 
 
 def chance(questions: tuple[Choice, ...]) -> float:
