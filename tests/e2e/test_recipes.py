@@ -18,9 +18,9 @@ from hylo_megatron.errors import HyLoError  # noqa: E402
 from hylo_megatron.recipes.smollm2 import (  # noqa: E402
     smollm2_cpu,
     smollm2_gpu,
+    smollm2_gpu_window,
     with_batches,
     with_tokens,
-    with_window,
 )
 from hylo_megatron.run.background import Background  # noqa: E402
 from hylo_megatron.run.launch import Processes  # noqa: E402
@@ -82,7 +82,7 @@ def test_recipes_are_declared_as_the_readme_says():
 
 def test_the_window_recipe_is_the_best_one_known_and_takes_its_tokens_at_2k():
     """docs/recipe.md has the same changes, one by one."""
-    recipe = with_tokens(with_window(smollm2_gpu()), 100_000_000)
+    recipe = with_tokens(smollm2_gpu_window(), 100_000_000)
     ild, short, longer, longest = smollm2_gpu("6MLA24GDN").stages
     more = replace(short, mla_rope=False, steps=recipe.stages[1].steps)
     stages = (ild, more, replace(longer, rope=None), replace(longest, rope=None))
@@ -94,8 +94,8 @@ def test_the_window_recipe_is_the_best_one_known_and_takes_its_tokens_at_2k():
     assert 100_000_000 - batch < sum(stage.tokens for stage in recipe.stages) <= 100_000_000
     with pytest.raises(HyLoError, match="--tokens 10,000,000: the stages beside distill-2k take 14,090,240"):
         with_tokens(smollm2_gpu(), 10_000_000)
-    with pytest.raises(HyLoError, match="mamba2 layers have no queries that can rotate; choose gdn or kda"):
-        with_window(smollm2_gpu(linear="mamba2"))
+    with pytest.raises(HyLoError, match="mamba2 layers have no queries that can rotate; choose gdn or kda, or --rec"):
+        smollm2_gpu_window(linear="mamba2")
 
 
 def test_several_gpus_share_a_batch(tmp_path):
