@@ -13,9 +13,10 @@ from string import ascii_uppercase
 
 import torch
 
+from hylo_megatron.errors import HyLoError
+from hylo_megatron.evaluate.encoding import encode_open
 from hylo_megatron.evaluate.greedy import batches
-from hylo_megatron.evaluate.intervals import of_scores
-from hylo_megatron.evaluate.perplexity import IGNORED, token_losses
+from hylo_megatron.evaluate.perplexity import padded, token_losses
 from hylo_megatron.evaluate.questions import Choice, prompt_ids
 from hylo_megatron.evaluate.run_task import Answerer, run, summary
 from hylo_megatron.evaluate.task import Prompt, Task
@@ -122,9 +123,9 @@ class Letters(Task):
 def candidates(tokenizer, question: Choice) -> list[Candidate]:
     """Return a candidate for each option, in plain text without a chat format, as evaluations by likelihood do."""
     context = f"Question: {question.question}\nAnswer:"
-    before, found = tokenizer(context).input_ids, []
+    before, found = encode_open(tokenizer, context, special=True), []
     for option in question.options:
-        ids = tokenizer(f"{context} {option}").input_ids
+        ids = encode_open(tokenizer, f"{context} {option}", special=True)
         same = [a == b for a, b in zip(before, ids, strict=False)]
         start = same.index(False) if False in same else len(same)
         found.append(Candidate(ids=tuple(ids), start=max(1, start)))
@@ -138,10 +139,12 @@ def scorer(model, batch_size: int | None = None) -> Scorer:
     def score(options: list[Candidate]) -> list[float]:
         found = [0.0] * len(options)
         for batch in batches([len(option.ids) for option in options], model, batch_size):
-            ids_BS = torch.full((len(batch), max(len(options[i].ids) for i in batch)), IGNORED)
-            for row, index in enumerate(batch):
-                ids_BS[row, : len(options[index].ids)] = torch.tensor(options[index].ids)
-            losses_BS = token_losses(model, ids_BS.to(model.device), chunk=1024).double().cpu()
+            ids_BS = padded([options[index].ids for index in batch]).to(model.device)
+            losses_BS = token_losses(model, ids_BS, chunk=1024).double().cpu()
+            if not losses_BS.isfinite().all():
+                raise HyLoError(
+                    "the likelihood of an option is not finite: the weights are broken or overflow in this dtype"
+                )
             for row, index in enumerate(batch):
                 found[index] = -losses_BS[row, options[index].start - 1 :].sum().item()
         return found
@@ -176,10 +179,7 @@ def by_letter(task: Letters, tokenizer, answer: Answerer, length: int, label: st
     for result in results:
         scores.setdefault(result["question"], []).append(result["score"])
     means = [fmean(values) for values in scores.values()]
-    low, high = of_scores(means)
-    hits = round(sum(means), 4)
-    row = {"hits": hits, "samples": len(means), "accuracy": fmean(means), "low": low, "high": high}
-    return {**row, "samples_of_shifts": results}
+    return {**summary(means), "hits": round(sum(means), 4), "samples_of_shifts": results}
 
 
 def chance(questions: tuple[Choice, ...]) -> float:

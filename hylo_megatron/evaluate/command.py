@@ -5,11 +5,8 @@ from dataclasses import fields
 from pathlib import Path
 
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.evaluate.settings import DEFAULT_SUITES, SUITES
+from hylo_megatron.evaluate.settings import DEFAULT_SUITES, KINDS, MEASURED, SUITES, Settings
 from hylo_megatron.flags import Parser, command_line, count, positive, size
-
-MEASURED = ("prose", "book", "code", "c", "long", "choice", "answers")
-KINDS = (*MEASURED, "ruler_squad", "ruler_hotpot")
 
 
 def lengths(text: str) -> tuple[int, ...]:
@@ -37,12 +34,8 @@ def parse() -> argparse.Namespace:
     add("--choice", nargs="+", default=(), metavar="FILE", help="JSON lines of question, options and answer")
     add("--answers", nargs="+", default=(), metavar="FILE", help="JSON lines of question and answers, a list")
     add("--questions", type=size, help="questions drawn from each file; all")
-    add(
-        "--shots",
-        type=count,
-        default=3,
-        help="answered examples, from the same file, before a question to be answered",
-    )
+    shots = "answered examples, from the same file, before a question to be answered"
+    add("--shots", type=count, default=3, help=shots)
     add("--context", type=size, default=2048, help="tokens to which documents are cut")
     add("--ppl-tokens", type=size, default=20_000, help="tokens that are scored of each file")
     add("--long-context", type=size, default=32_768, help="tokens of a long document; shorter documents are skipped")
@@ -74,7 +67,7 @@ def main() -> None:
 
     # imported after parsing, because torch and transformers take seconds to import
     from hylo_megatron.engine.kernel_cache import prepare_kernels
-    from hylo_megatron.evaluate import Settings, evaluate
+    from hylo_megatron.evaluate.runner import evaluate
 
     prepare_kernels()
 

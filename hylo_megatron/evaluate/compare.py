@@ -3,7 +3,7 @@
 import math
 
 from hylo_megatron.evaluate.intervals import bootstrap, of_differences
-from hylo_megatron.evaluate.suites import REGISTRY, Scores
+from hylo_megatron.evaluate.suites import REGISTRY, Row, Scores
 
 ROLES = {"teacher": "teacher", "teacher_yarn": "teacher with YaRN", "control": "control", "model": "model"}
 BASES = ("teacher", "control")  # roles that the model is compared with
@@ -14,22 +14,18 @@ def losses_of(figures: dict) -> dict[str, dict]:
     return figures.get("perplexity", {}) | ({"long": figures["long"]} if "long" in figures else {})
 
 
-def ratios_of(base: dict, model: dict) -> dict[str, float]:
-    """Return the model's figures divided by the base's: cache, and perplexities if both read the same tokens."""
-    return {name: found["ratio"] for name, found in compared(base, model).items()}
-
-
 def compared(base: dict, model: dict) -> dict[str, dict]:
     """Return each ratio, and its 95 % interval (``low`` to ``high``) where it can be known.
 
-    Both models read the same documents. The interval draws documents and compares the models on each draw, so what
-    makes a document hard for both does not widen it.
+    Both models read the same documents. The bootstrap draws documents and compares the models on each draw, so a
+    document that is hard for both models does not widen the interval.
     """
     found = {}
     if base["kv_cache_bytes_per_token"]:
         ratio = model["kv_cache_bytes_per_token"] / base["kv_cache_bytes_per_token"]
         found["kv_cache"] = {"ratio": ratio}
-    if base["vocabulary"] == model["vocabulary"]:
+    same = "tokenizer" not in base or base["tokenizer"] == model["tokenizer"]  # older reports have no fingerprint
+    if base["vocabulary"] == model["vocabulary"] and same:
         before = losses_of(base)
         for text, after in losses_of(model).items():
             if text in before and before[text]["tokens"] == after["tokens"]:
@@ -47,15 +43,9 @@ def _paired(before: dict, after: dict) -> dict:
     return {"low": math.exp(low), "high": math.exp(high)}
 
 
-def labelled(entry: dict) -> dict[str, dict | None]:
-    """Return the summary of each score of a model, by the label of its row; None for a length that was not run."""
-    rows = (suite.rows(entry[name]) for name, suite in REGISTRY.items() if name in entry)
-    return {label: row for pairs in rows for label, row in pairs}
-
-
-def _questions(entry: dict) -> dict[str, Scores]:
-    found = (suite.scores(entry[name]) for name, suite in REGISTRY.items() if name in entry)
-    return {label: scores for pairs in found for label, scores in pairs}
+def rows_of(entry: dict) -> dict[str, Row]:
+    """Return the rows of each score of a model, by label."""
+    return {row.label: row for name, suite in REGISTRY.items() if name in entry for row in suite.rows(entry[name])}
 
 
 def differences(base: dict, model: dict) -> dict[str, dict]:
@@ -64,16 +54,13 @@ def differences(base: dict, model: dict) -> dict[str, dict]:
     If both have answered the same questions there is a paired 95 % interval (``low`` to ``high``, see
     ``of_differences``), and the number of questions at which the model is ``better`` and ``worse``.
     """
-    rows, others = labelled(model), labelled(base)
-    asked, before = _questions(model), _questions(base)
-    return {
-        label: {
-            "difference": row["accuracy"] - others[label]["accuracy"],
-            **_of_pairs(before.get(label, []), asked.get(label, [])),
-        }
-        for label, row in rows.items()
-        if row and others.get(label)
-    }
+    found, others = {}, rows_of(base)
+    for label, row in rows_of(model).items():
+        other = others.get(label, Row(label))
+        if row.summary and other.summary:
+            difference = row.summary["accuracy"] - other.summary["accuracy"]
+            found[label] = {"difference": difference, **_of_pairs(other.scores, row.scores)}
+    return found
 
 
 def _of_pairs(before: Scores, after: Scores) -> dict:
@@ -85,13 +72,3 @@ def _of_pairs(before: Scores, after: Scores) -> dict:
     better = sum(new > old for old, new in zip(a, b, strict=True))
     worse = sum(new < old for old, new in zip(a, b, strict=True))
     return {**interval, "better": better, "worse": worse, "samples": len(b)}
-
-
-def differences_of(figures: dict[str, dict]) -> dict[str, dict]:
-    """Return the differences of the model's scores to those of the teacher and of the control."""
-    return {base: differences(figures[base], figures["model"]) for base in BASES if base in figures}
-
-
-def comparisons_of(figures: dict[str, dict]) -> dict[str, dict]:
-    """Return the model's ratios to the teacher and to the control, as far as they were measured."""
-    return {base: compared(figures[base], figures["model"]) for base in BASES if base in figures}

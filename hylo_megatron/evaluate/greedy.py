@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 import torch
 from transformers import PreTrainedModel
 
+from hylo_megatron.errors import HyLoError
 from hylo_megatron.evaluate.models import rows_per_batch
 
 PADDED = 4096  # tokens; longer prompts are batched with prompts of their own length only
@@ -45,9 +46,10 @@ def greedy(
 
     Prompts of one length need no padding and no mask; shorter ones are padded on the left. Logits are computed only
     for the last position. ``chunk``: tokens of prompts of one length that one forward pass reads; the cache carries
-    the rest, so activations of the whole prompt never exist at once.
+    the rest, so activations of the whole prompt never exist at once. Raises ``HyLoError`` if a logit is not finite.
     """
     answers, running, past = [[] for _ in prompts], set(range(len(prompts))), None
+    broken = torch.zeros((), dtype=torch.bool, device=model.device)
     longest = max(map(len, prompts))
     mask_BS = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=model.device)
     padded = bool((mask_BS == 0).any())
@@ -58,12 +60,17 @@ def greedy(
             masks = {"attention_mask": mask_BS} if padded else {}
             out = model(input_ids=piece_BS, past_key_values=past, use_cache=True, logits_to_keep=1, **masks)
             past = out.past_key_values
-        next_B1 = out.logits[:, -1].float().argmax(-1, keepdim=True)
+        logits_BN = out.logits[:, -1].float()
+        next_B1 = logits_BN.argmax(-1, keepdim=True)
+        broken |= ~logits_BN.gather(1, next_B1).isfinite().all()  # argmax finds NaN first
         for row, token in enumerate(next_B1[:, 0].tolist()):
             if row in running:
                 answers[row].append(token)
                 if finished(answers[row]) or len(answers[row]) == max_new_tokens:
                     running.remove(row)
         if not running:
-            return answers
+            break
         pieces, mask_BS = (next_B1,), torch.cat([mask_BS, torch.ones_like(mask_BS[:, :1])], 1)
+    if broken:
+        raise HyLoError("the model's logits are not finite: the weights are broken or overflow in this dtype")
+    return answers

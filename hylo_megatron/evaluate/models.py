@@ -24,6 +24,7 @@ class Loaded:
     name: str
     model: PreTrainedModel
     tokenizer: Tokenizer
+    fingerprint: str  # equal for tokenizers that give the same ids
 
 
 def resolve_device(device: str) -> torch.device:
@@ -70,7 +71,7 @@ def check_folder(folder: str | Path) -> Path:
 
 
 def with_yarn(config, factor: float, folder: str | Path) -> PreTrainedConfig:
-    """Return a configuration whose rotary frequencies YaRN stretches by ``factor``, to ``factor`` times the window."""
+    """Return a configuration with YaRN, which scales the rotary frequencies for ``factor`` times the window."""
     rope = getattr(config, "rope_parameters", None) or {}
     if config.model_type == "hylo" or rope.get("rope_type") != "default":
         raise HyLoError(
@@ -104,12 +105,13 @@ def load(folder: str | Path, device: torch.device, dtype: torch.dtype, yarn: flo
         raise HyLoError(
             f"{folder}: {len(absent)} weights are missing or not of the shape in config.json, e.g. {absent[0]}"
         )
-    check_rows(identity_of(tokenizer), model.get_input_embeddings().weight.shape[0], folder)
+    identity = identity_of(tokenizer)
+    check_rows(identity, model.get_input_embeddings().weight.shape[0], folder)
     # A clean configuration: a sampling temperature or repetition penalty of the folder would change greedy decoding.
     model.generation_config = GenerationConfig(
         eos_token_id=model.generation_config.eos_token_id, bos_token_id=model.generation_config.bos_token_id
     )
-    return Loaded(folder.resolve().name, model.to(device).eval(), tokenizer)
+    return Loaded(folder.resolve().name, model.to(device).eval(), tokenizer, identity.fingerprint)
 
 
 def _first_line(error: BaseException) -> str:
@@ -142,6 +144,7 @@ def describe(loaded: Loaded) -> dict:
         "model_type": config.model_type,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "vocabulary": len(loaded.tokenizer),
+        "tokenizer": loaded.fingerprint,
         "plan": layer_plan(config),
         "kv_cache_bytes_per_token": kv_bytes_per_token(config),
         **({"window_cache_bytes": windows} if windows else {}),

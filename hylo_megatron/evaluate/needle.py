@@ -1,19 +1,34 @@
-"""Needle retrieval: hide one fact in prose, ask for it at the end, decode freely, and score the number in the
-answer.
+"""Needle retrieval: hide one fact in prose, ask for it at the end, decode freely, and score the number in the answer.
+
+All prompts of a length are equally long.
 """
 
+import random
 import re
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate, count, islice
 from pathlib import Path
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.evaluate.prompts import MAX_NEW_TOKENS, NeedlePrompt, make_needles, prose_of
-from hylo_megatron.evaluate.run_task import answerer, run
+from hylo_megatron.evaluate.encoding import SPACES, Encoder, Ids, around, fit, take
 from hylo_megatron.evaluate.task import Prompt, Task
+from hylo_megatron.evaluate.texts import key_words, read_some, sentences_of
 
+FACT = "One of the special magic numbers for {key} is: {value}."
+PROMPT = (
+    "Some special magic numbers are hidden within the following text. Make sure to memorize it. "
+    "I will quiz you about the numbers afterwards.\n{text}\n"
+    "What is the special magic number for {key} mentioned in the provided text?"
+)
+HEAD, TAIL = PROMPT.split("{text}")
+ANSWER = "The special magic number for {key} mentioned in the provided text is"
+MAX_NEW_TOKENS = 12
+HAYSTACK_CHARS = 2_000_000
+FILL_WORDS = 200  # words that are tried to fill a prompt exactly
 NUMBER = re.compile(r"\d{1,3}(?:,\d{3})+|\d+")
 NUMBER_IS_OVER = re.compile(r"\d(?:[^\d,]|,\D)")
 
@@ -22,6 +37,15 @@ def first_number(text: str) -> str:
     """Return the first run of digits without thousands separators; empty if there is none."""
     found = NUMBER.search(text)
     return found.group().replace(",", "") if found else ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeedlePrompt(Prompt):
+    """A prompt with one needle. ``cell`` has the depth, from 0 (first sentence) to 1 (last)."""
+
+    placed_depth: float  # depth of the sentence boundary where the fact is, measured in tokens
+    key: str
+    value: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +58,13 @@ class Needle(Task):
     depths: int = 5
 
     def prompts(self, tokenizer, length: int, samples: int, seed: int) -> list[NeedlePrompt]:
-        return make_needles(prose_of(self.file, tokenizer), length, self.depths, samples, seed)
+        """Return ``samples`` prompts for every depth, each with its own seed, so cells do not depend on each other."""
+        prose = prose_of(self.file, tokenizer)
+        return [
+            make_needle(prose, length, depth, random.Random(f"{seed}/{length}/{depth:.4f}/{sample}"))
+            for depth in depths_of(self.depths)
+            for sample in range(samples)
+        ]
 
     def score(self, answer: str, prompt: Prompt) -> float:
         return float(first_number(answer) == prompt.references[0])
@@ -43,21 +73,86 @@ class Needle(Task):
         return bool(NUMBER_IS_OVER.search(text))
 
 
-def needles_of(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    file: str | Path,
-    lengths: Iterable[int] = (1024, 2048),
-    depths: int = 5,
-    samples: int = 4,
-    seed: int = 0,
-    batch_size: int | None = None,
-    label: str = "",
-    chunk: int | None = None,
-) -> dict:
-    """Measure retrieval over depth x length with ``samples`` prompts per cell. Returns what ``tasks.run`` returns."""
-    if depths < 1 or samples < 1:
-        raise HyLoError(f"{depths} depths and {samples} samples of needles: expected at least 1 of each")
-    task = Needle(file=Path(file), depths=depths)
-    answer = answerer(model, tokenizer, task, batch_size, chunk)
-    return run(task, tokenizer, answer, lengths=lengths, samples=samples, seed=seed, label=label)
+def depths_of(number: int) -> list[float]:
+    """Return ``number`` depths from the first to the last place; one alone is the middle."""
+    return [0.5] if number == 1 else [index / (number - 1) for index in range(number)]
+
+
+class Prose:
+    """Sentences of a prose file, each after a space, and the words for keys."""
+
+    def __init__(self, file: str | Path, tokenizer: PreTrainedTokenizerBase):
+        prose = read_some(Path(file), tokenizer, HAYSTACK_CHARS)
+        self.sentences = [f" {sentence}" for sentence in sentences_of(prose)]
+        if not self.sentences:
+            raise HyLoError(f"{file} has no sentences to hide a needle in: expected prose")
+        self.adjectives, self.nouns = key_words(prose)
+        self.encoder = Encoder(tokenizer, SPACES)
+        # Byte-level BPE never merges across the space before a word. Other tokenizers may, so they encode whole texts.
+        self.joins = True
+        joined, self.joins = self.encode(self.sentences, "key"), False
+        self.joins = joined == self.encode(self.sentences, "key")
+
+    def encode(self, texts: list[str], key: str) -> Ids:
+        """Return the ids of the whole prompt around ``texts`` (one or more)."""
+        before, after = around(self.encoder.tokenizer, HEAD, TAIL.format(key=key), ANSWER.format(key=key))
+        encode = self.encoder.prompt if self.joins else self.encoder.whole
+        return encode(before, [texts[0].removeprefix(" "), *texts[1:]], after)
+
+    def sizes(self, texts: list[str]) -> list[int]:
+        return [len(ids) for ids in self.encoder.pieces(texts)]
+
+    def filler(self, start: int, budget: int) -> list[str]:
+        """Return sentences from ``start`` on, repeating the text if needed, then single words up to ``budget``
+        tokens.
+        """
+        taken = take(self.encoder, self._from(start), budget)
+        budget -= sum(self.sizes(taken))
+        following = (f" {word}" for sentence in self._from(start + len(taken)) for word in sentence.split())
+        words = ""
+        for word in islice(following, FILL_WORDS if budget else 0):
+            size = self.encoder.count(word)
+            if size <= budget:  # a longer word is skipped, because the last word has to end on the last token
+                words += word
+                budget -= size
+            if not budget:
+                break
+        return [*taken, words] if words else taken
+
+    def _from(self, start: int) -> Iterator[str]:
+        return (self.sentences[index % len(self.sentences)] for index in count(start))
+
+    def place(self, filler: list[str], fact: str, depth: float) -> tuple[list[str], float]:
+        """Put the fact at the boundary of texts nearest to ``depth`` in tokens.
+
+        Returns the texts and that boundary's depth.
+        """
+        starts = list(accumulate(self.sizes(filler), initial=0))
+        total = max(1, starts[-1])
+        at = min(range(len(starts)), key=lambda index: abs(starts[index] - depth * total))
+        return [*filler[:at], fact, *filler[at:]], starts[at] / total
+
+
+@lru_cache(maxsize=1)
+def prose_of(file: Path, tokenizer: PreTrainedTokenizerBase) -> Prose:
+    """Return the prose of a file, kept for the next length or task of the same model."""
+    return Prose(file, tokenizer)
+
+
+def make_needle(prose: Prose, length: int, depth: float, rng: random.Random) -> NeedlePrompt:
+    """Return a prompt of ``length`` less the answer's tokens, or a few tokens shorter if no filler fits exactly."""
+    key = f"{rng.choice(prose.adjectives)}-{rng.choice(prose.nouns)}"
+    value = str(rng.randint(1_000_000, 9_999_999))
+    fact, start = f" {FACT.format(key=key, value=value)}", rng.randrange(len(prose.sentences))
+
+    def make(budget: int) -> tuple[float, Ids]:
+        texts, placed = prose.place(prose.filler(start, budget), fact, depth)
+        return placed, prose.encode(texts, key)
+
+    placed, ids = fit(make, length - MAX_NEW_TOKENS)
+    if len(ids) + MAX_NEW_TOKENS > length:
+        least = len(ids) + MAX_NEW_TOKENS + 32
+        raise HyLoError(f"needle length {length} is too short for the question itself: use {least} or more")
+    return NeedlePrompt(
+        ids=ids, length=length, references=(value,), cell={"depth": depth}, placed_depth=placed, key=key, value=value
+    )

@@ -6,15 +6,18 @@ K buckets of positions. In sums over documents D is their number.
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hylo_megatron.data.documents import read_texts
 from hylo_megatron.errors import HyLoError
+from hylo_megatron.evaluate.encoding import encode_open
 from hylo_megatron.evaluate.intervals import bootstrap
 from hylo_megatron.evaluate.models import rows_per_batch
 
@@ -23,37 +26,25 @@ FIRST_BUCKET = 128  # tokens; buckets double from there
 OTHER_HEADS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
 
-def encode_documents(tokenizer: PreTrainedTokenizerBase, file: str | Path, context: int, max_tokens: int) -> list:
+def encode_documents(
+    tokenizer: PreTrainedTokenizerBase, file: str | Path, context: int, max_tokens: int, whole: bool = False
+) -> list[list[int]]:
     """Return token ids of documents in file order, each cut to ``context``, until ``max_tokens`` can be scored.
 
-    The first token of a document is not scored (it is BOS if the tokenizer adds one).
+    ``whole``: complete documents, in windows of ``context``. The first token of a document or a window is not scored
+    (for a document it is BOS if the tokenizer adds one).
     """
     documents, left = [], max_tokens
     for text in read_texts(Path(file), tokenizer):
-        ids = _encode_start(tokenizer, text, min(context, left + 1))
-        if len(ids) > 1:
-            documents.append(ids)
-            left -= len(ids) - 1
-        if left <= 0:
-            break
+        ids = _encode_start(tokenizer, text, 2 * (left + context) if whole else min(context, left + 1))
+        for start in range(0, len(ids) - 1, context):
+            documents.append(ids[start : start + min(context, left + 1)])
+            left -= len(documents[-1]) - 1
+            if left <= 0:
+                return documents
     if not documents:
         raise HyLoError(f"{file} holds no document of two tokens or more: nothing to score")
     return documents
-
-
-def encode_windows(tokenizer: PreTrainedTokenizerBase, file: str | Path, context: int, max_tokens: int) -> list:
-    """Return complete documents in file order as windows of ``context`` ids, until ``max_tokens`` can be scored."""
-    windows, left = [], max_tokens
-    for text in read_texts(Path(file), tokenizer):
-        ids = _encode_start(tokenizer, text, 2 * left + 2 * context)
-        for start in range(0, len(ids) - 1, context):
-            windows.append(ids[start : start + min(context, left + 1)])
-            left -= len(windows[-1]) - 1
-            if left <= 0:
-                return windows
-    if not windows:
-        raise HyLoError(f"{file} holds no document of two tokens or more: nothing to score")
-    return windows
 
 
 def encode_long_documents(
@@ -67,7 +58,7 @@ def encode_long_documents(
     documents, begun = [], []
     for text in read_texts(Path(file), tokenizer):
         if begun:
-            begun += tokenizer("\n\n" + text, add_special_tokens=False, verbose=False).input_ids
+            begun += encode_open(tokenizer, "\n\n" + text, special=False)
         elif join or 4 * len(text) >= context:  # a token has a byte of UTF-8 or more: others are too short
             begun = _encode_start(tokenizer, text, context)
         if len(begun) >= context:
@@ -88,16 +79,14 @@ def _encode_start(tokenizer: PreTrainedTokenizerBase, text: str, count: int) -> 
     chars = 8 * count
     begun = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)  # a chat template has written BOS
     while True:
-        ids = tokenizer(text[:chars], add_special_tokens=not begun, verbose=False).input_ids
+        ids = encode_open(tokenizer, text[:chars], special=not begun)
         if chars >= len(text) or len(ids) > count + 8:  # the last ids depend on where the text was cut
             return ids[:count]
         chars *= 4
 
 
 def batches(documents: list[list[int]], model: PreTrainedModel, batch_size: int | None) -> Iterator[list[list[int]]]:
-    """Yield batches, longest documents first, so that rows of a batch have nearly one length and memory peaks at the
-    start.
-    """
+    """Yield batches, longest documents first: rows have nearly one length, and memory peaks at the start."""
     ordered = sorted(documents, key=len, reverse=True)
     while ordered:
         rows = rows_per_batch(model, len(ordered[0]), batch_size)
@@ -105,12 +94,20 @@ def batches(documents: list[list[int]], model: PreTrainedModel, batch_size: int 
         ordered = ordered[rows:]
 
 
+def padded(rows: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Return rows of ids as one tensor [B,S], padded on the right with ``IGNORED``."""
+    return pad_sequence([torch.tensor(ids) for ids in rows], batch_first=True, padding_value=IGNORED)
+
+
 def token_losses(model: PreTrainedModel, ids_BS: torch.Tensor, chunk: int, prefill: int | None = None) -> torch.Tensor:
     """Return the negative log likelihood (nats, float32) of tokens 1.. of every row, [B,S-1]; 0 for ``IGNORED`` ids.
 
     Rows are padded on the right. No token depends on later ones, so padding needs no mask. ``prefill``: positions that
-    one forward pass reads; the cache carries the rest, so activations of a whole document never exist at once.
+    one forward pass reads; the cache carries the rest, so activations of a whole document never exist at once. Raises
+    ``HyLoError`` for a model that changes the logits behind its head.
     """
+    if any(getattr(model.config, name, None) not in (None, 1.0) for name in OTHER_HEADS):
+        raise HyLoError(f"{model.config.model_type} scales or caps its logits, which this evaluation does not cover")
     length = ids_BS.shape[1]
     prefill = min(prefill or length, length)
     head, losses, past = model.get_output_embeddings(), [], None
@@ -140,8 +137,7 @@ def bucket_edges(context: int) -> list[int]:
 def _buckets(values_BS: torch.Tensor, edges: list[int]) -> torch.Tensor:
     """Return the sums over each bucket of positions, [B,K] float64; ``values_BS`` may end before the last bucket."""
     values_BS = values_BS.double().cpu()
-    pairs = zip(edges, edges[1:], strict=False)
-    return torch.stack([values_BS[:, start:end].sum(1) for start, end in pairs], 1)
+    return torch.stack([values_BS[:, start:end].sum(1) for start, end in pairwise(edges)], 1)
 
 
 def _by_position(loss_DK: torch.Tensor, count_DK: torch.Tensor, edges: list[int]) -> list[dict]:
@@ -150,7 +146,7 @@ def _by_position(loss_DK: torch.Tensor, count_DK: torch.Tensor, edges: list[int]
     ``low`` to ``high`` is the 95 % interval over documents.
     """
     rows = []
-    for bucket, (start, end) in enumerate(zip(edges, edges[1:], strict=False)):
+    for bucket, (start, end) in enumerate(pairwise(edges)):
         reached = count_DK[:, bucket] > 0
         loss_D, count_D = loss_DK[reached, bucket], count_DK[reached, bucket]
         if tokens := int(count_D.sum()):
@@ -164,44 +160,48 @@ def perplexity_of(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     file: str | Path,
+    *,
     context: int = 2048,
     max_tokens: int = 20_000,
-    batch_size: int | None = None,
-    chunk: int = 1024,
-    label: str = "",
     whole: bool = False,
-    prefill: int | None = None,
+    **scoring,
 ) -> dict:
-    """Measure the perplexity per token of a JSON-lines file with documents cut to ``context``.
+    """Measure the perplexity per token of a text file with documents cut to ``context``.
 
-    ``whole``: complete documents, in windows of ``context``. Returns what ``score`` returns.
+    ``whole``: complete documents, in windows of ``context``. ``scoring``: further arguments of ``score``, whose result
+    is returned. A file with less text than ``max_tokens`` is scored as a whole, and a line says so.
     """
     if context < 2 or max_tokens < 1:
         raise HyLoError(f"context {context} and {max_tokens} tokens to score: expected at least 2 and 1")
-    documents = (encode_windows if whole else encode_documents)(tokenizer, file, context, max_tokens)
-    return score(model, documents, file, batch_size, chunk, label, prefill)
+    documents = encode_documents(tokenizer, file, context, max_tokens, whole)
+    _say_if_fewer(file, sum(len(ids) - 1 for ids in documents), max_tokens, "tokens")
+    return score(model, documents, file, **scoring)
 
 
 def long_documents_of(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     file: str | Path,
+    *,
     context: int = 32_768,
     count: int = 4,
-    batch_size: int | None = None,
-    chunk: int = 1024,
-    label: str = "",
-    prefill: int | None = None,
     join: bool = False,
+    **scoring,
 ) -> dict:
     """Measure the loss of the first ``context`` tokens of ``count`` documents that are at least that long.
 
-    ``join``: shorter documents are joined.
+    ``join``: shorter documents are joined. ``scoring``: further arguments of ``score``, whose results are returned.
     """
     if context < 2 or count < 1:
         raise HyLoError(f"long context {context} and {count} long documents: expected at least 2 and 1")
     documents = encode_long_documents(tokenizer, file, context, count, join)
-    return score(model, documents, file, batch_size, chunk, label, prefill)
+    _say_if_fewer(file, len(documents), count, f"documents of {context:,} tokens")
+    return score(model, documents, file, **scoring)
+
+
+def _say_if_fewer(file: str | Path, found: int, wanted: int, what: str) -> None:
+    if found < wanted:
+        print(f"{Path(file).name}: {found:,} {what} are scored, not {wanted:,}: the file has no more", flush=True)
 
 
 @torch.inference_mode()
@@ -220,15 +220,11 @@ def score(
     perplexity and its 95 % interval over documents (``low`` to ``high``), loss (nats per token), tokens and documents
     scored, by_position, document_losses (tokens and summed loss of each document, longest first) and seconds.
     """
-    if any(getattr(model.config, name, None) not in (None, 1.0) for name in OTHER_HEADS):
-        raise HyLoError(f"{model.config.model_type} scales or caps its logits, which this evaluation does not cover")
     began = shown = time.perf_counter()
     edges, total = bucket_edges(max(map(len, documents))), sum(len(ids) - 1 for ids in documents)
     losses, counts, scored = [], [], 0
     for batch in batches(documents, model, batch_size):
-        ids_BS = torch.full((len(batch), len(batch[0])), IGNORED)
-        for row, ids in enumerate(batch):
-            ids_BS[row, : len(ids)] = torch.tensor(ids)
+        ids_BS = padded(batch)
         found_BS = token_losses(model, ids_BS.to(model.device), chunk, prefill)
         losses.append(_buckets(F.pad(found_BS, (1, 0)), edges))  # position 0 is not scored
         counts.append(_buckets(F.pad(ids_BS[:, 1:] != IGNORED, (1, 0)), edges))

@@ -22,16 +22,14 @@ def new_figure(width: float, height: float):
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _save(figure, path: Path) -> Path:
+def save(figure, path: Path) -> Path:
     with whole_file(path) as scratch:
         figure.savefig(scratch, dpi=150, format=path.suffix[1:])
     return path
 
 
 def heat_map(cells_by_model: dict[str, list[dict]], path: str | Path) -> Path:
-    """Draw needle accuracy in percent, depth (down) by length (across), one panel per model; a dash where none was
-    run.
-    """
+    """Draw needle accuracy in percent: a panel per model, depth down, length across, a dash where none was run."""
     lengths = sorted({cell["length"] for cells in cells_by_model.values() for cell in cells})
     depths = sorted({cell["depth"] for cells in cells_by_model.values() for cell in cells})
     width, height = max(2.6, 0.7 * len(lengths) + 0.6), max(2.8, 0.5 * len(depths) + 1.3)
@@ -52,7 +50,7 @@ def heat_map(cells_by_model: dict[str, list[dict]], path: str | Path) -> Path:
         panel.set_xlabel("prompt length (tokens)")
     panels[0].set_ylabel("depth of the fact in the text")
     figure.colorbar(image, ax=list(panels), label="retrieved (%)")
-    return _save(figure, Path(path))
+    return save(figure, Path(path))
 
 
 def position_curves(results_by_text: dict[str, dict[str, dict]], path: str | Path) -> Path:
@@ -72,7 +70,7 @@ def position_curves(results_by_text: dict[str, dict[str, dict]], path: str | Pat
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8)
     panels[0].set_ylabel("loss (nats a token)")
-    return _save(figure, Path(path))
+    return save(figure, Path(path))
 
 
 def read_log(file: str | Path) -> dict[str, list[tuple[int, float]]]:
@@ -137,7 +135,7 @@ def loss_curves(logs: Sequence[str | Path], path: str | Path) -> Path | None:
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8)
     figure.axes[0].set_ylabel("loss")
-    return _save(figure, Path(path))
+    return save(figure, Path(path))
 
 
 def _draw_curve(panel, points: list[tuple[int, float]], colour: str, name: str) -> None:

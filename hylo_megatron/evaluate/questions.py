@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any, TypeVar
@@ -11,7 +11,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.evaluate.prompts import encode_start, question_text
+from hylo_megatron.evaluate.encoding import encode_start, question_text
 from hylo_megatron.json_file import check, parse
 
 T = TypeVar("T")
@@ -40,7 +40,7 @@ class Choice:
     question: str
     options: tuple[str, ...]
     answer: int
-    where: str
+    where: str = field(compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class Short:
 
     question: str
     answers: tuple[str, ...]
-    where: str
+    where: str = field(compare=False)
 
 
 def read_choices(file: Path) -> tuple[Choice, ...]:
@@ -67,8 +67,11 @@ def draw(questions: tuple[T, ...], shots: int, limit: int | None, seed: int) -> 
     if len(questions) <= shots:
         raise HyLoError(f"{questions[0].where}: {len(questions)} questions, too few for --shots {shots}: give fewer")
     order = random.Random(seed).sample(range(len(questions)), len(questions))
-    examples, asked = order[:shots], sorted(order[shots:][:limit])
-    return tuple(questions[index] for index in examples), tuple(questions[index] for index in asked)
+    examples = tuple(questions[index] for index in order[:shots])
+    others = [index for index in order[shots:] if questions[index] not in examples]  # a file may repeat a question
+    if not others:
+        raise HyLoError(f"{questions[0].where}: every question is an example of --shots {shots}: give fewer")
+    return examples, tuple(questions[index] for index in sorted(others[:limit]))
 
 
 def prompt_ids(

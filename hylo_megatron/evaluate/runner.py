@@ -5,6 +5,7 @@ import platform
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -12,26 +13,15 @@ import transformers
 from hylo_megatron.data.documents import check_texts
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.evaluate import models
-from hylo_megatron.evaluate.compare import comparisons_of, differences_of, ratios_of
+from hylo_megatron.evaluate.compare import BASES, compared, differences
 from hylo_megatron.evaluate.plots import new_figure, read_log
 from hylo_megatron.evaluate.questions import read_answers, read_choices
 from hylo_megatron.evaluate.report import write_report
-from hylo_megatron.evaluate.settings import DEFAULT_SUITES, Settings
+from hylo_megatron.evaluate.ruler.questions import read_library
+from hylo_megatron.evaluate.settings import DEFAULT_SUITES, KINDS, Settings
 from hylo_megatron.evaluate.suites import REGISTRY, Files, Job
 
-
-def _read_library(file: Path) -> None:
-    from hylo_megatron.evaluate.ruler.questions import read_library
-
-    read_library(file)
-
-
-READERS = {  # other kinds of files are texts
-    "choice": read_choices,
-    "answers": read_answers,
-    "ruler_squad": _read_library,
-    "ruler_hotpot": _read_library,
-}
+READERS = {"choice": read_choices, "answers": read_answers, "ruler_squad": read_library, "ruler_hotpot": read_library}
 
 
 def suites_for(files: Files, settings: Settings) -> list[str]:
@@ -73,6 +63,22 @@ def measure(folder: str | Path, role: str, files: Files, settings: Settings) -> 
     return figures
 
 
+def _given_files(given: dict[str, Any]) -> Files:
+    """Return the files by kind. Refuses a file that cannot be read now, not after minutes of measuring."""
+    if unknown := set(given) - set(KINDS):
+        raise TypeError(f"evaluate() has no argument {unknown.pop()!r}")
+    files = {}
+    for kind, paths in given.items():
+        paths = [paths] if isinstance(paths, str | Path) else paths or ()
+        if len({Path(file).stem for file in paths}) < len(paths):
+            raise HyLoError(f"--{kind}: two files have one name, which is the name of their figures: rename one")
+        for file in paths:
+            READERS.get(kind, check_texts)(Path(file))
+        if paths:
+            files[kind] = tuple(map(Path, paths))
+    return files
+
+
 def evaluate(
     model_dir: str | Path,
     *,
@@ -80,27 +86,19 @@ def evaluate(
     teacher_figures: dict | None = None,
     control_dir: str | Path | None = None,
     out_dir: str | Path | None = None,
-    prose: str | Path | None = None,
-    book: str | Path | None = None,
-    code: str | Path | None = None,
-    c: str | Path | None = None,
-    long: str | Path | None = None,
-    choice: Sequence[str | Path] = (),
-    answers: Sequence[str | Path] = (),
-    ruler_squad: str | Path | None = None,
-    ruler_hotpot: str | Path | None = None,
     curves: Sequence[str | Path] = (),
     settings: Settings | None = None,
+    **files: str | Path | Sequence[str | Path] | None,
 ) -> dict:
     """Measure a Hugging Face folder, optionally beside others. ``out_dir`` gets JSON, Markdown, HTML and PNG files.
 
-    ``prose``, ``book`` (complete documents, in windows), ``code``, ``c`` and ``long`` (loss by position in long
-    documents) are text files as for ``hylo prepare-data``; ``choice`` and ``answers`` are files of questions. What has
-    no file is not measured (needles and RULER need ``prose``). ``ruler_squad`` and ``ruler_hotpot``: questions in the
-    layouts of SQuAD and HotpotQA for two of RULER's tasks. ``control_dir``: the teacher after training on the
-    student's tokens. ``teacher_figures``: what an earlier call for the teacher alone returned under "model", with the
-    same files and settings; the teacher is not measured again then. ``curves``: training logs, JSON lines with stage,
-    iteration and loss.
+    ``files``: what is measured on, by kind. ``prose``, ``book`` (complete documents, in windows), ``code``, ``c`` and
+    ``long`` (loss by position in long documents) are text files as for ``hylo prepare-data``; ``choice`` and
+    ``answers`` are lists of files of questions. What has no file is not measured (needles and RULER need ``prose``).
+    ``ruler_squad`` and ``ruler_hotpot``: questions in the layouts of SQuAD and HotpotQA for two of RULER's tasks.
+    ``control_dir``: the teacher after training on the student's tokens. ``teacher_figures``: what an earlier call for
+    the teacher alone returned under "model", with the same files and settings; the teacher is not measured again then.
+    ``curves``: training logs, JSON lines with stage, iteration and loss.
     """
     settings = settings or Settings()
     if settings.teacher_yarn and teacher_dir is None:
@@ -108,14 +106,7 @@ def evaluate(
     yarn_dir = teacher_dir if settings.teacher_yarn else None
     folders = {"teacher": teacher_dir, "teacher_yarn": yarn_dir, "control": control_dir, "model": model_dir}
     folders = {role: models.check_folder(folder) for role, folder in folders.items() if folder is not None}
-    given = {"prose": (prose,), "book": (book,), "code": (code,), "c": (c,), "long": (long,)}
-    given |= {"choice": choice, "answers": answers, "ruler_squad": (ruler_squad,), "ruler_hotpot": (ruler_hotpot,)}
-    files = {kind: tuple(map(Path, filter(None, paths))) for kind, paths in given.items() if any(paths)}
-    for kind, paths in files.items():
-        if len({file.stem for file in paths}) < len(paths):
-            raise HyLoError(f"--{kind}: two files have one name, which is the name of their figures: rename one")
-        for file in paths:
-            READERS.get(kind, check_texts)(file)  # refuses the file now, not after minutes of measuring
+    files = _given_files(files)
     check_files(files, settings)
     device = models.resolve_device(settings.device)
     dtype = models.resolve_dtype(settings.dtype, device)
@@ -127,11 +118,13 @@ def evaluate(
         out_dir.mkdir(parents=True, exist_ok=True)
     figures = {"teacher": teacher_figures} if teacher_figures else {}
     figures |= {role: measure(folder, role, files, settings) for role, folder in folders.items()}
+    model, bases = figures["model"], {base: figures[base] for base in BASES if base in figures}
+    ratios = {base: compared(other, model) for base, other in bases.items()}
     report = {
         **figures,
-        "ratios": ratios_of(figures["teacher"], figures["model"]) if "teacher" in figures else {},
-        "compared_with": comparisons_of(figures),
-        "differences": differences_of(figures),
+        "ratios": {name: found["ratio"] for name, found in ratios.get("teacher", {}).items()},
+        "compared_with": ratios,
+        "differences": {base: differences(other, model) for base, other in bases.items()},
         "settings": asdict(settings),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "dtype": str(dtype).removeprefix("torch."),

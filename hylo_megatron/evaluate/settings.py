@@ -6,6 +6,8 @@ from hylo_megatron.errors import HyLoError
 
 DEFAULT_SUITES = ("perplexity", "long", "needle", "choice", "answers")
 SUITES = (*DEFAULT_SUITES, "ruler")
+MEASURED = ("prose", "book", "code", "c", "long", "choice", "answers")  # kinds of files that a suite is measured on
+KINDS = (*MEASURED, "ruler_squad", "ruler_hotpot")
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,10 @@ class Settings:
             value = min(value, default=0) if isinstance(value, tuple) else value
             if value is not None and value < 1:
                 raise HyLoError(f"evaluation setting {name} is {value}, expected 1 or more")
+        for name in ("needle_lengths", "ruler_lengths"):
+            lengths = getattr(self, name)
+            if len(set(lengths)) < len(lengths):
+                raise HyLoError(f"evaluation setting {name} has a length twice, expected different ones: {lengths}")
         for verb, names in (("skip", self.skip), ("measure", self.suites)):
             if unknown := set(names) - set(SUITES):
                 raise HyLoError(f"cannot {verb} {', '.join(sorted(unknown))}: the parts are {', '.join(SUITES)}")

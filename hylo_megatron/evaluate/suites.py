@@ -2,10 +2,11 @@
 
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import NamedTuple
 
 from hylo_megatron.evaluate import choice
 from hylo_megatron.evaluate.answers import Answers
@@ -13,17 +14,22 @@ from hylo_megatron.evaluate.models import Loaded
 from hylo_megatron.evaluate.needle import Needle
 from hylo_megatron.evaluate.perplexity import long_documents_of, perplexity_of
 from hylo_megatron.evaluate.questions import draw, read_answers, read_choices
+from hylo_megatron.evaluate.ruler import tasks
 from hylo_megatron.evaluate.run_task import answerer, run, summary
 from hylo_megatron.evaluate.settings import Settings
 from hylo_megatron.evaluate.task import Task
 
 TEXTS = ("prose", "book", "code", "c")  # kinds of text with a perplexity
-Files = dict[
-    str, tuple[Path, ...]
-]  # by kind: those of TEXTS and "long" have one file each, "choice" and "answers" more
+Files = dict[str, tuple[Path, ...]]  # by kind; "choice" and "answers" may have several files, others have one
+Scores = Sequence[tuple[str, float]]  # a question, as a text that tells it from others, and its score
 
 
-Scores = list[tuple[str, float]]  # a question and its score
+class Row(NamedTuple):
+    """A row of the report's table. ``summary``: None for a length that was not run."""
+
+    label: str
+    summary: dict | None = None
+    scores: Scores = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,17 +77,12 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Suite:
-    """``needs``: kinds of files, any of which is enough. ``may_read``: further kinds, which can be absent.
-
-    ``rows`` yields label and summary for the report's table; ``scores`` yields label and ``(question, score)`` of each
-    sample, where the question is a text that tells it from others.
-    """
+    """``needs``: kinds of files, any of which is enough. ``may_read``: further kinds, which can be absent."""
 
     needs: tuple[str, ...]
     may_read: tuple[str, ...] = ()
     measure: Callable[[Job], dict]
-    rows: Callable[[dict], Iterator[tuple[str, dict | None]]] = lambda figures: iter(())
-    scores: Callable[[dict], Iterator[tuple[str, Scores]]] = lambda figures: iter(())
+    rows: Callable[[dict], Iterator[Row]] = lambda figures: iter(())
 
 
 def _perplexity(job: Job) -> dict:
@@ -144,8 +145,6 @@ def _answers(job: Job) -> dict:
 
 
 def _ruler(job: Job) -> dict:
-    from hylo_megatron.evaluate.ruler import tasks
-
     settings, found = job.settings, {}
     lengths, not_run = job.split(settings.ruler_lengths)
     given = {kind: job.files[f"ruler_{kind}"][0] for kind in ("squad", "hotpot") if f"ruler_{kind}" in job.files}
@@ -162,33 +161,7 @@ def _ruler(job: Job) -> dict:
     return {"tasks": found, "by_length": means, "not_run": not_run}
 
 
-def _length_rows(name: str, result: dict) -> Iterator[tuple[str, dict | None]]:
-    for row in result["by_length"]:
-        yield f"{name}, {row['length']:,} tokens", row
-    for length in result.get("not_run", ()):
-        yield f"{name}, {length:,} tokens", None
-
-
-def _choice_rows(figures: dict) -> Iterator[tuple[str, dict | None]]:
-    for name, result in figures.items():
-        at = f"(chance {100 * result['chance']:.0f} %)"
-        yield f"{name}, likelihood {at}", result["likelihood"]["sum"]
-        yield f"{name}, likelihood per character {at}", result["likelihood"]["normalised"]
-        yield f"{name}, written {at}", result["letters"]
-
-
-def _answers_rows(figures: dict) -> Iterator[tuple[str, dict | None]]:
-    for name, result in figures.items():
-        yield f"{name}, exact match", result["by_length"][0]
-
-
-def _ruler_rows(figures: dict) -> Iterator[tuple[str, dict | None]]:
-    yield from _length_rows(f"RULER, mean of {len(figures['tasks'])}", figures)
-    for name, result in figures["tasks"].items():
-        yield from _length_rows(f"RULER {name}", result)
-
-
-# ---- scores of single questions, by the labels of the rows ----
+# ---- rows of the report's table ----
 
 
 def _question(sample: dict) -> str:
@@ -196,55 +169,55 @@ def _question(sample: dict) -> str:
     return json.dumps({name: value for name, value in sample.items() if name not in ("answer", "score")}, default=str)
 
 
-def _length_scores(name: str, samples: list[dict]) -> Iterator[tuple[str, Scores]]:
-    found: dict[int, Scores] = {}
-    for sample in samples:
-        found.setdefault(sample["length"], []).append((_question(sample), sample["score"]))
-    for length, scores in found.items():
-        yield f"{name}, {length:,} tokens", scores
+def _scores(samples: Iterable[dict]) -> Scores:
+    return [(_question(sample), sample["score"]) for sample in samples]
 
 
-def _choice_scores(figures: dict) -> Iterator[tuple[str, Scores]]:
+def _length_rows(name: str, result: dict, samples: Iterable[dict]) -> Iterator[Row]:
+    """Yield a row for each length, also for those that were not run."""
+    for row in result["by_length"]:
+        own = (sample for sample in samples if sample["length"] == row["length"])
+        yield Row(f"{name}, {row['length']:,} tokens", row, _scores(own))
+    for length in result.get("not_run", ()):
+        yield Row(f"{name}, {length:,} tokens")
+
+
+def _needle_rows(figures: dict) -> Iterator[Row]:
+    yield from _length_rows("needle", figures, figures.get("samples", ()))
+
+
+def _choice_rows(figures: dict) -> Iterator[Row]:
     for name, result in figures.items():
-        labels = [label for label, _ in _choice_rows({name: result})]
+        at = f"(chance {100 * result['chance']:.0f} %)"
         samples = result["likelihood"].get("samples", ())
-        for label, way in zip(labels, ("sum", "normalised"), strict=False):
-            yield label, [(sample["where"], sample[way]) for sample in samples]
+        for way, how in (("sum", ""), ("normalised", " per character")):
+            scores = [(sample["where"], sample[way]) for sample in samples]
+            yield Row(f"{name}, likelihood{how} {at}", result["likelihood"][way], scores)
         shifts: dict[int, list[dict]] = {}
         for sample in result["letters"].get("samples_of_shifts", ()):
             shifts.setdefault(sample["question"], []).append(sample)
-        yield labels[-1], [(_question(each[0]), fmean(one["score"] for one in each)) for each in shifts.values()]
+        scores = [(_question(each[0]), fmean(one["score"] for one in each)) for each in shifts.values()]
+        yield Row(f"{name}, written {at}", result["letters"], scores)
 
 
-def _answers_scores(figures: dict) -> Iterator[tuple[str, Scores]]:
-    for (label, _), result in zip(_answers_rows(figures), figures.values(), strict=True):
-        yield label, [(_question(sample), sample["score"]) for sample in result["samples"]]
+def _answers_rows(figures: dict) -> Iterator[Row]:
+    for name, result in figures.items():
+        yield Row(f"{name}, exact match", result["by_length"][0], _scores(result.get("samples", ())))
 
 
-def _ruler_scores(figures: dict) -> Iterator[tuple[str, Scores]]:
+def _ruler_rows(figures: dict) -> Iterator[Row]:
     tasks = figures["tasks"]
-    together = [{"task": name, **sample} for name, result in tasks.items() for sample in result["samples"]]
-    yield from _length_scores(f"RULER, mean of {len(tasks)}", together)
+    together = [{"task": name, **sample} for name, result in tasks.items() for sample in result.get("samples", ())]
+    yield from _length_rows(f"RULER, mean of {len(tasks)}", figures, together)
     for name, result in tasks.items():
-        yield from _length_scores(f"RULER {name}", result["samples"])
+        yield from _length_rows(f"RULER {name}", result, result.get("samples", ()))
 
 
 REGISTRY = {
     "perplexity": Suite(needs=TEXTS, measure=_perplexity),
     "long": Suite(needs=("long",), measure=_long),
-    "needle": Suite(
-        needs=("prose",),
-        measure=_needle,
-        rows=lambda figures: _length_rows("needle", figures),
-        scores=lambda figures: _length_scores("needle", figures["samples"]),
-    ),
-    "choice": Suite(needs=("choice",), measure=_choice, rows=_choice_rows, scores=_choice_scores),
-    "answers": Suite(needs=("answers",), measure=_answers, rows=_answers_rows, scores=_answers_scores),
-    "ruler": Suite(
-        needs=("prose",),
-        may_read=("ruler_squad", "ruler_hotpot"),
-        measure=_ruler,
-        rows=_ruler_rows,
-        scores=_ruler_scores,
-    ),
+    "needle": Suite(needs=("prose",), measure=_needle, rows=_needle_rows),
+    "choice": Suite(needs=("choice",), measure=_choice, rows=_choice_rows),
+    "answers": Suite(needs=("answers",), measure=_answers, rows=_answers_rows),
+    "ruler": Suite(needs=("prose",), may_read=("ruler_squad", "ruler_hotpot"), measure=_ruler, rows=_ruler_rows),
 }

@@ -2,7 +2,8 @@
 
 from collections import Counter
 
-from hylo_megatron.evaluate.compare import ROLES, labelled, losses_of
+from hylo_megatron.evaluate.compare import ROLES, losses_of, rows_of
+from hylo_megatron.evaluate.suites import Row
 
 TITLES = {"prose": "prose", "book": "books", "code": "code", "c": "C", "long": "long documents"}
 NONE = "–"
@@ -28,9 +29,10 @@ def perplexity_cell(result: dict) -> str:
 
 
 def score_cell(row: dict) -> str:
-    """Return an accuracy with its 95 % interval, in percent."""
+    """Return an accuracy with its 95 % interval, in percent. Equal scores other than hits have no interval."""
     accuracy, low, high = (f"{100 * row[name]:.0f}" for name in ("accuracy", "low", "high"))
-    return f"{accuracy} % ({row['hits']:g}/{row['samples']}; {low}–{high})"
+    spread = f"; {low}–{high}" if row["low"] < row["high"] else ""
+    return f"{accuracy} % ({row['hits']:g}/{row['samples']}{spread})"
 
 
 def ratio_cell(found: dict | None, percent: bool = False) -> str:
@@ -72,18 +74,21 @@ def _perplexities(entries: dict[str, dict], compared: dict[str, dict]) -> Rows:
 
 def _scores(entries: dict[str, dict], differences: dict[str, dict]) -> Rows:
     """Return a row for each score; columns of comparison have the difference in points."""
-    found = {role: labelled(entry) for role, entry in entries.items()}
-    rows = []
-    for label in dict.fromkeys(label for scores in found.values() for label in scores):
-        cells = [_shown(scores, label) for scores in found.values()]
-        rows.append([label, *cells, *(difference_cell(by_label.get(label)) for by_label in differences.values())])
-    return rows
+    found = [rows_of(entry) for entry in entries.values()]
+    return [
+        [
+            label,
+            *(_shown(rows.get(label)) for rows in found),
+            *(difference_cell(by_label.get(label)) for by_label in differences.values()),
+        ]
+        for label in dict.fromkeys(label for rows in found for label in rows)
+    ]
 
 
-def _shown(scores: dict, label: str) -> str:
-    if label not in scores:
+def _shown(row: Row | None) -> str:
+    if row is None:
         return NONE
-    return "not run" if scores[label] is None else score_cell(scores[label])
+    return score_cell(row.summary) if row.summary else "not run"
 
 
 def difference_cell(found: dict | None) -> str:

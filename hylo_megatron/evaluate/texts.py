@@ -1,4 +1,4 @@
-"""Sentences and words of text files for the needle test."""
+"""Sentences and words of text files, for haystacks."""
 
 import re
 from pathlib import Path

@@ -102,7 +102,10 @@ def open_haystack(prefix: Path, kinds: TokenKinds, tokenizer: TextTokenizer, sho
 
     Raises ``HyLoError`` if they are damaged, packed or too short.
     """
-    summary = _summary(prefix)
+    path = Path(f"{prefix}.bin")
+    if not path.is_file() or not Path(f"{prefix}.json").is_file():
+        raise HyLoError(f"{path}, {prefix.name}.json: no such files, expected the files that hylo prepare-data writes")
+    summary = read_summary(prefix, ("pack_length", "vocab_size", "tokens", "dtype", "eod_id"))
     if summary["pack_length"] is not None:
         raise HyLoError(f"{prefix}.bin holds packed sequences, expected documents: prepare without --pack-length")
     same = summary.get("tokenizer_fingerprint", tokenizer.fingerprint) == tokenizer.fingerprint
@@ -111,7 +114,7 @@ def open_haystack(prefix: Path, kinds: TokenKinds, tokenizer: TextTokenizer, sho
             f"{prefix}.bin was made with a tokenizer of {summary['vocab_size']} tokens, this one has"
             f" {tokenizer.vocab_size} and gives other ids: give --tokenizer the same folder for both"
         )
-    path, size = Path(f"{prefix}.bin"), summary["tokens"]
+    size = summary["tokens"]
     if path.stat().st_size != size * np.dtype(summary["dtype"]).itemsize:
         raise HyLoError(f"{path}: expected {size} tokens as {prefix}.json says: prepare the file again")
     if Path(f"{prefix}.idx").is_file():
@@ -119,14 +122,6 @@ def open_haystack(prefix: Path, kinds: TokenKinds, tokenizer: TextTokenizer, sho
     if size < shortest:
         raise HyLoError(f"{path}: {size} tokens of text, too few for samples of --length {shortest}: use more text")
     return Haystack(path, summary["dtype"], size, summary["eod_id"], kinds)
-
-
-def _summary(prefix: Path) -> dict:
-    path = Path(f"{prefix}.json")
-    if not path.is_file() or not Path(f"{prefix}.bin").is_file():
-        raise HyLoError(f"{prefix}.bin, {path.name}: no such files, expected the files that hylo prepare-data writes")
-    summary = read_summary(prefix, ("pack_length", "vocab_size", "tokens", "dtype", "eod_id"))
-    return summary
 
 
 def common_words(haystack: Haystack, tokenizer) -> list[str]:

@@ -26,7 +26,7 @@ _samples: Samples  # the samples of a worker process
 
 def make_retrieval(
     haystack: Path,
-    tokenizer_path: Path,
+    tokenizer: Path,
     out: Path,
     *,
     length: int,
@@ -46,7 +46,7 @@ def make_retrieval(
         raise HyLoError(f"--samples {samples}, --workers {workers}: expected 1 or more of each")
     if not 0 <= chat_share <= 1:
         raise HyLoError(f"--chat-share {chat_share}: expected a share from 0 to 1")
-    recipe, checked = _open(haystack, tokenizer_path, length, seed, chat_share)
+    recipe, checked = _open(haystack, tokenizer, length, seed, chat_share)
     kinds = {"chat": 0, "needles": 0}
     answer_tokens = 0
     with token_files(out, checked.rows, (".answers.npy", ".json")) as (builder, partial):
@@ -70,7 +70,7 @@ def make_retrieval(
             "answer_tokens": answer_tokens,
             "chat_share": recipe.chat_share,
             "seed": seed,
-            "tokenizer": str(tokenizer_path),
+            "tokenizer": str(tokenizer),
             "tokenizer_fingerprint": checked.fingerprint,
             "vocab_size": checked.vocab_size,
             "eod_id": recipe.haystack.eod_id,
@@ -90,8 +90,7 @@ def _open(
     if not tokenizer_path.is_dir():
         raise HyLoError(f"{tokenizer_path}: expected a Hugging Face folder with tokenizer.json")
     # the same tokenizer again, for token positions in the text and for decoding
-    loaded = open_tokenizer(tokenizer_path)
-    tokenizer = loaded.backend_tokenizer
+    tokenizer = open_tokenizer(tokenizer_path).backend_tokenizer
     tokenizer.no_truncation()
     tokenizer.no_padding()
     haystack = open_haystack(prefix, TokenKinds.of(tokenizer), checked, length)
@@ -124,35 +123,19 @@ def _make_one(index: int) -> Sample:
 def main(argv: list[str] | None = None) -> None:
     """Run ``hylo make-retrieval``."""
     parser = Parser(description="Generate training samples that ask for facts hidden in a text, and mark the answers.")
-    parser.add_argument(
-        "--haystack", required=True, type=Path, metavar="PREFIX", help="made by hylo prepare-data, not packed"
-    )
-    parser.add_argument("--tokenizer", required=True, type=Path, metavar="FOLDER", help="Hugging Face folder")
-    parser.add_argument(
-        "--out", required=True, type=Path, metavar="PREFIX", help="writes PREFIX.bin, .idx, .json and .answers.npy"
-    )
-    parser.add_argument("--length", required=True, type=size, metavar="N", help="tokens of a sample, such as 2049")
-    parser.add_argument("--samples", required=True, type=size, metavar="N")
-    parser.add_argument("--seed", type=count, default=1, help="default %(default)s")
-    parser.add_argument(
-        "--chat-share",
-        type=share,
-        default=0.4,
-        help="share of chats about short texts; the other samples hide facts in long texts (default %(default)s)",
-    )
-    parser.add_argument("--workers", type=size, default=1, metavar="N", help="processes (default %(default)s)")
+    add = parser.add_argument
+    add("--haystack", required=True, type=Path, metavar="PREFIX", help="made by hylo prepare-data, not packed")
+    add("--tokenizer", required=True, type=Path, metavar="FOLDER", help="Hugging Face folder")
+    add("--out", required=True, type=Path, metavar="PREFIX", help="writes PREFIX.bin, .idx, .json and .answers.npy")
+    add("--length", required=True, type=size, metavar="N", help="tokens of a sample, such as 2049")
+    add("--samples", required=True, type=size, metavar="N")
+    add("--seed", type=count, default=1, help="default %(default)s")
+    chats = "share of chats about short texts; the other samples hide facts in long texts (default %(default)s)"
+    add("--chat-share", type=share, default=0.4, help=chats)
+    add("--workers", type=size, default=1, metavar="N", help="processes (default %(default)s)")
     arguments = parser.parse_args(argv)
     began = time.monotonic()
-    summary = make_retrieval(
-        arguments.haystack,
-        arguments.tokenizer,
-        arguments.out,
-        length=arguments.length,
-        samples=arguments.samples,
-        seed=arguments.seed,
-        chat_share=arguments.chat_share,
-        workers=arguments.workers,
-    )
+    summary = make_retrieval(**vars(arguments))
     print(
         f"{arguments.out}.bin: {summary['chat_samples']} chats and {summary['needle_samples']} samples with hidden "
         f"facts, {summary['tokens'] / 1e6:.2f}M tokens in sequences of {summary['pack_length']}, "

@@ -1,7 +1,7 @@
 """The wording of synthetic retrieval samples, as a table: facts, keys, values and instructions.
 
-No run of three words here may occur in the needle evaluation (``evaluate/prompts.py``), because a model should learn
-retrieval, not the test's phrases. ``tests/retrieval/test_retrieval.py`` checks this.
+No run of three words here may occur in the needle evaluation (``evaluate/needle.py``), because a model should learn
+retrieval, not the test's phrases. ``tests/retrieval/test_templates.py`` checks this.
 """
 
 import random

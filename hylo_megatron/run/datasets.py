@@ -10,7 +10,7 @@ from hylo_megatron.retrieval.make import make_retrieval
 # joined and cut; the others: questions about such text with answers
 NAMES = ("text", "long", "sampled", "chat", "retrieval")
 ON_POLICY = "on-policy"  # documents that the student wrote before the stage, joined and cut (run/on_policy.py)
-_PLAIN = ("text", "long", "sampled")  # the kinds that they replace
+_PLAIN = ("text", "long", "sampled")  # kinds of text that on-policy documents replace
 
 
 def with_share(mix: tuple[tuple[str, float], ...], share: float, kind: str, plain: tuple[str, ...]) -> tuple:

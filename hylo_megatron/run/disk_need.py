@@ -27,7 +27,7 @@ def weights_bytes(folder: Path) -> int:
 
 
 def _checkpoints(run, stage, student: Architecture, optimizer: bool, there: bool) -> tuple[int, int]:
-    """Return the bytes of a stage's checkpoints that stay, and those meanwhile. ``there``: one is on the disk.
+    """Return the bytes of a stage's checkpoints at its end, and the most meanwhile. ``there``: one is on the disk.
 
     An old checkpoint stays until the new one is complete. That of the last step has weights alone.
     """

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from hylo_megatron.evaluate.settings import Settings
 from hylo_megatron.files import write_json
 from hylo_megatron.recipes.stage import Recipe
 from hylo_megatron.run.records import read_report
@@ -29,7 +30,7 @@ class Measurement:
 
     def __call__(self) -> None:
         """Measure and write ``result``. With a report, the teacher's figures are included."""
-        from hylo_megatron.evaluate import Settings, evaluate
+        from hylo_megatron.evaluate.runner import evaluate
 
         e = self.recipe.evaluation
         settings = Settings(

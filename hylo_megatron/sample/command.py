@@ -23,7 +23,7 @@ from hylo_megatron.sample.decoder import CPU_ROWS, Decoder, Sampling, rows_by_me
 from hylo_megatron.sample.fingerprint import fingerprint
 from hylo_megatron.sample.keep import Keeper, Rules
 from hylo_megatron.sample.lockstep import LockstepDecoder, cache_bytes_per_token
-from hylo_megatron.sample.prompts import Prompts, Teller
+from hylo_megatron.sample.prompts import Prompt, Prompts, Teller
 from hylo_megatron.sample.row_cache import refusal
 from hylo_megatron.sample.run import SamplingRun
 from hylo_megatron.sample.shards import SIDECAR, Shards
@@ -44,7 +44,7 @@ def read_prompts(options: argparse.Namespace, teller: Teller) -> tuple[Prompts, 
         kind, file = "instructions", options.instructions
         found = prompt_kinds.instruction_prompts(teller, file, options.text_key, most)
     else:
-        kind, file, found = "start token", None, prompt_kinds.start_prompts(teller, token)
+        kind, file, found = "start token", None, [Prompt((teller.start(token),))]
     digest = sha256(repr([prompt.ids for prompt in found]).encode()).hexdigest()[:16]
     about = {"kind": kind, "file": file and str(file.name), "number": len(found), "digest": digest}
     return Prompts(found, options.seed), about

@@ -59,6 +59,21 @@ def rows_by_memory(free: int, cache_bytes_per_token: int, length: int, vocabular
     return min(rows - rows % 64 or rows, MOST_ROWS)
 
 
+def end_mask(model: PreTrainedModel, sampling: Sampling) -> Tensor:
+    """Return for each id of the vocabulary whether it ends a row."""
+    ends = torch.zeros(model.get_output_embeddings().weight.shape[0], dtype=torch.bool, device=model.device)
+    ends[sorted(sampling.ends)] = True
+    return ends
+
+
+def prompt_rows(requests: list[Request], length: int) -> Tensor:
+    """Return the prompts as rows of ``length`` ids, zeros behind each."""
+    rows = torch.zeros(len(requests), length, dtype=torch.int64)
+    for row, request in zip(rows, requests, strict=True):
+        row[: len(request.ids)] = torch.tensor(request.ids)
+    return rows
+
+
 class Decoder:
     """``rows`` rows of a model that are written at once, each at a position of its own."""
 
@@ -74,8 +89,7 @@ class Decoder:
         self.tokens = zeros(rows, sampling.length)
         self.position, self.prompt, self.row = zeros(rows), zeros(rows), zeros(rows)
         self.live, self.ended = zeros(rows, dtype=torch.bool), zeros(rows, dtype=torch.bool)
-        self.ends = zeros(model.get_output_embeddings().weight.shape[0], dtype=torch.bool)
-        self.ends[sorted(sampling.ends)] = True
+        self.ends = end_mask(model, sampling)
         self.cache = row_cache(model.config.num_hidden_layers, sampling.length, self.position)
 
     @torch.inference_mode()
@@ -104,11 +118,8 @@ class Decoder:
             return
         for slot, request in new.items():
             owners[slot] = request
-        prompts = torch.zeros(len(new), self.sampling.length, dtype=torch.int64)
-        for line, request in zip(prompts, new.values(), strict=True):
-            line[: len(request.ids)] = torch.tensor(request.ids)
         at = torch.tensor(list(new), device=self.device)
-        self.tokens[at] = prompts.to(self.device)
+        self.tokens[at] = prompt_rows(list(new.values()), self.sampling.length).to(self.device)
         self.prompt[at] = torch.tensor([len(request.ids) for request in new.values()], device=self.device)
         self.row[at] = torch.tensor([request.row for request in new.values()], device=self.device)
         self.position[at] = 0

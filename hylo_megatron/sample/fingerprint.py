@@ -1,4 +1,4 @@
-"""A digest by which a run notices that its teacher is another one, although the folder has the same name and sizes."""
+"""A digest of a teacher's folder. Another teacher has another digest, even if names and sizes of files are equal."""
 
 import json
 from hashlib import sha256

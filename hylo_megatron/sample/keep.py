@@ -1,6 +1,6 @@
-"""Which sampled texts are kept: no loops, no fragments, no copies of an earlier one.
+"""The filter of sampled texts: no loops, no fragments, no copies of an earlier text.
 
-A text is judged by its words alone, so that the files of an interrupted run say all that the next one has to know.
+The filter reads words only, so the files of an interrupted run have all that its continuation needs.
 """
 
 import re
@@ -11,7 +11,7 @@ from hashlib import blake2b
 import numpy as np
 
 GRAM = 4  # words of the runs by which a loop is found
-WINDOW = 200  # words that are judged together
+WINDOW = 200  # words that are searched together for loops
 SHINGLE = 5  # words of the runs by which texts are compared
 HASHES, BANDS = 64, 16  # of MinHash; two texts are compared if they agree in a whole band of 4
 WORD = re.compile(r"\w+|[^\w\s]")
@@ -52,7 +52,7 @@ def _shingles(text_words: list[str]) -> np.ndarray:
 
 @dataclass
 class Keeper:
-    """Judges texts one after the other."""
+    """Filters texts in their order, and remembers the texts that it kept."""
 
     rules: Rules
     exact: set[bytes] = field(default_factory=set)
@@ -66,7 +66,7 @@ class Keeper:
     def refusal(self, text: str, whole: str | None = None) -> str | None:
         """Return why ``text`` is not kept, one of ``REASONS``; None if it is, and then later copies are not.
 
-        ``whole`` is what must be no copy, where that is more than the text: an answer with its question.
+        ``whole``: what must not be a copy if that is more than the text, such as an answer with its question.
         """
         found = words(text)
         if len(found) < self.rules.shortest:

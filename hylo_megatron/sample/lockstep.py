@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from hylo_megatron.evaluate.models import kv_bytes_per_token
 from hylo_megatron.kernels import draw
-from hylo_megatron.sample.decoder import STEPS_BETWEEN, Request, Sampling, Written, drawing
+from hylo_megatron.sample.decoder import STEPS_BETWEEN, Request, Sampling, Written, drawing, end_mask, prompt_rows
 
 
 def cache_bytes_per_token(model: PreTrainedModel, length: int) -> int:
@@ -28,13 +28,12 @@ def cache_bytes_per_token(model: PreTrainedModel, length: int) -> int:
 
 
 class LockstepDecoder:
-    """``rows`` rows of a hybrid at once. A row's tokens are those that it has alone, but for rounding."""
+    """``rows`` rows of a hybrid at once. Each row has the tokens that it would have alone, except for rounding."""
 
     def __init__(self, model: PreTrainedModel, sampling: Sampling, rows: int):
         self.model, self.sampling, self.rows, self.device = model, sampling, rows, model.device
         self.draw = drawing(self.device)
-        self.ends = torch.zeros(model.get_output_embeddings().weight.shape[0], dtype=torch.bool, device=self.device)
-        self.ends[sorted(sampling.ends)] = True
+        self.ends = end_mask(model, sampling)
 
     def write(self, requests: Iterable[Request]) -> Iterator[Written]:
         """Yield the row of every request, in order."""
@@ -45,7 +44,7 @@ class LockstepDecoder:
     @torch.inference_mode()
     def _batch(self, requests: list[Request]) -> list[Written]:
         padded = requests + requests[-1:] * (self.rows - len(requests))  # kernels round by the size of a batch
-        tokens = self._prompts(padded)
+        tokens = prompt_rows(padded, self.sampling.length).to(self.device)
         prompt = torch.tensor([len(request.ids) for request in padded], device=self.device)
         row = torch.tensor([request.row for request in padded], device=self.device)
         live = torch.ones(self.rows, dtype=torch.bool, device=self.device)
@@ -65,12 +64,6 @@ class LockstepDecoder:
             Written(request.row, ids[len(request.ids) : end + (not ended)], ended)
             for request, ids, end, ended in found
         ]
-
-    def _prompts(self, requests: list[Request]) -> Tensor:
-        tokens = torch.zeros(len(requests), self.sampling.length, dtype=torch.int64)
-        for line, request in zip(tokens, requests, strict=True):
-            line[: len(request.ids)] = torch.tensor(request.ids)
-        return tokens.to(self.device)
 
     def _drawn(self, logits: Tensor, row: Tensor, at: int) -> Tensor:
         uniform = draw.uniforms(self.sampling.seed, row, torch.full_like(row, at))

@@ -1,4 +1,4 @@
-"""What rows begin with: the start token alone, first sentences of a text, or instructions in the chat template."""
+"""The prompts of rows: the start token alone, first sentences of a text, or instructions in the chat template."""
 
 import functools
 import re
@@ -93,10 +93,6 @@ class Teller:
     def text(self, ids: list[int]) -> str:
         """Return the text of ``ids``. A character whose last bytes are missing is left out."""
         return self.tokenizer.decode(ids, skip_special_tokens=True).rstrip("\ufffd")
-
-
-def start_prompts(teller: Teller, token: str | None) -> list[Prompt]:
-    return [Prompt((teller.start(token),))]
 
 
 def sentence_prompts(teller: Teller, file: Path, token: str | None, most: int) -> list[Prompt]:

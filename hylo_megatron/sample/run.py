@@ -1,7 +1,8 @@
-"""One run of sampling: rows from an engine, judged in the order of their numbers, into shards."""
+"""One run of sampling: rows of an engine are filtered in the order of their numbers and written to shards."""
 
 import itertools
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -22,7 +23,7 @@ class Shard:
     lines: list[dict] = field(default_factory=list)
     rows: int = 0
     tokens: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)
+    dropped: Counter = field(default_factory=Counter)
 
 
 @dataclass(kw_only=True)
@@ -38,7 +39,7 @@ class SamplingRun:
     keep_prompt: bool
 
     def until(self, wanted: int) -> None:
-        """Sample until the shards have ``wanted`` tokens. A run ends with a whole shard, a little above them."""
+        """Sample until the shards have ``wanted`` tokens, or slightly more, because the last shard is complete."""
         if self.shards.tokens >= wanted:
             return
         self.shards.replay(self.keeper)
@@ -75,7 +76,7 @@ class SamplingRun:
         reason = "unfinished" if prompt.messages and not written.ended else self.keeper.refusal(*judged(line))
         shard.rows += 1
         if reason:
-            shard.dropped[reason] = shard.dropped.get(reason, 0) + 1
+            shard.dropped[reason] += 1
             return
         shard.lines.append(line)
         shard.tokens += len(written.ids) + self._kept_of(prompt)

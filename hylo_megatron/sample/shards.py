@@ -1,11 +1,11 @@
-"""Sampled text on the disk: numbered JSON-lines files, and ``sampled.json``, which says what they are and how far they
-go.
+"""Sampled text on the disk: numbered JSON-lines files, and ``sampled.json`` with their origin and their counts.
 
-A shard counts once ``sampled.json`` lists it. What an interrupted run left behind the last listed one is overwritten.
+A shard counts once ``sampled.json`` lists it. Files that an interrupted run left beyond are overwritten.
 """
 
 import datetime
 import json
+from collections import Counter
 from pathlib import Path
 
 from hylo_megatron.errors import HyLoError
@@ -57,7 +57,7 @@ class Shards:
         return sum(shard["rows"] for shard in self.about["shards"])
 
     def replay(self, keeper: Keeper) -> None:
-        """Tell ``keeper`` the texts that stand. Raises ``HyLoError`` if a shard is not as it was written."""
+        """Add the texts of all shards to ``keeper``. Raises ``HyLoError`` if a shard is not as it was written."""
         for shard in self.about["shards"]:
             path = self.out / shard["file"]
             try:  # as bytes: text would break at U+2028 and its like, which JSON leaves as they are
@@ -79,12 +79,9 @@ class Shards:
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         shard = {"file": name, "rows": rows, "kept": len(lines), "tokens": tokens, "dropped": dropped}
         self.about["shards"].append(shard)
-        self.about |= {"rows": self.rows, "tokens": self.tokens, "dropped": self.dropped()}
+        self.about |= {"rows": self.rows, "tokens": self.tokens, "dropped": dict(self.dropped())}
         write_json(self.path, self.about)
 
-    def dropped(self) -> dict[str, int]:
-        total: dict[str, int] = {}
-        for shard in self.about["shards"]:
-            for reason, number in shard["dropped"].items():
-                total[reason] = total.get(reason, 0) + number
-        return total
+    def dropped(self) -> Counter:
+        """Return how many rows were dropped for each reason."""
+        return sum((Counter(shard["dropped"]) for shard in self.about["shards"]), Counter())

@@ -1,4 +1,4 @@
-"""Measurements that a folder keeps, one file each, so that an interrupted selection goes on where it stopped."""
+"""Measurements kept in a folder, one file each, so that an interrupted selection can continue."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +14,7 @@ Layers = frozenset[int]
 
 
 class Cache:
-    """Files ``measured/4+14.json`` of a folder: what the student with layers 4 and 14 restored was measured at."""
+    """Results in a folder. ``measured/4+14.json`` is the result of the student with layers 4 and 14 restored."""
 
     def __init__(self, out: Path, settings: dict[str, Any]):
         self.folder = out / FOLDER

@@ -2,7 +2,7 @@
 
 The training is a loop over the transformers modules, in the process that measures. The trainer of ``hylo train`` would
 need a checkpoint whose layers are attention and linear blocks, which it does not build, and would start dozens of
-processes for trainings of seconds. Only linear mixers are trained, so what is compared is how far they can follow.
+processes for trainings of seconds. Only linear mixers are trained, so the comparison shows how well they follow.
 """
 
 import contextlib

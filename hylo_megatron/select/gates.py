@@ -8,7 +8,6 @@ Legend: L layers, B rows, S tokens of a row, D model.
 """
 
 import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,19 +44,10 @@ class GatedMixer(nn.Module):
         return gate * self.attention(self.norm_a(x_BSD)) + (1 - gate) * self.linear(self.norm_l(x_BSD), *beside)
 
 
-@contextlib.contextmanager
-def gated(pair: Pair, gates: list[Tensor]) -> Iterator[nn.Module]:
-    """Yield the student with a ``GatedMixer`` in each layer."""
-    layers = [(layer, layer.input_layernorm, getattr(layer, layer.mixer_name)) for layer in pair.student.model.layers]
-    try:
-        for number, (layer, norm, mixer) in enumerate(layers):
-            layer.input_layernorm = nn.Identity()
-            setattr(layer, layer.mixer_name, GatedMixer(number, pair.attention(number), (norm, mixer), gates))
-        yield pair.student
-    finally:
-        for layer, norm, mixer in layers:
-            layer.input_layernorm = norm
-            setattr(layer, layer.mixer_name, mixer)
+def gated(pair: Pair, gates: list[Tensor]) -> contextlib.AbstractContextManager[nn.Module]:
+    """Return a context of the student with a ``GatedMixer`` in each layer."""
+    mixers = (GatedMixer(layer, pair.attention(layer), pair.linear(layer), gates) for layer in range(pair.num_layers))
+    return pair.replaced({mixer.number: (nn.Identity(), mixer) for mixer in mixers})
 
 
 def gates_of(logits_L: Tensor, budget: float) -> Tensor:
@@ -141,7 +131,7 @@ class GateTraining:
         return loss
 
     def __call__(self, state: GateState, ranks: Ranks, log=print) -> Ranking:
-        """Train to the last step, or go on from where ``state`` is, and rank layers by their gates."""
+        """Train from the step that ``state`` has reached to the last one, and rank layers by their gates."""
         if self.training.batch % ranks.size:
             raise HyLoError(f"--train-batch {self.training.batch}: expected a multiple of the {ranks.size} ranks")
         state.load()

@@ -1,8 +1,9 @@
-"""How far a student is from its teacher: divergence on text, and loss on the answers of retrieval samples.
+"""Distance of a student from its teacher: divergence on text, and loss on the answers of retrieval samples.
 
 Legend: B rows, S tokens of a row, D model, T tokens, N vocabulary.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -75,7 +76,7 @@ class Judge:
             states = (taught_BSD.flatten(0, 1), hidden(student, ids_BS).flatten(0, 1))
             for taught_TD, found_TD in zip(*(state.split(CHUNK) for state in states), strict=True):
                 total += divergence(self.teacher, student, taught_TD, found_TD)
-        kl = total.item() / self.rows.text_BS.numel()
-        if not kl < float("inf"):
-            raise HyLoError("the student's divergence from the teacher is not finite: the weights are broken")
-        return Measured(kl=kl, answer_loss=self._answer_loss(student))
+        kl, answer_loss = total.item() / self.rows.text_BS.numel(), self._answer_loss(student)
+        if not (math.isfinite(kl) and math.isfinite(answer_loss or 0)):
+            raise HyLoError("the student's divergence or loss of answers is not finite: the weights are broken")
+        return Measured(kl=kl, answer_loss=answer_loss)

@@ -29,7 +29,7 @@ class BaseAttention(nn.Module):
         self.attention, self.rotary = attention, rotary
 
     def forward(self, x_BSD: Tensor, *beside) -> Tensor:
-        """``beside``: what hybrids' mixers get. Rows have neither padding nor a cache, so nothing is read of it."""
+        """``beside``: further arguments of hybrids' mixers, ignored, as rows have neither padding nor a cache."""
         positions_1S = torch.arange(x_BSD.shape[1], device=x_BSD.device).unsqueeze(0)
         turn = self.rotary(x_BSD, position_ids=positions_1S)
         return self.attention(x_BSD, position_embeddings=turn, attention_mask=None)[0]
@@ -51,25 +51,30 @@ class Pair:
         base = self.teacher.model.layers[layer]
         return base.input_layernorm, BaseAttention(base.self_attn, self.teacher.model.rotary_emb)
 
+    def linear(self, layer: int) -> tuple[nn.Module, nn.Module]:
+        """Return the norm before the student's mixer, and the mixer."""
+        own = self.student.model.layers[layer]
+        return own.input_layernorm, getattr(own, own.mixer_name)
+
     @contextlib.contextmanager
-    def restored(self, layers: Iterable[int]) -> Iterator[nn.Module]:
-        """Yield the student with the base model's attention, and the norm before it, at ``layers``."""
-        replaced = []
+    def replaced(self, mixers: dict[int, tuple[nn.Module, nn.Module]]) -> Iterator[nn.Module]:
+        """Yield the student with other norms and mixers at the layers that ``mixers`` names."""
+        before = {layer: self.linear(layer) for layer in mixers}
         try:
-            for number in layers:
-                layer = self.student.model.layers[number]
-                replaced.append((layer, layer.input_layernorm, getattr(layer, layer.mixer_name)))
-                norm, attention = self.attention(number)
-                _put(layer, norm, attention)
+            self._put(mixers)
             yield self.student
         finally:
-            for layer, norm, mixer in replaced:
-                _put(layer, norm, mixer)
+            self._put(before)
 
+    def _put(self, mixers: dict[int, tuple[nn.Module, nn.Module]]) -> None:
+        for number, (norm, mixer) in mixers.items():
+            layer = self.student.model.layers[number]
+            layer.input_layernorm = norm
+            setattr(layer, layer.mixer_name, mixer)
 
-def _put(layer: nn.Module, norm: nn.Module, mixer: nn.Module) -> None:
-    layer.input_layernorm = norm
-    setattr(layer, layer.mixer_name, mixer)
+    def restored(self, layers: Iterable[int]) -> contextlib.AbstractContextManager[nn.Module]:
+        """Return a context of the student with the base model's attention, and the norm before it, at ``layers``."""
+        return self.replaced({layer: self.attention(layer) for layer in layers})
 
 
 def hf_folder(path: Path, scratch: Path) -> Path:

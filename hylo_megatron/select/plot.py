@@ -3,8 +3,7 @@
 from collections.abc import Collection
 from pathlib import Path
 
-from hylo_megatron.evaluate.plots import COLOURS, new_figure
-from hylo_megatron.files import whole_file
+from hylo_megatron.evaluate.plots import COLOURS, new_figure, save
 
 
 def draw(scores: dict[int, float], chosen: Collection[int], title: str, path: Path) -> Path:
@@ -21,6 +20,4 @@ def draw(scores: dict[int, float], chosen: Collection[int], title: str, path: Pa
     panel.set_title(title, fontsize=10)
     panel.grid(axis="y", alpha=0.3)
     panel.legend(fontsize=8)
-    with whole_file(path) as scratch:
-        figure.savefig(scratch, dpi=150, format="png")
-    return path
+    return save(figure, path)

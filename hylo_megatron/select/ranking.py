@@ -1,4 +1,4 @@
-"""Scores of layers out of measurements, and the order in which layers are given attention."""
+"""Scores of layers, computed from measurements, and the order in which layers are given attention."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -52,7 +52,7 @@ def line(layers: Layers, measured: Measured) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """The share of the way to the teacher that a restored layer closes.
+    """Share of the student's distance to its teacher that restoring a layer removes.
 
     A score is ``(1 - weight) * (drop of divergence) / (divergence) + weight * (drop of answers' loss) / (their loss
     above the teacher's)``. Both divisors belong to the all-linear student ``base``, also in later rounds of a greedy
@@ -94,7 +94,7 @@ def scored(bench: Bench, score: Score, restored: Layers, candidates: Iterable[in
 
 
 def one_by_one(bench: Bench, score: Score, num_layers: int) -> Ranking:
-    """Rank layers by what each closes alone."""
+    """Rank layers by the score of restoring each one alone."""
     scores = scored(bench, score, NONE, range(num_layers))
     return Ranking(order=by_score(scores), scores=scores)
 

@@ -12,7 +12,7 @@ from hylo_megatron.errors import HyLoError
 from hylo_megatron.files import write_json
 from hylo_megatron.init.upcycle import student_architecture
 from hylo_megatron.mixers import LINEAR
-from hylo_megatron.select.budget import Budget
+from hylo_megatron.select.budget import mla_layers
 from hylo_megatron.select.measured import measured
 from hylo_megatron.select.models import check_pair
 from hylo_megatron.select.plot import draw
@@ -37,8 +37,8 @@ def select(options: Namespace, ranks: Ranks) -> dict[str, Any]:
         chosen = [n for n, kind in enumerate(Plan.parse(base.num_layers, options.layers)) if kind == "mla"]
         ranking = Ranking(order=tuple(chosen))
     else:
-        budget = Budget(mla=options.mla, share=options.cache_share, cache_bytes=options.cache_bytes)
-        count = budget.layers(base, options.geometry, linear)
+        budget = {"mla": options.mla, "share": options.cache_share, "cache_bytes": options.cache_bytes}
+        count = mla_layers(base, options.geometry, linear, **budget)
         if options.method == "uniform":
             ranking = Ranking(order=uniform_layers(base.num_layers, count))
         elif count == base.num_layers:

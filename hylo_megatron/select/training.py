@@ -4,7 +4,7 @@ Legend: B rows, S tokens of a row, T tokens, D model.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -61,9 +61,7 @@ def mean_divergence(teacher: nn.Module, student: nn.Module, ids_BS: Tensor) -> T
     """Return KL(teacher || student) in nats per token, with a graph. Logits are recomputed in the backward pass."""
     with torch.no_grad():
         taught_TD = hidden(teacher, ids_BS).flatten(0, 1)
-    return _summed(divergence, (teacher, student), taught_TD, hidden(student, ids_BS).flatten(0, 1)) / ids_BS.numel()
-
-
-def _summed(loss: Callable, models: tuple, *states: Tensor) -> Tensor:
-    parts = zip(*(state.split(CHUNK) for state in states), strict=True)
-    return sum(checkpoint(loss, *models, *part, use_reentrant=False) for part in parts)
+    found_TD = hidden(student, ids_BS).flatten(0, 1)
+    chunks = zip(taught_TD.split(CHUNK), found_TD.split(CHUNK), strict=True)
+    parts = (checkpoint(divergence, teacher, student, *chunk, use_reentrant=False) for chunk in chunks)
+    return sum(parts) / ids_BS.numel()

@@ -1,70 +1,13 @@
 """Text to .bin/.idx, with tiny tokenizers trained on the spot and read back with Megatron's own reader."""
 
 import json
-import warnings
 
 import pytest
+from helpers.token_files import TEXTS, read_back
 
 from hylo_megatron.data import documents, prepare
 from hylo_megatron.data.tokenizers import load_tokenizer
 from hylo_megatron.errors import HyLoError
-
-TEXTS = ["The first document.\n\nIt has two paragraphs.", "Second: ünïcode — 你好 🙂", "third " * 40]
-TEMPLATE = (
-    "{% for m in messages %}{% if m['role'] not in ('user', 'assistant') %}"
-    "{{ raise_exception('unknown role ' + m['role']) }}{% endif %}"
-    "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-)
-
-
-@pytest.fixture(scope="module")
-def tokenizer_folder(tmp_path_factory):
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    folder = tmp_path_factory.mktemp("tokenizer")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    blank = ["x\n\n\n    y\n\n\tz"] * 50  # so that line ends join into longer tokens
-    tokenizer.train_from_iterator(
-        [*TEXTS, *blank],
-        trainers.BpeTrainer(
-            vocab_size=300,
-            special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-            show_progress=False,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        ),
-    )
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps(
-            {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "chat_template": TEMPLATE}
-        )
-    )
-    return folder
-
-
-@pytest.fixture
-def jsonl(tmp_path):
-    path = tmp_path / "in.jsonl"
-    path.write_text(
-        "".join(json.dumps({"text": t}) + "\n" for t in TEXTS[:2])
-        + "\n"
-        + '{"text": ""}\n'
-        + json.dumps({"text": TEXTS[2]}),
-        encoding="utf-8",
-    )
-    return path
-
-
-def read_back(prefix) -> list[list[int]]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-    dataset = IndexedDataset(str(prefix))
-    assert list(dataset.document_indices) == list(range(len(dataset) + 1))
-    return [dataset[index].tolist() for index in range(len(dataset))]
 
 
 def decode(folder, ids: list[int]) -> str:
@@ -262,53 +205,3 @@ def test_missing_pieces_are_named_on_the_command_line(tokenizer_folder, jsonl, t
         ]
     )
     assert "sequences of 16" in capsys.readouterr().out
-
-
-def test_long_documents_are_cut_on_their_own(tokenizer_folder, tmp_path):
-    texts = ["short", "long " * 90, "", "tiny", "longer " * 120]
-    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    prepare.prepare([tmp_path / "in.jsonl"], tokenizer_folder, tmp_path / "whole", append_eod=False)
-    documents = read_back(tmp_path / "whole")
-    summary = prepare.prepare(
-        [tmp_path / "in.jsonl"], tokenizer_folder, tmp_path / "out", pack_length=32, long_documents=True
-    )
-    expected = [ids[at : at + 32] for ids in documents for at in range(0, len(ids) - 31, 32)]
-    assert read_back(tmp_path / "out") == expected and len(expected) > 3
-    assert not any(summary["eod_id"] in row for row in expected)
-    assert (summary["documents"], summary["skipped_documents"], summary["empty_documents"]) == (2, 2, 1)
-    assert summary["dropped_tokens"] == sum(map(len, documents)) - summary["tokens"] > 0
-    assert summary["pack_length"] == 32 and not summary["append_eod"]
-
-
-@pytest.mark.parametrize("length, windows", [(32, 1), (33, 0)])
-def test_a_document_is_long_from_the_very_length_on(tokenizer_folder, tmp_path, length, windows):
-    path = tmp_path / "in.txt"
-    path.write_text("z" * 32)  # no merges: a token each
-    options = {"pack_length": length, "long_documents": True}
-    if windows:
-        summary = prepare.prepare([path], tokenizer_folder, tmp_path / "out", **options)
-        assert (summary["sequences"], summary["dropped_tokens"]) == (1, 0)
-        return
-    with pytest.raises(HyLoError, match="no document has the 33 tokens of --pack-length, the longest has 32"):
-        prepare.prepare([path], tokenizer_folder, tmp_path / "out", **options)
-    assert [item.name for item in tmp_path.iterdir()] == ["in.txt"]
-
-
-def test_long_documents_read_in_blocks_are_cut_the_same(tokenizer_folder, tmp_path, monkeypatch):
-    path = tmp_path / "book.txt"
-    path.write_text("First line.\nsecond one\n\n\n    indented\n\n\tmore\nlast   \n\nend." * 5)
-    options = {"pack_length": 40, "long_documents": True}
-    prepare.prepare([path], tokenizer_folder, tmp_path / "whole", **options)
-    monkeypatch.setattr(documents, "BLOCK", 1)
-    prepare.prepare([path], tokenizer_folder, tmp_path / "blocks", **options)
-    assert len(read_back(tmp_path / "whole")) > 1
-    assert (tmp_path / "blocks.bin").read_bytes() == (tmp_path / "whole.bin").read_bytes()
-
-
-def test_long_documents_need_a_length(tokenizer_folder, jsonl, tmp_path, capsys):
-    arguments = ["--input", str(jsonl), "--tokenizer", str(tokenizer_folder), "--out", str(tmp_path / "out")]
-    with pytest.raises(SystemExit) as caught:
-        prepare.main([*arguments, "--long-documents"])
-    assert caught.value.code == 2 and "--pack-length" in capsys.readouterr().err
-    prepare.main([*arguments, "--long-documents", "--pack-length", "30"])
-    assert "2 shorter documents skipped" in capsys.readouterr().out

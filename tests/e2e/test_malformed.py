@@ -1,30 +1,21 @@
-"""Malformed files: each reader returns what is right or says in one line what is wrong, whatever the bytes."""
+"""Malformed configurations, plans and records: each reader returns what is right or says in one line what is wrong."""
 
 import json
-import pickle
-import shutil
 from dataclasses import replace
-from pathlib import Path
 
-import numpy as np
 import pytest
 from helpers import mutations, tiny
+from helpers.malformed import ARCH
 from helpers.mutations import FEW, refused_or_equal
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hylo_megatron.checkpoint import iterations
-from hylo_megatron.checkpoint.folder import CheckpointReader, write_checkpoint
 from hylo_megatron.config import Architecture, Plan
-from hylo_megatron.convert import megatron_to_hf
-from hylo_megatron.convert.hf_to_megatron import megatron_tensors
-from hylo_megatron.data.token_files import Summary, check_token_files, read_summary
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.hf import HyLoConfig
-from hylo_megatron.json_file import check, parse, read_json
+from hylo_megatron.json_file import parse, read_json
 from hylo_megatron.run import records
 
-ARCH = replace(tiny.hybrid(), extra={"eos_token_id": 2, "ild_norms": [[1.5, 0.5]] * 4})
 YARN = replace(ARCH, rope_parameters=tiny.YARN)
 
 
@@ -118,241 +109,8 @@ def test_config_without_what_the_model_computes_with(name):
         HyLoConfig.from_dict(values)
 
 
-# ---- checkpoints ----
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("malformed") / "checkpoint"
-    tiny.write_hybrid(folder, ARCH)
-    return folder
-
-
-def tensors(folder) -> dict:
-    reader = CheckpointReader(folder)
-    return {key: reader[key] for key in list(reader.entries)[:4]}
-
-
-def same_tensors(got, good) -> bool:
-    return got.keys() == good.keys() and all(bool((got[key] == good[key]).all()) for key in good)
-
-
-def test_metadata_pickle(checkpoint, tmp_path):
-    folder = shutil.copytree(checkpoint, tmp_path / "copy")
-    path, good = folder / "release" / ".metadata", tensors(checkpoint)
-
-    @FEW
-    @given(mutations.files(path.read_bytes()))
-    def run(data):
-        path.write_bytes(data)
-        refused_or_equal(lambda: tensors(folder), good, lambda got, _: True)
-
-    run()
-
-
-EDITS = {
-    "a dictionary": lambda m: {"state_dict_metadata": {}},
-    "no tensors": lambda m: m.__dict__.pop("state_dict_metadata"),
-    "a list of tensors": lambda m: setattr(m, "state_dict_metadata", [1]),
-    "a path outside": lambda m: setattr(next(iter(m.storage_data.values())), "relative_path", "../x.distcp"),
-    "a negative place": lambda m: setattr(next(iter(m.storage_data.values())), "offset", -8),
-    "a place beyond the end": lambda m: setattr(next(iter(m.storage_data.values())), "length", 1 << 40),
-    "a part left out": lambda m: m.state_dict_metadata["embedding.word_embeddings.weight"].chunks.clear(),
-    "a place left out": lambda m: m.storage_data.pop(next(iter(m.storage_data))),
-    "another file": lambda m: setattr(next(iter(m.storage_data.values())), "relative_path", "none.distcp"),
-}
-
-
-@pytest.mark.parametrize("name", EDITS)
-def test_metadata_that_says_nonsense(name, checkpoint, tmp_path):
-    folder = shutil.copytree(checkpoint, tmp_path / "copy")
-    path = folder / "release" / ".metadata"
-    metadata = pickle.loads(path.read_bytes())
-    replaced = EDITS[name](metadata)
-    path.write_bytes(pickle.dumps(replaced if isinstance(replaced, dict) else metadata))
-    with pytest.raises(HyLoError, match="release"):
-        tensors(folder)
-
-
-def test_data_files(checkpoint, tmp_path):
-    """Heads of records and ends of files; a flipped bit inside a tensor is that tensor's, torch keeps no sums."""
-    folder = shutil.copytree(checkpoint, tmp_path / "copy")
-    path, good = folder / "release" / "__0_0.distcp", tensors(checkpoint)
-
-    @FEW
-    @given(st.integers(0, path.stat().st_size - 1))
-    def run(size):
-        path.write_bytes((checkpoint / "release" / "__0_0.distcp").read_bytes()[:size])
-        refused_or_equal(lambda: tensors(folder), good, same_tensors)
-
-    run()
-
-
-@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
-def test_weights_that_are_no_numbers(value, tmp_path):
-    name = "model.layers.1.mlp.down_proj.weight"
-    source = tiny.RandomWeights(ARCH)
-    source.state[name][3, 4] = float(value)
-    write_checkpoint(tmp_path / "checkpoint", ARCH, megatron_tensors(ARCH, source), lambda hf: hf.mkdir())
-    with pytest.raises(HyLoError, match="release: tensor decoder.layers.3.mlp.linear_fc2.weight holds NaN or Inf"):
-        megatron_to_hf.main.__wrapped__(["--ckpt", str(tmp_path / "checkpoint"), "--out", str(tmp_path / "out")])
-    assert not (tmp_path / "out").exists()
-    argv = ["--ckpt", str(tmp_path / "checkpoint"), "--out", str(tmp_path / "out"), "--allow-nan"]
-    megatron_to_hf.main(argv)
-    tiny.same_bits(tiny.weights(tmp_path / "out"), source.state)
-
-
-TRACKERS = ["", "release", "7", "0007", "9" * 5000, "７", "-1", "1e3", "null", "\x00", "release\nrelease", "٣", "1_0"]
-
-
-@pytest.mark.parametrize("word", TRACKERS, ids=lambda word: repr(word[:9]))
-def test_tracker(word, checkpoint, tmp_path):
-    folder = shutil.copytree(checkpoint, tmp_path / "copy")
-    (folder / iterations.TRACKER).write_text(word)
-    refused_or_equal(lambda: iterations.latest(folder).name, "release")
-
-
-def test_metadata_json(checkpoint, tmp_path):
-    folder = shutil.copytree(checkpoint, tmp_path / "copy")
-    good = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
-
-    @FEW
-    @given(mutations.json_texts(good))
-    def run(text):
-        (folder / "release" / "metadata.json").write_bytes(text)
-        refused_or_equal(lambda: iterations.latest(folder).name, "release")
-
-    run()
-
-
-# ---- tokens ----
-
-
-@pytest.fixture(scope="module")
-def token_prefix(tmp_path_factory) -> Path:
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-    prefix = tmp_path_factory.mktemp("tokens") / "data"
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
-    for length in (3, 1, 7, 5):
-        builder.add_document(np.arange(length, dtype=np.uint16), [length])
-    builder.finalize(f"{prefix}.idx")
-    return prefix
-
-
-def read_tokens(prefix) -> list:
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-    check_token_files(prefix)
-    dataset = IndexedDataset(str(prefix))
-    return [dataset[index].tolist() for index in range(len(dataset))]
-
-
-def test_token_index(token_prefix, tmp_path):
-    good, data = read_tokens(token_prefix), Path(f"{token_prefix}.idx").read_bytes()
-    shutil.copy(f"{token_prefix}.bin", tmp_path / "copy.bin")
-
-    @FEW
-    @given(mutations.files(data))
-    def run(changed):
-        (tmp_path / "copy.idx").write_bytes(changed)
-        # two bytes for a token may be read as int16 as well; these are small
-        refused_or_equal(lambda: read_tokens(tmp_path / "copy"), good)
-
-    run()
-
-
-INDEX = {  # where in the index, what is written there, and a word of the refusal
-    "magic": (0, b"X", "is not an index"), "version": (9, b"\x02", "is not an index"), "type": (17, b"\x07", "type 7"),
-    "unknown type": (17, b"\x63", "type 99"), "sequences": (18, b"\x05", "has "), "many": (18, b"\xff" * 8, "has "),
-    "documents": (26, b"\x01", "has "), "length": (34, b"\x04", "begins at byte"),
-    "negative": (34, b"\xff" * 4, "length -1"), "last length": (46, b"\x09", ".bin has "),
-    "pointer": (58, b"\x02", "begins at byte"), "far pointer": (58, b"\xff" * 7, "begins at byte"),
-    "first document": (82, b"\x01", "marks"), "falling": (98, b"\x00", "rise"),
-    "last document": (114, b"\x03", "marks"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", INDEX)
-def test_what_an_index_may_not_say(name, token_prefix, tmp_path):
-    place, new, word = INDEX[name]
-    data = bytearray(Path(f"{token_prefix}.idx").read_bytes())
-    data[place : place + len(new)] = new
-    (tmp_path / "copy.idx").write_bytes(data)
-    shutil.copy(f"{token_prefix}.bin", tmp_path / "copy.bin")
-    with pytest.raises(HyLoError, match=f"copy.*{word}"):
-        check_token_files(tmp_path / "copy")
-
-
-@pytest.mark.parametrize("size", [0, 1, 31, 33, 64])
-def test_tokens_of_another_size(size, token_prefix, tmp_path):
-    shutil.copy(f"{token_prefix}.idx", tmp_path / "copy.idx")
-    (tmp_path / "copy.bin").write_bytes(bytes(size))
-    with pytest.raises(HyLoError, match=f"copy.bin has {size} bytes, expected 32"):
-        check_token_files(tmp_path / "copy")
-
-
-def test_ids_beyond_the_vocabulary(token_prefix):
-    check_token_files(token_prefix, 7)
-    with pytest.raises(HyLoError, match="token 10 is 6, expected 0 to 5"):
-        check_token_files(token_prefix, 6)
-
-
-def test_readers_of_tokens_check_them(token_prefix, tmp_path):
-    """Packing and calibration; training start has tests of its own."""
-    from hylo_megatron.data.pack import pack
-    from hylo_megatron.init.calibration import calibration_tokens
-
-    shutil.copy(f"{token_prefix}.idx", tmp_path / "copy.idx")
-    (tmp_path / "copy.bin").write_bytes(bytes(30))
-    summary = dict(vocab_size=tiny.VOCAB, eod_id=2, pack_length=None, tokens=16, dtype="uint16")
-    (tmp_path / "copy.json").write_text(json.dumps(summary))
-    tiny.write_tokenizer(tmp_path)
-    for read in (
-        lambda: pack(tmp_path / "copy", tmp_path / "out", 4),
-        lambda: calibration_tokens(tmp_path / "copy", tmp_path, 8, 4),
-    ):
-        with pytest.raises(HyLoError, match="copy.bin has 30 bytes, expected 32"):
-            read()
-
-
-SUMMARY = dict(tokens=16, documents=4, sequences=4, pack_length=None, vocab_size=300, eod_id=2, append_eod=True,
-               dtype="uint16", tokenizer="tok", inputs=["a.jsonl"])  # fmt: skip
-
-
-def test_summary_of_tokens(tmp_path):
-    @FEW
-    @given(mutations.json_texts(SUMMARY))
-    def run(text):
-        (tmp_path / "data.json").write_bytes(text)
-        refused_or_equal(
-            lambda: read_summary(tmp_path / "data", ("vocab_size", "eod_id")), SUMMARY,
-            lambda got, _: check(dict(got), Summary, "again") == got and got["vocab_size"] > 0,
-        )  # fmt: skip
-
-    run()
-
-
-ANSWERS = {
-    "empty": b"", "no array": b"answers", "a pickle": pickle.dumps([1]), "cut": None,
-    "floats": np.zeros((4, 4), np.float32), "another shape": np.zeros((4, 5), np.uint8),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", ANSWERS)
-def test_marks_of_answers(kind, tmp_path):
-    from hylo_megatron.data.packed_data import PackedDataset
-
-    path, value = tmp_path / "data.answers.npy", ANSWERS[kind]
-    np.save(path, np.zeros((4, 4), np.uint8) if value is None or isinstance(value, bytes) else value)
-    if not isinstance(value, np.ndarray):
-        path.write_bytes(path.read_bytes()[:-3] if value is None else value)
-    with pytest.raises(HyLoError, match="data.answers.npy: ") as refusal:
-        PackedDataset._read_answers(path, (4, 4))
-    assert "\n" not in str(refusal.value)
-
-
 # ---- plans ----
+
 
 PLANS = [
     "1,1", "0,0,3", "-1", "4", "9" * 5000, "1," * 3000, "", ",", "1,,2", " ", "uniform:", "uniform:9", "uniform:-1",

@@ -4,7 +4,8 @@ import pytest
 from helpers.evaluation import make_prose, random_hybrid, write_lines
 
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.evaluate import log_scale, long_documents_of
+from hylo_megatron.evaluate import log_scale
+from hylo_megatron.evaluate.perplexity import long_documents_of
 from hylo_megatron.hf import HyLoConfig
 
 

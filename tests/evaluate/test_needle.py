@@ -6,24 +6,20 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.evaluation import Stub, copy_number, make_model, make_prose, random_hybrid
+from helpers.evaluation import Stub, copy_number, make_model, make_prose, needles_of, random_hybrid
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.evaluate import needles_of
+from hylo_megatron.evaluate.encoding import encode_start, question_text
 from hylo_megatron.evaluate.greedy import batches, greedy
 from hylo_megatron.evaluate.intervals import wilson
-from hylo_megatron.evaluate.needle import Needle, first_number
-from hylo_megatron.evaluate.prompts import (
-    FACT,
-    Prose,
-    encode_start,
-    make_needle,
-    make_needles,
-    prompt_text,
-)
+from hylo_megatron.evaluate.needle import ANSWER, FACT, PROMPT, Needle, Prose, first_number, make_needle
 from hylo_megatron.evaluate.run_task import answerer
+
+
+def prompt_text(tokenizer, text: str, key: str) -> str:
+    return question_text(tokenizer, PROMPT.format(text=text, key=key), ANSWER.format(key=key))
 
 
 def test_needles_are_found_by_a_model_that_copies(tokenizer, prose):
@@ -92,7 +88,7 @@ def test_length_and_depth_in_tokens(tokenizer, prose, length, depth, joins):
     body = text[begin:end]
     assert list(needle.ids) == encode_start(tokenizer, prompt_text(tokenizer, body, needle.key))
     before, after = (len(tokenizer(part).input_ids) for part in body.split(fact))
-    sentence = max(len(piece.ids) for piece in haystack.pieces)
+    sentence = max(haystack.sizes(haystack.sentences))
     assert abs(before / (before + after) - depth) * (before + after) <= sentence / 2 + 3
     assert abs(needle.placed_depth - before / (before + after)) < 0.02
     with pytest.raises(HyLoError, match="too short for the question itself: use"):
@@ -127,7 +123,7 @@ def answer_batch(model, tokenizer, needles) -> list[str]:
 
 
 def test_decoding_stops_when_every_number_is_over(tokenizer, prose):
-    needles = make_needles(Prose(prose, tokenizer), 500, 2, 2, seed=0)
+    needles = Needle(file=prose, depths=2).prompts(tokenizer, 500, 2, 0)
     answers = {needle.key: f" {needle.value}. And so on" for needle in needles}
     answers[needles[1].key] = ""  # ends at once
     answers[needles[2].key] = " 12,345 and more"
@@ -146,7 +142,7 @@ def test_decoding_stops_when_every_number_is_over(tokenizer, prose):
 def test_greedy_equals_generate(tokenizer, prose, kind, monkeypatch):
     model = make_model(tokenizer, initializer_range=0.4) if kind == "llama" else random_hybrid(tokenizer, kind)
     model.generation_config.eos_token_id = None  # twelve tokens, whatever they are
-    prompts = [needle.ids for needle in make_needles(Prose(prose, tokenizer), 450, 2, 2, seed=3)]
+    prompts = [needle.ids for needle in Needle(file=prose, depths=2).prompts(tokenizer, 450, 2, 3)]
     masks, attend = [], F.scaled_dot_product_attention
 
     def record(query, key, value, attn_mask=None, **kwargs):

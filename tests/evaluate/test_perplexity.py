@@ -14,7 +14,7 @@ from helpers.evaluation import (
 )
 
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.evaluate import long_documents_of, perplexity_of
+from hylo_megatron.evaluate.perplexity import long_documents_of, perplexity_of
 
 
 @pytest.mark.parametrize(("chunk", "batch_size"), [(1024, 1), (7, 3), (64, 4)])

@@ -13,9 +13,11 @@ from helpers.paths import ROOT
 from helpers.waits import PATIENCE
 
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.evaluate import Settings, evaluate, suites
 from hylo_megatron.evaluate import models as hf_models
+from hylo_megatron.evaluate import suites
 from hylo_megatron.evaluate.plots import read_log, running_mean
+from hylo_megatron.evaluate.runner import evaluate
+from hylo_megatron.evaluate.settings import Settings
 from hylo_megatron.hf.configuration_hylo import HyLoConfig
 
 

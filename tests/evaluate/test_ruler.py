@@ -10,8 +10,9 @@ from helpers.ruler import KINDS, make_prose, tokenizer_of, wording
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hylo_megatron.errors import HyLoError
+from hylo_megatron.evaluate import encoding
 from hylo_megatron.evaluate.greedy import greedy
-from hylo_megatron.evaluate.ruler import encoding, niah, tasks
+from hylo_megatron.evaluate.ruler import niah, tasks
 from hylo_megatron.evaluate.ruler.questions import read_library
 from hylo_megatron.evaluate.ruler.sources import Sources
 from hylo_megatron.retrieval import templates

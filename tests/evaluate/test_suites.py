@@ -1,4 +1,4 @@
-"""Every judge scores a perfect oracle 100 and a blind guesser at chance; question files; intervals."""
+"""Every judge scores a perfect oracle 100 and a blind guesser at chance; question files; differences."""
 
 import random
 import re
@@ -10,15 +10,13 @@ from helpers.evaluation import Stub, make_model, write_lines
 
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.evaluate import choice
-from hylo_megatron.evaluate.answers import Answers, normalised
+from hylo_megatron.evaluate.answers import Answers
 from hylo_megatron.evaluate.compare import differences
-from hylo_megatron.evaluate.intervals import bootstrap, of_differences, of_scores, wilson
 from hylo_megatron.evaluate.needle import Needle
 from hylo_megatron.evaluate.questions import draw, read_answers, read_choices
 from hylo_megatron.evaluate.run_task import answerer, run
 from hylo_megatron.evaluate.settings import SUITES
 from hylo_megatron.evaluate.suites import REGISTRY
-from hylo_megatron.evaluate.task import Prompt
 
 CHOICES = [
     {"question": f"What is {n} plus {n}?", "options": [str(2 * n + d) for d in range(4)], "answer": str(2 * n)}
@@ -128,28 +126,6 @@ def test_likelihood_is_that_of_the_options_tokens(tokenizer, files):
         assert found == pytest.approx(sum(parts), rel=1e-4)
 
 
-def test_letters_in_answers():
-    for text, letter in (
-        (" B", "B"), (" (C)", "C"), ("**D**", "D"), ("The answer is A.", "A"), (" Answer: B", "B"), ("A dog", "A"),
-        (" the correct answer is D", "D"),
-        ("Apple", ""), ("I think so", ""), ("E", ""), ("", ""), ("I. The answer is C", "C"),
-    ):  # fmt: skip
-        assert choice.first_letter(text, 4) == letter, text
-
-
-def test_options_written_in_place_of_their_letters():
-    options = ("New Delhi", "the Sun", "Mercury", "4")
-    for text, letter in (
-        (" new delhi.\nQuestion", "A"), ("The sun", "B"), ("B. the Sun", "B"), ("4", "D"), ("Mercury is", ""),
-    ):  # fmt: skip
-        assert choice.chosen(text, options) == letter, text
-    numbers = ("-5", "3.5", "35", "A*")
-    for text, letter in (("5", ""), ("-5.", "A"), ("35", "C"), ("3.5", "B"), ("A", "A"), ("A*.", "D")):
-        assert choice.chosen(text, numbers) == letter, text
-    assert choice.chosen("**New  Delhi.**", options) == choice.chosen("“new delhi”", options) == "A"
-    assert choice.chosen("A cat", ("A dog", "A cat")) == "B" and choice.chosen("cat", ("A cat", "The cat")) == ""
-
-
 def test_decoding_goes_on_to_the_end_of_a_written_option(tokenizer, tmp_path):
     """A capital before a space or a point ends nothing; a further line ends the answer."""
     row = {"question": "What copies DNA?", "options": ["DNA polymerase", "The U.S. Army", "water"], "answer": 0}
@@ -172,25 +148,6 @@ def test_the_first_option_scores_exactly_at_chance(tokenizer, files):
     task = choice.Letters(name="letters", questions=read_choices(files[0])[10:20])
     found = choice.by_letter(task, tokenizer, lambda ps: ((i, f" {p.options[0]}") for i, p in enumerate(ps)), 300)
     assert found["accuracy"] == 0.25 and found["low"] == found["high"] == 0.25
-
-
-def test_a_reference_that_is_an_article_or_a_sign_is_not_empty():
-    task = Answers(questions=())
-    for reference, right, wrong in (
-        ("A", " a.\n", "the"),
-        ("The", "the", "a"),
-        ("+", "+", "-"),
-        ("a, the", "A the", ""),
-    ):
-        prompt = Prompt(ids=(), length=1, references=(reference,))
-        assert task.score(right, prompt) == 1 and task.score(wrong, prompt) == task.score(" \n", prompt) == 0, (
-            reference
-        )
-
-
-def test_normalised_answers():
-    assert normalised(" The  Eiffel-Tower, a tower. ") == "eiffeltower tower"
-    assert normalised("“Paris”…") == "paris" and normalised("theatre") == "theatre"
 
 
 def test_wrong_questions_are_refused_with_file_and_line(tmp_path):
@@ -252,51 +209,6 @@ def test_examples_stand_before_the_question(tokenizer, files):
     assert "Question: What is 8 plus 8?\nA. 17\nB. 18\nC. 19\nD. 16\nAnswer: D\n\n" in text
     assert text.endswith("Question: What is 5 plus 5?\nA. 11\nB. 12\nC. 13\nD. 10<|assistant|>Answer:")
     assert prompt.references == ("D",)
-
-
-def test_intervals():
-    assert of_scores([1.0, 0.0, 1.0]) == wilson(2, 3)
-    values = [random.Random(n).gauss(5, 2) for n in range(400)]
-    low, high = bootstrap(values)
-    assert high - low == pytest.approx(2 * 1.96 * 2 / 400**0.5, rel=0.2) and low < 5 < high
-    assert bootstrap(values) == (low, high) != bootstrap(values, seed=1)
-    assert bootstrap([3.0], [2.0]) == (1.5, 1.5)
-    weights = [random.Random(n).uniform(1, 9) for n in range(50)]
-    assert bootstrap([2 * weight for weight in weights], weights) == pytest.approx((2, 2))
-    assert of_scores([0.5, 1.0, 0.0])[0] < 0.5 < of_scores([0.5, 1.0, 0.0])[1]
-
-
-def test_intervals_of_differences_pair_the_questions():
-    rng = random.Random(3)
-    right = [float(rng.random() < 0.6) for _ in range(200)]
-    assert of_differences(right, right) == pytest.approx((-0.01, 0.01), abs=3e-3)  # each alone: 7 points each way
-    low, high = of_differences(right, [1 - score for score in right])
-    assert low < 1 - 2 * sum(right) / 200 < high
-    assert of_differences([0.25, 0.5], [0.5, 0.75]) is None  # equal differences have no spread
-    low, high = of_differences([0.25, 0.5, 0.5], [0.5, 0.75, 0.25])
-    assert low < 1 / 12 < high
-
-
-def test_intervals_of_pairs_that_all_differ_alike():
-    """Few questions are no proof, though no draw of them would differ. The last pairs are an example of Newcombe's."""
-    assert of_differences([1.0] * 4, [1.0] * 4) == pytest.approx((-0.4899, 0.4899), abs=1e-4)
-    assert of_differences([1.0] * 10, [0.0] * 10) == pytest.approx((-1, -0.6075), abs=1e-4)
-    before, after = [1.0] * 36 + [0.0] * 12 + [1.0] * 2, [1.0] * 48 + [0.0] * 2
-    assert of_differences(before, after) == pytest.approx((0.0569, 0.3404), abs=1e-4)
-
-
-def test_intervals_cover_a_known_difference():
-    """The model answers 30 % of what the base misses, and misses 10 % of what it answers: 5 points at 62.5 %."""
-    rng, covered, widths = random.Random(0), 0, []
-    for _ in range(100):
-        before = [float(rng.random() < 0.625) for _ in range(150)]
-        after = [float(rng.random() < (0.9 if score else 0.3)) for score in before]
-        low, high = of_differences(before, after)
-        covered += low <= 0.05 <= high
-        widths.append(high - low)
-    assert 88 <= covered <= 100
-    apart = 2 * 1.96 * (0.625 * 0.375 / 150 + 0.675 * 0.325 / 150) ** 0.5  # of two models that were asked apart
-    assert max(widths) < 0.85 * apart
 
 
 def test_differences_of_every_suite_are_those_of_its_questions(tokenizer, prose, files):

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from hylo_megatron.evaluate.needle import Needle
+from hylo_megatron.evaluate.run_task import answerer, run
 from hylo_megatron.hf.configuration_hylo import HyLoConfig
 from hylo_megatron.hf.modeling_hylo import HyLoForCausalLM
 
@@ -78,6 +80,14 @@ def copy_number(text: str) -> str:
     key = re.search(r"What is the special magic number for (\S+) mentioned", text).group(1)
     assert text.endswith(f"The special magic number for {key} mentioned in the provided text is")
     return " " + re.search(rf"numbers for {key} is: (\d{{7}})\.", text).group(1) + "."
+
+
+def needles_of(model, tokenizer, file, lengths, depths, samples, seed=0, batch_size=None) -> dict:
+    """The results of a needle test."""
+    task = Needle(file=file, depths=depths)
+    return run(
+        task, tokenizer, answerer(model, tokenizer, task, batch_size), lengths=lengths, samples=samples, seed=seed
+    )
 
 
 def naive_losses(model, tokenizer, file, context) -> list[torch.Tensor]:

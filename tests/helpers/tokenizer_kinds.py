@@ -82,3 +82,9 @@ def write(folder: Path, tokenizer: Tokenizer, named: str | None = None, model_ty
     elif model_type:
         (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
     return folder
+
+
+def added(content: str, number: int, **flags) -> dict:
+    """An added token of tokenizer.json."""
+    plain = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+    return {"id": number, "content": content} | plain | flags

@@ -1,6 +1,7 @@
 """Hugging Face folders with generated configs and random weights, and the logits that transformers makes of them."""
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -8,10 +9,13 @@ from helpers import tiny
 from hypothesis import strategies as st
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from hylo_megatron.config import Architecture
+from hylo_megatron.convert import hf_to_megatron
 from hylo_megatron.init.teacher import BaseModel
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 LENGTH = 32
+SAME = 1e-4  # largest relative difference of logits
 TOKENS = torch.randint(40, (1, LENGTH), generator=torch.Generator().manual_seed(1))
 
 _THETA = st.sampled_from([1e4, 5e5, 1000000])
@@ -128,3 +132,8 @@ def difference(folder: Path, checkpoint: Path) -> float:
     for index in range(base.arch.num_layers):
         x = base.layer(index, x)[1]
     return ((base.logits(x) - want).norm() / want.norm()).item()
+
+
+def convert(source: Path, out: Path, **options) -> Architecture:
+    shutil.rmtree(out, ignore_errors=True)
+    return hf_to_megatron.convert(source, out, log=lambda _: None, **options)

@@ -1,21 +1,16 @@
 """The common part of RULER's tasks: prompts of exact length, and the two ways of scoring by string match."""
 
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.evaluate.ruler.encoding import LINES, Border, Encoder, around
+from hylo_megatron.evaluate.encoding import LINES, Border, Encoder, Ids, around, fit
 from hylo_megatron.evaluate.ruler.sources import Sources
 from hylo_megatron.evaluate.task import Prompt, Task
 
-ATTEMPTS = 4
-MORE_ATTEMPTS = 16  # as long as more than CLOSE tokens are missing: a tokenizer that merges across texts
-CLOSE = 8
 CHECKED = 8192  # tokens of the prompt that is tokenised both ways
-Ids = tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +67,7 @@ class RulerTask(Task):
             )
 
     def score(self, answer: str, prompt: Prompt) -> float:
-        """Return the share of references that stand in the answer, in upper or lower case."""
+        """Return the share of references that occur in the answer, in upper or lower case."""
         return sum(reference.lower() in answer.lower() for reference in prompt.references) / len(prompt.references)
 
     def _prompt(self, encoder: Encoder, length: int, seed: str, whole: bool) -> Prompt:
@@ -85,20 +80,3 @@ class RulerTask(Task):
         draft, ids = fit(make, room)
         self._check(ids, length)
         return Prompt(ids=ids, length=length, references=draft.references)
-
-
-def fit(make: Callable[[int], tuple[Draft, Ids]], room: int) -> tuple[Draft, Ids]:
-    """Return the longest draft found with its ids: at most ``room``, unless the shortest draft has more."""
-    best = make(0)
-    budget = room - len(best[1])
-    for attempt in range(MORE_ATTEMPTS):
-        missing = room - len(best[1])
-        if budget < 1 or missing == 0 or (attempt >= ATTEMPTS and missing <= CLOSE):
-            break
-        draft, ids = make(budget)
-        if len(best[1]) < len(ids) <= room:
-            best = draft, ids
-        if len(ids) == room:
-            break
-        budget += room - len(ids)
-    return best

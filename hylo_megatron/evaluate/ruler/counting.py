@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from string import ascii_lowercase
 
+from hylo_megatron.evaluate.encoding import BLOCK, SPACES, Border, Encoder, stretched
 from hylo_megatron.evaluate.ruler.base import Draft, RulerTask
-from hylo_megatron.evaluate.ruler.encoding import BLOCK, SPACES, Border, Encoder, stretched
 
 ASKED = 10
 LEAST_ITEM = 3  # tokens of an item of a list: a number, a point and a word
@@ -72,9 +72,9 @@ def _list_example(rng: random.Random, words: list[str], length: int) -> tuple[st
 
 
 def _others(encoder: Encoder, words: list[str], before: int, times: int, budget: int) -> list[str]:
-    """Return words that fill ``budget`` tokens if each of them stands ``times`` times in the list.
+    """Return words that fill ``budget`` tokens if each of them occurs ``times`` times in the list.
 
-    ``before``: items of the list that are there already.
+    ``before``: number of items that the list has already.
     """
     chosen, left = 0, budget
     for size in _sizes(encoder, words, before, times):

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
+from hylo_megatron.evaluate.encoding import BLOCK, LINES, SPACES, Encoder, beginnings, exact, stretched, take
 from hylo_megatron.evaluate.ruler.base import Draft, RulerTask
-from hylo_megatron.evaluate.ruler.encoding import BLOCK, LINES, SPACES, Encoder, beginnings, exact, stretched, take
 from hylo_megatron.evaluate.ruler.sources import Sources, number, random_uuid
 
 NOISE = "The road is dry. The hill is steep. The barn is red. On we walk. Up and down we go.\n"

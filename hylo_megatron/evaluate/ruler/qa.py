@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from itertools import islice
 
 from hylo_megatron.errors import HyLoError
+from hylo_megatron.evaluate.encoding import Encoder, beginnings, longest
 from hylo_megatron.evaluate.ruler.base import Draft, RulerTask
-from hylo_megatron.evaluate.ruler.encoding import Encoder, beginnings, longest
 from hylo_megatron.evaluate.ruler.questions import Library, Question
 from hylo_megatron.evaluate.task import Prompt
 
@@ -31,13 +31,15 @@ class Documents(RulerTask):
         return self.sources.one_hop if self.hops == 1 else self.sources.two_hops
 
     def score(self, answer: str, prompt: Prompt) -> float:
-        """Return 1 if one of the references stands in the answer, in upper or lower case."""
+        """Return 1 if one of the references occurs in the answer, in upper or lower case."""
         return float(any(reference.lower() in answer.lower() for reference in prompt.references))
 
     def draft(self, rng: random.Random, encoder: Encoder, length: int, budget: int) -> Draft:
         library = self.library
         asked = _question(rng, library, encoder, length - self.max_new_tokens)
         own = [library.documents[number] for number in asked.own]
+        if len(own) == len(library.documents):
+            raise HyLoError(f"RULER's {self.name}: its file has one question's documents only, expected others")
         others = _others(rng, library, asked)
         documents = own + _filling(encoder, others, len(own), budget)
         rng.shuffle(documents)

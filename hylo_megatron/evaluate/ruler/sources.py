@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hylo_megatron.data.documents import detect_format
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.evaluate.ruler.encoding import Border, Encoder
+from hylo_megatron.evaluate.encoding import Border, Encoder
 from hylo_megatron.evaluate.ruler.questions import Library, read_library
 from hylo_megatron.evaluate.ruler.world import first_words, made_library
 from hylo_megatron.evaluate.texts import WORD, key_words, read_some, sentences_of

@@ -4,8 +4,8 @@ import random
 from dataclasses import dataclass
 from string import ascii_uppercase
 
+from hylo_megatron.evaluate.encoding import Encoder
 from hylo_megatron.evaluate.ruler.base import Draft, RulerTask
-from hylo_megatron.evaluate.ruler.encoding import Encoder
 from hylo_megatron.evaluate.ruler.niah import NOISE, fill_with_noise
 
 HOPS = 4

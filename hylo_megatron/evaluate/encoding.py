@@ -1,15 +1,45 @@
-"""Token ids of long prompts from the ids of their texts, so that a prompt of 256K tokens needs little tokenising."""
+"""Token ids of prompts. Those of long prompts are joined from the ids of their texts, so little is tokenised."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate, chain, islice
+from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from hylo_megatron.evaluate.prompts import PLACEHOLDER, encode_start, question_text
-
 BLOCK = 256  # texts that are tokenised together
 MOST_CACHED = 200_000
+PLACEHOLDER = "THE-TEXT-GOES-HERE"
+ATTEMPTS = 4
+MORE_ATTEMPTS = 16  # as long as more than CLOSE tokens are missing: a tokenizer that merges across texts
+CLOSE = 8
+Ids = tuple[int, ...]
+T = TypeVar("T")
+
+
+def encode_open(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> list[int]:
+    """Return the ids of a text without the end token that some tokenizers add behind every text.
+
+    ``special``: keep the token that the tokenizer puts first, if it adds one.
+    """
+    ids = tokenizer(text, add_special_tokens=special, verbose=False).input_ids
+    ended = special and ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token)
+    return ids[:-1] if ended else ids
+
+
+def encode_start(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Return the ids of a prompt or of its beginning. A chat template has already written BOS."""
+    return encode_open(tokenizer, text, special=not tokenizer.chat_template)
+
+
+def question_text(tokenizer: PreTrainedTokenizerBase, question: str, answer: str) -> str:
+    """Return a question and the beginning of its answer, in the chat format if the tokenizer has one."""
+    if not tokenizer.chat_template:
+        return f"{question}\n{answer}"
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True, enable_thinking=False
+    )
+    return chat + answer
 
 
 @dataclass(frozen=True)
@@ -25,7 +55,7 @@ LINES = Border("\n", "A")  # each text but the last ends with a line feed
 
 
 def around(tokenizer: PreTrainedTokenizerBase, head: str, tail: str, prefix: str) -> tuple[str, str]:
-    """Return what stands before and after the text of a prompt.
+    """Return the parts of a prompt before and after its text.
 
     ``head`` and ``tail`` are the instruction around the text. ``prefix`` begins the answer. The chat format is used if
     the tokenizer has one.
@@ -134,3 +164,23 @@ def beginnings(text: str, end: str = "") -> list[str]:
     """Return the first word of a text, the first two words, and so on, each with ``end`` behind it."""
     words = text.rstrip("\n").split(" ")
     return [part + end for part in accumulate(words, lambda one, other: f"{one} {other}") if part.strip()]
+
+
+def fit(make: Callable[[int], tuple[T, Ids]], room: int) -> tuple[T, Ids]:
+    """Return the longest prompt found with its ids: at most ``room``, unless the shortest prompt has more.
+
+    ``make(budget)`` returns a prompt with about ``budget`` tokens beside what it needs, and its ids.
+    """
+    best = make(0)
+    budget = room - len(best[1])
+    for attempt in range(MORE_ATTEMPTS):
+        missing = room - len(best[1])
+        if budget < 1 or missing == 0 or (attempt >= ATTEMPTS and missing <= CLOSE):
+            break
+        prompt, ids = make(budget)
+        if len(best[1]) < len(ids) <= room:
+            best = prompt, ids
+        if len(ids) == room:
+            break
+        budget += room - len(ids)
+    return best
