@@ -157,12 +157,16 @@ def check_kernels(args, arch: Architecture) -> None:
     import torch
 
     from hylo_megatron.kernels.self_test import RankShape, self_test
+    from hylo_megatron.parallel.self_test import attention_cases
 
-    if not torch.cuda.device_count() or not args.bf16 or args.no_self_test or arch.linear_kind not in arch.plan:
+    layout, work = layout_of(args)
+    used = arch.linear_kind in arch.plan or layout.cp > 1
+    if not torch.cuda.device_count() or not args.bf16 or args.no_self_test or not used:
         return
     torch.cuda.set_device(args.local_rank)
-    shape = RankShape.of(arch, *layout_of(args))
-    verdict = self_test(arch, shape, torch.device("cuda", args.local_rank))
+    device, teacher = torch.device("cuda", args.local_rank), Architecture.load(args.hylo_teacher)
+    across = attention_cases([arch, teacher], layout, work, device)
+    verdict = self_test(arch, RankShape.of(arch, layout, work), device, more=across)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     if args.rank == 0:
