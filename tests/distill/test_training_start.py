@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hylo_megatron import flags
+from hylo_megatron import flags, train
 from hylo_megatron.packages import has
 
 if not has("megatron-core"):
@@ -300,6 +300,20 @@ def test_a_student_that_nobody_trains_is_not_waited_for(world, tmp_path):
     written = (tmp_path / "latest_checkpointed_iteration.txt").stat().st_mtime
     with pytest.raises(HyLoError, match="nothing was written there for 60 minutes"):
         iterations.check_still_trains(tmp_path, 12, now=written + 3600)
+
+
+@pytest.mark.parametrize("iteration, order", [
+    (4, ["results", "wait_for_student", "check_room", "check_kernels"]),
+    (None, ["results", "check_room", "check_kernels"]),
+])  # fmt: skip
+def test_no_kernel_is_timed_while_the_student_is_trained(monkeypatch, iteration, order):
+    """A recipe starts the next stage on the GPU that still trains the student."""
+    done = []
+    monkeypatch.setattr(train, "install", done.append)
+    for name in ("wait_for_student", "check_room", "check_kernels"):
+        monkeypatch.setattr(train, name, lambda *_, name=name: done.append(name))
+    train.get_ready(argparse.Namespace(hylo_student_iteration=iteration), None, None)
+    assert done == order
 
 
 # ---- a run that goes on ----
