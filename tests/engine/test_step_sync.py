@@ -14,6 +14,7 @@ if not has("megatron-core"):
     pytest.skip("megatron-core is not installed", allow_module_level=True)
 from helpers import train as helpers  # noqa: E402
 
+from hylo_megatron.distill import command_line  # noqa: E402
 from hylo_megatron.engine import step_sync, training_hooks  # noqa: E402
 from hylo_megatron.engine.to_host import ToHost  # noqa: E402
 
@@ -88,6 +89,20 @@ def test_sums_are_those_of_megatrons_log():
                      "loss": torch.tensor([0.75])}  # fmt: skip
 
 
+@pytest.mark.parametrize("gpu, flags, guard", [
+    (True, "", True),
+    (True, "--context-parallel-size 2", True),
+    (False, "", False),  # nothing waits
+    (False, "--hylo-on-spike skip", True),
+    (True, "--pipeline-model-parallel-size 2", False),
+    (True, "--rerun-mode validate_results", False),
+    (True, "--check-for-large-grads", False),
+])  # fmt: skip
+def test_megatrons_check_is_left_out_where_it_would_wait(monkeypatch, gpu, flags, guard):
+    monkeypatch.setattr(command_line, "on_gpu", lambda: gpu)
+    assert command_line.guard_checks(command_line.user_flags(flags.split())) is guard
+
+
 # ---- trainings as on a GPU ----
 
 
@@ -106,7 +121,7 @@ def test_a_log_one_step_behind_has_the_same_lines(world, tmp_path, stage):
     flags = dict(train_iters=5, save_interval=2) | (
         dict(hylo_ce_from=0.5, hylo_ce_weight=0.5) if stage == "distill" else {}
     )
-    as_on_gpu = dict(log_interval=3, no_check_for_nan_in_loss_and_grad=True)
+    as_on_gpu = dict(log_interval=3)
     start = helpers.train(*helpers.train_flags(world, stage, tmp_path / "plain", **flags))
     plain = log_of(start, tmp_path / "plain")
     done = helpers.train(
@@ -126,10 +141,13 @@ def test_a_log_one_step_behind_has_the_same_lines(world, tmp_path, stage):
         assert found == pytest.approx(sum(line["loss"] for line in ahead[:3]) / 3, rel=1e-5)
 
 
-def test_a_training_that_diverges_ends_before_it_saves(world, tmp_path):
-    flags = dict(train_iters=6, save_interval=3, no_check_for_nan_in_loss_and_grad=True)
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.parallel)], ids=["alone", "CP2"])
+def test_a_training_that_diverges_ends_before_it_saves(world, tmp_path, ranks):
+    """megatron-core's check, which waits in each step, is off: our guard ends the training."""
+    flags = dict(train_iters=6, save_interval=3, context_parallel_size=ranks)
     spoiled = dict(HYLO_TEST_AHEAD="1", HYLO_TEST_SPOIL=json.dumps({3: math.nan}))
-    done = helpers.train(*helpers.train_flags(world, "distill", tmp_path / "run", **flags), **spoiled)
+    done = helpers.train(*helpers.train_flags(world, "distill", tmp_path / "run", **flags), processes=ranks, **spoiled)
     assert done.returncode == 2 and "diverged at step 3: loss nan" in done.stderr
+    assert "Result validation enabled" not in done.stdout + done.stderr  # megatron's word for its check
     assert not list((tmp_path / "run").glob("iter_*")) and (tmp_path / "run" / "diverged.json").is_file()
     assert [line["iteration"] for line in helpers.read_log(tmp_path / "run" / "train_log.jsonl")] == [1, 2]

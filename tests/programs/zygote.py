@@ -53,9 +53,10 @@ def die_at(step: int) -> None:
 
 
 def run_ahead() -> None:
+    from hylo_megatron.distill import command_line
     from hylo_megatron.engine import step_log, step_sync
 
-    step_sync.on_gpu = lambda: True
+    command_line.on_gpu = step_sync.on_gpu = lambda: True
     step_log.runs_ahead = lambda guard: not guard.spikes.settings.gates
 
 
