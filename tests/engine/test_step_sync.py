@@ -32,23 +32,27 @@ def test_the_norm_is_megatrons_to_the_last_bit():
     assert torch.equal(ours, theirs) and ours.shape == (1,)
 
 
-def test_clipping_with_this_norm_is_megatrons(monkeypatch, process_groups):
+def test_clipping_on_the_device_has_megatrons_bits(monkeypatch, process_groups):
     from megatron.core.optimizer import clip_grads
 
-    def clipped() -> tuple[list, object]:
+    def clipped(scale: float, seed: int) -> tuple[list, object]:
         parameters = [torch.nn.Parameter(torch.zeros_like(tensor)) for tensor in tensors()]
-        for parameter, tensor in zip(parameters, tensors(), strict=True):
-            parameter.grad = tensor
-        norm = clip_grads.get_grad_norm_fp32([p.grad for p in parameters])
+        for parameter, tensor in zip(parameters, tensors(seed), strict=True):
+            parameter.grad = tensor * scale
+        norm = total_norm([p.grad for p in parameters])
         clip_grads.clip_grad_by_total_norm_fp32(parameters, 1.0, norm)
         return [p.grad for p in parameters], norm
 
-    theirs, norm = clipped()
-    monkeypatch.setattr(clip_grads, "l2_norm_impl", step_sync.norm_on_device(None, None))
-    ours, same = clipped()
-    assert same == pytest.approx(norm, rel=1e-7)
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=3e-7, atol=0)
+    cases = [(scale, seed) for scale in (0.01, 1.0, 1e4, 1e20, math.nan) for seed in range(20)]
+    total_norm = clip_grads.get_grad_norm_fp32
+    theirs = [clipped(*case) for case in cases]
+    total_norm = step_sync.total_on_device(total_norm, None)
+    monkeypatch.setattr(clip_grads, "multi_tensor_scale_tensor_impl", step_sync.scale_on_device(None, None))
+    for (want, norm), case in zip(theirs, cases, strict=True):
+        got, same = clipped(*case)
+        assert isinstance(same, torch.Tensor) and same.dtype == torch.float64
+        assert same.item() == pytest.approx(norm, rel=1e-15, nan_ok=True)
+        assert all(torch.equal(a.view(torch.int32), b.view(torch.int32)) for a, b in zip(got, want, strict=True))
 
 
 def test_a_group_of_one_rank_is_not_asked():
@@ -133,7 +137,7 @@ def test_a_log_one_step_behind_has_the_same_lines(world, tmp_path, stage):
         layers = zip(a.pop("layers", []), b.pop("layers", []), strict=True)
         assert all(pair[0] == pytest.approx(pair[1], abs=2e-5) for pair in layers)
         assert (a.pop("stage"), a.pop("seconds")) == (b.pop("stage"), b.pop("seconds")) == (stage, None)
-        assert b == pytest.approx(a, rel=2e-6)
+        assert b == a
     told = [line for line in done.stdout.splitlines() if " iteration " in line and "elapsed time" in line]
     assert len(told) == 2  # the first step, and a mean over three
     if stage == "distill":
