@@ -13,7 +13,7 @@ PY := $(BIN)/python
 # Serving has its own environment, because vLLM pins torch.
 SERVE_VENV ?= .venv-serve
 SERVE_PY := $(if $(filter /%,$(SERVE_VENV)),$(SERVE_VENV),$(CURDIR)/$(SERVE_VENV))/bin/python
-MODEL ?= runs/smollm2-3MLA27GDN/hf-distill
+MODEL ?= runs/smollm2-6MLA24GDN-window/hf-distill
 
 .PHONY: help env serve-env test test-parallel recipe-test docs-tables test-serve demo serve-demo lint format doctor clean
 
@@ -23,7 +23,7 @@ help:
 	@echo "make test-parallel                every parallel layout, up to 16 processes, and 40 killed runs"
 	@echo "make recipe-test                  toy recipes with every lever of docs/recipe.md, killed and resumed (minutes)"
 	@echo "make docs-tables                  writes the tables of docs/parallelism.md"
-	@echo "make demo PLAN= TP= PP= OUT=      env, then examples/upcycle_smollm2.sh; each variable is optional"
+	@echo "make demo RECIPE= PLAN= TP= PP= OUT=   env, then examples/upcycle_smollm2.sh; each variable is optional"
 	@echo "make test-serve                   vLLM's CPU build in $(SERVE_VENV), then the tests of serving"
 	@echo "make serve-demo MODEL=            serve-env, then one chat with the demo's student"
 	@echo "make lint | format                ruff"
@@ -64,7 +64,7 @@ test-serve: serve-env
 serve-demo: serve-env
 	"$(SERVE_PY)" -m hylo_megatron serve-demo "$(MODEL)"
 
-# make passes PLAN, TP, PP and OUT from its command line to the script as environment variables. Without them the
+# make passes RECIPE, PLAN, TP, PP and OUT from its command line to the script as environment variables. Without them the
 # script uses its defaults.
 demo: env
 	PATH="$(BIN):$$PATH" PYTHON="$(PY)" bash examples/upcycle_smollm2.sh

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # SmolLM2-135M-Instruct -> hybrid, end to end: fetch, convert, upcycle, distil, export, evaluate, generate.
-# Variables: PLAN (3MLA27GDN), LINEAR (gdn|mamba2|kda), SEED, TP, PP, OUT. The same command continues an interrupted run.
+# Variables: RECIPE (base|window), TOKENS (100M), BATCH_FACTOR (4 for 4 GPUs), PLAN (3MLA27GDN), LINEAR (gdn|mamba2|kda),
+# SEED, TP, PP, OUT. The same command continues an interrupted run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 args=()
-for name in PLAN LINEAR SEED TP PP OUT; do
+for name in RECIPE TOKENS BATCH_FACTOR PLAN LINEAR SEED TP PP OUT; do
   value=${!name:-}
-  [ -z "$value" ] || args+=("--$(tr '[:upper:]' '[:lower:]' <<<"$name")" "$value")
+  [ -z "$value" ] || args+=("--$(tr '[:upper:]_' '[:lower:]-' <<<"$name")" "$value")
 done
 exec "${PYTHON:-python3}" -W ignore -m hylo_megatron.recipes.smollm2 ${args[@]+"${args[@]}"}

@@ -1,5 +1,6 @@
 """Upcycle SmolLM2-135M-Instruct from end to end: ``bash examples/upcycle_smollm2.sh`` (``make demo``)."""
 
+import argparse
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +9,9 @@ import torch
 
 from hylo_megatron.config import Plan
 from hylo_megatron.config.layout import ParallelLayout
-from hylo_megatron.flags import Parser, command_line, count, share, size
+from hylo_megatron.config.stages import stage_kind
+from hylo_megatron.errors import HyLoError
+from hylo_megatron.flags import Parser, command_line, count, readable_number, share, size
 from hylo_megatron.mixers import LINEAR, MIXERS
 from hylo_megatron.recipes.stage import Evaluation, Recipe, Stage
 from hylo_megatron.run.launch import Processes
@@ -17,13 +20,14 @@ from hylo_megatron.run.recipe_run import Run
 from hylo_megatron.run.sampled import with_sampled
 
 TEACHER_LENGTH = 6144  # the teacher supports 8,192 tokens, but is worse near that end
+LAYERS = 30
 # the base model's value, with the slowest of 32 frequencies four times slower (NTK)
 ROPE_THETA = 100_000 * 4 ** (64 / 62)
 
 
-def default_plan(linear: str | None) -> str:
-    """Return the plan with 8.3 % of the base model's KV cache."""
-    return f"3MLA27{MIXERS[linear or LINEAR[0]].short}"
+def default_plan(linear: str | None, mla: int = 3) -> str:
+    """Return the plan with ``mla`` MLA layers; 3 with the native rows have 8.3 % of the base model's KV cache."""
+    return f"{mla}MLA{LAYERS - mla}{MIXERS[linear or LINEAR[0]].short}"
 
 
 def smollm2_cpu(plan: str | None = None, linear: str | None = None, seed: int = 1234) -> Recipe:
@@ -71,18 +75,98 @@ def smollm2_gpu(plan: str | None = None, linear: str | None = None, seed: int = 
     )  # fmt: skip
 
 
-def found_recipe(*choices) -> Recipe:
-    """Return the recipe for this machine's device."""
-    return (smollm2_gpu if torch.cuda.is_available() else smollm2_cpu)(*choices)
+def first_distillation(recipe: Recipe) -> Stage:
+    return next(stage for stage in recipe.stages if not stage_kind(stage.kind).layerwise)
+
+
+def with_window(recipe: Recipe, plan: str | None = None) -> Recipe:
+    """Return ``recipe`` for the student that gained most (docs/recipe.md): twice the MLA layers, with rows half as
+    wide, and linear layers with positions and a window beside them.
+    """
+    changed = replace(
+        recipe, name=f"{recipe.name}-window", plan=plan or default_plan(recipe.linear, 6), geometry="native:128+32",
+        linear_rope=True, window="256+4",
+    )  # fmt: skip
+    linear = Plan.parse(LAYERS, changed.plan, changed.linear).linear_kind
+    if linear and not MIXERS[linear].rotary:
+        others = " or ".join(kind for kind in LINEAR if MIXERS[kind].rotary)
+        raise HyLoError(
+            f"--recipe window: {linear} layers have no queries that can rotate; choose {others}, or --recipe base"
+        )
+    return changed
+
+
+def smollm2_cpu_window(plan: str | None = None, linear: str | None = None, seed: int = 1234) -> Recipe:
+    """Return the recipe for two CPU cores with a window: its student starts near its teacher, where the rates of
+    ``smollm2_cpu`` would lead it away.
+    """
+    recipe = with_window(smollm2_cpu(linear=linear, seed=seed), plan)
+    ild, distill = recipe.stages
+    return replace(recipe, stages=(replace(ild, lr=4e-5), replace(distill, lr=1e-5)))
+
+
+def smollm2_gpu_window(plan: str | None = None, linear: str | None = None, seed: int = 1234) -> Recipe:
+    """Return the recipe for one GPU with a window. MLA layers lose their positions, and need no other base of
+    rotation in the long stages.
+    """
+    recipe = with_window(smollm2_gpu(linear=linear, seed=seed), plan)
+    first = first_distillation(recipe)  # later stages leave MLA as this one does
+    stages = tuple(replace(s, rope=None, mla_rope=False if s is first else None) for s in recipe.stages)
+    return replace(recipe, stages=stages)
+
+
+def with_tokens(recipe: Recipe, tokens: int) -> Recipe:
+    """Return ``recipe`` with ``tokens`` in all stages, or less by a part of a batch.
+
+    The first distillation stage has what the other stages leave. Raises ``HyLoError`` if they leave nothing.
+    """
+    first = first_distillation(recipe)
+    others = sum(each.tokens for each in recipe.stages if each is not first)
+    steps = (tokens - others) // (first.global_batch * first.seq_length)
+    if steps < 1:
+        raise HyLoError(f"--tokens {tokens:,}: the stages beside {first.name} take {others:,}; give more than these")
+    return replace(recipe, stages=tuple(replace(s, steps=steps) if s is first else s for s in recipe.stages))
+
+
+def with_batches(recipe: Recipe, factor: int) -> Recipe:
+    """Return ``recipe`` with ``factor`` times the sequences in each batch, and so of the tokens."""
+    stages = tuple(replace(stage, global_batch=factor * stage.global_batch) for stage in recipe.stages)
+    return replace(recipe, stages=stages)
+
+
+RECIPES = {  # by --recipe and whether there is a GPU
+    ("base", False): smollm2_cpu, ("base", True): smollm2_gpu,
+    ("window", False): smollm2_cpu_window, ("window", True): smollm2_gpu_window,
+}  # fmt: skip
+
+
+def found_recipe(options: argparse.Namespace) -> Recipe:
+    """Return the recipe that the command line asks for, for this machine's device."""
+    gpu = torch.cuda.is_available()
+    kind = RECIPES[options.recipe or ("base" if gpu else "window"), gpu]
+    recipe = kind(options.plan, options.linear, options.seed)
+    recipe = with_batches(recipe, options.batch_factor)
+    if options.tokens:
+        recipe = with_tokens(recipe, options.tokens)
+    recipe = with_sampled(recipe, options.sampled_share)
+    return with_on_policy(recipe, options.on_policy_share)
 
 
 @command_line
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    plan = "3MLA27GDN, the MLA layers' numbers, or plan.json of hylo select-layers (default: 3 of the 30 layers)"
-    add("--plan", help=f"a name such as {plan}")
+    add("--recipe", choices=("base", "window"),
+        help="window: with a window beside the linear layers and what else gained most (docs/recipe.md); default:"
+        " window on a CPU, and base on a GPU, where its long stages are not measured yet")  # fmt: skip
+    default = "(default: 3 MLA layers, 6 with a window)"
+    add("--plan", help=f"3MLA27GDN, the MLA layers' numbers, or plan.json of hylo select-layers {default}")
     add("--linear", choices=LINEAR, help=f"mixer of the other layers (default: {LINEAR[0]}, or the plan's name)")
+    add("--tokens", type=readable_number, metavar="N",
+        help="training tokens of all stages, such as 100M; the first distillation stage has what the others leave"
+        " (default: 30M on a GPU)")  # fmt: skip
+    add("--batch-factor", type=size, default=1,
+        help="times the sequences in each batch, and so the tokens of each stage: for several GPUs")  # fmt: skip
     add("--tp", type=size, default=1, help="tensor-parallel ranks (SmolLM2 has 9 heads: 1 or 3)")
     add("--pp", type=size, default=1, help="pipeline stages; the remaining factor of the GPUs is data parallel")
     add("--seed", type=count, default=1234)
@@ -99,12 +183,12 @@ def main(argv: list[str] | None = None) -> None:
         help="share of the plain text of each distillation stage that the student writes before it (default: none)",
     )
     add("--no-cuda-graph", action="store_true", help="launch the kernels of a training step one by one")
-    add("--out", help="folder of the run (default: runs/smollm2-PLAN)")
+    add("--out", help="folder of the run (default: runs/smollm2-PLAN, with -window for that recipe)")
     options = parser.parse_args(argv)
-    recipe = with_sampled(found_recipe(options.plan, options.linear, options.seed), options.sampled_share)
-    recipe = with_on_policy(recipe, options.on_policy_share)
+    recipe = found_recipe(options)
     plan = Plan.parse(recipe.layers, recipe.plan, recipe.linear).name
-    out = Path(options.out or os.path.join("runs", f"smollm2-{plan}"))
+    suffix = "-window" if recipe.window else ""
+    out = Path(options.out or os.path.join("runs", f"smollm2-{plan}{suffix}"))
     layout = ParallelLayout(tp=options.tp, pp=options.pp)
     Run(recipe, out, Processes.found(layout, not options.no_cuda_graph)).execute()
 

@@ -1,11 +1,12 @@
 """Start the processes of one training, and report why a process stopped."""
 
 import functools
+import math
 import os
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ import hylo_megatron
 from hylo_megatron.checkpoint import disk
 from hylo_megatron.config.layout import ParallelLayout
 from hylo_megatron.errors import HyLoError
+from hylo_megatron.recipes.stage import Stage
 from hylo_megatron.run.parent import PARENT, STORE, bind_child
 
 LEAST_FREE = 2**20  # bytes; with less free space, a log may lack the line with the error
@@ -49,6 +51,19 @@ class Processes:
     @property
     def ranks(self) -> int:
         return self.layout.ranks * self.dp
+
+    def fit(self, stage: Stage) -> Stage:
+        """Return ``stage`` with the largest micro-batch that divides the sequences of each copy of the model.
+
+        Raises ``HyLoError`` if the copies cannot have equal numbers of sequences.
+        """
+        if stage.global_batch % self.dp:
+            raise HyLoError(
+                f"stage {stage.name}: {self.dp} copies of the model cannot share a batch of {stage.global_batch}"
+                f" sequences equally; use fewer GPUs (CUDA_VISIBLE_DEVICES), or --batch-factor {self.dp} where the"
+                " recipe has that flag"
+            )
+        return replace(stage, micro_batch=math.gcd(stage.micro_batch, stage.global_batch // self.dp))
 
     def __str__(self) -> str:
         at = self.layout

@@ -25,7 +25,7 @@ def check(run, student: Architecture, base: Architecture, teacher: Architecture)
 
 def _check_stage(stage: Stage, run, student: Architecture, teacher: Architecture, available: int) -> None:
     shared = fitting((*GPU_FLAGS, *run.flags), stage_kind(stage.kind), stage.loss)
-    flags = [*stage.flags(), *map(str, shared), *run.processes.layout.flags()]
+    flags = [*run.processes.fit(stage).flags(), *map(str, shared), *run.processes.layout.flags()]
     known = first_flags(flags)
     layout, work = layout_of(known)
     planned = planned_run(known, student, teacher, layout, replace(work, processes=run.processes.ranks))

@@ -155,7 +155,8 @@ class Run:
         student = self.out / stages[index - 1].name if index else self.student
         teacher = self.base if stage_kind(stage.kind).layerwise else self.teacher
         shared = fitting(self.flags, stage_kind(stage.kind), stage.loss)
-        flags = [*stage.flags(), *shared, "--hylo-student", student, "--hylo-teacher", teacher, "--save", save,
+        own = self.processes.fit(stage).flags()
+        flags = [*own, *shared, "--hylo-student", student, "--hylo-teacher", teacher, "--save", save,
                  "--save-interval", self.recipe.save_every, "--hylo-keep-last", 1, "--hylo-last-weights-only",
                  "--seed", self.recipe.seed,
                  "--data-path", *data_path(self.data, stage, self.source.tokens)]  # fmt: skip
@@ -207,6 +208,8 @@ class Run:
 
     def execute(self) -> None:
         on_policy.check(self.recipe, self.data, self.source.tokens)
+        for stage in self.recipe.stages:
+            self.processes.fit(stage)
         with disk.writing(self.out):
             self.out.mkdir(parents=True, exist_ok=True)
         with only_writer(self.out / ".running", str(self.out)):

@@ -2,6 +2,7 @@
 
 import functools
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -14,8 +15,16 @@ from helpers.recipes import STEPS, losses, start, toy_recipe, wait_for_step, wri
 from helpers.waits import PATIENCE  # noqa: E402
 
 from hylo_megatron.errors import HyLoError  # noqa: E402
-from hylo_megatron.recipes.smollm2 import smollm2_cpu, smollm2_gpu  # noqa: E402
+from hylo_megatron.recipes.smollm2 import (  # noqa: E402
+    smollm2_cpu,
+    smollm2_gpu,
+    smollm2_gpu_window,
+    with_batches,
+    with_tokens,
+)
 from hylo_megatron.run.background import Background  # noqa: E402
+from hylo_megatron.run.launch import Processes  # noqa: E402
+from hylo_megatron.run.recipe_run import Run  # noqa: E402
 
 
 def test_every_stage_of_the_gpu_recipe_and_a_kill(tmp_path):
@@ -69,3 +78,33 @@ def test_recipes_are_declared_as_the_readme_says():
         for stage in recipe.stages:
             assert not stage.mix or sum(share for _, share in stage.mix) == pytest.approx(1)
             assert stage.global_batch % stage.micro_batch == 0
+
+
+def test_the_window_recipe_is_the_best_one_known_and_takes_its_tokens_at_2k():
+    """docs/recipe.md has the same changes, one by one."""
+    recipe = with_tokens(smollm2_gpu_window(), 100_000_000)
+    ild, short, longer, longest = smollm2_gpu("6MLA24GDN").stages
+    more = replace(short, mla_rope=False, steps=recipe.stages[1].steps)
+    stages = (ild, more, replace(longer, rope=None), replace(longest, rope=None))
+    assert recipe == replace(
+        smollm2_gpu("6MLA24GDN"), name="smollm2-gpu-window", geometry="native:128+32", linear_rope=True,
+        window="256+4", stages=stages,
+    )  # fmt: skip
+    batch = short.global_batch * short.seq_length
+    assert 100_000_000 - batch < sum(stage.tokens for stage in recipe.stages) <= 100_000_000
+    with pytest.raises(HyLoError, match="--tokens 10,000,000: the stages beside distill-2k take 14,090,240"):
+        with_tokens(smollm2_gpu(), 10_000_000)
+    with pytest.raises(HyLoError, match="mamba2 layers have no queries that can rotate; choose gdn or kda, or --rec"):
+        smollm2_gpu_window(linear="mamba2")
+
+
+def test_several_gpus_share_a_batch(tmp_path):
+    stages = smollm2_gpu().stages
+    four = Processes(dp=4)
+    assert [four.fit(stage).micro_batch for stage in stages[:2]] == [2, 2]
+    with pytest.raises(HyLoError, match="stage distill-8k: 4 copies .* a batch of 2 .* --batch-factor 4"):
+        Run(smollm2_gpu(), tmp_path / "run", four).execute()
+    larger = with_batches(smollm2_gpu(), 4).stages
+    assert [four.fit(stage).micro_batch for stage in larger] == [8, 8, 2, 1]
+    assert [stage.tokens for stage in larger] == [4 * stage.tokens for stage in stages]
+    assert all(Processes().fit(stage) == stage for stage in stages)
