@@ -1,13 +1,19 @@
 """Write a file or a folder whole: under its name stands the complete new content, or what stood there before."""
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from hylo_megatron.errors import HyLoError
+
+PATIENCE = 2  # seconds in which the children of a process that was killed end, which hold its locks
 
 
 @contextlib.contextmanager
@@ -24,6 +30,34 @@ def whole_file(path: str | os.PathLike, *, shared: bool = False) -> Iterator[Pat
         os.replace(scratch, path)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def only_writer(path: Path, what: str) -> Iterator[None]:
+    """Keep other processes from writing ``what`` during the block. The lock file ``path`` goes when the block ends.
+
+    Raises ``HyLoError`` if another process writes. A process that was killed holds no lock. Nothing is locked on a
+    file system without locks.
+    """
+    with contextlib.ExitStack() as stack:
+        end = time.monotonic() + PATIENCE
+        while not _locked(stack.enter_context(path.open("a")), path):
+            if time.monotonic() > end:
+                raise HyLoError(f"{what}: another process is writing it; wait for its end, or choose another")
+            time.sleep(0.1)
+        stack.callback(path.unlink, missing_ok=True)
+        yield
+
+
+def _locked(file: IO, path: Path) -> bool:
+    """Lock ``file``, and return whether it still is the file at ``path``: a process that has ended removes it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except (BlockingIOError, FileNotFoundError):
+        return False
+    except OSError:  # a file system without locks
+        return True
 
 
 def write_text(path: str | os.PathLike, text: str, *, synced: bool = False) -> None:

@@ -85,7 +85,7 @@ def write_companions(args) -> None:
 
 
 def wait_for_student(args) -> None:
-    """Wait until the student's checkpoint is complete. Everything slow about starting is done before."""
+    """Wait until the student's checkpoint is complete. Imports, flags and files are done with before."""
     from hylo_megatron.checkpoint.iterations import check_still_trains, trained_to
 
     parent = os.getppid()
@@ -157,16 +157,33 @@ def check_kernels(args, arch: Architecture) -> None:
     import torch
 
     from hylo_megatron.kernels.self_test import RankShape, self_test
+    from hylo_megatron.parallel.self_test import attention_cases
 
-    if not torch.cuda.device_count() or not args.bf16 or args.no_self_test or arch.linear_kind not in arch.plan:
+    layout, work = layout_of(args)
+    used = arch.linear_kind in arch.plan or layout.cp > 1
+    if not torch.cuda.device_count() or not args.bf16 or args.no_self_test or not used:
         return
     torch.cuda.set_device(args.local_rank)
-    shape = RankShape.of(arch, *layout_of(args))
-    verdict = self_test(arch, shape, torch.device("cuda", args.local_rank))
+    device, teacher = torch.device("cuda", args.local_rank), Architecture.load(args.hylo_teacher)
+    across = attention_cases([arch, teacher], layout, work, device)
+    verdict = self_test(arch, RankShape.of(arch, layout, work), device, more=across)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     if args.rank == 0:
         print(verdict, flush=True)
+
+
+def get_ready(args, arch: Architecture, room: "SaveRoom | None") -> None:
+    """Do what comes between the flags and the first step.
+
+    The training that writes the student may use this GPU until it ends. Kernels are compared, and tuned by timing,
+    only after that: they would slow that training, need its memory, and be timed wrongly beside it.
+    """
+    install("results")  # the queue is a process, which takes seconds to start
+    if args.hylo_student_iteration:
+        wait_for_student(args)  # the earlier stage has written its checkpoints by then
+    check_room(args, room)
+    check_kernels(args, arch)
 
 
 @command_line
@@ -196,13 +213,7 @@ def main() -> None:
     if args.save and args.rank == 0:
         write_companions(args)
     run = TrainingRun(room=save_room(args, arch))
-    if not args.hylo_student_iteration:
-        check_room(args, run.room)
-    check_kernels(args, arch)
-    install("results")  # the queue is a process, which takes seconds to start
-    if args.hylo_student_iteration:
-        wait_for_student(args)
-        check_room(args, run.room)  # the earlier stage has written its checkpoints by now
+    get_ready(args, arch, run.room)
     if torch.cuda.device_count():
         run.product_rate = product_rate(torch.device("cuda", args.local_rank))
     if args.hylo_profile:

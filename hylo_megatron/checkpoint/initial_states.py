@@ -11,23 +11,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from hylo_megatron.checkpoint.iterations import iteration_folder
+from hylo_megatron.checkpoint.beside import drop_orphans, file_beside
 from hylo_megatron.files import whole_file
 
 FOLDER = "initial_states"
 
 
-def _file(save_folder: Path, iteration: int, rank: int) -> Path:
-    return save_folder / FOLDER / f"{iteration_folder(save_folder, iteration).name}-{rank:05d}.safetensors"
+def _ending(rank: int) -> str:
+    return f"-{rank:05d}.safetensors"
 
 
 def write(save_folder: Path, iteration: int, rank: int, states: dict[str, Tensor], layout: str) -> None:
     """Write this rank's states before the checkpoint of ``iteration``; delete those of checkpoints that are gone."""
-    path = _file(save_folder, iteration, rank)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for older in path.parent.glob(f"*-{rank:05d}.safetensors"):
-        if not (save_folder / older.name.partition("-")[0]).exists():
-            older.unlink(missing_ok=True)
+    path = file_beside(save_folder, FOLDER, iteration, _ending(rank))
+    drop_orphans(path, _ending(rank))
     tensors = {name: state.cpu().contiguous() for name, state in states.items()}
     with whole_file(path) as scratch, scratch.open("wb") as file:
         file.write(save(tensors, {"layout": layout}))
@@ -37,7 +34,7 @@ def write(save_folder: Path, iteration: int, rank: int, states: dict[str, Tensor
 
 def read(save_folder: Path, iteration: int, rank: int, layout: str) -> dict[str, Tensor] | None:
     """Return this rank's states of ``iteration``; None if the run had none, or another layout."""
-    path = _file(save_folder, iteration, rank)
+    path = file_beside(save_folder, FOLDER, iteration, _ending(rank))
     if not path.is_file():
         return None
     try:

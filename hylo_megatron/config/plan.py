@@ -105,6 +105,11 @@ def linear_of_plan(text: str) -> str | None:
     return _LINEAR_NAMES.get(match[3].upper()) if match else None
 
 
+def geometry_of_plan(text: str) -> str | None:
+    """The geometry that a plan's file names; None for a file without it, and for any other text."""
+    return _read(text).get("geometry") if text.endswith(".json") else None
+
+
 def uniform_layers(num_layers: int, count: int) -> tuple[int, ...]:
     """``count`` layers spread evenly over ``num_layers``, each in the middle of its share."""
     return tuple(int((i + 0.5) * num_layers / count) for i in range(count))

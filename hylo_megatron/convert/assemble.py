@@ -5,8 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from hylo_megatron.checkpoint.folder import FINITE, CheckpointReader, LazyTensor, write_checkpoint
-from hylo_megatron.config import Architecture, Plan
+from hylo_megatron.config import Architecture, Plan, geometry_preset
 from hylo_megatron.config.pair import check_vocabularies
+from hylo_megatron.config.plan import geometry_of_plan
 from hylo_megatron.convert.tables import mappings
 from hylo_megatron.convert.tokenizer_files import copy_companions
 from hylo_megatron.errors import HyLoError
@@ -46,6 +47,20 @@ def assemble(mla: str | Path, linear: str | Path, plan: tuple[str, ...], out: st
     return arch
 
 
+def plan_for(text: str, linear_kind: str | None, mla: str | Path, linear: str | Path) -> Plan:
+    """Return the plan that ``text`` means. Raises ``HyLoError`` for a file that counts with another geometry."""
+    first, second, name = Architecture.load(mla), Architecture.load(linear), geometry_of_plan(text)
+    if name is not None:
+        try:
+            counted = geometry_preset(name, first.hidden_size, first.num_attention_heads, first.head_dim)
+        except HyLoError:  # no dimensions of this name for the base model
+            counted = None
+        layers = (mla, first.geometry, "mla"), (linear, second.geometry, second.linear_kind)
+        other = [at for at, found, kind in layers if getattr(found, kind, None) != getattr(counted, kind, ())]
+        name = f"another one in {other[0]}" if other else name
+    return Plan.parse(first.num_layers, text, linear_kind, name)
+
+
 @command_line
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__)
@@ -60,6 +75,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--linear", choices=LINEAR, help=f"default: {LINEAR[0]}, or the plan's name")
     parser.add_argument("--out", required=True)
     options = parser.parse_args(argv)
-    plan = Plan.parse(Architecture.load(options.mla).num_layers, options.mla_layers, options.linear)
+    plan = plan_for(options.mla_layers, options.linear, options.mla, options.linear_student)
     arch = assemble(options.mla, options.linear_student, plan, options.out)
     print(f"{arch.plan.name} -> {options.out}")

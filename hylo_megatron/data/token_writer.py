@@ -9,6 +9,7 @@ from typing import BinaryIO
 
 from hylo_megatron.checkpoint import disk
 from hylo_megatron.errors import HyLoError
+from hylo_megatron.files import only_writer
 
 
 @dataclass
@@ -119,31 +120,33 @@ class TokenWriter:
 def token_files(out: Path, vocab_size: int, others: tuple[str, ...]) -> Iterator[tuple[object, dict[str, Path]]]:
     """Yield the builder of ``out``.bin and .idx, and paths for the files with the suffixes ``others``.
 
-    All files appear when the block ends, and none if the block fails. Raises ``HyLoError`` if the disk is full.
+    All files appear when the block ends, and none if the block fails. Raises ``HyLoError`` if the disk is full, or if
+    another process writes the same files.
     """
     builder_class, dtype = _indexed_dataset(vocab_size)
     partial = {suffix: Path(f"{out}.partial{suffix}") for suffix in (".bin", ".idx", *others)}
     out.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        builder = builder_class(str(partial[".bin"]), dtype=dtype)
+    with only_writer(Path(f"{out}.partial"), f"{out}.bin"):
         try:
-            yield builder, partial
-            builder.finalize(str(partial[".idx"]))
+            builder = builder_class(str(partial[".bin"]), dtype=dtype)
+            try:
+                yield builder, partial
+                builder.finalize(str(partial[".idx"]))
+            finally:
+                builder.data_file.close()
+            for suffix, path in partial.items():
+                os.replace(path, f"{out}{suffix}")
+        except OSError as error:
+            written = sum(path.stat().st_size for path in partial.values() if path.exists())
+            full = disk.cause_of(error) and disk.line(out, None, f"no space left after {disk.text(written)} of tokens")
+            if full or not error.filename:  # other errors name their file
+                raise HyLoError(
+                    full or f"{out}.bin: cannot be written ({error.strerror}): choose another --out"
+                ) from error
+            raise
         finally:
-            builder.data_file.close()
-        for suffix, path in partial.items():
-            os.replace(path, f"{out}{suffix}")
-    except OSError as error:
-        written = sum(path.stat().st_size for path in partial.values() if path.exists())
-        full = disk.cause_of(error) and disk.line(out, None, f"no space left after {disk.text(written)} of tokens")
-        if full or not error.filename:  # other errors name their file
-            raise HyLoError(
-                full or f"{out}.bin: cannot be written ({error.strerror}): choose another --out"
-            ) from error
-        raise
-    finally:
-        for path in partial.values():
-            path.unlink(missing_ok=True)
+            for path in partial.values():
+                path.unlink(missing_ok=True)
 
 
 def _indexed_dataset(vocab_size: int):

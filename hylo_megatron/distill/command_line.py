@@ -255,15 +255,38 @@ def check_command_line(user: list[str]) -> Architecture:
     return arch
 
 
+# Flags of megatron-core's own check of the gradient, which repeats a step. Who gives one keeps that check.
+REPEATING = {"rerun_mode", "check_for_large_grads", "error_injection_rate", "result_rejected_tracker_filename"}
+
+
+def on_gpu() -> bool:
+    import torch
+
+    return torch.cuda.device_count() > 0
+
+
+def guard_checks(known: argparse.Namespace) -> bool:
+    """Return whether the guard alone finds values that are not finite.
+
+    megatron-core's check would end the training before a guard with ``skip`` or ``rollback`` can decide. On a GPU it
+    makes the host wait in each step, twice for each bucket of gradients and once for all ranks. The guard finds the
+    same in the loss and in the norm over all ranks, one step late at most and before a checkpoint is saved. In a
+    pipeline the log waits in any case.
+    """
+    if known.hylo_on_spike in GATES:
+        return True
+    return on_gpu() and known.pipeline_model_parallel_size == 1 and not REPEATING & known.given
+
+
 def add_engine_flags(arch: Architecture) -> None:
     """Put the student's flags in front of the user's in ``sys.argv``. Raises ``HyLoError`` for a flag that Megatron
     does not know."""
     user = sys.argv[1:]
     known = user_flags(user)
     flags = engine_flags(arch, Path(known.hylo_student) / "hf") + (async_flags() if known.async_save else [])
-    if known.hylo_on_spike in GATES:  # megatron would end the training before our guard can decide
+    if guard_checks(known):
         flags += ["--no-check-for-nan-in-loss-and-grad"]
-    if known.hylo_on_spike in GATES or not known.check_for_nan_in_loss_and_grad:
+    if guard_checks(known) or not known.check_for_nan_in_loss_and_grad:
         flags += ["--rerun-mode", "disabled"]  # nothing asks for a step to be repeated, and asking waits for the GPU
     # A run resumes from --save if that folder holds a checkpoint, else it starts from the student's weights.
     if known.hylo_random_weights:

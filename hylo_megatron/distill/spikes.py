@@ -64,6 +64,19 @@ class Spikes:
         self.losses.clear()
         self.lowest = math.inf
 
+    def known(self) -> dict:
+        """Return what a resumed run has to know, as JSON has it."""
+        lowest = self.lowest if math.isfinite(self.lowest) else None
+        return {"losses": [*self.losses], "norms": [*self.norms], "lowest": lowest, "skipped": self.skipped,
+                "rollbacks": self.rollbacks}  # fmt: skip
+
+    def resume(self, known: dict) -> None:
+        """Go on from what ``known`` has returned."""
+        self.losses.extend(known["losses"])
+        self.norms.extend(known["norms"])
+        self.lowest = math.inf if known["lowest"] is None else known["lowest"]
+        self.skipped, self.rollbacks = known["skipped"], known["rollbacks"]
+
     def judge(self, loss: float, norm: float | None) -> str | None:
         """Return what is wrong with a step whose weights should not be trusted, or None."""
         if not math.isfinite(loss):

@@ -14,9 +14,8 @@ from pathlib import Path
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
-from hylo_megatron.checkpoint import initial_states, iterations
+from hylo_megatron.checkpoint import guard_state, initial_states, iterations
 from hylo_megatron.checkpoint.safe_pickles import check_pickles, explain
-from hylo_megatron.checkpoint.save_room import SaveRoom
 from hylo_megatron.engine.patch import entries
 from hylo_megatron.engine.training_run import TrainingRun
 from hylo_megatron.errors import HyLoError
@@ -124,7 +123,7 @@ def load_checked(load, run: TrainingRun):
             else:
                 if resumes and not (args.finetune or args.no_load_optim):
                     run.home = Path(folder)
-                    _load_initial_states(run, path)
+                    _load_companions(run, path)
                 return loaded
             _first_rank_alone(lambda: explain(path, failure))
 
@@ -138,12 +137,18 @@ def _layout(args) -> str:
     return f"TP {sizes[0]} PP {sizes[1]} x {chunks} DP {sizes[2]}, {args.micro_batch_size} sequences"
 
 
-def _load_initial_states(run: TrainingRun, path: Path) -> None:
+def _load_companions(run: TrainingRun, path: Path) -> None:
+    """Restore what is kept beside the checkpoint at ``path``. A rollback finds a guard, which stays as it is."""
+    number = int(path.name.removeprefix("iter_")) if path.name.startswith("iter_") else 0
+    if torch.distributed.get_rank() == 0:
+        run.guarded = guard_state.read(path.parent, number)
+    if _args().hylo_initial_states != "zero":
+        _load_initial_states(run, path, number)
+
+
+def _load_initial_states(run: TrainingRun, path: Path, number: int) -> None:
     """Restore the states that linear blocks start from: on all ranks, or on none."""
     args, rank = _args(), torch.distributed.get_rank()
-    if args.hylo_initial_states == "zero":
-        return
-    number = int(path.name.removeprefix("iter_")) if path.name.startswith("iter_") else 0
     found = initial_states.read(path.parent, number, rank, _layout(args))
     everywhere = torch.tensor(float(found is not None), device=torch.cuda.current_device())
     torch.distributed.all_reduce(everywhere, torch.distributed.ReduceOp.MIN)
@@ -164,13 +169,18 @@ def _save_initial_states(run: TrainingRun, iteration: int) -> None:
         initial_states.write(Path(args.save), iteration, rank, states, _layout(args))
 
 
-def _make_room(folder: str, iteration: int, room: SaveRoom | None, last: bool) -> None:
-    """Set an older save aside: megatron would write over its files, and one ``metadata.json`` vouch for both."""
+def _make_room(folder: str, iteration: int, run: TrainingRun, last: bool) -> None:
+    """Set an older save aside: megatron would write over its files, and one ``metadata.json`` vouch for both.
+
+    The guard's state is written here too, on the first rank, which alone knows it.
+    """
     place = iterations.iteration_folder(folder, iteration)
     if place.exists():
         iterations.set_aside(place)
-    if room:
-        room.begin(place, last)
+    if run.room:
+        run.room.begin(place, last)
+    if run.guard:
+        guard_state.write(Path(folder), iteration, run.guard.state())
 
 
 def _is_the_one_loaded(args, iteration: int) -> bool:
@@ -191,7 +201,7 @@ def save_apart(save, run: TrainingRun):
                 return
             last = args.hylo_last_weights_only and iteration == args.train_iters
             args.no_save_optim = args.no_save_optim or last
-            _first_rank_alone(lambda: _make_room(args.save, iteration, run.room, last))
+            _first_rank_alone(lambda: _make_room(args.save, iteration, run, last))
             _save_initial_states(run, iteration)
         save(iteration, *what, non_persistent_ckpt=non_persistent_ckpt, **kwargs)
         if not non_persistent_ckpt:

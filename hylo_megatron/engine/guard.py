@@ -18,6 +18,7 @@ from megatron.core.num_microbatches_calculator import get_current_global_batch_s
 from megatron.core.rerun_state_machine import EXIT_CODE_RESUME_TO_DISAMBIGUATE
 
 from hylo_megatron.checkpoint.diverged import DIVERGED
+from hylo_megatron.checkpoint.guard_state import GuardState
 from hylo_megatron.checkpoint.iterations import complete_iterations
 from hylo_megatron.distill.losses import Loss
 from hylo_megatron.distill.samples import shown, step_samples
@@ -35,9 +36,13 @@ def settings_of(args) -> SpikeSettings:
 
 
 class Guard:
-    """Guard of one rank. ``loss`` is the loss of the training, ``data`` its data set."""
+    """Guard of one rank. ``loss`` is the loss of the training, ``data`` its data set.
 
-    def __init__(self, args, loss: Loss, data: Any = None):
+    ``saved``: what the guard knew when the checkpoint was saved that the run resumes from. The first rank decides for
+    all, and alone knows the losses.
+    """
+
+    def __init__(self, args, loss: Loss, data: Any = None, saved: GuardState | None = None):
         self.args, self.data, self.spikes = args, data, Spikes(settings=settings_of(args))
         self.weights = dict(zip(loss.parts, loss.weights, strict=True)) if loss.layerwise else {loss.parts[0]: 1.0}
         save = Path(args.save or ".")
@@ -45,8 +50,17 @@ class Guard:
         self.diverged = save / DIVERGED
         self.writes, self.wrong, self.norm = torch.distributed.get_rank() == 0, None, None
         self.phase: Any = None
+        self.loss = {name: repr(value) for name, value in vars(loss).items() if name != "chunk"}  # changes no value
+        self.loss["name"] = type(loss).__name__
+        if saved is not None and saved["loss"] == self.loss and not self.diverged.exists():
+            self.phase = saved["phase"]
+            self.spikes.resume(saved)
         if self.writes:
             self.diverged.unlink(missing_ok=True)  # the user has decided to go on
+
+    def state(self) -> GuardState:
+        """Return what a run that resumes from this moment has to know."""
+        return {**self.spikes.known(), "loss": self.loss, "phase": self.phase}
 
     # ---- before the optimizer's step ----
 

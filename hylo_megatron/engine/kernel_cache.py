@@ -8,6 +8,7 @@ from pathlib import Path
 from hylo_megatron.engine import compile_ahead
 from hylo_megatron.engine.patch import installed_version
 from hylo_megatron.engine.register import install, lists, patches
+from hylo_megatron.files import whole_file
 
 FOLDER = "HYLO_KERNEL_CACHE"  # in the environment: a folder for all of the caches below
 # Variables of the libraries, and the folders inside FOLDER
@@ -40,15 +41,14 @@ def follow_move(folder: Path) -> None:
     for group in triton.glob("*/__grp__*.json"):
         files = json.loads(group.read_text())["child_paths"]
         moved = {name: str(group.parent / Path(path).name) for name, path in files.items()}
-        _replace(group, json.dumps({"child_paths": moved}))
-    _replace(place, str(folder))
+        _write(group, json.dumps({"child_paths": moved}))
+    _write(place, str(folder))
 
 
-def _replace(path: Path, text: str) -> None:
-    """Write a file whole: other ranks may read it, or write the same."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    temporary.replace(path)
+def _write(path: Path, text: str) -> None:
+    """Write a file whole. Other ranks, runs and machines may read the file, or write the same."""
+    with whole_file(path, shared=True) as scratch:
+        scratch.write_text(text)
 
 
 def prepare_kernels() -> None:

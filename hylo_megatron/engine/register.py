@@ -95,7 +95,8 @@ def install(group: str, run: Any = None) -> None:
     """Replace the names of ``group`` and of the groups that it needs. A second call changes nothing.
 
     ``run`` is what the replacements of a training share; a second call with another one installs them for that.
-    Raises ``HyLoError`` before the first replacement when a version is not listed.
+    Every entry of a group says whether it is needed before the first one is replaced, so none sees another's
+    replacement. Raises ``HyLoError`` before the first replacement when a version is not listed.
     """
     names = with_needs(group)
     for patch in patches(*names):
@@ -103,9 +104,9 @@ def install(group: str, run: Any = None) -> None:
     for name in names:
         if action := GROUPS[name].before:
             action()
-        for patch in patches(name):
-            if patch.needed() and (patch not in _installed or (name == group and run is not None)):
-                _replace(patch, run)
+        again = name == group and run is not None
+        for patch in [patch for patch in patches(name) if (again if patch in _installed else patch.needed())]:
+            _replace(patch, run)
         _groups.add(name)
 
 

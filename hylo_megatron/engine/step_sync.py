@@ -1,10 +1,9 @@
-"""A training step in which the host seldom waits for the GPU: once, where megatron-core clips the gradient.
+"""A training step in which the host does not wait for the GPU.
 
 megatron-core reads numbers from the GPU several times a step: the gradient's norm (once for each parameter, where
 neither TransformerEngine nor Apex is installed), a flag and two statistics that it reduces over groups of ranks, and
 the scale of the loss. Each time the GPU runs out of work, and the hundreds of small launches of the optimizer's step
 then reach it one by one. These replacements keep the numbers on the GPU, or on the host where they are known there.
-One wait is left: ``clip_grads.py:138`` reads the norm.
 """
 
 import torch
@@ -24,6 +23,41 @@ def norm_on_device(norm, run):
         return torch.linalg.vector_norm(torch.stack(norms)).view(1), None
 
     return l2_norm
+
+
+def total_on_device(total, run):
+    """Return megatron's ``get_grad_norm_fp32``, whose result stays on the device.
+
+    The result is in fp64, as megatron's number of Python is, so the factor that clips the gradient has the same bits.
+    """
+
+    def total_norm(grads_for_norm, norm_type=2, grad_stats_parallel_group=None):
+        grads = [grads_for_norm] if isinstance(grads_for_norm, Tensor) else list(grads_for_norm)
+        if norm_type != 2 or not grads or not all(type(grad) is Tensor for grad in grads):  # also no DTensor
+            return total(grads_for_norm, norm_type, grad_stats_parallel_group)
+        norm, _ = norm_on_device(None, None)(0, None, [grads], False)
+        square = norm**2
+        torch.distributed.all_reduce(square, group=grad_stats_parallel_group)
+        return square.double().sqrt()
+
+    return total_norm
+
+
+def scale_on_device(missing, run):
+    """Return megatron's ``multi_tensor_scale_tensor_impl``: products with a factor that is a tensor of one element.
+
+    A factor that is not below 1, or not a number, leaves the gradient as it is, like megatron's own comparison.
+    """
+
+    def scale(chunk_size, noop_flag, tensor_lists, factor: Tensor):
+        sources, targets = tensor_lists
+        if sources is not targets:
+            torch._foreach_copy_(targets, sources)
+        if targets:
+            factor = factor.view(())
+            torch._foreach_mul_(targets, torch.where(factor < 1, factor, torch.ones_like(factor)).float())
+
+    return scale
 
 
 def and_of_one(reduce, run):
@@ -67,6 +101,10 @@ PATCHES = entries(
     "training", "megatron-core",
     (f"{_CLIP}:l2_norm_impl", norm_on_device, "(chunk_size, noop_flag, tensor_lists, per_tensor, *args) or builtin",
      "reads the norm of each parameter from the GPU: hundreds of waits a step (megatron/core/utils.py:1331)"),
+    (f"{_OPTIMIZER}:get_grad_norm_fp32", total_on_device, "(grads_for_norm, norm_type, grad_stats_parallel_group)",
+     "reads the norm of the gradient from the GPU (megatron/core/optimizer/clip_grads.py:138)"),
+    (f"{_CLIP}:multi_tensor_scale_tensor_impl", scale_on_device, "NoneType or builtin",
+     "is missing without TransformerEngine; clips by a norm that is on the GPU (clip_grads.py:187)"),
     needed=lambda: reads_each_norm(),
 ) + entries(
     "training", "megatron-core",

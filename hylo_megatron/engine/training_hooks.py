@@ -69,7 +69,7 @@ def with_step_start(train_step, run: TrainingRun):
         if run.profile:
             run.profile.begin_step(kwargs["iteration"])
         phases = [model.begin_step(kwargs["iteration"], args.train_iters) for model in run.models]
-        run.guard = run.guard or Guard(args, run.models[0].settings.loss, run.data)
+        run.guard = run.guard or Guard(args, run.models[0].settings.loss, run.data, run.guarded)
         if phases != run.guard.phase:
             run.flush_log()  # before the guard forgets the losses of the phase before
         run.guard.begin(phases)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from hylo_megatron.checkpoint.save_room import SaveRoom
 
 if TYPE_CHECKING:
+    from hylo_megatron.checkpoint.guard_state import GuardState
     from hylo_megatron.distill.host_memory import OptimizerAway
     from hylo_megatron.engine.guard import Guard
     from hylo_megatron.engine.step_log import StepLog
@@ -22,15 +23,17 @@ class TrainingRun:
 
     ``room`` is that of the disk which checkpoints are saved to. ``data`` is the data set of the training, which
     every rank has. ``home`` has the checkpoints that a rollback goes back to: it is the folder that the run has
-    saved to, or before its first save the one that it has loaded with the optimizer. ``product_rate`` is the
-    device's rate of matrix products in FLOP/s, or None on a CPU. ``closing`` belongs to the present writer of
-    checkpoints, and is set once that writer is asked to end.
+    saved to, or before its first save the one that it has loaded with the optimizer. ``guarded`` is what the guard
+    knew when the loaded checkpoint was saved. ``product_rate`` is the device's rate of matrix products in FLOP/s, or
+    None on a CPU. ``closing`` belongs to the present writer of checkpoints, and is set once that writer is asked to
+    end.
     """
 
     room: SaveRoom | None = None
     models: list = field(default_factory=list)
     log: "StepLog | None" = None
     guard: "Guard | None" = None
+    guarded: "GuardState | None" = None
     profile: "StepProfile | None" = None
     product_rate: float | None = None
     data: Any = None

@@ -7,13 +7,15 @@ On a GPU the kernel is the one that torch's ``scaled_dot_product_attention`` wou
 FlashAttention 2). Both take shared key heads as they are.
 
 Legend: B batch, S queries, L keys, H query heads, G key heads (H / G query heads share one), K key, V value width.
-``lse``: the logarithm of the denominators, ``[B,H,S]``, or ``[B,H,S,1]`` where cuDNN returns this shape.
+``lse``: the natural logarithm of the denominators, ``[B,H,S]``, or ``[B,H,S,1]`` where cuDNN returns this shape.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend
+
+from hylo_megatron.errors import HyLoError
 
 aten = torch.ops.aten
 
@@ -66,6 +68,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple
         out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, scale=scale)
     else:
         out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)
+    if lse.shape[:3] != q.shape[:3] or lse.numel() != q.shape[:3].numel():
+        raise HyLoError(
+            f"torch {torch.__version__}: the log-sum-exp of fused attention has the shape {list(lse.shape)}, expected"
+            f" {list(q.shape[:3])}, with or without a last 1: train with --context-parallel-size 1, or another torch"
+        )
     return out[..., :value_width], lse.contiguous()
 
 

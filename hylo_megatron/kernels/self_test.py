@@ -4,6 +4,7 @@ Some pairs of versions are known to compute wrong gradients without an error (``
 run.
 """
 
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ LENGTH = 512  # tokens of a sequence that are compared
 TOLERANCE = 0.02  # ‖kernel - reference‖ / ‖reference‖; rounding to bf16 gave 2e-3 to 4e-3 on an H200
 
 
-def _random(*shape: int, device) -> Tensor:
+def random_bf16(*shape: int, device) -> Tensor:
     generator = torch.Generator().manual_seed(sum(shape))
     return torch.randn(*shape, generator=generator).to(device, torch.bfloat16)
 
@@ -55,21 +56,27 @@ class Case:
     """``run`` is a function of kernels and ``inputs``, whose sizes are a model's on one rank.
 
     The first ``sequences`` inputs, ``[rows, tokens, ...]``, are lengthened by zeros to the run's length, so that fla
-    tunes its kernels here for the run. All of these kernels are causal.
+    tunes its kernels here for the run. All of these kernels are causal. ``reference`` computes the same another way;
+    it is ``run`` with torch's kernels where it is None. ``blame``: what a disagreement means, and what to do.
     """
 
     inputs: list[Tensor]
     run: Callable
     sequences: int = 0
+    reference: Callable | None = None
+    blame: str = (
+        "this pair of triton and fla versions computes wrong results; `make doctor` names known ones, --no-self-test"
+        " trains anyway"
+    )
 
 
 def gdn_case(arch: Architecture, at: RankShape, device) -> Case:
     g, size = arch.geometry.gdn, (at.rows, at.compared)
     keys, values = g.num_key_heads // at.split, g.num_value_heads // at.split
-    q, k = (_random(*size, keys, g.key_head_dim, device=device) for _ in "qk")
-    v = _random(*size, values, g.value_head_dim, device=device)
-    decay = -F.softplus(_random(*size, values, device=device).float() - 2)
-    beta = _random(*size, values, device=device).sigmoid()
+    q, k = (random_bf16(*size, keys, g.key_head_dim, device=device) for _ in "qk")
+    v = random_bf16(*size, values, g.value_head_dim, device=device)
+    decay = -F.softplus(random_bf16(*size, values, device=device).float() - 2)
+    beta = random_bf16(*size, values, device=device).sigmoid()
 
     def run(kernels: Ops, q, k, v, decay, beta):
         return kernels.chunk_gated_delta_rule(q, k, v, g=decay, beta=beta, use_qk_l2norm_in_kernel=True)[0]
@@ -81,8 +88,8 @@ def kda_case(arch: Architecture, at: RankShape, device) -> Case:
     """The kernel also computes the decay."""
     g, size = arch.geometry.kda, (at.rows, at.compared)
     heads, dim = g.num_heads // at.split, g.head_dim
-    q, k, v, raw = (_random(*size, heads, dim, device=device).roll(i, 1) for i in range(4))
-    beta = _random(*size, heads, device=device).sigmoid()
+    q, k, v, raw = (random_bf16(*size, heads, dim, device=device).roll(i, 1) for i in range(4))
+    beta = random_bf16(*size, heads, device=device).sigmoid()
     rate, bias = torch.linspace(-1, 1, heads, device=device), torch.linspace(-4, 2, heads * dim, device=device)
 
     def run(kernels: Ops, q, k, v, raw, beta, rate, bias):
@@ -95,9 +102,9 @@ def kda_case(arch: Architecture, at: RankShape, device) -> Case:
 def mamba2_case(arch: Architecture, at: RankShape, device) -> Case:
     g, size = arch.geometry.mamba2, (at.rows, at.compared)
     heads, groups = g.num_heads // at.split, g.num_groups // at.split
-    x = _random(*size, heads, g.head_dim, device=device)
-    dt = F.softplus(_random(*size, heads, device=device).float() - 2)
-    B, C = (_random(*size, groups, g.state_size, device=device) for _ in "BC")
+    x = random_bf16(*size, heads, g.head_dim, device=device)
+    dt = F.softplus(random_bf16(*size, heads, device=device).float() - 2)
+    B, C = (random_bf16(*size, groups, g.state_size, device=device) for _ in "BC")
     A = -torch.linspace(0.5, 2, heads, device=device)
 
     def run(kernels: Ops, x, dt, B, C):
@@ -112,7 +119,7 @@ def projection_case(arch: Architecture, at: RankShape, device) -> Case:
     def run(kernels: Ops, x, weight):
         return torch.cat(kernels.split_convolve(x.transpose(0, 1), weight, None, (64, 128, 18), start=64), -1)
 
-    return Case([_random(LENGTH, 2, 224, device=device), _random(128, 4, device=device)], run)
+    return Case([random_bf16(LENGTH, 2, 224, device=device), random_bf16(128, 4, device=device)], run)
 
 
 def norm_case(shape_of: Callable, activation: str, arch: Architecture, at: RankShape, device) -> Case:
@@ -122,8 +129,8 @@ def norm_case(shape_of: Callable, activation: str, arch: Architecture, at: RankS
         return kernels.gated_rms_norm(x, gate, weight, 1e-5, activation=activation)
 
     heads, dim = shape_of(arch.geometry)
-    x, gate = (_random(at.rows, at.compared, heads // at.split, dim, device=device) for _ in range(2))
-    return Case([x, gate.roll(1, 1), _random(dim, device=device) + 1], run, sequences=2)
+    x, gate = (random_bf16(at.rows, at.compared, heads // at.split, dim, device=device) for _ in range(2))
+    return Case([x, gate.roll(1, 1), random_bf16(dim, device=device) + 1], run, sequences=2)
 
 
 def mlp_case(arch: Architecture, at: RankShape, device) -> Case:
@@ -133,8 +140,8 @@ def mlp_case(arch: Architecture, at: RankShape, device) -> Case:
         return kernels.distance(kernels.swiglu_packed(kernels.rms_norm(x, weight, 1e-5)), target.detach())
 
     width = arch.hidden_size // 2 * 2
-    target = _random(1, LENGTH, width // 2, device=device)
-    return Case([_random(1, LENGTH, width, device=device), _random(width, device=device) + 1, target], run)
+    target = random_bf16(1, LENGTH, width // 2, device=device)
+    return Case([random_bf16(1, LENGTH, width, device=device), random_bf16(width, device=device) + 1, target], run)
 
 
 _EVERY = {"projection": projection_case, "MLP": mlp_case}
@@ -158,16 +165,18 @@ def errors_of(case: Case, kernels: Ops, length: int = 0) -> list[float]:
     ``length``: tokens of the sequences that ``kernels`` compute. The reference computes those that are compared.
     """
     results = []
-    for candidate, dtype in ((kernels, None), (TORCH, torch.float32)):
-        leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in case.inputs]
+    for is_reference in (False, True):
+        leaves = [x.detach().to(torch.float32 if is_reference else x.dtype).requires_grad_() for x in case.inputs]
         given = list(leaves)
-        if case.sequences and candidate is kernels:
+        if is_reference:
+            out = (case.reference or case.run)(TORCH, *given)
+        elif case.sequences:
             compared = case.inputs[0].shape[1]
             given[: case.sequences] = (lengthened(x, max(length, compared)) for x in leaves[: case.sequences])
-            out = case.run(candidate, *given)[:, :compared]
+            out = case.run(kernels, *given)[:, :compared]
         else:
-            out = case.run(candidate, *given)
-        weight = _random(*out.shape, device=out.device).to(out.dtype)
+            out = case.run(kernels, *given)
+        weight = random_bf16(*out.shape, device=out.device).to(out.dtype)
         grads = torch.autograd.grad((out * weight).float().sum(), leaves, allow_unused=True)
         results.append([out.detach(), *(g for g in grads if g is not None)])
     pairs = ((a.float(), b.float()) for a, b in zip(*results, strict=True))
@@ -175,23 +184,23 @@ def errors_of(case: Case, kernels: Ops, length: int = 0) -> list[float]:
 
 
 def self_test(arch: Architecture, at: RankShape | None = None, device: str | torch.device = "cuda",
-              kernels: Ops | None = None) -> str:  # fmt: skip
-    """Return one line with the worst error of each kernel that ``arch`` uses. ``at``: a rank's part of the run.
+              kernels: Ops | None = None, more: dict[str, Case] | None = None) -> str:  # fmt: skip
+    """Return one line with the worst error of each kernel that ``arch`` uses, and of the cases in ``more``.
 
-    Raises ``HyLoError`` if a kernel is wrong.
+    ``at``: a rank's part of the run. Raises ``HyLoError`` if a kernel is wrong.
     """
     kernels, started, found, at = kernels or ops(device), time.time(), {}, at or RankShape()
-    for kind in sorted(set(arch.plan) & set(CASES)):
-        for name, case in CASES[kind].items():
-            found[name] = errors_of(case(arch, at, device), kernels, at.length)
-    # nan counts as wrong
-    wrong = {name: errors for name, errors in found.items() if not all(e < TOLERANCE for e in errors)}
-    if wrong:
-        name, errors = next(iter(wrong.items()))
-        raise HyLoError(
-            f"{kernels.name}'s {name} disagrees with the reference (relative errors of output and gradients:"
-            f" {', '.join(f'{e:.2g}' for e in errors)}; allowed {TOLERANCE}): this pair of triton and fla versions"
-            " computes wrong results; `make doctor` names known ones, --no-self-test trains anyway"
-        )
+    linear = (
+        (f"{kernels.name}'s {name}", case(arch, at, device))
+        for kind in sorted(set(arch.plan) & set(CASES))
+        for name, case in CASES[kind].items()
+    )
+    for name, case in itertools.chain(linear, (more or {}).items()):
+        errors = found[name] = errors_of(case, kernels, at.length)
+        if not all(error < TOLERANCE for error in errors):  # nan counts as wrong
+            raise HyLoError(
+                f"{name} disagrees with the reference (relative errors of output and gradients:"
+                f" {', '.join(f'{error:.2g}' for error in errors)}; allowed {TOLERANCE}): {case.blame}"
+            )
     listed = ", ".join(f"{name} {max(errors):.1e}" for name, errors in found.items())
-    return f"kernels agree with their references ({kernels.name}; {listed}; {time.time() - started:.1f} s)"
+    return f"kernels agree with their references ({listed}; {time.time() - started:.1f} s)"

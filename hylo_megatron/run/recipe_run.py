@@ -23,7 +23,7 @@ from hylo_megatron.convert.hf_folder import read_architecture
 from hylo_megatron.convert.model_card import put_figures
 from hylo_megatron.distill.losses import fitting
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.files import write_text
+from hylo_megatron.files import only_writer, write_text
 from hylo_megatron.json_file import read_json
 from hylo_megatron.recipes.stage import Recipe, Stage
 from hylo_megatron.run import disk_need, memory_need, on_policy
@@ -72,7 +72,7 @@ class Run:
         path, mine = self.out / "recipe.json", self.recipe.to_dict() | self.source.to_dict()
         if path.is_file() and read_json(path, advice="choose another OUT, or remove it") != mine:
             raise HyLoError(f"{self.out} holds a run with other settings ({path}); choose another OUT, or remove it")
-        path.write_text(json.dumps(mine, indent=1))
+        write_text(path, json.dumps(mine, indent=1))
 
     def step(self, what: str, action: Callable[[], object], done: Path | None = None) -> None:
         """Run ``action`` unless ``done`` exists. The output of ``action`` goes to the log."""
@@ -210,6 +210,12 @@ class Run:
         on_policy.check(self.recipe, self.data, self.source.tokens)
         for stage in self.recipe.stages:
             self.processes.fit(stage)
+        with disk.writing(self.out):
+            self.out.mkdir(parents=True, exist_ok=True)
+        with only_writer(self.out / ".running", str(self.out)):
+            self._execute_alone()
+
+    def _execute_alone(self) -> None:
         with disk.writing(self.out):
             self._claim()
         print(f"{self.recipe.name}: {self.plan.name}, {self.processes}, in {self.out}", flush=True)

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from hylo_megatron.checkpoint import guard_state
 from hylo_megatron.distill.spikes import LEAST, ROLLBACKS, SKIPS, WINDOW, Spikes, SpikeSettings
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.packages import has
@@ -61,6 +62,33 @@ def test_what_counts_as_diverged():
     assert spikes.took(math.nan, 1.0, updated=False) is None
     spikes.rollbacks += 1
     assert "rollbacks did not help" in spikes.took(math.nan, 1.0, updated=False)
+
+
+def test_a_resumed_run_knows_what_the_interrupted_one_knew(tmp_path):
+    first, second = steady(WINDOW - 1), Spikes(settings=SpikeSettings())
+    first.took(math.nan, 0.1, updated=False)
+    first.rollbacks = 2
+    assert first.known()["lowest"] is None  # infinity is no JSON
+    for loss in (0.1 + 0.2, 1 / 3):
+        first.took(loss, loss, updated=True)
+    guard_state.write(tmp_path, 60, first.known() | {"loss": {"name": "KL"}, "phase": [False]})
+    second.resume(guard_state.read(tmp_path, 60))
+    assert second == first and second.losses.maxlen == WINDOW and len(second.losses) == WINDOW
+
+
+def test_states_of_the_guard_go_with_their_checkpoints(tmp_path, capsys):
+    state = Spikes(settings=SpikeSettings()).known() | {"loss": {}, "phase": []}
+    for iteration in (4, 8):
+        guard_state.write(tmp_path, iteration, state)
+        (tmp_path / f"iter_{iteration:07d}").mkdir()
+    (tmp_path / "iter_0000004").rmdir()
+    guard_state.write(tmp_path, 12, state)
+    assert [path.name for path in sorted((tmp_path / "guard").iterdir())] == [
+        "iter_0000008.json", "iter_0000012.json"]  # fmt: skip
+    assert guard_state.read(tmp_path, 4) is None and capsys.readouterr().err == ""
+    (tmp_path / "guard" / "iter_0000008.json").write_text('{"losses": [1')
+    assert guard_state.read(tmp_path, 8) is None
+    assert "iter_0000008.json: not valid JSON" in capsys.readouterr().err
 
 
 def test_factors_are_above_one():
@@ -150,6 +178,44 @@ def test_a_rollback_before_the_first_save_goes_back_to_what_was_loaded(world, tm
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     assert [line for line in done.stdout.splitlines() if line.startswith("rolled back")] == [
         f"rolled back to the weights of iteration {iteration}" for iteration in (2, 4)]  # fmt: skip
+
+
+def test_a_resumed_run_has_the_medians_of_the_interrupted_one(world, tmp_path):
+    """Twelve steps were before the checkpoint, too few after it. A rollback changes no median."""
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    flags = dict(train_iters=14, save_interval=12)
+    done = run(world, whole, "rollback", {13: 1000.0}, **flags)
+    assert done.returncode == 0 and "rolled back to the weights of iteration 12" in done.stdout, done.stderr[-3000:]
+    shutil.copytree(whole, resumed, ignore=shutil.ignore_patterns("iter_0000014*", "events.jsonl"))
+    (resumed / "latest_checkpointed_iteration.txt").write_text("12")
+    done = run(world, resumed, "rollback", {13: 1000.0}, **flags)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert events(resumed) == events(whole) != []
+    states = [guard_state.read(folder, 14) for folder in (whole, resumed)]
+    assert states[0] == states[1] and len(states[0]["losses"]) == 13 and states[0]["rollbacks"] == 1
+
+
+def test_a_guard_begins_anew_after_a_divergence_and_for_another_loss(tmp_path, process_groups):
+    from hylo_megatron.distill.losses import KL
+    from hylo_megatron.engine import guard
+
+    args = Namespace(save=tmp_path, hylo_log=None, hylo_on_spike="rollback")
+
+    def resumed(saved: dict | None, loss: KL | None = None) -> guard.Guard:
+        return guard.Guard(args, loss or KL(ce_from=0.5, chunk=8), None, saved)
+
+    saved = steady(12).known() | {"loss": resumed(None).loss, "phase": [True]}
+    watch = resumed(json.loads(json.dumps(saved)), KL(ce_from=0.5))
+    args.consumed_train_samples = 0
+    watch.begin([True])
+    assert watch.state() == saved
+    watch.begin([False])  # other weights of the loss
+    assert watch.state() == saved | {"losses": [], "phase": [False]}
+    assert not resumed(saved, KL(temperature=2.0)).spikes.norms
+    watch.diverged.write_text("{}")
+    assert (
+        not resumed(saved).spikes.losses and resumed(saved).spikes.losses
+    )  # the user goes on, which removes the file
 
 
 def test_no_rollback_to_a_run_that_gave_its_weights_only(tmp_path, monkeypatch):

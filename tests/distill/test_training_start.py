@@ -1,5 +1,6 @@
 """What is refused before a training starts, and a run that goes on with another schedule."""
 
+import argparse
 import json
 import shutil
 import subprocess
@@ -7,6 +8,7 @@ import sys
 
 import pytest
 
+from hylo_megatron import train
 from hylo_megatron.packages import has
 
 if not has("megatron-core"):
@@ -178,6 +180,20 @@ def test_a_student_that_nobody_trains_is_not_waited_for(world, tmp_path):
     written = (tmp_path / "latest_checkpointed_iteration.txt").stat().st_mtime
     with pytest.raises(HyLoError, match="nothing was written there for 60 minutes"):
         iterations.check_still_trains(tmp_path, 12, now=written + 3600)
+
+
+@pytest.mark.parametrize("iteration, order", [
+    (4, ["results", "wait_for_student", "check_room", "check_kernels"]),
+    (None, ["results", "check_room", "check_kernels"]),
+])  # fmt: skip
+def test_no_kernel_is_timed_while_the_student_is_trained(monkeypatch, iteration, order):
+    """A recipe starts the next stage on the GPU that still trains the student."""
+    done = []
+    monkeypatch.setattr(train, "install", done.append)
+    for name in ("wait_for_student", "check_room", "check_kernels"):
+        monkeypatch.setattr(train, name, lambda *_, name=name: done.append(name))
+    train.get_ready(argparse.Namespace(hylo_student_iteration=iteration), None, None)
+    assert done == order
 
 
 # ---- a run that goes on ----

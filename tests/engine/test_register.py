@@ -173,6 +173,21 @@ def test_what_is_not_needed_stays(made_up):
     assert module.value == 1
 
 
+def test_no_entry_sees_the_replacement_of_another(made_up):
+    def is_original() -> bool:
+        return made_up_module.value == 1
+
+    first = entry(replacement=lambda original, run: run or 2, needed=is_original)
+    second = entry(target="made_up:table[a]", expects="missing", needed=is_original)
+    made_up_module = made_up(first, second)
+    register.install("cpu")
+    assert made_up_module.value == 2 and made_up_module.table == {"a": 2}
+    register.install("cpu", 3)  # for another run: an entry that was needed is still needed
+    assert made_up_module.value == 3
+    register.uninstall("cpu")
+    assert made_up_module.value == 1 and made_up_module.table == {}
+
+
 def test_descriptions_show_a_changed_signature():
     def long(alpha, beta, gamma, delta, epsilon, zeta, eta, theta, iota, kappa, lamda):
         """Has more parameters than a line shows."""

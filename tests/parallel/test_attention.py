@@ -1,16 +1,22 @@
 """Attention under context parallelism: latents go round or are gathered, and the result is one process's."""
 
 import json
+import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import tiny
 from helpers import train as helpers
 from programs import latents as shapes
 
-from hylo_megatron.config.layout import check_exchange
+from hylo_megatron import train
+from hylo_megatron.config.layout import ParallelLayout, Work, check_exchange
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.kernels import attention
+from hylo_megatron.kernels import self_test as start_check
 from hylo_megatron.mixers.megatron_attention import refuse_packed
+from hylo_megatron.parallel import self_test as across
 from hylo_megatron.parallel.exchange import Gather, Ring, exchange
 
 
@@ -84,3 +90,80 @@ def test_flash_attention_equals_the_plain_one(causal, keys, key_width, value_wid
     want = attention.attend_plain_backward(d_out, q, k, v, plain, plain_lse, causal, 0.3)
     for gradient, expected in zip(got, want, strict=True):
         torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-5)
+
+
+# ---- start-up check ----
+
+
+BASE = tiny.hybrid(plan=("attention",) * 4, geometry=None)  # has shared key heads
+
+
+def checked(ranks: int = 3) -> str:
+    """Return the verdict on attention across ranks of a hybrid, and of a base model with shared key heads."""
+    models, layout = [tiny.hybrid("gdn"), BASE], ParallelLayout(cp=ranks)
+    cases = across.attention_cases(models, layout, Work(micro_batch=2), "cpu")
+    return start_check.self_test(SimpleNamespace(plan=()), device="cpu", more=cases)
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """Set what is done to the results of the fused kernel and of its backward pass."""
+
+    def change(backward: bool, changed) -> None:
+        name = "_scaled_dot_product_flash_attention_for_cpu" + "_backward" * backward
+        original = getattr(torch.ops.aten, name)
+        monkeypatch.setattr(torch.ops.aten, name, lambda *args, **kwargs: changed(*original(*args, **kwargs)))
+
+    return change
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_the_check_at_start_up_passes_right_kernels(ranks):
+    assert "mla across ranks" in checked(ranks) and "attention across ranks" in checked(ranks)
+    assert across.attention_cases([tiny.hybrid("gdn")], ParallelLayout(), Work(), "cpu") == {}
+
+
+def test_a_last_size_of_one_is_allowed(kernel):
+    """cuDNN's kernel returns it."""
+    q = torch.randn(1, 2, 4, 8)
+    plain = [attention.attend(q, x, x, True, 0.3) for x in (q, q.flip(2))]
+    kernel(False, lambda out, lse: (out, lse[..., None]))
+    wide = [attention.attend(q, x, x, True, 0.3) for x in (q, q.flip(2))]
+    for first, second in (plain, wide):
+        attention.join_attention(*first, *second)
+    assert wide[0][1].shape == (1, 2, 4, 1) and torch.equal(wide[0][1][..., 0], plain[0][1])
+    assert torch.equal(wide[0][0], plain[0][0])
+
+
+@pytest.mark.parametrize("backward, changed", [
+    (False, lambda out, lse: (out, lse / math.log(2))),
+    (False, lambda out, lse: (out, lse.exp())),
+    (False, lambda out, lse: (out, lse.flip(1))),
+    (True, lambda d_q, d_k, d_v: (d_q, 2 * d_k, d_v)),
+], ids=["base 2", "no logarithm", "other heads", "gradient"])  # fmt: skip
+def test_a_kernel_whose_blocks_cannot_be_joined_is_refused_at_start_up(backward, changed, kernel):
+    kernel(backward, changed)
+    with pytest.raises(HyLoError, match="mla across ranks disagrees .*--context-parallel-size 1") as refusal:
+        checked()
+    assert "\n" not in str(refusal.value)
+
+
+def test_another_shape_of_the_denominators_is_refused(kernel):
+    kernel(False, lambda out, lse: (out, torch.nn.functional.pad(lse, (0, 32))))
+    with pytest.raises(HyLoError, match=r"log-sum-exp of fused attention has the shape \[2, 4, .*expected \[2, 4, "):
+        checked()
+
+
+def test_a_training_checks_the_attention_of_student_and_teacher(monkeypatch, tmp_path):
+    student, found = tiny.hybrid("gdn"), {}
+    BASE.save(tmp_path)
+    layout = ParallelLayout(cp=2), Work(seq_length=512)
+    for name in ("set_device", "empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda *args: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(train, "layout_of", lambda args: layout)
+    monkeypatch.setattr(across, "random_bf16", lambda *shape, device: torch.zeros(shape))
+    monkeypatch.setattr(start_check, "self_test", lambda *args, more: found.update(more))
+    args = SimpleNamespace(bf16=True, no_self_test=False, local_rank=0, rank=0, hylo_teacher=tmp_path)
+    train.check_kernels(args, student)
+    assert list(found) == ["mla across ranks", "attention across ranks"]

@@ -11,6 +11,8 @@ import signal
 import sys
 import threading
 
+import torch
+
 from hylo_megatron import train
 
 KILL_AT = "HYLO_TEST_KILL_AT"  # in a training's environment: the step after which it gets SIGKILL
@@ -53,9 +55,19 @@ def die_at(step: int) -> None:
 
 
 def run_ahead() -> None:
+    from megatron.core.optimizer import optimizer
+
+    from hylo_megatron.distill import command_line
     from hylo_megatron.engine import step_log, step_sync
 
-    step_sync.on_gpu = lambda: True
+    clip = optimizer.clip_grad_by_total_norm_fp32
+
+    def clip_on_device(parameters, max_norm, total_norm, **more):
+        assert isinstance(total_norm, torch.Tensor)  # a number has been read from the device
+        clip(parameters, max_norm, total_norm, **more)
+
+    optimizer.clip_grad_by_total_norm_fp32 = clip_on_device
+    command_line.on_gpu = step_sync.on_gpu = lambda: True
     step_log.runs_ahead = lambda guard: not guard.spikes.settings.gates
 
 

@@ -1,13 +1,16 @@
 """``hylo select-layers``: the one layer that matters is found, and budgets, models and plans fit together."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import tiny
 from helpers.selection import CPU, MATTERS, refused, select
 
-from hylo_megatron.config import Plan, geometry_preset
+from hylo_megatron.config import Architecture, Plan, geometry_preset
+from hylo_megatron.config.student import student_architecture
+from hylo_megatron.convert import assemble
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.init.upcycle import main as upcycle_command
 from hylo_megatron.init.upcycle import upcycle
@@ -125,6 +128,30 @@ def test_upcycle_and_planner_compare_the_geometry(world, tmp_path, capsys, monke
         assert "geometry is native:16+8, with which the cache was counted, but the layers get native" in (
             capsys.readouterr().err
         )
+
+
+@pytest.mark.parametrize("counted, mla, linear, wrong", [
+    ("native", "native", "native", None),
+    ("native:16+8", "native", "native", "mla"),
+    ("native:16+8", "native:16+8", "native", None),  # the linear layers are the same ones
+    ("native", "native", tiny.GEOMETRY, "linear"),
+    ("published", "native", "native", "mla"),  # no dimensions for this base model
+])  # fmt: skip
+def test_assemble_compares_the_geometry(world, tmp_path, capsys, counted, mla, linear, wrong):
+    select(world, tmp_path, method="uniform")
+    layers, base = str(tmp_path / "plan.json"), Architecture.load(world / "base")
+    tiny.edit_json(Path(layers), geometry=counted)
+    for name, kind, geometry in (("mla", "mla", mla), ("linear", "gdn", linear)):
+        (tmp_path / name).mkdir()
+        student_architecture(base, (kind,) * 4, geometry).save(tmp_path / name)
+    if wrong is None:
+        assert assemble.plan_for(layers, None, tmp_path / "mla", tmp_path / "linear").name == "1MLA3GDN"
+        return
+    with pytest.raises(SystemExit):
+        assemble.main(["--mla", str(tmp_path / "mla"), "--linear-student", str(tmp_path / "linear"),
+                       "--mla-layers", layers, "--out", str(tmp_path / "out")])  # fmt: skip
+    refusal = f"geometry is {counted}, with which the cache was counted, but the layers get another one in {tmp_path}/"
+    assert refusal + wrong + ";" in capsys.readouterr().err
 
 
 def test_checkpoints_are_taken_and_the_plan_is_one_for_upcycle(world, tmp_path):
