@@ -62,10 +62,11 @@ def test_a_recipe_has_another_mix_only_if_asked(monkeypatch):
     runs = []
     monkeypatch.setattr(smollm2, "Run", lambda recipe, *_: SimpleNamespace(execute=lambda: runs.append(recipe)))
     for arguments in ([], ["--text", "prose"]):
-        smollm2.main(arguments)
-    own = (smollm2.smollm2_gpu if torch.cuda.is_available() else smollm2.smollm2_cpu)()
+        smollm2.main(["--recipe", "base", *arguments])
+    own = smollm2.RECIPES["base", torch.cuda.is_available()]()
     assert runs == [own, replace(own, text="prose")]
-    assert (smollm2.smollm2_cpu().text, smollm2.smollm2_gpu().text) == ("small", "large")
+    for (_, gpu), recipe in smollm2.RECIPES.items():
+        assert recipe().text == ("large" if gpu else "small")
 
 
 def test_the_prose_mix_adds_to_the_large_one():
