@@ -28,13 +28,15 @@ def norm_on_device(norm, run):
 def total_on_device(total, run):
     """Return megatron's ``get_grad_norm_fp32``, whose result stays on the device.
 
-    The result is in fp64, as megatron's number of Python is, so the factor that clips the gradient has the same bits.
+    The result is in fp64, as megatron's number of Python is, so the factor that clips the gradient has the same bits:
+    on each rank, also on one whose gradients all count elsewhere.
     """
 
     def total_norm(grads_for_norm, norm_type=2, grad_stats_parallel_group=None):
         grads = [grads_for_norm] if isinstance(grads_for_norm, Tensor) else list(grads_for_norm)
-        if norm_type != 2 or not grads or not all(type(grad) is Tensor for grad in grads):  # also no DTensor
+        if norm_type != 2 or not all(type(grad) is Tensor for grad in grads):  # also no DTensor
             return total(grads_for_norm, norm_type, grad_stats_parallel_group)
+        grads = grads or [torch.zeros(1, device=torch.cuda.current_device())]
         norm, _ = norm_on_device(None, None)(0, None, [grads], False)
         square = norm**2
         torch.distributed.all_reduce(square, group=grad_stats_parallel_group)

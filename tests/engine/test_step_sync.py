@@ -55,6 +55,18 @@ def test_clipping_on_the_device_has_megatrons_bits(monkeypatch, process_groups):
         assert all(torch.equal(a.view(torch.int32), b.view(torch.int32)) for a, b in zip(got, want, strict=True))
 
 
+def test_a_rank_whose_gradients_count_elsewhere_clips_by_the_same_bits(monkeypatch, process_groups):
+    """Such a rank has copies of other ranks' parameters alone: another factor would make the copies differ."""
+    from megatron.core.optimizer import clip_grads
+
+    total_norm = step_sync.total_on_device(clip_grads.get_grad_norm_fp32, None)
+    monkeypatch.setattr(clip_grads, "multi_tensor_scale_tensor_impl", step_sync.scale_on_device(None, None))
+    others = torch.tensor([3.0])
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda square, **_: square.add_(others))
+    here, elsewhere = total_norm([torch.zeros(5)]), total_norm([])
+    assert here.dtype == elsewhere.dtype == torch.float64 and torch.equal(here, elsewhere)
+
+
 def test_a_group_of_one_rank_is_not_asked():
     def refuse(*arguments):
         raise AssertionError("asked")
