@@ -1,6 +1,7 @@
 """What the guard of a training knew when a checkpoint was saved: ``SAVE/guard/iter_0000100.json``.
 
-A resumed run compares its steps with the medians of the interrupted one, and goes on counting its rollbacks.
+A resumed run compares its steps with the medians of the interrupted one, and goes on counting its rollbacks. After a
+divergence the next run begins anew.
 """
 
 import sys
@@ -48,3 +49,9 @@ def read(save_folder: Path, iteration: int) -> GuardState | None:
     except HyLoError as error:
         print(f"warning: {error}: the guard begins without medians", file=sys.stderr, flush=True)
         return None
+
+
+def forget(save_folder: Path) -> None:
+    """Remove the states of all checkpoints: the training has diverged."""
+    for path in (save_folder / FOLDER).glob("iter_*.json"):
+        path.unlink(missing_ok=True)

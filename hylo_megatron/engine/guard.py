@@ -17,6 +17,7 @@ from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import get_current_global_batch_size, update_num_microbatches
 from megatron.core.rerun_state_machine import EXIT_CODE_RESUME_TO_DISAMBIGUATE
 
+from hylo_megatron.checkpoint import guard_state
 from hylo_megatron.checkpoint.diverged import DIVERGED
 from hylo_megatron.checkpoint.guard_state import GuardState
 from hylo_megatron.checkpoint.iterations import complete_iterations
@@ -170,6 +171,8 @@ class Guard:
     def _stop(self, iteration: int, why: str, loss: float, norm: float | None) -> None:
         text = self._event(iteration, "stopped", why, loss, norm)
         write_text(self.diverged, json.dumps({"iteration": iteration, "why": text}))
+        if self.args.save:  # who removes the marker and goes on has a guard that begins anew
+            guard_state.forget(Path(self.args.save))
         raise HyLoError(f"diverged at {text}: {REMEDY}")
 
 

@@ -218,6 +218,28 @@ def test_a_guard_begins_anew_after_a_divergence_and_for_another_loss(tmp_path, p
     )  # the user goes on, which removes the file
 
 
+def test_a_guard_begins_anew_when_the_user_has_removed_the_marker(tmp_path, process_groups, monkeypatch):
+    """The recipe's runner and the next stage ask for its removal."""
+    from hylo_megatron.distill.losses import KL
+    from hylo_megatron.engine import guard
+
+    monkeypatch.setattr(guard, "step_samples", lambda *_: [])
+    monkeypatch.setattr(guard, "get_current_global_batch_size", lambda: 1)
+    args = Namespace(save=tmp_path, hylo_log=None, hylo_on_spike="skip", dataloader_type="cyclic", dataloader=None,
+                     consumed_train_samples=0)  # fmt: skip
+    watch = guard.Guard(args, KL())
+    watch.begin([False])
+    guard_state.write(tmp_path, 8, watch.state())
+    assert guard_state.read(tmp_path, 8) is not None
+    watch.wrong = "loss nan"
+    for step in range(1, SKIPS):
+        watch.report(step, math.nan, None)
+    with pytest.raises(HyLoError, match=f"{SKIPS} steps in a row were skipped"):
+        watch.report(SKIPS, math.nan, None)
+    watch.diverged.unlink()
+    assert guard_state.read(tmp_path, 8) is None
+
+
 def test_no_rollback_to_a_run_that_gave_its_weights_only(tmp_path, monkeypatch):
     from megatron.training import async_utils
 
