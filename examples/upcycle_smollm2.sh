@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # SmolLM2-135M-Instruct -> hybrid, end to end: fetch, convert, upcycle, distil, export, evaluate, generate.
-# Variables: RECIPE (base|window), TOKENS (100M), BATCH_FACTOR (4 for 4 GPUs), PLAN (3MLA27GDN), LINEAR (gdn|mamba2|kda),
-# SEED, TP, PP, OUT. The same command continues an interrupted run.
+# Variables: RECIPE (base|window; default: window on a CPU, base on a GPU), TOKENS (such as 100M), BATCH_FACTOR (4 for 4
+# GPUs), PLAN (such as 3MLA27GDN), LINEAR (gdn|mamba2|kda), SEED, TP, PP, OUT. Flags after the script's name, such as
+# --text prose, go to the recipe (--help lists them). The same command continues an interrupted run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 args=()
@@ -9,4 +10,4 @@ for name in RECIPE TOKENS BATCH_FACTOR PLAN LINEAR SEED TP PP OUT; do
   value=${!name:-}
   [ -z "$value" ] || args+=("--$(tr '[:upper:]_' '[:lower:]-' <<<"$name")" "$value")
 done
-exec "${PYTHON:-python3}" -W ignore -m hylo_megatron.recipes.smollm2 ${args[@]+"${args[@]}"}
+exec "${PYTHON:-python3}" -W ignore -m hylo_megatron.recipes.smollm2 ${args[@]+"${args[@]}"} "$@"

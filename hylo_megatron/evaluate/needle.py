@@ -1,6 +1,6 @@
 """Needle retrieval: hide one fact in prose, ask for it at the end, decode freely, and score the number in the answer.
 
-All prompts of a length are equally long.
+Prompts of one length have the same number of tokens, or a few tokens fewer where no filler fits.
 """
 
 import random

@@ -22,6 +22,7 @@ from hylo_megatron.evaluate.settings import DEFAULT_SUITES, KINDS, Settings
 from hylo_megatron.evaluate.suites import REGISTRY, Files, Job
 
 READERS = {"choice": read_choices, "answers": read_answers, "ruler_squad": read_library, "ruler_hotpot": read_library}
+SEVERAL = ("choice", "answers")  # kinds with figures for each of several files
 
 
 def suites_for(files: Files, settings: Settings) -> list[str]:
@@ -70,6 +71,8 @@ def _given_files(given: dict[str, Any]) -> Files:
     files = {}
     for kind, paths in given.items():
         paths = [paths] if isinstance(paths, str | Path) else paths or ()
+        if len(paths) > 1 and kind not in SEVERAL:
+            raise HyLoError(f"--{kind}: {len(paths)} files, expected one: join them in one file")
         if len({Path(file).stem for file in paths}) < len(paths):
             raise HyLoError(f"--{kind}: two files have one name, which is the name of their figures: rename one")
         for file in paths:

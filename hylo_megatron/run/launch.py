@@ -53,7 +53,7 @@ class Processes:
         return self.layout.ranks * self.dp
 
     def fit(self, stage: Stage) -> Stage:
-        """Return ``stage`` with the largest micro-batch that divides the sequences of each copy of the model.
+        """Return ``stage`` with the largest micro-batch that divides its own and the sequences of each model copy.
 
         Raises ``HyLoError`` if the copies cannot have equal numbers of sequences.
         """

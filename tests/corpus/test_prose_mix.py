@@ -103,6 +103,9 @@ def test_tokens_are_counted_by_source(tmp_path, capsys):
         f"| train.jsonl | b | 1 | {three} | {three} |",
         f"| train.jsonl | all | 3 | {one + three + four} | {four} |",
     ]
+    with pytest.raises(SystemExit):
+        main(["--text", str(tmp_path / "hf"), "--tokenizer", str(tokenizer)])
+    assert "no .jsonl files, expected those of hylo fetch-text" in capsys.readouterr().err
 
 
 # ---- the readers

@@ -15,6 +15,7 @@ from hylo_megatron.evaluate.models import describe, load
 from hylo_megatron.evaluate.perplexity import long_documents_of, perplexity_of
 from hylo_megatron.evaluate.questions import Choice, Short, draw
 from hylo_megatron.evaluate.ruler import tasks
+from hylo_megatron.evaluate.runner import evaluate
 from hylo_megatron.evaluate.settings import Settings
 from hylo_megatron.evaluate.tables import score_cell
 
@@ -59,6 +60,12 @@ def test_less_text_than_asked_for_is_said(tokenizer, tmp_path, capsys):
     long_documents_of(model, tokenizer, file, context=64, count=3)
     said = "two.jsonl: {} are scored, not {}: the file has no more\n"
     assert capsys.readouterr().out == said.format("126 tokens", 127) + said.format("2 documents of 64 tokens", 3)
+
+
+def test_a_second_file_of_which_nothing_would_be_read_is_refused(folder, tmp_path):
+    files = [write_lines(tmp_path / name, [{"text": ruler_prose(0, 9)}]) for name in ("one.jsonl", "two.jsonl")]
+    with pytest.raises(HyLoError, match="--prose: 2 files, expected one: join them in one file"):
+        evaluate(folder, prose=files)
 
 
 def test_a_length_that_would_count_twice_is_refused():

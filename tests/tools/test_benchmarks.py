@@ -99,6 +99,25 @@ def test_a_step_that_cannot_be_measured_is_refused(flags, words, tmp_path, monke
         train_step.check_peer(options, train_step.job_of(options, tmp_path), None)
 
 
+def test_an_earlier_run_keeps_its_figures_and_has_the_same_step(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tools" / "bench")
+    import train_step
+
+    jobs = []
+    for teacher in ("llama1b", "llama8b"):
+        (tmp_path / teacher).mkdir()
+        flags = ["--recipe", "llama1b", "--stage", "distill-8k", "--random", "--teacher-shape", teacher]
+        jobs.append(train_step.job_of(train_step.parsed(flags), tmp_path / teacher))
+    run = {"layout": "TP 1 PP 1 DP 1", "tokens_per_second": 100.0, "utilization": 0.5}
+    found = {"name": jobs[0].name, "flops_per_token": vars(jobs[0].flops()), "student": "4MLA12GDN", "device": "H100"}
+    path = tmp_path / "earlier.json"
+    path.write_text(json.dumps(found | {"runs": [run]}))
+    earlier = train_step.earlier_run(path, jobs[0])
+    assert earlier == run | {"layout": "TP 1 PP 1 DP 1, 4MLA12GDN on H100, earlier"}
+    with pytest.raises(HyLoError, match="earlier.json: teacher_products is .*; give a file of this step"):
+        train_step.earlier_run(path, jobs[1])
+
+
 def test_the_losses_are_compared(tmp_path):
     result = bench(
         "kl_loss.py", "--tokens", 64, "--vocabulary", 301, "--student", 16, "--teacher", 24, "--out", tmp_path

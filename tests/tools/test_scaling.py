@@ -108,6 +108,33 @@ def test_rows_of_another_step_are_not_mixed(scaling, tmp_path):
         scaling.rows_before(path, {"name": "x", "flags": ["--hylo-kl-chunk=1"]})
 
 
+def test_rows_with_another_teacher_are_not_mixed(scaling, tmp_path):
+    heads = []
+    for name, flags in (("large", ()), ("same", ("--teacher-shape", "llama1b")), ("again", ())):
+        (tmp_path / name).mkdir()
+        options = options_of(scaling, *flags)
+        heads.append(scaling.head_of(scaling.job_of(options, tmp_path / name), options, "H100"))
+    large, same, again = heads
+    path = tmp_path / f"{large['name']}.json"
+    path.write_text(json.dumps(large | {"rows": [{"layout": "y"}]}))
+    assert scaling.rows_before(path, again) == [{"layout": "y"}]
+    with pytest.raises(HyLoError, match="teacher is llama8b, this run has llama1b; give another --out"):
+        scaling.rows_before(path, same)
+
+
+def test_kills_of_another_recipe_run_do_not_count(scaling, tmp_path):
+    import recipe_faults
+
+    options = recipe_faults.parsed(["--recipe", "llama3b", "--ranks", "4", "--out", str(tmp_path)])
+    path = tmp_path / "kills.json"
+    assert recipe_faults.kills_before(path, options) == []
+    path.write_text(json.dumps({"settings": recipe_faults.settings_of(options), "kills": [{"stage": "ild"}]}))
+    assert recipe_faults.kills_before(path, options) == [{"stage": "ild"}]
+    options.ranks = 8
+    with pytest.raises(HyLoError, match="kills.json: the kills of a call with other flags"):
+        recipe_faults.kills_before(path, options)
+
+
 def test_processes_end_with_their_row(scaling, monkeypatch):
     """Also those that have left their parent's session."""
     import measured_step

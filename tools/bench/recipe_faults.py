@@ -27,7 +27,9 @@ from random_model import write_model, write_texts
 
 from hylo_megatron.checkpoint.iterations import latest_number, trained_to
 from hylo_megatron.errors import HyLoError
+from hylo_megatron.files import write_json
 from hylo_megatron.flags import Parser, command_line, size
+from hylo_megatron.json_file import read_json
 from hylo_megatron.recipes.published import BASES, published
 from hylo_megatron.recipes.shapes import SHAPES, shape
 from hylo_megatron.run.parent import bind_child
@@ -140,11 +142,27 @@ def check_resumed(folder: Path, killed: dict, steps: int) -> None:
         raise HyLoError(f"{killed['stage']}: steps before the checkpoint of {killed['saved']} were taken again")
 
 
+def settings_of(options: argparse.Namespace) -> dict:
+    return {name: value for name, value in vars(options).items() if name != "out"}
+
+
+def kills_before(record: Path, options: argparse.Namespace) -> list[dict]:
+    """Return the kills of an earlier call. Raises ``HyLoError`` if this call has other flags."""
+    if not record.is_file():
+        return []
+    found = read_json(record)
+    if found["settings"] != settings_of(options):
+        raise HyLoError(f"{record}: the kills of a call with other flags; give the same flags, or another --out")
+    return found["kills"]
+
+
 def run(options: argparse.Namespace) -> None:
     stages = [stage.name for stage in published(options.recipe).stages]
     for name in (options.kill_in, options.half_in):
         if name not in stages:
             raise HyLoError(f"stage {name!r}: the recipe {options.recipe} has {', '.join(stages)}")
+    record = options.out / "kills.json"  # what an earlier call, which was cut, has done
+    kills = kills_before(record, options)
     options.out.mkdir(parents=True, exist_ok=True)
     began, folder = time.monotonic(), options.out / "run"
     if not options.toy:
@@ -152,14 +170,12 @@ def run(options: argparse.Namespace) -> None:
         print(f"base model, teacher and text: {time.monotonic() - began:.0f} s", flush=True)
     whole = (options.ranks, options.layout, options.flags)
     half = (options.ranks // 2, options.half_layout or options.layout, options.half_flags or options.flags)
-    record = options.out / "kills.json"  # what an earlier call, which was cut, has done
-    kills = json.loads(record.read_text()) if record.is_file() else []
     for place, stage in enumerate((options.kill_in, options.half_in)):
         if place < len(kills):
             continue
         with processes_ended():
             kills.append(kill_in(stage, Launch(options, *whole), options))
-        record.write_text(json.dumps(kills))
+        write_json(record, {"settings": settings_of(options), "kills": kills})
     with processes_ended():
         Launch(options, *half).finish()
     for killed in kills:

@@ -8,7 +8,8 @@
 Each row is a run of ``train_step.py`` with ``--profile``. The table has tokens/s, the ratio to one GPU and to linear
 scaling, utilisation, memory of the fullest rank, bytes that rank 0 sends in a step, and the planner's memory and speed
 beside both. A layout that fails, or goes on after ``--limit`` seconds, is a row with the reason. The table is written
-to ``--out`` after each row, as Markdown and JSON; another call adds its rows to a table of the same step and card.
+to ``--out`` after each row, as Markdown and JSON; another call adds its rows to a table of the same step,
+models, card and versions.
 
 A layout that does not fit the memory as the recipe trains gets what saves memory: layers recomputed in pairs, then the
 optimizer, then the teacher in the host's memory. The last column says so; such rows are slower for that.
@@ -158,7 +159,8 @@ def head_of(job: Job, options: argparse.Namespace, device: str) -> dict:
     """Return what rows of one table have in common."""
     return {
         "name": job.name, "device": device, "versions": {name: version_of(name) for name in PACKAGES},
-        "student": job.student.plan.name, "sequence": job.stage.seq_length, "micro_batch": job.stage.micro_batch,
+        "student": job.student.plan.name, "teacher": options.teacher_shape or str(options.teacher or "base model"),
+        "flops_per_token": job.flops().total, "sequence": job.stage.seq_length, "micro_batch": job.stage.micro_batch,
         "micro_batches": options.micro_batches, "recompute": job.stage.recompute, "flags": options.flag,
     }  # fmt: skip
 

@@ -90,7 +90,8 @@ def write_table(path: Path, head: dict, rows: list[dict], runs: dict[str, Planne
     base, fit = base_of(rows), None
     rows = [compared(row, base) for row in rows]
     steps = [MeasuredStep(run=runs[row["layout"]], seconds=row["seconds"]) for row in rows if runs.get(row["layout"])]
-    lines = [f"{head['name']}, {head['device']}, products at {head['product_rate'] / 1e12:.0f} TFLOP/s", ""]
+    taught = f", teacher {head['teacher']}" if "teacher" in head else ""
+    lines = [f"{head['name']}{taught}, {head['device']}, products at {head['product_rate'] / 1e12:.0f} TFLOP/s", ""]
     lines.append(table([HEAD, *map(cells, rows)]))
     if base and base["devices"] > 1:
         lines += ["", f"No row on one GPU: ratios are to {base['layout']}."]

@@ -68,12 +68,26 @@ def transformers_step(job: Job, options: argparse.Namespace, folder: Path) -> di
     return json.loads(text.splitlines()[-1])
 
 
-def compared(options: argparse.Namespace, processes: Processes, measure, peer) -> list[dict]:
+def earlier_run(path: Path, job: Job) -> dict:
+    """Return the last run of an earlier call's file, with its figures as they were. Raises ``HyLoError`` if the file
+    has another step.
+    """
+    found, flops = read_json(path), vars(job.flops())
+    here = {"name": job.name} | {name: flops[name] for name in ("teacher_products", "teacher_mixing")}
+    there = {"name": found["name"]} | {name: found["flops_per_token"][name] for name in here if name != "name"}
+    for name, value in here.items():
+        if there[name] != value:
+            raise HyLoError(f"--peer {path}: {name} is {there[name]}, this step has {value}; give a file of this step")
+    run = found["runs"][-1]
+    return run | {"layout": f"{run['layout']}, {found['student']} on {found['device']}, earlier"}
+
+
+def compared(options: argparse.Namespace, processes: Processes, job: Job, measure, peer) -> list[dict]:
     """Return the measurement and, before it, that of its peer; ``peer`` measures transformers."""
     if options.peer == TRANSFORMERS:
         return [peer(), measure(processes)]
     if options.peer and options.peer != "one":
-        return [read_json(Path(options.peer))["runs"][-1], measure(processes)]
+        return [earlier_run(Path(options.peer), job), measure(processes)]
     return [*([measure(Processes(cuda_graph=processes.cuda_graph))] if options.peer else []), measure(processes)]
 
 
@@ -135,7 +149,7 @@ def report(job: Job, runs: list[dict], options: argparse.Namespace) -> None:
     """Print and write what was measured."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rate, flops = measured_rate(device), job.flops()
-    runs = [with_rate(run, flops, rate) for run in runs]
+    runs = [run if "utilization" in run else with_rate(run, flops, rate) for run in runs]
     card = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     result = {
         "name": job.name, "command": " ".join(["python", *sys.argv]), "device": card, "product_rate": rate,
@@ -175,7 +189,7 @@ def run(options: argparse.Namespace, world: World | None) -> None:
         def peer() -> dict:
             return transformers_step(job, options, Path(folder))
 
-        report(job, compared(options, processes, measure, peer), options)
+        report(job, compared(options, processes, job, measure, peer), options)
 
 
 def parsed(argv: list[str] | None) -> argparse.Namespace:

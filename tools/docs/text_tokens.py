@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from itertools import batched
 from pathlib import Path
 
+from hylo_megatron.errors import HyLoError
 from hylo_megatron.flags import Parser, command_line
 
 BATCH = 64  # documents
@@ -28,11 +29,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--text", required=True, type=Path, help="folder of hylo fetch-text")
     parser.add_argument("--tokenizer", required=True, help="Hugging Face folder whose tokenizer counts")
     arguments = parser.parse_args(argv)
+    if not (files := sorted(arguments.text.glob("*.jsonl"))):
+        raise HyLoError(f"--text {arguments.text}: no .jsonl files, expected those of hylo fetch-text")
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
     print("| file | source | documents | tokens | longest document |\n|---|---|---:|---:|---:|")
-    for file in sorted(arguments.text.glob("*.jsonl")):
+    for file in files:
         lengths = defaultdict(list)
         for batch in batched(rows(file), BATCH):
             ids = tokenizer([row["text"] for row in batch], add_special_tokens=False, verbose=False)["input_ids"]
