@@ -148,7 +148,9 @@ class WithWindow:
         if not self.has_window:
             return spec
         shapes, dtypes = (*spec.shapes, self.window.places), (*spec.dtypes, spec.dtypes[0])
-        return replace(spec, shapes=shapes, dtypes=dtypes)
+        # Mamba-2 of vLLM 0.32 copies its own two states, and no places, at a prompt's last boundary inside a pass.
+        inside = {"num_prefill_checkpoint_blocks": 0, "prefill_checkpoint_alignment": None}
+        return replace(spec, shapes=shapes, dtypes=dtypes, **{k: v for k, v in inside.items() if hasattr(spec, k)})
 
     def bind_kv_cache(self, kv_cache: Tensor) -> None:
         """Find the states in raw pages. vLLM 0.26 makes states of the specification itself."""
