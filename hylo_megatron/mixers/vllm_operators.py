@@ -1,4 +1,4 @@
-"""Operators that read vLLM's metadata of a pass. A compiled model is split there, and a breakable CUDA graph breaks."""
+"""Operators that read vLLM's metadata of a pass. Compiled models are split there, and breakable CUDA graphs break."""
 
 from collections.abc import Callable
 
