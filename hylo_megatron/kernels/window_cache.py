@@ -9,6 +9,7 @@ Legend: R requests, T new tokens, H query heads, G key heads, K head dim, Y = 2 
 W window, C places or keys, M places of a cache's slots, N blocks, L queries of a block.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hylo_megatron.config.window import ALIGNMENT, blocks
 
 QUERIES = 256  # of a block, at most
+ROWS = 1 << 16  # keys that are read at once: many short prompts take the memory that a long one takes
 KERNELS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]  # cuDNN's makes a new plan for every number of blocks
 
 
@@ -52,9 +54,11 @@ class TokenPlan:
     def attend(self, q_RHK: Tensor, far_RHK: Tensor, kv_RGY: Tensor, cache_MGCY: Tensor) -> Tensor:
         """Write the tokens' keys and values into ``cache``, and return the attention ``[R, H, K]``."""
         cache_MGCY[self.slot_R, :, self.place_R] = kv_RGY.to(cache_MGCY.dtype)
-        rows_RGCY = _rows(cache_MGCY, self.slot_R, self.row_RC).to(q_RHK.dtype)
-        out_RLHK = _attend(q_RHK.unsqueeze(1), far_RHK.unsqueeze(1), rows_RGCY, self.mask, self.sinks)
-        return out_RLHK.squeeze(1)
+        outs = []
+        for q, far, slot_R, row_RC, mask in _parts(self.row_RC, q_RHK, far_RHK, self.slot_R, self.row_RC, self.mask):
+            rows_RGCY = _rows(cache_MGCY, slot_R, row_RC).to(q.dtype)
+            outs.append(_attend(q.unsqueeze(1), far.unsqueeze(1), rows_RGCY, mask, self.sinks).squeeze(1))
+        return torch.cat(outs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +84,7 @@ class ChunkPlan:
     ) -> "ChunkPlan":
         """Plan for tokens at positions ``at``; request r has those from ``starts[r]`` to ``starts[r + 1]``."""
         size, sinks, tokens, device = window["size"], window["sinks"], len(at_T), at_T.device
-        cut = blocks(min(tokens, QUERIES), size, sinks)
+        cut = blocks(min(-(-tokens // len(slot_R)), QUERIES), size, sinks)  # short prompts have short blocks
         starts, slot_R = starts.long(), slot_R.long().clamp(min=0)
         length_R, begin_R = starts.diff(), starts[:-1]
         first_R = at_T[begin_R.clamp(max=tokens - 1)]
@@ -126,17 +130,30 @@ class ChunkPlan:
 
     def attend(self, q_THK: Tensor, far_THK: Tensor, kv_TGY: Tensor, cache_MGCY: Tensor) -> Tensor:
         """Keep the last keys and values and the first ones in ``cache``, and return the attention ``[T, H, K]``."""
-        old_NGCY = _rows(cache_MGCY, self.slot_N, self.old_NC).to(kv_TGY.dtype)
-        new_NGCY = kv_TGY[self.new_NC].transpose(1, 2)
-        rows_NGCY = torch.where(self.is_old_NC[:, None, :, None], old_NGCY, new_NGCY)
-        kept_RGCY, source_RGCY = cache_MGCY[self.slot_R], kv_TGY[self.source_RC].transpose(1, 2)
-        cache_MGCY[self.slot_R] = torch.where(
-            self.fresh_RC[:, None, :, None], source_RGCY.to(cache_MGCY.dtype), kept_RGCY
-        )
-        sinks_NGSY = _rows(cache_MGCY, self.slot_N, self.sink_NS).to(kv_TGY.dtype)
-        rows_NGCY = torch.cat([sinks_NGSY, rows_NGCY], 2)
-        out = _attend(q_THK[self.token_NL], far_THK[self.token_NL], rows_NGCY, self.mask, self.sinks)
-        return out.flatten(0, 1)[self.out_T]
+        self._keep(kv_TGY, cache_MGCY, slice(self.sinks))
+        each = self.slot_N, self.token_NL, self.new_NC, self.is_old_NC, self.old_NC, self.sink_NS, self.mask
+        outs = []
+        for slot_N, token_NL, new_NC, is_old_NC, old_NC, sink_NS, mask in _parts(self.new_NC, *each):
+            old_NGCY = _rows(cache_MGCY, slot_N, old_NC).to(kv_TGY.dtype)
+            rows_NGCY = torch.where(is_old_NC[:, None, :, None], old_NGCY, kv_TGY[new_NC].transpose(1, 2))
+            rows_NGCY = torch.cat([_rows(cache_MGCY, slot_N, sink_NS).to(kv_TGY.dtype), rows_NGCY], 2)
+            outs.append(_attend(q_THK[token_NL], far_THK[token_NL], rows_NGCY, mask, self.sinks))
+        self._keep(kv_TGY, cache_MGCY, slice(self.sinks, None))  # only now: the blocks read what stood in the ring
+        return torch.cat(outs).flatten(0, 1)[self.out_T]
+
+    def _keep(self, kv_TGY: Tensor, cache_MGCY: Tensor, places: slice) -> None:
+        """Write new tokens into ``places`` of all requests."""
+        fresh_RC, source_RC = self.fresh_RC[:, places], self.source_RC[:, places]
+        for slot_R, fresh, source in _parts(source_RC, self.slot_R, fresh_RC, source_RC):
+            new_RGCY = kv_TGY[source].transpose(1, 2).to(cache_MGCY.dtype)
+            kept_RGCY = cache_MGCY[slot_R, :, places]
+            cache_MGCY[slot_R, :, places] = torch.where(fresh[:, None, :, None], new_RGCY, kept_RGCY)
+
+
+def _parts(keys_NC: Tensor, *each: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield slices of all tensors along N, of at most ``ROWS`` keys."""
+    most = max(1, ROWS // max(1, keys_NC.shape[1]))
+    return zip(*(x.split(most) for x in each), strict=True)
 
 
 def _held(row_C: Tensor, last_R1: Tensor, size: int, sinks: int) -> Tensor:

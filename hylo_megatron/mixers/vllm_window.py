@@ -15,10 +15,11 @@ from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
-from vllm.utils.torch_utils import direct_register_custom_op, get_dtype_size
+from vllm.utils.torch_utils import get_dtype_size
 
 from hylo_megatron.kernels.rope import Angles, turn
 from hylo_megatron.kernels.window_cache import ChunkPlan, TokenPlan
+from hylo_megatron.mixers.vllm_operators import register, split_at
 from hylo_megatron.mixers.window import key_heads
 
 OP = "hylo_window"
@@ -51,9 +52,7 @@ class HyLoWindow(nn.Module):
         self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
         if config.base_qk_norm:
             self.q_norm, self.k_norm = (RMSNorm(self.dim, eps=config.rms_norm_eps) for _ in range(2))
-        splits = vllm_config.compilation_config.splitting_ops
-        if splits is not None and f"vllm::{OP}" not in splits:
-            splits.append(f"vllm::{OP}")
+        split_at(OP, vllm_config)
 
     def forward(self, hidden_TD: Tensor, angles: Angles) -> Tensor:
         at = angles.window
@@ -149,7 +148,9 @@ class WithWindow:
         if not self.has_window:
             return spec
         shapes, dtypes = (*spec.shapes, self.window.places), (*spec.dtypes, spec.dtypes[0])
-        return replace(spec, shapes=shapes, dtypes=dtypes)
+        # Mamba-2 of vLLM 0.32 copies its own two states, and no places, at a prompt's last boundary inside a pass.
+        inside = {"num_prefill_checkpoint_blocks": 0, "prefill_checkpoint_alignment": None}
+        return replace(spec, shapes=shapes, dtypes=dtypes, **{k: v for k, v in inside.items() if hasattr(spec, k)})
 
     def bind_kv_cache(self, kv_cache: Tensor) -> None:
         """Find the states in raw pages. vLLM 0.26 makes states of the specification itself."""
@@ -176,8 +177,4 @@ def _run(near: Tensor, far: Tensor, kv: Tensor, positions: Tensor, out: Tensor, 
     plans.attend(near, far, kv, block.kv_cache[-1], out)
 
 
-def _fake(near: Tensor, far: Tensor, kv: Tensor, positions: Tensor, out: Tensor, layer: str) -> None:
-    """Tell the compiler that nothing is returned."""
-
-
-direct_register_custom_op(OP, _run, mutates_args=["out"], fake_impl=_fake)
+register(OP, _run, "out")

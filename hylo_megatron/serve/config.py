@@ -106,6 +106,7 @@ def refuse(vllm_config) -> None:
     draft, lora = vllm_config.speculative_config, vllm_config.lora_config
     quantised = getattr(hybrid, "quantization_config", None)
     split = vllm_config.parallel_config.decode_context_parallel_size > 1
+    sends = getattr(vllm_config.kv_transfer_config, "kv_connector", None) or ""
     refused = (
         ("--speculative-config", draft, "rejected drafts would stay in the recurrent states; leave it out"),
         ("--enable-lora", lora,
@@ -118,6 +119,8 @@ def refuse(vllm_config) -> None:
          "recurrent states cannot be split by position; use --tensor-parallel-size"),
         ("linear_rope in config.json", hybrid.linear_rope and hybrid.linear_type == "kda" and on_gpu(),
          "vLLM's Kimi Delta Attention has no place for a rotation on a GPU; use transformers, or Gated DeltaNet"),
+        (f"--kv-transfer-config with {sends}", hybrid.window and sends and "Offload" not in sends,  # that takes pages
+         "connectors send two states of a layer, without the keys and values of its window; leave it out"),
         (f"--kv-cache-dtype {dtype}", current_platform.is_cpu() and dtype not in CPU_CACHES,
          f"a CPU keeps {', '.join(CPU_CACHES)}; leave it out"),
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hylo_megatron.kernels import window_cache
 from hylo_megatron.kernels.window import sequence_attention
@@ -33,10 +34,11 @@ def served(plan, cache, parts: list[list[torch.Tensor]]) -> torch.Tensor:
     return plan.attend(q, far, torch.cat([k, v], -1), cache)
 
 
-@pytest.mark.parametrize("queries", [3, 256])
+@pytest.mark.parametrize("queries, rows", [(3, 30), (3, 1000), (256, 1), (256, 1 << 16)])
 @pytest.mark.parametrize("size, sinks", SIZES)
-def test_chunks_and_tokens_of_several_requests(size, sinks, queries, monkeypatch):
+def test_chunks_and_tokens_of_several_requests(size, sinks, queries, rows, monkeypatch):
     monkeypatch.setattr(window_cache, "QUERIES", queries)
+    monkeypatch.setattr(window_cache, "ROWS", rows)
     given, window, done = sequences(), {"size": size, "sinks": sinks}, dict.fromkeys(LENGTHS, 0)
     want = {slot: sequence_attention(*(x[None] for x in parts), window)[0] for slot, parts in given.items()}
     page = torch.full((SLOTS, 7 + GROUPS * (sinks + size) * 2 * DIM), torch.nan, dtype=torch.double)
@@ -72,3 +74,31 @@ def test_padding_of_a_graph_and_requests_without_tokens_change_nothing_else():
     plan = ChunkPlan.of(torch.arange(3), torch.tensor([0, 3, 3, 3]), torch.tensor([4, 0, 0]), window, **kinds)
     assert served(plan, cache, [parts]).isfinite().all()
     assert cache[[0, 1, 2, 3, 5]].equal(before[[0, 1, 2, 3, 5]]) and not cache[4].equal(before[4])
+
+
+class Largest(TorchDispatchMode):
+    """The values of the largest tensor that was made."""
+
+    values = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        made = [x for x in (out if isinstance(out, (list, tuple)) else [out]) if isinstance(x, torch.Tensor)]
+        self.values = max([self.values, *(x.untyped_storage().nbytes() // x.element_size() for x in made)])
+        return out
+
+
+def test_many_short_prompts_take_little_more_memory_than_a_long_one(monkeypatch):
+    """vLLM measures one prompt of all tokens before it gives the rest of the memory to caches."""
+    monkeypatch.setattr(window_cache, "ROWS", 1 << 10)
+    window, tokens, found = {"size": 128, "sinks": 4}, 2048, []
+    cache = torch.zeros(1, GROUPS, 132, 2 * DIM)
+    q, kv = torch.randn(tokens, GROUPS * SHARED, DIM), torch.randn(tokens, GROUPS, 2 * DIM)
+    for requests in (1, 256):
+        starts = torch.arange(requests + 1) * (tokens // requests)
+        with Largest() as largest:
+            slots = torch.zeros(requests, dtype=torch.int64)
+            plan = ChunkPlan.of(torch.arange(tokens), starts, slots, window, shared=SHARED, dtype=q.dtype)
+            plan.attend(q, q, kv, cache)
+        found.append(largest.values)
+    assert found[1] < 2 * found[0]

@@ -88,6 +88,18 @@ def test_a_folder_that_vllm_cannot_serve_is_refused(folder, tmp_path):
         configure(changed(folder, tmp_path, **field))
 
 
+@pytest.mark.parametrize("connector, refused", [("NixlConnector", True), ("OffloadingConnector", False)])
+def test_windows_are_not_sent_to_other_servers(folder, tmp_path, connector, refused):
+    sends = dict(kv_transfer_config=dict(kv_connector=connector, kv_role="kv_both"))
+    configure(folder, **sends)
+    model = changed(folder, tmp_path, window=dict(size=24, sinks=3))
+    if refused:
+        with pytest.raises(HyLoError, match="--kv-transfer-config with NixlConnector: .* without the keys and values"):
+            configure(model, **sends)
+    else:
+        configure(model, **sends)
+
+
 @pytest.mark.parametrize("kind, device, refused", [("gdn", "gpu", False), ("kda", "gpu", True), ("kda", "cpu", False)])
 def test_kimis_rotation_is_refused_on_a_gpu_only(folder, tmp_path, monkeypatch, kind, device, refused):
     monkeypatch.setenv("HYLO_SERVE_GEOMETRY", device)

@@ -8,6 +8,7 @@ from torch import nn
 from vllm.forward_context import override_forward_context
 
 from hylo_megatron.kernels.window import sequence_attention
+from hylo_megatron.mixers.mamba2.vllm_module import HyLoMamba2
 from hylo_megatron.mixers.vllm_window import OP, Batch, HyLoWindow
 
 SIZE, HEADS, GROUPS, DIM, SLOTS, LENGTH = {"size": 6, "sinks": 2}, 4, 2, 8, 4, 12
@@ -93,3 +94,19 @@ def test_slots_of_a_batch():
         batch = Batch.of(made)
         assert batch.token_slots.tolist() == [3, 1] and batch.chunk_slots.tolist() == [2, 0]
         assert batch.chunk_starts.tolist() == [0, 4, 5] and batch.chunk_tokens == 5
+
+
+def test_no_block_of_the_prefix_cache_gets_states_without_places(monkeypatch):
+    """Mamba-2 of vLLM 0.32 copies its own two states from within a prompt into a block where others begin."""
+    monkeypatch.setattr(HyLoMamba2, "get_state_shape", lambda layer: ((3, 8), (2, 4, 4)))
+    monkeypatch.setattr(HyLoMamba2, "get_state_dtype", lambda layer: (torch.bfloat16, torch.float32))
+    cache = SimpleNamespace(
+        mamba_block_size=64, mamba_page_size_padded=None, mamba_cache_mode="align", use_replayssm=False
+    )
+    config = SimpleNamespace(cache_config=cache, num_speculative_tokens=0, speculative_config=None)
+    layer = HyLoMamba2.__new__(HyLoMamba2)
+    nn.Module.__init__(layer)
+    layer.has_window, layer.window = True, SimpleNamespace(places=(GROUPS, sum(SIZE.values()), 2 * DIM))
+    spec = layer.get_kv_cache_spec(config)
+    assert spec.shapes[2] == layer.window.places and spec.dtypes[2] == torch.bfloat16
+    assert not getattr(spec, "num_prefill_checkpoint_blocks", 0)

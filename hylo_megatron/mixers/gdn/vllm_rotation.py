@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from vllm.forward_context import get_forward_context
-from vllm.utils.torch_utils import direct_register_custom_op
 
 from hylo_megatron import kernels
 from hylo_megatron.errors import HyLoError
+from hylo_megatron.mixers.vllm_operators import register, split_at
 
 OP = "hylo_rotated_gated_delta_net"
 PLACES = ("_forward_core", "rearrange_mixed_qkv", "split_ba", "enable_packed_recurrent_decode")
@@ -63,9 +63,7 @@ class RotatedQueriesAndKeys:
             )
         self.rotates, self.enable_packed_recurrent_decode = True, False
         self.chunk_gated_delta_rule = RotatedRule(self.chunk_gated_delta_rule)
-        splits = vllm_config.compilation_config.splitting_ops
-        if splits is not None and f"vllm::{OP}" not in splits:
-            splits.append(f"vllm::{OP}")
+        split_at(OP, vllm_config)
 
     def rearrange_mixed_qkv(self, mixed_qkv: Tensor | None) -> tuple:
         q, k, v = super().rearrange_mixed_qkv(mixed_qkv)
@@ -109,8 +107,4 @@ def _run(qkv: Tensor, b: Tensor, a: Tensor, cos_TP: Tensor, sin_TP: Tensor, out_
     get_forward_context().no_compile_layers[layer].core_rotated(qkv, b, a, cos_TP, sin_TP, out_THV)
 
 
-def _fake(qkv: Tensor, b: Tensor, a: Tensor, cos_TP: Tensor, sin_TP: Tensor, out_THV: Tensor, layer: str) -> None:
-    """Tell the compiler that nothing is returned."""
-
-
-direct_register_custom_op(OP, _run, mutates_args=["out_THV"], fake_impl=_fake)
+register(OP, _run, "out_THV")

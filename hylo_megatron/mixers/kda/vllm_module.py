@@ -7,12 +7,12 @@ from torch import Tensor
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.mamba.mamba_utils import MambaStateDtypeCalculator, MambaStateShapeCalculator
 from vllm.platforms import current_platform
-from vllm.utils.torch_utils import direct_register_custom_op
 
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.kernels import gated_rms_norm, kda_decay
 from hylo_megatron.kernels.rope import Angles
 from hylo_megatron.mixers.kda.geometry import KDAGeometry
+from hylo_megatron.mixers.vllm_operators import register, split_at
 from hylo_megatron.mixers.vllm_states import GDNBackend
 from hylo_megatron.mixers.vllm_weights import conv_loader
 from hylo_megatron.mixers.vllm_window import WithWindow
@@ -41,10 +41,7 @@ class HyLoKimiDeltaAttention(WithWindow, KimiGatedDeltaNetAttention):
         super().__init__(kimi, vllm_config, prefix)
         self.o_norm.eps = kda.norm_eps or config.rms_norm_eps
         self.conv1d.weight.weight_loader = conv_loader([self.projection_size] * 3, self.tp_size, self.tp_rank)
-
-        splits = vllm_config.compilation_config.splitting_ops
-        if splits is not None and f"vllm::{OP}" not in splits:
-            splits.append(f"vllm::{OP}")
+        split_at(OP, vllm_config)
 
     def _forward(self, mixed_qkv: Tensor, g1: Tensor, g2: Tensor, beta: Tensor, core_attn_out: Tensor) -> None:
         getattr(torch.ops.vllm, OP)(mixed_qkv, g1, g2, beta, core_attn_out, self.prefix)
@@ -79,11 +76,7 @@ def _run(qkv: Tensor, decay: Tensor, gate: Tensor, beta: Tensor, out: Tensor, la
         layer.kv_cache = states
 
 
-def _fake(qkv: Tensor, decay: Tensor, gate: Tensor, beta: Tensor, out: Tensor, layer: str) -> None:
-    """Tell the compiler that nothing is returned."""
-
-
-direct_register_custom_op(OP, _run, mutates_args=["out"], fake_impl=_fake)
+register(OP, _run, "out")
 
 
 state_dtypes = MambaStateDtypeCalculator.kda_state_dtype
