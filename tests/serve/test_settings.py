@@ -32,6 +32,7 @@ def settings(monkeypatch, requests=1024, dtype="auto", backend=None, splits=32, 
         additional_config=more, speculative_config=None, lora_config=None,
         attention_config=SimpleNamespace(flash_attn_max_num_splits_for_cuda_graph=splits, backend=backend),
         compilation_config=SimpleNamespace(inductor_compile_config={}),
+        kv_transfer_config=None,
     )  # fmt: skip
     EngineSettings.verify_and_update_config(given)
     return given
