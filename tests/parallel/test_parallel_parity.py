@@ -1,9 +1,8 @@
 """Tests that every parallel layout computes what one process does: loss, each gradient, five optimizer steps.
 
 In fp64 end-to-end losses and all gradients agree to 1e-10, which leaves no room for a missing term. In fp32 the first
-losses have to agree to 1e-6 layer-wise and to 2e-6 end to end, since divergences are small differences of large
-numbers; gradients to 1e-5, or for A_log and dt_bias, small sums of large terms, to four times what moving every weight
-by 3e-8 does to them.
+losses have to agree to 1e-6 (2e-6 in the model with windows) and gradients to 1e-5, or for A_log and dt_bias, small
+sums of large terms, to four times what moving every weight by 3e-8 does to them.
 """
 
 import functools
@@ -120,7 +119,7 @@ def test_layout_equals_one_process(processes, layout, model, stage, cells, recor
     single, *double = cells.variants(layout, processes, model, stage)
     (got, log), (want, expected) = cells.pair(single, processes, layout, model, stage)
     first = parity.loss_gap(log[0], expected[0])
-    assert first <= (1e-6 if stage == "ild" else 2e-6)
+    assert first <= (2e-6 if model == "window" else 1e-6)
     if stage == "ild":
         torch.testing.assert_close(torch.tensor(got["layers"]), torch.tensor(want["layers"]), rtol=1e-6, atol=0)
     gaps = parity.gradient_gaps(got["gradients"], want["gradients"])
