@@ -22,9 +22,14 @@ AHEAD = "HYLO_TEST_AHEAD"  # the same: run the loop as on a GPU, where the host 
 SPOIL = "HYLO_TEST_SPOIL"  # the same: an object of steps, and factors of their losses
 
 
+def answer(line: object) -> None:
+    """Write one whole line: ``print`` writes a line's end by itself, and another thread's line may come between."""
+    os.write(1, (json.dumps(line) + "\n").encode())
+
+
 def wait_for(child: int) -> None:
     _, status = os.waitpid(child, 0)
-    print(json.dumps([child, os.waitstatus_to_exitcode(status)]), flush=True)
+    answer([child, os.waitstatus_to_exitcode(status)])
 
 
 def become(order: dict) -> None:
@@ -111,7 +116,7 @@ def main() -> None:
                 spoil({int(step): float(factor) for step, factor in json.loads(os.environ[SPOIL]).items()})
             train.main()
             return
-        print(child, flush=True)
+        answer(child)
         threading.Thread(target=wait_for, args=(child,), daemon=True).start()
 
 
