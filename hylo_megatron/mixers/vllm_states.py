@@ -24,7 +24,7 @@ class FreshStates:
         if len(first):
             mode = self.vllm_config.cache_config.mamba_cache_mode
             slots = mamba_get_block_table_tensor(m.block_table_tensor, m.seq_lens, self.kv_cache_spec, mode)[:, 0]
-            self.clear(slots[first.to(slots.device)])
+            self.clear(slots[first.to(slots.device, non_blocking=True)])  # the host must not wait here
             if m.is_prefilling is not None:
                 m = m.replace(is_prefilling=m.is_prefilling.index_fill(0, first, False))
         return super().build(common_prefix_len, m, *args, **kwargs)

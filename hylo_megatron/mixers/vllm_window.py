@@ -1,10 +1,12 @@
 """The window beside a linear block in vLLM: its layer, and its keys and values among the block's states.
 
-A request's places (``kernels/window_cache.py``) are the last of the states that the block caches.
+A request's places (``kernels/window_cache.py``) are the last of the states that the block caches. On a GPU one Triton
+kernel attends for a decoded token (``kernels/window_decode.py``); torch code attends for prompts.
 
 Legend: T tokens of all requests, H this rank's query heads, G its key heads, K head dim, Y = 2 K, P = K / 2.
 """
 
+import os
 from dataclasses import dataclass, replace
 from math import prod
 from typing import NamedTuple
@@ -13,16 +15,23 @@ import torch
 from torch import Tensor, nn
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.forward_context import get_forward_context
+from vllm.logger import init_logger
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from vllm.platforms import current_platform
 from vllm.utils.torch_utils import get_dtype_size
 
+from hylo_megatron.errors import HyLoError
 from hylo_megatron.kernels.rope import Angles, turn
 from hylo_megatron.kernels.window_cache import ChunkPlan, TokenPlan
+from hylo_megatron.kernels.window_decode import TokenKernel, kernel_fault
 from hylo_megatron.mixers.vllm_operators import register, split_at
 from hylo_megatron.mixers.window import key_heads
 
+logger = init_logger("vllm.hylo_megatron")
 OP = "hylo_window"
+# What attends for decoded tokens, "triton" or "torch". Unset: Triton's kernel on a GPU where it equals the reference.
+DECODES = "HYLO_SERVE_WINDOW"
 
 
 class HyLoWindow(nn.Module):
@@ -52,6 +61,7 @@ class HyLoWindow(nn.Module):
         self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
         if config.base_qk_norm:
             self.q_norm, self.k_norm = (RMSNorm(self.dim, eps=config.rms_norm_eps) for _ in range(2))
+        self.tokens = tokens_of(self.heads, self.groups, self.dim, self.window, vllm_config.model_config.dtype)
         split_at(OP, vllm_config)
 
     def forward(self, hidden_TD: Tensor, angles: Angles) -> Tensor:
@@ -68,7 +78,7 @@ class HyLoWindow(nn.Module):
     def plans(self, at_T: Tensor, batch: "Batch", dtype: torch.dtype) -> "Plans":
         kinds, parts, first = dict(shared=self.heads // self.groups, dtype=dtype), [], len(batch.token_slots)
         if first:
-            parts.append((slice(first), TokenPlan.of(at_T[:first], batch.token_slots, self.window, **kinds)))
+            parts.append((slice(first), self.tokens.of(at_T[:first], batch.token_slots, self.window, **kinds)))
         if batch.chunk_tokens:
             here = slice(first, first + batch.chunk_tokens)
             plan = ChunkPlan.of(at_T[here], batch.chunk_starts, batch.chunk_slots, self.window, **kinds)
@@ -98,12 +108,16 @@ class Plans:
     """Plans of one pass for the layers of a cache group, made by the first of them, their ``owner``."""
 
     owner: str
-    parts: list[tuple[slice, TokenPlan | ChunkPlan]]
+    parts: list[tuple[slice, TokenPlan | TokenKernel | ChunkPlan]]
 
     def attend(self, near: Tensor, far: Tensor, kv: Tensor, cache: Tensor, out: Tensor) -> None:
         """Fill ``out`` for all tokens that are no padding."""
         for tokens, plan in self.parts:
-            out[tokens] = plan.attend(near[tokens], far[tokens], kv[tokens], cache)
+            given = near[tokens], far[tokens], kv[tokens], cache
+            if isinstance(plan, TokenKernel):
+                plan.fill(*given, out[tokens])
+            else:
+                out[tokens] = plan.attend(*given)
 
 
 class Batch(NamedTuple):
@@ -128,6 +142,24 @@ class Batch(NamedTuple):
             return cls(slots[: metadata.num_actual_tokens], 0)  # with the padding of a CUDA graph
         starts = metadata.non_spec_query_start_loc[first : first + chunks + 1] - metadata.num_decode_tokens
         return cls(slots[:first], metadata.num_prefill_tokens, starts, slots[first : first + chunks])
+
+
+def tokens_of(heads: int, groups: int, dim: int, window: dict, dtype: torch.dtype) -> type[TokenPlan | TokenKernel]:
+    """Return what attends for decoded tokens. Raises ``HyLoError`` if a kernel that was asked for is wrong."""
+    asked, on_gpu = os.environ.get(DECODES), current_platform.is_cuda_alike()
+    if asked not in (None, "triton", "torch"):
+        raise HyLoError(f"{DECODES} is {asked!r}: expected triton or torch, or leave it unset")
+    if asked == "torch" or not (asked or on_gpu):
+        return TokenPlan
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    fault = kernel_fault(heads, groups, dim, window["size"], window["sinks"], dtype, device)
+    if fault and asked:
+        raise HyLoError(f"{DECODES} is triton: {fault}; leave it unset for torch code")
+    if fault:
+        logger.warning_once("HyLo: torch code attends within the windows of decoded tokens: %s.", fault)
+        return TokenPlan
+    logger.info_once("HyLo: one Triton kernel attends within the window of decoded tokens.")
+    return TokenKernel
 
 
 def places(config, ranks: int) -> tuple[int, ...]:

@@ -3,9 +3,10 @@
 ``PYTHONPATH=.:tests python tests/serve/parity_gpu.py WORK [CASE ...] [--engine JSON]``
 
 CASE: the folder of an exported model, or geometry:linear[:WORD ...] for random weights with settings that ``WORDS``
-has: norms, rope, nope, window. For each the share of 64 x 64 greedy tokens that are transformers' (fp32, same rounded
-weights; and bf16), or within 1e-3 of it in log probability, and that share for transformers' own bf16: close calls any
-bf16 loses, and random weights have many.
+has: norms, rope, nope, window, narrow. A model with windows runs twice, with decoded tokens by the Triton kernel and by
+torch code. For each run the share of 64 x 64 greedy tokens that are transformers' (fp32, same rounded weights; and
+bf16), or within 1e-3 of it in log probability, and that share for transformers' own bf16: close calls any bf16 loses,
+and random weights have many.
 """
 
 import argparse
@@ -31,6 +32,7 @@ GEOMETRIES["native-128"] = replace(GEOMETRIES["native"], gdn=GDNGeometry(3, 6, 1
 WORDS = {
     "norms": dict(qk_norm=True), "rope": dict(linear_rope=True), "nope": dict(mla_rope=False),
     "window": dict(window=dict(size=256, sinks=4), num_key_value_heads=2),
+    "narrow": dict(window=dict(size=37, sinks=0), num_key_value_heads=1),
 }  # fmt: skip
 ENGINE = dict(dtype="bfloat16", max_num_seqs=16, max_num_batched_tokens=4096, gpu_memory_utilization=0.3,
               kv_cache_memory_bytes=8 << 30)  # fmt: skip
@@ -58,6 +60,33 @@ def random_case(work: Path, case: str) -> tuple[Path, list[list[int]]]:
     return folder, [prompt(length, i) for i, length in enumerate(LENGTHS)]
 
 
+def compare(work: Path, folder: Path, prompts: list, decodes: str | None, poison: bool, engine: dict) -> None:
+    """Print how vLLM's tokens compare. ``decodes``: what attends within windows, ``HYLO_SERVE_WINDOW``."""
+    env = {"VLLM_USE_FLASHINFER_SAMPLER": "0"} | ({"HYLO_SERVE_WINDOW": decodes} if decodes else {})
+    got = generate(work, folder, prompts, TOKENS, poison=poison, env=env, **ENGINE | engine)
+    prompts, answers = prompts * (1 + poison), got["answers"] + (got["again"] or [])
+    exact, half = (HyLoForCausalLM.from_pretrained(folder, dtype=dtype).cuda().eval()
+                   for dtype in (torch.float32, torch.bfloat16))  # fmt: skip
+    gaps = {"vllm, of fp32": [], "vllm, of bf16": [], "transformers' bf16, of fp32": []}
+    for given, answer in zip(prompts, answers, strict=True):
+        tokens = [token for token, _ in answer]
+        fp32, bf16 = (log_probabilities(model, given + tokens, TOKENS) for model in (exact, half))
+        found = behind(fp32, tokens), behind(bf16, tokens), behind(fp32, bf16.argmax(-1).tolist())
+        for each, gap in zip(gaps.values(), found, strict=True):
+            each.append(gap)
+    shares = {
+        name: dict(agree=(torch.cat(each) <= TIE).float().mean().item(), worst=torch.cat(each).max().item())
+        for name, each in gaps.items()
+    }
+    by_length = {
+        len(p): round(statistics.mean((g <= TIE).tolist()), 2)
+        for p, g in zip(prompts, gaps["vllm, of fp32"], strict=True)
+    }
+    title = f"{folder.name}, windows by {decodes}" if decodes else folder.name
+    print(title, json.dumps(shares), json.dumps(by_length), *(x for x in got["log"].splitlines() if "HyLo:" in x),
+          sep="\n  ", flush=True)  # fmt: skip
+
+
 def main(work: Path, cases: list[str], twice: bool, poison: bool, engine: dict) -> None:
     work.mkdir(parents=True, exist_ok=True)
     for case in cases:
@@ -68,29 +97,9 @@ def main(work: Path, cases: list[str], twice: bool, poison: bool, engine: dict) 
         else:
             folder, prompts = random_case(work, case)
             longest = 20480
-        prompts += prompts if twice else []
-        got = generate(work, folder, prompts, TOKENS, poison=poison, env={"VLLM_USE_FLASHINFER_SAMPLER": "0"},
-                       **{**ENGINE, "max_model_len": longest, **engine})  # fmt: skip
-        prompts, answers = prompts * (1 + poison), got["answers"] + (got["again"] or [])
-        exact, half = (HyLoForCausalLM.from_pretrained(folder, dtype=dtype).cuda().eval()
-                       for dtype in (torch.float32, torch.bfloat16))  # fmt: skip
-        gaps = {"vllm, of fp32": [], "vllm, of bf16": [], "transformers' bf16, of fp32": []}
-        for given, answer in zip(prompts, answers, strict=True):
-            tokens = [token for token, _ in answer]
-            fp32, bf16 = (log_probabilities(model, given + tokens, TOKENS) for model in (exact, half))
-            found = behind(fp32, tokens), behind(bf16, tokens), behind(fp32, bf16.argmax(-1).tolist())
-            for each, gap in zip(gaps.values(), found, strict=True):
-                each.append(gap)
-        shares = {
-            name: dict(agree=(torch.cat(each) <= TIE).float().mean().item(), worst=torch.cat(each).max().item())
-            for name, each in gaps.items()
-        }
-        by_length = {
-            len(p): round(statistics.mean((g <= TIE).tolist()), 2)
-            for p, g in zip(prompts, gaps["vllm, of fp32"], strict=True)
-        }
-        print(case, json.dumps(shares), json.dumps(by_length), *(x for x in got["log"].splitlines() if "HyLo:" in x),
-              sep="\n  ", flush=True)  # fmt: skip
+        has_windows = json.loads((folder / "config.json").read_text()).get("window")
+        for decodes in ("triton", "torch") if has_windows else (None,):
+            compare(work, folder, prompts * (1 + twice), decodes, poison, {"max_model_len": longest} | engine)
 
 
 if __name__ == "__main__":
@@ -99,7 +108,8 @@ if __name__ == "__main__":
     parser.add_argument("cases", nargs="*", metavar="CASE",
                         default=["native:gdn", "native:kda", "native-128:gdn", "native-128:kda",
                                  "llama-1b:gdn", "llama-3b:mamba2",
-                                 "qwen3-1.7b:gdn:norms"])  # fmt: skip
+                                 "qwen3-1.7b:gdn:norms", "native:gdn:window", "native:kda:narrow",
+                                 "native:mamba2:window", "llama-3b:mamba2:narrow"])  # fmt: skip
     parser.add_argument("--engine", type=json.loads, default={}, help="JSON of more arguments of vllm.LLM")
     parser.add_argument("--twice", action="store_true", help="every prompt twice, for prefix caching")
     parser.add_argument("--poison", action="store_true", help="all prompts once more, after NaN in every cache")

@@ -1,4 +1,4 @@
-"""tools/bench/serve.py on a CPU: everything that it measures, for two small models."""
+"""tools/bench/serve.py on a CPU: everything that it measures, for small models."""
 
 import json
 import os
@@ -14,15 +14,19 @@ ENGINE = json.dumps(dict(max_num_batched_tokens=2048, max_num_seqs=4, enforce_ea
 
 @pytest.mark.slow
 def test_hybrid_and_base_side_by_side(tmp_path):
+    models = ["hybrid", "hybrid-torch", "base"]
     arguments = ["--shape", "tiny", "--plan", "2MLA2GDN", "--lengths", "64", "2000000", "--concurrent", "32x2", "32x6",
-                 "--rates", "1e12", "1e10", "--profile", "--engine", ENGINE]  # fmt: skip
+                 "--window", "16+2", "--models", *models, "--rates", "1e12", "1e10", "--profile",
+                 "--engine", ENGINE]  # fmt: skip
     env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
     done = subprocess.run(
         [sys.executable, SCRIPT, "--out", tmp_path, *arguments], env=env, capture_output=True, text=True
     )
     logs = [path.read_text()[-3000:] for path in tmp_path.glob("*/log.txt")]
     assert done.returncode == 0, done.stderr + "\n".join(logs)
-    for name, found in json.loads((tmp_path / "serve.json").read_text())["models"].items():
+    result = json.loads((tmp_path / "serve.json").read_text())["models"]
+    assert list(result) == models
+    for name, found in result.items():
         expected = ["engine", "latency", "too long", "throughput", "throughput", "profile", "profile"]
         assert [line["what"] for line in found] == expected, logs
         engine, latency, long, two, six, prompt, token = found
@@ -39,6 +43,7 @@ def test_hybrid_and_base_side_by_side(tmp_path):
 
 @pytest.mark.parametrize(("arguments", "says"), [
     (["--concurrent", "2048"], "invalid pair value: '2048'"),
+    (["--models", "hybrid-torch"], "--models hybrid-torch: expected --window with it"),
     ([], "required: --out"),
     (["--engine", '{"no_such_argument": 1}'], "hybrid ended with 1: "),
 ])  # fmt: skip

@@ -92,6 +92,20 @@ def test_settings_of_positions_are_served_exactly(geometry, linear, qk_norm, dev
     assert got["again"] == got["answers"]
 
 
+@pytest.mark.parametrize("linear", ["gdn", "kda", "mamba2"])
+def test_windows_of_decoded_tokens_in_one_kernel(linear, tmp_path):
+    """In Triton's interpreter, as a GPU runs them: beside prompts, before a window is full, from caches of NaN."""
+    pytest.importorskip("triton")
+    settings = WINDOW | dict(window=dict(size=7, sinks=0 if linear == "kda" else 2))
+    folder = write_folder(tmp_path / "model", "native", linear, **settings)
+    prompts = [prompt(length, i) for i, length in enumerate((1, 2, 5, 23, 64, 1))]
+    env = {"HYLO_SERVE_WINDOW": "triton", "TRITON_INTERPRET": "1"}
+    got = generate(tmp_path, folder, prompts, 8, env, poison=True, dtype="float32", max_model_len=256, max_num_seqs=4)
+    assert "one Triton kernel attends within the window of decoded tokens" in got["log"]
+    check(folder, got["answers"], prompts, 1e-4)
+    assert got["again"] == got["answers"]
+
+
 def test_one_token_to_twenty_thousand_and_no_state_leaks(tmp_path):
     """More requests than run at once, so that states are used again; then all of it once more, with NaN in every cache
     that the first pass left behind."""

@@ -1,18 +1,28 @@
 """The operator of a window in vLLM: what it reads of the metadata, and plans that layers of a pass share."""
 
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.paths import ROOT
+from helpers.waits import PATIENCE
 from torch import nn
 from vllm.forward_context import override_forward_context
 
+from hylo_megatron.errors import HyLoError
 from hylo_megatron.kernels.window import sequence_attention
+from hylo_megatron.kernels.window_cache import TokenPlan
+from hylo_megatron.kernels.window_decode import TokenKernel
+from hylo_megatron.mixers import vllm_window
 from hylo_megatron.mixers.mamba2.vllm_module import HyLoMamba2
-from hylo_megatron.mixers.vllm_window import OP, Batch, HyLoWindow
+from hylo_megatron.mixers.vllm_window import DECODES, OP, Batch, HyLoWindow, tokens_of
 
 SIZE, HEADS, GROUPS, DIM, SLOTS, LENGTH = {"size": 6, "sinks": 2}, 4, 2, 8, 4, 12
 LAYERS = "first", "second"
+TOKENS = TokenKernel if os.environ.get("TRITON_INTERPRET") == "1" else TokenPlan
 
 
 def blocks() -> dict[str, nn.Module]:
@@ -22,7 +32,7 @@ def blocks() -> dict[str, nn.Module]:
         window = HyLoWindow.__new__(HyLoWindow)
         nn.Module.__init__(window)
         window.layer, window.window, window.heads, window.groups = name, SIZE, HEADS, GROUPS
-        window.places = (GROUPS, sum(SIZE.values()), 2 * DIM)
+        window.tokens, window.places = TOKENS, (GROUPS, sum(SIZE.values()), 2 * DIM)
         cache = torch.full((SLOTS, *window.places), torch.nan)
         found[name] = SimpleNamespace(window=window, kv_cache=(None, None, cache))
     return found
@@ -79,6 +89,40 @@ def test_passes_of_two_layers(metadata):
     for step in range(3):
         run(layers, shared, [(1, range(6 + step, 7 + step)), (2, range(8 + step, 9 + step))], inputs, padding=2)
     assert shared.hylo_window.owner == "first"
+
+
+def test_passes_with_the_kernel_for_tokens():
+    """Runs the test above in Triton's interpreter."""
+    pytest.importorskip("triton")
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "two_layers"]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
+    assert "2 passed" in done.stdout and not done.returncode, done.stdout[-3000:] + done.stderr[-2000:]
+
+
+def chosen(monkeypatch, asked: str | None, fault: str, on_gpu: bool = True) -> type:
+    sizes = HEADS, GROUPS, DIM, SIZE, torch.bfloat16
+    monkeypatch.delenv(DECODES, raising=False)
+    if asked:
+        monkeypatch.setenv(DECODES, asked)
+    monkeypatch.setattr(vllm_window, "current_platform", SimpleNamespace(is_cuda_alike=lambda: on_gpu))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(vllm_window, "kernel_fault", lambda *_: fault)
+    return tokens_of(*sizes)
+
+
+def test_the_choice_of_what_decodes(monkeypatch):
+    said = []
+    logger = SimpleNamespace(warning_once=lambda text, *given: said.append(text % given), info_once=said.append)
+    monkeypatch.setattr(vllm_window, "logger", logger)
+    assert chosen(monkeypatch, None, "", on_gpu=False) is TokenPlan and not said
+    assert chosen(monkeypatch, "torch", "") is TokenPlan and not said
+    assert chosen(monkeypatch, None, "") is TokenKernel and "one Triton kernel" in said[-1]
+    assert chosen(monkeypatch, None, "it is wrong") is TokenPlan and said[-1].endswith("decoded tokens: it is wrong.")
+    with pytest.raises(HyLoError, match="HYLO_SERVE_WINDOW is triton: it is wrong; leave it unset"):
+        chosen(monkeypatch, "triton", "it is wrong")
+    with pytest.raises(HyLoError, match="HYLO_SERVE_WINDOW is 'cuda': expected triton or torch"):
+        chosen(monkeypatch, "cuda", "")
 
 
 def test_the_measurement_of_memory_needs_no_metadata():

@@ -2,11 +2,13 @@
 """Measure a base Transformer and its hybrid in vLLM, one after the other on one GPU, with random weights.
 
     python tools/bench/serve.py --out DIR [--shape llama3b] [--plan 6MLA22GDN] [--lengths 8192 65536 1048576]
+    python tools/bench/serve.py --out DIR --shape smollm2 --plan 6MLA24GDN --window 256+4 --models hybrid hybrid-torch
 
 Measures the time to the first token and per further token at each length, the throughput of concurrent requests, and
 the cache bytes per token as vLLM allocates them (memory of the caches divided by the tokens that fit). The floor of a
 prompt is its matrix products at the rate of a large product; the floor of a token is its weights and cache at the rate
-of a large copy. Both rates are measured too. Writes DIR/serve.json and a plot.
+of a large copy. Both rates are measured too. ``hybrid-torch`` is the hybrid whose windows torch code decodes, where
+``hybrid`` uses the Triton kernel. Writes DIR/serve.json and a plot.
 """
 
 import argparse
@@ -18,6 +20,7 @@ import time
 from pathlib import Path
 
 from hylo_megatron.config import Architecture, Plan, geometry_preset
+from hylo_megatron.config.positions import Window, window
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.flags import command_line
 from hylo_megatron.mixers.window import cached_values
@@ -28,14 +31,16 @@ WORKER = Path(__file__).with_name("serve_one.py")
 SHAPES = {  # layers, hidden, intermediate, heads, key-value heads, head dimension, vocabulary, tied embeddings
     "llama1b": (16, 2048, 8192, 32, 8, 64, 128256, True),
     "llama3b": (28, 3072, 8192, 24, 8, 128, 128256, True),
+    "smollm2": (30, 576, 1536, 9, 3, 64, 49152, True),
     "qwen1p7b": (28, 2048, 6144, 16, 8, 128, 151936, True),
     "tiny": (4, 128, 256, 2, 1, 64, 512, True),
 }
 PAIRS = [(length, requests) for length in (2048, 32768) for requests in (1, 16, 64)]
 ROOM = 128  # room for decoded tokens
+DECODES = {"hybrid-torch": {"HYLO_SERVE_WINDOW": "torch"}}  # of models that differ in the environment only
 
 
-def architectures(shape: str, plan: str, longest: int) -> dict[str, Architecture]:
+def architectures(shape: str, plan: str, longest: int, window: Window | None = None) -> dict[str, Architecture]:
     layers, hidden, inner, heads, kv_heads, head_dim, vocab, tied = SHAPES[shape]
     common = dict(
         model_type="llama", vocab_size=vocab, hidden_size=hidden, intermediate_size=inner, num_attention_heads=heads,
@@ -44,8 +49,10 @@ def architectures(shape: str, plan: str, longest: int) -> dict[str, Architecture
     )  # fmt: skip
     kinds = Plan.parse(layers, plan)
     geometry = geometry_preset("native", hidden, heads, head_dim)
+    hybrid = Architecture(**common, plan=kinds, geometry=geometry, window=window)
     return {
-        "hybrid": Architecture(**common, plan=kinds, geometry=geometry),
+        "hybrid": hybrid,
+        "hybrid-torch": hybrid,
         "base": Architecture(**common, plan=("attention",) * layers),
     }
 
@@ -114,7 +121,7 @@ def floors(arch: Architecture, length: int, rate: dict) -> dict:
         widths["mla"] = mla.qk_nope_head_dim + mla.qk_rope_head_dim, mla.v_head_dim
     scores = sum(arch.num_attention_heads * sum(widths[kind]) for kind in arch.plan if kind in widths)
     attention = length * (length + 1) * scores  # two FLOPs, and half of the square
-    cached = length * arch.kv_bytes_per_token() + 2 * states(arch)
+    cached = length * arch.kv_bytes_per_token() + states(arch)
     return {
         "first_token": (2 * weights * length + attention + 2 * head) / rate["flops"],
         "attention_only": attention / rate["flops"],
@@ -123,12 +130,16 @@ def floors(arch: Architecture, length: int, rate: dict) -> dict:
 
 
 def states(arch: Architecture) -> int:
-    """Return the bytes of a request's recurrent states, in fp32, with its windows, in bf16."""
+    """Return the bytes that a token moves of a request's recurrent states, in fp32, and of its windows, in bf16.
+
+    States are read and written. Windows are read.
+    """
     if not arch.is_hybrid:
         return 0
     served = serve(arch.geometry, set(arch.plan), arch.num_attention_heads, arch.mla_qk_norm, on_gpu=True)
     linear = sum(kind not in ("mla", "attention") for kind in arch.plan)
-    return linear * state_bytes(served, arch.linear_kind, state_itemsize=4, window=cached_values(arch))
+    # twice the bytes of states, and two bytes for each value of a window
+    return linear * 2 * (state_bytes(served, arch.linear_kind, state_itemsize=4) + cached_values(arch))
 
 
 def measure(folder: Path, spec: dict, limit: float) -> tuple[list[dict], str]:
@@ -137,7 +148,7 @@ def measure(folder: Path, spec: dict, limit: float) -> tuple[list[dict], str]:
     (folder / "measured.jsonl").unlink(missing_ok=True)
     (folder / "spec.json").write_text(json.dumps(spec))
     env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0",
-           **os.environ}  # fmt: skip
+           **os.environ, **DECODES.get(folder.name, {})}  # fmt: skip
     with (folder / "log.txt").open("w") as log:
         try:
             code = subprocess.run([sys.executable, str(WORKER), str(folder)], stdout=log, stderr=log, env=env,
@@ -171,7 +182,10 @@ def table(result: dict) -> str:
                     f"{name}: a {line['of']}'s time {line['step_ms']:.2f} ms, kernels {line['kernels_ms']:.2f}: {top}"
                 )
             else:
-                lines.append(f"{name} {line['requests']} x {line['length']:,}: {line['tokens_per_s']:,.0f} tokens/s")
+                lines.append(
+                    f"{name} {line['requests']} x {line['length']:,}: {line['tokens_per_s']:,.0f} tokens/s,"
+                    f" {line['decoded_per_s']:,.0f} decoded tokens/s after the last prompt"
+                )
     return "\n".join(lines)
 
 
@@ -210,7 +224,8 @@ def main() -> None:
     parser.add_argument("--plan", default="6MLA22GDN")
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 65536, 262144, 1048576, 2097152])
     parser.add_argument("--concurrent", type=pair, nargs="*", default=PAIRS, help="LENGTHxREQUESTS")
-    parser.add_argument("--models", nargs="+", choices=("hybrid", "base"), default=["hybrid", "base"])
+    parser.add_argument("--window", type=window, help="windows beside the hybrid's linear layers, SIZE[+SINKS]")
+    parser.add_argument("--models", nargs="+", choices=("hybrid", *DECODES, "base"), default=["hybrid", "base"])
     parser.add_argument("--engine", type=json.loads, default={}, help="further arguments of vllm.LLM, as JSON")
     parser.add_argument(
         "--profile", action="store_true", help="profile the kernels of a prompt and of a token at the first length"
@@ -219,18 +234,21 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs=2, help="FLOP/s and bytes/s, in place of measured ones")
     known = parser.parse_args()
     rate = dict(zip(("flops", "bytes"), known.rates, strict=True)) if known.rates else rates()
-    both = architectures(known.shape, known.plan, max(known.lengths) + ROOM)
+    if set(DECODES) & set(known.models) and not known.window:
+        parser.error("--models hybrid-torch: expected --window with it, because the two differ in windows only")
+    models = architectures(known.shape, known.plan, max(known.lengths) + ROOM, known.window or None)
     engine = {"gpu_memory_utilization": 0.9, "max_num_batched_tokens": 16384, **known.engine}
     spec = dict(lengths=known.lengths, concurrent=known.concurrent, engine=engine, profile=known.profile)
-    result = {"shape": known.shape, "plan": known.plan, "rates": rate, "engine": engine, "models": {}}
+    result = {"shape": known.shape, "plan": known.plan, "window": known.window or None, "rates": rate}
+    result |= {"engine": engine, "models": {}}
     failures = []
     for name in known.models:
-        write_config(known.out / name, both[name])
+        write_config(known.out / name, models[name])
         found, failed = measure(known.out / name, spec, known.limit)
         failures += [failed] if failed else []
         for line in found:
             if line["what"] == "latency":
-                line["floor"] = floors(both[name], line["length"], rate)
+                line["floor"] = floors(models[name], line["length"], rate)
         result["models"][name] = found
         (known.out / "serve.json").write_text(json.dumps(result, indent=1))
     print(
