@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 from helpers.paths import ROOT
+from helpers.waits import PATIENCE
 
 from hylo_megatron.engine import compile_ahead, kernel_cache
 from hylo_megatron.packages import has
@@ -132,9 +133,9 @@ def test_a_lock_that_is_never_released_delays_and_does_not_hang(tmp_path, monkey
 
     with compile_ahead.alone():
         waiting = threading.Thread(target=enter)
-        waiting.start()
         order.append("held")
-        waiting.join(10)
+        waiting.start()
+        waiting.join(PATIENCE)
     assert order == ["held", "in"]
 
 

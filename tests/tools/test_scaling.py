@@ -3,7 +3,9 @@
 import argparse
 import json
 import math
+import os
 import shlex
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,7 +19,7 @@ from hylo_megatron.errors import HyLoError
 
 BENCH = ROOT / "tools" / "bench"
 RECIPE = ("--recipe", "llama1b", "--stage", "distill-64k", "--teacher-shape", "llama8b", "--random")
-TOY = (*RECIPE, "--toy", "--steps", "1")
+TOY = (*RECIPE, "--toy", "--steps", "1", "--limit", str(PATIENCE))
 
 
 @pytest.fixture
@@ -135,17 +137,16 @@ def test_kills_of_another_recipe_run_do_not_count(scaling, tmp_path):
         recipe_faults.kills_before(path, options)
 
 
-def test_processes_end_with_their_row(scaling, monkeypatch):
+def test_processes_end_with_their_row(scaling):
     """Also those that have left their parent's session."""
     import measured_step
 
-    marks = []
-    monkeypatch.setattr(measured_step.uuid, "uuid4", lambda: argparse.Namespace(hex=marks.append("m17") or "m17"))
     with pytest.raises(HyLoError), measured_step.processes_ended():
-        subprocess.Popen(["sleep", "1000"], start_new_session=True)
-        assert len(measured_step.marked("m17")) == 1
+        mark = os.environ[measured_step.MARK]
+        sleeping = subprocess.Popen(["sleep", "1000"], start_new_session=True)
+        assert measured_step.marked(mark) == [sleeping.pid]
         raise HyLoError("the row fails")
-    assert marks and not measured_step.marked("m17")
+    assert sleeping.wait(PATIENCE) == -signal.SIGKILL and not measured_step.marked(mark)
 
 
 def test_a_row_that_takes_too_long_is_a_row(scaling, tmp_path):
