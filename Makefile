@@ -42,7 +42,7 @@ test: env
 test-parallel: env
 	"$(PY)" -m pytest -q -m "parallel or not parallel" --junitxml=$(REPORT) $(PYTEST_ARGS) \
 	  tests/parallel/test_parallel_parity.py tests/parallel/test_teacher_fed.py tests/parallel/test_window_halo.py \
-	  tests/e2e/test_faults.py tests/checkpoint/test_checkpoints.py tests/distill/test_spikes.py \
+	  tests/e2e/test_faults.py tests/checkpoint/test_checkpoints.py tests/distill/test_spike_trainings.py \
 	  tests/distill/test_initial_states_resume.py tests/e2e/test_full_disks.py tests/e2e/test_process_death.py \
 	  tests/tools/test_benchmarks.py tests/tools/test_scaling.py
 	PYTHONPATH=.:tests "$(PY)" tools/docs/parallelism.py --parity $(REPORT)

@@ -3,13 +3,16 @@
 import os
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # several ranks share the cores; spinning threads starve each other
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-settings.register_profile("repository", deadline=None)  # of a hypothesis example: none, since machines are busy
+# On a busy machine an example, or the making of one, may take any time. Every run has the same examples.
+settings.register_profile(
+    "repository", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)  # fmt: skip
 settings.load_profile("repository")
 
 

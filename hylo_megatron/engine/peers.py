@@ -75,7 +75,7 @@ def fail(text: str) -> NoReturn:
     _end_in(4 * NEWS_SECONDS)
     if _Run.link is not None:
         _send(_Run.link, failed=text)
-        time.sleep(NEWS_SECONDS)  # rank 0 prints it and closes the connection; ``_listen`` then ends this process
+        time.sleep(3 * NEWS_SECONDS)  # rank 0 prints it and closes the connection; ``_listen`` then ends this process
     _say(text)
     for other in list(_Run.others):
         _send(other, stop=True)
@@ -128,6 +128,27 @@ def _received(connection: socket.socket, token: str) -> bool:
     if "rank" in state:
         _Run.others[connection] = state
     return len(state["rest"]) < 2**20
+
+
+def _hear_the_others() -> None:
+    """Wait on rank 0 until ``_serve`` has read what the other ranks have sent, and which of them are gone.
+
+    The connection of a rank that is gone leaves ``_Run.others`` with the report only, however long that takes.
+    """
+    end = time.monotonic() + 3 * NEWS_SECONDS
+    while any(map(_unread, list(_Run.others))) and time.monotonic() < end:
+        time.sleep(0.02)
+
+
+def _unread(connection: socket.socket) -> bool:
+    """Return whether a message, or the end of the connection, can be read."""
+    try:
+        connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _serve(listener: socket.socket, token: str) -> None:
@@ -212,6 +233,7 @@ def _terminated(number: int, _) -> None:
     """Handle SIGTERM: tell the others that this rank is not lost, because its sender ends all ranks."""
     if os.getpid() == _Run.pid:
         time.sleep(SIGNAL_SECONDS)
+        _hear_the_others()
         _leave()
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
@@ -251,6 +273,7 @@ def _ended_by(error: BaseException, folder: str | None, need: int | None) -> NoR
             fail(str(full or one))
     if _is_of_a_collective(error):
         time.sleep(NEWS_SECONDS)
+        _hear_the_others()
     with contextlib.suppress(Exception):
         traceback.print_exception(error)
     fail(f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}")

@@ -11,6 +11,7 @@ import sys
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NoReturn
 
 from torch.distributed import DistError, PrefixStore
 from torch.distributed.rendezvous import rendezvous
@@ -20,6 +21,7 @@ from hylo_megatron.run.launch import Process, Processes, child_environment
 from hylo_megatron.run.parent import PARENT, STORE
 
 POLL_SECONDS = 0.2
+REPORT_SECONDS = 30  # how long the other ranks wait for rank 0, which has to report why a rank failed
 OTHERS_SECONDS = 2  # when a rank fails others fail too; in this time the rank with the cause reports it
 
 
@@ -69,7 +71,7 @@ class World:
             order = f"order/{self.number}"
             while not self.store.check([order]):
                 if self.failed():
-                    leave_after_the_first()
+                    self.leave_after_the_first()
                 if self.store.check(["end"]):
                     return
                 time.sleep(POLL_SECONDS)
@@ -85,7 +87,15 @@ class World:
                 trainer.stop()
                 raise
             if code:
-                leave_after_the_first()
+                self.leave_after_the_first()
+
+    def leave_after_the_first(self) -> NoReturn:
+        """Exit later than rank 0: torchrun ends all ranks when one has ended, and rank 0 has to report the cause."""
+        end = time.monotonic() + REPORT_SECONDS
+        while not self.store.check(["failed/0"]) and time.monotonic() < end:  # rank 0 sets it before it reports
+            time.sleep(POLL_SECONDS)
+        time.sleep(3 * OTHERS_SECONDS)
+        sys.exit(1)
 
     @contextmanager
     def leading(self):
@@ -97,12 +107,6 @@ class World:
                 self.fail(str(error))
             raise
         self.store.set("end", "1")
-
-
-def leave_after_the_first() -> None:
-    """Exit later than rank 0: torchrun ends all ranks when one has ended, and rank 0 has to report the cause."""
-    time.sleep(3 * OTHERS_SECONDS)
-    sys.exit(1)
 
 
 class Trainer:

@@ -15,6 +15,17 @@ from pathlib import Path
 from hylo_megatron.flags import Parser
 
 
+def held_port() -> socket.socket:
+    """Return a socket on a port of 127.0.0.1 that no other program gets while the socket is open.
+
+    The socket does not listen. A program that knows the port can listen there if it sets SO_REUSEADDR, as servers do.
+    """
+    holder = socket.socket()
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    holder.bind(("127.0.0.1", 0))
+    return holder
+
+
 class Server:
     """vLLM's OpenAI server on a free port of 127.0.0.1, ready when the ``with`` block begins and gone after it."""
 
@@ -24,25 +35,19 @@ class Server:
         self.name, self.log, self.options, self.wait = str(model), log, options, wait
 
     def __enter__(self) -> "Server":
-        for last in (False, True):
-            self._start()
+        with held_port() as holder:
+            self._start(holder.getsockname()[1])
             try:
                 if self._becomes_ready():
                     return self
             except BaseException:  # such as Ctrl-C: no "with" block has begun, so nothing else would stop vLLM
                 self.__exit__()
                 raise
-            self.__exit__()
-            text = self.log.read_text(errors="replace")
-            if last or "Address already in use" not in text:
-                errors = [line for line in text.splitlines() if "Error" in line]
-                sys.exit(f"error: the server did not start (its log: {self.log}): {errors[-1] if errors else '-'}")
+        self.__exit__()
+        errors = [line for line in self.log.read_text(errors="replace").splitlines() if "Error" in line]
+        sys.exit(f"error: the server did not start (its log: {self.log}): {errors[-1] if errors else '-'}")
 
-    def _start(self) -> None:
-        """Start vLLM on a port that is free now. Another program may take the port before vLLM listens on it."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+    def _start(self, port: int) -> None:
         self.url = f"http://127.0.0.1:{port}"
         command = [*self.program, "--model", self.name, "--host", "127.0.0.1", "--port", str(port), *self.options]
         env = {"VLLM_CPU_KVCACHE_SPACE": "2", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", **os.environ}

@@ -1,6 +1,5 @@
 """Tests that a run saved on one layout resumes on another: equal losses, and every optimizer state under its name."""
 
-import functools
 import json
 import subprocess
 import sys
@@ -43,7 +42,7 @@ def case(student, first, second, flags) -> str:
 
 
 class Launches:
-    """Runs grouped by how many processes they need: few launches of many runs each, made when first asked for."""
+    """Runs grouped by how many processes they need: few launches of many runs each."""
 
     def __init__(self, work):
         self.work, self.world = work, helpers.random_world(work)
@@ -81,7 +80,6 @@ class Launches:
             if then in layouts
         ]
 
-    @functools.cache  # noqa: B019
     def two_ranks(self) -> Path:
         """Return the folder once it has all runs of one and two processes."""
         two, from_ild = ("tp2", "pp2", "cp2"), dict(student=str(self.work / "ild"), save_interval=1, train_iters=4)
@@ -97,7 +95,6 @@ class Launches:
         self.run(1, *self.second("one"))
         return self.work
 
-    @functools.cache  # noqa: B019
     def four_ranks(self) -> Path:
         self.run(4, *self.first(FOUR_RANKS), *self.second("cp2dp2"))
         return self.work
@@ -115,9 +112,15 @@ def launches(tmp_path_factory):
     return Launches(tmp_path_factory.mktemp("resumed"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def work(launches):
+    """The runs of one and two processes. Launches that fail are not repeated for the tests that follow."""
     return launches.two_ranks()
+
+
+@pytest.fixture(scope="module")
+def work_of_four(launches):
+    return launches.four_ranks()
 
 
 def gaps(got, want) -> list[float]:
@@ -133,8 +136,8 @@ def iteration(folder, number):
 
 
 @pytest.mark.parametrize("student, first, second, flags", CASES)
-def test_the_losses_go_on_and_every_state_has_its_name(student, first, second, flags, launches):
-    work = launches.four_ranks() if first == FOUR_RANKS else launches.two_ranks()
+def test_the_losses_go_on_and_every_state_has_its_name(student, first, second, flags, request):
+    work = request.getfixturevalue("work_of_four" if first == FOUR_RANKS else "work")
     base, resumed = work / name(student, first, flags), work / case(student, first, second, flags)
     lines = read_log(resumed / "train_log.jsonl")
     assert [line["iteration"] for line in lines] == list(range(HALF + 1, END + 1))

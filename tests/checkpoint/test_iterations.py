@@ -1,14 +1,16 @@
 """Checkpoint folders as crashes leave them: what counts, what is set aside, what may be deleted."""
 
 import json
-import multiprocessing
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
+from helpers.paths import ROOT
 
 from hylo_megatron.checkpoint import iterations
-from hylo_megatron.checkpoint.iterations import TRACKER, latest, reading, repair, retire_older
+from hylo_megatron.checkpoint.iterations import TRACKER, latest, repair, retire_older
 from hylo_megatron.errors import HyLoError
 
 
@@ -115,39 +117,41 @@ def test_what_is_set_aside_goes_with_the_older_ones(tmp_path):
     assert names(tmp_path) == ["iter_0000004"]
 
 
-def _read(folder, locked, go_on):
-    with reading(folder) as path:
-        locked.set()
-        go_on.wait(60)
-        assert (path / "__0_0.distcp").read_text() == "2"
+# Reads until its standard input ends.
+READ = """
+import sys
+from hylo_megatron.checkpoint.iterations import reading
+with reading(sys.argv[1]) as path:
+    print("locked", flush=True)
+    sys.stdin.read()
+    assert (path / "__0_0.distcp").read_text() == "2"
+"""
 
 
-def test_what_another_process_reads_stays_until_it_is_done(tmp_path):
+@pytest.fixture
+def reader(tmp_path):
+    """A process that reads iteration 2, the only one."""
     write(tmp_path, 2, tracker="2")
-    context = multiprocessing.get_context("fork")
-    locked, go_on = context.Event(), context.Event()
-    reader = context.Process(target=_read, args=(tmp_path, locked, go_on))
-    reader.start()
-    assert locked.wait(60)
+    command = [sys.executable, "-c", READ, str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "locked\n"
+        yield process
+        process.kill()
+
+
+def test_what_another_process_reads_stays_until_it_is_done(tmp_path, reader):
     write(tmp_path, 4, 6, tracker="6")
     drop_older(tmp_path)
     assert names(tmp_path) == ["iter_0000002", "iter_0000006"]
-    go_on.set()
-    reader.join()
-    assert reader.exitcode == 0
+    reader.stdin.close()
+    assert reader.wait() == 0
     drop_older(tmp_path)
     assert names(tmp_path) == ["iter_0000006"]
 
 
-def test_a_reader_that_was_killed_holds_nothing(tmp_path):
-    write(tmp_path, 2, tracker="2")
-    context = multiprocessing.get_context("fork")
-    locked = context.Event()
-    reader = context.Process(target=_read, args=(tmp_path, locked, context.Event()))
-    reader.start()
-    assert locked.wait(60)
+def test_a_reader_that_was_killed_holds_nothing(tmp_path, reader):
     reader.kill()
-    reader.join()
+    reader.wait()
     write(tmp_path, 4, tracker="4")
     drop_older(tmp_path)
     assert names(tmp_path) == ["iter_0000004"]

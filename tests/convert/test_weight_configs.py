@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hylo_megatron.errors import HyLoError
 
 FEW = settings(max_examples=8, deadline=None, derandomize=True,
-               suppress_health_check=[HealthCheck.function_scoped_fixture])  # fmt: skip
+               suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", folders.MODEL_TYPES)

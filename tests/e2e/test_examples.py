@@ -9,24 +9,33 @@ import subprocess
 import sys
 from pathlib import Path
 
-import psutil
 import pytest
 
 from hylo_megatron.packages import has
 
 if not has("megatron-core"):
     pytest.skip("megatron-core is not installed", allow_module_level=True)
+from helpers import processes  # noqa: E402
 from helpers import recipes as toy  # noqa: E402
 from helpers import train as helpers  # noqa: E402
 from helpers.waits import PATIENCE, wait_for  # noqa: E402
 
 from hylo_megatron.recipes.proxy import made_up_texts, write_model  # noqa: E402
 from hylo_megatron.recipes.published import BASES  # noqa: E402
+from hylo_megatron.run.parent import LAUNCHERS  # noqa: E402
 
 EXAMPLES = helpers.ROOT / "examples"
 TORCHRUN = str(Path(sys.executable).with_name("torchrun"))
 STAGES = ("ild", "distill-2k", "distill-8k", "distill-64k")
 SCRIPTS = [f"upcycle_{name}.sh" for name in BASES]
+MARK = processes.mark()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_left():
+    """End what a test that fails has left running."""
+    yield
+    processes.end(MARK)
 
 
 def script(name: str) -> str:
@@ -34,8 +43,9 @@ def script(name: str) -> str:
 
 
 def start(*command, **variables) -> subprocess.Popen:
-    environment = {name: text for name, text in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHON": sys.executable, **{k: str(v) for k, v in variables.items()}}
+    environment = {name: text for name, text in os.environ.items() if name not in ("PYTHONPATH", *LAUNCHERS)}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHON": sys.executable, processes.VARIABLE: MARK}
+    environment |= {name: str(value) for name, value in variables.items()}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -111,16 +121,13 @@ def test_killed_and_resumed(runs, tmp_path):
     out = tmp_path / "killed"
     shutil.copytree(whole, out, ignore=shutil.ignore_patterns("*distill-64k*", "sample.json", "report", "eval-*"))
     variables = dict(PROXY=1, OUT=out)
-    process = start("bash", script("llama1b"), **variables)
+    process = start("bash", script("llama1b"), **variables, **toy.held("distill-64k", 3))
     toy.wait_for_step(out / "distill-64k" / "train_log.jsonl", 3, process)
-    children = psutil.Process(process.pid).children(recursive=True)
-    training = [child for child in children if "hylo_megatron.train" in child.cmdline()]
+    training = processes.below(process, "hylo_megatron.train")
     process.kill()
     process.communicate()
-    assert training and not psutil.wait_procs(training, PATIENCE)[1]
-    for child in children:
-        if child.is_running():
-            child.kill()
+    assert training
+    processes.wait_for_end(training)
     printed = finished(start("bash", script("llama1b"), **variables))
     assert "distill-8k: done before" in printed
     for stage in STAGES:
@@ -142,7 +149,7 @@ def test_two_ranks_of_torchrun(tmp_path):
 # ---- what goes wrong ----
 
 PROGRAM = """
-import sys
+import sys, time
 from pathlib import Path
 sys.path.insert(0, {root!r})
 from hylo_megatron.errors import HyLoError
@@ -167,7 +174,7 @@ def main(folder, how):
         process = world.start(["-c", CHILD, folder, how], Processes(dp=2), Path(folder, "log"))
         try:
             while process.poll() is None:
-                pass
+                time.sleep(0.05)
             raise HyLoError(process.reason())
         finally:
             process.stop()
@@ -181,7 +188,9 @@ main(*sys.argv[1:])
 def test_all_ranks_end_together(tmp_path, how):
     program = tmp_path / "program.py"
     program.write_text(PROGRAM.format(root=str(helpers.ROOT)))
-    process = start(TORCHRUN, "--nproc-per-node", "2", str(program), str(tmp_path), how)
+    mark = processes.mark()
+    command = TORCHRUN, "--nproc-per-node", "2", str(program), str(tmp_path), how
+    process = start(*command, **{processes.VARIABLE: mark})
     numbers = [tmp_path / rank for rank in "01"]
     wait_for(lambda: all(path.is_file() and path.read_text() for path in numbers), "ranks", process=process)
     if how == "signal":
@@ -190,8 +199,7 @@ def test_all_ranks_end_together(tmp_path, how):
     assert process.returncode
     if how == "fail":
         assert printed.count("error: rank 1: error: rank 1 has had enough") == 1
-    for rank in "01":
-        assert not psutil.pid_exists(int((tmp_path / rank).read_text()))
+    processes.wait_until_gone(mark)
 
 
 def test_one_line_says_what_to_set():

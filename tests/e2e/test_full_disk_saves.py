@@ -128,7 +128,7 @@ def test_a_failed_writer_leaves_nothing_to_garbage_collection(tmp_path, monkeypa
 def test_a_dead_writer_is_seen(need, tmp_path, monkeypatch):
     said = queue.Queue()
     monkeypatch.setattr(peers, "fail", said.put)
-    process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(36000,))
+    process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(36000,), daemon=True)
     process.start()
     threading.Thread(
         target=checkpoint_writer._watch, args=(process, threading.Event(), tmp_path, need), daemon=True

@@ -161,8 +161,7 @@ def test_the_whole_recipe_with_every_lever(tmp_path, short_samples, capsys):
         arguments = [str(apart) if word == str(out / name) else word for word in start.arguments[name]]
         log = tmp_path / f"{name}.log"
         process = helpers.Forked(arguments, log, HYLO_TEST_SPOIL=json.dumps(SPOILED[name]))
-        helpers.wait_for(lambda process=process: process.poll() is not None, name, output=log)
-        assert process.poll() == 0, process.reason()
+        assert process.wait() == 0, process.reason()
         assert steps(apart) == steps(out / name), name
 
 

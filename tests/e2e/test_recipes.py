@@ -11,7 +11,7 @@ from hylo_megatron.packages import has
 if not has("megatron-core"):
     pytest.skip("megatron-core is not installed", allow_module_level=True)
 from helpers.processes import kill_tree  # noqa: E402
-from helpers.recipes import STEPS, losses, start, toy_recipe, wait_for_step, write_inputs  # noqa: E402
+from helpers.recipes import STEPS, held, losses, start, toy_recipe, wait_for_step, write_inputs  # noqa: E402
 from helpers.waits import PATIENCE  # noqa: E402
 
 from hylo_megatron.config.layout import ParallelLayout  # noqa: E402
@@ -46,7 +46,7 @@ def test_every_stage_of_the_gpu_recipe_and_a_kill(tmp_path):
     ))  # fmt: skip
     shutil.copytree(whole / "hf-distill-2k", killed / "hf-distill-2k")
     shutil.copy(whole / "eval-distill-2k.json", killed)
-    process = start(killed)
+    process = start(killed, **held("distill-8k", 4))
     wait_for_step(killed / "distill-8k" / "train_log.jsonl", 4, process)
     kill_tree(process)
     process = start(killed)

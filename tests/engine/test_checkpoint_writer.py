@@ -7,6 +7,7 @@ import threading
 import types
 
 import pytest
+from helpers.waits import PATIENCE
 
 from hylo_megatron.packages import has
 
@@ -53,6 +54,7 @@ def watched(monkeypatch):
     yield run, lambda: start(Caller), verdicts, ended
     run.closing.set()
     Caller._persistent_process.child.kill()
+    Caller._persistent_process.child.wait()
 
 
 def test_a_writer_that_was_asked_to_end_is_not_missed(watched):
@@ -63,11 +65,11 @@ def test_a_writer_that_was_asked_to_end_is_not_missed(watched):
     first.child.kill()
     Caller._persistent_process = None
     assert start() is not first
-    assert ended.wait(60) and not verdicts
+    assert ended.wait(PATIENCE) and not verdicts
 
 
 def test_a_killed_writer_is_missed(watched):
     _, start, verdicts, ended = watched
     os.kill(start().child.pid, signal.SIGKILL)
-    assert ended.wait(60)
+    assert ended.wait(PATIENCE)
     assert len(verdicts) == 1 and "is gone (killed by SIGKILL" in verdicts[0]

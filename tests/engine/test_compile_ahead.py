@@ -123,19 +123,17 @@ def test_a_tuner_goes_on_when_nothing_can_be_compiled_ahead(compiled, monkeypatc
 
 def test_a_lock_that_is_never_released_delays_and_does_not_hang(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(compile_ahead, "PATIENCE", 0.2)
-    order = []
+    clock = [0.0]
 
-    def enter():
-        with compile_ahead.alone():
-            order.append("in")
+    def sleep(seconds):
+        clock[0] += seconds
 
+    monkeypatch.setattr(compile_ahead, "time", SimpleNamespace(monotonic=lambda: clock[0], sleep=sleep))
+    with compile_ahead.alone(), compile_ahead.alone():
+        waited = clock[0]
+    assert compile_ahead.PATIENCE < waited < compile_ahead.PATIENCE + 1
     with compile_ahead.alone():
-        waiting = threading.Thread(target=enter)
-        waiting.start()
-        order.append("held")
-        waiting.join(10)
-    assert order == ["held", "in"]
+        assert clock[0] == waited
 
 
 def test_a_cache_that_was_copied_is_read_where_it_is_now(compiled, tmp_path, monkeypatch):

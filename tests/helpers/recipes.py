@@ -70,9 +70,14 @@ def write_inputs(out, layers: int = 4) -> None:
     prepare([out / "text" / "train.jsonl"], out / "hf", out / "data" / "train")
 
 
-def start(out) -> subprocess.Popen:
+def held(stage: str, step: int) -> dict[str, str]:
+    """Return variables with which a training goes no further than ``step``, so that it can be killed there."""
+    return {"HYLO_TEST_HOLD": f"{stage} {step}", "PYTHONPATH": str(PROGRAMS / "hold")}
+
+
+def start(out, **variables: str) -> subprocess.Popen:
     command = [sys.executable, str(PROGRAM), str(out)]
-    return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    return subprocess.Popen(command, env=environment(**variables), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                             text=True, start_new_session=True)  # fmt: skip
 
 

@@ -1,6 +1,5 @@
 """Tiny checkpoints and data for the tests of training, and ways to start a training."""
 
-import functools
 import gc
 import json
 import os
@@ -9,18 +8,20 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from helpers import processes as processes_of_tests
 from helpers import tiny
-from helpers.paths import PROGRAMS, ROOT
-from helpers.waits import PATIENCE, wait_for
+from helpers.paths import ROOT
+from helpers.waits import PATIENCE
+from helpers.zygote import zygote
 
 from hylo_megatron.checkpoint.folder import write_checkpoint as write
 from hylo_megatron.convert.hf_to_megatron import megatron_tensors
 from hylo_megatron.engine.register import install
+from hylo_megatron.run.parent import LAUNCHERS
 
 install("megatron")
 
@@ -66,9 +67,14 @@ def big_teacher(folder: Path, **changes) -> Path:
 
 
 def environment(**changes) -> dict[str, str]:
-    paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
-    return os.environ | {"OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1", "HYLO_REGISTER": "0",
-                         "PYTHONPATH": os.pathsep.join(filter(None, paths))} | changes  # fmt: skip
+    """Return the environment of a process of tests, which no launcher has started, even if one started the tests.
+
+    ``PYTHONPATH`` is added to the folders of the repository.
+    """
+    own = {name: text for name, text in os.environ.items() if name not in LAUNCHERS}
+    paths = [str(ROOT), str(ROOT / "tests"), changes.pop("PYTHONPATH", ""), os.environ.get("PYTHONPATH", "")]
+    return own | {"OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1", "HYLO_REGISTER": "0",
+                  "PYTHONPATH": os.pathsep.join(filter(None, paths))} | changes  # fmt: skip
 
 
 def close_groups() -> None:
@@ -94,8 +100,7 @@ def end_processes() -> None:
 
 def torchrun(*argv, processes: int = 2, timeout: float = PATIENCE) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return subprocess.run([*command, *map(str, argv)], env=environment(), capture_output=True, text=True,
-                          timeout=timeout)  # fmt: skip
+    return processes_of_tests.run([*command, *argv], environment(), timeout)
 
 
 def read_log(path: Path) -> list[dict]:
@@ -158,44 +163,6 @@ def train_flags(world: dict[str, Path], stage: str, save: Path, student="student
     return argv
 
 
-class Zygote:
-    """The process of programs/zygote.py, and the trainings that it forked."""
-
-    def __init__(self):
-        command = [sys.executable, "-W", "ignore", str(PROGRAMS / "zygote.py")]
-        self.process = subprocess.Popen(
-            command, text=True, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
-        self.ended: dict[int, int] = {}
-
-    def _line(self) -> object:
-        line = self.process.stdout.readline()
-        assert line, "the process that forks trainings is gone"
-        return json.loads(line)
-
-    def start(self, argv: list, variables: dict[str, str], out: Path, err: Path) -> int:
-        order = {"argv": list(map(str, argv)), "environment": variables, "out": str(out), "err": str(err)}
-        self.process.stdin.write(json.dumps(order) + "\n")
-        self.process.stdin.flush()
-        while isinstance(answer := self._line(), list):
-            self.ended[answer[0]] = answer[1]
-        return answer
-
-    def wait(self, child: int, timeout: float = PATIENCE) -> int:
-        timer = threading.Timer(timeout, lambda: os.killpg(child, signal.SIGKILL))
-        timer.start()
-        while child not in self.ended:
-            number, code = self._line()
-            self.ended[number] = code
-        timer.cancel()
-        return self.ended.pop(child)
-
-
-@functools.cache
-def zygote() -> Zygote:
-    return Zygote()
-
-
 def meeting_store() -> torch.distributed.TCPStore:
     """Return a store for the ranks of one run, on a port that stays taken from the moment when it is chosen."""
     return torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -212,11 +179,15 @@ def train(*argv, processes: int = 1, **variables: str) -> subprocess.CompletedPr
     with tempfile.TemporaryDirectory() as folder:
         files = [(Path(folder) / f"{rank}.out", Path(folder) / f"{rank}.err") for rank in range(processes)]
         shared = dict(WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes)) | meeting_place(store) | variables
-        ranks = [
-            zygote().start(argv, environment(RANK=str(rank), LOCAL_RANK=str(rank), **shared), *paths)
-            for rank, paths in enumerate(files)
-        ]
-        codes = [zygote().wait(rank) for rank in ranks]
+        ranks = []
+        try:
+            for rank, paths in enumerate(files):
+                variables = environment(RANK=str(rank), LOCAL_RANK=str(rank), **shared)
+                ranks.append(zygote(environment()).start(argv, variables, *paths))
+            codes = [rank.wait() for rank in ranks]
+        finally:
+            for rank in ranks:  # those that run on after a failure here
+                rank.send(signal.SIGKILL)
         out, err = ("".join(pair[i].read_text(errors="replace") for pair in files) for i in range(2))
     return subprocess.CompletedProcess(["train", *argv], next((code for code in codes if code), 0), out, err)
 
@@ -237,26 +208,24 @@ class Forked:
 
     def __init__(self, arguments: list[str], log: Path, **variables: str):
         assert arguments[:2] == ["-m", "hylo_megatron.train"]
-        self.errors, self.code = log.with_suffix(".err"), None
-        self.child = zygote().start(arguments[2:], single() | variables, log, self.errors)
-        threading.Thread(target=self._wait, daemon=True).start()
-
-    def _wait(self) -> None:
-        self.code = zygote().wait(self.child)
+        self.errors = log.with_suffix(".err")
+        self.training = zygote(environment()).start(arguments[2:], single() | variables, log, self.errors)
 
     def poll(self) -> int | None:
-        return self.code
+        return self.training.poll()
+
+    def wait(self) -> int:
+        return self.training.wait()
 
     def stop(self, how: signal.Signals = signal.SIGTERM) -> None:
-        if self.code is None:
-            os.kill(self.child, how)
-            wait_for(lambda: self.code is not None, "end of a training")
+        self.training.send(how)
+        self.wait()
 
     def reason(self) -> str:
-        if self.code < 0:
-            return f"killed by {signal.Signals(-self.code).name}"
+        if (code := self.poll()) < 0:
+            return f"killed by {signal.Signals(-code).name}"
         lines = self.errors.read_text(errors="replace").splitlines()
-        return next((line for line in reversed(lines) if "error: " in line), f"exit code {self.code}: {lines[-3:]}")
+        return next((line for line in reversed(lines) if "error: " in line), f"exit code {code}: {lines[-3:]}")
 
 
 def trained_weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -28,13 +28,15 @@ def generate(work: Path, model: Path, prompts: list[list[int]], tokens: int, env
 
 
 def start(work: Path, model: Path, prompts: list, tokens: int, env=(), poison=False, first=None, updates=(), **engine):
+    from helpers.waits import PATIENCE  # which the process that is started here does not find
+
     spec = work / f"{model.name}.json"
     spec.write_text(json.dumps(dict(
         model=str(model), prompts=prompts, tokens=tokens, poison=poison, first=first and str(first),
         updates=[(how, str(folder)) for how, folder in updates], engine=engine,
     )))  # fmt: skip
     return subprocess.run([sys.executable, __file__, str(spec)], env={**os.environ, **CPU, **dict(env)},
-                          capture_output=True, text=True, timeout=900)  # fmt: skip
+                          capture_output=True, text=True, timeout=PATIENCE)  # fmt: skip
 
 
 def send(llm, how: str, folder: str) -> None:

@@ -60,6 +60,7 @@ def record() -> None:
 
 
 def run_all(lines: list[list[str]], rank: int, processes: int, place: dict[str, str]) -> None:
+    place = place | {parent.PARENT: str(os.getppid())}  # none outlives a parent that the test has given up
     os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes)) | place
     for number, argv in enumerate(lines):
         os.environ[parent.STORE] = f"run {number}"

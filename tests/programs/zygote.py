@@ -1,19 +1,26 @@
 """A process that has imported all that a training imports, and forks a child for each training that a test asks for.
 
-It reads lines of JSON, ``{"argv", "environment", "out", "err"}``, and answers each with the process number of the
-child and, when the child has ended, with ``[number, exit code]``. A training of a few steps spends most of its time on
-the import of torch and megatron-core, which this saves.
+It reads lines of JSON from its standard input. An order ``{"argv", "environment", "out", "err", "code"}`` starts a
+training. When the training has ended, the file ``code`` has its exit code. ``{"code", "signal"}`` sends a signal to
+the training of that file. Orders share nothing else, so a test that fails does not disturb the tests after it. This
+process has no threads, because a fork copies the locks that threads hold. It ends with its standard input, and all
+trainings end with this process.
+
+A training of a few steps spends most of its time on the import of torch and megatron-core, which this saves.
 """
 
 import json
 import os
+import select
 import signal
 import sys
-import threading
+from pathlib import Path
 
 import torch
 
 from hylo_megatron import train
+from hylo_megatron.files import write_text
+from hylo_megatron.run.parent import bind_child
 
 KILL_AT = "HYLO_TEST_KILL_AT"  # in a training's environment: the step after which it gets SIGKILL
 
@@ -22,18 +29,9 @@ AHEAD = "HYLO_TEST_AHEAD"  # the same: run the loop as on a GPU, where the host 
 SPOIL = "HYLO_TEST_SPOIL"  # the same: an object of steps, and factors of their losses
 
 
-def answer(line: object) -> None:
-    """Write one whole line: ``print`` writes a line's end by itself, and another thread's line may come between."""
-    os.write(1, (json.dumps(line) + "\n").encode())
-
-
-def wait_for(child: int) -> None:
-    _, status = os.waitpid(child, 0)
-    answer([child, os.waitstatus_to_exitcode(status)])
-
-
-def become(order: dict) -> None:
+def become(order: dict, parent: int) -> None:
     """Give a child what ``python -m hylo_megatron.train`` starts with: its arguments, environment and files."""
+    bind_child(parent)
     os.environ.clear()
     os.environ.update(order["environment"])
     os.setsid()
@@ -97,27 +95,67 @@ def spoil(factors: dict[int, float]) -> None:
     DistillModel.begin_step, batches.loss_function = begin_step, loss_function
 
 
+class Trainings:
+    """The trainings that run: the file for the exit code of each process, by the file descriptor of the process."""
+
+    def __init__(self):
+        self.running: dict[int, tuple[int, str]] = {}
+
+    def follow(self, order: dict) -> bool:
+        """Follow an order, and return whether this process is the new training."""
+        if "signal" in order:
+            for child, code in self.running.values():  # a child that is still listed keeps its process number
+                if code == order["code"]:
+                    os.kill(child, order["signal"])
+            return False
+        parent = os.getpid()
+        if (child := os.fork()) == 0:
+            become(order, parent)
+            return True
+        self.running[os.pidfd_open(child)] = child, order["code"]
+        return False
+
+    def ended(self, descriptor: int) -> None:
+        os.close(descriptor)
+        child, code = self.running.pop(descriptor)
+        _, status = os.waitpid(child, 0)
+        if Path(code).parent.is_dir():  # else the test has given up
+            write_text(code, str(os.waitstatus_to_exitcode(status)))
+
+
+def serve() -> bool:
+    """Follow orders. Return True in the process of a training, and False when no order can come."""
+    trainings, rest = Trainings(), b""
+    while True:
+        ready, _, _ = select.select([0, *trainings.running], [], [])
+        for descriptor in ready:
+            if descriptor in trainings.running:
+                trainings.ended(descriptor)
+        if 0 not in ready:
+            continue
+        if not (data := os.read(0, 2**16)):
+            return False
+        *lines, rest = (rest + data).split(b"\n")
+        for line in lines:
+            if trainings.follow(json.loads(line)):
+                return True
+
+
 def main() -> None:
     from hylo_megatron.engine.register import install, patches
 
     install("megatron")
     for patch in patches("writing", "training"):
         patch.place()  # imports the module that holds the name
-
-    for line in sys.stdin:
-        order = json.loads(line)
-        if (child := os.fork()) == 0:
-            become(order)
-            if KILL_AT in os.environ:
-                die_at(int(os.environ[KILL_AT]))
-            if AHEAD in os.environ:
-                run_ahead()
-            if SPOIL in os.environ:
-                spoil({int(step): float(factor) for step, factor in json.loads(os.environ[SPOIL]).items()})
-            train.main()
-            return
-        answer(child)
-        threading.Thread(target=wait_for, args=(child,), daemon=True).start()
+    if not serve():
+        return
+    if KILL_AT in os.environ:
+        die_at(int(os.environ[KILL_AT]))
+    if AHEAD in os.environ:
+        run_ahead()
+    if SPOIL in os.environ:
+        spoil({int(step): float(factor) for step, factor in json.loads(os.environ[SPOIL]).items()})
+    train.main()
 
 
 if __name__ == "__main__":

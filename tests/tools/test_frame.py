@@ -163,6 +163,12 @@ def test_find_without_any_says_how_to_get_one(tmp_path):
     assert done.returncode == 1 and "HYLO_PYTHON=" in done.stderr
 
 
+def free_disk(folder, gib: int) -> None:
+    """Let the disk have so much room, whatever this machine has."""
+    table = "Filesystem 1024-blocks Used Available Capacity Mounted on\\n/dev/vda 9 9 %d 97%% /\\n"
+    executable(folder / "bin/df", f"#!/bin/sh\nprintf '{table}' {gib * 2**20}\n")
+
+
 @pytest.fixture
 def project(tmp_path):
     """A copy of what the environment maker reads, and an environment whose pip only takes notes."""
@@ -176,9 +182,11 @@ def project(tmp_path):
     notes += f'case "$*" in *install*) echo "$@" >>"{tmp_path}/calls"; exit $(cat "{tmp_path}/status");; esac\n'
     executable(tmp_path / "venv/bin/python", "#!/bin/sh\n" + notes)
     (tmp_path / "status").write_text("0")
+    (tmp_path / "bin").mkdir()
+    free_disk(tmp_path, gib=6)
 
-    def run(extras="train", first_on_path=""):
-        environment = {**os.environ, "PATH": f"{first_on_path}:{os.environ['PATH']}"}
+    def run(extras="train"):
+        environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
         done = subprocess.run(
             ["bash", "tools/make_env.sh", "venv", extras],
             cwd=tmp_path,
@@ -208,18 +216,16 @@ def test_a_second_call_does_nothing_until_something_changes(project):
 
 def test_a_disk_too_full_is_said_before_the_install(project):
     folder, run = project
-    (folder / "bin").mkdir()
-    table = "Filesystem 1024-blocks Used Available Capacity Mounted on\\n/dev/vda 9 9 %d 97%% /\\n"
-    executable(folder / "bin/df", f"#!/bin/sh\nprintf '{table}' {3 * 2**20}\n")
-    done, installs = run(first_on_path=folder / "bin")
+    free_disk(folder, gib=3)
+    done, installs = run()
     assert (done.returncode, installs) == (1, 0)
     assert len(done.stderr.splitlines()) == 1 and "which has 3072: free some" in done.stderr
     executable(folder / "bin/du", f"#!/bin/sh\necho {3 * 2**20} venv\n")  # an interrupted install's, which counts
-    done, installs = run(first_on_path=folder / "bin")
+    done, installs = run()
     assert (done.returncode, installs) == (0, 1), done.stderr
     (folder / "bin/du").unlink()
-    executable(folder / "bin/df", f"#!/bin/sh\nprintf '{table}' {6 * 2**20}\n")
-    done, installs = run("train,dev", first_on_path=folder / "bin")
+    free_disk(folder, gib=6)
+    done, installs = run("train,dev")
     assert (done.returncode, installs) == (0, 2), done.stderr
 
 

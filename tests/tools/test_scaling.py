@@ -3,21 +3,20 @@
 import argparse
 import json
 import math
-import shlex
+import os
+import signal
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
-from helpers.paths import DOCS, ROOT
+from helpers.paths import ROOT
 from helpers.waits import PATIENCE
 
-from hylo_megatron.config.layout import ParallelLayout
 from hylo_megatron.errors import HyLoError
 
 BENCH = ROOT / "tools" / "bench"
 RECIPE = ("--recipe", "llama1b", "--stage", "distill-64k", "--teacher-shape", "llama8b", "--random")
-TOY = (*RECIPE, "--toy", "--steps", "1")
+TOY = (*RECIPE, "--toy", "--steps", "1", "--limit", str(PATIENCE))
 
 
 @pytest.fixture
@@ -103,9 +102,9 @@ def test_the_table(scaling, tmp_path):
 def test_rows_of_another_step_are_not_mixed(scaling, tmp_path):
     path = tmp_path / "t.json"
     path.write_text(json.dumps({"name": "x", "flags": [], "rows": [{"layout": "y"}]}))
-    assert scaling.rows_before(path, {"name": "x", "flags": []}) == [{"layout": "y"}]
+    assert scaling.results_before(path, "rows", {"name": "x", "flags": []}) == [{"layout": "y"}]
     with pytest.raises(HyLoError, match="flags is .., this run has .'--hylo-kl-chunk=1'.; give another --out"):
-        scaling.rows_before(path, {"name": "x", "flags": ["--hylo-kl-chunk=1"]})
+        scaling.results_before(path, "rows", {"name": "x", "flags": ["--hylo-kl-chunk=1"]})
 
 
 def test_rows_with_another_teacher_are_not_mixed(scaling, tmp_path):
@@ -117,9 +116,9 @@ def test_rows_with_another_teacher_are_not_mixed(scaling, tmp_path):
     large, same, again = heads
     path = tmp_path / f"{large['name']}.json"
     path.write_text(json.dumps(large | {"rows": [{"layout": "y"}]}))
-    assert scaling.rows_before(path, again) == [{"layout": "y"}]
+    assert scaling.results_before(path, "rows", again) == [{"layout": "y"}]
     with pytest.raises(HyLoError, match="teacher is llama8b, this run has llama1b; give another --out"):
-        scaling.rows_before(path, same)
+        scaling.results_before(path, "rows", same)
 
 
 def test_kills_of_another_recipe_run_do_not_count(scaling, tmp_path):
@@ -127,25 +126,25 @@ def test_kills_of_another_recipe_run_do_not_count(scaling, tmp_path):
 
     options = recipe_faults.parsed(["--recipe", "llama3b", "--ranks", "4", "--out", str(tmp_path)])
     path = tmp_path / "kills.json"
-    assert recipe_faults.kills_before(path, options) == []
-    path.write_text(json.dumps({"settings": recipe_faults.settings_of(options), "kills": [{"stage": "ild"}]}))
-    assert recipe_faults.kills_before(path, options) == [{"stage": "ild"}]
+    settings = recipe_faults.settings_of(options)
+    assert recipe_faults.results_before(path, "kills", settings, "settings") == []
+    path.write_text(json.dumps({"settings": settings, "kills": [{"stage": "ild"}]}))
+    assert recipe_faults.results_before(path, "kills", settings, "settings") == [{"stage": "ild"}]
     options.ranks = 8
-    with pytest.raises(HyLoError, match="kills.json: the kills of a call with other flags"):
-        recipe_faults.kills_before(path, options)
+    with pytest.raises(HyLoError, match="kills.json: ranks is 4, this run has 8; give another --out"):
+        recipe_faults.results_before(path, "kills", recipe_faults.settings_of(options), "settings")
 
 
-def test_processes_end_with_their_row(scaling, monkeypatch):
+def test_processes_end_with_their_row(scaling):
     """Also those that have left their parent's session."""
-    import measured_step
+    import bench_run
 
-    marks = []
-    monkeypatch.setattr(measured_step.uuid, "uuid4", lambda: argparse.Namespace(hex=marks.append("m17") or "m17"))
-    with pytest.raises(HyLoError), measured_step.processes_ended():
-        subprocess.Popen(["sleep", "1000"], start_new_session=True)
-        assert len(measured_step.marked("m17")) == 1
+    with pytest.raises(HyLoError), bench_run.processes_ended():
+        mark = os.environ[bench_run.MARK]
+        sleeping = subprocess.Popen(["sleep", "1000"], start_new_session=True)
+        assert bench_run.marked(mark) == [sleeping.pid]
         raise HyLoError("the row fails")
-    assert marks and not measured_step.marked("m17")
+    assert sleeping.wait(PATIENCE) == -signal.SIGKILL and not bench_run.marked(mark)
 
 
 def test_a_row_that_takes_too_long_is_a_row(scaling, tmp_path):
@@ -236,69 +235,3 @@ def test_a_random_model_loads_as_a_downloaded_one(tmp_path):
     weights = HFWeights(tmp_path / "m", arch)
     assert arch.num_layers == 32 and not arch.tie_word_embeddings
     assert all(weights[key].isfinite().all() for key in weights.expected)
-
-
-def page_commands(program: str) -> list[list[str]]:
-    lines = (DOCS / "benchmarks.md").read_text().splitlines()
-    return [shlex.split(line, comments=True)[2:] for line in lines if line.startswith(f"python tools/bench/{program}")]
-
-
-def first_checks(job, options, processes, flags, monkeypatch) -> None:
-    """Run what the trainer checks before it imports torch, as on these ranks."""
-    from measured_step import step_flags
-
-    from hylo_megatron.distill.command_line import check_command_line
-
-    monkeypatch.setenv("WORLD_SIZE", str(processes.ranks))
-    check_command_line(["--bf16", *step_flags(job, processes, options, flags), *processes.layout.flags()])
-
-
-CARD_GIB = 79.1  # what the driver says of a card of 80 GB
-
-
-@pytest.mark.parametrize("flags", page_commands("scaling.py"), ids=" ".join)
-def test_layouts_of_the_page_start_and_fit(scaling, flags, tmp_path, monkeypatch):
-    """Also without an accelerator: heads, layers, lengths and memory of every row."""
-    options = scaling.parsed(flags)
-    options.gpus, options.gpu_memory = options.gpus or 8, CARD_GIB
-    job = scaling.job_of(options, tmp_path)
-    for candidate in scaling.chosen(job, options, 728e12):
-        assert candidate.memory < CARD_GIB - 1
-        first_checks(job, options, candidate.processes, candidate.flags, monkeypatch)
-
-
-@pytest.mark.parametrize("flags", page_commands("train_step.py"), ids=" ".join)
-def test_steps_of_the_page_start_and_fit(scaling, flags, tmp_path, monkeypatch):
-    import train_step
-    from measured_step import job_of, planned
-
-    from hylo_megatron.planner.training import peaks
-
-    options = train_step.parsed(flags)
-    job = job_of(options, tmp_path)
-    train_step.check_peer(options, job, None)
-    processes = train_step.processes_of(options, None)
-    run = planned(job, processes, options)
-    assert max(peak.total for peak in peaks(run)) < (CARD_GIB - 1) * 2**30
-    first_checks(job, options, processes, (), monkeypatch)
-
-
-@pytest.mark.parametrize("flags", page_commands("recipe_faults.py"), ids=" ".join)
-def test_recipes_of_the_page_fit(scaling, flags, tmp_path, monkeypatch):
-    """Every stage on all ranks, and the last one on half of them, by the recipe's own check of memory."""
-    import recipe_faults
-
-    from hylo_megatron.recipes.shapes import SHAPES, recipe_named, student_shape
-    from hylo_megatron.run import memory_need
-    from hylo_megatron.run.launch import Processes
-
-    options = recipe_faults.parsed(flags)
-    recipe, base = recipe_named(options.recipe), SHAPES[options.recipe]
-    monkeypatch.setattr(memory_need, "gpu_bytes", lambda index: int(CARD_GIB * 2**30))
-    half = options.half_layout or options.layout, options.half_flags or options.flags
-    for ranks, (sizes, more), stages in ((options.ranks, (options.layout, options.flags), recipe.stages),
-                                         (options.ranks // 2, half, recipe.stages[-1:])):  # fmt: skip
-        layout = ParallelLayout(**{name.lower(): int(size) for name, size in (each.split("=") for each in sizes)})
-        run = argparse.Namespace(recipe=replace(recipe, stages=stages), out=tmp_path, flags=more.split(),
-                                 processes=Processes.among(ranks, "ranks", layout))  # fmt: skip
-        memory_need.check(run, student_shape(recipe, base), base, SHAPES[options.teacher_shape or options.recipe])

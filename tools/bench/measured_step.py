@@ -1,18 +1,14 @@
 """The steps of a recipe's stage, measured by the trainer itself: what ``train_step.py`` and ``scaling.py`` share."""
 
 import argparse
-import json
 import math
-import os
-import signal
 import statistics
 import sys
 import time
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+from bench_run import processes_ended, step_lines
 
 from hylo_megatron.config import Architecture
 from hylo_megatron.config.stages import stage_kind
@@ -34,8 +30,6 @@ from hylo_megatron.run.training_process import GPU_FLAGS, TrainingProcess
 UNTIMED = 3  # in the first steps kernels are compiled and a CUDA graph is captured
 TOY_LENGTH = 64
 PACKAGES = ("torch", "triton", "megatron-core", "flash-linear-attention", "transformer-engine")
-MARK = "HYLO_BENCH_STEP"  # a variable in the environment of the processes of one measurement
-GONE_SECONDS = 60
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,44 +129,6 @@ def planned(job: Job, processes: Processes, options: argparse.Namespace, more: t
     ])  # fmt: skip
     layout, work = layout_of(known)
     return planned_run(known, job.student, job.teacher, layout, replace(work, processes=processes.ranks))
-
-
-# ---- processes ----
-
-
-def marked(mark: str) -> list[int]:
-    """Return the processes with this mark, also those that have lost their parents."""
-    wanted, found = f"{MARK}={mark}".encode(), []
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        with suppress(OSError):
-            if wanted in path.read_bytes().split(b"\0"):
-                found.append(int(path.parent.name))
-    return found
-
-
-@contextmanager
-def processes_ended() -> Iterator[None]:
-    """Mark the processes that the block starts, and kill those that outlive the block."""
-    os.environ[MARK] = mark = uuid.uuid4().hex
-    try:
-        yield
-    finally:
-        del os.environ[MARK]
-        deadline = time.monotonic() + GONE_SECONDS
-        while left := marked(mark):
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"processes {left} of the last measurement do not end, and hold their GPUs")
-            for number in left:
-                with suppress(ProcessLookupError):
-                    os.kill(number, signal.SIGKILL)
-            time.sleep(0.1)
-
-
-# ---- a measurement ----
-
-
-def step_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def measured(job: Job, processes: Processes, options: argparse.Namespace, folder: Path, start=start_own,

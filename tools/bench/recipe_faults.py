@@ -13,7 +13,6 @@ is repeated.
 
 import argparse
 import functools
-import json
 import os
 import signal
 import subprocess
@@ -22,14 +21,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from measured_step import MARK, marked, processes_ended
+from bench_run import MARK, marked, processes_ended, results_before, step_lines
 from random_model import write_model, write_texts
 
 from hylo_megatron.checkpoint.iterations import latest_number, trained_to
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.files import write_json
 from hylo_megatron.flags import Parser, command_line, size
-from hylo_megatron.json_file import read_json
 from hylo_megatron.recipes.published import BASES, published
 from hylo_megatron.recipes.shapes import SHAPES, shape
 from hylo_megatron.run.parent import bind_child
@@ -85,18 +83,20 @@ class Launch:
             self.check()
 
     def trainers(self) -> dict[int, int]:
-        """Return the training process of each rank; the workers of a process come after it."""
-        found: dict[int, int] = {}
-        for number in sorted(marked(self.mark)):
+        """Return the training process of each rank: the one that started first, since its workers are forks of it."""
+        found: dict[int, tuple[int, int]] = {}
+        for number in marked(self.mark):
             try:
+                started = int(Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[19])
                 command = Path(f"/proc/{number}/cmdline").read_bytes().split(b"\0")
                 values = dict(line.split(b"=", 1) for line in Path(f"/proc/{number}/environ").read_bytes().split(b"\0")
                               if b"=" in line)  # fmt: skip
             except OSError:
                 continue
             if b"hylo_megatron.train" in command and b"RANK" in values:
-                found.setdefault(int(values[b"RANK"]), number)
-        return found
+                rank = int(values[b"RANK"])
+                found[rank] = min(found.get(rank, (started, number)), (started, number))
+        return {rank: number for rank, (_, number) in found.items()}
 
     def kill_rank(self) -> float:
         """Kill the last rank's training, and return the seconds until no process of the run was left."""
@@ -114,11 +114,6 @@ class Launch:
         return time.monotonic() - began
 
 
-def lines_of(folder: Path, stage: str) -> list[dict]:
-    path = folder / stage / "train_log.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-
-
 def kill_in(stage: str, launch: Launch, options: argparse.Namespace) -> dict:
     """Kill a rank once ``stage`` has a checkpoint, and return what is known of that moment."""
     folder = launch.folder / stage
@@ -126,7 +121,7 @@ def kill_in(stage: str, launch: Launch, options: argparse.Namespace) -> dict:
     if trained_to(folder, options.steps):
         raise HyLoError(f"{stage} had ended before a rank was killed; give more --steps, and another --out")
     saved = latest_number(folder)
-    before = [line for line in lines_of(launch.folder, stage) if line["iteration"] <= saved]
+    before = [line for line in step_lines(folder / "train_log.jsonl") if line["iteration"] <= saved]
     seconds = launch.kill_rank()
     print(f"{stage}: a rank killed after the checkpoint of step {saved}; all processes ended in {seconds:.1f} s",
           flush=True)  # fmt: skip
@@ -135,7 +130,7 @@ def kill_in(stage: str, launch: Launch, options: argparse.Namespace) -> dict:
 
 def check_resumed(folder: Path, killed: dict, steps: int) -> None:
     """Raise ``HyLoError`` if steps that the checkpoint had were taken again, or others are missing."""
-    lines = lines_of(folder, killed["stage"])
+    lines = step_lines(folder / killed["stage"] / "train_log.jsonl")
     if [line["iteration"] for line in lines] != list(range(1, steps + 1)):
         raise HyLoError(f"{killed['stage']}: the log has steps {[line['iteration'] for line in lines]} of {steps}")
     if lines[: len(killed["lines"])] != killed["lines"]:
@@ -146,23 +141,13 @@ def settings_of(options: argparse.Namespace) -> dict:
     return {name: value for name, value in vars(options).items() if name != "out"}
 
 
-def kills_before(record: Path, options: argparse.Namespace) -> list[dict]:
-    """Return the kills of an earlier call. Raises ``HyLoError`` if this call has other flags."""
-    if not record.is_file():
-        return []
-    found = read_json(record)
-    if found["settings"] != settings_of(options):
-        raise HyLoError(f"{record}: the kills of a call with other flags; give the same flags, or another --out")
-    return found["kills"]
-
-
 def run(options: argparse.Namespace) -> None:
     stages = [stage.name for stage in published(options.recipe).stages]
     for name in (options.kill_in, options.half_in):
         if name not in stages:
             raise HyLoError(f"stage {name!r}: the recipe {options.recipe} has {', '.join(stages)}")
     record = options.out / "kills.json"  # what an earlier call, which was cut, has done
-    kills = kills_before(record, options)
+    kills = results_before(record, "kills", settings_of(options), "settings")
     options.out.mkdir(parents=True, exist_ok=True)
     began, folder = time.monotonic(), options.out / "run"
     if not options.toy:

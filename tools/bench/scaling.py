@@ -24,6 +24,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench_run import results_before
 from measured_step import (
     PACKAGES,
     Job,
@@ -41,7 +42,6 @@ from hylo_megatron.config.stages import stage_kind
 from hylo_megatron.distill.memory_check import gpu_bytes
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.flags import Parser, command_line, positive, size
-from hylo_megatron.json_file import read_json
 from hylo_megatron.packages import version_of
 from hylo_megatron.planner.layouts import GIB, USABLE, dividing
 from hylo_megatron.planner.speed import CARDS, tokens_per_second
@@ -165,17 +165,6 @@ def head_of(job: Job, options: argparse.Namespace, device: str) -> dict:
     }  # fmt: skip
 
 
-def rows_before(path: Path, head: dict) -> list[dict]:
-    """Return the rows of the table that ``path`` has. Raises ``HyLoError`` if it is the table of another step."""
-    before = read_json(path) if path.is_file() else {"rows": []} | head
-    for name, value in head.items():
-        if before.get(name) != value:
-            raise HyLoError(
-                f"{path}: {name} is {before.get(name)}, this run has {value}; give another --out, or move the file"
-            )
-    return before["rows"]
-
-
 def run(options: argparse.Namespace) -> None:
     command = [sys.executable, "-W", "ignore", "-c", DEVICE]
     done = subprocess.run(command, env=child_environment(1), capture_output=True, text=True)
@@ -188,7 +177,7 @@ def run(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         job = job_of(options, Path(folder))
         path, head = options.out / f"scaling-{job.name}.json", head_of(job, options, device)
-        rows = rows_before(path, head)
+        rows = results_before(path, "rows", head)
         candidates = chosen(job, options, card)
         print(f"{job.name}: {device}, products at {rate / 1e12:.1f} TFLOP/s, {options.gpu_memory:.1f} GiB a GPU")
         print("\n".join(map(described, candidates)), flush=True)
