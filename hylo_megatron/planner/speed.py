@@ -163,8 +163,8 @@ def step_time(run: PlannedRun, card: float, fitted: Constants = FITTED) -> StepT
                     waiting=fitted.step + bubble)  # fmt: skip
 
 
-def tokens_per_second(run: PlannedRun, card: float, fitted: Constants = FITTED) -> float:
+def tokens_per_second(run: PlannedRun, card: float) -> float:
     """Return the tokens that all ranks together train on in a second."""
     data_parallel = run.work.processes // run.layout.ranks
     tokens = run.work.micro_batch * run.micro_batches * data_parallel * run.work.seq_length
-    return tokens / step_time(run, card, fitted).total
+    return tokens / step_time(run, card).total

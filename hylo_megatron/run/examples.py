@@ -14,7 +14,7 @@ from hylo_megatron.config.pair import check_vocabularies
 from hylo_megatron.config.plan import linear_of_plan
 from hylo_megatron.config.stages import stage_kind
 from hylo_megatron.config.student import student_architecture
-from hylo_megatron.convert.hf_folder import read_architecture
+from hylo_megatron.convert.hf_config import read_architecture
 from hylo_megatron.data.documents import detect_format
 from hylo_megatron.data.token_files import check_token_files, read_summary
 from hylo_megatron.distill.losses import fitting

@@ -19,7 +19,7 @@ from hylo_megatron.checkpoint.iterations import trained_to
 from hylo_megatron.config import Architecture, Plan
 from hylo_megatron.config.stages import stage_kind
 from hylo_megatron.convert import hf_to_megatron, megatron_to_hf
-from hylo_megatron.convert.hf_folder import read_architecture
+from hylo_megatron.convert.hf_config import read_architecture
 from hylo_megatron.convert.model_card import put_figures
 from hylo_megatron.distill.losses import fitting
 from hylo_megatron.errors import HyLoError

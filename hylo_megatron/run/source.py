@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hylo_megatron.config import Architecture
-from hylo_megatron.convert.hf_folder import read_architecture
+from hylo_megatron.convert.hf_config import read_architecture
 from hylo_megatron.corpus import smollm2, text
 from hylo_megatron.data import prepare
 
