@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from hylo_megatron.convert.tokenizer_files import check_rows, identity_of, open_tokenizer
-from hylo_megatron.errors import HyLoError
+from hylo_megatron.errors import HyLoError, first_line
 from hylo_megatron.hf import register
 from hylo_megatron.json_file import read_json
 
@@ -35,7 +35,7 @@ def resolve_device(device: str) -> torch.device:
         found = torch.device(device)
         torch.empty(1, device=found)
     except (RuntimeError, AssertionError) as error:
-        raise HyLoError(f"device '{device}' cannot be used ({_first_line(error)}): use auto, cpu or cuda") from error
+        raise HyLoError(f"device '{device}' cannot be used ({first_line(error)}): use auto, cpu or cuda") from error
     return found
 
 
@@ -99,7 +99,7 @@ def load(folder: str | Path, device: torch.device, dtype: torch.dtype, yarn: flo
     except HyLoError:
         raise
     except Exception as error:  # transformers may raise anything for a malformed file
-        raise HyLoError(f"{folder}: its model cannot be loaded ({_first_line(error)})") from error
+        raise HyLoError(f"{folder}: its model cannot be loaded ({first_line(error)})") from error
     absent = sorted(map(str, info["missing_keys"])) + sorted(map(str, info["mismatched_keys"]))
     if absent:
         raise HyLoError(
@@ -112,10 +112,6 @@ def load(folder: str | Path, device: torch.device, dtype: torch.dtype, yarn: flo
         eos_token_id=model.generation_config.eos_token_id, bos_token_id=model.generation_config.bos_token_id
     )
     return Loaded(folder.resolve().name, model.to(device).eval(), tokenizer, identity.fingerprint)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def layer_plan(config) -> list[str]:
