@@ -1,7 +1,1 @@
-#!/usr/bin/env python3
-"""``hylo fetch-smollm2`` under its earlier name."""
-
-from hylo_megatron.cli import run
-
-if __name__ == "__main__":
-    run("fetch-smollm2")
+earlier_name.py

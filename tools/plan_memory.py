@@ -1,7 +1,1 @@
-#!/usr/bin/env python3
-"""``hylo plan`` under its earlier name."""
-
-from hylo_megatron.cli import run
-
-if __name__ == "__main__":
-    run("plan")
+earlier_name.py

@@ -131,10 +131,7 @@ def evaluate(
         "settings": asdict(settings),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "dtype": str(dtype).removeprefix("torch."),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": {"python": platform.python_version()}
+        | {package.__name__: package.__version__ for package in (torch, transformers)},
     }
     return write_report(report, out_dir, curves) if out_dir is not None else report
