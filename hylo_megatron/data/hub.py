@@ -24,10 +24,7 @@ class HubDataset:
 
     @classmethod
     def parse(cls, text: str) -> "HubDataset":
-        """Return the data set of ``NAME``, ``NAME:CONFIG``, ``NAME@SPLIT`` or ``NAME:CONFIG@SPLIT``.
-
-        Raises ``HyLoError``.
-        """
+        """Return the data set of ``NAME[:CONFIG][@SPLIT]``. Raises ``HyLoError``."""
         rest, _, split = text.removeprefix(PREFIX).removeprefix("datasets/").partition("@")
         name, _, config = rest.partition(":")
         if not name or ("@" in text and not split):

@@ -25,10 +25,7 @@ LIGHTEST, HEAVIEST = 1.0, 50.0  # limits of an answer token's weight; an ordinar
 
 
 def check_packed(prefixes: list[str], seq_length: int) -> bool:
-    """Return whether these files are packed for ``seq_length``.
-
-    Raises ``HyLoError`` for other lengths and mixtures.
-    """
+    """Return whether the files are packed for ``seq_length``. Raises ``HyLoError`` for other lengths and mixtures."""
     summaries = {prefix: read_summary(prefix) if Path(f"{prefix}.json").is_file() else {} for prefix in prefixes}
     lengths = {prefix: summary.get("pack_length") for prefix, summary in summaries.items()}
     if not any(lengths.values()):
@@ -63,10 +60,7 @@ class DocumentConfig(GPTDatasetConfig):
 
 
 def check_ids(largest: int, rows: int, path: str) -> None:
-    """Refuse token ids beyond the models' rows: tensor-parallel ranks would use zeros as their embedding.
-
-    Raises ``HyLoError``.
-    """
+    """Raise ``HyLoError`` for ids beyond the models' rows: tensor-parallel ranks would embed zeros."""
     if largest >= rows:
         raise HyLoError(f"{path}: token {largest}, the models have {rows}; make the tokens with their tokenizer")
 

@@ -115,9 +115,7 @@ def check_token_files(prefix: str | Path, vocab_size: int | None = None) -> None
 
 
 def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarray]:
-    """Return the type of the ids, the lengths of the sequences, their byte offsets, and the first sequences of
-    documents.
-    """
+    """Return the ids' type, the sequences' lengths and byte offsets, and the first sequences of documents."""
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(HEADER.size)

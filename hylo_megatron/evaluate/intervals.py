@@ -11,10 +11,7 @@ BLOCK = 10_000_000  # indices that are drawn at a time
 
 
 def wilson(hits: float, samples: int) -> tuple[float, float]:
-    """Return the 95 % interval of a share after ``hits`` of ``samples``.
-
-    Wilson's interval also holds at 0 and 100 %.
-    """
+    """Return the 95 % interval of a share after ``hits`` of ``samples``; Wilson's also holds at 0 and 100 %."""
     share, square = hits / samples, NORMAL_95**2
     centre = share + square / (2 * samples)
     reach = NORMAL_95 * math.sqrt(share * (1 - share) / samples + square / (4 * samples**2))

@@ -49,9 +49,7 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def rows_per_batch(model: PreTrainedModel, length: int, batch_size: int | None) -> int:
-    """Return how many sequences of ``length`` tokens run at once: ``batch_size``, or by default what suits the
-    device.
-    """
+    """Return how many sequences of ``length`` tokens run at once: ``batch_size``, or what suits the device."""
     tokens = CPU_BATCH_TOKENS
     if model.device.type == "cuda":
         memory = torch.cuda.get_device_properties(model.device).total_memory
@@ -120,10 +118,7 @@ def layer_plan(config) -> list[str]:
 
 
 def kv_bytes_per_token(config, bytes_per_value: int = 2) -> int:
-    """Return the bytes that each further token adds to the cache, by default in bf16.
-
-    States of fixed size are not counted.
-    """
+    """Return the bytes that each further token adds to the cache, by default in bf16; fixed states add none."""
     if config.model_type == "hylo":
         return config.to_architecture().kv_bytes_per_token(bytes_per_value)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -49,10 +49,7 @@ def read_text(path: Path, tokenizer: Path, measured: int, trained: int, length: 
 
 
 def read_samples(prefix: Path, tokenizer: Path, count: int, more: int = 0) -> tuple[Tensor, Tensor]:
-    """Return the first ``count`` retrieval samples, and up to ``more`` others, with the marks of their answers.
-
-    Raises ``HyLoError``.
-    """
+    """Return the first ``count`` samples, up to ``more`` others, and their answers' marks. Raises ``HyLoError``."""
     identity = tokenizer_identity(tokenizer)
     check_token_files(prefix, identity.largest_id + 1)
     check_made_with(prefix, identity, tokenizer)
