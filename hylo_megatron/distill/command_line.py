@@ -13,8 +13,8 @@ from hylo_megatron.checkpoint.read_ahead import read_ahead
 from hylo_megatron.config import Architecture
 from hylo_megatron.config.decisions import CHUNK
 from hylo_megatron.config.layout import ParallelLayout, Work, check_exchange, check_parallel_layout
-from hylo_megatron.config.pair import check_pair
 from hylo_megatron.config.stages import STAGE_KINDS, stage_kind
+from hylo_megatron.convert.pair import check_pair
 from hylo_megatron.data.data_check import check_data, prefixes
 from hylo_megatron.distill.arguments import add_hylo_arguments, engine_flags, run_architecture, student_architecture
 from hylo_megatron.distill.first_flags import first_flags, limited

@@ -19,11 +19,11 @@ from pathlib import Path
 from hylo_megatron.config import Architecture, Plan, geometry_preset
 from hylo_megatron.config.geometry import GEOMETRY_HELP
 from hylo_megatron.config.layout import ParallelLayout, Work, check_parallel_layout
-from hylo_megatron.config.pair import check_teacher, check_vocabularies
 from hylo_megatron.config.positions import add_window, changed, given
+from hylo_megatron.config.shapes import element_count
 from hylo_megatron.config.stages import STAGE_KINDS, TRAIN, stage_kind
 from hylo_megatron.convert.hf_config import read_architecture
-from hylo_megatron.convert.shapes import element_count
+from hylo_megatron.convert.pair import check_teacher, check_vocabularies
 from hylo_megatron.distill.losses import LOSSES, check_levers, loss_of
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.flags import Parser, command_line, count, flag_among, names_of, positive, share, size, weight

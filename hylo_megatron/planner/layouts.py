@@ -6,8 +6,8 @@ from itertools import product
 
 from hylo_megatron.config import Architecture
 from hylo_megatron.config.layout import ParallelLayout, Work, misfits
+from hylo_megatron.config.shapes import element_count
 from hylo_megatron.config.stages import stage_kind
-from hylo_megatron.convert.shapes import element_count
 from hylo_megatron.distill.losses import KL, LayerDistance
 from hylo_megatron.planner.speed import FITTED, tokens_per_second
 from hylo_megatron.planner.training import PlannedRun, peaks

@@ -9,7 +9,7 @@ from math import prod
 
 from hylo_megatron.config import Architecture
 from hylo_megatron.config.decisions import CHUNK
-from hylo_megatron.convert.shapes import hf_shapes
+from hylo_megatron.config.shapes import hf_shapes
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.mixers import MIXERS, window
 from hylo_megatron.planner.flops import RATES, head_products, layer_products, mixing, token_flops

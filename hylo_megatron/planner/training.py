@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from hylo_megatron.config import Architecture
 from hylo_megatron.config.decisions import taught_length
 from hylo_megatron.config.layout import ParallelLayout, Work
-from hylo_megatron.config.pair import padded_rows
 from hylo_megatron.config.stages import StageKind
+from hylo_megatron.convert.pair import padded_rows
 from hylo_megatron.distill.losses import HeadShape, Loss
 from hylo_megatron.mixers.memory import Share, SubLayer
 from hylo_megatron.planner.activations import mixer as mixer_bytes

@@ -7,9 +7,9 @@ from hylo_megatron.checkpoint import disk
 from hylo_megatron.checkpoint.iterations import complete_iterations, trained_to
 from hylo_megatron.checkpoint.save_room import checkpoint_bytes
 from hylo_megatron.config import Architecture
+from hylo_megatron.config.shapes import element_count
 from hylo_megatron.config.stages import stage_kind
 from hylo_megatron.convert.hf_config import read_architecture
-from hylo_megatron.convert.shapes import element_count
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.run.training_process import fast_bf16
 

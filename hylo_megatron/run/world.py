@@ -16,8 +16,8 @@ from torch.distributed import DistError, PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from hylo_megatron.errors import HyLoError
+from hylo_megatron.parent import PARENT, STORE
 from hylo_megatron.run.launch import Process, Processes, child_environment
-from hylo_megatron.run.parent import PARENT, STORE
 
 POLL_SECONDS = 0.2
 OTHERS_SECONDS = 2  # when a rank fails others fail too; in this time the rank with the cause reports it

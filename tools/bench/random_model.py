@@ -16,8 +16,8 @@ from torch import Tensor
 
 from hylo_megatron.checkpoint.folder import whole_folder
 from hylo_megatron.config import Architecture
+from hylo_megatron.config.shapes import element_count, hf_shapes
 from hylo_megatron.convert.megatron_to_hf import SHARD_BYTES, write_weights
-from hylo_megatron.convert.shapes import element_count, hf_shapes
 from hylo_megatron.flags import Parser, command_line
 from hylo_megatron.recipes.proxy import made_up_texts, toy_shape, write_tokenizer
 from hylo_megatron.recipes.shapes import SHAPES, shape

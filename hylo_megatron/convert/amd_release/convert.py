@@ -8,11 +8,11 @@ from torch import Tensor
 
 from hylo_megatron.checkpoint.folder import whole_folder
 from hylo_megatron.config import Architecture
+from hylo_megatron.config.shapes import element_count, hf_shapes
 from hylo_megatron.convert.amd_release.config import FLA_NORM_EPS, Release, Unsaid, read_release
 from hylo_megatron.convert.amd_release.tables import EMBEDDING, source_shapes, takes
 from hylo_megatron.convert.hf_folder import HFWeights
 from hylo_megatron.convert.megatron_to_hf import write_hybrid_config, write_weights
-from hylo_megatron.convert.shapes import element_count, hf_shapes
 from hylo_megatron.convert.tokenizer_files import check_tokenizer, copy_companions
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.flags import Parser, command_line
