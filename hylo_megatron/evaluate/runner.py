@@ -131,7 +131,10 @@ def evaluate(
         "settings": asdict(settings),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "dtype": str(dtype).removeprefix("torch."),
-        "versions": {"python": platform.python_version()}
-        | {package.__name__: package.__version__ for package in (torch, transformers)},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
     }
     return write_report(report, out_dir, curves) if out_dir is not None else report
