@@ -10,7 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-STARTED_BY = os.getppid()  # as early as possible: see run/parent.py
+STARTED_BY = os.getppid()  # as early as possible: see parent.py
 
 
 def _is_own_program() -> bool:

@@ -53,7 +53,7 @@ def check(value: Any, kind: type[T], where: str, advice: str = "") -> T:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
     field = ".".join(map(str, first["loc"])) or "the whole"
-    found = f"is {_shown(first['input'])}: {_lower(first['msg'])}"
+    found = f"is {shown(first['input'])}: {_lower(first['msg'])}"
     if first["type"] in ("missing", "missing_argument"):
         found = "is missing"
     elif first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
@@ -81,6 +81,7 @@ def _lower(message: str) -> str:
     return message[:1].lower() + message[1:]
 
 
-def _shown(value: Any, limit: int = 60) -> str:
+def shown(value: Any) -> str:
+    """Return a value for a message, cut if it is long."""
     text = repr(value)
-    return text if len(text) <= limit else text[:limit] + "..."
+    return text if len(text) <= 60 else text[:60] + "..."

@@ -19,7 +19,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from hylo_megatron.errors import HyLoError
+from hylo_megatron.errors import HyLoError, first_line
 
 
 @dataclass(frozen=True)
@@ -152,8 +152,7 @@ def load(name: str, purpose: str, module: str | None = None):
     try:
         return importlib.import_module(module)
     except (ImportError, OSError, RuntimeError) as error:  # e.g. a library built for another torch
-        cause = (str(error) or type(error).__name__).splitlines()[0]
         raise HyLoError(
-            f"{purpose} needs {name}, which is installed but does not import ({cause}); "
+            f"{purpose} needs {name}, which is installed but does not import ({first_line(error)}); "
             f"reinstall it with: pip install --force-reinstall --no-deps {_BY_NAME[name].install}"
         ) from error

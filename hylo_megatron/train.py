@@ -20,7 +20,7 @@ from hylo_megatron.engine.register import install
 from hylo_megatron.engine.step_profile import StepProfile
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.flags import command_line
-from hylo_megatron.run.parent import bind_forks, die_with_parent, own_store
+from hylo_megatron.parent import bind_forks, die_with_parent, own_store
 
 if TYPE_CHECKING:
     from hylo_megatron.checkpoint.save_room import SaveRoom
@@ -34,7 +34,7 @@ def model_provider(
     from megatron.training import get_args
     from megatron.training.arguments import core_transformer_config_from_args
 
-    from hylo_megatron.config.pair import padded_rows
+    from hylo_megatron.convert.pair import padded_rows
     from hylo_megatron.distill.arguments import run_architecture, student_architecture
     from hylo_megatron.distill.model import DistillModel
     from hylo_megatron.distill.settings import DistillSettings

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from hylo_megatron.checkpoint import disk, iterations
 from hylo_megatron.config import Architecture
+from hylo_megatron.config.shapes import hf_shapes
 from hylo_megatron.config.stages import StageKind
-from hylo_megatron.convert.shapes import hf_shapes
 from hylo_megatron.errors import HyLoError
 
 STATE_BYTES = 12  # per trained parameter: the optimizer's main copy and two moments, in fp32

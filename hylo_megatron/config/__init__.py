@@ -7,12 +7,4 @@ from hylo_megatron.mixers.gdn.geometry import GDNGeometry
 from hylo_megatron.mixers.mamba2.geometry import Mamba2Geometry
 from hylo_megatron.mixers.mla.geometry import MLAGeometry
 
-__all__ = [
-    "Architecture",
-    "GDNGeometry",
-    "Geometry",
-    "MLAGeometry",
-    "Mamba2Geometry",
-    "Plan",
-    "geometry_preset",
-]
+__all__ = ["Architecture", "GDNGeometry", "Geometry", "MLAGeometry", "Mamba2Geometry", "Plan", "geometry_preset"]

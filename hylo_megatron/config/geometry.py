@@ -35,10 +35,7 @@ GEOMETRY_HELP = "native (what serving engines run unpadded) or published (the pa
 
 
 def geometry_preset(name: str, hidden_size: int, num_attention_heads: int, head_dim: int) -> Geometry:
-    """Return the ``native`` or ``published`` geometry for a base model; ``native:128+32``: with that latent of MLA.
-
-    Raises ``HyLoError``.
-    """
+    """Return the preset ``native`` or ``published``; ``native:128+32``: with that MLA latent. Raises ``HyLoError``."""
     preset, latent = geometry_name(name)
     base = BaseHeads(hidden_size=hidden_size, num_heads=num_attention_heads, head_dim=head_dim)
     parts = {kind: getattr(entry.part("geometry"), preset)(base) for kind, entry in _KINDS.items()}
@@ -61,8 +58,7 @@ def geometry_name(name: str) -> tuple[str, tuple[int, int] | None]:
 
 
 def check_heads(head_dim: int, geometry: Geometry, kinds: set[str]) -> None:
-    """Raise ``HyLoError`` for mixers of ``kinds`` that a base model with heads of ``head_dim`` cannot become, or that
-    a GPU's kernels do not run."""
+    """Raise ``HyLoError`` for mixers that heads of ``head_dim`` cannot become, or that a GPU's kernels do not run."""
     for name, entry in _KINDS.items():
         if name in kinds:
             entry.part("geometry").check(head_dim, entry.dimensions(geometry))

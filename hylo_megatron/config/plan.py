@@ -12,7 +12,7 @@ from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.json_file import Count, Size, read_json
+from hylo_megatron.json_file import Count, Size, read_json, shown
 from hylo_megatron.mixers import LINEAR, MIXERS
 
 _LINEAR_NAMES = {short: name for name in LINEAR for short in (MIXERS[name].short, *MIXERS[name].aliases)}
@@ -175,17 +175,12 @@ def _mla_layers(text: str, num_layers: int) -> tuple[int, ...]:
     parts = [part.strip() for part in text.split(",")]
     if not all(re.fullmatch(_NUMBER, part) for part in parts):
         raise HyLoError(
-            f"--mla-layers {_shown(text)}: expected layer numbers such as 1,5,10,14, or uniform:K, all, none"
+            f"--mla-layers {shown(text)}: expected layer numbers such as 1,5,10,14, or uniform:K, all, none"
         )
     layers = tuple(map(int, parts))
     twice = sorted({layer for layer in layers if layers.count(layer) > 1})
     if bad := [layer for layer in layers if layer >= num_layers] or twice:
         raise HyLoError(
-            f"--mla-layers {_shown(text)}: numbers must differ and lie in 0..{num_layers - 1}; got {_shown(bad)}"
+            f"--mla-layers {shown(text)}: numbers must differ and lie in 0..{num_layers - 1}; got {shown(bad)}"
         )
     return layers
-
-
-def _shown(value: object, limit: int = 60) -> str:
-    text = repr(value)
-    return text if len(text) <= limit else text[:limit] + "..."

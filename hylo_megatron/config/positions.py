@@ -122,41 +122,25 @@ def switch(text: str) -> bool:
 
 def add_flags(add, prefix: str = "--", default: str | None = None) -> None:
     """Add a flag for each setting. A flag that is not given leaves the setting as it is, which ``default`` says."""
-    add(
-        flag("mla_rope", prefix),
-        type=switch,
-        metavar="on|off",
+    add(flag("mla_rope", prefix), type=switch, metavar="on|off",
         help="off: MLA layers do not rotate queries and keys (NoPE); best from the start of a distillation stage on"
-        f" (default: {default or 'on'})",
-    )
-    add(
-        flag("linear_rope", prefix),
-        type=switch,
-        metavar="on|off",
+        f" (default: {default or 'on'})")  # fmt: skip
+    add(flag("linear_rope", prefix), type=switch, metavar="on|off",
         help="on: linear layers rotate queries and keys behind the convolution, as the base model's attention does"
-        f" (default: {default or 'off'})",
-    )
+        f" (default: {default or 'off'})")  # fmt: skip
     add_log_scale(add, prefix, default)
 
 
 def add_window(add) -> None:
-    add(
-        "--window",
-        type=window,
-        metavar="SIZE[+SINKS]|off",
+    add("--window", type=window, metavar="SIZE[+SINKS]|off",
         help="beside each linear block, the base model's own attention over the last SIZE tokens and the first SINKS"
-        " (default: off; SINKS: 4)",
-    )
+        " (default: off; SINKS: 4)")  # fmt: skip
 
 
 def add_log_scale(add, prefix: str = "--", default: str | None = None) -> None:
-    add(
-        flag("log_scale", prefix),
-        type=log_scale,
-        metavar="BASE[,LENGTH]|off",
+    add(flag("log_scale", prefix), type=log_scale, metavar="BASE[,LENGTH]|off",
         help="multiply MLA's queries at position t by log(max(t, LENGTH) + BASE) / log(LENGTH + BASE); LENGTH: 0, or"
-        f" the trained length, before which nothing changes (default: {default or 'off'})",
-    )
+        f" the trained length, before which nothing changes (default: {default or 'off'})")  # fmt: skip
 
 
 def flag(name: str, prefix: str = "--") -> str:

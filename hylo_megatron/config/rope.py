@@ -1,15 +1,12 @@
 """Rotary embeddings as transformers' dictionaries: the kinds that we compute and their fields. No torch in here."""
 
 import math
-from typing import Annotated, NotRequired
+from typing import NotRequired
 
-from pydantic import Field
 from typing_extensions import TypedDict
 
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.json_file import Positive, Size, check
-
-AtLeastZero = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+from hylo_megatron.json_file import AtLeastZero, Positive, Size, check
 
 
 class _Default(TypedDict):

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from hylo_megatron.checkpoint.folder import FINITE, CheckpointReader, LazyTensor, write_checkpoint
 from hylo_megatron.config import Architecture, Plan, geometry_preset
-from hylo_megatron.config.pair import check_vocabularies
 from hylo_megatron.config.plan import geometry_of_plan
+from hylo_megatron.convert.pair import check_vocabularies
 from hylo_megatron.convert.tables import mappings
 from hylo_megatron.convert.tokenizer_files import copy_companions
 from hylo_megatron.errors import HyLoError
@@ -67,11 +67,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--mla", required=True, help="checkpoint of the all-MLA student (--mla-layers all)")
     linear = "checkpoint of the all-linear student (--mla-layers none)"
     parser.add_argument("--linear-student", required=True, help=linear)
-    parser.add_argument(
-        "--mla-layers",
-        required=True,
-        help="1,5,10,14 | uniform:K | a name such as 4MLA12GDN | plan.json of hylo select-layers",
-    )
+    layers = "1,5,10,14 | uniform:K | a name such as 4MLA12GDN | plan.json of hylo select-layers"
+    parser.add_argument("--mla-layers", required=True, help=layers)
     parser.add_argument("--linear", choices=LINEAR, help=f"default: {LINEAR[0]}, or the plan's name")
     parser.add_argument("--out", required=True)
     options = parser.parse_args(argv)

@@ -7,10 +7,10 @@ Any training leaves ``train_log.jsonl`` in its checkpoint.
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hylo_megatron.corpus.smollm2 import STAMP
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.json_file import parse, read_json
 
+STAMP = "hylo_source.json"  # what hylo fetch-smollm2 writes beside a model
 SMOLLM2 = ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")
 
 

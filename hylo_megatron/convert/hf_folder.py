@@ -10,8 +10,7 @@ from typing_extensions import TypedDict
 
 from hylo_megatron.checkpoint import disk
 from hylo_megatron.config import Architecture
-from hylo_megatron.convert.hf_config import read_architecture  # noqa: F401  other modules import it from here
-from hylo_megatron.convert.shapes import hf_shapes
+from hylo_megatron.config.shapes import hf_shapes
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.json_file import Object, check, read_json
 

@@ -9,7 +9,8 @@ import torch
 
 from hylo_megatron.checkpoint.folder import LazyTensor, check_empty, write_checkpoint
 from hylo_megatron.config import Architecture, geometry_preset
-from hylo_megatron.convert.hf_folder import HFWeights, read_architecture
+from hylo_megatron.convert.hf_config import read_architecture
+from hylo_megatron.convert.hf_folder import HFWeights
 from hylo_megatron.convert.self_check import check_frequencies, self_check, transformers_model
 from hylo_megatron.convert.tables import mappings
 from hylo_megatron.convert.tokenizer_files import check_tokenizer, copy_companions

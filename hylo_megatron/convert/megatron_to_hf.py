@@ -13,10 +13,11 @@ from torch import Tensor
 
 from hylo_megatron.checkpoint.folder import FINITE, CheckpointReader, whole_folder
 from hylo_megatron.config import Architecture, positions
+from hylo_megatron.config.shapes import hf_shapes
 from hylo_megatron.convert.card_records import UNKNOWN, Origin, origin_of
-from hylo_megatron.convert.hf_folder import read_architecture, save_tensors
+from hylo_megatron.convert.hf_config import read_architecture
+from hylo_megatron.convert.hf_folder import save_tensors
 from hylo_megatron.convert.model_card import figures, write_card
-from hylo_megatron.convert.shapes import hf_shapes
 from hylo_megatron.convert.tables import mappings
 from hylo_megatron.convert.tokenizer_files import check_tokenizer, copy_companions
 from hylo_megatron.errors import HyLoError

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hylo_megatron import packages
 from hylo_megatron.convert.tokenizer_json import (
     ADDED,
     ADVICE,
@@ -22,11 +23,10 @@ from hylo_megatron.convert.tokenizer_json import (
     SPECIAL,
     check_claimed_ids,
     check_tokenizer_json,
-    first_line,
     read_config,
     token_ids,
 )
-from hylo_megatron.errors import HyLoError
+from hylo_megatron.errors import HyLoError, first_line
 from hylo_megatron.json_file import read_json
 
 TEMPLATES = "additional_chat_templates"
@@ -116,7 +116,7 @@ def open_tokenizer(folder: str | os.PathLike):
 
 def _check_conversion(path: Path, tokenizer) -> None:
     """Compare with sentencepiece: transformers silently ignores some of its settings."""
-    processor = _sentencepiece(path)
+    processor = open_sentencepiece(path)
     for text in ("Hello, world 123", "two  spaces", "a\nb\tc", "ﬁve ½ １２", "naïve 你好 🙂"):
         if tokenizer(text, add_special_tokens=False).input_ids != processor.encode(text):
             raise HyLoError(
@@ -216,16 +216,14 @@ def _fingerprint(content: dict) -> str:
 
 
 def _sentencepiece_identity(path: Path) -> TokenizerIdentity:
-    size = _sentencepiece(path).vocab_size()
+    size = open_sentencepiece(path).vocab_size()
     return TokenizerIdentity(size, size - 1, hashlib.sha256(path.read_bytes()).hexdigest())
 
 
-def _sentencepiece(path: Path):
+def open_sentencepiece(path: Path):
+    """Return the processor of a sentencepiece ``.model`` file. Raises ``HyLoError``."""
+    sentencepiece = packages.load("sentencepiece", f"{path}: reading it")
     try:
-        from sentencepiece import SentencePieceProcessor
-    except ImportError as error:
-        raise HyLoError(f"{path}: reading it needs the package sentencepiece: pip install sentencepiece") from error
-    try:
-        return SentencePieceProcessor(model_file=str(path))
+        return sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (OSError, RuntimeError) as error:
         raise HyLoError(f"{path}: not a sentencepiece model ({first_line(error)})") from error

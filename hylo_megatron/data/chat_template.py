@@ -38,10 +38,7 @@ class ChatTemplate:
         return cls(tokenizer) if tokenizer.chat_template else None
 
     def choose(self, name: str | None, where: Any) -> "ChatTemplate":
-        """Return the template ``name``; without a name, the only template or the default one.
-
-        Raises ``HyLoError`` if there is none.
-        """
+        """Return the template ``name``, or the only or the default one. Raises ``HyLoError`` if there is none."""
         found = self.tokenizer.chat_template
         names = sorted(found) if isinstance(found, dict) else []
         if name is not None and name not in names:
@@ -61,10 +58,7 @@ class ChatTemplate:
         )
 
     def render(self, chat: Chat) -> tuple[Chat, str]:
-        """Return ``chat`` as it was given to the template, and its text.
-
-        Raises ``Unusable`` if the template refuses the conversation.
-        """
+        """Return ``chat`` as the template gets it, and its text. Raises ``Unusable`` if the template refuses."""
         calls = [call for message in chat.messages for call in message.get("tool_calls", ())]
         arguments = [call["function"]["arguments"] for call in calls]
         error = None
@@ -84,10 +78,7 @@ class ChatTemplate:
         return chat, text
 
     def answers(self, chat: Chat, text: str) -> tuple[Span, ...]:
-        """Return the assistant's parts of ``text``, where ``chat`` and ``text`` are what ``render`` returned.
-
-        Raises ``Unusable``.
-        """
+        """Return the assistant's parts of ``text``; ``chat`` and ``text`` are from ``render``. Raises ``Unusable``."""
         if not any(message["role"] == "assistant" for message in chat.messages):
             raise Unusable("it has no message of an assistant")
         spans = self._marked(chat, text) or self._verbatim(chat, text) or self._by_difference(chat, text)
@@ -170,9 +161,7 @@ class ChatTemplate:
         return Span(start, len(text) - _common(text[start:][::-1], other[start:][::-1]))
 
     def _between_prefixes(self, chat: Chat, text: str, index: int) -> Span | None:
-        """Return what lies between two renderings: the earlier messages with the prompt for an answer, and those with
-        the answer.
-        """
+        """Return what lies between the earlier messages with the prompt for an answer, and those with the answer."""
         try:
             before = self(chat.messages[:index], chat.tools, prompt=True)
             behind = self(chat.messages[: index + 1], chat.tools).rstrip()
@@ -198,9 +187,7 @@ class ChatTemplate:
 
 
 def left_out(chat: Chat, text: str) -> str | None:
-    """Return the first part of ``chat`` that its rendered ``text`` lacks, ignoring white space; None if it lacks
-    nothing.
-    """
+    """Return the first part of ``chat`` that ``text`` lacks, ignoring white space; None if it lacks nothing."""
     squeezed = None
     for number, message in enumerate(chat.messages, 1):
         parts = [("the content", message.get("content", ""))]

@@ -59,9 +59,7 @@ def _name(text: str) -> str:
 
 
 def _parsed(value: Any, what: str) -> Any:
-    """Parse ``value`` if it is a string: data sets with columns of one type store lists and objects as JSON
-    strings.
-    """
+    """Parse ``value`` if it is a string: columns of one type store lists and objects as JSON strings."""
     if not isinstance(value, str):
         return value
     try:
@@ -95,10 +93,7 @@ def _message(item: Any, what: str) -> dict:
 
 
 def _content(content: Any, what: str) -> str | None:
-    """Return the content as one string.
-
-    Text parts are joined as vLLM joins them, so serving sees what training saw.
-    """
+    """Return the content as one string, its parts joined as vLLM joins them: serving sees what training saw."""
     if content is None or isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -121,9 +116,7 @@ def _listed(value: Any, what: str) -> list:
 
 
 def _tool_call(call: Any, what: str) -> dict:
-    """Return the call with its arguments as an object, as transformers' templates expect; OpenAI's interface has
-    strings.
-    """
+    """Return the call with its arguments as an object, as templates expect; OpenAI's interface has strings."""
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise Unusable(f"{what} has a tool call without a function's name")

@@ -133,10 +133,7 @@ def read_documents(
 
 
 def check_texts(path: Path) -> None:
-    """Refuse the file if one of the first ``MOST_DOCUMENTS`` rows of ``path`` cannot be read, used or not.
-
-    Raises ``HyLoError``.
-    """
+    """Raise ``HyLoError`` if one of the first ``MOST_DOCUMENTS`` rows of ``path`` cannot be read, used or not."""
     form = detect_format(path)
     rows = read_rows(path, container(path), chats.COLUMNS) if form == "chat" else read_documents(path, form)
     for _ in itertools.islice(rows, MOST_DOCUMENTS):

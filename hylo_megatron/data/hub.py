@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hylo_megatron import packages
-from hylo_megatron.errors import HyLoError
+from hylo_megatron.errors import HyLoError, first_line
 
 PREFIX = "hf://"
 SAVED = ("state.json", "dataset_dict.json")  # one of them is in a folder of save_to_disk
@@ -24,10 +24,7 @@ class HubDataset:
 
     @classmethod
     def parse(cls, text: str) -> "HubDataset":
-        """Return the data set of ``NAME``, ``NAME:CONFIG``, ``NAME@SPLIT`` or ``NAME:CONFIG@SPLIT``.
-
-        Raises ``HyLoError``.
-        """
+        """Return the data set of ``NAME[:CONFIG][@SPLIT]``. Raises ``HyLoError``."""
         rest, _, split = text.removeprefix(PREFIX).removeprefix("datasets/").partition("@")
         name, _, config = rest.partition(":")
         if not name or ("@" in text and not split):
@@ -55,10 +52,9 @@ class HubDataset:
         except HyLoError:
             raise
         except Exception as error:  # scripts, networks, and file formats may raise anything
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise HyLoError(
-                f"{self}: row {number + 1} cannot be read ({reason}): check the name, :CONFIG and @SPLIT, and whether"
-                " this machine reaches the hub"
+                f"{self}: row {number + 1} cannot be read ({first_line(error)}): check the name, :CONFIG and @SPLIT,"
+                " and whether this machine reaches the hub"
             ) from error
 
     def _opened(self, library):

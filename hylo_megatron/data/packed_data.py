@@ -18,23 +18,16 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.megatron_dataset import MegatronDataset
 
 from hylo_megatron.data.prepare import MASK
-from hylo_megatron.data.token_files import read_summary
+from hylo_megatron.data.token_files import read_answers, read_summary
 from hylo_megatron.errors import HyLoError
 
 LIGHTEST, HEAVIEST = 1.0, 50.0  # limits of an answer token's weight; an ordinary token has 1
 
 
-def packed_length(prefix: str) -> int | None:
-    """Return the tokens per sequence from ``PREFIX.json``; None if the tokens are not packed."""
-    return read_summary(prefix).get("pack_length") if Path(f"{prefix}.json").is_file() else None
-
-
 def check_packed(prefixes: list[str], seq_length: int) -> bool:
-    """Return whether these files are packed for ``seq_length``.
-
-    Raises ``HyLoError`` for other lengths and mixtures.
-    """
-    lengths = {prefix: packed_length(prefix) for prefix in prefixes}
+    """Return whether the files are packed for ``seq_length``. Raises ``HyLoError`` for other lengths and mixtures."""
+    summaries = {prefix: read_summary(prefix) if Path(f"{prefix}.json").is_file() else {} for prefix in prefixes}
+    lengths = {prefix: summary.get("pack_length") for prefix, summary in summaries.items()}
     if not any(lengths.values()):
         return False
     for prefix, length in lengths.items():
@@ -67,10 +60,7 @@ class DocumentConfig(GPTDatasetConfig):
 
 
 def check_ids(largest: int, rows: int, path: str) -> None:
-    """Refuse token ids beyond the models' rows: tensor-parallel ranks would use zeros as their embedding.
-
-    Raises ``HyLoError``.
-    """
+    """Raise ``HyLoError`` for ids beyond the models' rows: tensor-parallel ranks would embed zeros."""
     if largest >= rows:
         raise HyLoError(f"{path}: token {largest}, the models have {rows}; make the tokens with their tokenizer")
 
@@ -91,22 +81,10 @@ class PackedDataset(MegatronDataset):
     def __init__(self, dataset, dataset_path, indices, num_samples, index_split, config):
         super().__init__(dataset, dataset_path, indices, num_samples, index_split, config)
         self.seed = [config.random_seed, zlib.crc32(Path(dataset_path).name.encode())]
-        answers = Path(f"{dataset_path}.answers.npy")
-        self.answers = self._read_answers(answers, (len(dataset), len(dataset[0])))
-        self.learnt = self._read_mask(Path(f"{dataset_path}{MASK}"), (len(dataset), len(dataset[0])))
+        shape = len(dataset), len(dataset[0])
+        self.answers = read_answers(dataset_path, shape)
+        self.learnt = self._read_mask(Path(f"{dataset_path}{MASK}"), shape)
         self._epoch, self._order = -1, indices
-
-    @staticmethod
-    def _read_answers(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
-        if not path.is_file():
-            return None
-        try:
-            answers = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            raise HyLoError(f"{path}: damaged ({error}): make the samples again") from None
-        if answers.dtype != np.uint8 or answers.shape != shape:
-            raise HyLoError(f"{path}: {answers.dtype} of shape {answers.shape}, expected uint8 of {shape}")
-        return answers
 
     @staticmethod
     def _read_mask(path: Path, shape: tuple[int, int]) -> np.ndarray | None:

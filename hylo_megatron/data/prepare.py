@@ -11,15 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from hylo_megatron.data.chat_template import Span
-from hylo_megatron.data.documents import (
-    FORMATS,
-    TEXT_KEY,
-    Piece,
-    Tally,
-    chat_template,
-    detect_format,
-    read_documents,
-)
+from hylo_megatron.data.documents import FORMATS, TEXT_KEY, Piece, Tally, chat_template, detect_format, read_documents
 from hylo_megatron.data.hub import HubDataset, size_of, text_input
 from hylo_megatron.data.token_writer import Counts, TokenWriter, token_files
 from hylo_megatron.data.tokenizers import TextTokenizer, load_tokenizer
@@ -185,84 +177,56 @@ def _nothing_written(inputs: list[Path], counts: Counts, pack_length: int | None
     return f"{names}: no text found ({counts.empty} empty documents)"
 
 
+# fmt: off
+def _flags() -> Parser:
+    """Return the parser, whose names in parsed arguments are those of ``prepare``."""
+    parser = Parser(description="Tokenize text into Megatron's .bin and .idx files.")
+    add = parser.add_argument
+    add("--input", nargs="+", type=text_input, default=[], metavar="FILE",
+        help="files of text, rows or chats, or hf://NAME[:CONFIG][@SPLIT], a data set that the package datasets reads")
+    add("--dataset", nargs="+", type=HubDataset.parse, default=[], metavar="NAME",
+        help="the same data sets without hf:// (default split: train)")
+    add("--tokenizer", required=True, type=Path, help="Hugging Face folder or sentencepiece .model")
+    add("--out", required=True, type=Path, metavar="PREFIX", help="writes PREFIX.bin, .idx and .json")
+    add("--format", dest="form", choices=FORMATS,
+        help="text: a file is a document; jsonl: a row (of JSON lines, a JSON array, csv or parquet) is one; chat: "
+        'rows of {"messages": [...]} through the chat template (default: detected from the file)')
+    add("--text-key", help=f"key or column of the text in rows (default {TEXT_KEY})")
+    add("--chat-template", dest="template_name", metavar="NAME", help="which template, if the tokenizer has several")
+    add("--pack-length", type=int, metavar="N", help="join documents, cut sequences of N tokens")
+    add("--long-documents", action="store_true",
+        help="cut each document of at least --pack-length tokens on its own, without joining any; skip shorter ones")
+    add("--answers-only", action="store_true", help="train only on what the assistant says in chats (fine-tuning)")
+    add("--workers", type=int, default=os.cpu_count(), metavar="N", help="tokenizer threads (default %(default)s)")
+    add("--append-eod", action=argparse.BooleanOptionalAction, default=True,
+        help="end each document with the end-of-document token (default on; packing always does)")
+    add("--eod-token", help="default <|endoftext|> or <|end_of_text|> if there is one, else eos")
+    return parser
+
+
+# fmt: on
+
+
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Run ``hylo prepare-data``."""
-    parser = Parser(description="Tokenize text into Megatron's .bin and .idx files.")
-    parser.add_argument(
-        "--input",
-        nargs="+",
-        type=text_input,
-        default=[],
-        metavar="FILE",
-        help="files of text, rows or chats, or hf://NAME[:CONFIG][@SPLIT], a data set that the package datasets reads",
-    )
-    parser.add_argument(
-        "--dataset",
-        nargs="+",
-        type=HubDataset.parse,
-        default=[],
-        metavar="NAME",
-        help="the same data sets without hf:// (default split: train)",
-    )
-    parser.add_argument("--tokenizer", required=True, type=Path, help="Hugging Face folder or sentencepiece .model")
-    parser.add_argument("--out", required=True, type=Path, metavar="PREFIX", help="writes PREFIX.bin, .idx and .json")
-    parser.add_argument(
-        "--format",
-        choices=FORMATS,
-        help="text: a file is a document; jsonl: a row (of JSON lines, a JSON array, csv or parquet) is one; chat: "
-        'rows of {"messages": [...]} through the chat template (default: detected from the file)',
-    )
-    parser.add_argument("--text-key", help=f"key or column of the text in rows (default {TEXT_KEY})")
-    parser.add_argument("--chat-template", metavar="NAME", help="which template, if the tokenizer has several")
-    parser.add_argument("--pack-length", type=int, metavar="N", help="join documents, cut sequences of N tokens")
-    parser.add_argument(
-        "--long-documents",
-        action="store_true",
-        help="cut each document of at least --pack-length tokens on its own, without joining any; skip shorter ones",
-    )
-    parser.add_argument(
-        "--answers-only", action="store_true", help="train only on what the assistant says in chats (fine-tuning)"
-    )
-    parser.add_argument(
-        "--workers", type=int, default=os.cpu_count(), metavar="N", help="tokenizer threads (default %(default)s)"
-    )
-    parser.add_argument(
-        "--append-eod",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="end each document with the end-of-document token (default on; packing always does)",
-    )
-    parser.add_argument("--eod-token", help="default <|endoftext|> or <|end_of_text|> if there is one, else eos")
-    arguments = parser.parse_args(argv)
-    if arguments.workers < 1:
-        raise HyLoError(f"--workers {arguments.workers}: expected 1 or more")
-    inputs = [*arguments.input, *arguments.dataset]
+    options = vars(_flags().parse_args(argv))
+    if options["workers"] < 1:
+        raise HyLoError(f"--workers {options['workers']}: expected 1 or more")
+    inputs = [*options.pop("input"), *options.pop("dataset")]
     if not inputs:
         raise HyLoError("no text given: name files with --input, or data sets of a hub with --dataset")
-    began = time.monotonic()
-    summary = prepare(
-        inputs,
-        arguments.tokenizer,
-        arguments.out,
-        form=arguments.format,
-        text_key=arguments.text_key,
-        pack_length=arguments.pack_length,
-        workers=arguments.workers,
-        append_eod=arguments.append_eod,
-        eod_token=arguments.eod_token,
-        long_documents=arguments.long_documents,
-        answers_only=arguments.answers_only,
-        template_name=arguments.chat_template,
-    )
+    began, tokenizer, out = time.monotonic(), options.pop("tokenizer"), options.pop("out")
+    summary = prepare(inputs, tokenizer, out, **options)
     seconds = time.monotonic() - began
     what = f"{summary['documents']} documents, {summary['tokens'] / 1e6:.2f}M tokens"
     if summary["pack_length"]:
-        rest = f"{summary['skipped_documents']} shorter documents skipped," if arguments.long_documents else "the last"
+        skipped = f"{summary['skipped_documents']} shorter documents skipped,"
+        rest = skipped if options["long_documents"] else "the last"
         what += (
             f" in {summary['sequences']} sequences of {summary['pack_length']}, {rest} "
             f"{summary['dropped_tokens']} tokens dropped"
         )
     for key, words in EXPLAINED.items():
         what += f", {summary[key]} {words}" if summary[key] else ""
-    print(f"{arguments.out}.bin: {what}, {os.path.getsize(f'{arguments.out}.bin') / 1e6:.1f} MB, {seconds:.1f} s")
+    print(f"{out}.bin: {what}, {os.path.getsize(f'{out}.bin') / 1e6:.1f} MB, {seconds:.1f} s")

@@ -1,6 +1,4 @@
-"""Rows of JSON lines, JSON arrays, csv, tsv and parquet files, and the decision whether a file has rows or plain
-text.
-"""
+"""Rows of JSON lines, JSON arrays, csv, tsv and parquet files, and whether a file has rows or plain text."""
 
 import csv
 import json

@@ -137,9 +137,7 @@ def _decompressed(raw: BinaryIO, path: Path) -> Iterator[bytes]:
 
 
 def _zstd(raw: BinaryIO, path: Path) -> Iterator[bytes]:
-    """Decompress frame by frame, because the package's ``stream_reader`` ends without an error if a frame is cut
-    off.
-    """
+    """Decompress frame by frame: the package's ``stream_reader`` ends without an error if a frame is cut off."""
     zstandard = packages.load("zstandard", f"{path}: reading it")
     frame = None
     try:

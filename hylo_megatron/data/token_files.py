@@ -52,6 +52,23 @@ def read_summary(prefix: str | Path, needed: tuple[str, ...] = ()) -> Summary:
     return summary
 
 
+def read_answers(prefix: str | Path, shape: tuple[int, int]) -> np.ndarray | None:
+    """Return ``PREFIX.answers.npy`` of ``hylo make-retrieval``: 1 at each token of an answer. None if there is none.
+
+    ``shape``: sequences, and tokens of each. Raises ``HyLoError`` for a damaged file, or one of another shape.
+    """
+    path = Path(f"{prefix}.answers.npy")
+    if not path.is_file():
+        return None
+    try:
+        answers = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise HyLoError(f"{path}: damaged ({error}): make the samples again") from None
+    if answers.dtype != np.uint8 or answers.shape != shape:
+        raise HyLoError(f"{path}: {answers.dtype} of shape {answers.shape}, expected uint8 of {shape}")
+    return answers
+
+
 def check_made_with(prefix: str | Path, identity: TokenizerIdentity, tokenizer: str | Path) -> None:
     """Refuse tokens that, according to ``PREFIX.json``, another tokenizer than ``identity`` made.
 
@@ -98,9 +115,7 @@ def check_token_files(prefix: str | Path, vocab_size: int | None = None) -> None
 
 
 def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarray]:
-    """Return the type of the ids, the lengths of the sequences, their byte offsets, and the first sequences of
-    documents.
-    """
+    """Return the ids' type, the sequences' lengths and byte offsets, and the first sequences of documents."""
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(HEADER.size)

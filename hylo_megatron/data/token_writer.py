@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
+
 from hylo_megatron.checkpoint import disk
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.files import only_writer
@@ -74,7 +76,7 @@ class TokenWriter:
         else:
             # A document of any size must not fill the memory: its tokens are written now, its length with its last
             # piece.
-            self.builder.data_file.write(self._array(self.pending).tobytes())
+            self.builder.data_file.write(np.array(self.pending, self.builder.dtype).tobytes())
             self.pending = []
         if last:
             self._end_document()
@@ -106,14 +108,9 @@ class TokenWriter:
         del self.pending[:whole], self.pending_mask[:whole]
 
     def _write(self, ids: list[int], length: int) -> None:
-        self.builder.add_document(self._array(ids), [length])
+        self.builder.add_document(np.array(ids, self.builder.dtype), [length])
         self.counts.tokens += length
         self.counts.sequences += 1
-
-    def _array(self, ids: list[int]):
-        import numpy
-
-        return numpy.array(ids, dtype=self.builder.dtype)
 
 
 @contextmanager

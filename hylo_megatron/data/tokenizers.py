@@ -5,11 +5,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from hylo_megatron import packages
 from hylo_megatron.convert.tokenizer_files import (
     check_model_beside,
     has_tokenizer,
     identity_of,
+    open_sentencepiece,
     open_tokenizer,
     tokenizer_identity,
 )
@@ -75,11 +75,7 @@ def _hugging_face(path: Path, workers: int, eod_token: str | None) -> TextTokeni
 
 
 def _sentencepiece(path: Path, workers: int, eod_token: str | None) -> TextTokenizer:
-    sentencepiece = packages.load("sentencepiece", f"{path}: reading it")
-    try:
-        processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    except (OSError, RuntimeError) as error:
-        raise HyLoError(f"{path}: not a sentencepiece model ({error})") from error
+    processor = open_sentencepiece(path)
     eod_id = processor.piece_to_id(eod_token) if eod_token else processor.eos_id()
     if eod_id < 0 or (eod_token and eod_id == processor.unk_id()):
         raise HyLoError(f"{path}: no end-of-document token {eod_token or '(eos)'}: name one with --eod-token")

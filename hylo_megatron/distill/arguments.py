@@ -15,103 +15,57 @@ from hylo_megatron.json_file import Object, check
 from hylo_megatron.options import add_options
 
 
+# fmt: off
 def _add_model_arguments(add) -> None:
     add("--hylo-student", required=True, help="student checkpoint to start from (hylo upcycle or an earlier stage)")
-    add(
-        "--hylo-teacher", required=True, help="teacher checkpoint; for distill it may be wider or deeper than the base"
-    )
+    add("--hylo-teacher", required=True,
+        help="teacher checkpoint; for distill it may be wider or deeper than the base")
     add("--hylo-backend", choices=("local", "te"), default="local", help="torch layers, or TransformerEngine's")
-    add(
-        "--hylo-linear-cp",
-        choices=("auto", "a2a", "states"),
-        default="auto",
+    add("--hylo-linear-cp", choices=("auto", "a2a", "states"), default="auto",
         help="context parallelism of linear blocks: all-to-all over heads, or states composed from those of all ranks"
-        " (default: auto, which is states)",
-    )
-    add(
-        "--hylo-mlp-block",
-        type=size,
+        " (default: auto, which is states)")
+    add("--hylo-mlp-block", type=size,
         help="tokens that the MLPs of the frozen teacher and recomputed MLPs compute at once (default: all, and where"
-        " gate and up of a rank have over 2**29 values, blocks of at most 2**28)",
-    )
-    add(
-        "--hylo-recurrence-block",
-        type=size,
+        " gate and up of a rank have over 2**29 values, blocks of at most 2**28)")
+    add("--hylo-recurrence-block", type=size,
         help="tokens that the recurrence of GDN and KDA blocks reads at once, a multiple of 64: less memory in the"
-        " backward pass of a long sequence (default: all)",
-    )
-    add(
-        "--hylo-teacher-fp8",
-        action="store_true",
+        " backward pass of a long sequence (default: all)")
+    add("--hylo-teacher-fp8", action="store_true",
         help="multiply in FP8 in the teacher's layers, whose weights then take half the memory (distill; Ada, Hopper"
-        " or newer)",
-    )
-    add(
-        "--hylo-offload-teacher",
-        action="store_true",
-        help="keep the teacher's layers in the host's memory; each is on the GPU only while it computes",
-    )
-    add(
-        "--hylo-offload-optimizer",
-        action="store_true",
-        help="keep the optimizer's states in the host's memory during forward and backward passes",
-    )
-    add(
-        "--hylo-initial-states",
-        choices=INITIAL_STATES,
-        default="zero",
+        " or newer)")
+    add("--hylo-offload-teacher", action="store_true",
+        help="keep the teacher's layers in the host's memory; each is on the GPU only while it computes")
+    add("--hylo-offload-optimizer", action="store_true",
+        help="keep the optimizer's states in the host's memory during forward and backward passes")
+    add("--hylo-initial-states", choices=INITIAL_STATES, default="zero",
         help="what linear blocks start a sequence from: the last states of the previous step (carried), or noise with"
-        " their mean and deviation (random); for the last steps of a training, to reach further",
-    )
+        " their mean and deviation (random); for the last steps of a training, to reach further")
     add("--hylo-rope", type=json_object, help='change the student\'s rotary embedding, e.g. {"rope_theta": 4e5}')
     positions.add_flags(add, "--hylo-", "as --hylo-student has it")
-    add(
-        "--hylo-teacher-rope",
-        type=json_object,
-        help="the same for the teacher's, beyond the length it was trained for",
-    )
+    add("--hylo-teacher-rope", type=json_object,
+        help="the same for the teacher's, beyond the length it was trained for")
 
 
 def _add_run_arguments(add) -> None:
-    add(
-        "--hylo-student-iteration",
-        type=size,
-        help="wait until --hylo-student holds this iteration: an earlier stage may still be training it",
-    )
-    add(
-        "--dataloader",
-        choices=("torch", "dali"),
-        default="torch",
+    add("--hylo-student-iteration", type=size,
+        help="wait until --hylo-student holds this iteration: an earlier stage may still be training it")
+    add("--dataloader", choices=("torch", "dali"), default="torch",
         help="what reads the samples: torch's loader, or NVIDIA DALI, which copies them to the GPU ahead of their step"
-        " (default: torch; same samples, same order)",
-    )
+        " (default: torch; same samples, same order)")
     add("--no-self-test", action="store_true", help="do not compare the GPU kernels with their references at start-up")
-    add(
-        "--no-memory-check",
-        action="store_true",
-        help="start even if a rank needs more memory than its GPU has by the planner's count",
-    )
+    add("--no-memory-check", action="store_true",
+        help="start even if a rank needs more memory than its GPU has by the planner's count")
     add("--hylo-keep-last", type=size, help="checkpoints to keep, the newest; older ones are deleted (default: all)")
-    add(
-        "--hylo-last-weights-only",
-        action="store_true",
+    add("--hylo-last-weights-only", action="store_true",
         help="save the last step without the optimizer's states, which take six times the room of the weights; the"
-        " next stage does not read them, and the finished run cannot be given more steps",
-    )
-    add(
-        "--hylo-on-spike",
-        choices=ACTIONS,
-        default="warn",
+        " next stage does not read them, and the finished run cannot be given more steps")
+    add("--hylo-on-spike", choices=ACTIONS, default="warn",
         help="what follows a loss spike, or a loss or gradient that is not finite. skip: leave the step's update out;"
         " rollback: go back to the last checkpoint's weights and on with the next samples; stop: end the training, as"
-        " warn does for values that are not finite",
-    )
-    add(
-        "--hylo-random-weights",
-        action="store_true",
+        " warn does for values that are not finite")
+    add("--hylo-random-weights", action="store_true",
         help="start student and teacher from random weights, made on the device; their folders need no more than"
-        " hylo.json. For benchmarks: nothing is saved",
-    )
+        " hylo.json. For benchmarks: nothing is saved")
     add("--hylo-profile", help="folder for a table of the time of each group of kernels in two of the last steps")
     add("--hylo-log", help="JSON lines with the losses of every step (default: SAVE/train_log.jsonl)")
 
@@ -121,38 +75,26 @@ def add_hylo_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     parser.set_defaults(cp_comm_type=["auto"])  # megatron's flag, whose default is p2p
     group = parser.add_argument_group("hylo")
     add = group.add_argument
-    add(
-        "--hylo-stage",
-        choices=tuple(STAGE_KINDS),
-        required=True,
-        help=", ".join(f"{kind.name}: {kind.help}" for kind in STAGE_KINDS.values()),
-    )
+    add("--hylo-stage", choices=tuple(STAGE_KINDS), required=True,
+        help=", ".join(f"{kind.name}: {kind.help}" for kind in STAGE_KINDS.values()))
     _add_model_arguments(add)
-    add(
-        "--hylo-train",
-        choices=TRAIN,
-        help="mixers: weights copied from the base stay frozen"
-        f" (default: {', '.join(f'{kind.train} for {kind.name}' for kind in STAGE_KINDS.values())})",
-    )
-    add(
-        "--hylo-control",
-        action="store_true",
-        help="train a Transformer as student, the control of a hybrid; all of its weights count as copied",
-    )
+    add("--hylo-train", choices=TRAIN, help="mixers: weights copied from the base stay frozen"
+        f" (default: {', '.join(f'{kind.train} for {kind.name}' for kind in STAGE_KINDS.values())})")
+    add("--hylo-control", action="store_true",
+        help="train a Transformer as student, the control of a hybrid; all of its weights count as copied")
     add("--hylo-copied-lr-mult", type=weight, default=0.2, help="learning rate of copied weights, as a factor")
     add("--hylo-decay-lr-mult", type=weight, default=5.0, help="learning rate of A_log and dt_bias, as a factor")
     add("--hylo-loss", choices=tuple(LOSSES), help="what student and teacher are compared by (default: the stage's)")
     for loss in LOSSES.values():
         add_options(group, loss)
-    add(
-        "--hylo-answer-weight",
-        type=weight,
-        default=0.0,
-        help="cross-entropy of the answers in packed data (hylo make-retrieval), as a share of a sample's tokens",
-    )
+    add("--hylo-answer-weight", type=weight, default=0.0,
+        help="cross-entropy of the answers in packed data (hylo make-retrieval), as a share of a sample's tokens")
     _add_run_arguments(add)
     add_options(group, SpikeSettings)
     return parser
+
+
+# fmt: on
 
 
 def run_architecture(path: str, rope: dict | None = None, seq_length: int = 0, **changes) -> Architecture:

@@ -13,8 +13,8 @@ from hylo_megatron.checkpoint.read_ahead import read_ahead
 from hylo_megatron.config import Architecture
 from hylo_megatron.config.decisions import CHUNK
 from hylo_megatron.config.layout import ParallelLayout, Work, check_exchange, check_parallel_layout
-from hylo_megatron.config.pair import check_pair
 from hylo_megatron.config.stages import STAGE_KINDS, stage_kind
+from hylo_megatron.convert.pair import check_pair
 from hylo_megatron.data.data_check import check_data, prefixes
 from hylo_megatron.distill.arguments import add_hylo_arguments, engine_flags, run_architecture, student_architecture
 from hylo_megatron.distill.first_flags import first_flags, limited
@@ -27,14 +27,9 @@ from hylo_megatron.errors import HyLoError
 from hylo_megatron.flags import Parser, given
 from hylo_megatron.options import from_options
 
-
-def async_flags() -> list[str]:
-    """Return the flags that ``--async-save`` needs.
-
-    megatron turns ``--async-save`` off without the first flag. The default of the second, nvidia-resiliency-ext, has a
-    writer of its own, whose death would go unnoticed; ``engine/checkpoint_writer.py`` watches the writer of ``mcore``.
-    """
-    return ["--use-persistent-ckpt-worker", "--async-strategy", "mcore"]
+# Flags that ``--async-save`` needs. megatron turns it off without the first one. The default of the second,
+# nvidia-resiliency-ext, has a writer whose death would go unnoticed; ``engine/checkpoint_writer.py`` watches mcore's.
+ASYNC = ["--use-persistent-ckpt-worker", "--async-strategy", "mcore"]
 
 
 def user_flags(user: list[str]) -> argparse.Namespace:
@@ -283,7 +278,7 @@ def add_engine_flags(arch: Architecture) -> None:
     does not know."""
     user = sys.argv[1:]
     known = user_flags(user)
-    flags = engine_flags(arch, Path(known.hylo_student) / "hf") + (async_flags() if known.async_save else [])
+    flags = engine_flags(arch, Path(known.hylo_student) / "hf") + (ASYNC if known.async_save else [])
     if guard_checks(known):
         flags += ["--no-check-for-nan-in-loss-and-grad"]
     if guard_checks(known) or not known.check_for_nan_in_loss_and_grad:

@@ -3,13 +3,13 @@
 Legend: T tokens, D student width, C teacher width, N vocabulary rows of this tensor-parallel rank. Both heads are
 split by vocabulary. Each chunk of tokens needs two all-reduces per model for the softmax (maximum and sum), and one
 each for the divergence and the label's logit. The extra memory is a few ``[chunk, N]`` tensors for any T. Gradients
-are computed in the forward pass, from the same products.
+are computed in the forward pass, from the same products. ``loss`` is a ``KL`` of ``losses/kl.py``, which calls
+``chunked_loss``.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -19,9 +19,6 @@ from torch import Tensor
 from hylo_megatron.config.decisions import token_chunks
 from hylo_megatron.kernels.chunked import compute_dtype
 from hylo_megatron.kernels.norm import wide
-
-if TYPE_CHECKING:
-    from hylo_megatron.distill.losses.kl import KL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,13 +65,13 @@ class TokenWeights:
         )
 
 
-def token_weights(inputs: HeadInputs, loss: KL) -> TokenWeights:
+def token_weights(inputs: HeadInputs, loss) -> TokenWeights:
     mask_T = inputs.mask_T.float()
     kl_T, ce_T = loss.token_weights(inputs.position_T, mask_T, inputs.answer_weight_T, inputs.late)
     return TokenWeights(labels_T=inputs.labels_T, mask_T=mask_T, kl_T=kl_T, ce_T=ce_T)
 
 
-def reference_loss(student_TN: Tensor, teacher_TN: Tensor, weights: TokenWeights, loss: KL) -> Tensor:
+def reference_loss(student_TN: Tensor, teacher_TN: Tensor, weights: TokenWeights, loss) -> Tensor:
     """What ``chunked_loss`` must equal, from whole logits without padding, on one rank."""
     log_s, log_t = ((x_TN / loss.temperature).log_softmax(-1) for x_TN in (student_TN, teacher_TN))
     kl_T = loss.reference_divergence(log_s, log_t) * loss.temperature**2
@@ -117,7 +114,7 @@ class Shard:
         return self.sum(value), here, column
 
 
-def torch_chunk(student_TN: Tensor, teacher_TN: Tensor | None, weights: TokenWeights, shard: Shard, loss: KL):
+def torch_chunk(student_TN: Tensor, teacher_TN: Tensor | None, weights: TokenWeights, shard: Shard, loss):
     """Return divergence ``[T]``, cross-entropy ``[T]`` and the gradient by the student's logits ``[T, N]``.
 
     Without the teacher's logits the divergence is zero.
@@ -141,7 +138,7 @@ def torch_chunk(student_TN: Tensor, teacher_TN: Tensor | None, weights: TokenWei
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h_TD: Tensor, head_ND: Tensor, inputs: HeadInputs, weights: TokenWeights, loss: KL):
+    def forward(ctx, h_TD: Tensor, head_ND: Tensor, inputs: HeadInputs, weights: TokenWeights, loss):
         shard = Shard(head_ND.shape[0], inputs.vocab_size, inputs.group)
         need_h, need_head = h_TD.requires_grad, head_ND.requires_grad
         grad_h = torch.zeros_like(h_TD) if need_h else None
@@ -173,7 +170,7 @@ class _HeadLoss(torch.autograd.Function):
         return *(None if g is None else g * grad.to(g.dtype) for g in (grad_h, grad_head)), None, None, None
 
 
-def chunked_loss(inputs: HeadInputs, loss: KL) -> Tensor:
+def chunked_loss(inputs: HeadInputs, loss) -> Tensor:
     """Return ``[loss, divergence, cross-entropy]``: sums over this rank's tokens.
 
     The first is weighted by token and has a gradient. The other two are for the log: they count the tokens of the loss

@@ -30,18 +30,18 @@ FIXED = ("hylo_stage", "hylo_train", "hylo_copied_lr_mult", "hylo_decay_lr_mult"
 UNKNOWN = {"hylo_control": False}  # of runs that were started before there was the flag
 
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+def _check_kept(what: str, now, folder: Path, before) -> None:
+    if now != before:
+        raise HyLoError(
+            f"{what} is {now}, the run in {folder} was started with {before}: a run that goes on keeps it; give the"
+            " old value, or another --save and --load"
+        )
 
 
 def check_fixed(saved, args, path: Path) -> None:
     for name in FIXED:
-        before, now = getattr(saved, name, UNKNOWN.get(name)), getattr(args, name)
-        if before != now:
-            raise HyLoError(
-                f"{_flag(name)} is {now}, the run in {path.parent} was started with {before}: a run that goes on keeps"
-                " it; give the old value, or another --save and --load"
-            )
+        before = getattr(saved, name, UNKNOWN.get(name))
+        _check_kept("--" + name.replace("_", "-"), getattr(args, name), path.parent, before)
 
 
 def check_architecture(where: str, folder: Path, arch: Architecture) -> None:
@@ -51,15 +51,12 @@ def check_architecture(where: str, folder: Path, arch: Architecture) -> None:
     before = Architecture.load(folder)
     if before.plan != arch.plan:
         raise HyLoError(f"{where} {folder} holds a run of another student; choose another folder")
+    if not complete_iterations(folder):
+        return
     fields = {name: positions.flag(name, "--hylo-") for name in positions.FIELDS}
     fields |= {"rope_parameters": "--hylo-rope", "window": where}  # no training changes a window
     for name, flag in fields.items():
-        was, now = getattr(before, name), getattr(arch, name)
-        if was != now and complete_iterations(folder):
-            raise HyLoError(
-                f"{flag}: {name} is {now}, the run in {folder} was started with {was}: a run that goes on keeps"
-                " it; give the old value, or another --save and --load"
-            )
+        _check_kept(f"{flag}: {name}", getattr(arch, name), folder, getattr(before, name))
 
 
 def check_save(args, arch: Architecture) -> None:
@@ -81,23 +78,24 @@ def changed_schedule(saved: dict, scheduler) -> list[str]:
     return list(reversed(phrases.values()))
 
 
-def _saved(path: Path, optimizer, args) -> dict | None:
-    """Return what the checkpoint ``path`` says of its run, or None where only weights are loaded."""
-    if optimizer is None or args.finetune or args.no_load_optim:
-        return None
+def _common(path: Path, args) -> dict:
+    """Return what the checkpoint ``path`` says of its run; empty where only weights are loaded."""
+    if args.finetune or args.no_load_optim:
+        return {}
     from megatron.core import dist_checkpointing
 
-    common = dist_checkpointing.load_common_state_dict(str(path))
+    return dist_checkpointing.load_common_state_dict(str(path))
+
+
+def _saved(path: Path, optimizer, args) -> dict | None:
+    """Return the state of the run that saved ``path``, or None where there is none to go on with."""
+    common = {} if optimizer is None else _common(path, args)
     return common if {"args", "optimizer", "opt_param_scheduler"} <= common.keys() else None
 
 
 def has_no_optimizer(path: Path, args) -> bool:
     """Return whether the optimizer would be loaded from ``path``, a checkpoint of a training, and is not there."""
-    if args.finetune or args.no_load_optim:
-        return False
-    from megatron.core import dist_checkpointing
-
-    common = dist_checkpointing.load_common_state_dict(str(path))
+    common = _common(path, args)
     return "args" in common and "optimizer" not in common
 
 

@@ -26,7 +26,7 @@ from hylo_megatron.engine.patch import entries, instead
 from hylo_megatron.engine.register import install, original
 from hylo_megatron.engine.training_run import TrainingRun
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.run.parent import end_with_parent
+from hylo_megatron.parent import end_with_parent
 
 CAUSE_SECONDS = 2  # torchrun ends writers too when a rank is lost: time for the line that names the rank
 CLOSING_SECONDS = 20

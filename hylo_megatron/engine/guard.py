@@ -9,6 +9,7 @@ import json
 import math
 import operator
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,7 @@ REMEDY = "lower --lr or raise the warm-up, look at these samples, or let --hylo-
 
 
 def settings_of(args) -> SpikeSettings:
-    settings = from_options(SpikeSettings, args)
-    return SpikeSettings(factor=settings.factor, burst=settings.burst, action=args.hylo_on_spike)
+    return replace(from_options(SpikeSettings, args), action=args.hylo_on_spike)
 
 
 class Guard:

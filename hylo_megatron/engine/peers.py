@@ -27,11 +27,7 @@ CODE = 2  # exit code of every rank that ends here
 NEWS_SECONDS = 5  # how long a rank whose collective fails waits for the rank with the cause
 SIGNAL_SECONDS = 1  # torchrun ends all ranks when one is lost; this is the time to print which one
 AGAIN = "the same command goes on from the last checkpoint"
-KEEPALIVE = (
-    ("TCP_KEEPIDLE", 10),
-    ("TCP_KEEPINTVL", 5),
-    ("TCP_KEEPCNT", 4),
-)  # notices a lost node in 30 s
+KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}  # notices a lost node in 30 s
 
 
 class _Run:
@@ -87,7 +83,7 @@ def fail(text: str) -> NoReturn:
 
 def _configure(connection: socket.socket) -> None:
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in KEEPALIVE:
+    for name, value in KEEPALIVE.items():
         if hasattr(socket, name):
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 

@@ -6,6 +6,7 @@ those that each rank sends in a ring of all ranks. NCCL may choose another way.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from functools import partial
 
 from torch import Tensor
 
@@ -86,13 +87,10 @@ def _counted(method: str) -> Callable:
     return replacement
 
 
-def _exists(method: str) -> Callable[[], bool]:
-    def exists() -> bool:
-        from torch.distributed import ProcessGroup
+def _exists(method: str) -> bool:
+    from torch.distributed import ProcessGroup
 
-        return hasattr(ProcessGroup, method)
-
-    return exists
+    return hasattr(ProcessGroup, method)
 
 
 PATCHES = tuple(
@@ -102,6 +100,6 @@ PATCHES = tuple(
         "counting", "torch",
         (f"torch.distributed:ProcessGroup.{method}", _counted(method), "builtin",
          "a profile of steps counts the bytes that a rank sends"),
-        needed=_exists(method),
+        needed=partial(_exists, method),
     )
 )  # fmt: skip

@@ -79,10 +79,7 @@ class StepLog:
         write_text(self.path, "".join(line.decode() + "\n" for line in kept))
 
     def layer_means(self) -> torch.Tensor | None:
-        """Return the parts ``[L, P]`` of each layer's loss, averaged over all tokens of the step.
-
-        Returns None in other stages.
-        """
+        """Return the parts ``[L, P]`` of each layer's loss, means over the step's tokens; None in other stages."""
         settings = self.models[0].settings
         if not settings.kind.layerwise:
             return None

@@ -18,7 +18,7 @@ from hylo_megatron.evaluate.encoding import encode_open
 from hylo_megatron.evaluate.greedy import batches
 from hylo_megatron.evaluate.perplexity import padded, token_losses
 from hylo_megatron.evaluate.questions import Choice, prompt_ids
-from hylo_megatron.evaluate.run_task import Answerer, run, summary
+from hylo_megatron.evaluate.run_task import Answerer, run, summary, tally
 from hylo_megatron.evaluate.task import Prompt, Task
 
 LETTER = re.compile(r"^\W*([A-Z])(?![\w'])|(?i:\b(?:answer|option)(?: is)?:?)\s*\W?([A-Z])(?![\w'])")
@@ -175,10 +175,7 @@ def _hit(values: list[float], question: Choice) -> float:
 def by_letter(task: Letters, tokenizer, answer: Answerer, length: int, label: str = "") -> dict:
     """Return the summary over questions; a question's score is the mean over the shifts of its options."""
     results = run(task, tokenizer, answer, lengths=(length,), samples=len(task.questions), label=label)["samples"]
-    scores: dict[int, list[float]] = {}
-    for result in results:
-        scores.setdefault(result["question"], []).append(result["score"])
-    means = [fmean(values) for values in scores.values()]
+    means = [row["accuracy"] for row in tally(results, "question")]
     return {**summary(means), "hits": round(sum(means), 4), "samples_of_shifts": results}
 
 

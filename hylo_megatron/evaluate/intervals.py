@@ -11,10 +11,7 @@ BLOCK = 10_000_000  # indices that are drawn at a time
 
 
 def wilson(hits: float, samples: int) -> tuple[float, float]:
-    """Return the 95 % interval of a share after ``hits`` of ``samples``.
-
-    Wilson's interval also holds at 0 and 100 %.
-    """
+    """Return the 95 % interval of a share after ``hits`` of ``samples``; Wilson's also holds at 0 and 100 %."""
     share, square = hits / samples, NORMAL_95**2
     centre = share + square / (2 * samples)
     reach = NORMAL_95 * math.sqrt(share * (1 - share) / samples + square / (4 * samples**2))
@@ -60,7 +57,7 @@ def newcombe(before: Sequence[float], after: Sequence[float]) -> tuple[float, fl
     return new - old - joined(new - new_low, old_high - old), new - old + joined(new_high - new, old - old_low)
 
 
-def of_differences(before: Sequence[float], after: Sequence[float], seed: int = 0) -> tuple[float, float] | None:
+def of_differences(before: Sequence[float], after: Sequence[float]) -> tuple[float, float] | None:
     """Return the 95 % interval of the mean of ``after - before``: two models' scores of the same questions.
 
     The interval is Newcombe's if every score is 0 or 1. Otherwise each draw of the bootstrap takes the same questions
@@ -69,11 +66,11 @@ def of_differences(before: Sequence[float], after: Sequence[float], seed: int = 
     if all(score in (0, 1) for score in (*before, *after)):
         return newcombe(before, after)
     differences = [b - a for a, b in zip(before, after, strict=True)]
-    return bootstrap(differences, seed=seed) if len(set(differences)) > 1 else None
+    return bootstrap(differences) if len(set(differences)) > 1 else None
 
 
-def of_scores(scores: Sequence[float], seed: int = 0) -> tuple[float, float]:
+def of_scores(scores: Sequence[float]) -> tuple[float, float]:
     """Return the 95 % interval of a mean score: Wilson's if every score is 0 or 1, otherwise the bootstrap's."""
     if all(score in (0, 1) for score in scores):
         return wilson(sum(scores), len(scores))
-    return bootstrap(scores, seed=seed)
+    return bootstrap(scores)

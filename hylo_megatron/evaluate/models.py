@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from hylo_megatron.convert.tokenizer_files import check_rows, identity_of, open_tokenizer
-from hylo_megatron.errors import HyLoError
+from hylo_megatron.errors import HyLoError, first_line
 from hylo_megatron.hf import register
 from hylo_megatron.json_file import read_json
 
@@ -35,7 +35,7 @@ def resolve_device(device: str) -> torch.device:
         found = torch.device(device)
         torch.empty(1, device=found)
     except (RuntimeError, AssertionError) as error:
-        raise HyLoError(f"device '{device}' cannot be used ({_first_line(error)}): use auto, cpu or cuda") from error
+        raise HyLoError(f"device '{device}' cannot be used ({first_line(error)}): use auto, cpu or cuda") from error
     return found
 
 
@@ -49,9 +49,7 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def rows_per_batch(model: PreTrainedModel, length: int, batch_size: int | None) -> int:
-    """Return how many sequences of ``length`` tokens run at once: ``batch_size``, or by default what suits the
-    device.
-    """
+    """Return how many sequences of ``length`` tokens run at once: ``batch_size``, or what suits the device."""
     tokens = CPU_BATCH_TOKENS
     if model.device.type == "cuda":
         memory = torch.cuda.get_device_properties(model.device).total_memory
@@ -99,7 +97,7 @@ def load(folder: str | Path, device: torch.device, dtype: torch.dtype, yarn: flo
     except HyLoError:
         raise
     except Exception as error:  # transformers may raise anything for a malformed file
-        raise HyLoError(f"{folder}: its model cannot be loaded ({_first_line(error)})") from error
+        raise HyLoError(f"{folder}: its model cannot be loaded ({first_line(error)})") from error
     absent = sorted(map(str, info["missing_keys"])) + sorted(map(str, info["mismatched_keys"]))
     if absent:
         raise HyLoError(
@@ -114,20 +112,13 @@ def load(folder: str | Path, device: torch.device, dtype: torch.dtype, yarn: flo
     return Loaded(folder.resolve().name, model.to(device).eval(), tokenizer, identity.fingerprint)
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-
-
 def layer_plan(config) -> list[str]:
     """Return the name of every layer's mixer."""
     return list(config.mixers) if config.model_type == "hylo" else ["attention"] * config.num_hidden_layers
 
 
 def kv_bytes_per_token(config, bytes_per_value: int = 2) -> int:
-    """Return the bytes that each further token adds to the cache, by default in bf16.
-
-    States of fixed size are not counted.
-    """
+    """Return the bytes that each further token adds to the cache, by default in bf16; fixed states add none."""
     if config.model_type == "hylo":
         return config.to_architecture().kv_bytes_per_token(bytes_per_value)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

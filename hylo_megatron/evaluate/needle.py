@@ -103,9 +103,7 @@ class Prose:
         return [len(ids) for ids in self.encoder.pieces(texts)]
 
     def filler(self, start: int, budget: int) -> list[str]:
-        """Return sentences from ``start`` on, repeating the text if needed, then single words up to ``budget``
-        tokens.
-        """
+        """Return sentences from ``start`` on, beginning again if needed, then words, up to ``budget`` tokens."""
         taken = take(self.encoder, self._from(start), budget)
         budget -= sum(self.sizes(taken))
         following = (f" {word}" for sentence in self._from(start + len(taken)) for word in sentence.split())
@@ -123,10 +121,7 @@ class Prose:
         return (self.sentences[index % len(self.sentences)] for index in count(start))
 
     def place(self, filler: list[str], fact: str, depth: float) -> tuple[list[str], float]:
-        """Put the fact at the boundary of texts nearest to ``depth`` in tokens.
-
-        Returns the texts and that boundary's depth.
-        """
+        """Put the fact at the boundary of texts nearest to ``depth`` in tokens; return texts and that one's depth."""
         starts = list(accumulate(self.sizes(filler), initial=0))
         total = max(1, starts[-1])
         at = min(range(len(starts)), key=lambda index: abs(starts[index] - depth * total))

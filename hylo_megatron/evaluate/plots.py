@@ -74,10 +74,7 @@ def position_curves(results_by_text: dict[str, dict[str, dict]], path: str | Pat
 
 
 def read_log(file: str | Path) -> dict[str, list[tuple[int, float]]]:
-    """Return the (iteration, loss) points of every stage of a training log.
-
-    An iteration that a resumed run repeats counts once.
-    """
+    """Return the (iteration, loss) points of every stage of a training log; a repeated iteration counts once."""
     file = Path(file)
     if not file.is_file():
         raise HyLoError(f"training log {file} not found: expected JSON lines with stage, iteration and loss")
@@ -110,10 +107,7 @@ def running_mean(values: Sequence[float], window: int) -> list[float]:
 
 
 def loss_curves(logs: Sequence[str | Path], path: str | Path) -> Path | None:
-    """Draw one panel per stage (their losses are different quantities), with one line per log.
-
-    Returns None if no log has a loss.
-    """
+    """Draw a panel per stage, whose losses are different quantities, with a line per log; None without losses."""
     curves = {Path(log).stem: read_log(log) for log in logs}
     if len(curves) < len(logs):
         curves = {str(log): read_log(log) for log in logs}

@@ -1,8 +1,11 @@
 """Settings of an evaluation."""
 
+import argparse
 from dataclasses import dataclass
 
 from hylo_megatron.errors import HyLoError
+from hylo_megatron.flags import count, positive, size
+from hylo_megatron.options import option
 
 DEFAULT_SUITES = ("perplexity", "long", "needle", "choice", "answers")
 SUITES = (*DEFAULT_SUITES, "ruler")
@@ -10,40 +13,49 @@ MEASURED = ("prose", "book", "code", "c", "long", "choice", "answers")  # kinds 
 KINDS = (*MEASURED, "ruler_squad", "ruler_hotpot")
 
 
+def lengths(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(size(part) for part in text.split(","))
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, several with commas as in 1024,2048") from None
+
+
+# fmt: off
 @dataclass(frozen=True)
 class Settings:
-    """Settings of the measurements.
+    """Settings of the measurements, most of them flags. ``suites`` empty: those of ``DEFAULT_SUITES`` with a file."""
 
-    Lengths are in tokens. ``suites`` empty: those of ``DEFAULT_SUITES`` that have a file. ``long_join``: documents
-    shorter than ``long_context`` are joined. ``batch_size`` None suits the device. ``needle_samples`` and
-    ``ruler_samples`` are per cell. ``teacher_needle_limit``: the teacher gets no longer prompts, for example prompts
-    far beyond its training length. ``questions``: questions drawn from each file;
-    ``shots``: answered examples before each.
-    ``prefill_chunk``: tokens of a prompt or document that one forward pass reads. ``teacher_yarn``: YaRN's factor for
-    a second measurement of the teacher.
-    """
-
-    context: int = 2048
-    ppl_tokens: int = 20_000
-    long_context: int = 32_768
-    long_documents: int = 4
-    long_join: bool = False
-    needle_lengths: tuple[int, ...] = (1024, 2048)
-    needle_samples: int = 4
-    needle_depths: int = 5
-    teacher_needle_limit: int | None = None
-    skip: tuple[str, ...] = ()
-    batch_size: int | None = None
-    dtype: str = "auto"
-    device: str = "auto"
-    seed: int = 0
     suites: tuple[str, ...] = ()
-    ruler_lengths: tuple[int, ...] = (4096,)
-    ruler_samples: int = 20
-    questions: int | None = None
-    shots: int = 3
-    prefill_chunk: int = 32_768
-    teacher_yarn: float | None = None
+    skip: tuple[str, ...] = ()
+    dtype: str = "auto"
+    teacher_yarn: float | None = option(
+        "--teacher-yarn", None, positive, "measure the teacher also with YaRN of this factor")
+    device: str = option("--device", "auto", str, "auto, cpu, cuda, cuda:1 ...")
+    seed: int = option("--seed", 0, count, "random seed of the needles")
+    batch_size: int | None = option(
+        "--batch-size", None, size, "sequences per batch; by default as many as suit the device")
+    prefill_chunk: int = option("--prefill-chunk", 32_768, size, "tokens that one forward pass reads; bounds memory")
+    context: int = option("--context", 2048, size, "tokens to which documents are cut")
+    ppl_tokens: int = option("--ppl-tokens", 20_000, size, "tokens that are scored of each file")
+    long_context: int = option(
+        "--long-context", 32_768, size, "tokens of a long document; shorter documents are skipped")
+    long_documents: int = option("--long-documents", 4, size, "long documents to score")
+    long_join: bool = option(
+        "--long-join", False, help="join documents shorter than --long-context, as parts of one work")
+    questions: int | None = option("--questions", None, size, "questions drawn from each file; all")
+    shots: int = option(
+        "--shots", 3, count, "answered examples, from the same file, before a question to be answered")
+    needle_lengths: tuple[int, ...] = option(
+        "--needle-lengths", (1024, 2048), lengths,
+        "prompt lengths in tokens, including the answer (default: 1024,2048)")
+    needle_samples: int = option("--needle-samples", 4, size, "prompts for each length and depth")
+    needle_depths: int = option("--needle-depths", 5, size, "number of depths, from the first to the last sentence")
+    teacher_needle_limit: int | None = option(
+        "--teacher-needle-limit", None, size, "longest prompt, in tokens, that the teacher gets; no limit")
+    ruler_lengths: tuple[int, ...] = option(
+        "--ruler-lengths", (4096,), lengths, "RULER's prompt lengths in tokens, including the answer (default: 4096)")
+    ruler_samples: int = option("--ruler-samples", 20, size, "prompts for each RULER task and length")
+    # fmt: on
 
     def __post_init__(self):
         for name in (

@@ -15,7 +15,7 @@ from hylo_megatron.evaluate.needle import Needle
 from hylo_megatron.evaluate.perplexity import long_documents_of, perplexity_of
 from hylo_megatron.evaluate.questions import draw, read_answers, read_choices
 from hylo_megatron.evaluate.ruler import tasks
-from hylo_megatron.evaluate.run_task import answerer, run, summary
+from hylo_megatron.evaluate.run_task import answerer, run, tally
 from hylo_megatron.evaluate.settings import Settings
 from hylo_megatron.evaluate.task import Task
 
@@ -41,16 +41,6 @@ class Job:
     files: Files
     settings: Settings
 
-    @property
-    def common(self) -> dict:
-        """Return the arguments that both perplexities take."""
-        return {
-            "model": self.loaded.model,
-            "tokenizer": self.loaded.tokenizer,
-            "batch_size": self.settings.batch_size,
-            "prefill": self.settings.prefill_chunk,
-        }
-
     def label(self, name: str) -> str:
         return f"{self.role}: {name}"
 
@@ -59,15 +49,14 @@ class Job:
         return answerer(self.loaded.model, self.loaded.tokenizer, task, settings.batch_size, settings.prefill_chunk)
 
     def run(self, task: Task, lengths: tuple[int, ...], samples: int) -> dict:
-        return run(
-            task,
-            self.loaded.tokenizer,
-            self.answerer(task),
-            lengths=lengths,
-            samples=samples,
-            seed=self.settings.seed,
-            label=self.label(task.name),
-        )
+        how = {"lengths": lengths, "samples": samples, "seed": self.settings.seed, "label": self.label(task.name)}
+        return run(task, self.loaded.tokenizer, self.answerer(task), **how)
+
+    def losses(self, measure: Callable[..., dict], kind: str, label: str, **how) -> dict:
+        """Return what ``measure``, a function of ``perplexity.py``, finds in the file of this kind."""
+        how |= {"batch_size": self.settings.batch_size, "prefill": self.settings.prefill_chunk}
+        file = self.files[kind][0]
+        return measure(self.loaded.model, self.loaded.tokenizer, file, label=self.label(label), **how)
 
     def split(self, lengths: tuple[int, ...]) -> tuple[tuple[int, ...], list[int]]:
         """Return the prompt lengths that this model gets, and the others."""
@@ -86,31 +75,15 @@ class Suite:
 
 
 def _perplexity(job: Job) -> dict:
-    settings = job.settings
-    return {
-        name: perplexity_of(
-            **job.common,
-            file=job.files[name][0],
-            context=settings.context,
-            max_tokens=settings.ppl_tokens,
-            whole=name == "book",
-            label=job.label(name),
-        )
-        for name in TEXTS
-        if name in job.files
-    }
+    how = {"context": job.settings.context, "max_tokens": job.settings.ppl_tokens}
+    names = [name for name in TEXTS if name in job.files]
+    return {name: job.losses(perplexity_of, name, name, whole=name == "book", **how) for name in names}
 
 
 def _long(job: Job) -> dict:
     settings = job.settings
-    return long_documents_of(
-        **job.common,
-        file=job.files["long"][0],
-        context=settings.long_context,
-        count=settings.long_documents,
-        join=settings.long_join,
-        label=job.label("long documents"),
-    )
+    how = {"context": settings.long_context, "count": settings.long_documents, "join": settings.long_join}
+    return job.losses(long_documents_of, "long", "long documents", **how)
 
 
 def _needle(job: Job) -> dict:
@@ -153,12 +126,8 @@ def _ruler(job: Job) -> dict:
         task.check(job.loaded.tokenizer, length)
     for task in chosen:
         found[task.name] = job.run(task, lengths, settings.ruler_samples)
-    scores: dict[int, list[float]] = {}
-    for result in found.values():
-        for sample in result["samples"]:
-            scores.setdefault(sample["length"], []).append(sample["score"])
-    means = [{"length": length, **summary(values)} for length, values in scores.items()]
-    return {"tasks": found, "by_length": means, "not_run": not_run}
+    samples = [sample for result in found.values() for sample in result["samples"]]
+    return {"tasks": found, "by_length": tally(samples, "length"), "not_run": not_run}
 
 
 # ---- rows of the report's table ----

@@ -41,7 +41,4 @@ def key_words(prose: str) -> tuple[list[str], list[str]]:
     nouns = sorted(set(NOUN_IN_TEXT.findall(prose)) - set(adjectives))
     if len(words) < 2:
         raise HyLoError("the prose file has no words of 4 to 9 lower-case letters to make needle keys of: use prose")
-    return (
-        adjectives if len(adjectives) >= MIN_WORDS else words,
-        nouns if len(nouns) >= MIN_WORDS else words,
-    )
+    return (adjectives if len(adjectives) >= MIN_WORDS else words, nouns if len(nouns) >= MIN_WORDS else words)

@@ -7,11 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hylo_megatron.convert.tokenizer_files import (
-    check_model_beside,
-    identity_of,
-    open_tokenizer,
-)
+from hylo_megatron.convert.tokenizer_files import check_model_beside, identity_of, open_tokenizer
 from hylo_megatron.data.documents import MOST_DOCUMENTS, read_texts
 from hylo_megatron.data.token_files import check_made_with, check_token_files
 from hylo_megatron.errors import HyLoError

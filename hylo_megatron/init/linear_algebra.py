@@ -9,10 +9,7 @@ from torch import Tensor
 def ridge_corrections(
     features_NF: Tensor, target_ND: Tensor, weight_DF: Tensor, ridges: Iterable[float]
 ) -> Iterator[Tensor]:
-    """Yield ``W + ΔW`` for each strength, ΔW the ridge regression of what ``W`` leaves over.
-
-    The fit is pulled towards ``W``, not to zero.
-    """
+    """Yield ``W + ΔW`` for each strength, ΔW the ridge regression, towards ``W``, of what ``W`` leaves over."""
     f = features_NF.double()
     moment = f.T @ (target_ND.double() - f @ weight_DF.double().T)
     gram = f.T @ f

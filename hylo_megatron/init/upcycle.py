@@ -13,10 +13,10 @@ from torch import Tensor
 from hylo_megatron.checkpoint.folder import LazyTensor, check_empty, write_checkpoint
 from hylo_megatron.config import Architecture, Geometry, Plan, positions
 from hylo_megatron.config.geometry import GEOMETRY_HELP
+from hylo_megatron.config.shapes import hf_shapes
 from hylo_megatron.config.student import student_architecture
 from hylo_megatron.convert.hf_folder import save_tensors
 from hylo_megatron.convert.hf_to_megatron import megatron_tensors
-from hylo_megatron.convert.shapes import hf_shapes
 from hylo_megatron.convert.tables import mappings
 from hylo_megatron.convert.tokenizer_files import check_tokenizer, copy_companions
 from hylo_megatron.errors import HyLoError
@@ -193,27 +193,15 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--teacher", required=True, help="checkpoint of the base Transformer (hylo convert)")
     add("--out", required=True, help="student checkpoint to write")
-    add(
-        "--mla-layers",
-        required=True,
-        help="1,5,10,14 | uniform:K | all | none | a name such as 4MLA12GDN | plan.json of hylo select-layers",
-    )
+    layers = "1,5,10,14 | uniform:K | all | none | a name such as 4MLA12GDN | plan.json of hylo select-layers"
+    add("--mla-layers", required=True, help=layers)
     add("--linear", choices=LINEAR, help=f"what the other layers become (default: {LINEAR[0]}, or the plan's name)")
-    add(
-        "--init", default="data", choices=INITS,
+    add("--init", default="data", choices=INITS,
         help="data: calibrated on text; attention: the same with betas, gates and ridge fitted too (in Mamba-2 the"
-        " ridge only); svd: the paper's",
-    )  # fmt: skip
-    add(
-        "--geometry",
-        default="native",
-        metavar="PRESET[:RANK+ROPE]",
-        help=f"dimensions of the new mixers: {GEOMETRY_HELP}",
-    )
-    add(
-        "--calibration",
-        help="text file as for hylo prepare-data, or tokens; with svd they only measure errors",
-    )
+        " ridge only); svd: the paper's")  # fmt: skip
+    add("--geometry", default="native", metavar="PRESET[:RANK+ROPE]",
+        help=f"dimensions of the new mixers: {GEOMETRY_HELP}")  # fmt: skip
+    add("--calibration", help="text file as for hylo prepare-data, or tokens; with svd they only measure errors")
     add("--calibration-tokens", type=size, default=16384)
     add("--calibration-length", type=size, default=1024, help="tokens per row")
     add("--no-ridge", action="store_true", help="keep the transferred output projections of linear blocks")

@@ -19,10 +19,7 @@ from hylo_megatron.layers.model import UNFUSED, build_model, model_fields
 
 
 def start_process_groups(tp: int = 1, pp: int = 1, cp: int = 1, seed: int = 1234) -> None:
-    """Start process groups for a program other than ``megatron.training`` (tests, tools).
-
-    One process needs no torchrun.
-    """
+    """Start process groups for a program other than ``megatron.training``. One process needs no torchrun."""
     if not torch.distributed.is_initialized():
         backend = "nccl" if torch.cuda.device_count() else "gloo"
         if torch.cuda.device_count():
@@ -56,9 +53,7 @@ def layout_config(arch: Architecture, dtype=torch.float32, **overrides) -> Trans
 
 
 def model_tensors(sharded: dict) -> dict:
-    """Return ``sharded`` without the ``_extra_state`` objects of linear layers, which hold fp8 scales and are unused
-    here.
-    """
+    """Return ``sharded`` without the ``_extra_state`` objects of linear layers: fp8 scales, which are unused here."""
     return {key: value for key, value in sharded.items() if not key.endswith("_extra_state")}
 
 

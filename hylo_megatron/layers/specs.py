@@ -61,9 +61,7 @@ def _mlp(b: Backend, mlp_block: int | None) -> ModuleSpec:
         module=BlockedMLPLayer,
         params={"mlp_block": mlp_block},
         submodules=TransformerLayerSubmodules(
-            pre_mlp_layernorm=b.norm,
-            mlp=partial(MLP.as_mlp_submodule, submodules=mlp),
-            mlp_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=b.norm, mlp=partial(MLP.as_mlp_submodule, submodules=mlp), mlp_bda=get_bias_dropout_add
         ),
     )
 

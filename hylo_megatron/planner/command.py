@@ -14,21 +14,20 @@ tenths of a GiB, come on top.
 import argparse
 import sys
 from dataclasses import replace
-from math import prod
 from pathlib import Path
 
 from hylo_megatron.config import Architecture, Plan, geometry_preset
 from hylo_megatron.config.geometry import GEOMETRY_HELP
 from hylo_megatron.config.layout import ParallelLayout, Work, check_parallel_layout
-from hylo_megatron.config.pair import check_teacher, check_vocabularies
 from hylo_megatron.config.positions import add_window, changed, given
+from hylo_megatron.config.shapes import element_count
 from hylo_megatron.config.stages import STAGE_KINDS, TRAIN, stage_kind
-from hylo_megatron.convert.shapes import hf_shapes
+from hylo_megatron.convert.hf_config import read_architecture
+from hylo_megatron.convert.pair import check_teacher, check_vocabularies
 from hylo_megatron.distill.losses import LOSSES, check_levers, loss_of
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.flags import Parser, command_line, count, flag_among, names_of, positive, share, size, weight
 from hylo_megatron.flags import given as given_flags
-from hylo_megatron.json_file import read_json
 from hylo_megatron.mixers.window import cached_values
 from hylo_megatron.planner.pages import Pages, expanded_bytes, pages, row_bytes, state_bytes
 from hylo_megatron.planner.recipe_command import add_recipe_flags, print_layouts
@@ -44,18 +43,12 @@ def read(folder: Path) -> Architecture:
     path = folder / "config.json"
     if not path.exists():
         raise HyLoError(f"{path} is missing: give the folder of an exported model or of its base model")
-    if read_json(path).get("model_type") == "hylo":
-        from hylo_megatron.hf import HyLoConfig
-
-        return HyLoConfig.from_pretrained(folder).to_architecture()
-    from hylo_megatron.convert.hf_folder import read_architecture
-
     return read_architecture(folder)
 
 
 def weight_bytes(arch: Architecture, tp: int) -> int:
     """Return bytes in bf16. The tensors that tensor parallelism does not cut are small beside the rest."""
-    return 2 * sum(prod(shape) for shape in hf_shapes(arch).values()) // tp
+    return 2 * element_count(arch) // tp
 
 
 def rows(arch: Architecture, known) -> list[tuple[str, str]]:
@@ -79,12 +72,8 @@ def rows(arch: Architecture, known) -> list[tuple[str, str]]:
     if arch.window:
         windows = 2 * sizes["window"] * layout.layers[1]
         share = windows * known.tp / arch.as_teacher().kv_bytes_per_token()
-        found.append(
-            (
-                "windows of a request",
-                f"{windows / 2**20:.1f} MiB of its states, as {share:,.0f} tokens of the base model",
-            )
-        )
+        text = f"{windows / 2**20:.1f} MiB of its states, as {share:,.0f} tokens of the base model"
+        found.append(("windows of a request", text))
     found += [("cache of a token", f"{row:,} bytes"), ("block", f"{layout.block:,} tokens"),
               ("left for caches", f"{budget / GIB:.1f} GiB")]  # fmt: skip
     for length in LENGTHS:
@@ -184,14 +173,9 @@ def add_training_flags(parser: argparse.ArgumentParser) -> frozenset[str]:
     # The losses read these under the names of the trainer's flags.
     add("--loss", dest="hylo_loss", choices=tuple(LOSSES), help="--hylo-loss")
     add("--kl-chunk", dest="hylo_kl_chunk", type=size, default=4096, help="--hylo-kl-chunk (default: the recipes')")
-    add("--hidden-weight", dest="hylo_hidden_weight", type=weight, default=0.0, help="--hylo-hidden-weight")
-    add(
-        "--hidden-layers-weight",
-        dest="hylo_hidden_layers_weight",
-        type=weight,
-        default=0.0,
-        help="--hylo-hidden-layers-weight",
-    )
+    for flag in ("hidden-weight", "hidden-layers-weight"):
+        name = f"hylo_{flag.replace('-', '_')}"
+        add(f"--{flag}", dest=name, type=weight, default=0.0, help=f"--hylo-{flag}")
     add("--teacher-length", dest="hylo_teacher_length", type=size, help="--hylo-teacher-length")
     return names_of(group)
 

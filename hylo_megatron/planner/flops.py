@@ -10,8 +10,8 @@ from math import prod
 
 from hylo_megatron.config import Architecture
 from hylo_megatron.config.decisions import is_new
+from hylo_megatron.config.shapes import hf_shapes
 from hylo_megatron.config.stages import StageKind
-from hylo_megatron.convert.shapes import hf_shapes
 from hylo_megatron.mixers import MIXERS, window
 
 RATES = {  # FLOP/s of one bf16 product of 8192 x 8192 x 8192, by the name that torch gives a card

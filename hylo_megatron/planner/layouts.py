@@ -3,12 +3,11 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
-from math import prod
 
 from hylo_megatron.config import Architecture
 from hylo_megatron.config.layout import ParallelLayout, Work, misfits
+from hylo_megatron.config.shapes import element_count
 from hylo_megatron.config.stages import stage_kind
-from hylo_megatron.convert.shapes import hf_shapes
 from hylo_megatron.distill.losses import KL, LayerDistance
 from hylo_megatron.planner.speed import FITTED, tokens_per_second
 from hylo_megatron.planner.training import PlannedRun, peaks
@@ -127,14 +126,12 @@ def disk_bytes(training: Training) -> int:
     """
     from hylo_megatron.checkpoint.save_room import checkpoint_bytes
 
-    def weights(arch: Architecture) -> int:
-        return 2 * sum(prod(shape) for shape in hf_shapes(arch).values())
-
     stages = [(training.student, stage_kind(stage.kind), stage.train, True) for stage in training.recipe.stages]
     saves = [checkpoint_bytes(*stage) for stage in stages]
     finished = [checkpoint_bytes(*stage, optimizer=False) for stage in stages]
-    teacher = 0 if training.teacher == training.base else weights(training.teacher)
-    return weights(training.base) + teacher + 2 * weights(training.student) + sum(finished) + 2 * max(saves)
+    models = [training.base, training.student, training.student]
+    models += [training.teacher] if training.teacher != training.base else []
+    return 2 * sum(map(element_count, models)) + sum(finished) + 2 * max(saves)
 
 
 def scaled(recipe: Recipe, base: Architecture) -> Recipe:

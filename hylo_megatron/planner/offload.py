@@ -4,9 +4,8 @@ See ``layers/fp8.py`` and ``distill/host_memory.py``.
 """
 
 from collections import defaultdict
-from dataclasses import replace
 
-from hylo_megatron.planner.weights import EMBEDDING, Weights
+from hylo_megatron.planner.weights import EMBEDDING
 
 MLP = ("mlp", "post_attention_layernorm")  # parts of a layer's names that belong to its second sub-layer
 
@@ -32,8 +31,3 @@ def streamed_teacher(elements: dict[str, int], tied: bool) -> tuple[dict[str, in
         else:
             stay[name] = count
     return stay, max(modules.values(), default=0)
-
-
-def without_states(student: Weights) -> tuple[Weights, int]:
-    """Return the student's bytes during the passes of a step, and the bytes that its update needs beside them."""
-    return replace(student, optimizer=0), student.optimizer

@@ -9,7 +9,7 @@ from math import prod
 
 from hylo_megatron.config import Architecture
 from hylo_megatron.config.decisions import CHUNK
-from hylo_megatron.convert.shapes import hf_shapes
+from hylo_megatron.config.shapes import hf_shapes
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.mixers import MIXERS, window
 from hylo_megatron.planner.flops import RATES, head_products, layer_products, mixing, token_flops
@@ -163,8 +163,8 @@ def step_time(run: PlannedRun, card: float, fitted: Constants = FITTED) -> StepT
                     waiting=fitted.step + bubble)  # fmt: skip
 
 
-def tokens_per_second(run: PlannedRun, card: float, fitted: Constants = FITTED) -> float:
+def tokens_per_second(run: PlannedRun, card: float) -> float:
     """Return the tokens that all ranks together train on in a second."""
     data_parallel = run.work.processes // run.layout.ranks
     tokens = run.work.micro_batch * run.micro_batches * data_parallel * run.work.seq_length
-    return tokens / step_time(run, card, fitted).total
+    return tokens / step_time(run, card).total

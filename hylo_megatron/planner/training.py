@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 from hylo_megatron.config import Architecture
 from hylo_megatron.config.decisions import taught_length
 from hylo_megatron.config.layout import ParallelLayout, Work
-from hylo_megatron.config.pair import padded_rows
 from hylo_megatron.config.stages import StageKind
+from hylo_megatron.convert.pair import padded_rows
 from hylo_megatron.distill.losses import HeadShape, Loss
 from hylo_megatron.mixers.memory import Share, SubLayer
 from hylo_megatron.planner.activations import mixer as mixer_bytes
 from hylo_megatron.planner.activations import mlp, mlp_block_by_block, one_block, tables, teacher_work
-from hylo_megatron.planner.offload import in_fp8, streamed_teacher, without_states
+from hylo_megatron.planner.offload import in_fp8, streamed_teacher
 from hylo_megatron.planner.weights import HEAD, Shards, Weights, rank_elements, weights
 
 # cuBLAS gets 32 MiB from torch for each stream and thread that multiplies: the main thread and autograd's, each on the
@@ -226,7 +226,7 @@ def student_weights(run: PlannedRun, pipeline_stage: int) -> tuple[Weights, int]
     """Return the student's bytes during the passes of a step, and what its update needs beside them."""
     sharers = run.work.processes // (run.layout.tp * run.layout.pp)
     found = weights(_elements(run, run.student, pipeline_stage), run.trains, sharers)
-    return without_states(found) if run.offload_optimizer else (found, 0)
+    return (replace(found, optimizer=0), found.optimizer) if run.offload_optimizer else (found, 0)
 
 
 def teacher_weights(run: PlannedRun, pipeline_stage: int) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import prod
 
 from hylo_megatron.config import Architecture
-from hylo_megatron.convert.shapes import hf_shapes
+from hylo_megatron.config.shapes import hf_shapes
 from hylo_megatron.mixers import FP32_SUFFIXES, MIXERS, window
 
 # Parameters that every tensor-parallel rank has whole; all others are split.

@@ -13,7 +13,6 @@ from hylo_megatron.mixers import MIXERS
 from hylo_megatron.mixers.dimensions import shrunk
 from hylo_megatron.recipes.published import BASES, Base, yarn
 from hylo_megatron.recipes.stage import Evaluation, Recipe
-from hylo_megatron.run.source import Source, Step
 
 LENGTHS = {2048: 64, 8192: 128, 65536: 256}
 WINDOWS = {2048: 64, 32768: 128}  # each window has the same place among the lengths
@@ -62,30 +61,6 @@ def toy_shape(arch: Architecture) -> Architecture:
 def toy_recipe(recipe: Recipe) -> Recipe:
     """Return ``recipe`` with the geometry of ``toy_shape``'s student."""
     return replace(recipe, geometry=small_geometry(BASES[recipe.name])) if recipe.name in BASES else recipe
-
-
-class ProxySource(Source):
-    """A random model of the base's family with its tokenizer, and text, all made in ``folder``."""
-
-    def __init__(self, folder: Path, base: Base, tokens: Path, teacher: Path | None, held_out: Path | None):
-        super().__init__(folder / "model", (tokens,), (folder / "train.jsonl",), teacher, held_out)
-        self.folder, self.model = folder, base
-
-    def steps(self) -> list[Step]:
-        return [Step("make a random model and text", lambda: write_inputs(self.folder, self.model), self.base)]
-
-    def architecture(self) -> Architecture:
-        """Return the architecture before the model is made, except for its vocabulary, so that layouts are refused at
-        once.
-        """
-        values = small_values(self.model, VOCAB)
-        return Architecture(
-            model_type=self.model.model_type, plan=("attention",) * values.pop("num_hidden_layers"),
-            qk_norm=self.model.model_type == "qwen3", **values,
-        )  # fmt: skip
-
-    def to_dict(self) -> dict:
-        return {}
 
 
 def write_inputs(folder: Path, base: Base) -> None:

@@ -32,9 +32,7 @@ def default_plan(linear: str | None, mla: int = 3) -> str:
 
 
 def smollm2_cpu(plan: str | None = None, linear: str | None = None, seed: int = 1234) -> Recipe:
-    """Return the recipe for two CPU cores: about twenty minutes, with every stage just long enough to show an
-    effect.
-    """
+    """Return the recipe for two CPU cores: about twenty minutes, each stage just long enough to show an effect."""
     # Batches of 512 tokens are noisy: without a small, decaying learning rate Adam undoes a good initialisation.
     ild = Stage(name="ild", kind="ild", seq_length=512, global_batch=1, steps=60, lr=2e-4, warmup=0.1, train="mixers")
     distill = replace(ild, name="distill", kind="distill", steps=50, lr=3e-5)
@@ -175,18 +173,11 @@ def main(argv: list[str] | None = None) -> None:
     add("--tp", type=size, default=1, help="tensor-parallel ranks (SmolLM2 has 9 heads: 1 or 3)")
     add("--pp", type=size, default=1, help="pipeline stages; the remaining factor of the GPUs is data parallel")
     add("--seed", type=count, default=1234)
-    add(
-        "--sampled-share",
-        type=share,
-        default=0.0,
-        help="share of the plain text that the teacher writes itself before training (default: none)",
-    )
-    add(
-        "--on-policy-share",
-        type=share,
-        default=0.0,
-        help="share of the plain text of each distillation stage that the student writes before it (default: none)",
-    )
+    add("--sampled-share", type=share, default=0.0,
+        help="share of the plain text that the teacher writes itself before training (default: none)")  # fmt: skip
+    add("--on-policy-share", type=share, default=0.0,
+        help="share of the plain text of each distillation stage that the student writes before it (default:"
+        " none)")  # fmt: skip
     add("--cuda-graph", action=argparse.BooleanOptionalAction,
         help="run a training step as one CUDA graph (default: on one GPU; not yet measured on several)")  # fmt: skip
     add("--out", help="folder of the run (default: runs/smollm2-PLAN, with -window for that recipe)")

@@ -98,10 +98,7 @@ class Haystack:
 
 
 def open_haystack(prefix: Path, kinds: TokenKinds, tokenizer: TextTokenizer, shortest: int) -> Haystack:
-    """Open the tokens that ``hylo prepare-data`` wrote to ``prefix``.
-
-    Raises ``HyLoError`` if they are damaged, packed or too short.
-    """
+    """Open tokens of ``hylo prepare-data``. Raises ``HyLoError`` if they are damaged, packed or too short."""
     path = Path(f"{prefix}.bin")
     if not path.is_file() or not Path(f"{prefix}.json").is_file():
         raise HyLoError(f"{path}, {prefix.name}.json: no such files, expected the files that hylo prepare-data writes")
@@ -125,10 +122,7 @@ def open_haystack(prefix: Path, kinds: TokenKinds, tokenizer: TextTokenizer, sho
 
 
 def common_words(haystack: Haystack, tokenizer) -> list[str]:
-    """Return words of 4 to 9 lower-case letters from passages all over the haystack.
-
-    Raises ``HyLoError`` if few are found.
-    """
+    """Return words of 4 to 9 lower-case letters from all over the haystack. Raises ``HyLoError`` for a few."""
     count, length = VOCABULARY_SAMPLE
     length = min(length, haystack.size)
     starts = np.linspace(0, haystack.size - length, count if haystack.size > length else 1, dtype=np.int64)

@@ -14,10 +14,10 @@ from hylo_megatron.data.token_writer import token_files
 from hylo_megatron.data.tokenizers import TextTokenizer, load_tokenizer
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.flags import Parser, command_line, count, share, size
+from hylo_megatron.parent import end_with_parent
 from hylo_megatron.retrieval.chat_format import ChatFormat
 from hylo_megatron.retrieval.haystack import TokenKinds, common_words, open_haystack
 from hylo_megatron.retrieval.samples import SHORTEST, Sample, Samples
-from hylo_megatron.run.parent import end_with_parent
 
 CHUNK = 8  # samples that a worker makes at a time
 

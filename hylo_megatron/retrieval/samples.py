@@ -119,9 +119,7 @@ class Samples:
         row.add(passage[given:])
 
     def _cue(self, passage: np.ndarray, rng: random.Random) -> int | None:
-        """Return where a passage begins whose first tokens occur only once in the text; None if no such passage was
-        found.
-        """
+        """Return where a passage begins whose first tokens occur only once in the text; None if none was found."""
         places = np.flatnonzero(self.haystack.kinds.begins_word[passage[: -CUE - QUOTED[0]]])
         for place in rng.sample(places.tolist(), min(3, len(places))):
             begins = np.flatnonzero(passage[: 1 - CUE] == passage[place])

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.run.parent import bind_forks, end_with_parent
+from hylo_megatron.parent import bind_forks, end_with_parent
 
 
 def _run(action: Callable[[], object], log: Path) -> None:

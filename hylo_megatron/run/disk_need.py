@@ -1,24 +1,19 @@
 """The disk space that a recipe's run still needs, step by step, computed before the run starts."""
 
 import sys
-from math import prod
 from pathlib import Path
 
 from hylo_megatron.checkpoint import disk
 from hylo_megatron.checkpoint.iterations import complete_iterations, trained_to
 from hylo_megatron.checkpoint.save_room import checkpoint_bytes
 from hylo_megatron.config import Architecture
+from hylo_megatron.config.shapes import element_count
 from hylo_megatron.config.stages import stage_kind
-from hylo_megatron.convert.hf_folder import read_architecture
-from hylo_megatron.convert.shapes import hf_shapes
+from hylo_megatron.convert.hf_config import read_architecture
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.run.training_process import fast_bf16
 
 EXPORTED = 2  # bytes per parameter in an exported folder
-
-
-def elements(arch: Architecture) -> int:
-    return sum(prod(shape) for shape in hf_shapes(arch).values())
 
 
 def weights_bytes(folder: Path) -> int:
@@ -50,18 +45,18 @@ def needs(run, student: Architecture, optimizer: bool = True) -> list[tuple[str,
     add("the base model's checkpoint", run.base, base)
     if source.teacher:
         add("the teacher's checkpoint", run.teacher, weights_bytes(source.teacher))
-    width = base / elements(read_architecture(source.base))  # bytes per parameter
+    width = base / element_count(read_architecture(source.base))  # bytes per parameter
     if not run.recipe.control:
-        add("the student", run.out / "student", int(elements(student) * width))
+        add("the student", run.out / "student", int(element_count(student) * width))
     if source.held_out or run.recipe.stages[0].on_policy:
-        add("hf-init", run.out / "hf-init", EXPORTED * elements(student))
+        add("hf-init", run.out / "hf-init", EXPORTED * element_count(student))
     for stage, after in zip(run.recipe.stages, (*run.recipe.stages[1:], None), strict=True):
         folder = run.out / stage.name
         if not trained_to(folder, stage.steps):
             there = folder.is_dir() and bool(complete_iterations(folder))
             found.append((stage.name, *_checkpoints(run, stage, student, optimizer, there)))
         if source.held_out or after is None or after.on_policy:
-            add(f"hf-{stage.name}", run.out / f"hf-{stage.name}", EXPORTED * elements(student))
+            add(f"hf-{stage.name}", run.out / f"hf-{stage.name}", EXPORTED * element_count(student))
     return found
 
 

@@ -10,24 +10,24 @@ from pathlib import Path
 from hylo_megatron.config import Plan
 from hylo_megatron.config.geometry import PRESETS
 from hylo_megatron.config.layout import ParallelLayout, Work, check_parallel_layout
-from hylo_megatron.config.pair import check_vocabularies
 from hylo_megatron.config.plan import linear_of_plan
 from hylo_megatron.config.stages import stage_kind
 from hylo_megatron.config.student import student_architecture
-from hylo_megatron.convert.hf_folder import read_architecture
+from hylo_megatron.convert.hf_config import read_architecture
+from hylo_megatron.convert.pair import check_vocabularies
 from hylo_megatron.data.documents import detect_format
 from hylo_megatron.data.token_files import check_token_files, read_summary
 from hylo_megatron.distill.losses import fitting
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.flags import command_line, readable_number, short
 from hylo_megatron.mixers import LINEAR
-from hylo_megatron.recipes.proxy import STEPS, ProxySource, proxy
+from hylo_megatron.parent import bind_forks, die_with_parent
+from hylo_megatron.recipes.proxy import STEPS, proxy
 from hylo_megatron.recipes.published import BASES, TOKENS, published
 from hylo_megatron.recipes.stage import Recipe
 from hylo_megatron.run.launch import Processes, start_own
-from hylo_megatron.run.parent import bind_forks, die_with_parent
 from hylo_megatron.run.recipe_run import Run
-from hylo_megatron.run.source import Source
+from hylo_megatron.run.source import ProxySource, Source
 from hylo_megatron.run.world import World, exit_on_signals, under_torchrun
 
 # Before the time limit the scheduler sends SIGTERM; training then saves and exits. Only the newest checkpoint is kept.

@@ -15,8 +15,8 @@ import hylo_megatron
 from hylo_megatron.checkpoint import disk
 from hylo_megatron.config.layout import ParallelLayout
 from hylo_megatron.errors import HyLoError
+from hylo_megatron.parent import PARENT, STORE, bind_child
 from hylo_megatron.recipes.stage import Stage
-from hylo_megatron.run.parent import PARENT, STORE, bind_child
 
 LEAST_FREE = 2**20  # bytes; with less free space, a log may lack the line with the error
 ONE_RANK = ParallelLayout()

@@ -18,8 +18,9 @@ from hylo_megatron.checkpoint.diverged import DIVERGED, why_diverged
 from hylo_megatron.checkpoint.iterations import trained_to
 from hylo_megatron.config import Architecture, Plan
 from hylo_megatron.config.stages import stage_kind
+from hylo_megatron.config.student import student_architecture
 from hylo_megatron.convert import hf_to_megatron, megatron_to_hf
-from hylo_megatron.convert.hf_folder import read_architecture
+from hylo_megatron.convert.hf_config import read_architecture
 from hylo_megatron.convert.model_card import put_figures
 from hylo_megatron.distill.losses import fitting
 from hylo_megatron.errors import HyLoError
@@ -259,8 +260,6 @@ class Run:
 
     def _check_room(self) -> None:
         """Refuse a run that the disk or a GPU has no room for."""
-        from hylo_megatron.config.student import student_architecture
-
         student = base = read_architecture(self.hf)
         if not self.recipe.control:
             student = student_architecture(base, self.plan, self.recipe.geometry, **self.recipe.settings)

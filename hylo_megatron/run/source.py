@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hylo_megatron.config import Architecture
-from hylo_megatron.convert.hf_folder import read_architecture
+from hylo_megatron.convert.hf_config import read_architecture
 from hylo_megatron.corpus import smollm2, text
 from hylo_megatron.data import prepare
+from hylo_megatron.recipes import proxy
+from hylo_megatron.recipes.published import Base
 
 
 class Step(NamedTuple):
@@ -69,3 +71,25 @@ class FetchedSource(Source):
 
     def to_dict(self) -> dict:
         return {}  # the sources are fixed, wherever the run's folder is
+
+
+class ProxySource(Source):
+    """A random model of the base's family with its tokenizer, and text, all made in ``folder``."""
+
+    def __init__(self, folder: Path, base: Base, tokens: Path, teacher: Path | None, held_out: Path | None):
+        super().__init__(folder / "model", (tokens,), (folder / "train.jsonl",), teacher, held_out)
+        self.folder, self.model = folder, base
+
+    def steps(self) -> list[Step]:
+        return [Step("make a random model and text", lambda: proxy.write_inputs(self.folder, self.model), self.base)]
+
+    def architecture(self) -> Architecture:
+        """Return the architecture before the model is made, but for its vocabulary: layouts are refused at once."""
+        values = proxy.small_values(self.model, proxy.VOCAB)
+        return Architecture(
+            model_type=self.model.model_type, plan=("attention",) * values.pop("num_hidden_layers"),
+            qk_norm=self.model.model_type == "qwen3", **values,
+        )  # fmt: skip
+
+    def to_dict(self) -> dict:
+        return {}

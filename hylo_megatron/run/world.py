@@ -17,8 +17,8 @@ from torch.distributed import DistError, PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from hylo_megatron.errors import HyLoError
+from hylo_megatron.parent import PARENT, STORE
 from hylo_megatron.run.launch import Process, Processes, child_environment
-from hylo_megatron.run.parent import PARENT, STORE
 
 POLL_SECONDS = 0.2
 REPORT_SECONDS = 30  # how long the other ranks wait for rank 0, which has to report why a rank failed

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from hylo_megatron import packages
+from hylo_megatron.convert.card_records import STAMP
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.evaluate.models import check_folder, kv_bytes_per_token, load, resolve_device, resolve_dtype
 from hylo_megatron.flags import Parser, command_line, count, positive, readable_number, share, size
@@ -69,7 +70,7 @@ def engine_of(options: argparse.Namespace, config) -> str:
 
 def licence_of(folder: Path) -> str:
     """Return the licence that the folder names: in hylo_source.json, which hylo fetch-smollm2 writes, or README.md."""
-    source, page = folder / "hylo_source.json", folder / "README.md"
+    source, page = folder / STAMP, folder / "README.md"
     if source.is_file() and (named := read_json(source).get("licence")):
         return str(named)
     found = LICENCE.search(page.read_text(encoding="utf-8", errors="replace")) if page.is_file() else None

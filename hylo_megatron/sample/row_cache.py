@@ -100,9 +100,7 @@ def _attention(module, query, keys, values, attention_mask, scaling=None, positi
 
 @functools.cache
 def flash_serves(device: torch.device, dtype: torch.dtype, width: int, value_width: int) -> bool:
-    """Return whether torch's FlashAttention runs here and agrees with the plain attention on a small case of heads of
-    this width.
-    """
+    """Return whether torch's FlashAttention runs here and agrees with the plain one on heads of this width."""
     if device.type != "cuda" or dtype not in FLASH_TYPES or width != value_width or width > FLASH_WIDTH:
         return False
     generator = torch.Generator().manual_seed(0)

@@ -3,8 +3,8 @@
 from fractions import Fraction
 
 from hylo_megatron.config import Architecture, Plan
+from hylo_megatron.config.student import student_architecture
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.init.upcycle import student_architecture
 
 
 def mla_layers(

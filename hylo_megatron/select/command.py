@@ -13,7 +13,7 @@ from hylo_megatron.config.geometry import GEOMETRY_HELP
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.flags import Parser, command_line, flag_among, given, names_of, positive, share, size
 from hylo_megatron.mixers import LINEAR
-from hylo_megatron.run.parent import die_with_parent
+from hylo_megatron.parent import die_with_parent
 
 FIXED, MEASURED = ("uniform", "explicit"), ("smart", "kl", "gates")
 RETRIEVAL_WEIGHT = 0.5

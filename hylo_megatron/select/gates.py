@@ -142,7 +142,9 @@ class GateTraining:
                 gates[0] = gates_of(state.logits_L, budget).to(student.device)
                 loss = self.loss(student, state.step, ranks)
                 loss.backward()
-                state.logits_L.grad = averaged(state.logits_L.grad, ranks)
+                if ranks.size > 1:
+                    dist.all_reduce(state.logits_L.grad)
+                    state.logits_L.grad /= ranks.size
                 state.optimizer.step()
                 state.optimizer.zero_grad()
                 state.step += 1
@@ -152,11 +154,3 @@ class GateTraining:
         with torch.no_grad():
             scores = dict(enumerate(gates_of(state.logits_L, self.count).tolist()))
         return Ranking(order=by_score(scores), scores=scores)
-
-
-def averaged(gradient_L: Tensor, ranks: Ranks) -> Tensor:
-    """Return the mean over ranks."""
-    if ranks.size > 1:
-        dist.all_reduce(gradient_L)
-        gradient_L /= ranks.size
-    return gradient_L

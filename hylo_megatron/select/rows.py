@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hylo_megatron.convert.tokenizer_files import tokenizer_identity
-from hylo_megatron.data.token_files import check_made_with, check_token_files, read_summary
+from hylo_megatron.data.token_files import check_made_with, check_token_files, read_answers, read_summary
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.init.calibration import calibration_tokens
 
@@ -49,10 +49,7 @@ def read_text(path: Path, tokenizer: Path, measured: int, trained: int, length: 
 
 
 def read_samples(prefix: Path, tokenizer: Path, count: int, more: int = 0) -> tuple[Tensor, Tensor]:
-    """Return the first ``count`` retrieval samples, and up to ``more`` others, with the marks of their answers.
-
-    Raises ``HyLoError``.
-    """
+    """Return the first ``count`` samples, up to ``more`` others, and their answers' marks. Raises ``HyLoError``."""
     identity = tokenizer_identity(tokenizer)
     check_token_files(prefix, identity.largest_id + 1)
     check_made_with(prefix, identity, tokenizer)
@@ -65,16 +62,6 @@ def read_samples(prefix: Path, tokenizer: Path, count: int, more: int = 0) -> tu
     if ids.size != shape[0] * (shape[1] or 0):
         raise HyLoError(f"--retrieval {prefix}: {ids.size} tokens are not {shape[0]} rows of one length; {REMEDY}")
     samples = torch.from_numpy(ids[: count * shape[1]].reshape(count, -1).astype(np.int64))
-    return samples, torch.from_numpy(_answers(Path(f"{prefix}.answers.npy"), shape)[:count] > 0)
-
-
-def _answers(path: Path, shape: tuple[int, int]) -> np.ndarray:
-    try:
-        answers = np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
-        raise HyLoError(f"{path} not found: {REMEDY}") from None
-    except (ValueError, EOFError) as error:
-        raise HyLoError(f"{path}: damaged ({error}): make the samples again") from None
-    if answers.dtype != np.uint8 or answers.shape != shape:
-        raise HyLoError(f"{path}: {answers.dtype} of shape {answers.shape}, expected uint8 of {shape}")
-    return answers
+    if (answers := read_answers(prefix, shape)) is None:
+        raise HyLoError(f"{prefix}.answers.npy not found: {REMEDY}")
+    return samples, torch.from_numpy(answers[:count] > 0)

@@ -7,10 +7,10 @@ from typing import Any
 from hylo_megatron.config import Architecture, Plan
 from hylo_megatron.config.architecture import FILE_NAME
 from hylo_megatron.config.plan import uniform_layers
+from hylo_megatron.config.student import student_architecture
 from hylo_megatron.convert.hf_config import read_architecture
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.files import write_json
-from hylo_megatron.init.upcycle import student_architecture
 from hylo_megatron.mixers import LINEAR
 from hylo_megatron.select.budget import mla_layers
 from hylo_megatron.select.measured import measured

@@ -19,7 +19,7 @@ from hylo_megatron.convert import hf_to_megatron, megatron_to_hf  # noqa: E402
 from hylo_megatron.convert.amd_release import convert as amd
 from hylo_megatron.convert.amd_release.config import Unsaid, read_release  # noqa: E402
 from hylo_megatron.convert.amd_release.tables import source_shapes  # noqa: E402
-from hylo_megatron.convert.hf_folder import read_architecture  # noqa: E402
+from hylo_megatron.convert.hf_config import read_architecture  # noqa: E402
 from hylo_megatron.packages import has  # noqa: E402
 
 TOLERANCE = 1e-4

@@ -15,7 +15,8 @@ from helpers.conversion import HYBRIDS
 from hylo_megatron.checkpoint import folder as checkpoint
 from hylo_megatron.config import Architecture
 from hylo_megatron.convert import hf_to_megatron, megatron_to_hf
-from hylo_megatron.convert.hf_folder import HFWeights, read_architecture
+from hylo_megatron.convert.hf_config import read_architecture
+from hylo_megatron.convert.hf_folder import HFWeights
 from hylo_megatron.errors import HyLoError
 
 # ---- there and back ----

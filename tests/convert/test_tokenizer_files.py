@@ -15,9 +15,9 @@ from helpers.tokenizer_kinds import added
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import hylo_megatron  # noqa: F401
-from hylo_megatron.config.pair import check_pair
 from hylo_megatron.config.stages import stage_kind
 from hylo_megatron.convert import hf_to_megatron, megatron_to_hf
+from hylo_megatron.convert.pair import check_pair
 from hylo_megatron.convert.tokenizer_files import (
     check_tokenizer,
     copy_companions,

@@ -15,7 +15,8 @@ from helpers.weight_folders import SAME, convert
 
 from hylo_megatron.checkpoint import folder as checkpoint
 from hylo_megatron.convert import hf_to_megatron, self_check
-from hylo_megatron.convert.hf_folder import HFWeights, read_architecture
+from hylo_megatron.convert.hf_config import read_architecture
+from hylo_megatron.convert.hf_folder import HFWeights
 from hylo_megatron.errors import HyLoError
 
 

@@ -17,7 +17,7 @@ from helpers.recipes import toy_recipe  # noqa: E402
 from hylo_megatron.checkpoint.folder import CheckpointReader  # noqa: E402
 from hylo_megatron.config import Architecture  # noqa: E402
 from hylo_megatron.convert import megatron_to_hf  # noqa: E402
-from hylo_megatron.convert.hf_folder import read_architecture  # noqa: E402
+from hylo_megatron.convert.hf_config import read_architecture  # noqa: E402
 from hylo_megatron.distill import command_line  # noqa: E402
 from hylo_megatron.errors import HyLoError  # noqa: E402
 from hylo_megatron.recipes.smollm2 import smollm2_cpu  # noqa: E402

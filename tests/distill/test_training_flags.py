@@ -88,7 +88,7 @@ def test_a_flag_that_some_stages_have_is_accepted(monkeypatch, tmp_path):
 
 def test_a_proxy_is_checked_as_the_model_that_is_made_later(monkeypatch, tmp_path):
     """The architecture that layouts are checked with is that of the model which is made."""
-    from hylo_megatron.convert.hf_folder import read_architecture
+    from hylo_megatron.convert.hf_config import read_architecture
     from hylo_megatron.recipes.proxy import made_up_texts, write_model
     from hylo_megatron.recipes.published import BASES
 

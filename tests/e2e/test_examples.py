@@ -20,9 +20,9 @@ from helpers import recipes as toy  # noqa: E402
 from helpers import train as helpers  # noqa: E402
 from helpers.waits import PATIENCE, wait_for  # noqa: E402
 
+from hylo_megatron.parent import LAUNCHERS  # noqa: E402
 from hylo_megatron.recipes.proxy import made_up_texts, write_model  # noqa: E402
 from hylo_megatron.recipes.published import BASES  # noqa: E402
-from hylo_megatron.run.parent import LAUNCHERS  # noqa: E402
 
 EXAMPLES = helpers.ROOT / "examples"
 TORCHRUN = str(Path(sys.executable).with_name("torchrun"))

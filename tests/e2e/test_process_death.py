@@ -69,7 +69,7 @@ from pathlib import Path
 
 CHILD = '''
 import multiprocessing, os, pathlib, sys, time
-from hylo_megatron.run.parent import bind_forks, die_with_parent, end_with_parent
+from hylo_megatron.parent import bind_forks, die_with_parent, end_with_parent
 from multiprocessing.managers import SyncManager
 if __name__ == "__main__":
     die_with_parent()
@@ -82,7 +82,7 @@ if __name__ == "__main__":
 '''
 
 if __name__ == "__main__":
-    from hylo_megatron.run.parent import bind_forks, die_with_parent
+    from hylo_megatron.parent import bind_forks, die_with_parent
     from hylo_megatron.run.background import Background
     from hylo_megatron.run.launch import Processes, start_own
     from hylo_megatron.run.world import World, exit_on_signals
@@ -147,7 +147,7 @@ def test_every_level_killed(tmp_path):
 def test_a_run_by_itself_outlives_its_shell(tmp_path):
     """A run goes on after a logout: it does not follow the process that started torchrun, or the training itself."""
     program = (
-        "import os, time, sys\nfrom hylo_megatron.run.parent import die_with_parent\ndie_with_parent()\n"
+        "import os, time, sys\nfrom hylo_megatron.parent import die_with_parent\ndie_with_parent()\n"
         "open(sys.argv[1], 'w').close()\nwhile os.path.exists(sys.argv[1]): time.sleep(0.05)\n"
         "open(sys.argv[1] + '.end', 'w').close()\n"
     )

@@ -17,8 +17,8 @@ from helpers.paths import ROOT
 
 import hylo_megatron.checkpoint.folder
 import hylo_megatron.config
+import hylo_megatron.config.shapes
 import hylo_megatron.convert.hf_to_megatron
-import hylo_megatron.convert.shapes
 import hylo_megatron.data.token_writer
 import hylo_megatron.mixers
 
@@ -47,7 +47,7 @@ class SeededWeights:
     """Weights under Hugging Face names, for ``megatron_tensors``; large enough that every part shows in the loss."""
 
     def __init__(self, arch: hylo_megatron.config.Architecture, seed: int, dtype: torch.dtype):
-        self.expected, self.seed, self.most = hylo_megatron.convert.shapes.hf_shapes(arch), seed, dtype
+        self.expected, self.seed, self.most = hylo_megatron.config.shapes.hf_shapes(arch), seed, dtype
 
     def dtype(self, key: str) -> torch.dtype:
         return torch.float32 if key.endswith(hylo_megatron.mixers.FP32_SUFFIXES) else self.most

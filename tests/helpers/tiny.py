@@ -8,8 +8,8 @@ from safetensors.torch import load_file, save_file
 
 from hylo_megatron.checkpoint.folder import write_checkpoint
 from hylo_megatron.config import Architecture, GDNGeometry, Geometry, Mamba2Geometry, MLAGeometry
+from hylo_megatron.config.shapes import hf_shapes
 from hylo_megatron.convert.hf_to_megatron import megatron_tensors
-from hylo_megatron.convert.shapes import hf_shapes
 from hylo_megatron.mixers import FP32_SUFFIXES
 from hylo_megatron.mixers.kda.geometry import KDAGeometry
 

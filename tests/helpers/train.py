@@ -21,7 +21,7 @@ from helpers.zygote import zygote
 from hylo_megatron.checkpoint.folder import write_checkpoint as write
 from hylo_megatron.convert.hf_to_megatron import megatron_tensors
 from hylo_megatron.engine.register import install
-from hylo_megatron.run.parent import LAUNCHERS
+from hylo_megatron.parent import LAUNCHERS
 
 install("megatron")
 

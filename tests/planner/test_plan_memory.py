@@ -12,7 +12,7 @@ from helpers.paths import ROOT
 from hylo_megatron.config import Plan, geometry_preset
 from hylo_megatron.config.layout import ParallelLayout, Work
 from hylo_megatron.config.stages import stage_kind
-from hylo_megatron.convert.hf_folder import read_architecture
+from hylo_megatron.convert.hf_config import read_architecture
 from hylo_megatron.distill.losses import KL, LayerDistance
 from hylo_megatron.planner.training import PlannedRun, peak
 

@@ -22,8 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hylo_megatron.config import Architecture
-from hylo_megatron.config.pair import padded_rows
 from hylo_megatron.config.stages import stage_kind
+from hylo_megatron.convert.pair import padded_rows
 from hylo_megatron.distill import batches
 from hylo_megatron.distill.losses import JSD, KL, LayerDistance, loss_class
 from hylo_megatron.distill.model import DistillModel

@@ -20,7 +20,7 @@ import torch
 
 from hylo_megatron import train
 from hylo_megatron.files import write_text
-from hylo_megatron.run.parent import bind_child
+from hylo_megatron.parent import bind_child
 
 KILL_AT = "HYLO_TEST_KILL_AT"  # in a training's environment: the step after which it gets SIGKILL
 

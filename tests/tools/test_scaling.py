@@ -227,7 +227,8 @@ def test_a_recipe_survives_a_killed_rank_and_ends_on_half_the_ranks(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parallel
 def test_a_random_model_loads_as_a_downloaded_one(tmp_path):
-    from hylo_megatron.convert.hf_folder import HFWeights, read_architecture
+    from hylo_megatron.convert.hf_config import read_architecture
+    from hylo_megatron.convert.hf_folder import HFWeights
 
     result = bench("random_model.py", "--shape", "llama8b", "--toy", "--out", tmp_path / "m", "--text", tmp_path / "t")
     assert result.returncode == 0, result.stderr[-2000:]

@@ -10,14 +10,13 @@ from ours by more than 2 % is left out. Kernels of fla and Liger need a GPU. Wri
 """
 
 import argparse
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from mixer_kernels import seconds
 from torch import Tensor
 
 from hylo_megatron import packages
@@ -94,18 +93,6 @@ def implementations(device: torch.device) -> dict[str, Loss]:
     return found | {"torch, whole logits": plain}
 
 
-def seconds(call: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Return the median time of ``repeats`` calls."""
-    times = []
-    for _ in range(repeats):
-        begun = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - begun)
-    return statistics.median(times)
-
-
 def measure(loss: Loss, inputs: list[Tensor], device: torch.device) -> dict:
     """Return time, memory beside ``inputs``, loss, and the norm of the gradient by the student's states."""
     h, head = inputs[:2]
@@ -117,7 +104,6 @@ def measure(loss: Loss, inputs: list[Tensor], device: torch.device) -> dict:
     value, gradients = call()
     found = {"loss": value.item(), "gradient_norms": [g.float().norm().item() for g in gradients]}
     del value, gradients
-    call()
     if device.type == "cuda":
         torch.cuda.synchronize()
         held = torch.cuda.memory_allocated()

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from hylo_megatron.checkpoint.folder import whole_folder
 from hylo_megatron.config import Architecture
+from hylo_megatron.config.shapes import element_count, hf_shapes
 from hylo_megatron.convert.megatron_to_hf import SHARD_BYTES, write_weights
-from hylo_megatron.convert.shapes import hf_shapes
 from hylo_megatron.flags import Parser, command_line
 from hylo_megatron.recipes.proxy import made_up_texts, toy_shape, write_tokenizer
 from hylo_megatron.recipes.shapes import SHAPES, shape
@@ -51,7 +51,7 @@ def write_model(arch: Architecture, folder: Path) -> None:
     if folder.exists():
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    total = sum(2 * torch.Size(sizes).numel() for sizes in hf_shapes(arch).values())
+    total = 2 * element_count(arch)
     with whole_folder(folder, total) as scratch:
         write_tokenizer(scratch, made_up_texts())
         tokens = dict(eos_token_id=2, bos_token_id=None, pad_token_id=None)

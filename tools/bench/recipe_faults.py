@@ -28,9 +28,9 @@ from hylo_megatron.checkpoint.iterations import latest_number, trained_to
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.files import write_json
 from hylo_megatron.flags import Parser, command_line, size
+from hylo_megatron.parent import bind_child
 from hylo_megatron.recipes.published import BASES, published
 from hylo_megatron.recipes.shapes import SHAPES, shape
-from hylo_megatron.run.parent import bind_child
 
 ROOT = Path(__file__).resolve().parents[2]
 ENDED_SECONDS = 180  # for torchrun and all ranks after a kill

@@ -25,16 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench_run import results_before
-from measured_step import (
-    PACKAGES,
-    Job,
-    add_job_flags,
-    check_job_flags,
-    job_of,
-    measured,
-    planned,
-    with_rate,
-)
+from measured_step import PACKAGES, Job, add_job_flags, check_job_flags, job_of, measured, planned, with_rate
 from scaling_table import write_table
 
 from hylo_megatron.config.layout import ParallelLayout, Work, check_parallel_layout

@@ -105,12 +105,10 @@ def rates() -> dict:
 
 
 def floors(arch: Architecture, length: int, rate: dict) -> dict:
-    """Return the seconds needed at least for the products of a prompt of ``length`` and the bytes of one further
-    token.
-    """
+    """Return the least seconds for the products of a prompt of ``length``, and for the bytes of one more token."""
     from math import prod
 
-    from hylo_megatron.convert.shapes import hf_shapes
+    from hylo_megatron.config.shapes import hf_shapes
 
     shapes = hf_shapes(arch)
     weights = sum(prod(shape) for name, shape in shapes.items() if ".layers." in name and len(shape) == 2)

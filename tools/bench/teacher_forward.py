@@ -12,25 +12,23 @@ import argparse
 import json
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from hylo_megatron.config import Architecture, Plan
+from hylo_megatron.config import Architecture
 from hylo_megatron.engine.register import install
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.flags import Parser, command_line, size
 from hylo_megatron.packages import has
+from hylo_megatron.recipes.proxy import toy_shape
+from hylo_megatron.recipes.shapes import SHAPES, shape
 
 WAYS = ("local", "fp8", "te")
 CHUNK, TIMES = 1024, 5
-SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, head dimension, vocabulary
-    "llama1b": (2048, 8192, 16, 32, 8, 64, 128256),
-    "llama8b": (4096, 14336, 32, 32, 8, 128, 128256),
-    "tiny": (64, 96, 2, 4, 2, 16, 320),
-}
+TINY = "tiny"  # a shape for a CPU
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,14 +40,11 @@ class Found:
     final: torch.Tensor
 
 
-def random_architecture(shape: str, length: int) -> Architecture:
-    hidden, inner, layers, heads, keys, head, vocabulary = SHAPES[shape]
-    return Architecture(
-        model_type="llama", vocab_size=vocabulary, hidden_size=hidden, intermediate_size=inner,
-        num_attention_heads=heads, num_key_value_heads=keys, head_dim=head, rms_norm_eps=1e-5,
-        max_position_embeddings=length, rope_parameters={"rope_type": "default", "rope_theta": 5e5},
-        tie_word_embeddings=False, plan=Plan(("attention",) * layers), extra={},
-    )  # fmt: skip
+def architecture(options) -> Architecture:
+    if options.teacher:
+        return Architecture.load(options.teacher)
+    found = toy_shape(shape("llama1b")) if options.shape == TINY else shape(options.shape)
+    return replace(found, max_position_embeddings=max(options.length, found.max_position_embeddings))
 
 
 def build(options, way: str):
@@ -59,12 +54,12 @@ def build(options, way: str):
 
     start_process_groups()  # seeds: random weights are the same for every way
     backend = "te" if way == "te" else "local"
+    arch = architecture(options)
+    config = layout_config(arch, torch.bfloat16)
     if options.teacher:
-        config = layout_config(Architecture.load(options.teacher), torch.bfloat16)
         model, _ = load_model(options.teacher, config, backend=backend)
     else:
-        arch = random_architecture(options.shape, options.length)
-        model = build_model(arch, layout_config(arch, torch.bfloat16), backend=backend)
+        model = build_model(arch, config, backend=backend)
     model = model.to(torch.cuda.current_device()).bfloat16().eval().requires_grad_(False)
     if way == "fp8":
         check_card()
@@ -110,8 +105,8 @@ def compare(want: Found, got: Found, head_ND: torch.Tensor, labels: torch.Tensor
 
 def text_tokens(options) -> torch.Tensor:
     if not options.text:
-        rows = SHAPES[options.shape][-1] if options.shape else Architecture.load(options.teacher).vocab_size
-        return torch.randint(rows, (1, options.length), generator=torch.Generator().manual_seed(0))
+        rows, generator = architecture(options).vocab_size, torch.Generator().manual_seed(0)
+        return torch.randint(rows, (1, options.length), generator=generator)
     from transformers import AutoTokenizer
 
     found = AutoTokenizer.from_pretrained(options.teacher / "hf")(options.text.read_text()).input_ids
@@ -131,7 +126,7 @@ def check(options) -> None:
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", type=Path, help="Megatron checkpoint of a Transformer")
-    parser.add_argument("--shape", choices=SHAPES, help="random weights of this shape")
+    parser.add_argument("--shape", choices=(*SHAPES, TINY), help="random weights of this shape")
     parser.add_argument("--text", type=Path, help="text that the divergence is measured on")
     parser.add_argument("--length", type=size, default=8192, help="tokens of the one sequence (default: 8192)")
     parser.add_argument("--way", action="append", choices=WAYS, help="may be repeated (default: all that work here)")

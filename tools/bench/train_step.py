@@ -69,9 +69,7 @@ def transformers_step(job: Job, options: argparse.Namespace, folder: Path) -> di
 
 
 def earlier_run(path: Path, job: Job) -> dict:
-    """Return the last run of an earlier call's file, with its figures as they were. Raises ``HyLoError`` if the file
-    has another step.
-    """
+    """Return the last run of an earlier call's file as it was. Raises ``HyLoError`` if it has another step."""
     found, flops = read_json(path), vars(job.flops())
     here = {"name": job.name} | {name: flops[name] for name in ("teacher_products", "teacher_mixing")}
     there = {"name": found["name"]} | {name: found["flops_per_token"][name] for name in here if name != "name"}

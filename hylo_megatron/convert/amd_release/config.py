@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hylo_megatron.config import Architecture, GDNGeometry, Mamba2Geometry, MLAGeometry, geometry_preset
-from hylo_megatron.convert.hf_folder import read_architecture, read_json
+from hylo_megatron.convert.hf_config import read_architecture
 from hylo_megatron.errors import HyLoError
+from hylo_megatron.json_file import read_json
 
 FILE_NAME = "hybrid_config.json"
 FLA_NORM_EPS = 1e-5  # GatedDeltaNet's default in flash-linear-attention

@@ -1,6 +1,5 @@
 """Convert a HyLo release of AMD's to a Hugging Face folder of a hybrid, as ``hylo export`` writes it."""
 
-import math
 import time
 from pathlib import Path
 
@@ -9,11 +8,11 @@ from torch import Tensor
 
 from hylo_megatron.checkpoint.folder import whole_folder
 from hylo_megatron.config import Architecture
+from hylo_megatron.config.shapes import element_count, hf_shapes
 from hylo_megatron.convert.amd_release.config import FLA_NORM_EPS, Release, Unsaid, read_release
 from hylo_megatron.convert.amd_release.tables import EMBEDDING, source_shapes, takes
 from hylo_megatron.convert.hf_folder import HFWeights
 from hylo_megatron.convert.megatron_to_hf import write_hybrid_config, write_weights
-from hylo_megatron.convert.shapes import hf_shapes
 from hylo_megatron.convert.tokenizer_files import check_tokenizer, copy_companions
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.flags import Parser, command_line
@@ -59,7 +58,7 @@ def convert(folder: str | Path, out: str | Path, dtype: torch.dtype | None = Non
     check_tokenizer(folder, release.arch.vocab_size)
     weights.check(release)
     stored = dtype or weights.dtype(EMBEDDING)
-    total = stored.itemsize * sum(map(math.prod, hf_shapes(release.arch).values()))
+    total = stored.itemsize * element_count(release.arch)
     with whole_folder(out) as scratch:
         copy_companions(folder, scratch, with_config=False)
         write_weights(scratch, converted(release, weights, dtype), total, "convert", SHARD_BYTES)

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hylo_megatron.config.shapes import hf_shapes
 from hylo_megatron.convert.amd_release.config import Release
-from hylo_megatron.convert.shapes import hf_shapes
 from hylo_megatron.mixers.gdn import mapping as gdn_mapping
 from hylo_megatron.mixers.mapping import Shapes
 

@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from hylo_megatron.config.stages import StageKind
 from hylo_megatron.distill.losses.divergences import JSD, ReverseKL
 from hylo_megatron.distill.losses.ild import LayerDistance
-from hylo_megatron.distill.losses.kl import KL
-from hylo_megatron.distill.losses.loss import HeadLoss, HeadShape, LayerLoss, Loss
+from hylo_megatron.distill.losses.kl import KL, HeadShape
+from hylo_megatron.distill.losses.loss import Loss
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.options import defaults, from_options, takes_value
 
@@ -21,8 +21,8 @@ LOSSES: dict[str, type[Loss]] = {"ild": LayerDistance, "kl": KL, "reverse-kl": R
 # A flag that every loss of logits reads through the data set, so that it is no setting of one loss.
 ANSWERS = "hylo_answer_weight"
 
-__all__ = ["JSD", "KL", "LOSSES", "HeadLoss", "HeadShape", "LayerDistance", "LayerLoss", "Loss", "ReverseKL",
-           "check_levers", "fitting", "foreign", "loss_class", "loss_of"]  # fmt: skip
+__all__ = ["JSD", "KL", "LOSSES", "HeadShape", "LayerDistance", "Loss", "ReverseKL", "check_levers", "fitting",
+           "foreign", "loss_class", "loss_of"]  # fmt: skip
 
 
 def loss_class(kind: StageKind, name: str | None = None) -> type[Loss]:

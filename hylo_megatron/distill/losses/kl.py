@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hylo_megatron.config.decisions import token_chunks
-from hylo_megatron.distill.losses.loss import HeadLoss, HeadShape
+from hylo_megatron.distill.losses.loss import Loss
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.flags import positive, share, size, weight
 from hylo_megatron.options import option
@@ -23,7 +23,21 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class KL(HeadLoss):
+class HeadShape:
+    """Sizes that the memory of a ``KL`` follows from, on one rank. All tensors are bf16 unless said."""
+
+    tokens: int
+    taught: int  # tokens that the teacher has read
+    rows: int  # of the heads: vocabulary of a tensor-parallel rank, with padding
+    width: int  # hidden size of the student
+    teacher_width: int
+    tp: int = 1
+    sequence_parallel: bool = False
+    head_trained: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class KL(Loss):
     """``kl_weight`` times the divergence plus ``ce_weight`` times the cross-entropy of the text.
 
     ``teacher_length`` is the context that the teacher was trained for (None: no limit). Beyond it the loss is
@@ -34,6 +48,7 @@ class KL(HeadLoss):
     divergence's only.
     """
 
+    layerwise = False
     parts = ("loss", "kl", "ce")
     fp32_tensors = 8  # of the size of a chunk's logits, at the peak of ``head.torch_chunk``
 
@@ -124,6 +139,7 @@ class KL(HeadLoss):
         return kl_weight * taught * mask, ce * mask
 
     def __call__(self, inputs: HeadInputs) -> Tensor:
+        """Return one sum over tokens for each of ``parts``, of which the first is ``loss``."""
         from hylo_megatron.distill.head import chunked_loss
 
         return chunked_loss(inputs, self)
@@ -159,7 +175,10 @@ class KL(HeadLoss):
         return (log_p.exp() * (log_p - log_q)).sum(-1)
 
     def memory(self, shape: HeadShape) -> int:
-        """Hidden states of both models, the gradient of the student's, the fp32 gradient of its head, and logits."""
+        """Return the bytes at the peak of this loss, beside weights and activations of the layers.
+
+        Counts hidden states of both models, the gradient of the student's, the fp32 gradient of its head, and logits.
+        """
         d, c = shape.width, shape.teacher_width
         states = 2 * (2 * shape.tokens * d + shape.taught * c)
         if shape.sequence_parallel:  # the shards that the states were gathered from

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 from helpers import tiny
 
-from hylo_megatron.config.pair import check_pair, padded_rows
 from hylo_megatron.config.stages import stage_kind
+from hylo_megatron.convert.pair import check_pair, padded_rows
 from hylo_megatron.errors import HyLoError
 
 STUDENT = tiny.hybrid()

@@ -1,5 +1,7 @@
 """Shapes of every tensor of a model under its Hugging Face name, against which weights are checked. No torch."""
 
+from math import prod
+
 from hylo_megatron.config import Architecture
 from hylo_megatron.mixers import MIXERS, window
 from hylo_megatron.mixers.mapping import Shapes
@@ -20,3 +22,8 @@ def hf_shapes(arch: Architecture) -> Shapes:
     if not arch.tie_word_embeddings:
         shapes["lm_head.weight"] = (arch.vocab_size, d)
     return shapes
+
+
+def element_count(arch: Architecture) -> int:
+    """Return the number of values in all weights of a model."""
+    return sum(map(prod, hf_shapes(arch).values()))
