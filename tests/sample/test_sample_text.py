@@ -192,6 +192,19 @@ def test_first_sentences_and_instructions_reach_prepare_data(teacher, tmp_path):
         assert prepare(inputs, teacher, tmp_path / "tokens")["documents"] == documents
 
 
+def test_instructions_that_cannot_be_used_are_counted(teacher, tmp_path, capsys):
+    image = {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}
+    asked = text.write(tmp_path / "asked.jsonl", {"instruction": "Add."}, image, {"answer": "42"})
+    command.main(flags(teacher, tmp_path / "out", "--instructions", asked, "--length", 200, "--top-p", 1))
+    assert "asked.jsonl: 2 rows cannot be used and were left out, the first is" in capsys.readouterr().out
+    several = tmp_path / "several"
+    shutil.copytree(teacher, several)
+    text.make_tokenizer(several, {"a": text.CHATML, "b": text.CHATML})
+    with pytest.raises(SystemExit):
+        command.main(flags(several, tmp_path / "none", "--instructions", asked))
+    assert "several: has the chat templates a, b and none is the default" in capsys.readouterr().err
+
+
 def test_a_student_is_left_to_vllm(teacher, tmp_path, monkeypatch, capsys):
     """vLLM is a stand-in here, which answers with the last token of a prompt, then with an end."""
     calls = []
