@@ -84,7 +84,7 @@ def fresh_partial(out: Path) -> Path:
 
 
 def not_downloaded(path: Path) -> str | None:
-    """Return why a file exists only by name and what to do, or None for a file that is complete or not there at all."""
+    """Return why a file exists only by name and what to do; None for any other file, and if there is none."""
     if path.is_symlink() and not path.exists():
         return f"a link to {os.readlink(path)}, which is missing; download the file again"
     with contextlib.suppress(OSError), path.open("rb") as file:

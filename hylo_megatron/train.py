@@ -20,7 +20,7 @@ from hylo_megatron.engine.register import install
 from hylo_megatron.engine.step_profile import StepProfile
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.flags import command_line
-from hylo_megatron.run.parent import bind_forks, die_with_parent, own_store
+from hylo_megatron.run.parent import bind_forks, die_with_parent, own_store, without_launcher
 
 if TYPE_CHECKING:
     from hylo_megatron.checkpoint.save_room import SaveRoom
@@ -191,6 +191,7 @@ def main() -> None:
     """Train. Flags and files are checked before Megatron is imported, room on the disk before a kernel is compiled."""
     die_with_parent()
     bind_forks()
+    without_launcher()
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # megatron asserts it for TP and CP
     arch = check_command_line(sys.argv[1:])
     prepare_kernels()

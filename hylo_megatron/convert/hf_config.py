@@ -132,7 +132,7 @@ def misplaced(folder: Path) -> str | None:
     """Return what a path is in place of a Hugging Face folder and what to do, or None if nothing is known."""
     if not folder.is_dir():
         is_name = len(folder.parts) == 2 and not folder.is_absolute() and not folder.parent.exists()
-        return "no such folder; names of a hub are not looked up: download the model, give its folder" * is_name or None
+        return "no such folder; names of a hub are not looked up: download the model first" if is_name else None
     if snapshots := sorted((folder / "snapshots").glob("*/config.json")):
         return f"a hub's cache; give the folder of a snapshot in it, such as {snapshots[0].parent}"
     if (folder / FILE_NAME).is_file() and not (folder / "config.json").exists():

@@ -18,33 +18,9 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.megatron_dataset import MegatronDataset
 
 from hylo_megatron.data.prepare import MASK
-from hylo_megatron.data.token_files import read_summary
 from hylo_megatron.errors import HyLoError
 
 LIGHTEST, HEAVIEST = 1.0, 50.0  # limits of an answer token's weight; an ordinary token has 1
-
-
-def packed_length(prefix: str) -> int | None:
-    """Return the tokens per sequence from ``PREFIX.json``; None if the tokens are not packed."""
-    return read_summary(prefix).get("pack_length") if Path(f"{prefix}.json").is_file() else None
-
-
-def check_packed(prefixes: list[str], seq_length: int) -> bool:
-    """Return whether these files are packed for ``seq_length``.
-
-    Raises ``HyLoError`` for other lengths and mixtures.
-    """
-    lengths = {prefix: packed_length(prefix) for prefix in prefixes}
-    if not any(lengths.values()):
-        return False
-    for prefix, length in lengths.items():
-        if length != seq_length + 1:
-            found = f"packed to {length} tokens" if length else "not packed"
-            raise HyLoError(
-                f"--data-path {prefix} is {found}: --seq-length {seq_length} needs sequences of {seq_length + 1};"
-                f" make it with --pack-length {seq_length + 1}"
-            )
-    return True
 
 
 @dataclass

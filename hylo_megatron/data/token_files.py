@@ -43,6 +43,13 @@ class Summary(TypedDict, total=False):
     dtype: Literal["uint8", "int8", "int16", "int32", "int64", "uint16"]
 
 
+def check_prefix(path: str | Path) -> None:
+    """Refuse the name of a token file in place of its prefix. Raises ``HyLoError``."""
+    prefix = Path(path).with_suffix("")
+    if Path(path).suffix in (".bin", ".idx") and Path(f"{prefix}.idx").is_file():
+        raise HyLoError(f"{path}: one file of the tokens; give their prefix, {prefix}")
+
+
 def read_summary(prefix: str | Path, needed: tuple[str, ...] = ()) -> Summary:
     """Read ``PREFIX.json``. Raises ``HyLoError`` if it is missing, malformed or lacks one of ``needed``."""
     path, advice = Path(f"{prefix}.json"), "expected the file that hylo prepare-data wrote beside the tokens"
@@ -50,6 +57,29 @@ def read_summary(prefix: str | Path, needed: tuple[str, ...] = ()) -> Summary:
     if missing := [key for key in needed if key not in summary]:
         raise HyLoError(f"{path}: no {', '.join(missing)}: {advice}")
     return summary
+
+
+def packed_length(prefix: str) -> int | None:
+    """Return the tokens per sequence from ``PREFIX.json``; None if the tokens are not packed."""
+    return read_summary(prefix).get("pack_length") if Path(f"{prefix}.json").is_file() else None
+
+
+def check_packed(prefixes: list[str], seq_length: int) -> bool:
+    """Return whether these files are packed for ``seq_length``.
+
+    Raises ``HyLoError`` for other lengths and mixtures.
+    """
+    lengths = {prefix: packed_length(prefix) for prefix in prefixes}
+    if not any(lengths.values()):
+        return False
+    for prefix, length in lengths.items():
+        if length != seq_length + 1:
+            found = f"packed to {length} tokens" if length else "not packed"
+            raise HyLoError(
+                f"--data-path {prefix} is {found}: --seq-length {seq_length} needs sequences of {seq_length + 1};"
+                f" make it with --pack-length {seq_length + 1}"
+            )
+    return True
 
 
 def check_made_with(prefix: str | Path, identity: TokenizerIdentity, tokenizer: str | Path) -> None:
@@ -80,6 +110,8 @@ def check_token_files(prefix: str | Path, vocab_size: int | None = None) -> None
     if "://" in str(prefix):  # megatron-core reads such prefixes from an object store
         return
     index, data = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
+    if not index.is_file():
+        check_prefix(prefix)
     for path in (index, data):
         if not path.is_file():
             raise HyLoError(f"{path} not found: expected the prefix of tokens made by hylo prepare-data")

@@ -18,8 +18,8 @@ from hylo_megatron.data.packed_data import (
     DocumentDataset,
     PackedConfig,
     PackedDataset,
-    check_packed,
 )
+from hylo_megatron.data.token_files import check_packed
 from hylo_megatron.distill.losses import Loss
 from hylo_megatron.errors import HyLoError
 

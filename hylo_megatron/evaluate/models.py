@@ -74,7 +74,9 @@ def check_folder(folder: str | Path) -> Path:
     read_json(folder / "config.json")
     weights = next(filter(None, (sorted(folder.glob(pattern)) for pattern in WEIGHTS)), ())
     if not weights:
-        raise HyLoError(f"{folder} has no weights: expected {' or '.join(WEIGHTS)} beside config.json; download it again")
+        raise HyLoError(
+            f"{folder} has no weights: expected {' or '.join(WEIGHTS)} beside config.json; download it again"
+        )
     for path in weights:
         if reason := not_downloaded(path):
             raise HyLoError(f"{path}: {reason}")

@@ -33,6 +33,7 @@ from hylo_megatron.progress import peak_memory_gib
 REPORT = "init_report.json"
 RIDGES = {"data": (0.02,), "attention": (0.02, 0.1, 0.5, 2.0)}  # strengths that the output projection's fit tries
 INITS = (*RIDGES, "svd")
+CALIBRATION_LENGTH = 1024
 
 
 def initial_mixer(layer, arch: Architecture, how: str, frequencies, generator) -> dict[str, Tensor]:
@@ -215,7 +216,8 @@ def main(argv: list[str] | None = None) -> None:
         help="text file as for hylo prepare-data, or tokens; with svd they only measure errors",
     )
     add("--calibration-tokens", type=size, default=16384)
-    add("--calibration-length", type=size, default=1024, help="tokens per row")
+    longest = f"tokens per row (default {CALIBRATION_LENGTH}, or the base model's maximum if that is less)"
+    add("--calibration-length", type=size, help=longest)
     add("--no-ridge", action="store_true", help="keep the transferred output projections of linear blocks")
     add("--mla-qk-norm", action="store_true", help="keep Qwen3's per-head norms in MLA layers (published form)")
     positions.add_flags(add)
@@ -226,11 +228,16 @@ def main(argv: list[str] | None = None) -> None:
     arch = Architecture.load(options.teacher)
     if options.mla_qk_norm and not (arch.qk_norm and options.init == "svd"):
         raise HyLoError("--mla-qk-norm: needs a base model with per-head norms (Qwen3) and --init svd")
+    check_empty(Path(options.out))
+    longest = arch.max_position_embeddings
+    length = options.calibration_length or min(CALIBRATION_LENGTH, longest)
+    if length > longest:
+        raise HyLoError(f"--calibration-length {length}: the base model was made for {longest} tokens; use no more")
     plan = Plan.parse(arch.num_layers, options.mla_layers, options.linear, options.geometry)
     tokens = None
     if options.calibration:
         tokens = calibration_tokens(
-            options.calibration, Path(options.teacher) / "hf", options.calibration_tokens, options.calibration_length
+            options.calibration, Path(options.teacher) / "hf", options.calibration_tokens, length
         )
     report = upcycle(
         options.teacher, options.out, plan, init=options.init, geometry=options.geometry, qk_norm=options.mla_qk_norm,

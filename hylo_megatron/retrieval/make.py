@@ -106,8 +106,8 @@ def _chat_format(tokenizer: TextTokenizer, folder: Path, chat_share: float | Non
         return ChatFormat.of(tokenizer.render.choose(None, folder), folder)
     if chat_share:
         raise HyLoError(
-            f"{folder}: has no chat template, which --chat-share {chat_share} needs: use an instruct model's tokenizer,"
-            " or give --chat-share 0"
+            f"{folder}: has no chat template, which --chat-share {chat_share} needs: use an instruct model's"
+            " tokenizer, or give --chat-share 0"
         )
     return None
 

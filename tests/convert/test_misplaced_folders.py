@@ -81,7 +81,8 @@ def test_a_missing_shard_that_is_a_link(folder, tmp_path):
 
 @pytest.mark.parametrize("spoil, word", [
     (_pointer("model.safetensors"), "a pointer of Git LFS"), (_pointer("config.json"), "a pointer of Git LFS"),
-    (_no_blob("model.safetensors"), "a link to"), (lambda folder: (folder / "model.safetensors").unlink(), "no weights"),
+    (_no_blob("model.safetensors"), "a link to"),
+    (lambda folder: (folder / "model.safetensors").unlink(), "no weights"),
 ])  # fmt: skip
 def test_a_folder_to_be_evaluated(folder, spoil, word):
     assert check_folder(folder) == folder
@@ -89,7 +90,9 @@ def test_a_folder_to_be_evaluated(folder, spoil, word):
     assert word in refusal(lambda: check_folder(folder))
 
 
-@pytest.mark.parametrize("tool", [lambda path, out: hf_to_megatron.convert(path, out), lambda path, _: check_folder(path)])
+@pytest.mark.parametrize(
+    "tool", [lambda path, out: hf_to_megatron.convert(path, out), lambda path, _: check_folder(path)]
+)
 def test_other_folders_in_place_of_a_hugging_face_folder(good, folder, tmp_path, tool):
     cache, checkpoint = folder.parents[1], good.with_name("checkpoint")
     for path, words in (

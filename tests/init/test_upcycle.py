@@ -170,6 +170,7 @@ def test_tool_with_calibration_text(bases, tmp_path, text, capsys):
     [
         ([], "--init data needs --calibration"),
         (["--calibration", "nowhere.txt"], "nowhere.txt: no such file"),
+        (["--calibration", "TEXT", "--calibration-length", 999], "--calibration-length 999: the base model was made"),
         (["--calibration", "TEXT", "--calibration-tokens", 9999], "lower --calibration-tokens"),
         (["--init", "svd", "--mla-qk-norm"], "needs a base model with per-head norms"),
         (["--init", "svd", "--mla-layers", "9"], "lie in 0..3"),

@@ -29,7 +29,7 @@ def prose(documents: int, rng: random.Random) -> list[str]:
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    """A folder with a tokenizer (``hf``), others by their chat templates (``plain``: none), and a haystack (``hay``)."""
+    """Folders with a tokenizer (``hf``, and others by their chat templates), and a haystack (``hay``)."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     work = tmp_path_factory.mktemp("retrieval")
@@ -54,7 +54,9 @@ def work(tmp_path_factory):
     for name, template in chats.items():
         (work / name).mkdir()
         tokenizer.save(str(work / name / "tokenizer.json"))
-        (work / name / "tokenizer_config.json").write_text(json.dumps(config | ({"chat_template": template} if template else {})))
+        (work / name / "tokenizer_config.json").write_text(
+            json.dumps(config | ({"chat_template": template} if template else {}))
+        )
     prepare.prepare([work / "hay.jsonl"], work / "hf", work / "hay")
     return work
 
