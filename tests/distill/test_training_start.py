@@ -24,6 +24,7 @@ from hylo_megatron.data.prepare import MASK, prepare
 from hylo_megatron.distill import command_line, first_flags, memory_check, resume
 from hylo_megatron.distill.arguments import student_architecture
 from hylo_megatron.errors import HyLoError
+from hylo_megatron.files import only_writer
 from hylo_megatron.run.parent import ALONE
 
 
@@ -227,6 +228,16 @@ def test_a_folder_with_the_run_of_another_student_is_refused(world, tmp_path):
                 continue
             with pytest.raises(HyLoError, match="run holds a run of another student; choose another folder"):
                 check(**changes)
+
+
+@pytest.mark.slow
+def test_two_trainings_do_not_write_one_folder(world, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    with only_writer(run / train.RUNNING, "the other training"):
+        said = refusal(helpers.train(*helpers.train_flags(world, "distill", run)))
+    assert said == f"error: --save {run}: another process is writing it; wait for its end, or choose another"
+    assert not list(run.iterdir())
 
 
 @pytest.mark.slow
