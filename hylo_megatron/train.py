@@ -220,6 +220,7 @@ def main() -> None:
 
 
 def run_training(args, arch: Architecture) -> None:
+    """Train the student ``arch`` by Megatron's arguments."""
     import torch
     from megatron.core.enums import ModelType
     from megatron.training import pretrain

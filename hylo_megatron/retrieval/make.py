@@ -1,6 +1,7 @@
 """Packed training samples that can only be answered by reading, as .bin, .idx, .json and .answers.npy."""
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -47,6 +48,8 @@ def make_retrieval(
         raise HyLoError(f"--samples {samples}, --workers {workers}: expected 1 or more of each")
     if chat_share is not None and not 0 <= chat_share <= 1:
         raise HyLoError(f"--chat-share {chat_share}: expected a share from 0 to 1")
+    if os.path.abspath(out) == os.path.abspath(haystack):
+        raise HyLoError(f"--out {out}: is the haystack, which it would replace; choose another prefix")
     recipe, checked = _open(haystack, tokenizer, length, seed, chat_share)
     kinds = {"chat": 0, "needles": 0}
     answer_tokens = 0

@@ -145,6 +145,11 @@ def instruction_prompts(teller: Teller, file: Path, key: str | None, most: int) 
 def _question(row: Any, keys: tuple[str, ...]) -> list[dict]:
     """Return the messages of ``row`` up to the first one of the user. Raises ``Unusable``."""
     if isinstance(row, dict) and not any(isinstance(row.get(key), str) for key in keys):
+        if not any(name in row for name in chats.KEYS):
+            raise chats.Unusable(
+                f"no text under {' or '.join(map(repr, keys))} and no conversation, the keys are"
+                f" {', '.join(map(repr, row)) or 'none'}: name the right one with --text-key"
+            )
         messages = chats.read_chat(row).messages
         first = next((i for i, message in enumerate(messages) if message["role"] == "user"), None)
         if first is None:

@@ -252,6 +252,13 @@ def test_bad_input_is_named_and_nothing_is_left(work, tmp_path, options, change,
     assert "\n" not in str(caught.value) and [path.name for path in tmp_path.iterdir()] == ["bad"]
 
 
+def test_the_haystack_is_not_replaced(work):
+    before = (work / "hay.bin").read_bytes()
+    with pytest.raises(HyLoError, match="hay: is the haystack, which it would replace"):
+        retrieval.make_retrieval(work / "hay", work / "hf", work / "hf" / ".." / "hay", length=LENGTH, samples=1)
+    assert (work / "hay.bin").read_bytes() == before
+
+
 def test_command_line(work, tmp_path, capsys):
     arguments = [
         "--haystack",

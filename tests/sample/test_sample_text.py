@@ -205,6 +205,15 @@ def test_instructions_that_cannot_be_used_are_counted(teacher, tmp_path, capsys)
     assert "several: has the chat templates a, b and none is the default" in capsys.readouterr().err
 
 
+def test_broken_weights_are_said_to_be_broken(teacher, tmp_path, capsys):
+    broken = shutil.copytree(teacher, tmp_path / "broken")
+    state = load_file(broken / "model.safetensors")
+    save_file(state | {"model.norm.weight": state["model.norm.weight"] * float("nan")}, broken / "model.safetensors")
+    with pytest.raises(SystemExit):
+        command.main(flags(broken, tmp_path / "out"))
+    assert "logits are not finite: the weights are broken" in capsys.readouterr().err
+
+
 def test_a_student_is_left_to_vllm(teacher, tmp_path, monkeypatch, capsys):
     """vLLM is a stand-in here, which answers with the last token of a prompt, then with an end."""
     calls = []
@@ -244,6 +253,7 @@ def test_a_student_that_vllm_refuses_is_left_to_transformers(monkeypatch):
     [
         (("--length", 9999), "was made for 256 tokens"),
         (("--top-p", 0), "--top-p 0"),
+        (("--tokens", "0"), "argument --tokens: '0': expected a number of tokens, such as 10M"),
         (("--start-token", "two words"), "expected one"),
         (("--first-sentences", "nowhere.txt"), "no such file"),
         (("--engine", "vllm", "--device", "cpu"), "vLLM chooses the device"),
