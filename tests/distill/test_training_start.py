@@ -208,25 +208,25 @@ def test_no_kernel_is_timed_while_the_student_is_trained(monkeypatch, iteration,
 
 
 def test_a_folder_with_the_run_of_another_student_is_refused(world, tmp_path):
-    def check(**changes):
-        argv = map(str, helpers.train_flags(world, "distill", tmp_path / "run", **changes))
+    def check(save, **changes):
+        argv = map(str, helpers.train_flags(world, "distill", save, **changes))
         known = first_flags.first_flags(list(argv))
         resume.check_save(known, student_architecture(known))
 
-    student = Architecture.load(world["student"])
-    for arch, other in (
-        (replace(student, max_position_embeddings=999, extra={}), False), (replace(student, hidden_size=128), True),
-        (replace(student, geometry=replace(student.geometry, mla=MLAGeometry(8, 8, 8, 8))), True),
-        (replace(student, plan=student.plan[::-1]), True),
-    ):  # fmt: skip
-        arch.save(tmp_path) or (tmp_path / "run").mkdir(exist_ok=True)
-        (tmp_path / "hylo.json").replace(tmp_path / "run" / "hylo.json")
-        for changes in ({}, dict(save=tmp_path / "new", load=tmp_path / "run")):
-            (tmp_path / "run" / "latest_checkpointed_iteration.txt").write_text("2")
-            if not other:
-                check(**changes)
-                continue
-            with pytest.raises(HyLoError, match="run holds a run of another student; choose another folder"):
+    student, run = Architecture.load(world["student"]), tmp_path / "run"
+    others = (
+        replace(student, hidden_size=128), replace(student, plan=student.plan[1:] + student.plan[:1]),
+        replace(student, geometry=replace(student.geometry, mla=MLAGeometry(8, 8, 8, 8))),
+    )  # fmt: skip
+    run.mkdir()
+    (run / "latest_checkpointed_iteration.txt").write_text("2")
+    for other in (replace(student, max_position_embeddings=999, extra={}), *others):
+        other.save(run)
+        for changes in (dict(save=run), dict(save=tmp_path / "new", load=run)):
+            if other in others:
+                with pytest.raises(HyLoError, match="run holds a run of another student; choose another folder"):
+                    check(**changes)
+            else:
                 check(**changes)
 
 
