@@ -1,9 +1,11 @@
 """Teacher checkpoint -> hybrid student checkpoint: new mixers initialised, everything else copied bit for bit."""
 
+import contextlib
 import functools
 import json
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -20,6 +22,7 @@ from hylo_megatron.convert.shapes import hf_shapes
 from hylo_megatron.convert.tables import mappings
 from hylo_megatron.convert.tokenizer_files import check_tokenizer, copy_companions
 from hylo_megatron.errors import HyLoError
+from hylo_megatron.files import only_writer
 from hylo_megatron.flags import Parser, command_line, count, size
 from hylo_megatron.init.calibration import calibration_tokens
 from hylo_megatron.init.linear_algebra import relative_error, ridge_corrections
@@ -127,6 +130,20 @@ def _initialise(base: BaseModel, arch: Architecture, scratch: Path, tokens_BS: T
     return report, mixer_keys
 
 
+@contextlib.contextmanager
+def _mixers_of(out: Path) -> Iterator[Path]:
+    """Yield an empty folder beside ``out`` for the new mixers. It is removed when the block ends."""
+    scratch = out.with_name(out.name + ".mixers")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with only_writer(out.with_name(f".{scratch.name}"), str(out)):
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir()
+        try:
+            yield scratch
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
 def upcycle(teacher: str | Path, out: str | Path, plan: tuple[str, ...], *, init: str = "data",
             geometry: str | Geometry = "native", qk_norm: bool = False, tokens_BS: Tensor | None = None,
             ridge: bool = True, seed: int = 0, device: str | torch.device = "cpu", log=print,
@@ -144,10 +161,7 @@ def upcycle(teacher: str | Path, out: str | Path, plan: tuple[str, ...], *, init
         raise HyLoError(f"init {init!r}: expected one of {', '.join(INITS)}")
     if init != "svd" and tokens_BS is None:
         raise HyLoError(f"--init {init} needs --calibration TEXT: a text file similar to the intended use")
-    scratch = out.with_name(out.name + ".mixers")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    try:
+    with _mixers_of(out) as scratch:
         report, mixer_keys = _initialise(base, arch, scratch, tokens_BS, init=init, ridge=ridge, seed=seed, log=log)
         arch.extra["ild_norms"] = [[e.get("output_norm", 1.0), e.get("update_norm", 1.0)] for e in report]
         result = {
@@ -158,8 +172,6 @@ def upcycle(teacher: str | Path, out: str | Path, plan: tuple[str, ...], *, init
             "layers": report,
         }
         _write(base, arch, scratch, mixer_keys, out, Path(teacher), result)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return result
 
 

@@ -12,6 +12,7 @@ pytest.importorskip("transformers")
 from helpers import tiny
 from helpers.bases import CPU, RUNS, TOKENS, error, student
 
+from hylo_megatron import files
 from hylo_megatron.config import Architecture
 from hylo_megatron.convert import megatron_to_hf
 from hylo_megatron.errors import HyLoError
@@ -155,6 +156,20 @@ def text(tmp_path):
 def tool(checkpoint, tmp_path, *more):
     argv = ["--teacher", str(checkpoint), "--out", str(tmp_path / "out"), "--mla-layers", "0,3", *map(str, more)]
     upcycle.main(argv)
+
+
+def test_a_student_that_another_process_makes_is_left_to_it(bases, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "PATIENCE", 0)
+    checkpoint, tried = bases.model()[1], []
+
+    def log(line):
+        if not tried:
+            tried.append(line)
+            with pytest.raises(HyLoError, match="out: another process is writing it"):
+                upcycle.upcycle(checkpoint, tmp_path / "out", MIXED["gdn"], init="svd")
+
+    upcycle.upcycle(checkpoint, tmp_path / "out", MIXED["gdn"], init="svd", log=log)
+    assert tried and [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_tool_with_calibration_text(bases, tmp_path, text, capsys):
