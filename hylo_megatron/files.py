@@ -13,6 +13,7 @@ from typing import IO, Any
 
 from hylo_megatron.errors import HyLoError
 
+LFS = b"version https://git-lfs"  # begins a file that Git LFS has not fetched
 PATIENCE = 2  # seconds in which the children of a process that was killed end, which hold its locks
 
 
@@ -80,3 +81,13 @@ def fresh_partial(out: Path) -> Path:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     return partial
+
+
+def not_downloaded(path: Path) -> str | None:
+    """Return why a file exists only by name and what to do; None for any other file, and if there is none."""
+    if path.is_symlink() and not path.exists():
+        return f"a link to {os.readlink(path)}, which is missing; download the file again"
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        if file.read(len(LFS)) == LFS:
+            return "a pointer of Git LFS in place of the file; run git lfs pull in its folder"
+    return None

@@ -113,6 +113,14 @@ def readable_number(text: str) -> int:
     return int(value)
 
 
+def tokens(text: str) -> int:
+    """Return a number of tokens given on the command line."""
+    try:
+        return readable_number(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{short(text)}: expected a number of tokens, such as 10M or 1e10") from None
+
+
 def _of_a_file(error: OSError) -> str:
     if error.filename and (full := disk.explained(error, error.filename)):
         return str(full)

@@ -13,6 +13,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import Field, TypeAdapter, ValidationError
 
 from hylo_megatron.errors import HyLoError
+from hylo_megatron.files import not_downloaded
 
 T = TypeVar("T")
 Object = dict[str, Any]
@@ -64,6 +65,8 @@ def check(value: Any, kind: type[T], where: str, advice: str = "") -> T:
 def read_json(path: str | os.PathLike, kind: type[T] = Object, advice: str = "") -> T:
     """Read the JSON file ``path`` as a ``kind``. Raises ``HyLoError`` if that is impossible."""
     path = Path(path)
+    if reason := not_downloaded(path):
+        raise HyLoError(f"{path}: {reason}")
     try:
         text = path.read_bytes()
     except FileNotFoundError:

@@ -16,6 +16,8 @@ from multiprocessing.connection import wait
 import hylo_megatron
 
 PARENT, STORE = "HYLO_PARENT", "HYLO_STORE"
+# What torchrun sets, for one process that is started without it. Port 0 stands for any free one.
+ALONE = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
 PR_SET_PDEATHSIG = 1
 GONE = "the process that started this one is gone"
 # Parents that wait for their child. A shell is no such parent: a run continues when its user logs out.
@@ -83,6 +85,12 @@ def end_with_parent() -> None:
     """
     sentinel = multiprocessing.parent_process().sentinel
     threading.Thread(target=_wait_for, args=(sentinel,), daemon=True).start()
+
+
+def without_launcher() -> None:
+    """Make this process the only rank if no launcher has set one of the variables by which ranks find each other."""
+    if not ALONE.keys() & os.environ.keys():
+        os.environ.update(ALONE)
 
 
 def own_store():

@@ -3,6 +3,7 @@
 The loop is megatron.training's, with all its flags. This file says which model, data and loss it runs.
 """
 
+import contextlib
 import copy
 import functools
 import os
@@ -19,12 +20,16 @@ from hylo_megatron.engine.kernel_cache import prepare_kernels
 from hylo_megatron.engine.register import install
 from hylo_megatron.engine.step_profile import StepProfile
 from hylo_megatron.errors import HyLoError
+from hylo_megatron.files import only_writer
 from hylo_megatron.flags import command_line
-from hylo_megatron.parent import bind_forks, die_with_parent, own_store
+from hylo_megatron.parent import bind_forks, die_with_parent, own_store, without_launcher
 
 if TYPE_CHECKING:
     from hylo_megatron.checkpoint.save_room import SaveRoom
     from hylo_megatron.engine.training_run import TrainingRun
+
+
+RUNNING = ".training"  # the file in --save that a training locks
 
 
 def model_provider(
@@ -82,6 +87,14 @@ def write_companions(args) -> None:
     target.mkdir(parents=True, exist_ok=True)
     student_architecture(args).save(target)
     shutil.copytree(source / "hf", target / "hf", dirs_exist_ok=True)
+
+
+def only_run(args) -> contextlib.AbstractContextManager:
+    """Keep other trainings out of ``--save`` while this one runs: two would mix their checkpoints."""
+    if not args.save or args.rank != 0:
+        return contextlib.nullcontext()
+    Path(args.save).mkdir(parents=True, exist_ok=True)
+    return only_writer(Path(args.save) / RUNNING, f"--save {args.save}")
 
 
 def wait_for_student(args) -> None:
@@ -191,11 +204,23 @@ def main() -> None:
     """Train. Flags and files are checked before Megatron is imported, room on the disk before a kernel is compiled."""
     die_with_parent()
     bind_forks()
+    without_launcher()
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # megatron asserts it for TP and CP
     arch = check_command_line(sys.argv[1:])
     prepare_kernels()
     install("megatron")
     add_engine_flags(arch)
+    from hylo_megatron.layers.fp8 import check_card
+
+    args = parsed_arguments()
+    if args.hylo_teacher_fp8:
+        check_card()
+    with only_run(args):
+        run_training(args, arch)
+
+
+def run_training(args, arch: Architecture) -> None:
+    """Train the student ``arch`` by Megatron's arguments."""
     import torch
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
@@ -205,11 +230,7 @@ def main() -> None:
     from hylo_megatron.engine import peers
     from hylo_megatron.engine.product_rate import product_rate
     from hylo_megatron.engine.training_run import TrainingRun
-    from hylo_megatron.layers.fp8 import check_card
 
-    args = parsed_arguments()
-    if args.hylo_teacher_fp8:
-        check_card()
     if args.save and args.rank == 0:
         write_companions(args)
     run = TrainingRun(room=save_room(args, arch))

@@ -31,7 +31,7 @@ from hylo_megatron.checkpoint.iterations import TRACKER, hold_latest
 from hylo_megatron.checkpoint.safe_pickles import SafeReader, check_parts, check_pickles
 from hylo_megatron.config import Architecture
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.files import fresh_partial
+from hylo_megatron.files import fresh_partial, only_writer
 
 FINITE = "take an earlier iteration: write its number into the tracker"
 
@@ -90,10 +90,20 @@ def check_empty(folder: Path) -> None:
         raise HyLoError(f"{folder} exists and is not empty: choose another --out, or remove it")
 
 
-def _begin(out: Path, need: int) -> Path:
+@contextlib.contextmanager
+def _begun(out: Path, need: int) -> Iterator[Path]:
+    """Yield an empty folder beside ``out`` that no other process fills. It is removed if the block raises."""
     check_empty(out)
     disk.check(out, need)
-    return fresh_partial(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with only_writer(out.with_name(f".{out.name}.writing"), str(out)):
+        check_empty(out)
+        scratch = fresh_partial(out)
+        try:
+            yield scratch
+        except BaseException:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise
 
 
 def _end(scratch: Path, out: Path) -> None:
@@ -108,12 +118,11 @@ def whole_folder(out: Path, need: int | None = None) -> Iterator[Path]:
 
     ``need``: size in bytes for which there must be room. Raises ``HyLoError`` if there is not.
     """
-    scratch = _begin(out, need or 0)
     try:
-        yield scratch
-        _end(scratch, out)
+        with _begun(out, need or 0) as scratch:
+            yield scratch
+            _end(scratch, out)
     except BaseException as error:
-        shutil.rmtree(scratch, ignore_errors=True)
         raise _said(error, out, need) from None
 
 
@@ -127,30 +136,34 @@ def write_checkpoint(folder: str | os.PathLike, arch: Architecture, tensors: dic
     """
     folder = Path(folder)
     need = sum(prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors.values())
-    scratch = _begin(folder, need)
-    release = scratch / "release"
     try:
-        release.mkdir()
-        state = {key: torch.empty(t.shape, dtype=t.dtype, device="meta") for key, t in tensors.items()}
-        # megatron-core keeps everything that is not a tensor under this one key.
-        state["common_state/shard_0_1"] = [{"checkpoint_version": 3.0, "iteration": 0}]
-        files = _BoundedFiles(release, thread_count=1, single_file_per_rank=True)
-        dcp.save(state, storage_writer=files, planner=_StreamingPlanner(tensors, progress), no_dist=True)
-        described = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
-        (release / "metadata.json").write_text(json.dumps(described))
-        (scratch / TRACKER).write_text("release")
-        if companions:
-            companions(scratch / "hf")
-        arch.save(scratch)
-        verify(scratch)
-        _end(scratch, folder)
+        with _begun(folder, need) as scratch:
+            _fill(scratch, tensors, progress)
+            if companions:
+                companions(scratch / "hf")
+            arch.save(scratch)
+            verify(scratch)
+            _end(scratch, folder)
     except BaseException as error:
-        shutil.rmtree(scratch, ignore_errors=True)
         # torch wraps the planner's error; the message that tells the user what to do is inside.
         said = _said(_cause(error, (HyLoError, OSError)) or error, folder, need)
         if said is not error:
             disk.drop_tracebacks(error)
         raise said from None
+
+
+def _fill(folder: Path, tensors: dict[str, LazyTensor], progress: Callable[[int], None]) -> None:
+    """Write ``tensors`` as the release of the checkpoint ``folder``."""
+    release = folder / "release"
+    release.mkdir()
+    state = {key: torch.empty(t.shape, dtype=t.dtype, device="meta") for key, t in tensors.items()}
+    # megatron-core keeps everything that is not a tensor under this one key.
+    state["common_state/shard_0_1"] = [{"checkpoint_version": 3.0, "iteration": 0}]
+    files = _BoundedFiles(release, thread_count=1, single_file_per_rank=True)
+    dcp.save(state, storage_writer=files, planner=_StreamingPlanner(tensors, progress), no_dist=True)
+    described = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+    (release / "metadata.json").write_text(json.dumps(described))
+    (folder / TRACKER).write_text("release")
 
 
 def _said(error: BaseException, folder: Path, need: int | None) -> BaseException:

@@ -75,6 +75,13 @@ def misfits(arch: Architecture, at: ParallelLayout, work: Work = NO_WORK) -> lis
         if count % ranks:
             fits = [size for size in range(1, count + 1) if count % size == 0]
             found.append(f"{sizes} = {ranks} does not divide {count} {what} (sizes that do: {fits})")
+    features, rest = divmod(arch.intermediate_size, at.tp)
+    if rest:
+        found.append(f"TP = {at.tp} does not divide {arch.intermediate_size} MLP features")
+    elif features % 2:  # its warm-up before training splits them in two
+        found.append(
+            f"a rank has {features} MLP features (intermediate_size / TP), megatron-core needs an even number"
+        )
     if at.pp > arch.num_layers:
         found.append(f"PP = {at.pp} stages for {arch.num_layers} layers")
     chunks = 2 * at.cp if at.cp > 1 else 1

@@ -12,7 +12,7 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from hylo_megatron.config import Architecture
-from hylo_megatron.config.architecture import MODEL_TYPES
+from hylo_megatron.config.architecture import FILE_NAME, MODEL_TYPES
 from hylo_megatron.config.rope import checked_rope
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.json_file import Object, Positive, Size, check, read_json
@@ -128,9 +128,23 @@ def transformers_config(path: Path, kind: str) -> Any:
     return config
 
 
+def misplaced(folder: Path) -> str | None:
+    """Return what a path is in place of a Hugging Face folder and what to do, or None if nothing is known."""
+    if not folder.is_dir():
+        is_name = len(folder.parts) == 2 and not folder.is_absolute() and not folder.parent.exists()
+        return "no such folder; names of a hub are not looked up: download the model first" if is_name else None
+    if snapshots := sorted((folder / "snapshots").glob("*/config.json")):
+        return f"a hub's cache; give the folder of a snapshot in it, such as {snapshots[0].parent}"
+    if (folder / FILE_NAME).is_file() and not (folder / "config.json").exists():
+        return "a Megatron checkpoint; expected a Hugging Face folder, which hylo export writes of it"
+    return None
+
+
 def read_config(folder: str | os.PathLike) -> tuple[dict, Path]:
     """Return ``config.json`` and its path. Raises ``HyLoError``, also if the folder has no model."""
     folder = Path(folder)
+    if reason := misplaced(folder):
+        raise HyLoError(f"{folder}: {reason}")
     if not folder.is_dir():
         raise HyLoError(f"{folder} is not a folder; {_FOLDER}")
     if (folder / "adapter_config.json").is_file():

@@ -10,8 +10,10 @@ from typing_extensions import TypedDict
 
 from hylo_megatron.checkpoint import disk
 from hylo_megatron.config import Architecture
+from hylo_megatron.config.architecture import FILE_NAME
 from hylo_megatron.config.shapes import hf_shapes
 from hylo_megatron.errors import HyLoError
+from hylo_megatron.files import not_downloaded
 from hylo_megatron.json_file import Object, check, read_json
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -35,7 +37,8 @@ class HFWeights:
     The choice of files and of tensor names follows transformers.
     """
 
-    described_by, unmapped = "config.json", ""
+    described_by = "config.json"
+    unmapped = "; if the model computes without it, remove it from the file"
     allow_nan, let_pass = False, ", or let it pass with --allow-nan"
 
     def __init__(self, folder: str | os.PathLike, arch: Architecture, allow_nan: bool = False):
@@ -73,6 +76,11 @@ class HFWeights:
                                     " download both again")  # fmt: skip
 
     def _hint(self) -> str:
+        for name in (_SINGLE, _INDEX):
+            if reason := not_downloaded(self.folder / name):
+                return f"; {name} is {reason}"
+        if (self.folder.parent / FILE_NAME).is_file():
+            return "; it belongs to the checkpoint beside it, of which hylo export writes a folder with weights"
         for pattern, what in (("*.gguf", "is a GGUF file: give the model's folder of safetensors"),
                               ("adapter_model.*", "is an adapter: merge it into its base model first"),
                               ("*.bin", "is a pickle, which is not read: save the model as safetensors"),
@@ -116,11 +124,15 @@ class HFWeights:
         if name not in self._files:
             path = self.folder / name
             if not path.is_file():
+                reason = not_downloaded(path)
+                if reason:
+                    raise HyLoError(f"{path}: {reason}")
                 raise HyLoError(f"{path} not found: the index names it; download the missing shard")
             try:
                 self._files[name] = safe_open(path, framework="pt")
             except SafetensorError as error:
-                raise HyLoError(f"{path}: truncated or damaged ({error}); download it again") from None
+                reason = not_downloaded(path) or f"truncated or damaged ({error}); download it again"
+                raise HyLoError(f"{path}: {reason}") from None
         return self._files[name]
 
     def _slice(self, name: str, file: str):

@@ -43,7 +43,19 @@ def hf_tensors(arch: Architecture, reader: CheckpointReader, dtype: torch.dtype 
         for key, tensor in zip(mapping.hf, mapping.to_hf(megatron), strict=True):
             if tuple(tensor.shape) != expected[key]:
                 raise HyLoError(f"{reader.path}: {key} has shape {list(tensor.shape)}, expected {list(expected[key])}")
-            yield key, tensor if dtype is None or key.endswith(FP32_SUFFIXES) else tensor.to(dtype)
+            yield key, tensor if dtype is None or key.endswith(FP32_SUFFIXES) else _cast(key, tensor, dtype)
+
+
+def _cast(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``tensor`` as ``dtype``. Raises ``HyLoError`` if a finite value becomes Inf."""
+    cast = tensor.to(dtype)
+    if tensor.dtype != dtype and cast.isinf().sum() > tensor.isinf().sum():
+        name = str(dtype).removeprefix("torch.")
+        raise HyLoError(
+            f"{key} has values up to {tensor.abs().max().item():.3g}, --dtype {name} holds up to"
+            f" {torch.finfo(dtype).max:.3g}; use --dtype bfloat16 or keep"
+        )
+    return cast
 
 
 class ShardWriter:

@@ -47,7 +47,7 @@ class ChatTemplate:
         if names and name is None and "default" not in names:
             raise HyLoError(
                 f"{where}: has the chat templates {', '.join(names)} and none is the default: choose one with"
-                " --chat-template of hylo prepare-data"
+                " --chat-template of hylo prepare-data, or rename one to default in the tokenizer's files"
             )
         return ChatTemplate(self.tokenizer, name)
 

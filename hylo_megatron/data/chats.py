@@ -38,18 +38,21 @@ def read_chat(row: Any) -> Chat:
     """Return the conversation in ``row``. Raises ``Unusable``."""
     key = next((key for key in KEYS if isinstance(row, dict) and row.get(key) is not None), None)
     if key is None:
-        found = f"an object with {', '.join(map(repr, row)) or 'no keys'}" if isinstance(row, dict) else _kind(row)
+        found = f"an object with {', '.join(map(repr, row)) or 'no keys'}" if isinstance(row, dict) else kind_of(row)
         raise Unusable(f"expected {EXPECTED}; found {found}")
     items = _parsed(row[key], key)
     if not isinstance(items, list) or not items:
-        raise Unusable(f"'{key}' is {_kind(items)}, expected a list of messages")
+        raise Unusable(f"'{key}' is {kind_of(items)}, expected a list of messages")
     messages = [_message(item, f"message {number}") for number, item in enumerate(items, 1)]
     if isinstance(row.get("system"), str) and row["system"] and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": row["system"]})
     return Chat(messages, _tools(row))
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
+    """Return what a value of a row is, for a message."""
+    if isinstance(value, bytes):
+        return "bytes"
     names = {dict: "an object", list: "an empty list" if value == [] else "a list", str: "a string", bool: "a boolean"}
     return "null" if value is None else names.get(type(value), "a number")
 
@@ -70,7 +73,7 @@ def _parsed(value: Any, what: str) -> Any:
 
 def _message(item: Any, what: str) -> dict:
     if not isinstance(item, dict):
-        raise Unusable(f"{what} is {_kind(item)}, expected an object with 'role' and 'content'")
+        raise Unusable(f"{what} is {kind_of(item)}, expected an object with 'role' and 'content'")
     message = {key: value for key, value in item.items() if key not in ("from", "value") and value is not None}
     role = item.get("role", item.get("from"))
     if not isinstance(role, str):
@@ -97,7 +100,7 @@ def _content(content: Any, what: str) -> str | None:
     if content is None or isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise Unusable(f"{what}: its content is {_kind(content)}, expected a string or parts of text")
+        raise Unusable(f"{what}: its content is {kind_of(content)}, expected a string or parts of text")
     texts = []
     for part in content:
         kind = part.get("type", "text") if isinstance(part, dict) else "text"
@@ -111,7 +114,7 @@ def _content(content: Any, what: str) -> str | None:
 def _listed(value: Any, what: str) -> list:
     value = _parsed(value, f"{what}: its tool calls")
     if not isinstance(value, list):
-        raise Unusable(f"{what}: 'tool_calls' is {_kind(value)}, expected a list")
+        raise Unusable(f"{what}: 'tool_calls' is {kind_of(value)}, expected a list")
     return value
 
 
@@ -124,7 +127,7 @@ def _tool_call(call: Any, what: str) -> dict:
     arguments = _parsed(function.get("arguments") or {}, of)
     arguments = {} if arguments is None else arguments
     if not isinstance(arguments, dict):
-        raise Unusable(f"{of} are {_kind(arguments)}, expected an object")
+        raise Unusable(f"{of} are {kind_of(arguments)}, expected an object")
     function = function | {"arguments": arguments}
     if "function" not in call:
         return {"type": "function", "function": function}
@@ -135,5 +138,5 @@ def _tool_call(call: Any, what: str) -> dict:
 def _tools(row: dict) -> list[dict] | None:
     tools = _parsed(row.get("tools") or row.get("functions") or [], "'tools'")
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise Unusable(f"'tools' is {_kind(tools)}, expected a list of objects")
+        raise Unusable(f"'tools' is {kind_of(tools)}, expected a list of objects")
     return tools or None

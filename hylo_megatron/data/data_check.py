@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hylo_megatron.config import Architecture
 from hylo_megatron.convert.tokenizer_files import FAST, tokenizer_identity
-from hylo_megatron.data.token_files import check_made_with, check_token_files
+from hylo_megatron.data.token_files import check_made_with, check_packed, check_token_files
 
 
 def _without_weights(words: list[str]) -> list[str]:
@@ -23,8 +23,10 @@ def prefixes(args: argparse.Namespace) -> list[str]:
     return [prefix for words in blends if words for prefix in _without_weights(words)]
 
 
-def check_data(prefixes: list[str], student: Architecture, teacher: Architecture, tokenizer: Path) -> None:
-    """Refuse damaged token files, ids beyond the models' rows, and tokens of another tokenizer.
+def check_data(
+    prefixes: list[str], student: Architecture, teacher: Architecture, tokenizer: Path, seq_length: int | None = None
+) -> None:
+    """Refuse damaged token files, ids beyond the models' rows, tokens of another tokenizer, and another length.
 
     ``tokenizer``: the student's folder. Raises ``HyLoError``.
     """
@@ -33,3 +35,5 @@ def check_data(prefixes: list[str], student: Architecture, teacher: Architecture
         check_token_files(prefix, min(student.vocab_size, teacher.vocab_size))
         if identity:
             check_made_with(prefix, identity, tokenizer)
+    if seq_length:
+        check_packed(prefixes, seq_length)

@@ -198,6 +198,11 @@ def _plain_text(row: Row, text_key: str) -> str:
     text = row.value.get(text_key)
     if text is None and text_key in row.value:
         return ""
+    if not isinstance(text, str) and text_key in row.value:
+        raise HyLoError(
+            f"{row.where}: expected a string under '{text_key}', found {chats.kind_of(text)}: write the text as one"
+            " string, or name another key with --text-key of hylo prepare-data"
+        )
     if not isinstance(text, str):
         keys = ", ".join(map(repr, row.value)) or "none"
         raise HyLoError(

@@ -18,26 +18,10 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.megatron_dataset import MegatronDataset
 
 from hylo_megatron.data.prepare import MASK
-from hylo_megatron.data.token_files import read_answers, read_summary
+from hylo_megatron.data.token_files import read_answers
 from hylo_megatron.errors import HyLoError
 
 LIGHTEST, HEAVIEST = 1.0, 50.0  # limits of an answer token's weight; an ordinary token has 1
-
-
-def check_packed(prefixes: list[str], seq_length: int) -> bool:
-    """Return whether the files are packed for ``seq_length``. Raises ``HyLoError`` for other lengths and mixtures."""
-    summaries = {prefix: read_summary(prefix) if Path(f"{prefix}.json").is_file() else {} for prefix in prefixes}
-    lengths = {prefix: summary.get("pack_length") for prefix, summary in summaries.items()}
-    if not any(lengths.values()):
-        return False
-    for prefix, length in lengths.items():
-        if length != seq_length + 1:
-            found = f"packed to {length} tokens" if length else "not packed"
-            raise HyLoError(
-                f"--data-path {prefix} is {found}: --seq-length {seq_length} needs sequences of {seq_length + 1};"
-                f" make it with --pack-length {seq_length + 1}"
-            )
-    return True
 
 
 @dataclass

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hylo_megatron import json_file, packages
+from hylo_megatron.data.chats import KEYS
 from hylo_megatron.data.hub import HubDataset
 from hylo_megatron.data.text_files import PACKED_SUFFIXES, check_file, plain_suffix, read_blocks, read_lines
 from hylo_megatron.errors import HyLoError
@@ -18,6 +19,7 @@ CSV_DELIMITERS = {".csv": ",", ".tsv": "\t"}
 PARQUET_ROWS = 64  # rows that are decoded together
 LONG_LINE = 1 << 16  # characters; a longer line that begins with a brace is treated as JSON without parsing
 CELL_LIMIT = 1 << 30  # maximum number of characters in one csv cell
+ROW_KEYS = ("text", *KEYS)
 EXAMPLE = 'expected one on each line, such as {"text": "..."}'
 JSON_ADVICE = "expected one object on each line, or an array of objects, with null for a missing value"
 SPACE = re.compile(r"[ \t\r\n]*")
@@ -46,7 +48,7 @@ def container(path: Path | HubDataset, form: str | None = None) -> str:
     if form != "text" and (suffix == ".parquet" or _starts_with(path, b"PAR1")):
         return _parquet(path)
     number, head = _beginning(path)
-    if form == "text" or (form is None and suffix in TEXT_SUFFIXES):
+    if form == "text" or (form is None and suffix in TEXT_SUFFIXES and not _begins_with_row(head)):
         return "text"
     if suffix in CSV_DELIMITERS:
         return "csv"
@@ -89,6 +91,16 @@ def _beginning(path: Path) -> tuple[int, str]:
             return line + text[: len(text) - len(head)].count("\n"), head
         line += text.count("\n")
     raise HyLoError(f"{path}: the file is empty, expected text or rows with text")
+
+
+def _begins_with_row(head: str) -> bool:
+    """Return whether a file with the name of plain text begins with a row of text or of a conversation."""
+    start = SPACE.match(head, head.startswith("[")).end()
+    try:
+        value, _ = _DECODER.raw_decode(head, start)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(value, dict) and any(isinstance(value.get(key), str | list) for key in ROW_KEYS)
 
 
 def _is_object(line: str) -> bool:

@@ -75,6 +75,7 @@ def read_blocks(path: Path) -> Iterator[Block]:
         try:
             for data in _decompressed(raw, path):
                 if decoder is None:
+                    _refuse_no_text(data, path)
                     mark, encoding = next(((m, e) for m, e in MARKS if data.startswith(m)), (b"", "utf-8"))
                     decoder, data = codecs.getincrementaldecoder(encoding)(), data[len(mark) :]
                 text = decoder.decode(data)
@@ -108,6 +109,17 @@ def read_lines(path: Path) -> Iterator[tuple[int, str, int]]:
         rest += last
     if rest:
         yield number + 1, rest, at
+
+
+def _refuse_no_text(start: bytes, path: Path) -> None:
+    """Refuse other kinds of files by their decompressed beginning, which may happen to be UTF-8."""
+    packed = next((name for magic, name in MAGIC.items() if start.startswith(magic)), None)
+    if packed:
+        raise HyLoError(f"{path}: compressed twice (inside is {packed}): unpack it once")
+    if start[257:262] == b"ustar":
+        raise HyLoError(f"{path}: a tar archive, expected text: unpack it first and name the files in it")
+    if start.startswith(b"%PDF-"):
+        raise HyLoError(f"{path}: a PDF file, expected text: extract its text first")
 
 
 @contextmanager

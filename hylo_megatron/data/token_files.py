@@ -43,6 +43,13 @@ class Summary(TypedDict, total=False):
     dtype: Literal["uint8", "int8", "int16", "int32", "int64", "uint16"]
 
 
+def check_prefix(path: str | Path) -> None:
+    """Refuse the name of a token file in place of its prefix. Raises ``HyLoError``."""
+    prefix = Path(path).with_suffix("")
+    if Path(path).suffix in (".bin", ".idx") and Path(f"{prefix}.idx").is_file():
+        raise HyLoError(f"{path}: one file of the tokens; give their prefix, {prefix}")
+
+
 def read_summary(prefix: str | Path, needed: tuple[str, ...] = ()) -> Summary:
     """Read ``PREFIX.json``. Raises ``HyLoError`` if it is missing, malformed or lacks one of ``needed``."""
     path, advice = Path(f"{prefix}.json"), "expected the file that hylo prepare-data wrote beside the tokens"
@@ -67,6 +74,22 @@ def read_answers(prefix: str | Path, shape: tuple[int, int]) -> np.ndarray | Non
     if answers.dtype != np.uint8 or answers.shape != shape:
         raise HyLoError(f"{path}: {answers.dtype} of shape {answers.shape}, expected uint8 of {shape}")
     return answers
+
+
+def check_packed(prefixes: list[str], seq_length: int) -> bool:
+    """Return whether the files are packed for ``seq_length``. Raises ``HyLoError`` for other lengths and mixtures."""
+    summaries = {prefix: read_summary(prefix) if Path(f"{prefix}.json").is_file() else {} for prefix in prefixes}
+    lengths = {prefix: summary.get("pack_length") for prefix, summary in summaries.items()}
+    if not any(lengths.values()):
+        return False
+    for prefix, length in lengths.items():
+        if length != seq_length + 1:
+            found = f"packed to {length} tokens" if length else "not packed"
+            raise HyLoError(
+                f"--data-path {prefix} is {found}: --seq-length {seq_length} needs sequences of {seq_length + 1};"
+                f" make it with --pack-length {seq_length + 1}"
+            )
+    return True
 
 
 def check_made_with(prefix: str | Path, identity: TokenizerIdentity, tokenizer: str | Path) -> None:
@@ -97,6 +120,8 @@ def check_token_files(prefix: str | Path, vocab_size: int | None = None) -> None
     if "://" in str(prefix):  # megatron-core reads such prefixes from an object store
         return
     index, data = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
+    if not index.is_file():
+        check_prefix(prefix)
     for path in (index, data):
         if not path.is_file():
             raise HyLoError(f"{path} not found: expected the prefix of tokens made by hylo prepare-data")

@@ -13,7 +13,8 @@ from megatron.training import get_args, get_tokenizer
 
 from hylo_megatron import packages
 from hylo_megatron.data.data_check import prefixes
-from hylo_megatron.data.packed_data import DocumentConfig, DocumentDataset, PackedConfig, PackedDataset, check_packed
+from hylo_megatron.data.packed_data import DocumentConfig, DocumentDataset, PackedConfig, PackedDataset
+from hylo_megatron.data.token_files import check_packed
 from hylo_megatron.distill.losses import Loss
 from hylo_megatron.errors import HyLoError
 

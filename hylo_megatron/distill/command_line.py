@@ -117,6 +117,8 @@ def check_given(known: argparse.Namespace, user: list[str]) -> None:
         and not (known.split or known.valid_data_path or known.per_split_data_args_path)
     ):
         raise HyLoError(f"--eval-iters {known.eval_iters}: no data to validate on; give --split, such as 99,1,0")
+    if known.fp16 and not known.bf16:
+        raise HyLoError("--fp16: training in fp16 is not supported; give --bf16, or none of the two for fp32")
     if "--transformer-impl" in user:
         raise HyLoError("--transformer-impl has no effect here: --hylo-backend says which layers are built")
     if known.check_for_spiky_loss:
@@ -244,7 +246,7 @@ def check_command_line(user: list[str]) -> Architecture:
     check_save(known, student_architecture(known))
     if known.bf16:
         check_memory(planned_run(known, arch, teacher, layout, work), user)
-    check_data(prefixes(known), arch, teacher, Path(known.hylo_student) / "hf")
+    check_data(prefixes(known), arch, teacher, Path(known.hylo_student) / "hf", known.seq_length)
     if not known.hylo_random_weights:
         check_weights(known)
     return arch

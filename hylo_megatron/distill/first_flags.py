@@ -24,8 +24,8 @@ TEXTS = ("save", "load", "split", "data_args_path", "per_split_data_args_path", 
          "recompute_method", "cuda_graph_impl")  # fmt: skip
 LISTS = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
 FULL_LISTS = ("cp_comm_type",)  # of one value and more
-SWITCHES = ("mock_data", "sequence_parallel", "bf16", "no_save_optim", "no_load_optim", "finetune", "async_save",
-            "check_for_spiky_loss", "optimizer_cpu_offload")  # fmt: skip
+SWITCHES = ("mock_data", "sequence_parallel", "bf16", "fp16", "no_save_optim", "no_load_optim", "finetune",
+            "async_save", "check_for_spiky_loss", "optimizer_cpu_offload")  # fmt: skip
 # Megatron's defaults other than None, and False of a switch
 DEFAULTS = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "context_parallel_size": 1,
             "eval_iters": 100, "lr_warmup_iters": 0, "log_interval": 100, "min_lr": 0.0, "weight_decay": 0.01,

@@ -7,9 +7,10 @@ groups by their learning rates, so that a new ``--lr`` finds no group (``distrib
 import contextlib
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
-from hylo_megatron.checkpoint.iterations import complete_iterations
+from hylo_megatron.checkpoint.iterations import complete_iterations, latest_number
 from hylo_megatron.config import Architecture, positions
 from hylo_megatron.errors import HyLoError
 
@@ -27,6 +28,7 @@ FLAGS = {
 }
 # Settings that decide which parameters are trained, and in which groups. A run cannot change them on the way.
 FIXED = ("hylo_stage", "hylo_train", "hylo_copied_lr_mult", "hylo_decay_lr_mult", "hylo_control")
+FREE = ("rope_parameters", "max_position_embeddings", "extra")  # of an architecture; a training may change them
 UNKNOWN = {"hylo_control": False}  # of runs that were started before there was the flag
 
 
@@ -49,7 +51,8 @@ def check_architecture(where: str, folder: Path, arch: Architecture) -> None:
     if not (folder / "hylo.json").is_file():
         return
     before = Architecture.load(folder)
-    if before.plan != arch.plan:
+    free = {name: getattr(arch, name) for name in (*positions.FIELDS, *FREE)}
+    if replace(before, **free) != arch:
         raise HyLoError(f"{where} {folder} holds a run of another student; choose another folder")
     if not complete_iterations(folder):
         return
@@ -66,6 +69,11 @@ def check_save(args, arch: Architecture) -> None:
     if Path(args.save).resolve() == Path(args.hylo_student).resolve():
         raise HyLoError("--save and --hylo-student are the same folder; choose another --save")
     check_architecture("--save", Path(args.save), arch)
+    given = args.load and Path(args.load).resolve() != Path(args.save).resolve()
+    if given and not (complete_iterations(Path(args.load)) or latest_number(args.load) is not None):
+        raise HyLoError(
+            f"--load {args.load}: has no checkpoint of a training; leave --load out to begin with --hylo-student"
+        )
     if args.load and not (args.finetune or args.no_load_optim):
         check_architecture("--load", Path(args.load), arch)
 

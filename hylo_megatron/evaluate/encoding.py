@@ -7,6 +7,10 @@ from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
+from hylo_megatron.convert.tokenizer_json import first_line
+from hylo_megatron.data.chat_template import ChatTemplate
+from hylo_megatron.errors import HyLoError
+
 BLOCK = 256  # texts that are tokenised together
 MOST_CACHED = 200_000
 PLACEHOLDER = "THE-TEXT-GOES-HERE"
@@ -33,12 +37,23 @@ def encode_start(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def question_text(tokenizer: PreTrainedTokenizerBase, question: str, answer: str) -> str:
-    """Return a question and the beginning of its answer, in the chat format if the tokenizer has one."""
+    """Return a question and the beginning of its answer, in the chat format if the tokenizer has one.
+
+    Raises ``HyLoError`` if its chat template cannot be used.
+    """
     if not tokenizer.chat_template:
         return f"{question}\n{answer}"
-    chat = tokenizer.apply_chat_template(
-        [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True, enable_thinking=False
-    )
+    where = tokenizer.name_or_path
+    ChatTemplate(tokenizer).choose(None, where)
+    try:
+        chat = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
+    except Exception as error:  # templates are programs and may raise anything
+        raise HyLoError(
+            f"{where}: the chat template does not render a question ({first_line(error)}); correct it, or remove it"
+            " to ask in plain text"
+        ) from error
     return chat + answer
 
 

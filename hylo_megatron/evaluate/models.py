@@ -7,12 +7,15 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from hylo_megatron.convert.hf_config import misplaced
 from hylo_megatron.convert.tokenizer_files import check_rows, identity_of, open_tokenizer
 from hylo_megatron.errors import HyLoError, first_line
+from hylo_megatron.files import not_downloaded
 from hylo_megatron.hf import register
 from hylo_megatron.json_file import read_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")  # in this order, as transformers reads them
 CPU_BATCH_TOKENS = 4096
 # GPU memory per hidden value of a token: about ten times what cache and activations take in bf16, so that
 # training may run on the same GPU. Large batches pay off: a decoding step takes as long for one row as for many.
@@ -60,11 +63,21 @@ def rows_per_batch(model: PreTrainedModel, length: int, batch_size: int | None) 
 def check_folder(folder: str | Path) -> Path:
     """Return the folder as a path. The check is cheap, so a typing error shows before anything is loaded."""
     folder = Path(folder)
+    if reason := misplaced(folder):
+        raise HyLoError(f"{folder}: {reason}")
     if not folder.is_dir():
         raise HyLoError(f"model folder {folder} not found: expected a Hugging Face folder (config.json, weights)")
     if not (folder / "config.json").is_file():
         raise HyLoError(f"{folder} has no config.json: expected a Hugging Face folder (export a checkpoint first)")
     read_json(folder / "config.json")
+    weights = next(filter(None, (sorted(folder.glob(pattern)) for pattern in WEIGHTS)), ())
+    if not weights:
+        raise HyLoError(
+            f"{folder} has no weights: expected {' or '.join(WEIGHTS)} beside config.json; download it again"
+        )
+    for path in weights:
+        if reason := not_downloaded(path):
+            raise HyLoError(f"{path}: {reason}")
     return folder
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.evaluate.encoding import SPACES, Encoder, Ids, around, fit, take
+from hylo_megatron.evaluate.encoding import SPACES, Encoder, Ids, around, encode_start, fit, question_text, take
 from hylo_megatron.evaluate.task import Prompt, Task
 from hylo_megatron.evaluate.texts import key_words, read_some, sentences_of
 
@@ -134,6 +134,19 @@ def prose_of(file: Path, tokenizer: PreTrainedTokenizerBase) -> Prose:
     return Prose(file, tokenizer)
 
 
+def _check_length(ids: Ids, length: int) -> None:
+    if len(ids) + MAX_NEW_TOKENS > length:
+        least = len(ids) + MAX_NEW_TOKENS + 32
+        raise HyLoError(f"needle length {length} is too short for the question itself: use {least} or more")
+
+
+def check_shortest(tokenizer: PreTrainedTokenizerBase, length: int) -> None:
+    """Refuse a length that no question fits, before a text is read. Raises ``HyLoError``."""
+    key = "able-word"
+    text = PROMPT.format(text=FACT.format(key=key, value="1234567"), key=key)
+    _check_length(tuple(encode_start(tokenizer, question_text(tokenizer, text, ANSWER.format(key=key)))), length)
+
+
 def make_needle(prose: Prose, length: int, depth: float, rng: random.Random) -> NeedlePrompt:
     """Return a prompt of ``length`` less the answer's tokens, or a few tokens shorter if no filler fits exactly."""
     key = f"{rng.choice(prose.adjectives)}-{rng.choice(prose.nouns)}"
@@ -145,9 +158,7 @@ def make_needle(prose: Prose, length: int, depth: float, rng: random.Random) -> 
         return placed, prose.encode(texts, key)
 
     placed, ids = fit(make, length - MAX_NEW_TOKENS)
-    if len(ids) + MAX_NEW_TOKENS > length:
-        least = len(ids) + MAX_NEW_TOKENS + 32
-        raise HyLoError(f"needle length {length} is too short for the question itself: use {least} or more")
+    _check_length(ids, length)
     return NeedlePrompt(
         ids=ids, length=length, references=(value,), cell={"depth": depth}, placed_depth=placed, key=key, value=value
     )

@@ -10,10 +10,13 @@ from typing import Any
 import torch
 import transformers
 
+from hylo_megatron.convert.tokenizer_files import open_tokenizer
 from hylo_megatron.data.documents import check_texts
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.evaluate import models
 from hylo_megatron.evaluate.compare import BASES, compared, differences
+from hylo_megatron.evaluate.encoding import question_text
+from hylo_megatron.evaluate.needle import check_shortest
 from hylo_megatron.evaluate.plots import new_figure, read_log
 from hylo_megatron.evaluate.questions import read_answers, read_choices
 from hylo_megatron.evaluate.report import write_report
@@ -22,6 +25,7 @@ from hylo_megatron.evaluate.settings import DEFAULT_SUITES, KINDS, Settings
 from hylo_megatron.evaluate.suites import REGISTRY, Files, Job
 
 READERS = {"choice": read_choices, "answers": read_answers, "ruler_squad": read_library, "ruler_hotpot": read_library}
+ASKING = {"needle", "choice", "answers", "ruler"}  # suites with questions, which the chat template renders
 SEVERAL = ("choice", "answers")  # kinds with figures for each of several files
 
 
@@ -45,6 +49,18 @@ def check_files(files: Files, settings: Settings) -> None:
             raise HyLoError(f"no chosen suite reads {flag}: name {names} in --suite, or leave out {flag}")
     if files and not found:
         raise HyLoError(f"--skip {' '.join(settings.skip)} leaves nothing to measure on the given files: skip less")
+
+
+def check_prompts(folder: Path, files: Files, settings: Settings) -> None:
+    """Refuse a folder whose tokenizer or chat template cannot be used, and needles too short for their question.
+
+    Raises ``HyLoError``.
+    """
+    tokenizer, suites = open_tokenizer(folder), suites_for(files, settings)
+    if ASKING & set(suites):
+        question_text(tokenizer, "Which?", "This")
+    if "needle" in suites:
+        check_shortest(tokenizer, min(settings.needle_lengths))
 
 
 def measure(folder: str | Path, role: str, files: Files, settings: Settings) -> dict:
@@ -111,6 +127,8 @@ def evaluate(
     folders = {role: models.check_folder(folder) for role, folder in folders.items() if folder is not None}
     files = _given_files(files)
     check_files(files, settings)
+    for folder in dict.fromkeys(folders.values()):  # now, not after minutes of measuring the others
+        check_prompts(folder, files, settings)
     device = models.resolve_device(settings.device)
     dtype = models.resolve_dtype(settings.dtype, device)
     if out_dir is not None:  # fails now, not after minutes of measuring

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hylo_megatron.convert.tokenizer_files import check_model_beside, identity_of, open_tokenizer
 from hylo_megatron.data.documents import MOST_DOCUMENTS, read_texts
-from hylo_megatron.data.token_files import check_made_with, check_token_files
+from hylo_megatron.data.token_files import check_made_with, check_prefix, check_token_files
 from hylo_megatron.errors import HyLoError
 
 
@@ -39,6 +39,7 @@ def calibration_tokens(path: str | Path, tokenizer_folder: str | Path, count: in
         check_made_with(path, identity, tokenizer_folder)
         documents = list(_token_documents(path, length, identity.largest_id + 1))
     elif path.exists():
+        check_prefix(path)
         texts = itertools.islice(read_texts(path, tokenizer, window=8 * length), MOST_DOCUMENTS)
         documents = [text[: 8 * length] for text in texts]
     else:

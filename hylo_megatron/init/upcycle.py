@@ -1,9 +1,11 @@
 """Teacher checkpoint -> hybrid student checkpoint: new mixers initialised, everything else copied bit for bit."""
 
+import contextlib
 import functools
 import json
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -20,6 +22,7 @@ from hylo_megatron.convert.hf_to_megatron import megatron_tensors
 from hylo_megatron.convert.tables import mappings
 from hylo_megatron.convert.tokenizer_files import check_tokenizer, copy_companions
 from hylo_megatron.errors import HyLoError
+from hylo_megatron.files import only_writer
 from hylo_megatron.flags import Parser, command_line, count, size
 from hylo_megatron.init.calibration import calibration_tokens
 from hylo_megatron.init.linear_algebra import relative_error, ridge_corrections
@@ -33,6 +36,7 @@ from hylo_megatron.progress import peak_memory_gib
 REPORT = "init_report.json"
 RIDGES = {"data": (0.02,), "attention": (0.02, 0.1, 0.5, 2.0)}  # strengths that the output projection's fit tries
 INITS = (*RIDGES, "svd")
+CALIBRATION_LENGTH = 1024
 
 
 def initial_mixer(layer, arch: Architecture, how: str, frequencies, generator) -> dict[str, Tensor]:
@@ -126,6 +130,20 @@ def _initialise(base: BaseModel, arch: Architecture, scratch: Path, tokens_BS: T
     return report, mixer_keys
 
 
+@contextlib.contextmanager
+def _mixers_of(out: Path) -> Iterator[Path]:
+    """Yield an empty folder beside ``out`` for the new mixers. It is removed when the block ends."""
+    scratch = out.with_name(out.name + ".mixers")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with only_writer(out.with_name(f".{scratch.name}"), str(out)):
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir()
+        try:
+            yield scratch
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
 def upcycle(teacher: str | Path, out: str | Path, plan: tuple[str, ...], *, init: str = "data",
             geometry: str | Geometry = "native", qk_norm: bool = False, tokens_BS: Tensor | None = None,
             ridge: bool = True, seed: int = 0, device: str | torch.device = "cpu", log=print,
@@ -143,10 +161,7 @@ def upcycle(teacher: str | Path, out: str | Path, plan: tuple[str, ...], *, init
         raise HyLoError(f"init {init!r}: expected one of {', '.join(INITS)}")
     if init != "svd" and tokens_BS is None:
         raise HyLoError(f"--init {init} needs --calibration TEXT: a text file similar to the intended use")
-    scratch = out.with_name(out.name + ".mixers")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    try:
+    with _mixers_of(out) as scratch:
         report, mixer_keys = _initialise(base, arch, scratch, tokens_BS, init=init, ridge=ridge, seed=seed, log=log)
         arch.extra["ild_norms"] = [[e.get("output_norm", 1.0), e.get("update_norm", 1.0)] for e in report]
         result = {
@@ -157,8 +172,6 @@ def upcycle(teacher: str | Path, out: str | Path, plan: tuple[str, ...], *, init
             "layers": report,
         }
         _write(base, arch, scratch, mixer_keys, out, Path(teacher), result)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return result
 
 
@@ -203,7 +216,8 @@ def main(argv: list[str] | None = None) -> None:
         help=f"dimensions of the new mixers: {GEOMETRY_HELP}")  # fmt: skip
     add("--calibration", help="text file as for hylo prepare-data, or tokens; with svd they only measure errors")
     add("--calibration-tokens", type=size, default=16384)
-    add("--calibration-length", type=size, default=1024, help="tokens per row")
+    longest = f"tokens per row (default {CALIBRATION_LENGTH}, or the base model's maximum if that is less)"
+    add("--calibration-length", type=size, help=longest)
     add("--no-ridge", action="store_true", help="keep the transferred output projections of linear blocks")
     add("--mla-qk-norm", action="store_true", help="keep Qwen3's per-head norms in MLA layers (published form)")
     positions.add_flags(add)
@@ -214,11 +228,16 @@ def main(argv: list[str] | None = None) -> None:
     arch = Architecture.load(options.teacher)
     if options.mla_qk_norm and not (arch.qk_norm and options.init == "svd"):
         raise HyLoError("--mla-qk-norm: needs a base model with per-head norms (Qwen3) and --init svd")
+    check_empty(Path(options.out))
+    longest = arch.max_position_embeddings
+    length = options.calibration_length or min(CALIBRATION_LENGTH, longest)
+    if length > longest:
+        raise HyLoError(f"--calibration-length {length}: the base model was made for {longest} tokens; use no more")
     plan = Plan.parse(arch.num_layers, options.mla_layers, options.linear, options.geometry)
     tokens = None
     if options.calibration:
         tokens = calibration_tokens(
-            options.calibration, Path(options.teacher) / "hf", options.calibration_tokens, options.calibration_length
+            options.calibration, Path(options.teacher) / "hf", options.calibration_tokens, length
         )
     report = upcycle(
         options.teacher, options.out, plan, init=options.init, geometry=options.geometry, qk_norm=options.mla_qk_norm,

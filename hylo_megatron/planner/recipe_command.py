@@ -3,20 +3,13 @@
 import argparse
 
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.flags import names_of, positive, readable_number, size
+from hylo_megatron.flags import names_of, positive, size, tokens
 from hylo_megatron.markdown import table
 from hylo_megatron.planner.layouts import GIB, USABLE, LayoutPlan, Training, disk_bytes, layouts, scaled
 from hylo_megatron.planner.speed import CARDS, FITTED, card_named
 from hylo_megatron.recipes.shapes import RECIPES, SHAPES, recipe_named, shape, student_shape
 
 SHOWN = 8
-
-
-def _tokens(text: str) -> int:
-    try:
-        return readable_number(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a number of tokens, such as 1e10 or 500M") from None
 
 
 def add_recipe_flags(parser: argparse.ArgumentParser) -> frozenset[str]:
@@ -29,7 +22,7 @@ def add_recipe_flags(parser: argparse.ArgumentParser) -> frozenset[str]:
     add("--card", choices=tuple(CARDS), default="H100", help="the card, for the speed")
     add("--teacher-shape", choices=tuple(SHAPES), help="another teacher than the base model in the KL stages")
     add("--base-shape", choices=tuple(SHAPES), help="another base model than the recipe's")
-    add("--tokens", type=_tokens, help="tokens of the whole run (default: the recipe's)")
+    add("--tokens", type=tokens, help="tokens of the whole run (default: the recipe's)")
     return names_of(group)
 
 

@@ -12,7 +12,7 @@ from hylo_megatron.config.layout import ParallelLayout
 from hylo_megatron.config.stages import stage_kind
 from hylo_megatron.corpus.text import MIXES
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.flags import Parser, command_line, count, readable_number, share, size
+from hylo_megatron.flags import Parser, command_line, count, share, size, tokens
 from hylo_megatron.mixers import LINEAR, MIXERS
 from hylo_megatron.recipes.stage import Evaluation, Recipe, Stage
 from hylo_megatron.run.launch import Processes
@@ -163,7 +163,7 @@ def main(argv: list[str] | None = None) -> None:
     default = "(default: 3 MLA layers, 6 with a window)"
     add("--plan", help=f"3MLA27GDN, the MLA layers' numbers, or plan.json of hylo select-layers {default}")
     add("--linear", choices=LINEAR, help=f"mixer of the other layers (default: {LINEAR[0]}, or the plan's name)")
-    add("--tokens", type=readable_number, metavar="N",
+    add("--tokens", type=tokens, metavar="N",
         help="training tokens of all stages, such as 100M; the first distillation stage has what the others leave"
         " (default: 30M on a GPU)")  # fmt: skip
     add("--text", choices=sorted(MIXES),

@@ -24,8 +24,11 @@ class ChatFormat:
     first: str = ""
 
     @classmethod
-    def of(cls, render: Callable[[list], str]) -> "ChatFormat":
-        """Return the format of a tokenizer's chat template. Raises ``HyLoError`` if the template changes messages."""
+    def of(cls, render: Callable[[list], str], where: object = "the tokenizer") -> "ChatFormat":
+        """Return the format of the chat template of ``where``.
+
+        Raises ``HyLoError`` if the template changes messages.
+        """
         marks = [f"mark{number}mark" for number in range(5)]
         roles = ("system", "user", "assistant", "user", "assistant")
         messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
@@ -33,7 +36,11 @@ class ChatFormat:
             # templates may treat the last answer differently, and ours is always the last one when it is read
             head, _, again, ask, close = _between(render(messages[1:]), marks[1:])
         except Exception as error:  # templates are programs and may raise anything
-            raise HyLoError(f"the tokenizer's chat template does not render messages as they are ({error})") from error
+            reason = (str(error) or repr(error)).splitlines()[0]
+            raise HyLoError(
+                f"{where}: the chat template does not render messages as they are ({reason}); correct it, or give"
+                " --tokenizer a copy of the folder without it: all samples are plain text then"
+            ) from error
         try:
             before, after, *_ = _between(render(messages), marks)
         except Exception:

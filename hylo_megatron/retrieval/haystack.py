@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hylo_megatron.data.token_files import check_token_files, read_summary
+from hylo_megatron.data.token_files import check_prefix, check_token_files, read_summary
 from hylo_megatron.data.tokenizers import TextTokenizer
 from hylo_megatron.errors import HyLoError
 
@@ -101,6 +101,7 @@ def open_haystack(prefix: Path, kinds: TokenKinds, tokenizer: TextTokenizer, sho
     """Open tokens of ``hylo prepare-data``. Raises ``HyLoError`` if they are damaged, packed or too short."""
     path = Path(f"{prefix}.bin")
     if not path.is_file() or not Path(f"{prefix}.json").is_file():
+        check_prefix(prefix)
         raise HyLoError(f"{path}, {prefix.name}.json: no such files, expected the files that hylo prepare-data writes")
     summary = read_summary(prefix, ("pack_length", "vocab_size", "tokens", "dtype", "eod_id"))
     if summary["pack_length"] is not None:

@@ -1,6 +1,7 @@
 """Packed training samples that can only be answered by reading, as .bin, .idx, .json and .answers.npy."""
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -19,6 +20,7 @@ from hylo_megatron.retrieval.chat_format import ChatFormat
 from hylo_megatron.retrieval.haystack import TokenKinds, common_words, open_haystack
 from hylo_megatron.retrieval.samples import SHORTEST, Sample, Samples
 
+CHAT_SHARE = 0.4
 CHUNK = 8  # samples that a worker makes at a time
 
 _samples: Samples  # the samples of a worker process
@@ -32,20 +34,22 @@ def make_retrieval(
     length: int,
     samples: int,
     seed: int = 1,
-    chat_share: float = 0.4,
+    chat_share: float | None = None,
     workers: int = 1,
 ) -> dict:
     """Write ``out``.bin, .idx, .json and .answers.npy, and return the contents of the .json.
 
-    .answers.npy is uint8 ``[samples, length]``, with 1 where a token is part of an answer. Raises ``HyLoError`` for
-    unusable input.
+    .answers.npy is uint8 ``[samples, length]``, with 1 where a token is part of an answer. ``chat_share``: None means
+    ``CHAT_SHARE``, and 0 for a tokenizer without a chat template. Raises ``HyLoError`` for unusable input.
     """
     if length < SHORTEST:
         raise HyLoError(f"--length {length}: expected at least {SHORTEST} tokens")
     if samples < 1 or workers < 1:
         raise HyLoError(f"--samples {samples}, --workers {workers}: expected 1 or more of each")
-    if not 0 <= chat_share <= 1:
+    if chat_share is not None and not 0 <= chat_share <= 1:
         raise HyLoError(f"--chat-share {chat_share}: expected a share from 0 to 1")
+    if os.path.abspath(out) == os.path.abspath(haystack):
+        raise HyLoError(f"--out {out}: is the haystack, which it would replace; choose another prefix")
     recipe, checked = _open(haystack, tokenizer, length, seed, chat_share)
     kinds = {"chat": 0, "needles": 0}
     answer_tokens = 0
@@ -83,20 +87,32 @@ def make_retrieval(
 
 
 def _open(
-    prefix: Path, tokenizer_path: Path, length: int, seed: int, chat_share: float
+    prefix: Path, tokenizer_path: Path, length: int, seed: int, chat_share: float | None
 ) -> tuple[Samples, TextTokenizer]:
     """Return the generator of all samples, and the tokenizer."""
     checked = load_tokenizer(tokenizer_path, 1)
     if not tokenizer_path.is_dir():
         raise HyLoError(f"{tokenizer_path}: expected a Hugging Face folder with tokenizer.json")
+    chat = _chat_format(checked, tokenizer_path, chat_share)
+    share = (CHAT_SHARE if chat else 0.0) if chat_share is None else chat_share
     # the same tokenizer again, for token positions in the text and for decoding
     tokenizer = open_tokenizer(tokenizer_path).backend_tokenizer
     tokenizer.no_truncation()
     tokenizer.no_padding()
     haystack = open_haystack(prefix, TokenKinds.of(tokenizer), checked, length)
     words = common_words(haystack, tokenizer)
-    chat = ChatFormat.of(checked.render) if checked.render else None
-    return Samples(tokenizer, haystack, words, chat, length, seed, chat_share if chat else 0.0), checked
+    return Samples(tokenizer, haystack, words, chat, length, seed, share), checked
+
+
+def _chat_format(tokenizer: TextTokenizer, folder: Path, chat_share: float | None) -> ChatFormat | None:
+    if tokenizer.render:
+        return ChatFormat.of(tokenizer.render.choose(None, folder), folder)
+    if chat_share:
+        raise HyLoError(
+            f"{folder}: has no chat template, which --chat-share {chat_share} needs: use an instruct model's"
+            " tokenizer, or give --chat-share 0"
+        )
+    return None
 
 
 def _make_all(recipe: Samples, count: int, workers: int) -> Iterator[Sample]:
@@ -130,12 +146,14 @@ def main(argv: list[str] | None = None) -> None:
     add("--length", required=True, type=size, metavar="N", help="tokens of a sample, such as 2049")
     add("--samples", required=True, type=size, metavar="N")
     add("--seed", type=count, default=1, help="default %(default)s")
-    chats = "share of chats about short texts; the other samples hide facts in long texts (default %(default)s)"
-    add("--chat-share", type=share, default=0.4, help=chats)
+    chats = "share of chats about short texts; the other samples hide facts in long texts"
+    add("--chat-share", type=share, help=f"{chats} (default {CHAT_SHARE}, without a chat template 0)")
     add("--workers", type=size, default=1, metavar="N", help="processes (default %(default)s)")
     arguments = parser.parse_args(argv)
     began = time.monotonic()
     summary = make_retrieval(**vars(arguments))
+    if arguments.chat_share is None and not summary["chat_share"]:
+        print(f"{arguments.tokenizer} has no chat template, so there are no chats: all samples are plain text")
     print(
         f"{arguments.out}.bin: {summary['chat_samples']} chats and {summary['needle_samples']} samples with hidden "
         f"facts, {summary['tokens'] / 1e6:.2f}M tokens in sequences of {summary['pack_length']}, "

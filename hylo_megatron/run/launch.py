@@ -15,7 +15,7 @@ import hylo_megatron
 from hylo_megatron.checkpoint import disk
 from hylo_megatron.config.layout import ParallelLayout
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.parent import PARENT, STORE, bind_child
+from hylo_megatron.parent import ALONE, PARENT, STORE, bind_child
 from hylo_megatron.recipes.stage import Stage
 
 LEAST_FREE = 2**20  # bytes; with less free space, a log may lack the line with the error
@@ -126,5 +126,4 @@ def start_own(arguments: list[str], processes: Processes, log: Path) -> Process:
         return Process([*launcher, *arguments], log, child_environment(processes.ranks))
     # One process needs no torchrun, whose import of torch takes seconds. With port 0 the process listens on a port
     # that is free when it starts; a port that is free now may be taken by then.
-    alone = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    return Process(arguments, log, child_environment(1, **alone, **{PARENT: str(os.getpid())}))
+    return Process(arguments, log, child_environment(1, **ALONE, **{PARENT: str(os.getpid())}))

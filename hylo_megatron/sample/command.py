@@ -16,7 +16,7 @@ from hylo_megatron import packages
 from hylo_megatron.convert.card_records import STAMP
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.evaluate.models import check_folder, kv_bytes_per_token, load, resolve_device, resolve_dtype
-from hylo_megatron.flags import Parser, command_line, count, positive, readable_number, share, size
+from hylo_megatron.flags import Parser, command_line, count, positive, share, size, tokens
 from hylo_megatron.hf import register
 from hylo_megatron.json_file import read_json
 from hylo_megatron.sample import prompts as prompt_kinds
@@ -165,7 +165,7 @@ def parser() -> Parser:
     add = found.add_argument
     add("--teacher", required=True, type=Path, metavar="FOLDER", help="Hugging Face folder with its tokenizer")
     add("--out", required=True, type=Path, metavar="FOLDER", help="for the shards and sampled.json")
-    add("--tokens", required=True, type=readable_number, help="tokens wanted after filtering, such as 10M")
+    add("--tokens", required=True, type=tokens, help="tokens wanted after filtering, such as 10M")
     kinds = found.add_mutually_exclusive_group()
     kinds.add_argument("--first-sentences", type=Path, metavar="FILE", help="text whose first sentences begin rows")
     kinds.add_argument("--instructions", type=Path, metavar="FILE", help="rows with an instruction, or chats")

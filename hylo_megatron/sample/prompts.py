@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 
 from hylo_megatron.convert.tokenizer_files import open_tokenizer
+from hylo_megatron.convert.tokenizer_json import first_line
 from hylo_megatron.data import chats
+from hylo_megatron.data.chat_template import ChatTemplate
 from hylo_megatron.data.documents import detect_format, read_documents, read_texts
 from hylo_megatron.data.rows import container, read_rows
 from hylo_megatron.data.tokenizers import DOCUMENT_END
@@ -84,10 +86,11 @@ class Teller:
         """Return the ids of ``messages`` and of what introduces the answer. Raises ``HyLoError``."""
         if not self.tokenizer.chat_template:
             raise HyLoError(f"{self.folder}: has no chat template, which --instructions needs: use an instruct model")
+        ChatTemplate(self.tokenizer).choose(None, self.folder)
         try:
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # templates are programs and may raise anything
-            raise chats.Unusable(f"the chat template refuses it ({error})") from None
+            raise chats.Unusable(f"the chat template refuses it ({first_line(error)})") from None
         return self.plain(text)
 
     def text(self, ids: list[int]) -> str:
@@ -120,26 +123,33 @@ def _beginnings(file: Path, teller: Teller) -> Iterator[str]:
 def instruction_prompts(teller: Teller, file: Path, key: str | None, most: int) -> list[Prompt]:
     """Return the instructions of ``file``: chats up to their first question, or rows with an instruction."""
     keys = (key,) if key else INSTRUCTION_KEYS
-    prompts, seen, refused = [], set(), ""
+    prompts, seen, refused = [], set(), []
     kind = container(file, "jsonl")
     for row in read_rows(file, kind, (*keys, "input", *chats.COLUMNS)):
         try:
             messages = _question(row.value, keys)
             ids = teller.chat(messages)
         except chats.Unusable as reason:
-            refused = refused or f"{row.where}: {reason}"
+            refused.append(f"{row.where}: {reason}" if not refused else "")
             continue
         if ids not in seen:
             seen.add(ids)
             prompts.append(Prompt(ids, messages=messages))
     if not prompts and refused:
-        raise HyLoError(f"{refused}; no row of {file} can be used as an instruction")
+        raise HyLoError(f"{refused[0]}; no row of {file} can be used as an instruction")
+    if refused:
+        print(f"{file}: {len(refused)} rows cannot be used and were left out, the first is {refused[0]}")
     return _fitting(prompts, most, file, "instructions")
 
 
 def _question(row: Any, keys: tuple[str, ...]) -> list[dict]:
     """Return the messages of ``row`` up to the first one of the user. Raises ``Unusable``."""
     if isinstance(row, dict) and not any(isinstance(row.get(key), str) for key in keys):
+        if not any(name in row for name in chats.KEYS):
+            raise chats.Unusable(
+                f"no text under {' or '.join(map(repr, keys))} and no conversation, the keys are"
+                f" {', '.join(map(repr, row)) or 'none'}: name the right one with --text-key"
+            )
         messages = chats.read_chat(row).messages
         first = next((i for i, message in enumerate(messages) if message["role"] == "user"), None)
         if first is None:

@@ -161,6 +161,8 @@ def use_rows(model: PreTrainedModel, length: int) -> PreTrainedModel:
     tokens = min(CHECKED, length)
     ids = (7 * torch.arange(tokens, device=model.device) + 1)[None] % model.get_input_embeddings().weight.shape[0]
     plain = model(input_ids=ids, use_cache=False).logits[0].float()
+    if not plain.isfinite().all():
+        raise HyLoError(f"{name}: logits are not finite: the weights are broken, or overflow in {model.dtype}")
     AttentionInterface.register(ATTENTION, _attention)
     model.set_attn_implementation(ATTENTION)
     worst = max(float((row - plain).norm() / plain.norm()) for row in _stepwise(model, ids))

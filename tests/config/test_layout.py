@@ -28,6 +28,15 @@ def test_a_model_that_does_not_fit(arch, sizes, words):
     assert all(word in str(caught.value) for word in words), caught.value
 
 
+@pytest.mark.parametrize("features, tp, words", [
+    (95, 1, "a rank has 95 MLP features"), (98, 2, "a rank has 49 MLP features"),
+    (97, 2, "TP = 2 does not divide 97 MLP features"), (98, 1, None), (92, 2, None),
+])  # fmt: skip
+def test_mlp_features_that_do_not_divide(features, tp, words):
+    found = misfits(replace(tiny.hybrid("gdn"), intermediate_size=features), ParallelLayout(tp=tp))
+    assert (words in found[0] and len(found) == 1) if words else not found
+
+
 @pytest.mark.parametrize("at, work, words", [
     (dict(cp=2), dict(seq_length=62), ("62", "2 x CP = 4 chunks")),
     (dict(tp=2, cp=2, sequence_parallel=True), dict(seq_length=20), ()),

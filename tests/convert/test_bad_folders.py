@@ -15,6 +15,7 @@ from helpers import tiny
 from helpers.conversion import HYBRIDS
 from helpers.paths import ROOT
 
+from hylo_megatron import files
 from hylo_megatron.checkpoint import folder as checkpoint
 from hylo_megatron.config import Architecture
 from hylo_megatron.convert import hf_to_megatron, megatron_to_hf
@@ -153,6 +154,26 @@ def test_an_output_that_is_not_empty_stays_as_it_is(work, good, tmp_path):
     (out / "notes").unlink()
     work(source, out)  # an empty folder is fine
     assert (out / "hylo.json").exists() or (out / "config.json").exists()
+
+
+@pytest.mark.parametrize("work", [hf_to_megatron.convert, megatron_to_hf.convert])
+def test_a_folder_that_another_process_writes_is_left_to_it(work, good, tmp_path, monkeypatch):
+    hf_to_megatron.convert(good, tmp_path / "ckpt")
+    source, out, tried = good if work is hf_to_megatron.convert else tmp_path / "ckpt", tmp_path / "out", []
+    module, copy = sys.modules[work.__module__], sys.modules[work.__module__].copy_companions
+    monkeypatch.setattr(files, "PATIENCE", 0)
+
+    def copy_while_another_runs(*args, **options):
+        if not tried:
+            tried.append(None)
+            with pytest.raises(HyLoError, match="out: another process is writing it; wait for its end"):
+                work(source, out)
+        return copy(*args, **options)
+
+    monkeypatch.setattr(module, "copy_companions", copy_while_another_runs)
+    work(source, out)
+    assert tried and out.is_dir()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt", "out"]
 
 
 def no_space(*_, **__):

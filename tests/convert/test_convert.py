@@ -85,6 +85,18 @@ def test_export_in_another_dtype_keeps_decay_parameters_fp32(tmp_path):
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
+@pytest.mark.parametrize("dtype, value", [(torch.float16, 1e5), (torch.bfloat16, 3.4e38)])
+def test_export_in_a_dtype_that_cannot_hold_the_values_is_refused(tmp_path, dtype, value):
+    model = tiny.teacher_model("llama", num_hidden_layers=1)
+    model.model.layers[0].mlp.up_proj.weight.data[0, 0] = -value
+    hf_to_megatron.convert(tiny.save_model(model, tmp_path / "hf"), tmp_path / "ckpt", check=False)
+    with pytest.raises(HyLoError) as caught:
+        megatron_to_hf.convert(tmp_path / "ckpt", tmp_path / "out", dtype=dtype)
+    assert f"up_proj.weight has values up to {value:.3g}, --dtype {str(dtype)[6:]} holds up" in str(caught.value)
+    megatron_to_hf.convert(tmp_path / "ckpt", tmp_path / "out")
+    assert tiny.weights(tmp_path / "out")["model.layers.0.mlp.up_proj.weight"].min() == -value
+
+
 def test_export_drops_the_padding_of_the_vocabulary(tmp_path):
     """Training at some tensor-parallel sizes saves more embedding rows than the model has."""
     arch = tiny.hybrid("gdn", tie_word_embeddings=False)

@@ -12,7 +12,8 @@ from hylo_megatron.packages import has
 if not has("megatron-core"):
     pytest.skip("megatron-core is not installed", allow_module_level=True)
 from hylo_megatron.data.pack import pack  # noqa: E402
-from hylo_megatron.data.packed_data import PackedDataset, check_packed  # noqa: E402
+from hylo_megatron.data.packed_data import PackedDataset  # noqa: E402
+from hylo_megatron.data.token_files import check_packed  # noqa: E402
 from hylo_megatron.data.token_writer import token_files  # noqa: E402
 from hylo_megatron.engine.register import install  # noqa: E402
 from hylo_megatron.errors import HyLoError  # noqa: E402

@@ -8,6 +8,7 @@ import json
 import lzma
 import os
 import re
+import tarfile
 
 import pytest
 from helpers.text import make_tokenizer, read_rows
@@ -42,6 +43,14 @@ def packed_zstd(data: bytes) -> bytes:
 
     half = len(data) // 2  # two frames, as tools that append write them
     return zstandard.compress(data[:half]) + zstandard.compress(data[half:])
+
+
+def packed_tar(name: str, data: bytes) -> bytes:
+    out, entry = io.BytesIO(), tarfile.TarInfo(name)
+    entry.size = len(data)
+    with tarfile.open(fileobj=out, mode="w") as archive:
+        archive.addfile(entry, io.BytesIO(data))
+    return out.getvalue()
 
 
 PACKERS = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": packed_zstd}
@@ -197,6 +206,15 @@ def test_damaged_files_are_named_in_one_line(tmp_path_factory, name, suffix, pla
         ("a.parquet", b"PAR1 and no more", r"a.parquet: row 1 cannot be read"),
         ("a.parquet.gz", gzip.compress(b"PAR1"), r"a.parquet.gz: a compressed parquet file: unpack it first"),
         ("a.jsonl", b"PK\x03\x04and so on", r"a.jsonl: a zip archive"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(gzip.compress(b'{"text": "a"}')),
+            r"gz: compressed twice .inside is gzip",
+        ),
+        ("a.tar.gz", gzip.compress(packed_tar("a.txt", b"one")), r"a.tar.gz: a tar archive, .* name the files in it"),
+        ("a.txt", b"%PDF-1.7 and so on", r"a.txt: a PDF file, expected text"),
+        ("a.jsonl", b'{"text": 5}', r"a.jsonl:1: expected a string under 'text', found a number: .*--text-key"),
+        ("a.jsonl", b'{"text": ["a"]}', r"a.jsonl:1: expected a string under 'text', found a list"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:-9], r"a.jsonl.gz:\d+: the rest cannot be read"),
         ("a.jsonl.xz", lzma.compress(b'{"text": "a"}\n' * 99)[:-9], r"a.jsonl.xz:\d+: the rest cannot be read"),
         ("a.jsonl.zst", packed_zstd(b'{"text": "a"}\n' * 99)[:-9], r"a.jsonl.zst:\d+: the rest cannot be read"),
@@ -229,6 +247,8 @@ def test_the_contents_decide_where_the_name_is_wrong(folder, tokenizer, tmp_path
         ("b.jsonl.gz", jsonl(TEXTS).encode()),
         ("c.gz", packed_zstd(jsonl(TEXTS).encode())),
         ("d", WRITERS["pretty.json"](TEXTS).encode()),
+        ("e.txt", jsonl(TEXTS).encode()),
+        ("f.md.gz", gzip.compress(WRITERS["array.json"](TEXTS).encode())),
     ):
         (tmp_path / name).write_bytes(data)
         assert in_every_tool(tmp_path / name, folder, tokenizer) == [text for text in TEXTS if text]
@@ -245,6 +265,11 @@ def test_plain_text_is_one_document_with_line_feeds(folder, tokenizer, tmp_path)
         assert in_every_tool(tmp_path / name, folder, tokenizer) == ["one\n\ntwo\n"]
     (tmp_path / "e").write_text("{\\bf bold}\n[1] a note\n")  # looks like JSON, and is not
     assert in_every_tool(tmp_path / "e", folder, tokenizer) == ["{\\bf bold}\n[1] a note\n"]
+    (tmp_path / "f.txt").write_text('{"time": 3}\n[{"text": 4}]\n')  # a log in JSON: no rows of text
+    assert in_every_tool(tmp_path / "f.txt", folder, tokenizer) == ['{"time": 3}\n[{"text": 4}]\n']
+    (tmp_path / "g.txt").write_text('{"text": "a"}\n')
+    prepare.prepare([tmp_path / "g.txt"], folder, tmp_path / "out", form="text")
+    assert [tokenizer.decode(ids) for ids in read_rows(tmp_path / "out")] == ['{"text": "a"}\n' + END]
 
 
 def test_lone_surrogates_are_replaced_and_counted(folder, tokenizer, tmp_path, capsys):

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -17,12 +18,14 @@ from helpers import tiny
 from helpers import train as helpers
 
 from hylo_megatron.checkpoint import iterations, read_ahead
-from hylo_megatron.config import Architecture
+from hylo_megatron.config import Architecture, MLAGeometry
 from hylo_megatron.data.data_check import check_data
 from hylo_megatron.data.prepare import MASK, prepare
 from hylo_megatron.distill import command_line, first_flags, memory_check, resume
 from hylo_megatron.distill.arguments import student_architecture
 from hylo_megatron.errors import HyLoError
+from hylo_megatron.files import only_writer
+from hylo_megatron.parent import ALONE
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +65,9 @@ REFUSED = [
     (dict(hylo_techer=3), "unrecognized arguments: --hylo-techer"),
     (dict(hylo_teacher="/not/there"), "/not/there/hylo.json not found"),
     (dict(data_path="/not/there"), "/not/there.idx not found"),
+    (dict(data_path="PACKED"), "packed to 9 tokens: --seq-length 64 needs sequences of 65"),
+    (dict(load="/not/there"), "--load /not/there: has no checkpoint of a training"),
+    (dict(fp16=True), "--fp16: training in fp16 is not supported"),
     (dict(tensor_model_parallel_size=7), "TP = 7 does not divide 4 attention heads"),
     (dict(hylo_temperature=2, hylo_on_spike="rollback", no_save_optim=True), "rollback needs the optimizer"),
     (dict(bf16=True, micro_batch_size=4096, global_batch_size=4096), "the fullest rank needs"),
@@ -82,7 +88,9 @@ for argv in json.loads(sys.stdin.read()):
 
 
 def test_refusals_come_before_torch_and_megatron_are_imported(world, tmp_path):
-    orders = [list(map(str, helpers.train_flags(world, "distill", tmp_path / "run", **each))) for each, _ in REFUSED]
+    prepare([world["data"].parent / "text.jsonl"], world["student"] / "hf", tmp_path / "packed", pack_length=9)
+    flags = [each | ({"data_path": tmp_path / "packed"} if "PACKED" in each.values() else {}) for each, _ in REFUSED]
+    orders = [list(map(str, helpers.train_flags(world, "distill", tmp_path / "run", **each))) for each in flags]
     command, order = [sys.executable, "-c", WITHOUT_TORCH], json.dumps(orders)
     done = subprocess.run(command, input=order, capture_output=True, text=True, env=helpers.environment())
     lines = [line for line in done.stderr.splitlines() if line.startswith(("error: ", "code "))]
@@ -197,6 +205,48 @@ def test_no_kernel_is_timed_while_the_student_is_trained(monkeypatch, iteration,
 
 
 # ---- a run that goes on ----
+
+
+def test_a_folder_with_the_run_of_another_student_is_refused(world, tmp_path):
+    def check(save, **changes):
+        argv = map(str, helpers.train_flags(world, "distill", save, **changes))
+        known = first_flags.first_flags(list(argv))
+        resume.check_save(known, student_architecture(known))
+
+    student, run = Architecture.load(world["student"]), tmp_path / "run"
+    others = (
+        replace(student, hidden_size=128), replace(student, plan=student.plan[1:] + student.plan[:1]),
+        replace(student, geometry=replace(student.geometry, mla=MLAGeometry(8, 8, 8, 8))),
+    )  # fmt: skip
+    run.mkdir()
+    (run / "latest_checkpointed_iteration.txt").write_text("2")
+    for other in (replace(student, max_position_embeddings=999, extra={}), *others):
+        other.save(run)
+        for changes in (dict(save=run), dict(save=tmp_path / "new", load=run)):
+            if other in others:
+                with pytest.raises(HyLoError, match="run holds a run of another student; choose another folder"):
+                    check(**changes)
+            else:
+                check(**changes)
+
+
+@pytest.mark.slow
+def test_two_trainings_do_not_write_one_folder(world, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    with only_writer(run / train.RUNNING, "the other training"):
+        said = refusal(helpers.train(*helpers.train_flags(world, "distill", run)))
+    assert said == f"error: --save {run}: another process is writing it; wait for its end, or choose another"
+    assert not list(run.iterdir())
+
+
+@pytest.mark.slow
+def test_one_process_needs_no_launcher(world, tmp_path):
+    environment = {name: value for name, value in helpers.environment().items() if name not in ALONE}
+    flags = helpers.train_flags(world, "distill", tmp_path / "run", train_iters=1, lr_warmup_iters=0)
+    done = subprocess.run(helpers.train_command(*flags), capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(helpers.read_log(tmp_path / "run" / "train_log.jsonl")) == 1
 
 
 def refusal(done) -> str:

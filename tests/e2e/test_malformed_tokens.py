@@ -104,6 +104,22 @@ def test_readers_of_tokens_check_them(token_prefix, tmp_path):
             read()
 
 
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+def test_a_file_in_place_of_the_prefix(token_prefix, tmp_path, suffix):
+    from hylo_megatron.init.calibration import calibration_tokens
+    from hylo_megatron.retrieval.haystack import open_haystack
+
+    tiny.write_tokenizer(tmp_path)
+    path = Path(f"{token_prefix}{suffix}")
+    for read in (
+        lambda: check_token_files(path),
+        lambda: calibration_tokens(path, tmp_path, 8, 4),
+        lambda: open_haystack(path, None, None, 512),
+    ):
+        with pytest.raises(HyLoError, match=f"{suffix}: one file of the tokens; give their prefix, {token_prefix}$"):
+            read()
+
+
 SUMMARY = dict(tokens=16, documents=4, sequences=4, pack_length=None, vocab_size=300, eod_id=2, append_eod=True,
                dtype="uint16", tokenizer="tok", inputs=["a.jsonl"])  # fmt: skip
 

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 
@@ -114,6 +115,27 @@ def test_folder_that_does_not_fit(tmp_path, tokenizer):
         tokenizer.save_pretrained(path)
         with pytest.raises(HyLoError, match=message):
             evaluate(path)
+
+
+@pytest.mark.parametrize("template, message", [
+    ([{"name": name, "template": "{{ messages }}"} for name in "ab"], "has the chat templates a, b and none is the"),
+    ("{% for m in %}", "does not render a question .Expected an expression"),
+    ("{{ raise_exception('no questions') }}", "does not render a question .no questions"),
+])  # fmt: skip
+def test_what_would_end_an_evaluation_late_is_refused_first(tmp_path, folder, prose, template, message, monkeypatch):
+    spoilt = tmp_path / "spoilt"
+    shutil.copytree(folder, spoilt)
+    (spoilt / "chat_template.jinja").unlink(missing_ok=True)
+    config = json.loads((spoilt / "tokenizer_config.json").read_text())
+    (spoilt / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
+    few = {"ppl_tokens": 64, "needle_samples": 1, "needle_depths": 1, "context": 64}
+    alone = evaluate(spoilt, prose=prose, settings=Settings(**few, skip=("needle",)))
+    assert alone["model"]["perplexity"]["prose"]["perplexity"] > 1  # no questions, and no template for them
+    monkeypatch.setattr(hf_models, "load", lambda *_: pytest.fail("a model was loaded first"))
+    with pytest.raises(HyLoError, match=message):
+        evaluate(spoilt, teacher_dir=folder, prose=prose, settings=Settings(**few, needle_lengths=(512,)))
+    with pytest.raises(HyLoError, match="needle length 20 is too short"):
+        evaluate(folder, prose=prose, settings=Settings(**few, needle_lengths=(20, 512)))
 
 
 def test_tool_reports_a_bad_path_in_one_line(tmp_path):

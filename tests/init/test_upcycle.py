@@ -12,6 +12,7 @@ pytest.importorskip("transformers")
 from helpers import tiny
 from helpers.bases import CPU, RUNS, TOKENS, error, student
 
+from hylo_megatron import files
 from hylo_megatron.config import Architecture
 from hylo_megatron.convert import megatron_to_hf
 from hylo_megatron.errors import HyLoError
@@ -157,6 +158,20 @@ def tool(checkpoint, tmp_path, *more):
     upcycle.main(argv)
 
 
+def test_a_student_that_another_process_makes_is_left_to_it(bases, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "PATIENCE", 0)
+    checkpoint, tried = bases.model()[1], []
+
+    def log(line):
+        if not tried:
+            tried.append(line)
+            with pytest.raises(HyLoError, match="out: another process is writing it"):
+                upcycle.upcycle(checkpoint, tmp_path / "out", MIXED["gdn"], init="svd")
+
+    upcycle.upcycle(checkpoint, tmp_path / "out", MIXED["gdn"], init="svd", log=log)
+    assert tried and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_tool_with_calibration_text(bases, tmp_path, text, capsys):
     size = ("--calibration-tokens", 192, "--calibration-length", 64)
     tool(bases.model()[1], tmp_path, "--calibration", text, *size)
@@ -170,6 +185,7 @@ def test_tool_with_calibration_text(bases, tmp_path, text, capsys):
     [
         ([], "--init data needs --calibration"),
         (["--calibration", "nowhere.txt"], "nowhere.txt: no such file"),
+        (["--calibration", "TEXT", "--calibration-length", 999], "--calibration-length 999: the base model was made"),
         (["--calibration", "TEXT", "--calibration-tokens", 9999], "lower --calibration-tokens"),
         (["--init", "svd", "--mla-qk-norm"], "needs a base model with per-head norms"),
         (["--init", "svd", "--mla-layers", "9"], "lie in 0..3"),

@@ -29,7 +29,7 @@ def prose(documents: int, rng: random.Random) -> list[str]:
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    """A folder with a tokenizer (``hf``), one without a chat template (``plain``) and a haystack (``hay``)."""
+    """Folders with a tokenizer (``hf``, and others by their chat templates), and a haystack (``hay``)."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     work = tmp_path_factory.mktemp("retrieval")
@@ -49,10 +49,14 @@ def work(tmp_path_factory):
     )
     tokenizer.train_from_iterator([*texts[:40], *wording, *templates.INTROS], trainer)
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"}
-    for name, extra in (("hf", {"chat_template": TEMPLATE}), ("plain", {})):
+    several = [{"name": name, "template": TEMPLATE} for name in "ab"]
+    chats = {"hf": TEMPLATE, "several": several, "broken": "{% for m in %}", "plain": None}
+    for name, template in chats.items():
         (work / name).mkdir()
         tokenizer.save(str(work / name / "tokenizer.json"))
-        (work / name / "tokenizer_config.json").write_text(json.dumps(config | extra))
+        (work / name / "tokenizer_config.json").write_text(
+            json.dumps(config | ({"chat_template": template} if template else {}))
+        )
     prepare.prepare([work / "hay.jsonl"], work / "hf", work / "hay")
     return work
 
@@ -204,12 +208,15 @@ def test_workers_and_the_number_of_samples_do_not_change_a_sample(work, made):
     assert not any(np.array_equal(other.make(index).ids, ids[index]) for index in range(5))
 
 
-def test_without_a_chat_template_everything_is_plain(work, tokenizer):
+def test_without_a_chat_template_everything_is_plain(work, tokenizer, capsys):
     summary = retrieval.make_retrieval(work / "hay", work / "plain", work / "plainly", length=LENGTH, samples=8)
     assert (summary["chat_samples"], summary["needle_samples"], summary["chat_share"]) == (0, 8, 0.0)
     for ids in np.fromfile(work / "plainly.bin", summary["dtype"]).reshape(8, LENGTH):
         text = tokenizer.decode(ids.tolist(), skip_special_tokens=False)
         assert "Question: " in text and "\nAnswer: " in text and "<|im_start|>" not in text
+    argv = ["--haystack", work / "hay", "--tokenizer", work / "plain", "--out", work / "plainly", "--length", LENGTH]
+    retrieval.main([*map(str, argv), "--samples", "2"])
+    assert "plain has no chat template, so there are no chats" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -226,6 +233,9 @@ def test_without_a_chat_template_everything_is_plain(work, tokenizer):
         ({}, None, "bad.json: not valid JSON"),
         ({"haystack": "gone"}, {}, "gone.bin, gone.json: no such files.*hylo prepare-data"),
         ({"tokenizer": "hay.jsonl"}, {}, "hay.jsonl: expected a folder with tokenizer.json"),
+        ({"tokenizer": "plain", "chat_share": 0.4}, {}, "plain: has no chat template, which --chat-share 0.4 needs"),
+        ({"tokenizer": "several"}, {}, "several: has the chat templates a, b and none is the default"),
+        ({"tokenizer": "broken"}, {}, "broken: the chat template does not render messages as they are"),
     ],
 )
 def test_bad_input_is_named_and_nothing_is_left(work, tmp_path, options, change, message):
@@ -240,6 +250,13 @@ def test_bad_input_is_named_and_nothing_is_left(work, tmp_path, options, change,
     with pytest.raises(HyLoError, match=message) as caught:
         retrieval.make_retrieval(out=out, **paths, **given)
     assert "\n" not in str(caught.value) and [path.name for path in tmp_path.iterdir()] == ["bad"]
+
+
+def test_the_haystack_is_not_replaced(work):
+    before = (work / "hay.bin").read_bytes()
+    with pytest.raises(HyLoError, match="hay: is the haystack, which it would replace"):
+        retrieval.make_retrieval(work / "hay", work / "hf", work / "hf" / ".." / "hay", length=LENGTH, samples=1)
+    assert (work / "hay.bin").read_bytes() == before
 
 
 def test_command_line(work, tmp_path, capsys):

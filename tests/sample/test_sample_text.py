@@ -192,6 +192,28 @@ def test_first_sentences_and_instructions_reach_prepare_data(teacher, tmp_path):
         assert prepare(inputs, teacher, tmp_path / "tokens")["documents"] == documents
 
 
+def test_instructions_that_cannot_be_used_are_counted(teacher, tmp_path, capsys):
+    image = {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}
+    asked = text.write(tmp_path / "asked.jsonl", {"instruction": "Add."}, image, {"answer": "42"})
+    command.main(flags(teacher, tmp_path / "out", "--instructions", asked, "--length", 200, "--top-p", 1))
+    assert "asked.jsonl: 2 rows cannot be used and were left out, the first is" in capsys.readouterr().out
+    several = tmp_path / "several"
+    shutil.copytree(teacher, several)
+    text.make_tokenizer(several, {"a": text.CHATML, "b": text.CHATML})
+    with pytest.raises(SystemExit):
+        command.main(flags(several, tmp_path / "none", "--instructions", asked))
+    assert "several: has the chat templates a, b and none is the default" in capsys.readouterr().err
+
+
+def test_broken_weights_are_said_to_be_broken(teacher, tmp_path, capsys):
+    broken = shutil.copytree(teacher, tmp_path / "broken")
+    state = load_file(broken / "model.safetensors")
+    save_file(state | {"model.norm.weight": state["model.norm.weight"] * float("nan")}, broken / "model.safetensors")
+    with pytest.raises(SystemExit):
+        command.main(flags(broken, tmp_path / "out"))
+    assert "logits are not finite: the weights are broken" in capsys.readouterr().err
+
+
 def test_a_student_is_left_to_vllm(teacher, tmp_path, monkeypatch, capsys):
     """vLLM is a stand-in here, which answers with the last token of a prompt, then with an end."""
     calls = []
@@ -231,6 +253,7 @@ def test_a_student_that_vllm_refuses_is_left_to_transformers(monkeypatch):
     [
         (("--length", 9999), "was made for 256 tokens"),
         (("--top-p", 0), "--top-p 0"),
+        (("--tokens", "0"), "argument --tokens: '0': expected a number of tokens, such as 10M"),
         (("--start-token", "two words"), "expected one"),
         (("--first-sentences", "nowhere.txt"), "no such file"),
         (("--engine", "vllm", "--device", "cpu"), "vLLM chooses the device"),
