@@ -86,6 +86,7 @@ class HyLoPreTrainedModel(PreTrainedModel):
 
 class HyLoModel(HyLoPreTrainedModel):
     def __init__(self, config: HyLoConfig):
+        config.check()
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(HyLoDecoderLayer(config, i) for i in range(config.num_hidden_layers))

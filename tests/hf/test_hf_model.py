@@ -232,6 +232,22 @@ def test_bad_configs_are_refused():
             tiny_config(**changes)
 
 
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(linear_rope=True), "linear_rope is True, but the plan has linear layers without queries"),
+        (dict(mla_rope="off"), "field mla_rope is 'off'"),
+        (dict(log_scale={"base": 0.0, "length": 1}), "log_scale is .* expected numbers of 0 or more"),
+        (dict(window={"size": 0, "sinks": 1}), "field window.size is 0"),
+    ],
+)
+def test_fields_that_from_pretrained_changes_are_checked(changes, message, tmp_path):
+    model_of(("mla", "mamba2")).save_pretrained(tmp_path)
+    assert HyLoForCausalLM.from_pretrained(tmp_path, mla_rope=False).config.mla_rope is False
+    with pytest.raises(HyLoError, match=message):
+        HyLoForCausalLM.from_pretrained(tmp_path, **changes)
+
+
 @pytest.mark.parametrize("first", ["hylo_megatron", "transformers"])
 def test_import_registers(first, tmp_path):
     tiny_config().save_pretrained(tmp_path)
