@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from hylo_megatron.checkpoint.folder import FINITE, CheckpointReader, LazyTensor, write_checkpoint
-from hylo_megatron.config import Architecture, Plan, geometry_preset
+from hylo_megatron.config import Architecture, Plan, geometry_preset, positions
 from hylo_megatron.config.plan import geometry_of_plan
 from hylo_megatron.convert.pair import check_vocabularies
 from hylo_megatron.convert.tables import mappings
@@ -14,13 +14,30 @@ from hylo_megatron.errors import HyLoError
 from hylo_megatron.flags import Parser, command_line
 from hylo_megatron.mixers import LINEAR, MIXERS
 
+# Fields that both students have of their base model, or of their initialisation.
+SAME = (
+    "hidden_size", "vocab_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "rms_norm_eps", "attention_bias", "qk_norm", "geometry", "mla_qk_norm",
+)  # fmt: skip
+
+
+def check_students(first: Architecture, second: Architecture, folders: tuple[str | Path, str | Path]) -> None:
+    """Raise ``HyLoError`` if layers of both students do not fit into one model. ``first`` is the MLA student."""
+    where = "{} and {} differ in ".format(*folders)
+    for name in SAME:
+        if getattr(first, name) != getattr(replace(second, plan=first.plan), name):
+            raise HyLoError(f"{where}{name}: they must come from the same base and geometry")
+    if (second.linear_rope or second.window) and first.rope_parameters != second.rope_parameters:
+        raise HyLoError(
+            f"{where}rope_parameters ({first.rope_parameters} and {second.rope_parameters}), which layers of both"
+            " read: train both with the same --hylo-rope"
+        )
+
 
 def assemble(mla: str | Path, linear: str | Path, plan: tuple[str, ...], out: str | Path) -> Architecture:
     """Write the hybrid checkpoint ``out``. Everything outside the mixers comes from the MLA student."""
     first, second = Architecture.load(mla), Architecture.load(linear)
-    for name in ("hidden_size", "vocab_size", "intermediate_size", "geometry", "mla_qk_norm"):
-        if getattr(first, name) != getattr(replace(second, plan=first.plan), name):
-            raise HyLoError(f"{mla} and {linear} differ in {name}: they must come from the same base and geometry")
+    check_students(first, second, (mla, linear))
     check_vocabularies(first, second, (Path(mla) / "hf", Path(linear) / "hf"))
     for layer, kind in enumerate(plan):
         source, folder = (second, linear) if MIXERS[kind].linear else (first, mla)
@@ -34,6 +51,8 @@ def assemble(mla: str | Path, linear: str | Path, plan: tuple[str, ...], out: st
     arch = replace(
         first, plan=plan, geometry=second.geometry, extra=extra, linear_rope=second.linear_rope, window=second.window
     )
+    if reason := positions.misfit(arch):
+        raise HyLoError(f"--mla-layers {arch.plan.name}: {reason}; choose other layers, or another student")
     readers = CheckpointReader(mla, FINITE), CheckpointReader(linear, FINITE)
     # megatron-core counts mixers and MLPs as layers
     linear_layers = {2 * layer for layer, linear in enumerate(is_linear) if linear}

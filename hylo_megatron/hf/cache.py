@@ -3,6 +3,8 @@
 import torch
 from transformers.cache_utils import Cache
 
+from hylo_megatron.hf.inputs import Rows
+
 
 class HyLoCache(Cache):
     """One dictionary of tensors per layer, batch first. The layers write them; this class reorders and counts them.
@@ -10,11 +12,13 @@ class HyLoCache(Cache):
     MLA has ``latent`` [B,S,R+P], the latent and the rotated shared key, and one more value with ``qk_norm``. Linear
     mixers have ``conv`` [B,W-1,C] and ``state`` (fp32) for every length of text. A window beside them has ``window``
     [B,W,2GK] and ``sinks`` [B,S,2GK], keys and values of its last and first tokens, with positions ``.._at``.
+    ``rows`` is known once a call had padding or positions of its own.
     """
 
     def __init__(self, num_layers: int):
         super().__init__(layers=[{} for _ in range(num_layers)])
         self.length = 0
+        self.rows: Rows | None = None
 
     def __getitem__(self, layer: int) -> dict[str, torch.Tensor]:
         return self.layers[layer]
@@ -54,6 +58,7 @@ class HyLoCache(Cache):
         for layer in self.layers:
             for name, tensor in layer.items():
                 layer[name] = change(tensor)
+        self.rows = self.rows and Rows(*map(change, self.rows))
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self._each(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
@@ -65,7 +70,7 @@ class HyLoCache(Cache):
         self._each(lambda tensor: tensor.repeat_interleave(repeats, 0))
 
     def reset(self) -> None:
-        self.length = 0
+        self.length, self.rows = 0, None
         for layer in self.layers:
             layer.clear()
 

@@ -65,9 +65,17 @@ class HyLoConfig(PretrainedConfig):
             self.rope_parameters, self.max_position_embeddings, "config.json: rope_parameters"
         )
         self.architecture_extra = dict(self.architecture_extra or {})
+        self.check()
+        super().__init__(**kwargs)
+
+    def check(self) -> None:
+        """Raise ``HyLoError`` for values that no model can compute with.
+
+        ``from_pretrained(folder, name=value)`` changes fields of a config that exists already.
+        """
+        check_values(DEFAULTS | {name: getattr(self, name) for name in fields(self.mixers)})
         if reason := misfit(self.to_architecture()):
             raise HyLoError(f"config.json: {reason}")
-        super().__init__(**kwargs)
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):

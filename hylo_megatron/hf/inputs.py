@@ -3,6 +3,8 @@
 Legend: B batch, S new positions, T all positions.
 """
 
+from typing import NamedTuple
+
 import torch
 
 _NO_EFFECT = {"cache_position", "max_length_q", "max_length_k"}  # arguments that repeat what others say
@@ -53,11 +55,49 @@ def check_positions(position_ids: torch.Tensor | None, batch: int, length: int) 
         )
 
 
-def counted(mask: torch.Tensor | None, past: int, length: int, device: torch.device) -> torch.Tensor:
-    """Return positions [B,S]. The first real token of a row has position 0."""
-    if mask is None:
-        return torch.arange(past, past + length, device=device).unsqueeze(0)
-    return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
+class Rows(NamedTuple):
+    """How far rows have come: the number of their real tokens, and the position of the last one."""
+
+    real_B: torch.Tensor
+    last_B: torch.Tensor
+
+    @classmethod
+    def plain(cls, batch: int, length: int, device: torch.device) -> "Rows":
+        """Return rows of ``length`` tokens without padding, counted from 0."""
+        real_B = torch.full((batch,), length, device=device)
+        return cls(real_B, real_B - 1)
+
+    def check(self, mask: torch.Tensor | None, position_ids: torch.Tensor | None, past: int) -> None:
+        """Raise ``ValueError`` if a call's mask and positions do not go on from the ``past`` cached ones."""
+        known_B = past if mask is None else mask[:, :past].sum(1)
+        if (known_B != self.real_B).any():
+            raise ValueError(
+                "HyLoModel: attention_mask pads other cached tokens than the earlier calls did, expected their mask"
+                " and the new tokens': give all of it in each call, or start a new cache"
+            )
+        if position_ids is None:
+            return
+        position_BS = position_ids.expand(len(self.real_B), -1)
+        new_BS = torch.ones_like(position_BS, dtype=torch.bool) if mask is None else mask[:, past:]
+        first_B = position_BS.gather(1, new_BS.long().argmax(1, keepdim=True)).squeeze(1)
+        wrong_B = (self.real_B > 0) & new_BS.any(1) & (first_B != self.last_B + 1)
+        if wrong_B.any():
+            row = int(wrong_B.nonzero()[0])
+            raise ValueError(
+                f"HyLoModel: position_ids[{row}] goes on with {int(first_B[row])}, expected"
+                f" {int(self.last_B[row]) + 1}, which follows the cached tokens: leave position_ids out"
+            )
+
+    def positions(self, new_BS: torch.Tensor) -> torch.Tensor:
+        """Return positions [B,S] of new tokens, which count on. ``new_BS``: True for real tokens."""
+        return (self.last_B[:, None] + new_BS.long().cumsum(1)).clamp(min=0)
+
+    def after(self, positions_BS: torch.Tensor, new_BS: torch.Tensor) -> "Rows":
+        """Return the rows behind new tokens at these positions."""
+        positions_BS = positions_BS.expand(new_BS.shape)
+        index_BS = torch.arange(new_BS.shape[1], device=new_BS.device) * new_BS
+        last_B = positions_BS.gather(1, index_BS.amax(1, keepdim=True)).squeeze(1)
+        return Rows(self.real_B + new_BS.sum(1), torch.where(new_BS.any(1), last_B, self.last_B))
 
 
 def allowed(mask: torch.Tensor | None, past: int, length: int, device: torch.device) -> torch.Tensor | None:

@@ -86,6 +86,7 @@ class HyLoPreTrainedModel(PreTrainedModel):
 
 class HyLoModel(HyLoPreTrainedModel):
     def __init__(self, config: HyLoConfig):
+        config.check()
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(HyLoDecoderLayer(config, i) for i in range(config.num_hidden_layers))
@@ -128,7 +129,7 @@ class HyLoModel(HyLoPreTrainedModel):
         else:
             inputs.refuse_cache(use_cache, past_key_values)
             cache = None
-        *beside, documents = self._beside(x_BSD, mask, position_ids, past, starts_BS)
+        *beside, documents = self._beside(x_BSD, mask, position_ids, cache, starts_BS)
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         states = []
         for layer in self.layers:
@@ -145,20 +146,32 @@ class HyLoModel(HyLoPreTrainedModel):
             raise ValueError("HyLoModel: give either input_ids or inputs_embeds")
         return self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
 
-    def _beside(self, x_BSD, mask, position_ids, past: int, starts_BS):
+    def _beside(self, x_BSD, mask, position_ids, cache: HyLoCache | None, starts_BS):
         """Return what layers need besides ``x_BSD``: angles, what each query sees, real tokens, packed
         documents.
         """
-        length, device = x_BSD.shape[1], x_BSD.device
+        past, length, device = 0 if cache is None else cache.length, x_BSD.shape[1], x_BSD.device
         if starts_BS is not None:
-            position_ids = restarted(starts_BS)
-        elif position_ids is None:
-            position_ids = inputs.counted(mask, past, length, device)
-        angles = self.rotation(position_ids)
-        if starts_BS is not None:
+            angles = self.rotation(restarted(starts_BS))
             return angles, None, None, Documents(starts_BS, angles)
+        angles = self.rotation(self._positions(x_BSD, mask, position_ids, cache))
         real_BS1 = real_tokens(None if mask is None else mask[:, past:])
         return angles, inputs.allowed(mask, past, length, device), real_BS1, None
+
+    def _positions(self, x_BSD, mask, position_ids, cache: HyLoCache | None) -> torch.Tensor:
+        """Return the positions of the tokens, and let ``cache`` know them if they are not counted from 0 plainly."""
+        (batch, length), device = x_BSD.shape[:2], x_BSD.device
+        past, rows = (0, None) if cache is None else (cache.length, cache.rows)
+        if mask is None and position_ids is None and rows is None:
+            return torch.arange(past, past + length, device=device).unsqueeze(0)
+        rows = rows or inputs.Rows.plain(batch, past, device)
+        if past:
+            rows.check(mask, position_ids, past)
+        new_BS = x_BSD.new_ones(batch, length, dtype=torch.bool) if mask is None else mask[:, past:]
+        positions = rows.positions(new_BS) if position_ids is None else position_ids
+        if cache is not None:
+            cache.rows = rows.after(positions, new_BS)
+        return positions
 
     def _cache(self, given, use_cache: bool | None, batch: int) -> HyLoCache | None:
         """Return the cache that this call reads and writes, or None."""

@@ -62,8 +62,12 @@ def cached_values(arch: Architecture, ranks: int = 1) -> int:
 
 
 def mixing(arch: Architecture, length: int) -> int:
-    """Return the FLOPs of a token in all windows beside products with weights: scores and values of seen tokens."""
-    seen = min(sum(arch.window.values()), length // 2) if arch.window else 0
+    """Return the FLOPs of a token in all windows beside products with weights: scores and values of seen tokens.
+
+    The first tokens of a sequence see fewer than a full window.
+    """
+    most = min(sum(arch.window.values()), length) if arch.window else 0
+    seen = most - most**2 // (2 * length)
     return 4 * seen * _layers(arch) * arch.num_attention_heads * arch.head_dim
 
 

@@ -110,7 +110,8 @@ def smollm2_gpu_window(plan: str | None = None, linear: str | None = None, seed:
     """
     recipe = with_window(smollm2_gpu(linear=linear, seed=seed), plan)
     first = first_distillation(recipe)  # later stages leave MLA as this one does
-    stages = tuple(replace(s, rope=None, mla_rope=False if s is first else None) for s in recipe.stages)
+    off = False if "mla" in Plan.parse(LAYERS, recipe.plan, recipe.linear) else None
+    stages = tuple(replace(s, rope=None, mla_rope=off if s is first else None) for s in recipe.stages)
     return replace(recipe, stages=stages)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from hylo_megatron.config import Geometry, Plan, positions
 from hylo_megatron.config.stages import stage_kind
+from hylo_megatron.errors import HyLoError
 
 LEVER = {"lever": True}  # metadata of the fields that docs/recipe.md lists and ``make recipe-test`` has to use
 
@@ -172,6 +173,20 @@ class Recipe:
         """Settings of ``config/positions.py`` that the student has from the start."""
         window = {"window": positions.window_named(self.window)} if self.window else {}
         return {"linear_rope": self.linear_rope, **window}
+
+    def check_positions(self) -> None:
+        """Raise ``HyLoError`` for a setting of layers that the plan does not have, before anything is trained."""
+        if self.control:
+            return
+        plan = Plan.parse(self.layers, self.plan, self.linear)
+        missing = {"MLA": "mla" not in plan, "linear": set(plan) == {"mla"}}
+        asked = [(name, "linear") for name in ("linear_rope", "window") if getattr(self, name)]
+        asked += [(f"stage {stage.name}: mla_rope", "MLA") for stage in self.stages if stage.mla_rope is False]
+        scaled = (stage for stage in self.stages if stage.log_scale not in (None, "off"))
+        asked += [(f"stage {stage.name}: log_scale", "MLA") for stage in scaled]
+        for what, kind in asked:
+            if missing[kind]:
+                raise HyLoError(f"{what} is set, but the plan {self.plan} has no {kind} layers: leave one of them out")
 
     def as_control(self) -> "Recipe":
         """Return the control: the base model itself, trained by the stages after the layer-wise ones."""

@@ -208,6 +208,7 @@ class Run:
         return folder
 
     def execute(self) -> None:
+        self.recipe.check_positions()
         on_policy.check(self.recipe, self.data, self.source.tokens)
         for stage in self.recipe.stages:
             self.processes.fit(stage)

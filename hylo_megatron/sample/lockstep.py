@@ -12,19 +12,21 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hylo_megatron.evaluate.models import kv_bytes_per_token
 from hylo_megatron.kernels import draw
 from hylo_megatron.sample.decoder import STEPS_BETWEEN, Request, Sampling, Written, drawing, end_mask, prompt_rows
 
 
 def cache_bytes_per_token(model: PreTrainedModel, length: int) -> int:
     """Return the bytes of a row's cache for each of ``length`` tokens. States and full windows are shared out."""
-    grows = kv_bytes_per_token(model.config, model.dtype.itemsize)
-    window = model.config.window or {"size": 1}
-    tokens = torch.zeros(1, min(window["size"], length), dtype=torch.int64, device=model.device)
-    with torch.inference_mode():
-        cache = model(input_ids=tokens, use_cache=True).past_key_values
-    return grows + math.ceil((cache.num_bytes() - grows * tokens.shape[1]) / length)
+    read = min((model.config.window or {"size": 1})["size"], length)
+    full, longer = (_cache_bytes(model, tokens) for tokens in (read, read + 1))
+    return math.ceil((full + (longer - full) * (length - read)) / length)
+
+
+@torch.inference_mode()
+def _cache_bytes(model: PreTrainedModel, tokens: int) -> int:
+    ids = torch.zeros(1, tokens, dtype=torch.int64, device=model.device)
+    return model(input_ids=ids, use_cache=True).past_key_values.num_bytes()
 
 
 class LockstepDecoder:

@@ -152,13 +152,13 @@ def test_a_student_that_can_be_exact_has_the_logits_of_its_base(base, tmp_path, 
 
 
 @pytest.mark.parametrize("init, q_lora_rank", [("svd", None), ("svd", 64), ("data", None), ("data", 64)])
-@pytest.mark.parametrize("rope", [4, 8])
-def test_the_part_without_positions_carries_the_factor_too(base, rope, init, q_lora_rank):
+@pytest.mark.parametrize("rope, mla_rope", [(4, True), (8, True), (8, False)])
+def test_the_part_without_positions_carries_the_factor_too(base, rope, mla_rope, init, q_lora_rank):
     """The base's attention with the pairs that are not rotary left unrotated is what a full-rank MLA computes."""
     arch = base.student(qk_nope_head_dim=16 - rope, qk_rope_head_dim=rope, q_lora_rank=q_lora_rank)
-    read = BaseModel(base.checkpoint, CPU)
+    arch, read = replace(arch, mla_rope=mla_rope), BaseModel(base.checkpoint, CPU)
     still = torch.ones(8, dtype=torch.bool)
-    still[mla.rope_pairs(arch)] = False
+    still[mla.rope_pairs(arch)] = not mla_rope
     read.frequencies[still] = 0.0
     layer = next(iter(read.layers(TOKENS)))  # its target is the attention with these pairs unrotated
     how = mla.from_rows if init == "svd" else lambda layer, arch: mla.calibrated(layer, arch, read.frequencies)

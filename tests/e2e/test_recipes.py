@@ -99,6 +99,24 @@ def test_the_window_recipe_is_the_best_one_known_and_takes_its_tokens_at_2k():
         smollm2_gpu_window(linear="mamba2")
 
 
+def test_settings_of_layers_that_a_plan_lacks_are_refused_before_the_run(tmp_path):
+    smollm2_gpu_window("none", "gdn").check_positions()  # its first distillation would turn RoPE of MLA off
+    bare, stage = smollm2_cpu("none", "gdn"), smollm2_cpu().stages[1]
+    cases = {
+        "window": smollm2_gpu_window("all", "gdn"),
+        "stage distill: mla_rope": replace(bare, stages=(replace(stage, mla_rope=False),)),
+        "stage distill: log_scale": replace(bare, stages=(replace(stage, log_scale="600"),)),
+    }
+    cases["linear_rope"] = replace(cases["window"], window=None)
+    cases["window"] = replace(cases["window"], linear_rope=False)
+    for what, recipe in cases.items():
+        with pytest.raises(HyLoError, match=f"^{what} is set, but the plan (all|none) has no (MLA|linear) layers"):
+            Run(recipe, tmp_path / "run", Processes()).execute()
+        recipe.as_control().check_positions()
+    assert not (tmp_path / "run").exists()
+    replace(bare, stages=(replace(stage, mla_rope=True, log_scale="off"),)).check_positions()
+
+
 def test_several_gpus_share_a_batch(tmp_path):
     stages = smollm2_gpu().stages
     four = Processes(dp=4)

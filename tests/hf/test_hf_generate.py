@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-from helpers.hf import HYBRIDS, model_of, numbers, packed
+from helpers.hf import HYBRIDS, each_hybrid, model_of, numbers, packed
 
 transformers = pytest.importorskip("transformers")
 
 
-@pytest.mark.parametrize("kind", ["gdn", "mamba2", "kda", "qk_norm"])
+@each_hybrid
 @torch.no_grad()
 def test_every_way_to_generate_equals_the_uncached_one(kind):
     model, ids = model_of(**HYBRIDS[kind]), numbers(2, 9)
@@ -30,7 +30,7 @@ def test_every_way_to_generate_equals_the_uncached_one(kind):
     assert torch.equal(*samples)
 
 
-@pytest.mark.parametrize("kind", ["gdn", "mamba2", "kda"])
+@each_hybrid
 @torch.no_grad()
 def test_a_returned_cache_goes_on(kind):
     """Another turn of a conversation, with left padding in one row."""

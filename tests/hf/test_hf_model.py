@@ -126,6 +126,36 @@ def test_foreign_caches_and_masks_are_refused():
         model(ids, attention_mask=torch.ones(1, 3))
 
 
+PADDED = torch.tensor([[0] * 3 + [1] * 9, [1] * 12])
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("kind", ["linear_rope", "window", "nope"])
+@torch.no_grad()
+def test_masks_and_positions_go_on_from_the_cached_ones(kind, masked):
+    """Positions of another origin go on by themselves; what would compute with two origins is refused."""
+    options = dict(attention_mask=PADDED) if masked else dict(position_ids=torch.arange(5, 17).expand(2, -1))
+    model, ids = model_of(**HYBRIDS[kind]), torch.randint(2, 97, (2, 12))
+    whole = model(ids, use_cache=False, **options).logits.flip(0)
+    first = {name: tensor[:, :8] for name, tensor in options.items()}
+    cache = model(ids[:, :8], use_cache=True, **first).past_key_values
+    cache.reorder_cache(torch.tensor([1, 0]))
+    ids, mask = ids.flip(0), (PADDED if masked else torch.ones_like(ids)).flip(0)
+    for at in (7, 14):
+        with pytest.raises(ValueError, match="position_ids.*which follows the cached tokens"):
+            spans = torch.arange(at, at + 2).expand(2, -1)
+            model(ids[:, 8:10], past_key_values=cache, attention_mask=mask[:, :10], position_ids=spans)
+    other = [dict(), dict(attention_mask=PADDED[:, 2:])] if masked else [dict(attention_mask=PADDED[:, :10].flip(0))]
+    for changes in other:
+        with pytest.raises(ValueError, match="attention_mask pads other cached tokens"):
+            model(ids[:, 8:10], past_key_values=cache, **changes)
+    parts = [model(ids[:, 8:10], past_key_values=cache, attention_mask=mask[:, :10]).logits]
+    parts.append(model(ids[:, 10:], past_key_values=cache, attention_mask=mask).logits)
+    torch.testing.assert_close(torch.cat(parts, 1), whole[:, 8:], atol=1e-4, rtol=0)
+    cache.reset()
+    torch.testing.assert_close(model(ids, past_key_values=cache).logits, model(ids).logits)
+
+
 # ---- training, saving, registration ----
 
 
@@ -200,6 +230,22 @@ def test_bad_configs_are_refused():
     ]:
         with pytest.raises(HyLoError, match=message):
             tiny_config(**changes)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(linear_rope=True), "linear_rope is True, but the plan has linear layers without queries"),
+        (dict(mla_rope="off"), "field mla_rope is 'off'"),
+        (dict(log_scale={"base": 0.0, "length": 1}), "log_scale is .* expected numbers of 0 or more"),
+        (dict(window={"size": 0, "sinks": 1}), "field window.size is 0"),
+    ],
+)
+def test_fields_that_from_pretrained_changes_are_checked(changes, message, tmp_path):
+    model_of(("mla", "mamba2")).save_pretrained(tmp_path)
+    assert HyLoForCausalLM.from_pretrained(tmp_path, mla_rope=False).config.mla_rope is False
+    with pytest.raises(HyLoError, match=message):
+        HyLoForCausalLM.from_pretrained(tmp_path, **changes)
 
 
 @pytest.mark.parametrize("first", ["hylo_megatron", "transformers"])

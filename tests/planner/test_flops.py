@@ -70,6 +70,13 @@ def test_attention_counts_half_of_all_pairs(kind, key, value):
     assert 2 * mixing(arch, LENGTH) * LENGTH == layers * sum(found.values())
 
 
+@pytest.mark.parametrize("size", [LENGTH - 2, LENGTH, 4 * LENGTH])
+def test_a_window_as_wide_as_the_text_counts_as_attention(size):
+    arch = tiny.hybrid(plan=("gdn",) * 4)
+    wide = replace(arch, window={"size": size, "sinks": 2})
+    assert mixing(wide, LENGTH) - mixing(arch, LENGTH) == mixing(arch.as_teacher(), LENGTH)
+
+
 @pytest.mark.parametrize("kind", ["gdn", "kda", "mamba2"])
 def test_linear_blocks_count_as_recurrences(kind):
     """The update of the state is an outer product, element by element, which torch does not count."""

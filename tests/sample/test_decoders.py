@@ -5,7 +5,7 @@ import types
 import pytest
 import torch
 from helpers import tiny
-from helpers.hf import model_of
+from helpers.hf import HYBRIDS, model_of
 from helpers.samples import sampling
 
 from hylo_megatron.errors import HyLoError
@@ -39,18 +39,19 @@ def test_rows_of_a_batch_are_those_of_rows_alone(shape):
     assert {row.ended for row in alone} == {True, False}  # both ways to end
 
 
-@pytest.mark.parametrize("kind", ["gdn", "mamba2", "kda"])
+@pytest.mark.parametrize("kind", ["gdn", "mamba2", "kda", "window", "linear_rope", "nope"])
 def test_rows_of_a_hybrids_batch_are_those_of_rows_alone(kind):
     requests = [Request(row, tuple(range(3, 4 + row % 5))) for row in range(9)]
-    model = model_of(("mla", kind))
+    model = model_of(**HYBRIDS[kind])
     alone = [written_alone(model, request, sampling()) for request in requests]
     assert list(LockstepDecoder(model, sampling(), 4).write(iter(requests))) == alone
     assert {row.ended for row in alone} == {True, False}  # both ways to end
 
 
+@pytest.mark.parametrize("qk_norm", [False, True])  # whose rows stay fp32
 @pytest.mark.parametrize("window", [None, {"size": 20, "sinks": 2}, {"size": 80, "sinks": 2}])
-def test_bytes_of_a_hybrids_cache(window):
-    model = model_of(("mla", "gdn"), window=window)
+def test_bytes_of_a_hybrids_cache(window, qk_norm):
+    model = model_of(("mla", "gdn"), window=window, qk_norm=qk_norm).bfloat16()
     with torch.no_grad():
         cache = model(torch.zeros(1, 50, dtype=torch.int64), use_cache=True).past_key_values
     assert cache.num_bytes() <= 50 * cache_bytes_per_token(model, 50) < cache.num_bytes() + 50

@@ -55,10 +55,14 @@ def _widened(up: Tensor, down: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def _score_factors(arch: Architecture) -> Tensor:
-    """Return the part of YaRN's factor on scores that the rotation does not apply, by row of a query [nope + rope]."""
+    """Return the part of YaRN's factor on scores that the rotation does not apply, by row of a query [nope + rope].
+
+    Without a rotation (NoPE) it applies none.
+    """
     g = arch.geometry.mla
     _, scaling = rope_frequencies(arch.rope_parameters, arch.head_dim, arch.max_position_embeddings)
-    return torch.cat([torch.full((g.qk_nope_head_dim,), scaling**2), torch.ones(g.qk_rope_head_dim)]).double()
+    rotated = 1.0 if arch.mla_rope else scaling**2
+    return torch.tensor([scaling**2] * g.qk_nope_head_dim + [rotated] * g.qk_rope_head_dim).double()
 
 
 def _query(up: Tensor, down: Tensor | None, arch: Architecture) -> dict[str, Tensor]:
