@@ -16,7 +16,6 @@ from hylo_megatron.config import decisions
 from hylo_megatron.engine.register import install
 from hylo_megatron.kernels import choose
 from hylo_megatron.mixers.megatron_attention import CoreAttention
-
 from hylo_megatron.parallel.attention import Shared, attention_across_ranks
 from hylo_megatron.parallel.zigzag import zigzag_positions
 
