@@ -78,8 +78,8 @@ def assumptions(training: Training, found: list[LayoutPlan], known: argparse.Nam
         most = tokens_per_second(run, card_named(known.card), HOPED)
         lines.append(
             f"CP: attention across ranks at {FITTED.attention_cp:.0%} of the products' rate, as measured before its"
-            f" present kernels. At the {FITTED.attention:.0%} of one rank, {plan.stage.name} with {shared.layout} runs at"
-            f" {most:,.0f} tokens/s, not {plan.speed:,.0f}."
+            f" present kernels. At the {FITTED.attention:.0%} of one rank, {plan.stage.name} with {shared.layout} runs"
+            f" at {most:,.0f} tokens/s, not {plan.speed:,.0f}."
         )
     if any(plan.recompute != plan.stage.recompute for each in found for plan in each.stages):
         lines.append(f"* with recompute={2 * training.student.num_layers} in the stage, which fits only so.")
