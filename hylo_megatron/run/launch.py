@@ -26,21 +26,26 @@ ONE_RANK = ParallelLayout()
 class Processes:
     """The processes of a training: ``dp`` copies of the model, each shared by the ranks of ``layout``.
 
-    ``cuda_graph``: a training on one GPU runs its step as one CUDA graph.
+    ``cuda_graph``: whether a training runs its step as one CUDA graph; None: on one GPU. Raises ``HyLoError`` if True
+    where ranks share a model.
     """
 
     layout: ParallelLayout = ONE_RANK
     dp: int = 1
-    cuda_graph: bool = True
+    cuda_graph: bool | None = None
+
+    def __post_init__(self):
+        if self.cuda_graph and self.layout.ranks > 1:
+            raise HyLoError(f"--cuda-graph: not where ranks share a model ({self}); leave it out")
 
     @classmethod
-    def found(cls, layout: ParallelLayout = ONE_RANK, cuda_graph: bool = True) -> "Processes":
+    def found(cls, layout: ParallelLayout = ONE_RANK, cuda_graph: bool | None = None) -> "Processes":
         """Return one process for each GPU of this machine, or without GPUs one copy of the model."""
         ranks = torch.cuda.device_count() or layout.ranks
         return cls.among(ranks, "GPUs here", layout, cuda_graph)
 
     @classmethod
-    def among(cls, ranks: int, what: str, layout: ParallelLayout, cuda_graph: bool = True) -> "Processes":
+    def among(cls, ranks: int, what: str, layout: ParallelLayout, cuda_graph: bool | None = None) -> "Processes":
         """Return as many copies of the model as ``ranks`` allow. ``what`` names the ranks in an error message."""
         if ranks % layout.ranks:
             context = f" x CP {layout.cp}" if layout.cp > 1 else ""
@@ -51,6 +56,10 @@ class Processes:
     @property
     def ranks(self) -> int:
         return self.layout.ranks * self.dp
+
+    @property
+    def one_graph(self) -> bool:
+        return self.ranks == 1 if self.cuda_graph is None else self.cuda_graph
 
     def fit(self, stage: Stage) -> Stage:
         """Return ``stage`` with the largest micro-batch that divides its own and the sequences of each model copy.

@@ -61,7 +61,7 @@ class TrainingProcess:
             own += fitting(GPU_FLAGS, stage_kind(stage.kind), stage.loss)
             # under a CUDA graph tensors must stay in their place
             fixed = not any("--hylo-offload" in str(flag) for flag in flags)
-            own += GRAPH_FLAGS if fixed and processes.cuda_graph and processes.ranks == 1 else ()
+            own += GRAPH_FLAGS if fixed and processes.one_graph else ()
         trainer = ["-m", "hylo_megatron.train", *own, *map(str, flags), *processes.layout.flags()]
         self.process = start(trainer, processes, log)
 

@@ -14,6 +14,7 @@ from helpers.processes import kill_tree  # noqa: E402
 from helpers.recipes import STEPS, losses, start, toy_recipe, wait_for_step, write_inputs  # noqa: E402
 from helpers.waits import PATIENCE  # noqa: E402
 
+from hylo_megatron.config.layout import ParallelLayout  # noqa: E402
 from hylo_megatron.errors import HyLoError  # noqa: E402
 from hylo_megatron.recipes.smollm2 import (  # noqa: E402
     smollm2_cpu,
@@ -108,3 +109,12 @@ def test_several_gpus_share_a_batch(tmp_path):
     assert [four.fit(stage).micro_batch for stage in larger] == [8, 8, 2, 1]
     assert [stage.tokens for stage in larger] == [4 * stage.tokens for stage in stages]
     assert all(Processes().fit(stage) == stage for stage in stages)
+
+
+def test_a_step_is_one_graph_on_one_gpu_or_as_asked():
+    shared = ParallelLayout(cp=2)
+    assert Processes().one_graph and not Processes(cuda_graph=False).one_graph
+    assert not Processes(dp=2).one_graph and Processes(dp=2, cuda_graph=True).one_graph
+    assert not Processes(layout=shared).one_graph
+    with pytest.raises(HyLoError, match=r"--cuda-graph: not where ranks share a model \(TP 1 PP 1 CP 2 DP 1\)"):
+        Processes(layout=shared, cuda_graph=True)

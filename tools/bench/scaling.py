@@ -87,7 +87,7 @@ class Candidate:
         return {"memory_gib": round(self.memory, 2), "tokens_per_second": self.speed} if self.run else {}
 
 
-def named(text: str, graph: bool) -> Processes:
+def named(text: str, graph: bool | None) -> Processes:
     """Return the layout that a text such as ``cp2dp2`` names. Raises ``HyLoError``."""
     sizes = {name: int(number) for name, number in re.findall(r"(tp|pp|cp|dp)([1-9]\d*)", text)}
     if text != "".join(f"{name}{number}" for name, number in sizes.items()) or not text:
@@ -114,7 +114,7 @@ def planned_candidate(job: Job, processes: Processes, options: argparse.Namespac
 def ranked(job: Job, gpus: int, options: argparse.Namespace, card: float) -> list[Candidate]:
     """Return the layouts of ``gpus`` GPUs: first those that fit as the recipe trains, then the fastest."""
     work = Work(processes=gpus, seq_length=job.stage.seq_length, micro_batch=job.stage.micro_batch)
-    graph = options.recipe == "smollm2"
+    graph = None if options.recipe == "smollm2" else False
     found = [
         planned_candidate(job, Processes(layout=layout, dp=gpus // layout.ranks, cuda_graph=graph), options, card)
         for layout in dividing((job.student, job.teacher), [work], gpus)

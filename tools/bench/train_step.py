@@ -171,7 +171,7 @@ def report(job: Job, runs: list[dict], options: argparse.Namespace) -> None:
 def processes_of(options: argparse.Namespace, world: World | None) -> Processes:
     layout = ParallelLayout(tp=options.tp, pp=options.pp, cp=options.cp, sequence_parallel=options.tp > 1)
     ranks = world.size if world else layout.ranks * options.dp
-    graph = options.recipe == "smollm2" if options.cuda_graph is None else options.cuda_graph
+    graph = False if options.cuda_graph is None and options.recipe != "smollm2" else options.cuda_graph
     return Processes.among(ranks, "ranks", layout, graph)
 
 
@@ -199,7 +199,7 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     for flag in ("--tp", "--pp", "--cp", "--dp"):
         add(flag, type=size, default=1)
     add("--profile", action="store_true", help="record kernels of two more steps")
-    graph = "run a step on one GPU as one CUDA graph (default: as the recipe's script, for SmolLM2 only)"
+    graph = "run a step as one CUDA graph (default: as the recipe's script, for SmolLM2 on one GPU)"
     add("--cuda-graph", action=argparse.BooleanOptionalAction, help=graph)
     peer = "'one': the same on one GPU, run first; 'transformers': its models, whole logits and torch's optimizer in"
     add("--peer", help=f"{peer} one process, run first; or the JSON file of an earlier run")
