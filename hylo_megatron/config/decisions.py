@@ -11,6 +11,8 @@ CHUNK = 64  # positions that the kernels of linear blocks work on at once
 # Values of gate and up of an MLP on a rank: up to the first it runs whole, beyond in blocks of at most the second.
 WHOLE_MLP, BLOCK_OF_MLP = 2**29, 2**28
 
+GATHERED = 2 << 30  # bytes that a context-parallel rank gathers, or makes of what it gathered, at one time
+
 INITIAL_STATES = ("zero", "random", "carried")  # choices of --hylo-initial-states
 
 _MIXER_MODULES = tuple(f".{holder}." for holder in HOLDERS)
@@ -48,3 +50,12 @@ def mlp_rows(rows: int, tokens: int, width: int, block: int | None = None) -> in
         most = max(1, BLOCK_OF_MLP // width // 1024) * 1024  # whole tiles of a matrix product
         block = rows * tokens if rows * tokens * width <= WHOLE_MLP else most
     return min(rows, max(1, block // tokens))
+
+
+def goes_round(mode: str | None, ranks: int, held: int) -> bool:
+    """Whether attention passes the tensors of ``ranks``, of ``held`` bytes each, round a ring; else it gathers them.
+
+    ``mode``: --cp-comm-type. ``auto``, or None, gathers unless all tensors together are large; two ranks hold both
+    tensors either way.
+    """
+    return mode == "p2p" or (mode != "all_gather" and ranks > 2 and ranks * held > GATHERED)

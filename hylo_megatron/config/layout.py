@@ -13,13 +13,17 @@ EXCHANGES = ("auto", "p2p", "all_gather")  # choices of --cp-comm-type
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelLayout:
-    """How the ranks of one copy of the model share it. ``linear_cp`` is ``--hylo-linear-cp``."""
+    """How the ranks of one copy of the model share it.
+
+    ``linear_cp`` is ``--hylo-linear-cp``, ``exchange`` is ``--cp-comm-type``.
+    """
 
     tp: int = 1
     pp: int = 1
     cp: int = 1
     sequence_parallel: bool = False
     linear_cp: str = "auto"
+    exchange: str = "auto"
 
     @property
     def passes_states(self) -> bool:

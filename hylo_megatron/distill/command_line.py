@@ -156,6 +156,7 @@ def layout_of(known: argparse.Namespace) -> tuple[ParallelLayout, Work]:
         cp=known.context_parallel_size,
         sequence_parallel=known.sequence_parallel,
         linear_cp=known.hylo_linear_cp,
+        exchange=known.cp_comm_type[0],  # one for each layer where there are several; the planner counts the first
     )
     work = Work(
         processes=int(os.environ.get("WORLD_SIZE", 1)),

@@ -13,6 +13,7 @@ A mixer's folder has the same few files, each imported only where its library is
     vllm_module.py       the layer for vLLM and the shapes of its states
     memory.py            bytes of training and of serving; no torch
     flops.py             FLOPs of a token beside the products with weights; no torch
+    sent.py              what the ranks that share a layer send each other; no torch
 
 What several mixers share stands beside the folders under the same names, and in ``megatron_*.py``, ``hf_*.py``
 and ``vllm_*.py``.

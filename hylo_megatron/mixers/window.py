@@ -12,6 +12,7 @@ from hylo_megatron.mixers import MIXERS
 from hylo_megatron.mixers.attention import mapping as attention
 from hylo_megatron.mixers.mapping import HF, INPUT_NORM, MEGATRON, Mapping, Shapes, copy
 from hylo_megatron.mixers.memory import Share, SubLayer, aligned
+from hylo_megatron.mixers.sent import ELEMENT, Exchange, Passes
 
 HF_NAME, GATE = "mixer.window.", "window.gate_proj.weight"
 # Further ends of names of weights that every tensor-parallel rank has in full.
@@ -98,6 +99,19 @@ def beside(block: SubLayer, arch: Architecture, at: Share) -> SubLayer:
     kept += 2 * aligned(h) * arch.hidden_size if h % 16 else 0
     work = at.inner(3 * padded * h * k + 6 * keys * g * k)
     return SubLayer(block.kept + kept, max(block.work, work), block.entry)
+
+
+def exchange(arch: Architecture, at: Share) -> Exchange:
+    """Return what the ranks that share a window send each other (``parallel/halo.py``).
+
+    The bytes of the halo are the mean of all ranks, whose chunks must not be shorter than the window. The query, key
+    and value projection is copied from the base model, the gate's is new.
+    """
+    ranks, d = at.layout.cp, arch.hidden_size
+    keys_and_values = 2 * arch.num_key_value_heads * arch.head_dim / at.layout.tp
+    moved = at.sequences * (2 * (arch.window["size"] - 1) + arch.window["sinks"])
+    halo = (ranks - 1) / ranks * moved * keys_and_values * ELEMENT
+    return Exchange(columns=d, copied=d, rows=d, waited=Passes(forward=halo, backward=halo))
 
 
 def tables(arch: Architecture, at: Share) -> int:

@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hylo_megatron.config import decisions
 from hylo_megatron.kernels.chunked import compute_dtype
 
 Arrival = tuple[range, Tensor]  # ranks, and their tensors [m,..]
-GATHERED = 2 << 30  # bytes that a rank gathers, or makes of what it gathered, at one time
 
 
 class Gather:
@@ -110,10 +110,8 @@ class Ring:
 def exchange(group, mode: str | None, held: int, made: int) -> Gather | Ring:
     """Return what exchanges tensors of ``held`` bytes, of each of which ``made`` bytes are made.
 
-    ``mode``: --cp-comm-type. ``auto``, or None, gathers unless all tensors together are large; two ranks hold both
-    tensors either way.
+    ``mode``: --cp-comm-type.
     """
-    size = group.size()
-    if mode == "p2p" or (mode != "all_gather" and size > 2 and size * held > GATHERED):
+    if decisions.goes_round(mode, group.size(), held):
         return Ring(group)
-    return Gather(group, max(1, GATHERED // max(1, made)))
+    return Gather(group, max(1, decisions.GATHERED // max(1, made)))

@@ -1,10 +1,11 @@
 """Seconds of a training step, from shapes, the parallel layout and the card. No torch in here.
 
-A step is the sum of its parts. Each part is a count (``planner/flops.py``, ``mixers/*/memory.py``) over a rate of the
-card, with constants that were fitted to whole steps on one and two GPUs (``tests/planner/test_speed.py`` has them).
+A step is the sum of its parts. Each part is a count (``planner/flops.py``, ``planner/sent.py``,
+``mixers/*/memory.py``) over a rate of the card, with constants that were fitted to whole steps on one and two GPUs
+(``tests/planner/test_speed.py`` has them).
 """
 
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from math import prod
 
 from hylo_megatron.config import Architecture
@@ -13,6 +14,7 @@ from hylo_megatron.config.shapes import hf_shapes
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.mixers import MIXERS, window
 from hylo_megatron.planner.flops import RATES, head_products, layer_products, mixing, token_flops
+from hylo_megatron.planner.sent import sent
 from hylo_megatron.planner.training import PlannedRun, stage_sub_layers
 
 CARDS = {"H100": RATES["NVIDIA H100 80GB HBM3"], "H200": RATES["NVIDIA H200"]}  # FLOP/s of a large bf16 product
@@ -25,7 +27,7 @@ class Constants:
     products: float = 0.95  # share of the rate of products that the products of layers reach
     head: float = 0.79  # the same for the logits' products
     attention: float = 0.80  # the same for attention, forward and backward together
-    attention_cp: float = 0.35  # the same where ranks share a sequence
+    attention_cp: float = 0.35  # the same where ranks share a sequence, before attention had its present kernels
     traffic: float = 0.86e-12  # seconds for a byte that a layer keeps for the backward pass, in a forward pass
     optimizer: float = 0.4e-12  # seconds for a byte of gradients and optimizer
     recurrence: float = 20.5e-12  # seconds for a value of the queries, keys, values and outputs of a linear block
@@ -37,6 +39,7 @@ class Constants:
 
 
 FITTED = Constants()
+HOPED = replace(FITTED, attention_cp=FITTED.attention)  # attention across ranks as fast as on one rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +74,10 @@ def _recomputed(run: PlannedRun) -> float:
 
 
 def _products(run: PlannedRun, card: float, fitted: Constants) -> float:
-    """Return the seconds of a token in products with weights, on one rank."""
+    """Return the seconds of a token in products with weights, on a rank of the last pipeline stage.
+
+    That stage has both heads beside its layers, and the other stages wait for it.
+    """
     found = token_flops(run.student, run.teacher, run.kind, train=run.train, length=run.work.seq_length,
                         taught=run.taught * run.layout.cp // run.work.micro_batch)  # fmt: skip
     logits = 0.0
@@ -80,7 +86,7 @@ def _products(run: PlannedRun, card: float, fitted: Constants) -> float:
         logits = taught * head_products(run.teacher) + learnt * head_products(run.student)
     again = 2 * _recomputed(run) * sum(layer_products(run.student).values())
     layers = found.teacher_products + found.student_products - logits + again
-    return (layers / fitted.products + logits / fitted.head) / card
+    return (layers / fitted.products / run.layout.pp + logits / fitted.head) / run.layout.tp / card
 
 
 def _attention(run: PlannedRun, card: float, fitted: Constants) -> float:
@@ -101,8 +107,10 @@ def _recurrence_flops(arch: Architecture) -> int:
 def _recurrences(run: PlannedRun, fitted: Constants) -> float:
     """Return the seconds of a micro-batch in the recurrences of linear blocks, on one rank."""
     blocks = [MIXERS[kind].part("flops") for kind in run.student.plan if MIXERS[kind].linear]
-    values = sum(block.VALUE_COST * block.values(run.student) for block in blocks) / run.layout.tp
-    waits = fitted.chunk * len(blocks) * run.share.length / CHUNK
+    states = run.layout.passes_states
+    values = sum(block.VALUE_COST * block.values(run.student, states) for block in blocks) / run.layout.tp
+    scanned = run.share.length * (0.5 if states else run.layout.cp)  # two chunks at once, or the whole sequence
+    waits = fitted.chunk * len(blocks) * scanned / CHUNK
     again = 1 + _recomputed(run) / 3
     return again / run.layout.pp * (fitted.recurrence * values * run.share.tokens + waits)
 
@@ -127,44 +135,52 @@ def _optimizer(run: PlannedRun, fitted: Constants) -> float:
     return _elements(run) * (8 + 28 / sharers) * fitted.optimizer
 
 
-def _communication(run: PlannedRun, fitted: Constants) -> tuple[float, float]:
-    """Return the seconds that a rank sends in a micro-batch, and in a step.
+def _bandwidths(run: PlannedRun, fitted: Constants) -> dict[str, float]:
+    """Return the bytes a second that a rank sends to each of its groups.
 
-    Tensor parallelism sums two tensors a layer forward and two backward; data parallelism sums gradients and collects
-    parameters. Nothing is overlapped.
+    megatron-core numbers ranks by TP, CP, DP and PP: each group lies within so many successive ranks.
     """
-    tp, pp, share = run.layout.tp, run.layout.pp, run.share
-    forward = 2 * 2 * share.tokens * (tp - 1) / tp * 2  # two tensors in bf16, summed and spread
-    student = run.student.num_layers * run.student.hidden_size * (2 + _recomputed(run))
-    teacher = run.teacher.num_layers * run.teacher.hidden_size * run.taught / share.tokens
-    rate = fitted.nvlink if tp <= fitted.node else fitted.network
-    micro_batch = forward * (student + teacher) / pp / rate
-    if pp > 1:
-        states = 2 * share.tokens * (2 * run.student.hidden_size + run.teacher.hidden_size)
-        micro_batch += states / (fitted.nvlink if run.layout.ranks <= fitted.node else fitted.network)
-    sharers = run.work.processes // (tp * pp)
-    inside = run.work.processes <= fitted.node
-    step = 6 * _elements(run) * (sharers - 1) / sharers / (fitted.nvlink if inside else fitted.network)
-    return micro_batch, step
+    tp, cp, pp, world = run.layout.tp, run.layout.cp, run.layout.pp, run.work.processes
+    within = {"tp": tp, "cp": tp * cp, "dp": world // pp, "pp": world, "embedding": world}
+    return {name: fitted.nvlink if ranks <= fitted.node else fitted.network for name, ranks in within.items()}
+
+
+def _communication(run: PlannedRun, attention: float, fitted: Constants) -> tuple[float, float]:
+    """Return the seconds of a step that its micro-batches wait for other ranks, and those at its end.
+
+    Keys, values and latents arrive behind attention to a rank's own tokens, one part in CP of all its ``attention``.
+    Nothing else is hidden: no recipe overlaps the sums of gradients with the backward pass.
+    """
+    rates, most = _bandwidths(run, fitted), (0.0, 0.0)
+    for stage in range(run.layout.pp):
+        found = sent(run, stage)
+        seconds = {name: getattr(found, name) / rate for name, rate in rates.items()}
+        hidden = min(found.behind / rates["cp"], attention / run.layout.cp)
+        waited = seconds["tp"] + seconds["cp"] + seconds["pp"] - hidden
+        most = max(most, (waited, seconds["dp"] + seconds["embedding"]), key=sum)
+    return most
 
 
 def step_time(run: PlannedRun, card: float, fitted: Constants = FITTED) -> StepTime:
-    """Return the seconds of a step. The stages of a pipeline are taken as equally slow."""
-    split, tokens, times = run.layout.tp * run.layout.pp, run.share.tokens, run.micro_batches
+    """Return the seconds of a step. The layers of pipeline stages are taken as equally slow."""
+    split, times = run.layout.tp * run.layout.pp, run.micro_batches
+    tokens = times * run.share.tokens
     parts = dict(
-        products=times * tokens / split * _products(run, card, fitted),
-        attention=times * tokens / split * _attention(run, card, fitted),
+        products=tokens * _products(run, card, fitted), attention=tokens / split * _attention(run, card, fitted),
         recurrences=times * _recurrences(run, fitted), traffic=times * _traffic(run, fitted),
     )  # fmt: skip
-    sent, shared = _communication(run, fitted)
+    waited, shared = _communication(run, parts["attention"], fitted)
     waits = 0 if run.kind.layerwise else run.layout.pp - 1  # micro-batches; a layer-wise stage has no bubble
-    bubble = waits / times * (sum(parts.values()) + times * sent)
-    return StepTime(**parts, optimizer=_optimizer(run, fitted), communication=times * sent + shared,
+    bubble = waits / times * (sum(parts.values()) + waited)
+    return StepTime(**parts, optimizer=_optimizer(run, fitted), communication=waited + shared,
                     waiting=fitted.step + bubble)  # fmt: skip
 
 
-def tokens_per_second(run: PlannedRun, card: float) -> float:
-    """Return the tokens that all ranks together train on in a second."""
+def tokens_per_second(run: PlannedRun, card: float, fitted: Constants = FITTED) -> float:
+    """Return the tokens that all ranks together train on in a second.
+
+    With ``HOPED`` the result is the most that a layout with context parallelism can be expected to reach.
+    """
     data_parallel = run.work.processes // run.layout.ranks
     tokens = run.work.micro_batch * run.micro_batches * data_parallel * run.work.seq_length
-    return tokens / step_time(run, card).total
+    return tokens / step_time(run, card, fitted).total

@@ -217,7 +217,8 @@ def head_shape(run: PlannedRun) -> HeadShape:
     )  # fmt: skip
 
 
-def _elements(run: PlannedRun, arch: Architecture, pipeline_stage: int) -> dict[str, int]:
+def stage_elements(run: PlannedRun, arch: Architecture, pipeline_stage: int) -> dict[str, int]:
+    """Return ``{name: elements}`` of ``arch`` on a rank of ``pipeline_stage``."""
     shards = Shards(rows=run.rows, tp=run.layout.tp, pp=run.layout.pp, pipeline_stage=pipeline_stage)
     return rank_elements(arch, shards)
 
@@ -225,13 +226,13 @@ def _elements(run: PlannedRun, arch: Architecture, pipeline_stage: int) -> dict[
 def student_weights(run: PlannedRun, pipeline_stage: int) -> tuple[Weights, int]:
     """Return the student's bytes during the passes of a step, and what its update needs beside them."""
     sharers = run.work.processes // (run.layout.tp * run.layout.pp)
-    found = weights(_elements(run, run.student, pipeline_stage), run.trains, sharers)
+    found = weights(stage_elements(run, run.student, pipeline_stage), run.trains, sharers)
     return (replace(found, optimizer=0), found.optimizer) if run.offload_optimizer else (found, 0)
 
 
 def teacher_weights(run: PlannedRun, pipeline_stage: int) -> tuple[int, int]:
     """Return the teacher's bytes, and what it needs beside them while it reads."""
-    elements, largest = _elements(run, run.teacher, pipeline_stage), 0
+    elements, largest = stage_elements(run, run.teacher, pipeline_stage), 0
     if run.teacher_fp8:
         elements = in_fp8(elements)
     if run.offload_teacher:

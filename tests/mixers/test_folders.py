@@ -38,6 +38,17 @@ def test_unsplit_tensors_exist(kind):
     assert set(unsplit) <= set(keys)
 
 
+@pytest.mark.parametrize("kind", MIXERS)
+def test_what_ranks_exchange_depends_on_how_they_share(kind):
+    arch, exchange = architecture(kind), MIXERS[kind].part("sent").exchange
+    alone, split, shared = (Share(ParallelLayout(tp=tp, cp=cp, sequence_parallel=True), 1, 128)
+                            for tp, cp in ((1, 1), (2, 1), (1, 2)))  # fmt: skip
+    for at, tensor, context in ((alone, False, False), (split, True, False), (shared, False, True)):
+        found = exchange(arch, at)
+        assert (found.tensor_parallel(at).forward > 0) == tensor
+        assert ((found.waited + found.behind).forward > 0) == context
+
+
 @pytest.mark.parametrize("kind", [kind for kind in MIXERS if kind != "attention"])
 def test_new_mixers_have_an_initialisation_and_bytes(kind):
     arch, entry = architecture(kind), MIXERS[kind]

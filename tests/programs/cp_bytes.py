@@ -1,13 +1,13 @@
 """Run each mixer once on ranks that share a sequence, and print what it sends beside what the formulas say.
 
-Under torchrun. A JSON line for each mixer and data type: bytes that went to torch.distributed, forward and backward,
-as the mean of all ranks.
+Under torchrun, in bf16. A JSON line for each mixer: bytes that went to torch.distributed, forward and backward, as the
+mean of all ranks.
 """
 
 import json
 from contextlib import contextmanager
 
-from helpers.cp_bytes import FORMULAS, Model, Window, sent
+from helpers.cp_bytes import FORMULAS, sent
 
 from hylo_megatron.config import GDNGeometry, Geometry, Mamba2Geometry
 
@@ -69,22 +69,20 @@ def main() -> None:
     start_process_groups(cp=size)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     geometry = Geometry(tiny.GEOMETRY.mla, GDNGeometry(4, 8, 8, 12), Mamba2Geometry(8, 8, 12, 4))
-    model = Model(geometry, Window(**tiny.WINDOW, groups=2, width=16))
+    arch = tiny.hybrid(geometry=geometry, window=tiny.WINDOW)
     for choice in FORMULAS:
-        for dtype in (torch.float32, torch.bfloat16):
-            mixer = make(choice, geometry, dtype, groups)
-            hidden = torch.randn(tokens, batch, tiny.HIDDEN, dtype=dtype).requires_grad_()
-            with counted() as forward:
-                out, _ = mixer(hidden, None)
-            with counted() as backward:
-                out.sum().backward()
-            everyone = torch.tensor([sum(each.bytes.values()) for each in (forward, backward)])
-            dist.all_reduce(everyone)
-            want = sent(choice, model, size, tokens * batch, batch, dtype.itemsize)
-            mean = [total / size for total in everyone.tolist()]
-            line = {"choice": choice, "dtype": str(dtype), "sent": mean, "formula": want}
-            if dist.get_rank() == 0:
-                print(json.dumps(line), flush=True)
+        mixer = make(choice, geometry, torch.bfloat16, groups)
+        hidden = torch.randn(tokens, batch, tiny.HIDDEN, dtype=torch.bfloat16).requires_grad_()
+        with counted() as forward:
+            out, _ = mixer(hidden, None)
+        with counted() as backward:
+            out.sum().backward()
+        everyone = torch.tensor([sum(each.bytes.values()) for each in (forward, backward)])
+        dist.all_reduce(everyone)
+        want = sent(choice, arch, size, tokens * batch, batch)
+        line = {"choice": choice, "sent": (everyone / size).tolist(), "formula": [want.forward, want.backward]}
+        if dist.get_rank() == 0:
+            print(json.dumps(line), flush=True)
     dist.destroy_process_group()
 
 

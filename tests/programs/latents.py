@@ -12,20 +12,20 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from hylo_megatron.config import decisions
 from hylo_megatron.engine.register import install
 from hylo_megatron.kernels import choose
 from hylo_megatron.mixers.megatron_attention import CoreAttention
-from hylo_megatron.parallel import exchange
 from hylo_megatron.parallel.attention import Shared, attention_across_ranks
 from hylo_megatron.parallel.zigzag import zigzag_positions
 
 LOCAL, B, H, K, V, R, P, SCALE = 32, 2, 3, 24, 16, 20, 8, 0.3
 SHARED = 2  # query heads of a key head
 CASES = {  # name: --cp-comm-type, bytes that may be gathered at one time
-    "ring": ("p2p", exchange.GATHERED),
-    "gather": ("all_gather", exchange.GATHERED),
+    "ring": ("p2p", decisions.GATHERED),
+    "gather": ("all_gather", decisions.GATHERED),
     "gather, a rank at a time": ("all_gather", 1),
-    "auto": ("auto", exchange.GATHERED),
+    "auto": ("auto", decisions.GATHERED),
     "auto, large": ("auto", 1),
 }
 
@@ -64,9 +64,9 @@ def unweighted(out, lse, part, part_lse) -> None:
 def cases():
     """Yield each case's name and --cp-comm-type, with its limit set."""
     for name, (mode, limit) in CASES.items():
-        exchange.GATHERED = limit
+        decisions.GATHERED = limit
         yield name, mode
-    exchange.GATHERED = CASES["ring"][1]
+    decisions.GATHERED = CASES["ring"][1]
 
 
 def main() -> None:

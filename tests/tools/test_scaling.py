@@ -121,6 +121,28 @@ def test_rows_with_another_teacher_are_not_mixed(scaling, tmp_path):
         scaling.results_before(path, "rows", same)
 
 
+def test_rows_of_other_code_are_not_mixed(scaling, tmp_path):
+    package, prints = tmp_path / "package", []
+    (package / "room").mkdir(parents=True)
+    for text, name in (("a = 1", "one.py"), ("a = 2", "one.py"), ("", "two.py"), ("", "notes.md")):
+        (package / "room" / name).write_text(text)
+        prints.append(scaling.fingerprint(package))
+    assert len(set(prints[:3])) == 3 and prints[2] == prints[3]
+    options = options_of(scaling)
+    head = scaling.head_of(scaling.job_of(options, tmp_path), options, "H100")
+    path = tmp_path / "t.json"
+    path.write_text(json.dumps(head | {"code": prints[0], "rows": []}))
+    with pytest.raises(HyLoError, match=f"code is {prints[0]}, this run has {head['code']}; give another --out"):
+        scaling.rows_before(path, head)
+
+
+def test_the_speed_of_context_parallelism_is_a_range(scaling, tmp_path):
+    options = options_of(scaling, "--only", "dp2,cp2")
+    alone, shared = scaling.chosen(scaling.job_of(options, tmp_path), options, 728e12)
+    assert " to " not in scaling.described(alone)
+    assert f"{shared.speed:,.0f} to {shared.most:,.0f} tokens/s" in scaling.described(shared)
+
+
 def test_kills_of_another_recipe_run_do_not_count(scaling, tmp_path):
     import recipe_faults
 

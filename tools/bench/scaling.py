@@ -9,13 +9,15 @@ Each row is a run of ``train_step.py`` with ``--profile``. The table has tokens/
 scaling, utilisation, memory of the fullest rank, bytes that rank 0 sends in a step, and the planner's memory and speed
 beside both. A layout that fails, or goes on after ``--limit`` seconds, is a row with the reason. The table is written
 to ``--out`` after each row, as Markdown and JSON; another call adds its rows to a table of the same step,
-models, card and versions.
+models, card, versions and code of this package. ``--dry-run`` gives the speed of context parallelism as a range:
+attention across ranks as it was measured last, and as fast as on one rank.
 
 A layout that does not fit the memory as the recipe trains gets what saves memory: layers recomputed in pairs, then the
 optimizer, then the teacher in the host's memory. The last column says so; such rows are slower for that.
 """
 
 import argparse
+import hashlib
 import json
 import re
 import subprocess
@@ -28,6 +30,7 @@ from bench_run import results_before
 from measured_step import PACKAGES, Job, add_job_flags, check_job_flags, job_of, measured, planned, with_rate
 from scaling_table import write_table
 
+import hylo_megatron
 from hylo_megatron.config.layout import ParallelLayout, Work, check_parallel_layout
 from hylo_megatron.config.stages import stage_kind
 from hylo_megatron.distill.memory_check import gpu_bytes
@@ -35,7 +38,7 @@ from hylo_megatron.errors import HyLoError
 from hylo_megatron.flags import Parser, command_line, positive, size
 from hylo_megatron.packages import version_of
 from hylo_megatron.planner.layouts import GIB, USABLE, dividing
-from hylo_megatron.planner.speed import CARDS, tokens_per_second
+from hylo_megatron.planner.speed import CARDS, FITTED, HOPED, tokens_per_second
 from hylo_megatron.planner.training import PlannedRun, peaks
 from hylo_megatron.run.launch import Processes, child_environment
 
@@ -68,6 +71,7 @@ class Candidate:
     run: PlannedRun | None
     memory: float  # GiB of the fullest rank
     speed: float
+    most: float  # the speed, if attention across ranks is as fast as on one rank
 
     @property
     def plan(self) -> dict:
@@ -89,8 +93,10 @@ def planned_candidate(job: Job, processes: Processes, options: argparse.Namespac
     for saver, flags in savers.items():
         run = planned(job, processes, options, flags)
         memory = max(peak.total for peak in peaks(run)) / GIB if run else 0.0
-        speed = tokens_per_second(run, card) if run else 0.0
-        found = Candidate(processes=processes, saver=saver, flags=flags, run=run, memory=memory, speed=speed)
+        speed, most = (tokens_per_second(run, card, constants) if run else 0.0 for constants in (FITTED, HOPED))
+        found = Candidate(
+            processes=processes, saver=saver, flags=flags, run=run, memory=memory, speed=speed, most=most
+        )
         if memory <= USABLE * options.gpu_memory:
             break
     return found
@@ -142,7 +148,8 @@ def attempt(job: Job, candidate: Candidate, options: argparse.Namespace, folder:
 
 
 def described(candidate: Candidate) -> str:
-    plan = f"planned {candidate.memory:.1f} GiB, {candidate.speed:,.0f} tokens/s" if candidate.run else "not planned"
+    speed = f"{candidate.speed:,.0f}" + (f" to {candidate.most:,.0f}" if candidate.most > candidate.speed else "")
+    plan = f"planned {candidate.memory:.1f} GiB, {speed} tokens/s" if candidate.run else "not planned"
     return f"{candidate.processes}: {plan}" + (f", {candidate.saver}" if candidate.saver else "")
 
 
@@ -150,10 +157,19 @@ def head_of(job: Job, options: argparse.Namespace, device: str) -> dict:
     """Return what rows of one table have in common."""
     return {
         "name": job.name, "device": device, "versions": {name: version_of(name) for name in PACKAGES},
+        "code": fingerprint(Path(hylo_megatron.__file__).parent),
         "student": job.student.plan.name, "teacher": options.teacher_shape or str(options.teacher or "base model"),
         "flops_per_token": job.flops().total, "sequence": job.stage.seq_length, "micro_batch": job.stage.micro_batch,
         "micro_batches": options.micro_batches, "recompute": job.stage.recompute, "flags": options.flag,
     }  # fmt: skip
+
+
+def fingerprint(package: Path) -> str:
+    """Return a hash of the package's sources, which is there without git too, and changes with every edit."""
+    found = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        found.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return found.hexdigest()[:12]
 
 
 def run(options: argparse.Namespace) -> None:

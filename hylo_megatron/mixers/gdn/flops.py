@@ -11,7 +11,11 @@ def mixing(arch: Architecture, length: int) -> int:
     return 6 * g.num_value_heads * g.key_head_dim * g.value_head_dim
 
 
-def values(arch: Architecture) -> int:
-    """Return the values of a token's queries, keys, values and outputs in one layer."""
+def values(arch: Architecture, states: bool = False) -> int:
+    """Return the values of a token's queries, keys, values and outputs in one layer.
+
+    Where ranks pass ``states``, K further values and outputs of a head give the map from first to last state.
+    """
     g = arch.geometry.gdn
-    return 2 * g.num_key_heads * g.key_head_dim + 2 * g.num_value_heads * g.value_head_dim
+    width = g.value_head_dim + (g.key_head_dim if states else 0)
+    return 2 * g.num_key_heads * g.key_head_dim + 2 * g.num_value_heads * width

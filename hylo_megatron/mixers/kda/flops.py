@@ -10,6 +10,9 @@ def mixing(arch: Architecture, length: int) -> int:
     return 6 * arch.geometry.kda.num_heads * arch.geometry.kda.head_dim**2
 
 
-def values(arch: Architecture) -> int:
-    """Return the values of a token's queries, keys, values and outputs in one layer."""
-    return 4 * arch.geometry.kda.num_heads * arch.geometry.kda.head_dim
+def values(arch: Architecture, states: bool = False) -> int:
+    """Return the values of a token's queries, keys, values and outputs in one layer.
+
+    ``states``: see Gated DeltaNet.
+    """
+    return (6 if states else 4) * arch.geometry.kda.num_heads * arch.geometry.kda.head_dim

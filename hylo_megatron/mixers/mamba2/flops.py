@@ -11,7 +11,7 @@ def mixing(arch: Architecture, length: int) -> int:
     return 4 * g.num_heads * g.head_dim * g.state_size
 
 
-def values(arch: Architecture) -> int:
-    """Return the values of a token's queries, keys, values and outputs in one layer."""
+def values(arch: Architecture, states: bool = False) -> int:
+    """Return the values of a token's queries, keys, values and outputs in one layer, also where ranks pass states."""
     g = arch.geometry.mamba2
     return 2 * g.num_heads * g.head_dim + 2 * g.num_groups * g.state_size
