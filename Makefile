@@ -44,7 +44,7 @@ test-parallel: env
 	  tests/parallel/test_parallel_parity.py tests/parallel/test_teacher_fed.py tests/parallel/test_window_halo.py \
 	  tests/e2e/test_faults.py tests/checkpoint/test_checkpoints.py tests/distill/test_spike_trainings.py \
 	  tests/distill/test_initial_states_resume.py tests/e2e/test_full_disks.py tests/e2e/test_process_death.py \
-	  tests/tools/test_benchmarks.py tests/tools/test_scaling.py
+	  tests/tools/test_benchmarks.py tests/tools/test_scaling.py tests/planner/test_sent.py
 	PYTHONPATH=.:tests "$(PY)" tools/docs/parallelism.py --parity $(REPORT)
 
 # Every lever of docs/recipe.md in toy recipes, from conversion to model card: guards that fire, kills, a control.
