@@ -18,7 +18,7 @@ from programs import layout_runs
 
 from hylo_megatron.engine import checkpoint_writer
 from hylo_megatron.engine.register import install, uninstall
-from hylo_megatron.run import parent
+from hylo_megatron import parent
 from hylo_megatron.train import main as train
 
 
