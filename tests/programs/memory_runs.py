@@ -16,9 +16,9 @@ from megatron.training import training
 from megatron.training.global_vars import get_args
 from programs import layout_runs
 
+from hylo_megatron import parent
 from hylo_megatron.engine import checkpoint_writer
 from hylo_megatron.engine.register import install, uninstall
-from hylo_megatron import parent
 from hylo_megatron.train import main as train
 
 
