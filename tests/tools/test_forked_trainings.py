@@ -51,6 +51,6 @@ def test_trainings_say_that_their_parent_is_gone(tmp_path):
     zygote.process.kill()
     zygote.process.wait()
     zygote.errors.write_text("the reason\n")
-    for late in (hanging.wait, lambda: start(zygote, tmp_path, "late", "--help")):
+    for late in (hanging.poll, hanging.wait, lambda: start(zygote, tmp_path, "late", "--help")):
         with pytest.raises(AssertionError, match="is gone: the reason"):
             late()
