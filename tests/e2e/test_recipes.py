@@ -99,7 +99,8 @@ def test_the_window_recipe_is_the_best_one_known_and_takes_its_tokens_at_2k():
         smollm2_gpu_window(linear="mamba2")
 
 
-def test_settings_of_layers_that_a_plan_lacks_are_refused_before_the_run(tmp_path):
+def test_settings_of_layers_that_a_plan_lacks_are_refused_before_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(Run, "_execute_alone", lambda run: pytest.fail(f"{run.out} has begun"))
     smollm2_gpu_window("none", "gdn").check_positions()  # its first distillation would turn RoPE of MLA off
     bare, stage = smollm2_cpu("none", "gdn"), smollm2_cpu().stages[1]
     cases = {
