@@ -11,7 +11,7 @@ from helpers import mutations, tiny
 from helpers.mutations import FEW, refused_or_equal
 from hypothesis import given
 
-from hylo_megatron.data.token_files import Summary, check_token_files, read_summary
+from hylo_megatron.data.token_files import Summary, check_token_files, read_answers, read_summary
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.json_file import check
 
@@ -145,12 +145,10 @@ ANSWERS = {
 
 @pytest.mark.parametrize("kind", ANSWERS)
 def test_marks_of_answers(kind, tmp_path):
-    from hylo_megatron.data.packed_data import PackedDataset
-
     path, value = tmp_path / "data.answers.npy", ANSWERS[kind]
     np.save(path, np.zeros((4, 4), np.uint8) if value is None or isinstance(value, bytes) else value)
     if not isinstance(value, np.ndarray):
         path.write_bytes(path.read_bytes()[:-3] if value is None else value)
     with pytest.raises(HyLoError, match="data.answers.npy: ") as refusal:
-        PackedDataset._read_answers(path, (4, 4))
+        read_answers(tmp_path / "data", (4, 4))
     assert "\n" not in str(refusal.value)
