@@ -21,6 +21,11 @@ def assemble(mla: str | Path, linear: str | Path, plan: tuple[str, ...], out: st
     for name in ("hidden_size", "vocab_size", "intermediate_size", "geometry", "mla_qk_norm"):
         if getattr(first, name) != getattr(replace(second, plan=first.plan), name):
             raise HyLoError(f"{mla} and {linear} differ in {name}: they must come from the same base and geometry")
+    window = first.window or second.window
+    if first.window and first.window != {**(second.window or {}), "mla": True}:
+        raise HyLoError(
+            f"{mla} has window {first.window}, {linear} {second.window}: expected one size, or none in {mla}"
+        )
     check_vocabularies(first, second, (Path(mla) / "hf", Path(linear) / "hf"))
     for layer, kind in enumerate(plan):
         source, folder = (second, linear) if MIXERS[kind].linear else (first, mla)
@@ -32,7 +37,7 @@ def assemble(mla: str | Path, linear: str | Path, plan: tuple[str, ...], out: st
     if all(norms):
         extra["ild_norms"] = [norms[linear][layer] for layer, linear in enumerate(is_linear)]
     arch = replace(
-        first, plan=plan, geometry=second.geometry, extra=extra, linear_rope=second.linear_rope, window=second.window
+        first, plan=plan, geometry=second.geometry, extra=extra, linear_rope=second.linear_rope, window=window
     )
     readers = CheckpointReader(mla, FINITE), CheckpointReader(linear, FINITE)
     # megatron-core counts mixers and MLPs as layers

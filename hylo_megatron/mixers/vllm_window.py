@@ -17,6 +17,7 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from vllm.utils.torch_utils import get_dtype_size
 
+from hylo_megatron.config.positions import window_rows
 from hylo_megatron.kernels.rope import Angles, turn
 from hylo_megatron.kernels.window_cache import ChunkPlan, TokenPlan
 from hylo_megatron.mixers.vllm_operators import register, split_at
@@ -132,7 +133,7 @@ class Batch(NamedTuple):
 
 def places(config, ranks: int) -> tuple[int, ...]:
     """Return the shape of a request's places on one rank."""
-    return key_heads(config.num_key_value_heads, ranks), sum(config.window.values()), 2 * config.head_dim
+    return key_heads(config.num_key_value_heads, ranks), window_rows(config.window), 2 * config.head_dim
 
 
 class WithWindow:
