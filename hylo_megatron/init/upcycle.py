@@ -32,7 +32,8 @@ from hylo_megatron.mixers.initialise import ATTENTION
 from hylo_megatron.progress import peak_memory_gib
 
 REPORT = "init_report.json"
-RIDGES = {"data": (0.02,), "attention": (0.02, 0.1, 0.5, 2.0)}  # strengths that the output projection's fit tries
+# Strengths that the output projection's fit tries. MLA beside a window has those of "attention" for both.
+RIDGES = {"data": (0.02,), "attention": (0.02, 0.1, 0.5, 2.0)}
 INITS = (*RIDGES, "svd")
 
 
@@ -75,7 +76,9 @@ def _fit_and_measure(
 
     projection = weights[name].to(device)
     errors = {"error": error(projection)}
-    if ridges and rows > 1 and (mixer.REFIT or has_window(arch.window, kind)):
+    if ridges and not mixer.REFIT:
+        ridges = RIDGES["attention"] if has_window(arch.window, kind) else ()
+    if ridges and rows > 1:
         fits = ridge_corrections(features[:fit].flatten(0, 1), target[:fit].flatten(0, 1), projection, ridges)
         best, ridge, fitted = min(((error(fitted), ridge, fitted) for fitted, ridge in zip(fits, ridges, strict=True)),
                                   key=lambda found: found[0])  # fmt: skip
