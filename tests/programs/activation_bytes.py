@@ -36,7 +36,7 @@ HALVES = [(layout, kind, wide, "all") for layout in LAYOUTS for kind in KINDS fo
 HALVES += [("alone", kind, False, "mixers") for kind in KINDS]
 WINDOW = {"size": 96, "sinks": 5}
 HALVES += [("tp", "gdn window", False, "all"), ("alone", "mamba2 window", True, "all")]
-HALVES += [("tp", "mla window", False, "all"), ("cp states", "mla window", True, "all")]
+HALVES += [("tp", "mla window", False, "all"), ("tp sp", "mla window", True, "all")]
 HALVES += [("cp states", "gdn window", False, "all"), ("cp a2a", "mamba2 window", True, "all")]
 
 
