@@ -98,9 +98,8 @@ class Architecture:
 
     def window_bytes(self, bytes_per_value: int = 2) -> int:
         """Bytes of keys and values that a request's windows cache, whatever the length of its text."""
-        rows = sum(self.window.values()) if self.window else 0
-        layers = sum(MIXERS[kind].linear for kind in self.plan)
-        return bytes_per_value * layers * rows * MIXERS["attention"].part("memory").cached_values(self)
+        rows = sum(positions.window_rows(self.window) for kind in self.plan if positions.has_window(self.window, kind))
+        return bytes_per_value * rows * MIXERS["attention"].part("memory").cached_values(self)
 
     def to_dict(self) -> dict:
         values = asdict(self)

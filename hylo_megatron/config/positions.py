@@ -7,13 +7,13 @@ With length 0 this is the scale of HypeNet (arXiv 2601.22156), which grows from 
 length nothing changes before that length, and with base 0 the scale beyond it is ``log_length(t)``.
 ``window``: beside each linear block stands softmax attention with the base model's own weights, over the last ``size``
 tokens (the current one is the last) and the first ``sinks`` tokens of the text. Both outputs are added. The distance
-to a sink counts as at most ``size + sinks - 1``.
+to a sink counts as at most ``size + sinks - 1``. With ``mla`` a window stands beside each MLA layer too.
 """
 
 import argparse
 import math
 from dataclasses import replace
-from typing import Annotated
+from typing import Annotated, Literal, NotRequired
 
 from pydantic import ConfigDict, Field
 from typing_extensions import TypedDict
@@ -40,6 +40,17 @@ class Window(TypedDict):
 
     size: Annotated[int, Field(ge=1, le=WIDEST_WINDOW)]
     sinks: Annotated[int, Field(ge=0, le=MOST_SINKS)]
+    mla: NotRequired[Literal[True]]  # earlier versions read files without it
+
+
+def has_window(window: Window | None, kind: str) -> bool:
+    """Return whether a window stands beside layers of ``kind`` in a model whose setting is ``window``."""
+    return bool(window) and (MIXERS[kind].linear or (kind == "mla" and "mla" in window))
+
+
+def window_rows(window: Window | None) -> int:
+    """Return how many tokens' keys and values the window of one layer keeps."""
+    return window["size"] + window["sinks"] if window else 0
 
 
 def log_scale(text: str) -> LogScale | dict:
@@ -60,17 +71,18 @@ def log_scale(text: str) -> LogScale | dict:
 
 
 def window(text: str) -> Window | dict:
-    """Return the value of a flag: ``SIZE`` or ``SIZE+SINKS``; an empty dictionary for ``off``."""
+    """Return the value of a flag: ``SIZE``, ``SIZE+SINKS``, either with ``:all``; an empty dictionary for ``off``."""
     if text == "off":
         return {}
-    parts = text.split("+") if "+" in text else [text, "4"]
+    sizes = text.removesuffix(":all")
+    parts = sizes.split("+") if "+" in sizes else [sizes, "4"]
     if len(parts) == 2 and all(part.isdecimal() and part.isascii() and len(part) < 9 for part in parts):
         found = Window(size=int(parts[0]), sinks=int(parts[1]))
         if 1 <= found["size"] <= WIDEST_WINDOW and found["sinks"] <= MOST_SINKS:
-            return found
+            return found if sizes == text else found | {"mla": True}
     raise argparse.ArgumentTypeError(
         f"{short(text)}: expected off, or SIZE[+SINKS] with 1 to {WIDEST_WINDOW} last tokens and at most {MOST_SINKS}"
-        " first ones, such as 256+4"
+        " first ones, such as 256+4; with :all behind it, beside MLA layers too"
     )
 
 
@@ -95,7 +107,9 @@ def misfit(arch) -> str | None:
             return "linear_rope is True, but the plan has no linear layers"
         if any(width % 2 for width in widths):
             return f"linear_rope is True, but linear layers have heads of {widths}, expected even numbers"
-    if arch.window and not any(MIXERS[kind].linear for kind in arch.plan):
+    if arch.window and "mla" in arch.window and "mla" not in arch.plan:
+        return f"window is {arch.window}, but the plan has no mla layers"
+    if arch.window and not any(has_window(arch.window, kind) for kind in arch.plan):
         return f"window is {arch.window}, but the plan has no linear layers"
     if arch.log_scale and not _computable(arch.log_scale):
         return f"log_scale is {arch.log_scale}, expected numbers of 0 or more whose sum is above 1"
@@ -132,9 +146,9 @@ def add_flags(add, prefix: str = "--", default: str | None = None) -> None:
 
 
 def add_window(add) -> None:
-    add("--window", type=window, metavar="SIZE[+SINKS]|off",
-        help="beside each linear block, the base model's own attention over the last SIZE tokens and the first SINKS"
-        " (default: off; SINKS: 4)")  # fmt: skip
+    add("--window", type=window, metavar="SIZE[+SINKS][:all]|off",
+        help="beside each linear block, the base model's own attention over the last SIZE tokens and the first SINKS;"
+        " with :all beside each MLA layer too (default: off; SINKS: 4)")  # fmt: skip
 
 
 def add_log_scale(add, prefix: str = "--", default: str | None = None) -> None:

@@ -38,6 +38,11 @@ def assemble(mla: str | Path, linear: str | Path, plan: tuple[str, ...], out: st
     """Write the hybrid checkpoint ``out``. Everything outside the mixers comes from the MLA student."""
     first, second = Architecture.load(mla), Architecture.load(linear)
     check_students(first, second, (mla, linear))
+    window = first.window or second.window
+    if first.window and first.window != {**(second.window or {}), "mla": True}:
+        raise HyLoError(
+            f"{mla} has window {first.window}, {linear} {second.window}: expected one size, or none in {mla}"
+        )
     check_vocabularies(first, second, (Path(mla) / "hf", Path(linear) / "hf"))
     for layer, kind in enumerate(plan):
         source, folder = (second, linear) if MIXERS[kind].linear else (first, mla)
@@ -49,7 +54,7 @@ def assemble(mla: str | Path, linear: str | Path, plan: tuple[str, ...], out: st
     if all(norms):
         extra["ild_norms"] = [norms[linear][layer] for layer, linear in enumerate(is_linear)]
     arch = replace(
-        first, plan=plan, geometry=second.geometry, extra=extra, linear_rope=second.linear_rope, window=second.window
+        first, plan=plan, geometry=second.geometry, extra=extra, linear_rope=second.linear_rope, window=window
     )
     if reason := positions.misfit(arch):
         raise HyLoError(f"--mla-layers {arch.plan.name}: {reason}; choose other layers, or another student")

@@ -10,7 +10,7 @@ class HyLoCache(Cache):
     """One dictionary of tensors per layer, batch first. The layers write them; this class reorders and counts them.
 
     MLA has ``latent`` [B,S,R+P], the latent and the rotated shared key, and one more value with ``qk_norm``. Linear
-    mixers have ``conv`` [B,W-1,C] and ``state`` (fp32) for every length of text. A window beside them has ``window``
+    mixers have ``conv`` [B,W-1,C] and ``state`` (fp32) for every length of text. A window beside either has ``window``
     [B,W,2GK] and ``sinks`` [B,S,2GK], keys and values of its last and first tokens, with positions ``.._at``.
     ``rows`` is known once a call had padding or positions of its own.
     """

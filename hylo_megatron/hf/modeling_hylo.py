@@ -15,6 +15,7 @@ from transformers.models.auto.modeling_auto import AutoModel, AutoModelForCausal
 from transformers.utils.generic import can_return_tuple
 
 from hylo_megatron import kernels
+from hylo_megatron.config.positions import has_window
 from hylo_megatron.hf import inputs
 from hylo_megatron.hf.cache import HyLoCache
 from hylo_megatron.hf.configuration_hylo import HyLoConfig
@@ -47,7 +48,7 @@ class HyLoDecoderLayer(GradientCheckpointingLayer):
         entry = MIXERS[config.mixers[layer]]
         self.mixer_name = entry.module
         mixer = entry.part("hf_module").LAYER(config, layer)
-        if config.window and entry.linear:
+        if has_window(config.window, entry.name):
             mixer.window = HyLoWindow(config, layer)
         setattr(self, entry.module, mixer)
         self.mlp = HyLoMLP(config)

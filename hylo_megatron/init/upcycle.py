@@ -15,6 +15,7 @@ from torch import Tensor
 from hylo_megatron.checkpoint.folder import LazyTensor, check_empty, write_checkpoint
 from hylo_megatron.config import Architecture, Geometry, Plan, positions
 from hylo_megatron.config.geometry import GEOMETRY_HELP
+from hylo_megatron.config.positions import has_window
 from hylo_megatron.config.shapes import hf_shapes
 from hylo_megatron.config.student import student_architecture
 from hylo_megatron.convert.hf_folder import save_tensors
@@ -34,13 +35,17 @@ from hylo_megatron.mixers.initialise import ATTENTION
 from hylo_megatron.progress import peak_memory_gib
 
 REPORT = "init_report.json"
-RIDGES = {"data": (0.02,), "attention": (0.02, 0.1, 0.5, 2.0)}  # strengths that the output projection's fit tries
+# Strengths that the output projection's fit tries. MLA beside a window has those of "attention" for both.
+RIDGES = {"data": (0.02,), "attention": (0.02, 0.1, 0.5, 2.0)}
 INITS = (*RIDGES, "svd")
 CALIBRATION_LENGTH = 1024
 
 
 def initial_mixer(layer, arch: Architecture, how: str, frequencies, generator) -> dict[str, Tensor]:
-    """Return the weights of layer ``layer.index``'s new mixer, Hugging Face names without the layer's prefix."""
+    """Return the weights of layer ``layer.index``'s new mixer, Hugging Face names without the layer's prefix.
+
+    MLA beside a window adds nothing until its output projection is fitted, as it is made for the complete layer.
+    """
     entry = MIXERS[arch.plan[layer.index]]
     mixer = entry.part("initialise")
     if how == "svd":
@@ -49,6 +54,8 @@ def initial_mixer(layer, arch: Architecture, how: str, frequencies, generator) -
         weights = mixer.calibrated(layer.first(layer.fitted_rows), arch, frequencies, ATTENTION)
     else:
         weights = mixer.calibrated(layer, arch, frequencies)
+    if not mixer.REFIT and has_window(arch.window, entry.name):
+        weights |= {mixer.OUTPUT_PROJECTION: torch.zeros_like(weights[mixer.OUTPUT_PROJECTION])}
     return {key: tensor.float().cpu().contiguous() for key, tensor in weights.items()}
 
 
@@ -59,7 +66,8 @@ def _fit_and_measure(
 
     ``layer`` is what a window leaves over, ``beside`` [B,S,D] the window's output.
     """
-    mixer, rows = MIXERS[arch.plan[layer.index]].part("initialise"), len(layer.inputs_BSD)
+    kind, rows = arch.plan[layer.index], len(layer.inputs_BSD)
+    mixer = MIXERS[kind].part("initialise")
     fit = layer.fitted_rows
     held = slice(fit, None) if rows > 1 else slice(None)
     runner, name = MixerRunner(arch, layer.index, device), mixer.OUTPUT_PROJECTION
@@ -72,7 +80,9 @@ def _fit_and_measure(
 
     projection = weights[name].to(device)
     errors = {"error": error(projection)}
-    if ridges and rows > 1 and mixer.REFIT:
+    if ridges and not mixer.REFIT:
+        ridges = RIDGES["attention"] if has_window(arch.window, kind) else ()
+    if ridges and rows > 1:
         fits = ridge_corrections(features[:fit].flatten(0, 1), target[:fit].flatten(0, 1), projection, ridges)
         best, ridge, fitted = min(((error(fitted), ridge, fitted) for fitted, ridge in zip(fits, ridges, strict=True)),
                                   key=lambda found: found[0])  # fmt: skip

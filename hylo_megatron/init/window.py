@@ -1,6 +1,6 @@
 """The window of a layer at the start: the base model's weights, and gates that fit the base model's heads.
 
-The linear block beside it is then initialised on what the window leaves over. Legend: B batch, S sequence, D model,
+The mixer beside it is then initialised on what the window leaves over. Legend: B batch, S sequence, D model,
 H query heads, K head dim, N tokens.
 """
 
@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hylo_megatron.config import Architecture
+from hylo_megatron.config.positions import has_window
 from hylo_megatron.init.teacher import AttentionLayer, BaseModel
 from hylo_megatron.mixers import MIXERS
-from hylo_megatron.mixers.window import GATE, HF_NAME
+from hylo_megatron.mixers.window import GATE, hf_name
 
 RIDGE = 0.5
 
@@ -28,16 +29,15 @@ class Found:
 
 
 def window_beside(base: BaseModel, layer: AttentionLayer, arch: Architecture) -> Found:
-    """Return the window of a linear layer, and the layer itself without weights where the student has none.
+    """Return the window of a layer, and the layer itself without weights where the student has none.
 
     Without calibration data the gates are 1.
     """
-    if not (arch.window and MIXERS[arch.plan[layer.index]].linear):
+    kind = arch.plan[layer.index]
+    if not has_window(arch.window, kind):
         return Found(rest=layer, weights={})
     weights = {
-        name.replace("self_attn.", HF_NAME): tensor.cpu()
-        for name, tensor in layer.weights.items()
-        if name.startswith("self_attn.")
+        hf_name(name, kind): tensor.cpu() for name, tensor in layer.weights.items() if name.startswith("self_attn.")
     }
     gate_HD = torch.zeros(arch.num_attention_heads, arch.hidden_size, device=base.device)
     rest, output = layer, 0.0
@@ -48,7 +48,7 @@ def window_beside(base: BaseModel, layer: AttentionLayer, arch: Architecture) ->
         heads = heads * 2 * F.linear(layer.inputs_BSD, gate_HD).sigmoid().unsqueeze(-1)
         output = F.linear(heads.flatten(2), layer["self_attn.o_proj.weight"])
         rest = replace(layer, heads_BSHK=layer.heads_BSHK - heads, output_BSD=layer.output_BSD - output)
-    return Found(rest=rest, weights=weights | {f"mixer.{GATE}": gate_HD.cpu()}, output_BSD=output)
+    return Found(rest=rest, weights=weights | {f"{MIXERS[kind].module}.{GATE}": gate_HD.cpu()}, output_BSD=output)
 
 
 def fitted_gates(x_BSD: Tensor, window_BSHK: Tensor, whole_BSHK: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 A backend provides the layers (``local``: torch; ``te``: TransformerEngine).
 """
 
+from dataclasses import replace
 from functools import partial
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -18,6 +19,7 @@ from hylo_megatron.mixers import MIXERS
 from hylo_megatron.mixers.megatron_attention import CoreAttention
 from hylo_megatron.mixers.megatron_layers import Backend, RMSNorm
 from hylo_megatron.mixers.megatron_linear import AlignedColumnParallelLinear
+from hylo_megatron.mixers.megatron_window import window_of
 from hylo_megatron.packages import require
 
 
@@ -74,6 +76,7 @@ def stack_spec(
     ``linear_cp`` and ``mlp_block`` are ``--hylo-linear-cp`` and ``--hylo-mlp-block``.
     """
     b = backend(backend_name)
+    b = replace(b, window=window_of(arch, b))
     layers = {
         MIXERS[kind].slot: MIXERS[kind].part("megatron_module").layer_spec(b, arch, linear_cp)
         for kind in dict.fromkeys(arch.plan)

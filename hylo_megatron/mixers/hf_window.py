@@ -1,4 +1,4 @@
-"""The window beside a linear block for transformers: softmax attention over the last tokens and the first ones.
+"""The window beside a mixer for transformers: softmax attention over the last tokens and the first ones.
 
 Legend: B batch, Q new positions, D model, H query heads, G key heads, K head dim, Y = 2 K, S sinks.
 """

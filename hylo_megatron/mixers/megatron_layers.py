@@ -8,6 +8,7 @@ A mixer's ``megatron_module.py`` has
 Legend: S sequence, B batch, H heads, d head dimension.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor, nn
 
 from hylo_megatron.config import Architecture
+from hylo_megatron.config.positions import has_window
 from hylo_megatron.kernels import ops_for, rms_norm
 from hylo_megatron.kernels.rope import cos_and_sin, rope_frequencies
 from hylo_megatron.parallel.zigzag import zigzag_positions
@@ -25,13 +27,21 @@ from hylo_megatron.parallel.zigzag import zigzag_positions
 
 @dataclass(frozen=True, kw_only=True)
 class Backend:
-    """The classes that layers are made of: torch's or TransformerEngine's. ``projection``: of linear blocks."""
+    """The classes that layers are made of: torch's or TransformerEngine's.
+
+    ``projection``: of linear blocks. ``window`` makes the window of a layer, if the model has windows.
+    """
 
     norm: type
     column_linear: type
     projection: type
     row_linear: type
     core_attention: type
+    window: Callable | None = None
+
+    def window_beside(self, kind: str, arch: Architecture) -> Callable | None:
+        """Return what makes the window of a layer of ``kind``, or None."""
+        return self.window if has_window(arch.window, kind) else None
 
     def column(self, inputs: int, outputs: int, config, tp_group, kind: type | None = None) -> nn.Module:
         """Return a projection without bias whose outputs tensor-parallel ranks share."""

@@ -23,7 +23,6 @@ from hylo_megatron.kernels.norm import wide
 from hylo_megatron.kernels.segments import RECURRENCES, segmented
 from hylo_megatron.mixers.initial_states import InitialStates
 from hylo_megatron.mixers.megatron_layers import Backend, Rotary
-from hylo_megatron.mixers.megatron_window import window_of
 from hylo_megatron.mixers.mixer import Mixer
 from hylo_megatron.parallel.state_passing import kernels_across, without_context_parallelism
 
@@ -34,7 +33,7 @@ def sharing(entry: Mixer, arch: Architecture, linear_cp: str, backend: Backend) 
     return {
         "linear_cp": linear_cp,
         "rotary": rotary,  # one for all layers
-        "window": window_of(arch, backend),
+        "window": backend.window_beside(entry.name, arch),
     }
 
 

@@ -1,8 +1,8 @@
-"""The window beside a linear block for megatron-core: softmax attention over the last tokens and the first ones.
+"""The window beside a mixer for megatron-core: softmax attention over the last tokens and the first ones.
 
 Tensor parallelism splits heads, as in the base model's attention. Under context parallelism each chunk of a sequence
 fetches the keys and values of the window before it, and those of the sinks (``parallel/halo.py``), whichever way the
-linear block itself works. Legend: S tokens of this rank, B batch, D model, H query heads and G key heads of this rank,
+mixer itself works. Legend: S tokens of this rank, B batch, D model, H query heads and G key heads of this rank,
 K head dim.
 """
 
@@ -25,7 +25,7 @@ from hylo_megatron.parallel.zigzag import chunk_starts, from_rows, to_rows, zigz
 
 
 def window_of(arch: Architecture, backend: Backend) -> Callable | None:
-    """Return what makes a layer's window, or None. All layers share the tables."""
+    """Return what makes a layer's window, or None. All layers share the tables, whatever mixer they have."""
     if not arch.window:
         return None
     return partial(WindowAttention, arch=arch, backend=backend, tables=Tables(arch))
@@ -82,7 +82,7 @@ class WindowAttention(SelfAttention):
     def forward(self, hidden_states: Tensor) -> Tensor:
         q_SBHK, k_SBGK, v_SBGK = self.get_query_key_value_tensors(hidden_states)
         tables, ranks, rank = self.tables, self.cp_group.size(), self.cp_group.rank()
-        reach = Reach.of_window(**tables.window, ranks=ranks, length=len(q_SBHK))
+        reach = Reach.of_window(tables.window["size"], tables.window["sinks"], ranks, len(q_SBHK))
         fetched = with_halo(torch.cat([tables.rotary(k_SBGK, ranks, rank), v_SBGK], -1), reach, self.cp_group)
         chunks = len(chunk_starts(reach.length, ranks, rank))
         turned = tables.rotary(q_SBHK, ranks, rank), tables.rotate_far(q_SBHK, ranks, rank)

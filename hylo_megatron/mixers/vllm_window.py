@@ -21,6 +21,7 @@ from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelL
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import get_dtype_size
 
+from hylo_megatron.config.positions import window_rows
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.kernels.rope import Angles, turn
 from hylo_megatron.kernels.window_cache import ChunkPlan, TokenPlan
@@ -164,7 +165,7 @@ def tokens_of(heads: int, groups: int, dim: int, window: dict, dtype: torch.dtyp
 
 def places(config, ranks: int) -> tuple[int, ...]:
     """Return the shape of a request's places on one rank."""
-    return key_heads(config.num_key_value_heads, ranks), sum(config.window.values()), 2 * config.head_dim
+    return key_heads(config.num_key_value_heads, ranks), window_rows(config.window), 2 * config.head_dim
 
 
 class WithWindow:

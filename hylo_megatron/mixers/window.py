@@ -1,12 +1,13 @@
-"""The window beside a linear block (``config/positions.py``): weights, and bytes of training and of a cache. No torch.
+"""The window beside a mixer (``config/positions.py``): weights, and bytes of training and of a cache. No torch.
 
 The weights are those of the base model's attention, with one more: ``gate_proj`` gives each head a factor, twice a
-sigmoid of the layer's input. A window is a part of the linear block's module, under the name ``window``.
+sigmoid of the layer's input. A window is a part of the mixer's module, under the name ``window``.
 """
 
 from dataclasses import replace
 
 from hylo_megatron.config import Architecture
+from hylo_megatron.config.positions import has_window, window_rows
 from hylo_megatron.config.window import Blocks, blocks
 from hylo_megatron.mixers import MIXERS
 from hylo_megatron.mixers.attention import mapping as attention
@@ -14,38 +15,39 @@ from hylo_megatron.mixers.mapping import HF, INPUT_NORM, MEGATRON, Mapping, Shap
 from hylo_megatron.mixers.memory import Share, SubLayer, aligned
 from hylo_megatron.mixers.sent import ELEMENT, Exchange, Passes
 
-HF_NAME, GATE = "mixer.window.", "window.gate_proj.weight"
+GATE = "window.gate_proj.weight"
 # Further ends of names of weights that every tensor-parallel rank has in full.
 UNSPLIT = ("window.q_norm.weight", "window.k_norm.weight")
 
 
-def _named(name: str) -> str:
-    return name.replace("self_attn.", HF_NAME)
+def hf_name(name: str, kind: str) -> str:
+    """Return the name in a window beside the mixer ``kind`` of the base model's weight ``name``."""
+    return name.replace("self_attn.", f"{MIXERS[kind].module}.window.")
 
 
 def hf_shapes(arch: Architecture, kind: str) -> Shapes:
     """Return the shapes of the window of a layer of ``kind``; none without a window."""
-    if not (arch.window and MIXERS[kind].linear):
+    if not has_window(arch.window, kind):
         return {}
-    shapes = {_named(name): shape for name, shape in attention.hf_shapes(arch).items()}
-    return shapes | {f"mixer.{GATE}": (arch.num_attention_heads, arch.hidden_size)}
+    shapes = {hf_name(name, kind): shape for name, shape in attention.hf_shapes(arch).items()}
+    return shapes | {f"{MIXERS[kind].module}.{GATE}": (arch.num_attention_heads, arch.hidden_size)}
 
 
 def table(arch: Architecture, kind: str) -> list[Mapping]:
     """Return the mappings of the window of a layer of ``kind``; none without a window."""
-    if not (arch.window and MIXERS[kind].linear):
+    if not has_window(arch.window, kind):
         return []
     holder = MEGATRON + MIXERS[kind].holder
     copied = [
         replace(
             mapping,
             megatron=tuple(key.replace(f"{MEGATRON}self_attention.", f"{holder}.window.") for key in mapping.megatron),
-            hf=tuple(map(_named, mapping.hf)),
+            hf=tuple(hf_name(name, kind) for name in mapping.hf),
         )
         for mapping in attention.table(arch)
         if mapping != INPUT_NORM
     ]
-    return [*copied, copy(f"{holder}.{GATE}", f"{HF}mixer.{GATE}")]
+    return [*copied, copy(f"{holder}.{GATE}", f"{HF}{MIXERS[kind].module}.{GATE}")]
 
 
 def key_heads(heads: int, ranks: int) -> int:
@@ -54,12 +56,11 @@ def key_heads(heads: int, ranks: int) -> int:
 
 
 def cached_values(arch: Architecture, ranks: int = 1) -> int:
-    """Return the values that the window of one linear layer caches of a request, on one tensor-parallel rank.
+    """Return the values that the window of one layer caches of a request, on one tensor-parallel rank.
 
     ``arch`` may be an exported model's configuration.
     """
-    rows = sum(arch.window.values()) if arch.window else 0
-    return 2 * rows * key_heads(arch.num_key_value_heads, ranks) * arch.head_dim
+    return 2 * window_rows(arch.window) * key_heads(arch.num_key_value_heads, ranks) * arch.head_dim
 
 
 def mixing(arch: Architecture, length: int) -> int:
@@ -67,7 +68,7 @@ def mixing(arch: Architecture, length: int) -> int:
 
     The first tokens of a sequence see fewer than a full window.
     """
-    most = min(sum(arch.window.values()), length) if arch.window else 0
+    most = min(window_rows(arch.window), length)
     seen = most - most**2 // (2 * length)
     return 4 * seen * _layers(arch) * arch.num_attention_heads * arch.head_dim
 
@@ -82,11 +83,11 @@ def computed(arch: Architecture, length: int, ranks: int = 1) -> int:
 
 
 def _layers(arch: Architecture) -> int:
-    return sum(MIXERS[kind].linear for kind in arch.plan)
+    return sum(has_window(arch.window, kind) for kind in arch.plan)
 
 
 def beside(block: SubLayer, arch: Architecture, at: Share) -> SubLayer:
-    """Return the bytes of a linear block together with its window.
+    """Return the bytes of a mixer together with its window.
 
     Kept are queries, rotated twice, with keys of the same width and values in blocks, the output as the kernel returns
     it and by token, with fp32 denominators, gates in fp32 and bf16, the product of both, and the gate's weight with

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from hylo_megatron.config import Architecture
 from hylo_megatron.config.decisions import mlp_rows
-from hylo_megatron.config.positions import rotary_width
+from hylo_megatron.config.positions import has_window, rotary_width
 from hylo_megatron.mixers import MIXERS, window
 from hylo_megatron.mixers.memory import Share, SubLayer
 
@@ -15,14 +15,14 @@ from hylo_megatron.mixers.memory import Share, SubLayer
 def mixer(kind: str, arch: Architecture, at: Share) -> SubLayer:
     """Return bytes of the mixer ``kind`` with its norm."""
     block = MIXERS[kind].part("memory").activations(arch, at)
-    return window.beside(block, arch, at) if arch.window and MIXERS[kind].linear else block
+    return window.beside(block, arch, at) if has_window(arch.window, kind) else block
 
 
 def tables(arch: Architecture, kinds: set[str], at: Share) -> int:
     """Return bytes that all layers of each of ``kinds`` share, such as rotary tables."""
     linear = {kind for kind in kinds if MIXERS[kind].linear}
     shared = sum(MIXERS[kind].part("memory").tables(arch, at) for kind in kinds - linear)
-    shared += window.tables(arch, at) if arch.window and linear else 0
+    shared += window.tables(arch, at) if any(has_window(arch.window, kind) for kind in kinds) else 0
     return shared + sum(_linear_table(kind, arch, at) for kind in linear if arch.linear_rope)
 
 

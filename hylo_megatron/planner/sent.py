@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from hylo_megatron.config import Architecture
+from hylo_megatron.config.positions import has_window
 from hylo_megatron.mixers import FP32_SUFFIXES, MIXERS, window
 from hylo_megatron.mixers.memory import Share
 from hylo_megatron.mixers.sent import ELEMENT, Exchange
@@ -49,9 +50,9 @@ def _layers(run: PlannedRun, arch: Architecture, at: Share, layers: range, again
     """Yield mixers, windows and MLPs. ``again``: numbers of the sub-layers that are computed twice."""
     trained, mlp = arch is run.student, Exchange(copied=arch.hidden_size, rows=arch.hidden_size)
     for place, layer in enumerate(layers):
-        kind, (first, second) = MIXERS[arch.plan[layer]], (1 + (2 * place + step in again) for step in (0, 1))
-        yield _Part(kind.part("sent").exchange(arch, at), at, first, trained)
-        if arch.window and kind.linear:
+        kind, (first, second) = arch.plan[layer], (1 + (2 * place + step in again) for step in (0, 1))
+        yield _Part(MIXERS[kind].part("sent").exchange(arch, at), at, first, trained)
+        if has_window(arch.window, kind):
             yield _Part(window.exchange(arch, at), at, first, trained)
         yield _Part(mlp, at, second, trained)
 

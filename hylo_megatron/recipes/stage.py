@@ -180,7 +180,8 @@ class Recipe:
             return
         plan = Plan.parse(self.layers, self.plan, self.linear)
         missing = {"MLA": "mla" not in plan, "linear": set(plan) == {"mla"}}
-        asked = [(name, "linear") for name in ("linear_rope", "window") if getattr(self, name)]
+        asked = [("linear_rope", "linear")] if self.linear_rope else []
+        asked += [("window", "MLA" if self.window.endswith(":all") else "linear")] if self.window else []
         asked += [(f"stage {stage.name}: mla_rope", "MLA") for stage in self.stages if stage.mla_rope is False]
         scaled = (stage for stage in self.stages if stage.log_scale not in (None, "off"))
         asked += [(f"stage {stage.name}: log_scale", "MLA") for stage in scaled]

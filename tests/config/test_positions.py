@@ -51,15 +51,18 @@ def test_a_window_has_a_size_and_sinks():
         "size": 16,
         "sinks": 0,
     }
-    assert positions.window("off") == {}
-    for text in ("", "0", "x", "+4", "256+", "256+4+1", "-1", "256+65", "8193", "٣", "1e3", "9" * 5000):
+    assert positions.window("off") == {} and positions.window("16+0:all") == {"size": 16, "sinks": 0, "mla": True}
+    wrong = "", "off:all", ":all", "256+4:mla", "0", "x", "+4", "256+", "256+4+1", "-1", "256+65", "8193", "٣", "1e3"
+    for text in (*wrong, "9" * 5000):
         with pytest.raises(argparse.ArgumentTypeError, match="expected off, or SIZE.+SINKS. with"):
             positions.window(text)
 
 
-def test_the_cache_of_windows_has_one_size_for_every_text():
-    arch = tiny.hybrid("gdn", window={"size": 6, "sinks": 2})
-    assert arch.window_bytes() == 2 * (2 * 2 * 16) * 8 * 2  # layers, values of a row, rows, bytes
+@pytest.mark.parametrize("window, layers", [(tiny.WINDOW, 2), (tiny.WINDOWS, 4)])
+def test_the_cache_of_windows_has_one_size_for_every_text(window, layers):
+    arch = tiny.hybrid("gdn", window=window)
+    assert Architecture.from_dict(arch.to_dict()) == arch and arch.to_dict()["window"] == window
+    assert arch.window_bytes() == layers * (2 * 2 * 16) * 8 * 2  # values of a row, rows, bytes
     assert arch.kv_bytes_per_token() == tiny.hybrid("gdn").kv_bytes_per_token()
     assert tiny.hybrid("gdn").window_bytes() == arch.as_teacher().window_bytes() == 0
 
@@ -93,6 +96,8 @@ def test_files_of_models_without_the_settings_are_as_before():
     (dict(log_scale={"base": 600.0, "length": 0, "slope": 1}), "field log_scale.slope is unknown"),
     (dict(mla_rope="off"), "field mla_rope is 'off'"),
     (dict(window={"size": 8, "sinks": 2}, plan=("mla",) * 4), "but the plan has no linear layers"),
+    (dict(window=tiny.WINDOWS, plan=("gdn",) * 4), "but the plan has no mla layers"),
+    (dict(window=tiny.WINDOW | {"mla": False}), "field window.mla is False"),
     (dict(window={"size": 0, "sinks": 2}), "field window.size is 0"),
     (dict(window={"size": 8}), "field window.sinks is missing"),
 ])  # fmt: skip
@@ -120,6 +125,8 @@ def test_a_control_has_no_layers_for_the_settings():
     wide = replace(recipe, window="128+2")
     assert wide.to_dict()["window"] == "128+2" and wide.settings["window"] == {"size": 128, "sinks": 2}
     assert "window" not in wide.as_control().to_dict()
+    everywhere = replace(recipe, window="128+2:all")
+    assert everywhere.to_dict()["window"] == "128+2:all" and everywhere.settings["window"]["mla"] is True
 
 
 @pytest.mark.parametrize("window", ["off", {}, None])

@@ -1,4 +1,4 @@
-"""A student with windows beside its linear blocks: initialised, trained, and exported."""
+"""A student with windows beside its mixers: initialised, trained, and exported."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def world(tmp_path_factory):
     world["window"] = world["student"].with_name("window")
     upcycle(
         world["teacher"], world["window"], Plan.parse(4, "0,3", "gdn"), tokens_BS=tiny.tokens(4, helpers.SEQ),
-        log=str, window=tiny.WINDOW,
+        log=str, window=tiny.WINDOWS,
     )  # fmt: skip
     return world
 
@@ -31,7 +31,7 @@ def changed(before, after) -> set[str]:
     old, new = helpers.trained_weights(before), helpers.trained_weights(after)
     assert old.keys() == new.keys()
     watched = [name for name in old if ".window." in name or name.endswith("self_attention.out_proj.weight")]
-    assert len(watched) == 2 * 4
+    assert len(watched) == 2 * 4 + 2 * 3
     return {name.split(".", 4)[-1] for name in watched if not torch.equal(old[name].float(), new[name].float())}
 
 
@@ -48,21 +48,24 @@ def test_layerwise_stages_train_gates_and_linear_blocks_only(world, tmp_path):
     assert changed(tmp_path / "ild", tmp_path / "all") == {"out_proj.weight", "window.gate_proj.weight", *copied}
     megatron_to_hf.convert(tmp_path / "all", tmp_path / "hf")
     model = HyLoForCausalLM.from_pretrained(tmp_path / "hf")
-    assert model.config.window == tiny.WINDOW and model(tiny.tokens()).logits.isfinite().all()
+    assert model.config.window == tiny.WINDOWS and model(tiny.tokens()).logits.isfinite().all()
 
 
-@pytest.mark.parametrize("shape", ["llama", "qwen2", "qwen3"])
-def test_a_window_as_wide_as_the_text_is_the_base_models_attention(tmp_path, shape):
-    """Then nothing is left over for the linear blocks, and the student starts as its teacher."""
+@pytest.mark.parametrize("shape, plan, beside", [
+    ("llama", "none", {}), ("qwen2", "none", {}), ("qwen3", "none", {}), ("qwen3", "0,2", {"mla": True}),
+])  # fmt: skip
+def test_a_window_as_wide_as_the_text_is_the_base_models_attention(tmp_path, shape, plan, beside):
+    """Then nothing is left over for the mixers, and the student starts as its teacher."""
     from hylo_megatron.convert import hf_to_megatron
     from hylo_megatron.hf import HyLoForCausalLM
 
     teacher = tiny.teacher_model(shape, common=1.0, **({"head_dim": 16} if shape == "qwen3" else {}))
     hf_to_megatron.convert(tiny.save_model(teacher, tmp_path / "hf"), tmp_path / "teacher", check=False)
     errors = {}
-    for name, window in (("wide", {"size": 32, "sinks": 0}), ("narrow", {"size": 4, "sinks": 1}), ("none", None)):
+    sizes = {"wide": {"size": 32, "sinks": 0} | beside, "narrow": {"size": 4, "sinks": 1} | beside, "none": None}
+    for name, window in sizes.items():
         report = upcycle(
-            tmp_path / "teacher", tmp_path / name, Plan.parse(4, "none", "gdn"), tokens_BS=tiny.tokens(8), log=str,
+            tmp_path / "teacher", tmp_path / name, Plan.parse(4, plan, "gdn"), tokens_BS=tiny.tokens(8), log=str,
             window=window,
         )  # fmt: skip
         errors[name] = max(entry["error"] for entry in report["layers"])

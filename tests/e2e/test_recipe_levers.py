@@ -22,7 +22,7 @@ from helpers.levers import KILLED, SPOILED, control, every_lever, recipes, unuse
 from helpers.paths import ROOT  # noqa: E402
 from helpers.recipes import write_inputs  # noqa: E402
 
-from hylo_megatron.config import Plan, geometry_preset  # noqa: E402
+from hylo_megatron.config import Plan, geometry_preset, positions  # noqa: E402
 from hylo_megatron.config.decisions import INITIAL_STATES  # noqa: E402
 from hylo_megatron.config.stages import stage_kind  # noqa: E402
 from hylo_megatron.distill import command_line  # noqa: E402
@@ -184,7 +184,7 @@ def check_results(out, recipe, printed: str) -> None:
     assert [stage.name for stage in recipe.stages if f"after {stage.name}" not in printed] == []
     folder = out / "hf-last"
     config = HyLoConfig.from_pretrained(folder)
-    assert not config.mla_rope and config.linear_rope and config.window == {"size": 48, "sinks": 4}
+    assert not config.mla_rope and config.linear_rope and config.window == positions.window(recipe.window)
     assert config.log_scale == {"base": 600.0, "length": 512}
     assert (config.kv_lora_rank, config.qk_rope_head_dim) == (88, 8) and config.mixers.count("mla") == 3
     parts = {stage.name: helpers.read_log(out / stage.name / "train_log.jsonl")[-1] for stage in recipe.stages}

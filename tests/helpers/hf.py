@@ -62,6 +62,7 @@ HYBRIDS = {
     "nope": dict(mixers=("mla", "gdn", "mla"), mla_rope=False, log_scale={"base": 3.0, "length": 4}),
     "linear_rope": dict(mixers=("kda", "mla", "kda"), linear_rope=True),
     "window": dict(mixers=("gdn", "mla", "gdn"), window={"size": 5, "sinks": 2}, num_key_value_heads=2),
+    "windows": dict(mixers=("mla", "gdn", "mla"), window={"size": 5, "sinks": 2, "mla": True}, num_key_value_heads=2),
     "no_mla": dict(mixers=("gdn", "gdn")),
 }
 each_hybrid = pytest.mark.parametrize("kind", HYBRIDS)

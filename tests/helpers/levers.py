@@ -41,7 +41,7 @@ def every_lever() -> Recipe:
         mix=(("text", 1.0),),
     )  # fmt: skip
     stages = (ild, late, reverse, jensen, last)
-    linear = dict(linear="gdn", linear_rope=True, window="48+4", init="attention")
+    linear = dict(linear="gdn", linear_rope=True, window="48+4:all", init="attention")
     return replace(toy, name="levers", layers=5, stages=stages, **linear, **LATENT)
 
 

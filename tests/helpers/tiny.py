@@ -20,6 +20,7 @@ LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_fac
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
 LOG_SCALE = {"base": 3.0, "length": 4}
 WINDOW = {"size": 6, "sinks": 2}
+WINDOWS = WINDOW | {"mla": True}
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
 
 SHAPES = {

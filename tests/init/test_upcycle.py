@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("transformers")
 from helpers import tiny
-from helpers.bases import CPU, RUNS, TOKENS, error, student
+from helpers.bases import CPU, RUNS, TOKENS, error, output, student
 
 from hylo_megatron import files
 from hylo_megatron.config import Architecture
@@ -18,6 +18,7 @@ from hylo_megatron.convert import megatron_to_hf
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.init import upcycle
 from hylo_megatron.init.calibration import calibration_tokens
+from hylo_megatron.init.linear_algebra import relative_error
 from hylo_megatron.init.teacher import BaseModel
 from hylo_megatron.init.window import window_beside
 
@@ -104,6 +105,39 @@ def test_a_windows_gates_are_not_fitted_on_held_out_rows(bases):
     first, last = gates(0), gates(3)
     assert torch.equal(last, window_beside(base, layer, arch).weights["mixer.window.gate_proj.weight"])
     assert not torch.allclose(first, last)
+
+
+@pytest.mark.parametrize("how", ["data", "attention", "svd"])
+def test_mla_beside_a_window_starts_no_worse_than_the_window(bases, tmp_path, how):
+    """Its output projection is 0 where no fit of what the window leaves over helps on held-out rows."""
+    checkpoint = bases.model(common=0.1)[1]
+    report = upcycle.upcycle(
+        checkpoint, tmp_path / "a", MIXED["gdn"], init=how, tokens_BS=RUNS, log=list, window=tiny.WINDOWS
+    )
+    stored = {}
+    megatron_to_hf.convert(tmp_path / "a", tmp_path / "hf")
+    for key, tensor in tiny.weights(tmp_path / "hf").items():
+        stored.setdefault(key.split(".")[2], {})[key.split(".", 3)[-1]] = tensor
+    base, arch, fits = BaseModel(checkpoint, CPU), Architecture.load(tmp_path / "a"), []
+    for layer in base.layers(RUNS):
+        if arch.plan[layer.index] != "mla":
+            continue
+        entry, weights = report["layers"][layer.index], stored[str(layer.index)]
+        found = window_beside(base, layer, arch)
+        for name in "qkvo":
+            key = f"{name}_proj.weight"
+            assert torch.equal(weights[f"self_attn.window.{key}"], layer[f"self_attn.{key}"])
+        held = slice(layer.fitted_rows, None)
+        alone = relative_error(found.output_BSD[held], layer.output_BSD[held])
+        assert entry.get("error_transferred", entry["error"]) == pytest.approx(alone)
+        fitted = weights["self_attn.o_proj.weight"].any()
+        assert entry["error"] < alone if fitted else entry["error"] == pytest.approx(alone)
+        assert not fitted if how == "svd" else entry["ridge"] in upcycle.RIDGES["attention"]
+        fits.append(bool(fitted))
+        own = {k: t for k, t in weights.items() if k.startswith("self_attn.") and ".window." not in k}
+        both = found.output_BSD + output(layer, arch, own)
+        assert relative_error(both[held], layer.output_BSD[held]) == pytest.approx(entry["error"])
+    assert any(fits) == (how != "svd")
 
 
 def test_the_same_seed_gives_the_same_student(bases, tmp_path):

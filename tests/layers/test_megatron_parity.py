@@ -48,6 +48,18 @@ HYBRIDS = {
     "gdn-window-yarn": tiny.hybrid("gdn", window=tiny.WINDOW, linear_rope=True, rope_parameters=tiny.YARN),
     "mamba2-window-bias": tiny.hybrid("mamba2", window=tiny.WINDOW, model_type="qwen2", attention_bias=True),
     "kda-window-qk_norm": tiny.hybrid("kda", window=tiny.WINDOW, model_type="qwen3", qk_norm=True),
+    "gdn-windows-nope": tiny.hybrid(
+        "gdn", window=tiny.WINDOWS, mla_rope=False, log_scale=tiny.LOG_SCALE, rope_parameters=tiny.YARN
+    ),
+    "all-mla-windows-qk_norm": tiny.hybrid(
+        plan=("mla",) * 3,
+        window=tiny.WINDOWS,
+        model_type="qwen3",
+        head_dim=32,
+        qk_norm=True,
+        mla_qk_norm=True,
+        geometry=_QK_NORM,
+    ),  # fmt: skip
     "no-mla": tiny.hybrid("mamba2", plan=("mamba2",) * 4),
     "all-mla": tiny.hybrid(plan=("mla",) * 3),  # an odd number of layers for the pipeline
 }
@@ -108,6 +120,7 @@ def test_hybrid_logits_equal_the_exported_model(folder, kind):
         ("kda-linear_rope-yarn", dict(linear_rope=False)),
         ("gdn-window-yarn", dict(window={"size": 5, "sinks": 2})),
         ("kda-window-qk_norm", dict(window={"size": 6, "sinks": 1})),
+        ("all-mla-windows-qk_norm", dict(window={"size": 6, "sinks": 1, "mla": True})),
         ("mamba2-llama3-padded", dict(rope_parameters={**tiny.DEFAULT, "rope_theta": 5e5})),
     ],
 )

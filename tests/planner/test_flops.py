@@ -38,13 +38,14 @@ def counted(call) -> dict[str, int]:
 @pytest.mark.parametrize("stage, train, taught, window", [
     ("distill", "all", None, None), ("distill", "all", 24, None), ("distill", "mixers", None, None),
     ("ild", "mixers", None, None), ("ild", "all", None, None), ("distill", "all", None, {"size": 8, "sinks": 2}),
+    ("distill", "all", None, {"size": 8, "sinks": 2, "mla": True}),
 ])  # fmt: skip
 def test_products_of_a_step_are_those_that_torch_counts(process_groups, stage, train, taught, window):
     """To the zeros that make a projection's width a multiple of 16."""
     student, kind = tiny.hybrid("gdn", vocab_size=301, window=window), stage_kind(stage)
     teacher = replace(student.as_teacher(), intermediate_size=80)
     assert mixing(student, LENGTH) - mixing(replace(student, window=None), LENGTH) == (
-        2 * 4 * 10 * 64 if window else 0
+        (4 if "mla" in window else 2) * 4 * 10 * 64 if window else 0
     )
     loss = LayerDistance() if kind.layerwise else KL(chunk=32, teacher_length=taught)
     built = [build_model(arch, layout_config(arch, use_cpu_initialization=True)) for arch in (student, teacher)]

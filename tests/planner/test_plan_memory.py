@@ -48,6 +48,15 @@ def test_what_fits_is_what_the_engine_said(tmp_path):
     assert "block                    3,776 tokens" in found["hybrid"]
 
 
+def test_serving_windows_beside_mla_is_not_planned(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_3B))
+    done = plan(tmp_path, "--plan", "6MLA22GDN", "--window", "256+4:all")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and not done.stdout.count("requests of")
+    assert "vLLM does not serve it yet; give --train to plan the training" in done.stderr
+    done = plan(tmp_path, "--plan", "6MLA22GDN", "--window", "256+4:all", "--train", "distill", "--sequence", 4096)
+    assert done.returncode == 0, done.stderr
+
+
 def test_bad_input_is_one_line(tmp_path):
     done = plan(tmp_path)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "config.json is missing" in done.stderr

@@ -36,6 +36,7 @@ HALVES = [(layout, kind, wide, "all") for layout in LAYOUTS for kind in KINDS fo
 HALVES += [("alone", kind, False, "mixers") for kind in KINDS]
 WINDOW = {"size": 96, "sinks": 5}
 HALVES += [("tp", "gdn window", False, "all"), ("alone", "mamba2 window", True, "all")]
+HALVES += [("tp", "mla window", False, "all"), ("tp sp", "mla window", True, "all")]
 HALVES += [("cp states", "gdn window", False, "all"), ("cp a2a", "mamba2 window", True, "all")]
 
 
@@ -82,7 +83,7 @@ STEP_LENGTH, CHUNK, VOCAB = 4096, 1024, 2000
 def half_arch(kind: str, wide: bool):
     """``wide``: MLA's values as wide as its keys, norms and a query rank; a Mamba-2 group for each head."""
     kind, *window = kind.split()
-    changes = dict(window=WINDOW) if window else {}
+    changes = dict(window=WINDOW | ({"mla": True} if kind == "mla" else {})) if window else {}
     geometry = WIDE_VALUES if wide else GEOMETRY
     return tiny.hybrid(plan=(kind,), geometry=geometry, mla_qk_norm=wide, **SIZES, **changes)
 

@@ -49,7 +49,7 @@ def test_rows_of_a_hybrids_batch_are_those_of_rows_alone(kind):
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])  # whose rows stay fp32
-@pytest.mark.parametrize("window", [None, {"size": 20, "sinks": 2}, {"size": 80, "sinks": 2}])
+@pytest.mark.parametrize("window", [None, {"size": 20, "sinks": 2}, {"size": 80, "sinks": 2, "mla": True}])
 def test_bytes_of_a_hybrids_cache(window, qk_norm):
     model = model_of(("mla", "gdn"), window=window, qk_norm=qk_norm).bfloat16()
     with torch.no_grad():

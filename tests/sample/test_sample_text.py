@@ -245,7 +245,7 @@ def test_a_student_that_vllm_refuses_is_left_to_transformers(monkeypatch):
         return command.engine_of(options, tiny_config(("mla", kind), **changes))
 
     assert chosen(True, window=tiny.WINDOW, linear_rope=True) == chosen(False, "kda", linear_rope=True) == "vllm"
-    assert chosen(True, "kda", linear_rope=True) == "transformers"
+    assert chosen(True, "kda", linear_rope=True) == chosen(False, window=tiny.WINDOWS) == "transformers"
 
 
 @pytest.mark.parametrize(

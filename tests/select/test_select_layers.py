@@ -10,7 +10,7 @@ from helpers.selection import CPU, MATTERS, refused, select
 
 from hylo_megatron.config import Architecture, Plan, geometry_preset
 from hylo_megatron.config.student import student_architecture
-from hylo_megatron.convert import assemble
+from hylo_megatron.convert import assemble, megatron_to_hf
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.init.upcycle import main as upcycle_command
 from hylo_megatron.init.upcycle import upcycle
@@ -152,6 +152,28 @@ def test_assemble_compares_the_geometry(world, tmp_path, capsys, counted, mla, l
                        "--mla-layers", layers, "--out", str(tmp_path / "out")])  # fmt: skip
     refusal = f"geometry is {counted}, with which the cache was counted, but the layers get another one in {tmp_path}/"
     assert refusal + wrong + ";" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mla, linear, fits", [
+    (None, tiny.WINDOW, True), (tiny.WINDOWS, tiny.WINDOW, True), (tiny.WINDOWS, None, False),
+    (tiny.WINDOWS, {"size": 9, "sinks": 2}, False),
+])  # fmt: skip
+def test_assemble_compares_the_windows(tmp_path, mla, linear, fits):
+    weights = {}
+    for kind, window in (("mla", mla), ("gdn", linear)):
+        weights[kind] = tiny.write_hybrid(tmp_path / kind, tiny.hybrid(plan=(kind,) * 4, window=window))
+    arguments = tmp_path / "mla", tmp_path / "gdn", Plan.parse(4, "0", "gdn"), tmp_path / "out"
+    if not fits:
+        with pytest.raises(HyLoError, match="mla has window .* expected one size, or none in"):
+            assemble.assemble(*arguments)
+        return
+    assert assemble.assemble(*arguments).window == (mla or linear)
+    megatron_to_hf.convert(tmp_path / "out", tmp_path / "hf")
+    layer = {"mla": "model.layers.0.", "gdn": "model.layers.1."}
+    want = {key: t for kind, found in weights.items() for key, t in found.items() if key.startswith(layer[kind])}
+    got = {key: t for key, t in tiny.weights(tmp_path / "hf").items() if key.startswith(tuple(layer.values()))}
+    shared = {key for key in want if ".mlp." in key or "layernorm" in key}  # those of the MLA student
+    tiny.same_bits(*({key: t for key, t in part.items() if key not in shared} for part in (got, want)))
 
 
 def test_checkpoints_are_taken_and_the_plan_is_one_for_upcycle(world, tmp_path):

@@ -88,6 +88,12 @@ def test_a_folder_that_vllm_cannot_serve_is_refused(folder, tmp_path):
         configure(changed(folder, tmp_path, **field))
 
 
+def test_windows_beside_mla_are_refused(folder, tmp_path):
+    model = changed(folder, tmp_path, window=dict(size=24, sinks=3, mla=True))
+    with pytest.raises(HyLoError, match="^window in config.json: .* beside MLA too; use transformers$"):
+        configure(model)
+
+
 @pytest.mark.parametrize("connector, refused", [("NixlConnector", True), ("OffloadingConnector", False)])
 def test_windows_are_not_sent_to_other_servers(folder, tmp_path, connector, refused):
     sends = dict(kv_transfer_config=dict(kv_connector=connector, kv_role="kv_both"))

@@ -14,11 +14,15 @@ from hylo_megatron.mixers.hf_layers import HyLoKeyNorm, HyLoRMSNorm, held, is_pl
 
 
 class HyLoMLA(nn.Module):
-    """One rope key is shared by all heads. Cached per token: the latent and the rotated shared key."""
+    """One rope key is shared by all heads. Cached per token: the latent and the rotated shared key.
+
+    The output of ``window`` (``hf_window.py``) is added where the model has one beside MLA layers.
+    """
 
     def __init__(self, config: PreTrainedConfig, layer: int):
         super().__init__()
         self.layer, self.heads = layer, config.num_attention_heads
+        self.window: nn.Module | None = None
         self.nope, self.rope = config.qk_nope_head_dim, config.qk_rope_head_dim
         self.rank, self.value = config.kv_lora_rank, config.v_head_dim
         self.scale = (self.nope + self.rope) ** -0.5
@@ -46,7 +50,7 @@ class HyLoMLA(nn.Module):
     ) -> torch.Tensor:
         """``allowed`` [B,1,S,T] bool: which positions a query sees. None: all before it; S is T or 1.
 
-        ``real_BS1`` is not read: ``allowed`` leaves padding out.
+        ``real_BS1`` is for the window only: ``allowed`` leaves padding out.
         """
         query = self.q_b_proj(self.q_a_proj(x_BSD)) if hasattr(self, "q_a_proj") else self.q_proj(x_BSD)
         query_BSHK = query.unflatten(-1, (self.heads, -1))
@@ -60,7 +64,8 @@ class HyLoMLA(nn.Module):
             rows = cache.append(self.layer, rows)
         absorb = decoding and not self.qk_norm and is_plain_linear(self.kv_b_proj)
         attend = self._absorbed if absorb else self._expanded
-        return self.o_proj(attend(q_nope, q_rope, rows, allowed).flatten(-2))
+        out_BSD = self.o_proj(attend(q_nope, q_rope, rows, allowed).flatten(-2))
+        return out_BSD if self.window is None else out_BSD + self.window(x_BSD, real_BS1, cache)
 
     def _rows(self, x_BSD, angles) -> torch.Tensor:
         """Return what is cached, [B,S,R+P].

@@ -6,6 +6,7 @@ up-projections are split by heads. Under sequence parallelism the latents are ga
 context parallelism the ranks exchange latents (``parallel/attention.py``).
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -31,7 +32,7 @@ TRANSFORMER_FIELDS: dict[str, str] = {}  # megatron-core's own MLA is not used
 
 def layer_spec(backend: Backend, arch: Architecture, linear_cp: str = "auto") -> ModuleSpec:
     """Return the spec of the layer that holds this mixer."""
-    params = {"arch": arch, "backend": backend}
+    params = {"arch": arch, "backend": backend, "window": backend.window_beside("mla", arch)}
     if arch.mla_rope:
         params["rotary"] = Rotary(arch, arch.geometry.mla.qk_rope_head_dim)  # one for all layers
     if arch.log_scale:
@@ -57,11 +58,12 @@ class MLASelfAttention(MegatronModule):
     """``hidden_SBD -> (out_SBD, None)``, a ``self_attention`` of megatron's ``TransformerLayer``.
 
     ``arch.mla_qk_norm`` keeps Qwen3's per-head norms, over the nope and rope dimensions together, before the rotation.
+    The output of ``window`` is added where the model has one beside MLA layers.
     """
 
     def __init__(self, config, layer_number, arch: Architecture, backend: Backend, rotary: Rotary | None = None,
                  scale: QueryScale | None = None, pg_collection=None, cp_comm_type: str | None = None,
-                 **_):  # fmt: skip
+                 window: Callable | None = None, **_):  # fmt: skip
         super().__init__(config)
         check_exchange(cp_comm_type)
         geometry = arch.geometry.mla
@@ -91,6 +93,7 @@ class MLASelfAttention(MegatronModule):
             backend.core_attention, config=config, layer_number=layer_number, attn_mask_type=None,
             attention_type="self", softmax_scale=self.key_dim**-0.5, pg_collection=pg_collection,
         )  # fmt: skip
+        self.window = window and window(config, layer_number=layer_number, pg_collection=pg_collection)
 
     def project_query(self, hidden_SBD: Tensor) -> Tensor:
         if self.geometry.q_lora_rank:
@@ -129,6 +132,11 @@ class MLASelfAttention(MegatronModule):
 
     def forward(self, hidden_states: Tensor, attention_mask=None, packed_seq_params=None, **_):
         refuse_packed(packed_seq_params)
+        out_SBD, bias = self.mix(hidden_states)
+        return (out_SBD if self.window is None else out_SBD + self.window(hidden_states)), bias
+
+    def mix(self, hidden_states: Tensor) -> tuple[Tensor, None]:
+        """Return the output without the window's."""
         q_SBHK, rank = self.project_query(hidden_states), self.cp_group.rank()
         if self.q_norm is not None:
             q_SBHK = self.q_norm(q_SBHK)
