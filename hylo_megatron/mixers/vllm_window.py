@@ -1,7 +1,8 @@
-"""The window beside a linear block in vLLM: its layer, and its keys and values among the block's states.
+"""The window beside a mixer in vLLM: its layer, and its keys and values among a linear block's states.
 
-A request's places (``kernels/window_cache.py``) are the last of the states that the block caches. On a GPU one Triton
-kernel attends for a decoded token (``kernels/window_decode.py``); torch code attends for prompts.
+A request's places (``kernels/window_cache.py``) are the last of the states that the block caches; those of a window
+beside MLA are among the states of a linear block near it (``mixers/window.py:holders``). On a GPU one Triton kernel
+attends for a decoded token (``kernels/window_decode.py``); torch code attends for prompts.
 
 Legend: T tokens of all requests, H this rank's query heads, G its key heads, K head dim, Y = 2 K, P = K / 2.
 """
@@ -27,7 +28,7 @@ from hylo_megatron.kernels.rope import Angles, turn
 from hylo_megatron.kernels.window_cache import ChunkPlan, TokenPlan
 from hylo_megatron.kernels.window_decode import TokenKernel, kernel_fault
 from hylo_megatron.mixers.vllm_operators import register, split_at
-from hylo_megatron.mixers.window import key_heads
+from hylo_megatron.mixers.window import key_heads, places_of
 
 logger = init_logger("vllm.hylo_megatron")
 OP = "hylo_window"
@@ -38,13 +39,16 @@ DECODES = "HYLO_SERVE_WINDOW"
 class HyLoWindow(nn.Module):
     """The base model's attention over the last tokens and the first ones; ``gate_proj`` gives each head a factor."""
 
-    def __init__(self, config, vllm_config, layer: str):
+    def __init__(self, config, vllm_config, mixer: str, holder: str | None = None, place: int = 0):
+        """``mixer``: name of the mixer that the window is beside. ``holder``: name of the linear block whose states
+        hold ``place``, where that is another one.
+        """
         super().__init__()
-        ranks, quant, prefix = get_tensor_model_parallel_world_size(), vllm_config.quant_config, f"{layer}.window"
+        ranks, quant, prefix = get_tensor_model_parallel_world_size(), vllm_config.quant_config, f"{mixer}.window"
         self.places = places(config, ranks)
-        self.layer, self.window, self.dim = layer, config.window, config.head_dim
+        self.layer, self.place, self.window, self.dim = holder or mixer, place, config.window, config.head_dim
         heads, groups, hidden = config.num_attention_heads, config.num_key_value_heads, config.hidden_size
-        self.heads, self.groups = heads // ranks, self.places[0]
+        self.heads, self.groups = heads // ranks, self.places[1]
         self.qkv_proj = QKVParallelLinear(
             hidden,
             self.dim,
@@ -72,11 +76,11 @@ class HyLoWindow(nn.Module):
         kv_TGY = torch.cat([turn(k, at.cos, at.sin), v], -1)
         near, far = turn(q, at.cos, at.sin), turn(q, at.far_cos, at.far_sin)
         out_THK = torch.zeros_like(near)
-        getattr(torch.ops.vllm, OP)(near, far, kv_TGY, at.positions, out_THK, self.layer)
+        getattr(torch.ops.vllm, OP)(near, far, kv_TGY, at.positions, out_THK, self.layer, self.place)
         gate_TH = 2 * self.gate_proj(hidden_TD)[0].float().sigmoid().to(out_THK.dtype)
         return self.o_proj((out_THK * gate_TH.unsqueeze(-1)).flatten(1))[0]
 
-    def plans(self, at_T: Tensor, batch: "Batch", dtype: torch.dtype) -> "Plans":
+    def plans(self, at_T: Tensor, batch: "Batch", dtype: torch.dtype, owner: tuple[str, int]) -> "Plans":
         kinds, parts, first = dict(shared=self.heads // self.groups, dtype=dtype), [], len(batch.token_slots)
         if first:
             parts.append((slice(first), self.tokens.of(at_T[:first], batch.token_slots, self.window, **kinds)))
@@ -84,14 +88,14 @@ class HyLoWindow(nn.Module):
             here = slice(first, first + batch.chunk_tokens)
             plan = ChunkPlan.of(at_T[here], batch.chunk_starts, batch.chunk_slots, self.window, **kinds)
             parts.append((here, plan))
-        return Plans(owner=self.layer, parts=parts)
+        return Plans(owner=owner, parts=parts)
 
     def measure(self, near: Tensor, far: Tensor, kv: Tensor) -> None:
         """Take the memory that a prompt of all tokens takes, where vLLM measures its memory."""
         zero, tokens = torch.zeros(1, dtype=torch.int64, device=kv.device), len(kv)
         batch = Batch(zero[:0], tokens, torch.tensor([0, tokens], device=kv.device), zero)
-        plans = self.plans(torch.arange(tokens, device=kv.device), batch, near.dtype)
-        plans.attend(near, far, kv, kv.new_zeros(1, *self.places), torch.empty_like(near))
+        plans = self.plans(torch.arange(tokens, device=kv.device), batch, near.dtype, (self.layer, self.place))
+        plans.attend(near, far, kv, kv.new_zeros(1, *self.places[1:]), torch.empty_like(near))
 
 
 class Positions(NamedTuple):
@@ -106,9 +110,9 @@ class Positions(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Plans:
-    """Plans of one pass for the layers of a cache group, made by the first of them, their ``owner``."""
+    """Plans of one pass for the windows of a cache group, made for the first of them, their ``owner``."""
 
-    owner: str
+    owner: tuple[str, int]
     parts: list[tuple[slice, TokenPlan | TokenKernel | ChunkPlan]]
 
     def attend(self, near: Tensor, far: Tensor, kv: Tensor, cache: Tensor, out: Tensor) -> None:
@@ -163,18 +167,21 @@ def tokens_of(heads: int, groups: int, dim: int, window: dict, dtype: torch.dtyp
     return TokenKernel
 
 
-def places(config, ranks: int) -> tuple[int, ...]:
-    """Return the shape of a request's places on one rank."""
-    return key_heads(config.num_key_value_heads, ranks), window_rows(config.window), 2 * config.head_dim
+def places(config, ranks: int) -> tuple[int, int, int, int]:
+    """Return the shape of a request's places in a linear block on one rank: windows, key heads, rows, values."""
+    windows = places_of(config.mixers, config.window)
+    return windows, key_heads(config.num_key_value_heads, ranks), window_rows(config.window), 2 * config.head_dim
+
+
+def add_window(mixer: nn.Module, window: HyLoWindow) -> None:
+    """Put a window beside a mixer. That of a linear block also says how large the block's states are."""
+    mixer.has_window, mixer.window = True, window
 
 
 class WithWindow:
     """Part of a linear block of vLLM that may have a window, whose places are the last of the block's states."""
 
     has_window = False
-
-    def add_window(self, config, vllm_config) -> None:
-        self.has_window, self.window = True, HyLoWindow(config, vllm_config, self.prefix)
 
     def get_kv_cache_spec(self, vllm_config):
         spec = super().get_kv_cache_spec(vllm_config)
@@ -197,7 +204,7 @@ class WithWindow:
             self.kv_cache = (*self.kv_cache, pages.view(kinds[0]).view(-1, *self.window.places))
 
 
-def _run(near: Tensor, far: Tensor, kv: Tensor, positions: Tensor, out: Tensor, layer: str) -> None:
+def _run(near: Tensor, far: Tensor, kv: Tensor, positions: Tensor, out: Tensor, layer: str, place: int) -> None:
     context = get_forward_context()
     block, metadata = context.no_compile_layers[layer], context.attn_metadata
     metadata = None if metadata is None else metadata.get(layer)
@@ -205,9 +212,10 @@ def _run(near: Tensor, far: Tensor, kv: Tensor, positions: Tensor, out: Tensor, 
         block.window.measure(near, far, kv)
         return
     plans = getattr(metadata, "hylo_window", None)
-    if plans is None or plans.owner == layer:  # the metadata of a CUDA graph's capture may serve several passes
-        plans = metadata.hylo_window = block.window.plans(positions, Batch.of(metadata), near.dtype)
-    plans.attend(near, far, kv, block.kv_cache[-1], out)
+    if plans is None or plans.owner == (layer, place):  # a CUDA graph's capture may serve several passes with it
+        plans = block.window.plans(positions, Batch.of(metadata), near.dtype, (layer, place))
+        metadata.hylo_window = plans
+    plans.attend(near, far, kv, block.kv_cache[-1][:, place], out)
 
 
 register(OP, _run, "out")

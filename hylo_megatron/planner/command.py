@@ -19,7 +19,7 @@ from pathlib import Path
 from hylo_megatron.config import Architecture, Plan, geometry_preset
 from hylo_megatron.config.geometry import GEOMETRY_HELP
 from hylo_megatron.config.layout import ParallelLayout, Work, check_parallel_layout
-from hylo_megatron.config.positions import add_window, changed, given, has_window
+from hylo_megatron.config.positions import add_window, changed, given
 from hylo_megatron.config.shapes import element_count
 from hylo_megatron.config.stages import STAGE_KINDS, TRAIN, stage_kind
 from hylo_megatron.convert.hf_config import read_architecture
@@ -52,8 +52,6 @@ def weight_bytes(arch: Architecture, tp: int) -> int:
 
 
 def rows(arch: Architecture, known) -> list[tuple[str, str]]:
-    if has_window(arch.window, "mla"):
-        raise HyLoError("window beside MLA layers: vLLM does not serve it yet; give --train to plan the training")
     budget = int(known.gpu_gib * GIB * known.utilization) - weight_bytes(arch, known.tp) - ACTIVATIONS
     heads, found = arch.num_attention_heads, [("weights", f"{weight_bytes(arch, known.tp) / GIB:.2f} GiB")]
     if arch.is_hybrid:

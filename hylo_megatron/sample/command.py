@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 
 from hylo_megatron import packages
-from hylo_megatron.config.positions import has_window
 from hylo_megatron.convert.card_records import STAMP
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.evaluate.models import check_folder, kv_bytes_per_token, load, resolve_device, resolve_dtype
@@ -54,8 +53,7 @@ def read_prompts(options: argparse.Namespace, teller: Teller) -> tuple[Prompts, 
 
 def unserved(config) -> bool:
     """Return whether vLLM refuses the hybrid (``serve/config.py``)."""
-    rotates = config.linear_rope and config.linear_type == "kda" and torch.cuda.is_available()
-    return rotates or has_window(config.window, "mla")
+    return config.linear_rope and config.linear_type == "kda" and torch.cuda.is_available()
 
 
 def engine_of(options: argparse.Namespace, config) -> str:

@@ -7,7 +7,6 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
 
-from hylo_megatron.config.positions import has_window
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.hf.config_values import described
 from hylo_megatron.hf.configuration_hylo import HyLoConfig
@@ -120,8 +119,8 @@ def refuse(vllm_config) -> None:
          "recurrent states cannot be split by position; use --tensor-parallel-size"),
         ("linear_rope in config.json", hybrid.linear_rope and hybrid.linear_type == "kda" and on_gpu(),
          "vLLM's Kimi Delta Attention has no place for a rotation on a GPU; use transformers, or Gated DeltaNet"),
-        ("window in config.json", has_window(hybrid.window, "mla"),
-         "vLLM has windows beside linear layers only, this one stands beside MLA too; use transformers"),
+        ("window in config.json", hybrid.window and not hybrid.linear_type,
+         "vLLM keeps windows among the states of linear layers, and this plan has none; use transformers"),
         (f"--kv-transfer-config with {sends}", hybrid.window and sends and "Offload" not in sends,  # that takes pages
          "connectors send two states of a layer, without the keys and values of its window; leave it out"),
         (f"--kv-cache-dtype {dtype}", current_platform.is_cpu() and dtype not in CPU_CACHES,

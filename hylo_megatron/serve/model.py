@@ -25,11 +25,13 @@ from vllm.model_executor.models.utils import (
 from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
+from hylo_megatron.config.positions import has_window
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.kernels.rope import Angles
 from hylo_megatron.mixers import CACHED, MIXERS, Mixer
 from hylo_megatron.mixers.serving import trained_geometry
-from hylo_megatron.mixers.vllm_window import places
+from hylo_megatron.mixers.vllm_window import HyLoWindow, add_window, places
+from hylo_megatron.mixers.window import holders
 from hylo_megatron.serve.config import refuse
 from hylo_megatron.serve.weights import Padding, check_parts, fits, served_weights
 
@@ -37,11 +39,14 @@ from hylo_megatron.serve.weights import Padding, check_parts, fits, served_weigh
 class HyLoDecoderLayer(nn.Module):
     def __init__(self, config, vllm_config: VllmConfig, prefix: str):
         super().__init__()
-        entry = MIXERS[config.mixers[int(prefix.rsplit(".", 1)[1])]]
-        self.mixer_name = entry.module
+        layers, number = prefix.rsplit(".", 1)
+        entry = MIXERS[config.mixers[int(number)]]
+        self.mixer_name, self.windowed = entry.module, has_window(config.window, entry.name)
         layer = entry.part("vllm_module").LAYER(config, vllm_config, f"{prefix}.{entry.module}")
-        if config.window and entry.linear:
-            layer.add_window(config, vllm_config)
+        if self.windowed:
+            holder, place = holders(config.mixers, config.window)[int(number)]
+            name = f"{layers}.{holder}.{MIXERS[config.mixers[holder]].module}"
+            add_window(layer, HyLoWindow(config, vllm_config, f"{prefix}.{entry.module}", name, place))
         setattr(self, entry.module, layer)
         sizes, quant = (config.hidden_size, config.intermediate_size), vllm_config.quant_config
         self.mlp = LlamaMLP(*sizes, config.hidden_act, quant_config=quant, prefix=f"{prefix}.mlp")
@@ -55,7 +60,7 @@ class HyLoDecoderLayer(nn.Module):
             normed, residual_TD = self.input_layernorm(hidden_TD, residual_TD)
         mixer = getattr(self, self.mixer_name)
         mixed = mixer.mix(normed, angles)
-        if angles.window is not None and self.mixer_name == "mixer":
+        if self.windowed:
             mixed = mixed + mixer.window(normed, angles)
         normed, residual_TD = self.post_attention_layernorm(mixed, residual_TD)
         return self.mlp(normed), residual_TD
@@ -77,6 +82,7 @@ class HyLoModel(nn.Module):
             lambda prefix: HyLoDecoderLayer(config, vllm_config, prefix),
             prefix=f"{prefix}.layers",
         )
+        check_holders(config, range(self.start_layer, self.end_layer))
         norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.norm = norm if pipeline.is_last_rank else PPMissingLayer()
         self.rotation = MIXERS[CACHED[0]].part("vllm_module").Rotation(config)
@@ -240,6 +246,16 @@ class HyLoForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
         for name, module in self.named_modules():
             if hasattr(module, "derive"):
                 module.derive(name, loaded, self.dtype)
+
+
+def check_holders(config, here: range) -> None:
+    """Raise ``HyLoError`` if a pipeline stage with the layers ``here`` lacks the linear layer that holds a window."""
+    for layer, (holder, _) in holders(config.mixers, config.window).items():
+        if config.window and layer in here and holder not in here:
+            raise HyLoError(
+                f"--pipeline-parallel-size: the window of layer {layer} is among the states of layer {holder}, which"
+                " another pipeline stage has; use --tensor-parallel-size in its place"
+            )
 
 
 def _linear(vllm_config: VllmConfig) -> Mixer:

@@ -9,7 +9,7 @@ from torch import Tensor
 from hylo_megatron.config import Geometry
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.mixers import MIXERS
-from hylo_megatron.mixers.vllm_weights import Rule, Sizes, same
+from hylo_megatron.mixers.vllm_weights import Rule, Sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,14 +34,18 @@ _LAYER = {
     "input_layernorm.weight": Rule(),
     "post_attention_layernorm.weight": Rule(),
 }
-# Of a window beside a linear block.
+# Of a window beside a mixer.
 _WINDOW = {
-    **{
-        f"mixer.window.{part}_proj.{kind}": Rule(f"mixer.window.qkv_proj.{kind}", part)
-        for part in "qkv"
-        for kind in ("weight", "bias")
-    },
-    **same(*(f"window.{name}.weight" for name in ("o_proj", "gate_proj", "q_norm", "k_norm"))),
+    f"{module}.window.{name}": rule
+    for module in dict.fromkeys(entry.module for entry in MIXERS.values())
+    for name, rule in {
+        **{
+            f"{part}_proj.{kind}": Rule(f"{module}.window.qkv_proj.{kind}", part)
+            for part in "qkv"
+            for kind in ("weight", "bias")
+        },
+        **{f"{name}.weight": Rule() for name in ("o_proj", "gate_proj", "q_norm", "k_norm")},
+    }.items()
 }
 _TOP = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
 

@@ -48,11 +48,11 @@ def test_what_fits_is_what_the_engine_said(tmp_path):
     assert "block                    3,776 tokens" in found["hybrid"]
 
 
-def test_serving_windows_beside_mla_is_not_planned(tmp_path):
+def test_windows_beside_mla_take_a_second_place_in_each_linear_layer(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_3B))
-    done = plan(tmp_path, "--plan", "6MLA22GDN", "--window", "256+4:all")
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and not done.stdout.count("requests of")
-    assert "vLLM does not serve it yet; give --train to plan the training" in done.stderr
+    one, two = (plan(tmp_path, "--plan", "6MLA22GDN", "--window", window) for window in ("256+4", "256+4:all"))
+    mib = [float(re.search(r"windows of a request +([\d.]+) MiB", done.stdout)[1]) for done in (one, two)]
+    assert mib[1] == pytest.approx(2 * mib[0], abs=0.1)
     done = plan(tmp_path, "--plan", "6MLA22GDN", "--window", "256+4:all", "--train", "distill", "--sequence", 4096)
     assert done.returncode == 0, done.stderr
 

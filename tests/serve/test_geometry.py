@@ -12,7 +12,7 @@ from hylo_megatron.errors import HyLoError
 from hylo_megatron.kernels.rope import rotate
 from hylo_megatron.mixers.mla import vllm_weights
 from hylo_megatron.mixers.vllm_weights import conv_loader, pad, spread
-from hylo_megatron.mixers.window import cached_values
+from hylo_megatron.mixers.window import cached_values, holders, places_of
 from hylo_megatron.planner.pages import Pages, expanded_bytes, pages, state_bytes
 from hylo_megatron.serve.geometry import serve
 from hylo_megatron.serve.weights import Padding, check_parts, served_weights
@@ -114,6 +114,7 @@ def test_every_tensor_finds_its_place_or_is_an_error():
     ("gdn", tuple(f"mixer.{part}_conv1d" for part in "qkv")),
     ("kda", tuple(f"mixer.{part}_proj" for part in ("q", "k", "v", "b", "f_a"))),
     ("gdn", tuple(f"mixer.window.{part}_proj" for part in "qkv")),
+    ("gdn", tuple(f"self_attn.window.{part}_proj" for part in "qkv")),
 ])  # fmt: skip
 def test_a_parameter_of_several_tensors_needs_them_all(linear, merged):
     kinds = frozenset(("mla", linear))
@@ -138,6 +139,20 @@ def test_pages_are_those_that_vllm_reported():
     assert [Pages(16, 1, layers).group for layers in ((6, 22), (12, 16), (14, 14), (4, 0))] == [6, 16, 14, 4]
     asked = 1024 * found.block * expanded_bytes(served, 24)
     assert round(asked / 2**30, 2) == 33.19
+
+
+@pytest.mark.parametrize("plan, found", [
+    ("gmgg", {1: (0, 1)}),
+    ("mggm", {0: (1, 1), 3: (2, 1)}),
+    ("mgmmg", {0: (1, 1), 2: (1, 2), 3: (4, 1)}),
+])  # fmt: skip
+def test_windows_of_mla_are_among_the_states_of_linear_layers(plan, found):
+    kinds, window = [{"m": "mla", "g": "gdn"}[letter] for letter in plan], {"size": 8, "sinks": 1, "mla": True}
+    own = {layer: (layer, 0) for layer, kind in enumerate(kinds) if kind == "gdn"}
+    assert holders(kinds, window) == own | found
+    assert holders(kinds, {"size": 8, "sinks": 1}) == own
+    assert places_of(kinds, window) == 1 + max(place for _, place in found.values())
+    assert places_of(kinds, {"size": 8, "sinks": 1}) == 1 and places_of(kinds, None) == 0
 
 
 def test_a_window_is_a_part_of_each_linear_layers_state():

@@ -14,7 +14,7 @@ from hylo_megatron.mixers.window import cached_values
 from hylo_megatron.planner.pages import state_bytes
 from hylo_megatron.serve import config as plugin
 from hylo_megatron.serve.geometry import Served
-from hylo_megatron.serve.model import HyLoForCausalLM
+from hylo_megatron.serve.model import HyLoForCausalLM, check_holders
 
 
 @pytest.fixture(scope="module")
@@ -88,10 +88,18 @@ def test_a_folder_that_vllm_cannot_serve_is_refused(folder, tmp_path):
         configure(changed(folder, tmp_path, **field))
 
 
-def test_windows_beside_mla_are_refused(folder, tmp_path):
-    model = changed(folder, tmp_path, window=dict(size=24, sinks=3, mla=True))
-    with pytest.raises(HyLoError, match="^window in config.json: .* beside MLA too; use transformers$"):
+def test_windows_without_linear_layers_are_refused(folder, tmp_path):
+    model = changed(folder, tmp_path, mixers=["mla"] * 5, window=dict(size=24, sinks=3, mla=True))
+    with pytest.raises(HyLoError, match="^window in config.json: .* among the states of linear layers, and this plan"):
         configure(model)
+
+
+def test_a_pipeline_stage_has_the_states_of_its_windows():
+    config = SimpleNamespace(mixers=["mla", "gdn", "gdn", "mla"], window=dict(size=24, sinks=3, mla=True))
+    check_holders(config, range(4))
+    check_holders(config, range(2))
+    with pytest.raises(HyLoError, match="the window of layer 0 is among the states of layer 1, which another pipelin"):
+        check_holders(config, range(1))
 
 
 @pytest.mark.parametrize("connector, refused", [("NixlConnector", True), ("OffloadingConnector", False)])
@@ -119,10 +127,14 @@ def test_kimis_rotation_is_refused_on_a_gpu_only(folder, tmp_path, monkeypatch, 
 
 @pytest.mark.parametrize("kind", ["gdn", "kda", "mamba2"])
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_states_take_the_bytes_that_the_planner_counts(folder, tmp_path, kind, ranks):
+@pytest.mark.parametrize("beside", [{}, {"mla": True}])
+def test_states_take_the_bytes_that_the_planner_counts(folder, tmp_path, kind, ranks, beside):
     """With a window; four ranks have a copy each of the two key heads."""
     size = dict(
-        window=dict(size=24, sinks=3), num_key_value_heads=2, kda_num_heads=4, mixers=["mla", kind, "mla", kind, "mla"]
+        window=dict(size=24, sinks=3) | beside,
+        num_key_value_heads=2,
+        kda_num_heads=4,
+        mixers=["mla", kind, "mla", kind, "mla"],
     )
     config = configure(changed(folder, tmp_path, **size))
     config.cache_config.mamba_ssm_cache_dtype = "float32"

@@ -23,11 +23,12 @@ CASES = [  # geometry, linear blocks, norms on queries and keys, whose kernels' 
 ]
 
 WINDOW = dict(window=dict(size=24, sinks=3), num_key_value_heads=2)
+WINDOWS = WINDOW | dict(window=dict(size=24, sinks=3, mla=True))  # beside MLA layers too
 POSITIONS = [  # geometry, linear blocks, norms on queries and keys, whose kernels, settings, and those of the engine
     ("native", "gdn", False, "cpu", WINDOW | dict(linear_rope=True, attention_bias=True), {}),
-    ("native", "kda", False, "cpu", WINDOW | dict(linear_rope=True, base_qk_norm=True), {}),
+    ("native", "kda", False, "cpu", WINDOWS | dict(linear_rope=True, base_qk_norm=True), {}),
     ("split", "gdn", False, "gpu", dict(linear_rope=True), {}),
-    ("qwen3-1.7b", "gdn", True, "gpu", WINDOW, dict(enable_chunked_prefill=True, max_num_batched_tokens=48)),
+    ("qwen3-1.7b", "gdn", True, "gpu", WINDOWS, dict(enable_chunked_prefill=True, max_num_batched_tokens=48)),
 ]
 
 
@@ -92,11 +93,14 @@ def test_settings_of_positions_are_served_exactly(geometry, linear, qk_norm, dev
     assert got["again"] == got["answers"]
 
 
+BESIDE_MLA = {"gdn": {"mla": True}, "kda": {}, "mamba2": {"mla": True}}
+
+
 @pytest.mark.parametrize("linear", ["gdn", "kda", "mamba2"])
 def test_windows_of_decoded_tokens_in_one_kernel(linear, tmp_path):
     """In Triton's interpreter, as a GPU runs them: beside prompts, before a window is full, from caches of NaN."""
     pytest.importorskip("triton")
-    settings = WINDOW | dict(window=dict(size=7, sinks=0 if linear == "kda" else 2))
+    settings = WINDOW | dict(window=dict(size=7, sinks=0 if linear == "kda" else 2) | BESIDE_MLA[linear])
     folder = write_folder(tmp_path / "model", "native", linear, **settings)
     prompts = [prompt(length, i) for i, length in enumerate((1, 2, 5, 23, 64, 1))]
     env = {"HYLO_SERVE_WINDOW": "triton", "TRITON_INTERPRET": "1"}

@@ -22,6 +22,7 @@ from hylo_megatron.mixers.vllm_window import DECODES, OP, Batch, HyLoWindow, tok
 
 SIZE, HEADS, GROUPS, DIM, SLOTS, LENGTH = {"size": 6, "sinks": 2}, 4, 2, 8, 4, 12
 LAYERS = "first", "second"
+WINDOWS = [("first", 0), ("second", 0), ("first", 1)]  # the last one is beside MLA, among the states of "first"
 TOKENS = TokenKernel if os.environ.get("TRITON_INTERPRET") == "1" else TokenPlan
 
 
@@ -31,8 +32,8 @@ def blocks() -> dict[str, nn.Module]:
     for name in LAYERS:
         window = HyLoWindow.__new__(HyLoWindow)
         nn.Module.__init__(window)
-        window.layer, window.window, window.heads, window.groups = name, SIZE, HEADS, GROUPS
-        window.tokens, window.places = TOKENS, (GROUPS, sum(SIZE.values()), 2 * DIM)
+        window.layer, window.place, window.window, window.heads, window.groups = name, 0, SIZE, HEADS, GROUPS
+        window.tokens, window.places = TOKENS, (2, GROUPS, sum(SIZE.values()), 2 * DIM)
         cache = torch.full((SLOTS, *window.places), torch.nan)
         found[name] = SimpleNamespace(window=window, kv_cache=(None, None, cache))
     return found
@@ -62,13 +63,13 @@ def run(layers: dict, metadata, spans: list[tuple[int, range]], inputs: dict, pa
     """Run every layer's operator and compare its output for ``spans``: (slot, positions) in the batch's order."""
     at = torch.tensor([t for _, span in spans for t in span] + [7] * padding)
     context = SimpleNamespace(attn_metadata=dict.fromkeys(LAYERS, metadata), no_compile_layers=layers)
-    for name in LAYERS:
-        near, far, k, v = (torch.cat([inputs[name, slot][i][span] for slot, span in spans]) for i in range(4))
+    for name, place in WINDOWS:
+        near, far, k, v = (torch.cat([inputs[name, place, slot][i][span] for slot, span in spans]) for i in range(4))
         near, far, kv = (torch.cat([x, x.new_ones(padding, *x.shape[1:])]) for x in (near, far, torch.cat([k, v], -1)))
         out = torch.zeros_like(near)
         with override_forward_context(context):
-            getattr(torch.ops.vllm, OP)(near, far, kv, at, out, name)
-        want = torch.cat([wanted(inputs[name, slot])[span] for slot, span in spans])
+            getattr(torch.ops.vllm, OP)(near, far, kv, at, out, name, place)
+        want = torch.cat([wanted(inputs[name, place, slot])[span] for slot, span in spans])
         torch.testing.assert_close(out[: len(want)], want, rtol=1e-4, atol=1e-5)
 
 
@@ -80,7 +81,7 @@ def wanted(parts: list[torch.Tensor]) -> torch.Tensor:
 def test_passes_of_two_layers(metadata):
     torch.manual_seed(0)
     shapes = [(LENGTH, heads, DIM) for heads in (HEADS, HEADS, GROUPS, GROUPS)]
-    inputs = {(name, slot): [torch.randn(shape) for shape in shapes] for name in LAYERS for slot in (1, 2)}
+    inputs = {(*window, slot): [torch.randn(shape) for shape in shapes] for window in WINDOWS for slot in (1, 2)}
     layers = blocks()
     run(layers, metadata([], [(1, 5)]), [(1, range(5))], inputs)
     run(layers, metadata([1], [(2, 8)]), [(1, range(5, 6)), (2, range(8))], inputs, padding=3)
@@ -88,7 +89,7 @@ def test_passes_of_two_layers(metadata):
     shared = metadata([1, 2], [], padding=2)
     for step in range(3):
         run(layers, shared, [(1, range(6 + step, 7 + step)), (2, range(8 + step, 9 + step))], inputs, padding=2)
-    assert shared.hylo_window.owner == "first"
+    assert shared.hylo_window.owner == ("first", 0)
 
 
 def test_passes_with_the_kernel_for_tokens():
@@ -129,7 +130,7 @@ def test_the_measurement_of_memory_needs_no_metadata():
     layers, shape = blocks(), (9, HEADS, DIM)
     out, kv = torch.zeros(shape), torch.randn(9, GROUPS, 2 * DIM)
     with override_forward_context(SimpleNamespace(attn_metadata=None, no_compile_layers=layers)):
-        getattr(torch.ops.vllm, OP)(torch.randn(shape), torch.randn(shape), kv, torch.arange(9), out, "first")
+        getattr(torch.ops.vllm, OP)(torch.randn(shape), torch.randn(shape), kv, torch.arange(9), out, "first", 0)
     assert not out.any() and layers["first"].kv_cache[2].isnan().all()
 
 
@@ -150,7 +151,7 @@ def test_no_block_of_the_prefix_cache_gets_states_without_places(monkeypatch):
     config = SimpleNamespace(cache_config=cache, num_speculative_tokens=0, speculative_config=None)
     layer = HyLoMamba2.__new__(HyLoMamba2)
     nn.Module.__init__(layer)
-    layer.has_window, layer.window = True, SimpleNamespace(places=(GROUPS, sum(SIZE.values()), 2 * DIM))
+    layer.has_window, layer.window = True, SimpleNamespace(places=(1, GROUPS, sum(SIZE.values()), 2 * DIM))
     spec = layer.get_kv_cache_spec(config)
     assert spec.shapes[2] == layer.window.places and spec.dtypes[2] == torch.bfloat16
     assert not getattr(spec, "num_prefill_checkpoint_blocks", 0)
