@@ -119,7 +119,7 @@ def refuse(vllm_config) -> None:
          "recurrent states cannot be split by position; use --tensor-parallel-size"),
         ("linear_rope in config.json", hybrid.linear_rope and hybrid.linear_type == "kda" and on_gpu(),
          "vLLM's Kimi Delta Attention has no place for a rotation on a GPU; use transformers, or Gated DeltaNet"),
-        ("window in config.json", hybrid.window and not hybrid.linear_type,
+        ("window in config.json", hybrid.window and not any(MIXERS[kind].linear for kind in hybrid.mixers),
          "vLLM keeps windows among the states of linear layers, and this plan has none; use transformers"),
         (f"--kv-transfer-config with {sends}", hybrid.window and sends and "Offload" not in sends,  # that takes pages
          "connectors send two states of a layer, without the keys and values of its window; leave it out"),
