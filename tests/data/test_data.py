@@ -167,7 +167,8 @@ def test_format_is_seen_from_the_file(tmp_path):
     for name, content, expected in (
         ("a.jsonl", '\n{"text": "x"}', "jsonl"),
         ("b.dat", '{"messages": []}', "chat"),
-        ("c.txt", '{"text": "x"}', "text"),
+        ("c.txt", '{"text": "x"}', "jsonl"),
+        ("c.md", '{"x": 1} words', "text"),
         ("d", "words", "text"),
     ):
         (tmp_path / name).write_text(content)
