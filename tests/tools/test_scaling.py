@@ -133,7 +133,7 @@ def test_rows_of_other_code_are_not_mixed(scaling, tmp_path):
     path = tmp_path / "t.json"
     path.write_text(json.dumps(head | {"code": prints[0], "rows": []}))
     with pytest.raises(HyLoError, match=f"code is {prints[0]}, this run has {head['code']}; give another --out"):
-        scaling.rows_before(path, head)
+        scaling.results_before(path, "rows", head)
 
 
 def test_the_speed_of_context_parallelism_is_a_range(scaling, tmp_path):
