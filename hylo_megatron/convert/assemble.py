@@ -7,6 +7,7 @@ from pathlib import Path
 from hylo_megatron.checkpoint.folder import FINITE, CheckpointReader, LazyTensor, write_checkpoint
 from hylo_megatron.config import Architecture, Plan, geometry_preset, positions
 from hylo_megatron.config.plan import geometry_of_plan
+from hylo_megatron.config.positions import Window, has_window
 from hylo_megatron.convert.pair import check_vocabularies
 from hylo_megatron.convert.tables import mappings
 from hylo_megatron.convert.tokenizer_files import copy_companions
@@ -34,15 +35,26 @@ def check_students(first: Architecture, second: Architecture, folders: tuple[str
         )
 
 
+def _window(mla: Window | None, linear: Window | None, folders: tuple[str | Path, str | Path]) -> Window | None:
+    """Return the hybrid's window: the linear student's, beside MLA layers too where the MLA student's layers have one.
+
+    Either student may be a hybrid, of which only the layers of one kind are taken. Raises ``HyLoError``.
+    """
+    found = {name: value for name, value in (linear or {}).items() if name != "mla"} or None
+    if not has_window(mla, "mla"):
+        return found
+    if mla != {**(found or {}), "mla": True}:
+        raise HyLoError(
+            f"{folders[0]} has window {mla}, {folders[1]} {linear}: expected one size, or none in {folders[0]}"
+        )
+    return mla
+
+
 def assemble(mla: str | Path, linear: str | Path, plan: tuple[str, ...], out: str | Path) -> Architecture:
     """Write the hybrid checkpoint ``out``. Everything outside the mixers comes from the MLA student."""
     first, second = Architecture.load(mla), Architecture.load(linear)
     check_students(first, second, (mla, linear))
-    window = first.window or second.window
-    if first.window and first.window != {**(second.window or {}), "mla": True}:
-        raise HyLoError(
-            f"{mla} has window {first.window}, {linear} {second.window}: expected one size, or none in {mla}"
-        )
+    window = _window(first.window, second.window, (mla, linear))
     check_vocabularies(first, second, (Path(mla) / "hf", Path(linear) / "hf"))
     for layer, kind in enumerate(plan):
         source, folder = (second, linear) if MIXERS[kind].linear else (first, mla)

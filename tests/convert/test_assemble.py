@@ -70,3 +70,21 @@ def test_a_setting_without_its_layers_is_refused(tmp_path):
         assemble(mla, linear, Plan.parse(4, "none", "gdn"), tmp_path / "out")
     other = written(tmp_path / "other", "gdn", 1, rope_parameters=ROPE)  # which its layers do not read
     assert assemble(mla, other, PLAN, tmp_path / "out").rope_parameters == tiny.DEFAULT
+
+
+def test_a_hybrids_layers_have_the_windows_of_their_kind(tmp_path):
+    """A student may be a hybrid, whose layers of the other kind are not taken."""
+    settings = dict(LINEAR, window=tiny.WINDOWS)
+    plain, linear = written(tmp_path / "plain", "mla", 0), written(tmp_path / "linear", "gdn", 1, **LINEAR)
+    for name, changes in (("one", LINEAR), ("all", settings)):
+        tiny.write_hybrid(tmp_path / name, tiny.hybrid(**changes), seed=2)  # mla, gdn, gdn, mla
+    outer = Plan.parse(4, "0,3", "gdn")
+
+    def window(mla, linear) -> dict | None:
+        return assemble(mla, linear, outer, tmp_path / f"{mla.name}-{linear.name}").window
+
+    assert window(tmp_path / "one", linear) == window(plain, tmp_path / "all") == tiny.WINDOW
+    assert window(tmp_path / "all", linear) == tiny.WINDOWS
+    other = written(tmp_path / "other", "gdn", 1, linear_rope=True, window={"size": 7, "sinks": 2})
+    with pytest.raises(HyLoError, match="expected one size, or none in"):
+        window(tmp_path / "all", other)
