@@ -59,6 +59,13 @@ def initial_mixer(layer, arch: Architecture, how: str, frequencies, generator) -
     return {key: tensor.float().cpu().contiguous() for key, tensor in weights.items()}
 
 
+def _ridges(arch: Architecture, kind: str, init: str, ridge: bool) -> tuple[float, ...]:
+    """Return the strengths that the fit of a layer's output projection tries. ``ridge``: fit linear blocks."""
+    if MIXERS[kind].part("initialise").REFIT:
+        return RIDGES.get(init, ()) if ridge else ()
+    return RIDGES["attention"] if init in RIDGES and has_window(arch.window, kind) else ()
+
+
 def _fit_and_measure(
     layer, arch, weights, device, ridges: tuple[float, ...], beside=0.0
 ) -> tuple[dict[str, Tensor], dict]:
@@ -66,8 +73,7 @@ def _fit_and_measure(
 
     ``layer`` is what a window leaves over, ``beside`` [B,S,D] the window's output.
     """
-    kind, rows = arch.plan[layer.index], len(layer.inputs_BSD)
-    mixer = MIXERS[kind].part("initialise")
+    mixer, rows = MIXERS[arch.plan[layer.index]].part("initialise"), len(layer.inputs_BSD)
     fit = layer.fitted_rows
     held = slice(fit, None) if rows > 1 else slice(None)
     runner, name = MixerRunner(arch, layer.index, device), mixer.OUTPUT_PROJECTION
@@ -80,8 +86,6 @@ def _fit_and_measure(
 
     projection = weights[name].to(device)
     errors = {"error": error(projection)}
-    if ridges and not mixer.REFIT:
-        ridges = RIDGES["attention"] if has_window(arch.window, kind) else ()
     if ridges and rows > 1:
         fits = ridge_corrections(features[:fit].flatten(0, 1), target[:fit].flatten(0, 1), projection, ridges)
         best, ridge, fitted = min(((error(fitted), ridge, fitted) for fitted, ridge in zip(fits, ridges, strict=True)),
@@ -127,7 +131,7 @@ def _initialise(base: BaseModel, arch: Architecture, scratch: Path, tokens_BS: T
         weights = initial_mixer(found.rest, arch, init, base.frequencies, generator)
         entry = {"layer": layer.index, "kind": arch.plan[layer.index]}
         if tokens_BS is not None:
-            ridges = RIDGES.get(init, ()) if ridge else ()
+            ridges = _ridges(arch, arch.plan[layer.index], init, ridge)
             weights, errors = _fit_and_measure(found.rest, arch, weights, base.device, ridges, found.output_BSD)
             output_norm = layer.output_BSD.norm(dim=-1).mean().item()
             entry |= errors | {"output_norm": output_norm, "update_norm": layer.update_norm}

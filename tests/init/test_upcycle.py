@@ -80,6 +80,14 @@ def test_ridge_is_kept_only_where_it_helps(bases, tmp_path):
             assert entry["error"] == before["error"]
 
 
+def test_mla_beside_a_window_is_fitted_where_linear_blocks_are_not(bases, tmp_path):
+    """``--no-ridge`` is for linear blocks. MLA beside a window adds nothing until it is fitted."""
+    settings = dict(tokens_BS=RUNS, ridge=False, log=list, window=tiny.WINDOWS)
+    report = upcycle.upcycle(bases.model(common=0.1)[1], tmp_path / "a", MIXED["gdn"], **settings)
+    assert all(("error_ridge" in entry) == (entry["kind"] == "mla") for entry in report["layers"])
+    assert any(entry["error"] < entry.get("error_transferred", 0) for entry in report["layers"])
+
+
 def test_attention_chooses_the_ridge_and_leaves_mla_as_it_is(bases, tmp_path):
     checkpoint, found = bases.model(common=0.1)[1], {}
     for how in ("data", "attention"):
