@@ -53,7 +53,8 @@ def read_prompts(options: argparse.Namespace, teller: Teller) -> tuple[Prompts, 
 
 def unserved(config) -> bool:
     """Return whether vLLM refuses the hybrid (``serve/config.py``)."""
-    return config.linear_rope and config.linear_type == "kda" and torch.cuda.is_available()
+    rotated_kda = config.linear_rope and config.linear_type == "kda" and torch.cuda.is_available()
+    return bool(rotated_kda or (config.window and "linear_attention" not in config.layer_types))
 
 
 def engine_of(options: argparse.Namespace, config) -> str:

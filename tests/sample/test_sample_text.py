@@ -246,7 +246,7 @@ def test_a_student_that_vllm_refuses_is_left_to_transformers(monkeypatch):
 
     assert chosen(True, window=tiny.WINDOW, linear_rope=True) == chosen(False, "kda", linear_rope=True) == "vllm"
     assert chosen(False, window=tiny.WINDOWS) == "vllm"
-    assert chosen(True, "kda", linear_rope=True) == "transformers"
+    assert chosen(True, "kda", linear_rope=True) == chosen(False, "mla", window=tiny.WINDOWS) == "transformers"
 
 
 @pytest.mark.parametrize(
