@@ -44,7 +44,10 @@ def only_writer(path: Path, what: str) -> Iterator[None]:
         end = time.monotonic() + PATIENCE
         while not _locked(stack.enter_context(path.open("a")), path):
             if time.monotonic() > end:
-                raise HyLoError(f"{what}: another process is writing it; wait for its end, or choose another")
+                raise HyLoError(
+                    f"{what}: another process is writing it; wait for its end, or choose another. If its machine is"
+                    f" gone, which may leave the lock on a network file system, remove {path}"
+                )
             time.sleep(0.1)
         stack.callback(path.unlink, missing_ok=True)
         yield

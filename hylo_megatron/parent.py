@@ -14,10 +14,13 @@ import threading
 from multiprocessing.connection import wait
 
 import hylo_megatron
+from hylo_megatron.errors import HyLoError
 
 PARENT, STORE = "HYLO_PARENT", "HYLO_STORE"
 # What torchrun sets, for one process that is started without it. Port 0 stands for any free one.
 ALONE = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+# What srun and mpirun say of the tasks that they started, whose ranks they do not set.
+TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 PR_SET_PDEATHSIG = 1
 GONE = "the process that started this one is gone"
 # Parents that wait for their child. A shell is no such parent: a run continues when its user logs out.
@@ -88,9 +91,19 @@ def end_with_parent() -> None:
 
 
 def without_launcher() -> None:
-    """Make this process the only rank if no launcher has set one of the variables by which ranks find each other."""
-    if not ALONE.keys() & os.environ.keys():
-        os.environ.update(ALONE)
+    """Make this process the only rank if no launcher has set one of the variables by which ranks find each other.
+
+    Raises ``HyLoError`` for one of several tasks of srun or mpirun: each of them would train alone.
+    """
+    if ALONE.keys() & os.environ.keys():
+        return
+    for name in TASKS:
+        if (tasks := os.environ.get(name, "1")) != "1":
+            raise HyLoError(
+                f"{name} is {tasks}, and no task has a RANK: each would train alone; start torchrun on each node, or"
+                f" set {', '.join(ALONE)} for each task"
+            )
+    os.environ.update(ALONE)
 
 
 def own_store():

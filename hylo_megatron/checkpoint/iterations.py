@@ -102,6 +102,13 @@ def trained_to(folder: str | os.PathLike, iteration: int) -> bool:
     return path is not None and path == iteration_folder(folder, iteration) and is_complete(path)
 
 
+def _written_at(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:  # the training has just removed or renamed it
+        return time.time()
+
+
 def check_still_trains(student: Path, wanted: int, now: float | None = None) -> None:
     """Raise ``HyLoError`` if ``student`` is not being trained, is past ``wanted``, or was not written to for long."""
     if why := why_diverged(student):
@@ -112,7 +119,7 @@ def check_still_trains(student: Path, wanted: int, now: float | None = None) -> 
         raise HyLoError(f"{where}: no training writes there, it is a finished student; leave the iteration out")
     if reached is not None and reached > wanted:
         raise HyLoError(f"{where}: the student is at iteration {reached} already; leave the iteration out")
-    written = [path.stat().st_mtime for path in student.iterdir()] if student.is_dir() else []
+    written = [_written_at(path) for path in student.iterdir()] if student.is_dir() else []
     quiet = (now or time.time()) - max(written, default=now or time.time())
     if quiet > QUIET_SECONDS:
         raise HyLoError(

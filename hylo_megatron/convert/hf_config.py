@@ -133,9 +133,11 @@ def misplaced(folder: Path) -> str | None:
     if not folder.is_dir():
         is_name = len(folder.parts) == 2 and not folder.is_absolute() and not folder.parent.exists()
         return "no such folder; names of a hub are not looked up: download the model first" if is_name else None
+    if (folder / "config.json").exists():
+        return None
     if snapshots := sorted((folder / "snapshots").glob("*/config.json")):
         return f"a hub's cache; give the folder of a snapshot in it, such as {snapshots[0].parent}"
-    if (folder / FILE_NAME).is_file() and not (folder / "config.json").exists():
+    if (folder / FILE_NAME).is_file():
         return "a Megatron checkpoint; expected a Hugging Face folder, which hylo export writes of it"
     return None
 

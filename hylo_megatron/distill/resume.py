@@ -46,9 +46,13 @@ def check_fixed(saved, args, path: Path) -> None:
         _check_kept("--" + name.replace("_", "-"), getattr(args, name), path.parent, before)
 
 
+def _has_checkpoint(folder: Path) -> bool:
+    return bool(complete_iterations(folder)) or latest_number(folder) is not None
+
+
 def check_architecture(where: str, folder: Path, arch: Architecture) -> None:
     """Raise ``HyLoError`` if the run in ``folder``, the value of the flag ``where``, trains another student."""
-    if not (folder / "hylo.json").is_file():
+    if not (folder / "hylo.json").is_file() or not _has_checkpoint(folder):  # a run that ended before its first save
         return
     before = Architecture.load(folder)
     free = {name: getattr(arch, name) for name in (*positions.FIELDS, *FREE)}
@@ -70,7 +74,7 @@ def check_save(args, arch: Architecture) -> None:
         raise HyLoError("--save and --hylo-student are the same folder; choose another --save")
     check_architecture("--save", Path(args.save), arch)
     given = args.load and Path(args.load).resolve() != Path(args.save).resolve()
-    if given and not (complete_iterations(Path(args.load)) or latest_number(args.load) is not None):
+    if given and not _has_checkpoint(Path(args.load)):
         raise HyLoError(
             f"--load {args.load}: has no checkpoint of a training; leave --load out to begin with --hylo-student"
         )

@@ -7,9 +7,8 @@ from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from hylo_megatron.convert.tokenizer_json import first_line
 from hylo_megatron.data.chat_template import ChatTemplate
-from hylo_megatron.errors import HyLoError
+from hylo_megatron.errors import HyLoError, first_line
 
 BLOCK = 256  # texts that are tokenised together
 MOST_CACHED = 200_000

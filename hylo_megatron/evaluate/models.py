@@ -15,7 +15,8 @@ from hylo_megatron.hf import register
 from hylo_megatron.json_file import read_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-WEIGHTS = ("*.safetensors", "pytorch_model*.bin")  # in this order, as transformers reads them
+# In this order, as transformers reads them. Files beside them, such as consolidated.safetensors, may be missing.
+WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "*.safetensors")
 CPU_BATCH_TOKENS = 4096
 # GPU memory per hidden value of a token: about ten times what cache and activations take in bf16, so that
 # training may run on the same GPU. Large batches pay off: a decoding step takes as long for one row as for many.
@@ -73,7 +74,7 @@ def check_folder(folder: str | Path) -> Path:
     weights = next(filter(None, (sorted(folder.glob(pattern)) for pattern in WEIGHTS)), ())
     if not weights:
         raise HyLoError(
-            f"{folder} has no weights: expected {' or '.join(WEIGHTS)} beside config.json; download it again"
+            f"{folder} has no weights: expected {' or '.join(WEIGHTS[:2])} beside config.json; download it again"
         )
     for path in weights:
         if reason := not_downloaded(path):

@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 
 from hylo_megatron.convert.tokenizer_files import open_tokenizer
-from hylo_megatron.convert.tokenizer_json import first_line
 from hylo_megatron.data import chats
 from hylo_megatron.data.chat_template import ChatTemplate
 from hylo_megatron.data.documents import detect_format, read_documents, read_texts
 from hylo_megatron.data.rows import container, read_rows
 from hylo_megatron.data.tokenizers import DOCUMENT_END
-from hylo_megatron.errors import HyLoError
+from hylo_megatron.errors import HyLoError, first_line
 
 SENTENCE = re.compile(r"\s*(\S.*?[.!?][\"')\]]*|\S[^\n]*)(?=\s|$)", re.DOTALL)
 SENTENCE_CHARACTERS = (20, 400)  # shorter and longer beginnings of documents are left out

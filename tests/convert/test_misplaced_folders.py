@@ -90,6 +90,15 @@ def test_a_folder_to_be_evaluated(folder, spoil, word):
     assert word in refusal(lambda: check_folder(folder))
 
 
+def test_a_model_that_needs_no_more_of_its_folder(folder, tmp_path):
+    """Weights in another layout that were not downloaded, and snapshots of a training beside the model."""
+    (folder / "consolidated.safetensors").write_text(POINTER)
+    (folder / "snapshots" / "step-100").mkdir(parents=True)
+    (folder / "snapshots" / "step-100" / "config.json").write_text("{}")
+    assert check_folder(folder) == folder
+    hf_to_megatron.convert(folder, tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     "tool", [lambda path, out: hf_to_megatron.convert(path, out), lambda path, _: check_folder(path)]
 )

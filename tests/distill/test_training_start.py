@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from hylo_megatron.distill import command_line, first_flags, memory_check, resum
 from hylo_megatron.distill.arguments import student_architecture
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.files import only_writer
-from hylo_megatron.parent import ALONE
+from hylo_megatron.parent import ALONE, TASKS, without_launcher
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +178,7 @@ def test_tokens_belong_to_the_models_and_their_tokenizer(world, tmp_path):
         check_data([str(tmp_path / "larger")], student, teacher, hf)
 
 
-def test_a_student_that_nobody_trains_is_not_waited_for(world, tmp_path):
+def test_a_student_that_nobody_trains_is_not_waited_for(world, tmp_path, monkeypatch):
     with pytest.raises(HyLoError, match="it is a finished student"):
         iterations.check_still_trains(world["student"], 4)
     iterations.check_still_trains(tmp_path / "not-there-yet", 4)
@@ -188,6 +189,9 @@ def test_a_student_that_nobody_trains_is_not_waited_for(world, tmp_path):
     written = (tmp_path / "latest_checkpointed_iteration.txt").stat().st_mtime
     with pytest.raises(HyLoError, match="nothing was written there for 60 minutes"):
         iterations.check_still_trains(tmp_path, 12, now=written + 3600)
+    gone = [tmp_path / "saved-meanwhile.partial", *tmp_path.iterdir()]
+    monkeypatch.setattr(type(tmp_path), "iterdir", lambda _: iter(gone))
+    iterations.check_still_trains(tmp_path, 12)
 
 
 @pytest.mark.parametrize("iteration, order", [
@@ -228,6 +232,8 @@ def test_a_folder_with_the_run_of_another_student_is_refused(world, tmp_path):
                     check(**changes)
             else:
                 check(**changes)
+    (run / "latest_checkpointed_iteration.txt").unlink()  # the last of the others has saved nothing yet
+    check(run)
 
 
 @pytest.mark.slow
@@ -236,8 +242,22 @@ def test_two_trainings_do_not_write_one_folder(world, tmp_path):
     run.mkdir()
     with only_writer(run / train.RUNNING, "the other training"):
         said = refusal(helpers.train(*helpers.train_flags(world, "distill", run)))
-    assert said == f"error: --save {run}: another process is writing it; wait for its end, or choose another"
+    assert said.startswith(f"error: --save {run}: another process is writing it; wait for its end, or choose another")
+    assert said.endswith(f"remove {run / train.RUNNING}")
     assert not list(run.iterdir())
+
+
+@pytest.mark.parametrize("variable", TASKS)
+def test_tasks_without_ranks_do_not_train_alone(monkeypatch, variable):
+    environment = {name: value for name, value in os.environ.items() if name not in (*ALONE, *TASKS)}
+    monkeypatch.setattr(os, "environ", environment | {variable: "2"})
+    with pytest.raises(HyLoError, match=f"{variable} is 2, and no task has a RANK"):
+        without_launcher()
+    assert not ALONE.keys() & os.environ.keys()
+    for more in ({variable: "1"}, {variable: "2", "RANK": "1"}):
+        monkeypatch.setattr(os, "environ", environment | more)
+        without_launcher()
+        assert os.environ["RANK"] == more.get("RANK", "0")
 
 
 @pytest.mark.slow

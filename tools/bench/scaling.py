@@ -87,6 +87,11 @@ def named(text: str, graph: bool | None) -> Processes:
     return Processes(layout=ParallelLayout(**sizes, sequence_parallel=sizes.get("tp", 1) > 1), dp=dp, cuda_graph=graph)
 
 
+def graph_of(options: argparse.Namespace) -> bool | None:
+    """Return ``Processes.cuda_graph`` as in the recipe's script: one CUDA graph for SmolLM2 on one GPU."""
+    return None if options.recipe == "smollm2" else False
+
+
 def planned_candidate(job: Job, processes: Processes, options: argparse.Namespace, card: float) -> Candidate:
     """Return the layout with the first saver of memory with which it fits, or with the last one."""
     savers = LAYERWISE_SAVERS if stage_kind(job.stage.kind).layerwise else SAVERS
@@ -105,7 +110,7 @@ def planned_candidate(job: Job, processes: Processes, options: argparse.Namespac
 def ranked(job: Job, gpus: int, options: argparse.Namespace, card: float) -> list[Candidate]:
     """Return the layouts of ``gpus`` GPUs: first those that fit as the recipe trains, then the fastest."""
     work = Work(processes=gpus, seq_length=job.stage.seq_length, micro_batch=job.stage.micro_batch)
-    graph = None if options.recipe == "smollm2" else False
+    graph = graph_of(options)
     found = [
         planned_candidate(job, Processes(layout=layout, dp=gpus // layout.ranks, cuda_graph=graph), options, card)
         for layout in dividing((job.student, job.teacher), [work], gpus)
@@ -120,7 +125,7 @@ def chosen(job: Job, options: argparse.Namespace, card: float) -> list[Candidate
     if not options.only:
         numbers = [n for n in (2**power for power in range(12)) if n < options.gpus] + [options.gpus]
         return [each for n in numbers for each in ranked(job, n, options, card)[: options.ranked]][: options.rows]
-    found = [named(text, options.recipe == "smollm2") for text in options.only.split(",")]
+    found = [named(text, graph_of(options)) for text in options.only.split(",")]
     for processes in found:
         work = Work(processes=processes.ranks, seq_length=job.stage.seq_length, micro_batch=job.stage.micro_batch)
         check_parallel_layout({"student": job.student, "teacher": job.teacher}, processes.layout, work)
