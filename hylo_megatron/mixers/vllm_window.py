@@ -39,14 +39,14 @@ DECODES = "HYLO_SERVE_WINDOW"
 class HyLoWindow(nn.Module):
     """The base model's attention over the last tokens and the first ones; ``gate_proj`` gives each head a factor."""
 
-    def __init__(self, config, vllm_config, mixer: str, holder: str | None = None, place: int = 0):
-        """``mixer``: name of the mixer that the window is beside. ``holder``: name of the linear block whose states
-        hold ``place``, where that is another one.
+    def __init__(self, config, vllm_config, mixer: str, holder: str, place: int):
+        """``mixer``: name of the mixer that the window is beside. ``holder``: of the linear block whose states hold
+        ``place``.
         """
         super().__init__()
         ranks, quant, prefix = get_tensor_model_parallel_world_size(), vllm_config.quant_config, f"{mixer}.window"
         self.places = places(config, ranks)
-        self.layer, self.place, self.window, self.dim = holder or mixer, place, config.window, config.head_dim
+        self.layer, self.place, self.window, self.dim = holder, place, config.window, config.head_dim
         heads, groups, hidden = config.num_attention_heads, config.num_key_value_heads, config.hidden_size
         self.heads, self.groups = heads // ranks, self.places[1]
         self.qkv_proj = QKVParallelLinear(

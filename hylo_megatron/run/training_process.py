@@ -47,6 +47,15 @@ GRAPH_FLAGS = ("--cuda-graph-impl", "full_iteration", "--cuda-graph-warmup-steps
                "--no-check-for-nan-in-loss-and-grad")  # fmt: skip
 
 
+def in_one_graph(flags: list, processes: Processes) -> bool:
+    """Return whether a step is one CUDA graph. Raises ``HyLoError`` if that was asked for and cannot be."""
+    moved = any("--hylo-offload" in str(flag) for flag in flags)  # under a graph tensors must stay in their place
+    possible = torch.cuda.is_available() and not moved
+    if processes.cuda_graph and not possible:
+        raise HyLoError("--cuda-graph: needs a GPU, and works without --hylo-offload-*; leave one of them out")
+    return possible and processes.one_graph
+
+
 class TrainingProcess:
     """The training of a stage. Its processes may start before the student for which they wait exists.
 
@@ -57,11 +66,8 @@ class TrainingProcess:
     def __init__(self, stage: Stage, flags: list, save: Path, processes: Processes, log: Path, start=start_own):
         self.stage, self.steps, self.log = stage, save / "train_log.jsonl", log
         own = ["--bf16"] if fast_bf16() else []
-        if torch.cuda.is_available():
-            own += fitting(GPU_FLAGS, stage_kind(stage.kind), stage.loss)
-            # under a CUDA graph tensors must stay in their place
-            fixed = not any("--hylo-offload" in str(flag) for flag in flags)
-            own += GRAPH_FLAGS if fixed and processes.one_graph else ()
+        own += fitting(GPU_FLAGS, stage_kind(stage.kind), stage.loss) if torch.cuda.is_available() else ()
+        own += GRAPH_FLAGS if in_one_graph(flags, processes) else ()
         trainer = ["-m", "hylo_megatron.train", *own, *map(str, flags), *processes.layout.flags()]
         self.process = start(trainer, processes, log)
 

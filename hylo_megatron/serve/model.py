@@ -251,7 +251,7 @@ class HyLoForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
 def check_holders(config, here: range) -> None:
     """Raise ``HyLoError`` if a pipeline stage with the layers ``here`` lacks the linear layer that holds a window."""
     for layer, (holder, _) in holders(config.mixers, config.window).items():
-        if config.window and layer in here and holder not in here:
+        if layer in here and holder not in here:
             raise HyLoError(
                 f"--pipeline-parallel-size: the window of layer {layer} is among the states of layer {holder}, which"
                 " another pipeline stage has; use --tensor-parallel-size in its place"

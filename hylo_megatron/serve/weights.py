@@ -34,27 +34,26 @@ _LAYER = {
     "input_layernorm.weight": Rule(),
     "post_attention_layernorm.weight": Rule(),
 }
-# Of a window beside a mixer.
-_WINDOW = {
-    f"{module}.window.{name}": rule
-    for module in dict.fromkeys(entry.module for entry in MIXERS.values())
-    for name, rule in {
-        **{
-            f"{part}_proj.{kind}": Rule(f"{module}.window.qkv_proj.{kind}", part)
-            for part in "qkv"
-            for kind in ("weight", "bias")
-        },
-        **{f"{name}.weight": Rule() for name in ("o_proj", "gate_proj", "q_norm", "k_norm")},
-    }.items()
-}
 _TOP = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
+
+
+def _window(mixer: str) -> dict[str, Rule]:
+    """Return the rules of a window beside the layer's part ``mixer``."""
+    merged = {
+        f"{mixer}.window.{part}_proj.{kind}": Rule(f"{mixer}.window.qkv_proj.{kind}", part)
+        for part in "qkv"
+        for kind in ("weight", "bias")
+    }
+    return merged | {f"{mixer}.window.{name}.weight": Rule() for name in ("o_proj", "gate_proj", "q_norm", "k_norm")}
 
 
 def rules(kinds: Iterable[str]) -> dict[str, tuple[Rule, str]]:
     """Return the rule and the mixer of each name that a layer of one of ``kinds`` may have."""
-    found = {name: (rule, "") for name, rule in (_LAYER | _WINDOW).items()}
+    found = {name: (rule, "") for name, rule in _LAYER.items()}
     for kind in kinds:
-        found |= {name: (rule, kind) for name, rule in MIXERS[kind].part("vllm_weights").RULES.items()}
+        entry = MIXERS[kind]
+        found |= {name: (rule, "") for name, rule in _window(entry.module).items()}
+        found |= {name: (rule, kind) for name, rule in entry.part("vllm_weights").RULES.items()}
     return found
 
 

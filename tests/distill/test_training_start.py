@@ -1,4 +1,4 @@
-"""What is refused before a training starts, and a run that goes on with another schedule."""
+"""What is refused before a training starts."""
 
 import argparse
 import json
@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 
@@ -19,13 +18,11 @@ from helpers import tiny
 from helpers import train as helpers
 
 from hylo_megatron.checkpoint import iterations, read_ahead
-from hylo_megatron.config import Architecture, MLAGeometry
+from hylo_megatron.config import Architecture
 from hylo_megatron.data.data_check import check_data
 from hylo_megatron.data.prepare import MASK, prepare
-from hylo_megatron.distill import command_line, first_flags, memory_check, resume
-from hylo_megatron.distill.arguments import student_architecture
+from hylo_megatron.distill import command_line, first_flags, memory_check
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.files import only_writer
 from hylo_megatron.parent import ALONE, TASKS, without_launcher
 
 
@@ -208,45 +205,6 @@ def test_no_kernel_is_timed_while_the_student_is_trained(monkeypatch, iteration,
     assert done == order
 
 
-# ---- a run that goes on ----
-
-
-def test_a_folder_with_the_run_of_another_student_is_refused(world, tmp_path):
-    def check(save, **changes):
-        argv = map(str, helpers.train_flags(world, "distill", save, **changes))
-        known = first_flags.first_flags(list(argv))
-        resume.check_save(known, student_architecture(known))
-
-    student, run = Architecture.load(world["student"]), tmp_path / "run"
-    others = (
-        replace(student, hidden_size=128), replace(student, plan=student.plan[1:] + student.plan[:1]),
-        replace(student, geometry=replace(student.geometry, mla=MLAGeometry(8, 8, 8, 8))),
-    )  # fmt: skip
-    run.mkdir()
-    (run / "latest_checkpointed_iteration.txt").write_text("2")
-    for other in (replace(student, max_position_embeddings=999, extra={}), *others):
-        other.save(run)
-        for changes in (dict(save=run), dict(save=tmp_path / "new", load=run)):
-            if other in others:
-                with pytest.raises(HyLoError, match="run holds a run of another student; choose another folder"):
-                    check(**changes)
-            else:
-                check(**changes)
-    (run / "latest_checkpointed_iteration.txt").unlink()  # the last of the others has saved nothing yet
-    check(run)
-
-
-@pytest.mark.slow
-def test_two_trainings_do_not_write_one_folder(world, tmp_path):
-    run = tmp_path / "run"
-    run.mkdir()
-    with only_writer(run / train.RUNNING, "the other training"):
-        said = refusal(helpers.train(*helpers.train_flags(world, "distill", run)))
-    assert said.startswith(f"error: --save {run}: another process is writing it; wait for its end, or choose another")
-    assert said.endswith(f"remove {run / train.RUNNING}")
-    assert not list(run.iterdir())
-
-
 @pytest.mark.parametrize("variable", TASKS)
 def test_tasks_without_ranks_do_not_train_alone(monkeypatch, variable):
     environment = {name: value for name, value in os.environ.items() if name not in (*ALONE, *TASKS)}
@@ -269,17 +227,6 @@ def test_one_process_needs_no_launcher(world, tmp_path):
     assert len(helpers.read_log(tmp_path / "run" / "train_log.jsonl")) == 1
 
 
-def refusal(done) -> str:
-    assert done.returncode == 2, (done.returncode, done.stdout[-1000:], done.stderr[-3000:])
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and "Traceback" not in done.stderr, done.stderr[-3000:]
-    return lines[0]
-
-
-def rates(folder) -> list[float]:
-    return [line["lr"] for line in helpers.read_log(folder / "train_log.jsonl")]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("flags, words", [
     (dict(recompute_granularity="full"), "recompute_method must be"),
@@ -287,57 +234,9 @@ def rates(folder) -> list[float]:
     (dict(multi_latent_attention=True), "mutually exclusive"),
 ], ids=lambda value: next(iter(value)) if isinstance(value, dict) else "")  # fmt: skip
 def test_what_megatron_asserts_is_one_line(world, tmp_path, flags, words):
-    said = refusal(helpers.train(*helpers.train_flags(world, "distill", tmp_path / "run", **flags)))
+    said = helpers.refusal(helpers.train(*helpers.train_flags(world, "distill", tmp_path / "run", **flags)))
     assert said.startswith("error: Megatron refuses these flags: ") and words in said
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.slow
-def test_resume_with_another_schedule(world, tmp_path):
-    run, first = tmp_path / "run", dict(train_iters=4, lr_decay_style="linear", lr_warmup_iters=0)
-    start = helpers.train(*helpers.train_flags(world, "distill", run, **first))
-    assert start.returncode == 0, start.stderr[-3000:]
-
-    def again(**changes):
-        return helpers.train(*helpers.train_flags(world, "distill", run, **{**first, **changes}))
-
-    said = refusal(again(train_iters=6, lr=2e-3))
-    assert "--lr (max_lr 0.002, was 0.001)" in said and "--train-iters (lr_decay_steps 24, was 16)" in said
-    assert "--override-opt_param-scheduler" in said and len(rates(run)) == 4
-    assert "--hylo-copied-lr-mult is 0.5, the run in" in refusal(again(train_iters=6, hylo_copied_lr_mult=0.5))
-
-    shutil.copytree(run, kept := tmp_path / "kept")
-    done = again(train_iters=6, lr=2e-3, override_opt_param_scheduler=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert rates(run)[4:] == pytest.approx([2e-3 * 1 / 6, 0.0], abs=1e-9)  # the new peak, on the new way down
-    flags = {**first, "train_iters": 6, "lr": 2e-3, "use_checkpoint_opt_param_scheduler": True}
-    done = helpers.train(*helpers.train_flags(world, "distill", kept, **flags))
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert rates(kept)[4:] == [0.0, 0.0]  # the old one was at its end
-
-
-def test_a_run_that_goes_on_keeps_what_layers_do_with_positions(world, tmp_path):
-    from hylo_megatron.train import write_companions
-
-    def start(save="run", **changes):
-        argv = map(str, helpers.train_flags(world, "distill", tmp_path / save, **changes))
-        known = first_flags.first_flags(list(argv))
-        resume.check_save(known, student_architecture(known))
-        write_companions(known)
-
-    changes = dict(hylo_mla_rope="off", hylo_log_scale="600", hylo_linear_rope="on", hylo_rope='{"rope_theta": 4e5}')
-    start()
-    start(**changes)  # without a checkpoint the run starts anew
-    shutil.copytree(world["student"] / "release", tmp_path / "run" / "iter_0000002")
-    start(**changes)
-    for name in changes:
-        rest = {flag: value for flag, value in changes.items() if flag != name}
-        for more in ({}, dict(save="other", load=tmp_path / "run")):
-            with pytest.raises(HyLoError, match=f"^--{name.replace('_', '-')}: .* a run that goes on keeps it"):
-                start(**rest, **more)
-    start(save="other", load=tmp_path / "run", finetune=True)
-    arch = Architecture.load(tmp_path / "run")
-    assert not arch.mla_rope and arch.linear_rope and arch.log_scale and arch.rope_parameters["rope_theta"] == 4e5
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ from hylo_megatron.recipes.smollm2 import (  # noqa: E402
     with_batches,
     with_tokens,
 )
+from hylo_megatron.run import training_process  # noqa: E402
 from hylo_megatron.run.background import Background  # noqa: E402
 from hylo_megatron.run.launch import Processes  # noqa: E402
 from hylo_megatron.run.recipe_run import Run  # noqa: E402
@@ -137,3 +138,13 @@ def test_a_step_is_one_graph_on_one_gpu_or_as_asked():
     assert not Processes(layout=shared).one_graph
     with pytest.raises(HyLoError, match=r"--cuda-graph: not where ranks share a model \(TP 1 PP 1 CP 2 DP 1\)"):
         Processes(layout=shared, cuda_graph=True)
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_a_graph_that_was_asked_for_is_not_left_out(monkeypatch, gpu):
+    monkeypatch.setattr(training_process.torch.cuda, "is_available", lambda: gpu)
+    asked, moved = Processes(cuda_graph=True), ["--hylo-offload-optimizer"]
+    assert training_process.in_one_graph([], Processes()) == gpu
+    assert not training_process.in_one_graph(moved, Processes())
+    with pytest.raises(HyLoError, match="^--cuda-graph: needs a GPU, and works without --hylo-offload"):
+        training_process.in_one_graph(moved if gpu else [], asked)

@@ -103,6 +103,14 @@ def torchrun(*argv, processes: int = 2, timeout: float = PATIENCE) -> subprocess
     return processes_of_tests.run([*command, *argv], environment(), timeout)
 
 
+def refusal(done: subprocess.CompletedProcess) -> str:
+    """Return the one line with which a training was refused."""
+    assert done.returncode == 2, (done.returncode, done.stdout[-1000:], done.stderr[-3000:])
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in done.stderr, done.stderr[-3000:]
+    return lines[0]
+
+
 def read_log(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 

@@ -52,7 +52,7 @@ def test_windows_beside_mla_take_a_second_place_in_each_linear_layer(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_3B))
     one, two = (plan(tmp_path, "--plan", "6MLA22GDN", "--window", window) for window in ("256+4", "256+4:all"))
     mib = [float(re.search(r"windows of a request +([\d.]+) MiB", done.stdout)[1]) for done in (one, two)]
-    assert mib[1] == pytest.approx(2 * mib[0], abs=0.2)  # both are rounded to 0.1
+    assert mib[1] == pytest.approx(2 * mib[0], abs=0.151)  # each is rounded to 0.1
     done = plan(tmp_path, "--plan", "6MLA22GDN", "--window", "256+4:all", "--train", "distill", "--sequence", 4096)
     assert done.returncode == 0, done.stderr
 
