@@ -26,8 +26,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--method", required=True, choices=(*FIXED, *MEASURED), help="uniform: evenly spread; explicit: --layers;"
-        " window: let all layers of the base model but one see a --window; smart: restore the base model's attention in"
-        " an all-linear student, layer by layer; kl: the same after a short distillation beside each; gates: train gates between attention and linear blocks")  # fmt: skip
+        " window: let all layers of the base model but one see a --window; smart: restore the base model's attention"
+        " in an all-linear student, layer by layer; kl: the same after a short distillation beside each; gates: train"
+        " gates between attention and linear blocks")  # fmt: skip
     add("--teacher", required=True, type=Path, help="base model: Hugging Face folder, or checkpoint of hylo convert")
     add("--out", required=True, type=Path, help="folder for plan, picture and measurements")
     _add_budget(parser)
