@@ -27,6 +27,7 @@ from hylo_megatron.errors import HyLoError
 from hylo_megatron.kernels.rope import Angles, turn
 from hylo_megatron.kernels.window_cache import ChunkPlan, TokenPlan
 from hylo_megatron.kernels.window_decode import TokenKernel, kernel_fault
+from hylo_megatron.mixers.serving import stages
 from hylo_megatron.mixers.vllm_operators import register, split_at
 from hylo_megatron.mixers.window import key_heads, places_of
 
@@ -45,7 +46,7 @@ class HyLoWindow(nn.Module):
         """
         super().__init__()
         ranks, quant, prefix = get_tensor_model_parallel_world_size(), vllm_config.quant_config, f"{mixer}.window"
-        self.places = places(config, ranks)
+        self.places = places(vllm_config)
         self.layer, self.place, self.window, self.dim = holder, place, config.window, config.head_dim
         heads, groups, hidden = config.num_attention_heads, config.num_key_value_heads, config.hidden_size
         self.heads, self.groups = heads // ranks, self.places[1]
@@ -167,9 +168,10 @@ def tokens_of(heads: int, groups: int, dim: int, window: dict, dtype: torch.dtyp
     return TokenKernel
 
 
-def places(config, ranks: int) -> tuple[int, int, int, int]:
+def places(vllm_config) -> tuple[int, int, int, int]:
     """Return the shape of a request's places in a linear block on one rank: windows, key heads, rows, values."""
-    windows = places_of(config.mixers, config.window)
+    config, ranks = vllm_config.model_config.hf_config, vllm_config.parallel_config.tensor_parallel_size
+    windows = places_of(config.mixers, config.window, stages(vllm_config))
     return windows, key_heads(config.num_key_value_heads, ranks), window_rows(config.window), 2 * config.head_dim
 
 
