@@ -93,6 +93,21 @@ def test_settings_of_positions_are_served_exactly(geometry, linear, qk_norm, dev
     assert got["again"] == got["answers"]
 
 
+@pytest.mark.parametrize("linear", ["kda", "mamba2"])
+def test_windows_go_on_from_cached_prefixes(linear, tmp_path):
+    """Each prompt twice, and prompts that share a beginning with others."""
+    folder = write_folder(
+        tmp_path / "model", "native", linear, qk_norm=True, linear_rope=linear != "mamba2", **WINDOWS
+    )
+    prompts = [prompt(length, i) for i, length in enumerate((700, 650, 30, 1))]
+    prompts += [prompts[0][:600] + prompt(200, 7)[1:], prompts[1][:300] + prompt(400, 8)[1:]]
+    got = generate(tmp_path, folder, prompts, 8, twice=True, dtype="float32", max_model_len=1024, max_num_seqs=4,
+                   enable_prefix_caching=True)  # fmt: skip
+    check(folder, got["answers"], prompts, 1e-4)
+    check(folder, got["again"], prompts, 1e-4)
+    assert [count >= 600 for count in got["cached"]] == [True, True, False, False, True, True]
+
+
 BESIDE_MLA = {"gdn": {"mla": True}, "kda": {}, "mamba2": {"mla": True}}
 
 
