@@ -107,7 +107,8 @@ def refuse(vllm_config) -> None:
     weights = ONLINE_FP8[-1:] if current_platform.is_cpu() else ONLINE_FP8
     draft, lora = vllm_config.speculative_config, vllm_config.lora_config
     quantised = getattr(hybrid, "quantization_config", None)
-    split = vllm_config.parallel_config.decode_context_parallel_size > 1
+    parallel = vllm_config.parallel_config
+    split = parallel.decode_context_parallel_size > 1, getattr(parallel, "prefill_context_parallel_size", 1) > 1
     sends = getattr(vllm_config.kv_transfer_config, "kv_connector", None) or ""
     refused = (
         ("--speculative-config", draft, "rejected drafts would stay in the recurrent states; leave it out"),
@@ -117,7 +118,7 @@ def refuse(vllm_config) -> None:
          f"export the model unquantised, then choose --quantization {weights[0]}"),
         (f"--quantization {model.quantization}", model.quantization not in (None, *weights),
          f"expected {' or '.join(weights)}, with which vLLM quantises an exported folder while it loads"),
-        ("--decode-context-parallel-size", split,
+        ("--decode-context-parallel-size" if split[0] else "--prefill-context-parallel-size", any(split),
          "recurrent states cannot be split by position; use --tensor-parallel-size"),
         ("linear_rope in config.json", hybrid.linear_rope and hybrid.linear_type == "kda" and on_gpu(),
          "vLLM's Kimi Delta Attention has no place for a rotation on a GPU; use transformers, or Gated DeltaNet"),

@@ -73,6 +73,14 @@ def test_on_a_gpu_vllms_fp8_methods_are_let_through(folder, monkeypatch):
         plugin.refuse(given)
 
 
+@pytest.mark.parametrize("of", ["decode", "prefill"])
+def test_sequences_on_several_ranks_are_refused(folder, of):
+    given = configure(folder)
+    setattr(given.parallel_config, f"{of}_context_parallel_size", 2)
+    with pytest.raises(HyLoError, match=f"^--{of}-context-parallel-size: .* use --tensor-parallel-size"):
+        plugin.refuse(given)
+
+
 def changed(folder, to, **fields):
     for file in folder.iterdir():
         (to / file.name).symlink_to(file)

@@ -148,10 +148,13 @@ def test_a_folder_that_is_not_whole_is_refused(tmp_path):
 
 
 @pytest.mark.parallel
-@pytest.mark.parametrize("size", ["tensor_parallel_size", "pipeline_parallel_size"])
-def test_two_ranks_serve_what_one_does(size, tmp_path):
-    """Pipeline stages of three layers: the windows of both MLA layers of the first are with its linear layer."""
-    settings = WINDOW if size == "tensor_parallel_size" else WINDOWS | dict(mixers=["gdn", "mla", "mla"] + ["gdn"] * 3)
+@pytest.mark.parametrize("size, settings", [
+    ("tensor_parallel_size", WINDOW),
+    ("tensor_parallel_size", WINDOWS | dict(num_key_value_heads=1)),  # a copy of the head on each rank
+    # two windows of the first stage are with its only linear layer
+    ("pipeline_parallel_size", WINDOWS | dict(mixers=["gdn", "mla", "mla", "gdn", "gdn", "gdn"])),
+])  # fmt: skip
+def test_two_ranks_serve_what_one_does(size, settings, tmp_path):
     folder = write_folder(tmp_path / "ranks", "llama-1b", "gdn", linear_rope=True, **settings)
     prompts = [prompt(length, i) for i, length in enumerate(LENGTHS)]
     # The warm-up, which is left out elsewhere, makes the buffers of later stages.
