@@ -1,8 +1,8 @@
 """The window beside a mixer in vLLM: its layer, and its keys and values among a linear block's states.
 
-A request's places (``kernels/window_cache.py``) are the last of the states that the block caches; those of a window
-beside MLA are among the states of a linear block near it (``mixers/window.py:holders``). On a GPU one Triton kernel
-attends for a decoded token (``kernels/window_decode.py``); torch code attends for prompts.
+A request's places (``kernels/window_cache.py``) are the last of the states that the block caches. A window beside MLA
+has its places among the states of a linear block near it (``mixers/window.py:holders``). On a GPU one Triton kernel
+attends for a decoded token (``kernels/window_decode.py``). Torch code attends for prompts.
 
 Legend: T tokens of all requests, H this rank's query heads, G its key heads, K head dim, Y = 2 K, P = K / 2.
 """
@@ -33,7 +33,8 @@ from hylo_megatron.mixers.window import key_heads, places_of
 
 logger = init_logger("vllm.hylo_megatron")
 OP = "hylo_window"
-# What attends for decoded tokens, "triton" or "torch". Unset: Triton's kernel on a GPU where it equals the reference.
+# The variable that chooses what attends for decoded tokens, "triton" or "torch". Where the variable is unset, Triton's
+# kernel does on a GPU if it equals the reference.
 DECODES = "HYLO_SERVE_WINDOW"
 
 
@@ -41,9 +42,7 @@ class HyLoWindow(nn.Module):
     """The base model's attention over the last tokens and the first ones; ``gate_proj`` gives each head a factor."""
 
     def __init__(self, config, vllm_config, mixer: str, holder: str, place: int):
-        """``mixer``: name of the mixer that the window is beside. ``holder``: of the linear block whose states hold
-        ``place``.
-        """
+        """``mixer`` is the name of the mixer beside the window, ``holder`` that of the linear block with its ``place``."""
         super().__init__()
         ranks, quant, prefix = get_tensor_model_parallel_world_size(), vllm_config.quant_config, f"{mixer}.window"
         self.places = places(vllm_config)
@@ -127,7 +126,7 @@ class Plans:
 
 
 class Batch(NamedTuple):
-    """What vLLM's metadata say of a pass: slots of requests with one token, then those of chunks."""
+    """The slots of a pass, out of vLLM's metadata: those of requests with one token, then those of chunks."""
 
     token_slots: Tensor
     chunk_tokens: int
@@ -176,7 +175,7 @@ def places(vllm_config) -> tuple[int, int, int, int]:
 
 
 def add_window(mixer: nn.Module, window: HyLoWindow) -> None:
-    """Put a window beside a mixer. That of a linear block also says how large the block's states are."""
+    """Put a window beside a mixer. A linear block's window also says how large the block's states are."""
     mixer.has_window, mixer.window = True, window
 
 
