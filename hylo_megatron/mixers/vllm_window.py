@@ -42,7 +42,7 @@ class HyLoWindow(nn.Module):
     """The base model's attention over the last tokens and the first ones; ``gate_proj`` gives each head a factor."""
 
     def __init__(self, config, vllm_config, mixer: str, holder: str, place: int):
-        """``mixer`` is the name of the mixer beside the window, ``holder`` that of the linear block with its ``place``."""
+        """``mixer``: name of the mixer beside the window. ``holder``: of the linear block that has its ``place``."""
         super().__init__()
         ranks, quant, prefix = get_tensor_model_parallel_world_size(), vllm_config.quant_config, f"{mixer}.window"
         self.places = places(vllm_config)
