@@ -14,6 +14,8 @@ from hylo_megatron.flags import Parser, command_line
 from hylo_megatron.json_file import read_json
 from hylo_megatron.markdown import table
 from hylo_megatron.mixers import MIXERS
+from hylo_megatron.planner.pages import row_bytes
+from hylo_megatron.serve.geometry import serve
 
 NAME = "README.md"
 BEGIN, END = "<!-- figures: hylo card replaces the text up to the next marker -->", "<!-- end of the figures -->"
@@ -127,6 +129,8 @@ def _architecture(arch: Architecture) -> list[list[str]]:
         ["heads, vocabulary", f"{arch.num_attention_heads}, {arch.vocab_size:,}"],
         ["KV cache of a token, bf16", f"{arch.kv_bytes_per_token():,} bytes"],
     ]
+    if (served := _bytes_in_vllm(arch)) not in (None, arch.kv_bytes_per_token()):
+        rows.append(["KV cache of a token in vLLM on a GPU, bf16", f"{served:,} bytes"])
     for kind in dict.fromkeys(arch.plan):
         sizes = vars(getattr(arch.geometry, kind))
         rows.append([MIXERS[kind].title, ", ".join(f"{name} {value}" for name, value in sizes.items() if value)])
@@ -134,6 +138,16 @@ def _architecture(arch: Architecture) -> list[list[str]]:
     settings = [(name, getattr(arch, name), default) for name, default in positions.FIELDS.items()]
     rows += [[f"`{name}` (`config.json`)", str(value)] for name, value, default in settings if value != default]
     return [*rows, ["rotary embedding", rope], ["maximum length", f"{arch.max_position_embeddings:,} tokens"]]
+
+
+def _bytes_in_vllm(arch: Architecture) -> int | None:
+    """Return the bytes of a token's cache in vLLM on a GPU, which pads some sizes; None where no kernel runs them."""
+    heads = arch.num_attention_heads
+    try:
+        served = serve(arch.geometry, set(arch.plan), heads, arch.mla_qk_norm, on_gpu=True)
+    except HyLoError:
+        return None
+    return row_bytes(served, heads) * sum(not MIXERS[kind].linear for kind in arch.plan)
 
 
 def _training(origin: Origin) -> list[str]:

@@ -9,10 +9,10 @@ from hylo_megatron.hf.inputs import Rows
 class HyLoCache(Cache):
     """One dictionary of tensors per layer, batch first. The layers write them; this class reorders and counts them.
 
-    MLA has ``latent`` [B,S,R+P], the latent and the rotated shared key, and one more value with ``qk_norm``. Linear
-    mixers have ``conv`` [B,W-1,C] and ``state`` (fp32) for every length of text. A window beside either has ``window``
-    [B,W,2GK] and ``sinks`` [B,S,2GK], keys and values of its last and first tokens, with positions ``.._at``.
-    ``rows`` is known once a call had padding or positions of its own.
+    MLA has ``latent`` [B,S,R+P], the latent and the shared key, which is rotated unless the model has ``qk_norm``.
+    Linear mixers have ``conv`` [B,W-1,C] and ``state`` (fp32) for every length of text. A window beside either has
+    ``window`` [B,W,2GK] and ``sinks`` [B,S,2GK], keys and values of its last and first tokens, with positions
+    ``.._at``. ``rows`` is known once a call had padding or positions of its own.
     """
 
     def __init__(self, num_layers: int):
@@ -28,6 +28,13 @@ class HyLoCache(Cache):
         past = self.layers[layer].get("latent")
         self.layers[layer]["latent"] = rows_BSR if past is None else torch.cat([past, rows_BSR], 1)
         return self.layers[layer]["latent"]
+
+    def positions(self, mask_BT: torch.Tensor | None, total: int, device: torch.device) -> torch.Tensor:
+        """Return the positions [B or 1,T] of all ``total`` tokens, once ``rows`` knows the new ones."""
+        if self.rows is None:
+            return torch.arange(total, device=device).unsqueeze(0)
+        real_BT = torch.ones(1, total, dtype=torch.bool, device=device) if mask_BT is None else mask_BT
+        return self.rows.all_positions(real_BT)
 
     def keep(self, layer: int, conv: torch.Tensor, state: torch.Tensor) -> None:
         """Keep the states of a linear layer. ``conv`` is copied: a view would keep its whole sequence in memory."""

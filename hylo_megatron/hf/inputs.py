@@ -92,6 +92,10 @@ class Rows(NamedTuple):
         """Return positions [B,S] of new tokens, which count on. ``new_BS``: True for real tokens."""
         return (self.last_B[:, None] + new_BS.long().cumsum(1)).clamp(min=0)
 
+    def all_positions(self, real_BT: torch.Tensor) -> torch.Tensor:
+        """Return the positions [B,T] of all tokens so far: those of a row's real tokens follow one another."""
+        return (self.last_B[:, None] - self.real_B[:, None] + real_BT.long().cumsum(1)).clamp(min=0)
+
     def after(self, positions_BS: torch.Tensor, new_BS: torch.Tensor) -> "Rows":
         """Return the rows behind new tokens at these positions."""
         positions_BS = positions_BS.expand(new_BS.shape)

@@ -156,6 +156,9 @@ class HyLoModel(HyLoPreTrainedModel):
             angles = self.rotation(restarted(starts_BS))
             return angles, None, None, Documents(starts_BS, angles)
         angles = self.rotation(self._positions(x_BSD, mask, position_ids, cache))
+        if past and self.config.qk_norm:
+            key_cos, key_sin = self.rotation.of_mla(cache.positions(mask, past + length, device))
+            angles = angles._replace(key_cos=key_cos, key_sin=key_sin)
         real_BS1 = real_tokens(None if mask is None else mask[:, past:])
         return angles, inputs.allowed(mask, past, length, device), real_BS1, None
 

@@ -58,7 +58,8 @@ class Angles(NamedTuple):
 
     ``cos`` and ``sin`` rotate queries and keys of MLA, and ``scale`` multiplies its queries. ``linear_cos`` and
     ``linear_sin`` rotate queries and keys of linear layers. ``window`` is for the windows beside them in vLLM
-    (``Positions`` of ``mixers/vllm_window.py``).
+    (``Positions`` of ``mixers/vllm_window.py``). ``key_cos`` and ``key_sin`` are of all cached tokens and the new
+    ones, where transformers' MLA caches keys that are not rotated (``qk_norm``).
     """
 
     cos: Tensor | None
@@ -67,6 +68,8 @@ class Angles(NamedTuple):
     linear_cos: Tensor | None = None
     linear_sin: Tensor | None = None
     window: tuple[Tensor, ...] | None = None
+    key_cos: Tensor | None = None
+    key_sin: Tensor | None = None
 
 
 def query_scale(positions: Tensor, log_scale: LogScale) -> Tensor:

@@ -1,7 +1,7 @@
-"""``window_cache.TokenPlan`` in one Triton kernel: a program for each request and key head.
+"""``window_cache.TokenPlan`` in one Triton kernel, with a program for each request and key head.
 
-A program reads the request's places once, with the new token's keys and values in place of what its place held, and
-writes these there. Nothing else is kept, and no mask is made: a place's number and the position tell what it holds.
+A program reads the request's places once. The new token's keys and values take the place of what its place held, and
+the program writes them there. No mask is made, because a place's number and the position tell what the place holds.
 """
 
 import torch
@@ -62,7 +62,7 @@ def _decode(near_ptr, far_ptr, kv_ptr, cache_ptr, at_ptr, slot_ptr, out_ptr, slo
 
 def decode(near_RHK: Tensor, far_RHK: Tensor, kv_RGY: Tensor, cache_MGCY: Tensor, at_R: Tensor, slot_R: Tensor,
            window: dict, out_RHK: Tensor) -> None:  # fmt: skip
-    """Write the tokens' keys and values into ``cache``, and the attention into ``out``, but for slots of 0 or less."""
+    """Write the tokens' keys and values into ``cache``, and the attention into ``out``, except for slots below 1."""
     (requests, heads, dim), groups = near_RHK.shape, kv_RGY.shape[1]
     size, sinks = window["size"], window["sinks"]
     widths = (max(16, triton.next_power_of_2(n)) for n in (heads // groups, dim))

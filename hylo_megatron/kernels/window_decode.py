@@ -1,4 +1,4 @@
-"""The choice of what attends for decoded tokens: ``window_cache.TokenPlan``, or one Triton kernel that equals it.
+"""The choice between ``window_cache.TokenPlan`` and one Triton kernel, which attend alike for decoded tokens.
 
 Legend: R requests, H query heads, G key heads, K head dim, Y = 2 K, C places, M places of a cache's slots.
 """
@@ -17,7 +17,7 @@ TOLERANCE = 0.02  # ‖kernel - reference‖ / ‖reference‖, as in self_test.
 
 @dataclass(frozen=True, kw_only=True)
 class TokenKernel:
-    """A ``TokenPlan`` without tensors of its own. Slots of 0 or less are padding, whose output is left as it is."""
+    """A ``TokenPlan`` without tensors of its own. Slots below 1 are padding, whose output stays as it is."""
 
     at_R: Tensor
     slot_R: Tensor

@@ -33,13 +33,6 @@ class HyLoGateNorm(HyLoRMSNorm):
         return kernels.ops_for(x).gated_rms_norm(x, gate, self.weight, self.eps, activation=self.activation)
 
 
-class HyLoKeyNorm(HyLoRMSNorm):
-    """A norm whose weight is also applied in parts: called without ``x``, it returns the weight."""
-
-    def forward(self, x: torch.Tensor | None = None) -> torch.Tensor:
-        return self.weight if x is None else super().forward(x)
-
-
 class HyLoConv1d(nn.Conv1d):
     """Holds a depthwise convolution; calling it returns weight [C,W] and bias, which a kernel applies."""
 
@@ -50,13 +43,13 @@ class HyLoConv1d(nn.Conv1d):
         return self.weight.squeeze(1), self.bias
 
 
-def held(layer: nn.Module, kind: type[HyLoKeyNorm | HyLoConv1d]):
-    """Return what the layer holds. The layer is called, so that hooks run that bring offloaded weights back.
+def held(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return what a ``HyLoConv1d`` holds. The layer is called, so that hooks run that bring offloaded weights back.
 
     Raises ``ValueError`` where an adapter has taken the layer's place.
     """
-    if not isinstance(layer, kind):
-        name = kind.__name__
+    if not isinstance(layer, HyLoConv1d):
+        name = HyLoConv1d.__name__
         raise ValueError(f"a {name} layer was replaced by {type(layer).__name__}: leave {name} layers out of adapters")
     return layer()
 
@@ -76,9 +69,11 @@ class Rotation:
     def __call__(self, positions_BS: torch.Tensor) -> Angles:
         config = self.config
         width = rotary_width(config.linear_type, config.geometry()) if config.linear_rope else 0
-        mla = self.cos_and_sin(positions_BS, config.qk_rope_head_dim if config.mla_rope else 0)
         scale = query_scale(positions_BS, config.log_scale) if config.log_scale else None
-        return Angles(*mla, scale, *self.cos_and_sin(positions_BS, width))
+        return Angles(*self.of_mla(positions_BS), scale, *self.cos_and_sin(positions_BS, width))
+
+    def of_mla(self, positions_BS: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        return self.cos_and_sin(positions_BS, self.config.qk_rope_head_dim if self.config.mla_rope else 0)
 
     def cos_and_sin(self, positions_BS: torch.Tensor, width: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         if not width:

@@ -114,7 +114,7 @@ class DeltaRuleMixer(LinearMixer):
 
     def mix(self, x_BSD: Tensor, real_BS1: Tensor | None, states: States) -> Tensor:
         projected = torch.cat([self.q_proj(x_BSD), self.k_proj(x_BSD), self.v_proj(x_BSD)], -1)
-        weight = torch.cat([held(conv, HyLoConv1d)[0] for conv in (self.q_conv1d, self.k_conv1d, self.v_conv1d)])
+        weight = torch.cat([held(conv)[0] for conv in (self.q_conv1d, self.k_conv1d, self.v_conv1d)])
         q, k, v = states.convolve(projected, weight).split(self.conv_sizes, -1)
         # Not in the kernel: fla compiles its own norm anew for every size of batch, and prompts come in all sizes.
         q, k = (kernels.l2norm(rotate(t.unflatten(-1, (-1, self.key_dim)), *states.turn)) for t in (q, k))

@@ -1,4 +1,4 @@
-"""What the mixers' ``serving.py`` share: what they are told, and what they return. No torch or vLLM in here.
+"""What the mixers' ``serving.py`` share: what they are told, and what they return. No torch in here.
 
 A mixer's ``serving.py`` has
 
@@ -6,6 +6,7 @@ A mixer's ``serving.py`` has
     settings    changes settings of vLLM to fit the dimensions
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +41,21 @@ class ServedPart:
 def trained_geometry(config) -> Geometry:
     """Return the geometry of the exported weights; ``config`` holds the served one in its own fields."""
     return Geometry.from_dict(config.trained_geometry)
+
+
+def stages(vllm_config) -> tuple[range, ...]:
+    """Return the layers of each pipeline stage of vLLM."""
+    from vllm import envs
+
+    layers, count = vllm_config.model_config.hf_config.mixers, vllm_config.parallel_config.pipeline_parallel_size
+    return _stages(len(layers), count, envs.VLLM_PP_LAYER_PARTITION)
+
+
+@functools.lru_cache  # vLLM logs uneven stages each time
+def _stages(layers: int, count: int, partition: str | None) -> tuple[range, ...]:
+    from vllm.distributed.utils import get_pp_indices
+
+    return tuple(range(*get_pp_indices(layers, stage, count)) for stage in range(count))
 
 
 def as_trained(geometry, target: Target) -> ServedPart:

@@ -1,8 +1,8 @@
 """The window beside a mixer in vLLM: its layer, and its keys and values among a linear block's states.
 
-A request's places (``kernels/window_cache.py``) are the last of the states that the block caches; those of a window
-beside MLA are among the states of a linear block near it (``mixers/window.py:holders``). On a GPU one Triton kernel
-attends for a decoded token (``kernels/window_decode.py``); torch code attends for prompts.
+A request's places (``kernels/window_cache.py``) are the last of the states that the block caches. A window beside MLA
+has its places among the states of a linear block near it (``mixers/window.py:holders``). On a GPU one Triton kernel
+attends for a decoded token (``kernels/window_decode.py``). Torch code attends for prompts.
 
 Legend: T tokens of all requests, H this rank's query heads, G its key heads, K head dim, Y = 2 K, P = K / 2.
 """
@@ -27,12 +27,14 @@ from hylo_megatron.errors import HyLoError
 from hylo_megatron.kernels.rope import Angles, turn
 from hylo_megatron.kernels.window_cache import ChunkPlan, TokenPlan
 from hylo_megatron.kernels.window_decode import TokenKernel, kernel_fault
+from hylo_megatron.mixers.serving import stages
 from hylo_megatron.mixers.vllm_operators import register, split_at
 from hylo_megatron.mixers.window import key_heads, places_of
 
 logger = init_logger("vllm.hylo_megatron")
 OP = "hylo_window"
-# What attends for decoded tokens, "triton" or "torch". Unset: Triton's kernel on a GPU where it equals the reference.
+# The variable that chooses what attends for decoded tokens, "triton" or "torch". Where the variable is unset, Triton's
+# kernel does on a GPU if it equals the reference.
 DECODES = "HYLO_SERVE_WINDOW"
 
 
@@ -40,12 +42,10 @@ class HyLoWindow(nn.Module):
     """The base model's attention over the last tokens and the first ones; ``gate_proj`` gives each head a factor."""
 
     def __init__(self, config, vllm_config, mixer: str, holder: str, place: int):
-        """``mixer``: name of the mixer that the window is beside. ``holder``: of the linear block whose states hold
-        ``place``.
-        """
+        """``mixer``: name of the mixer beside the window. ``holder``: of the linear block that has its ``place``."""
         super().__init__()
         ranks, quant, prefix = get_tensor_model_parallel_world_size(), vllm_config.quant_config, f"{mixer}.window"
-        self.places = places(config, ranks)
+        self.places = places(vllm_config)
         self.layer, self.place, self.window, self.dim = holder, place, config.window, config.head_dim
         heads, groups, hidden = config.num_attention_heads, config.num_key_value_heads, config.hidden_size
         self.heads, self.groups = heads // ranks, self.places[1]
@@ -126,7 +126,7 @@ class Plans:
 
 
 class Batch(NamedTuple):
-    """What vLLM's metadata say of a pass: slots of requests with one token, then those of chunks."""
+    """The slots of a pass, out of vLLM's metadata: those of requests with one token, then those of chunks."""
 
     token_slots: Tensor
     chunk_tokens: int
@@ -167,14 +167,15 @@ def tokens_of(heads: int, groups: int, dim: int, window: dict, dtype: torch.dtyp
     return TokenKernel
 
 
-def places(config, ranks: int) -> tuple[int, int, int, int]:
+def places(vllm_config) -> tuple[int, int, int, int]:
     """Return the shape of a request's places in a linear block on one rank: windows, key heads, rows, values."""
-    windows = places_of(config.mixers, config.window)
+    config, ranks = vllm_config.model_config.hf_config, vllm_config.parallel_config.tensor_parallel_size
+    windows = places_of(config.mixers, config.window, stages(vllm_config))
     return windows, key_heads(config.num_key_value_heads, ranks), window_rows(config.window), 2 * config.head_dim
 
 
 def add_window(mixer: nn.Module, window: HyLoWindow) -> None:
-    """Put a window beside a mixer. That of a linear block also says how large the block's states are."""
+    """Put a window beside a mixer. A linear block's window also says how large the block's states are."""
     mixer.has_window, mixer.window = True, window
 
 

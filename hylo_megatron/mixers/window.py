@@ -56,35 +56,40 @@ def key_heads(heads: int, ranks: int) -> int:
     return max(1, heads // ranks)
 
 
-def holders(plan: Sequence[str], window: dict | None) -> dict[int, tuple[int, int]]:
+def holders(
+    plan: Sequence[str], window: dict | None, stages: Sequence[range] | None = None
+) -> dict[int, tuple[int, int]]:
     """Return for each layer with a window the linear layer whose states in vLLM hold its keys and values, and a place.
 
-    A linear layer has its own in place 0. Windows of MLA layers share the linear layers out, so that all have the same
-    number of places; each takes the nearest that is free.
+    A linear layer has its own in place 0. Windows of MLA layers share out the linear layers of their pipeline stage,
+    so that all have the same number of places; each takes the nearest that is free. ``stages``: the layers of each
+    (default: one stage has all). Windows in a stage without linear layers are left out.
     """
-    linear = [layer for layer, kind in enumerate(plan) if MIXERS[kind].linear]
-    others = [layer for layer, kind in enumerate(plan) if layer not in linear and has_window(window, kind)]
-    found, taken = {layer: (layer, 0) for layer in linear}, dict.fromkeys(linear, 0)
-    most = -(-len(others) // max(1, len(linear)))
-    for layer in others if linear else ():
-        holder = min((other for other in linear if taken[other] < most), key=lambda other: abs(other - layer))
-        taken[holder] += 1
-        found[layer] = holder, taken[holder]
+    found = {}
+    for stage in stages or [range(len(plan))]:
+        linear = [layer for layer in stage if MIXERS[plan[layer]].linear]
+        others = [layer for layer in stage if layer not in linear and has_window(window, plan[layer])]
+        found |= {layer: (layer, 0) for layer in linear}
+        most, taken = -(-len(others) // max(1, len(linear))), dict.fromkeys(linear, 0)
+        for layer in others if linear else ():
+            holder = min((other for other in linear if taken[other] < most), key=lambda other: abs(other - layer))
+            taken[holder] += 1
+            found[layer] = holder, taken[holder]
     return found
 
 
-def places_of(plan: Sequence[str], window: dict | None) -> int:
-    """Return how many windows the states of a linear layer hold in vLLM."""
-    return 1 + max((place for _, place in holders(plan, window).values()), default=0) if window else 0
+def places_of(plan: Sequence[str], window: dict | None, stages: Sequence[range] | None = None) -> int:
+    """Return how many windows the states of a linear layer hold in vLLM, which gives all stages the same states."""
+    return 1 + max((place for _, place in holders(plan, window, stages).values()), default=0) if window else 0
 
 
-def cached_values(arch: Architecture, ranks: int = 1) -> int:
+def cached_values(arch: Architecture, ranks: int = 1, stages: Sequence[range] | None = None) -> int:
     """Return the values of windows that the states of a linear layer hold in vLLM, on one tensor-parallel rank.
 
-    ``arch`` may be an exported model's configuration.
+    ``arch`` may be an exported model's configuration. ``stages``: those of ``holders``.
     """
     plan = arch.plan if isinstance(arch, Architecture) else arch.mixers
-    rows = places_of(plan, arch.window) * window_rows(arch.window)
+    rows = places_of(plan, arch.window, stages) * window_rows(arch.window)
     return 2 * rows * key_heads(arch.num_key_value_heads, ranks) * arch.head_dim
 
 
@@ -116,12 +121,13 @@ def beside(block: SubLayer, arch: Architecture, at: Share) -> SubLayer:
 
     Kept are queries, rotated twice, with keys of the same width and values in blocks, the output as the kernel returns
     it and by token, with fp32 denominators, gates in fp32 and bf16, the product of both, and the gate's weight with
-    the zeros that align it.
+    the zeros that align it. The output by token is a part of that of complete blocks, but chunks of a rank are joined.
     """
     h, g, k = arch.num_attention_heads // at.layout.tp, arch.num_key_value_heads // at.layout.tp, arch.head_dim
     cut = _cut(arch, at.length, at.layout.cp)
     padded, keys = cut.count * cut.length / at.length, cut.count * cut.keys / at.length
-    kept = at.inner(padded * (4 * h * k + 2 * h) + 3 * keys * g * k + h * k + 3 * h)
+    by_token = padded if at.layout.cp == 1 else 1
+    kept = at.inner(padded * (3 * h * k + 2 * h) + by_token * h * k + 3 * keys * g * k + h * k + 3 * h)
     kept += 2 * aligned(h) * arch.hidden_size if h % 16 else 0
     work = at.inner(3 * padded * h * k + 6 * keys * g * k)
     return SubLayer(block.kept + kept, max(block.work, work), block.entry)

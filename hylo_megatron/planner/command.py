@@ -61,11 +61,14 @@ def rows(arch: Architecture, known) -> list[tuple[str, str]]:
         sizes = dict(state_itemsize=itemsize, tp=known.tp, window=cached_values(arch, known.tp))
         layout = pages(served, arch.plan, heads, **sizes)
         row = row_bytes(served, heads, tp=known.tp) * layout.layers[0]
+        if arch.window and not layout.layers[1]:
+            raise HyLoError("window: vLLM keeps windows among the states of linear layers, and this plan has none")
         states = state_bytes(served, arch.linear_kind, **sizes) * layout.layers[1]
-        space = max(known.requests * layout.block, 64 * 1024) * expanded_bytes(served, heads, tp=known.tp)
-        found += [("states of a request", f"{states / 2**20:.1f} MiB"),
-                  ("work space", f"{space / GIB:.2f} GiB for {known.requests} requests at once")]  # fmt: skip
-        budget -= space
+        found.append(("states of a request", f"{states / 2**20:.1f} MiB"))
+        if layout.layers[0] and not served.expanded:  # to write out latents
+            space = max(known.requests * layout.block, 64 * 1024) * expanded_bytes(served, heads, tp=known.tp)
+            found.append(("work space", f"{space / GIB:.2f} GiB for {known.requests} requests at once"))
+            budget -= space
     else:
         row = arch.kv_bytes_per_token() // known.tp
         layout = Pages(16, 16 * row // arch.num_layers, (arch.num_layers, 0))

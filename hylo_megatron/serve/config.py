@@ -7,12 +7,14 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
 
+from hylo_megatron.config.positions import has_window
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.hf.config_values import described
 from hylo_megatron.hf.configuration_hylo import HyLoConfig
 from hylo_megatron.mixers import CACHED, MIXERS
 from hylo_megatron.mixers.dimensions import geometry_to_config
-from hylo_megatron.mixers.window import cached_values
+from hylo_megatron.mixers.serving import stages
+from hylo_megatron.mixers.window import cached_values, holders
 from hylo_megatron.planner.pages import expanded_bytes, pages
 from hylo_megatron.serve.geometry import Served, serve
 
@@ -105,7 +107,8 @@ def refuse(vllm_config) -> None:
     weights = ONLINE_FP8[-1:] if current_platform.is_cpu() else ONLINE_FP8
     draft, lora = vllm_config.speculative_config, vllm_config.lora_config
     quantised = getattr(hybrid, "quantization_config", None)
-    split = vllm_config.parallel_config.decode_context_parallel_size > 1
+    parallel = vllm_config.parallel_config
+    split = parallel.decode_context_parallel_size > 1, getattr(parallel, "prefill_context_parallel_size", 1) > 1
     sends = getattr(vllm_config.kv_transfer_config, "kv_connector", None) or ""
     refused = (
         ("--speculative-config", draft, "rejected drafts would stay in the recurrent states; leave it out"),
@@ -115,12 +118,15 @@ def refuse(vllm_config) -> None:
          f"export the model unquantised, then choose --quantization {weights[0]}"),
         (f"--quantization {model.quantization}", model.quantization not in (None, *weights),
          f"expected {' or '.join(weights)}, with which vLLM quantises an exported folder while it loads"),
-        ("--decode-context-parallel-size", split,
+        ("--decode-context-parallel-size" if split[0] else "--prefill-context-parallel-size", any(split),
          "recurrent states cannot be split by position; use --tensor-parallel-size"),
         ("linear_rope in config.json", hybrid.linear_rope and hybrid.linear_type == "kda" and on_gpu(),
          "vLLM's Kimi Delta Attention has no place for a rotation on a GPU; use transformers, or Gated DeltaNet"),
         ("window in config.json", hybrid.window and not any(MIXERS[kind].linear for kind in hybrid.mixers),
          "vLLM keeps windows among the states of linear layers, and this plan has none; use transformers"),
+        ("--pipeline-parallel-size", hybrid.window and _lonely_windows(vllm_config),
+         "a stage has windows beside MLA and no linear layer whose states could keep them; choose stages that have one"
+         " (VLLM_PP_LAYER_PARTITION), or use --tensor-parallel-size"),
         (f"--kv-transfer-config with {sends}", hybrid.window and sends and "Offload" not in sends,  # that takes pages
          "connectors send two states of a layer, without the keys and values of its window; leave it out"),
         (f"--kv-cache-dtype {dtype}", current_platform.is_cpu() and dtype not in CPU_CACHES,
@@ -129,6 +135,13 @@ def refuse(vllm_config) -> None:
     for option, given, advice in refused:
         if given:
             raise HyLoError(f"{option}: not supported for a hybrid: {advice}")
+
+
+def _lonely_windows(vllm_config) -> bool:
+    """Return whether a pipeline stage has a window and no linear layer that could hold its keys and values."""
+    config = vllm_config.model_config.hf_config
+    held = holders(config.mixers, config.window, stages(vllm_config))
+    return any(has_window(config.window, kind) and layer not in held for layer, kind in enumerate(config.mixers))
 
 
 def limit_requests(vllm_config) -> None:
@@ -140,7 +153,8 @@ def limit_requests(vllm_config) -> None:
     config, scheduler = vllm_config.model_config.hf_config, vllm_config.scheduler_config
     tp, state = vllm_config.parallel_config.tensor_parallel_size, vllm_config.cache_config.mamba_ssm_cache_dtype
     heads, runs = config.num_attention_heads, Served(config.geometry())
-    sizes = dict(state_itemsize=4 if state == "float32" else 2, tp=tp, window=cached_values(config, tp))
+    window = cached_values(config, tp, stages(vllm_config))
+    sizes = dict(state_itemsize=4 if state == "float32" else 2, tp=tp, window=window)
     block = pages(runs, tuple(config.mixers), heads, **sizes).block
     each = block * expanded_bytes(runs, heads, tp=tp)
     fits = max(1, WORKSPACE // each)

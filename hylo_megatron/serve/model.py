@@ -29,7 +29,7 @@ from hylo_megatron.config.positions import has_window
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.kernels.rope import Angles
 from hylo_megatron.mixers import CACHED, MIXERS, Mixer
-from hylo_megatron.mixers.serving import trained_geometry
+from hylo_megatron.mixers.serving import stages, trained_geometry
 from hylo_megatron.mixers.vllm_window import HyLoWindow, add_window, places
 from hylo_megatron.mixers.window import holders
 from hylo_megatron.serve.config import refuse
@@ -44,7 +44,7 @@ class HyLoDecoderLayer(nn.Module):
         self.mixer_name, self.windowed = entry.module, has_window(config.window, entry.name)
         layer = entry.part("vllm_module").LAYER(config, vllm_config, f"{prefix}.{entry.module}")
         if self.windowed:
-            holder, place = holders(config.mixers, config.window)[int(number)]
+            holder, place = holders(config.mixers, config.window, stages(vllm_config))[int(number)]
             name = f"{layers}.{holder}.{MIXERS[config.mixers[holder]].module}"
             add_window(layer, HyLoWindow(config, vllm_config, f"{prefix}.{entry.module}", name, place))
         setattr(self, entry.module, layer)
@@ -82,7 +82,6 @@ class HyLoModel(nn.Module):
             lambda prefix: HyLoDecoderLayer(config, vllm_config, prefix),
             prefix=f"{prefix}.layers",
         )
-        check_holders(config, range(self.start_layer, self.end_layer))
         norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.norm = norm if pipeline.is_last_rank else PPMissingLayer()
         self.rotation = MIXERS[CACHED[0]].part("vllm_module").Rotation(config)
@@ -155,7 +154,7 @@ class HyLoForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
         entry, tp = _linear(vllm_config), vllm_config.parallel_config.tensor_parallel_size
         config = vllm_config.model_config.hf_config
         found = entry.part("vllm_module").state_shapes(tp, entry.dimensions(config.geometry()))
-        return (*found, places(config, tp)) if config.window else found
+        return (*found, places(vllm_config)) if config.window else found
 
     def get_mamba_state_copy_func(self):
         """Return how prefix caching copies each state. vLLM declares a class method, and asks the model itself."""
@@ -246,16 +245,6 @@ class HyLoForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
         for name, module in self.named_modules():
             if hasattr(module, "derive"):
                 module.derive(name, loaded, self.dtype)
-
-
-def check_holders(config, here: range) -> None:
-    """Raise ``HyLoError`` if a pipeline stage with the layers ``here`` lacks the linear layer that holds a window."""
-    for layer, (holder, _) in holders(config.mixers, config.window).items():
-        if layer in here and holder not in here:
-            raise HyLoError(
-                f"--pipeline-parallel-size: the window of layer {layer} is among the states of layer {holder}, which"
-                " another pipeline stage has; use --tensor-parallel-size in its place"
-            )
 
 
 def _linear(vllm_config: VllmConfig) -> Mixer:

@@ -1,11 +1,13 @@
 """The model card of exported folders: what it says, and that it never replaces what a person wrote."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from helpers.tiny import hybrid, write_hybrid
 
+from hylo_megatron.config import GDNGeometry, Geometry, Mamba2Geometry, MLAGeometry
 from hylo_megatron.convert import megatron_to_hf, model_card
 from hylo_megatron.convert.card_records import Origin, Text, TrainedStage, origin_of
 from hylo_megatron.corpus.sources import SMALL_MIX
@@ -104,6 +106,21 @@ def test_what_is_unknown_is_not_claimed(tmp_path):
     assert data["base_model"] == "us/base" and "license" not in data and "distillation" not in data["tags"]
     assert "no record of a training" in card and model_card.NO_FIGURES in card and "## Data" not in card
     assert "hylo_code/" in card and "import hylo_megatron" not in card
+
+
+NATIVE = Geometry(MLAGeometry(256, 64, 64, 64), GDNGeometry(2, 4, 16, 32), Mamba2Geometry(2, 16, 8, 2))
+WIDE = replace(NATIVE, gdn=GDNGeometry(2, 4, 16, 24))  # value heads that vLLM cannot split
+
+
+@pytest.mark.parametrize(
+    "geometry, norm, row",
+    [(NATIVE, False, None), (NATIVE, True, "4,096 bytes"), (None, False, "1,280 bytes"), (WIDE, False, None)],
+)
+def test_the_cache_in_vllm_is_told_where_it_is_another(geometry, norm, row):
+    """Two MLA layers with four heads: expanded for a norm on keys, or padded to sizes that a kernel has."""
+    arch = hybrid(mla_qk_norm=norm, **({"geometry": geometry} if geometry else {}))
+    rows = [value for name, value in model_card._architecture(arch) if "in vLLM" in name]
+    assert rows == ([row] if row else [])
 
 
 def test_a_training_without_a_recipe_leaves_its_log(tmp_path):

@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import sys
 import threading
-from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +18,7 @@ if not has("triton"):
 import torch  # noqa: E402
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
+from helpers.no_gpu import NoGPU  # noqa: E402
 from triton.runtime.driver import driver  # noqa: E402
 
 from hylo_megatron.engine.register import installed  # noqa: E402
@@ -30,31 +29,6 @@ def doubled(x_ptr, y_ptr, size, BLOCK: tl.constexpr):
     tl.static_assert(BLOCK < 512, "too large")
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(y_ptr + at, 2 * tl.load(x_ptr + at, mask=at < size), mask=at < size)
-
-
-@dataclass
-class NoGPU:
-    """A driver that names a Hopper GPU as target, and launches nothing."""
-
-    launched: list = field(default_factory=list)
-
-    def __post_init__(self):
-        self.utils = SimpleNamespace(
-            load_binary=lambda name, kernel, shared, device: (1, 1, 32, 0, 1024),
-            get_device_properties=lambda device: {"max_shared_mem": 232448},
-        )
-
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return 0
-
-    def launcher_cls(self, source, metadata):
-        return lambda *arguments: self.launched.append(metadata.num_warps)
 
 
 def timed_once(call, quantiles):

@@ -53,9 +53,10 @@ def write_folder(
     """Three linear blocks of ``linear`` and two MLA layers; weights large enough for every layer to matter."""
     folder.mkdir(parents=True)
     config = HyLoConfig(
-        vocab_size=write_tokenizer(folder), mixers=[linear, "mla", linear, linear, "mla"], qk_norm=qk_norm,
+        vocab_size=write_tokenizer(folder), qk_norm=qk_norm,
         bos_token_id=1, eos_token_id=2, architectures=["HyLoForCausalLM"], initializer_range=0.12, **SMALL,
-        **sizes(GEOMETRIES[geometry]), rope_parameters={"rope_type": "default", "rope_theta": 500000.0}, **changes,
+        **sizes(GEOMETRIES[geometry]), rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+        **{"mixers": [linear, "mla", linear, linear, "mla"]} | changes,
     )  # fmt: skip
     torch.manual_seed(seed)
     model = HyLoForCausalLM(config)

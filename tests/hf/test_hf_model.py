@@ -34,13 +34,15 @@ def test_cached_steps_equal_the_whole_sequence(kind):
     assert cache.get_seq_length() == 23
 
 
+@each_hybrid
 @torch.no_grad()
-def test_cache_size():
-    """MLA rows grow by R + P values a token, states not at all."""
-    model, sizes = model_of(("mla", "gdn")), []
+def test_a_token_takes_the_bytes_that_are_counted(kind):
+    """MLA rows grow by R + P bf16 values a token, states not at all, windows until they are full."""
+    model, sizes = model_of(**HYBRIDS[kind]).bfloat16(), []
     for length in (16, 17):
         sizes.append(model(torch.ones(1, length, dtype=torch.long), use_cache=True).past_key_values.num_bytes())
-    assert sizes[1] - sizes[0] == 4 * (20 + 8)
+    assert sizes[1] - sizes[0] == model.config.to_architecture().kv_bytes_per_token()
+    assert sizes[1] - sizes[0] == model.config.mixers.count("mla") * 2 * (20 + 8)
 
 
 @pytest.mark.parametrize("linear", ["gdn", "mamba2", "kda"])
@@ -130,7 +132,7 @@ PADDED = torch.tensor([[0] * 3 + [1] * 9, [1] * 12])
 
 
 @pytest.mark.parametrize("masked", [True, False])
-@pytest.mark.parametrize("kind", ["linear_rope", "window", "nope"])
+@pytest.mark.parametrize("kind", ["linear_rope", "window", "nope", "qk_norm"])
 @torch.no_grad()
 def test_masks_and_positions_go_on_from_the_cached_ones(kind, masked):
     """Positions of another origin go on by themselves; what would compute with two origins is refused."""

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,25 @@ def test_the_kernel_in_tritons_interpreter():
 @pytest.mark.parametrize("sizes", SIZES)
 def test_the_check_finds_no_fault_interpreted(sizes, dtype):
     assert fault(*sizes, dtype=dtype) == ""
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("sizes", [(9, 3, 64, 256, 4), (32, 8, 64, 256, 4), (24, 8, 128, 256, 4), *SIZES[1:]])
+@pytest.mark.parametrize("kept", [torch.bfloat16, torch.float32])
+def test_the_kernel_compiles_for_a_hopper_gpu(sizes, kept, tmp_path, monkeypatch):
+    """In bf16, with caches in bf16 or fp32, down to the machine code and within the shared memory of a block."""
+    from helpers.no_gpu import NoGPU
+    from triton.runtime.driver import driver
+
+    heads, groups, dim, size, sinks = sizes
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(driver, "_active", NoGPU())
+    new = defaultdict(triton_window._decode.device_caches.default_factory)
+    monkeypatch.setattr(triton_window._decode, "device_caches", new)
+    near, kv = (torch.zeros(2, n, width, dtype=torch.bfloat16) for n, width in ((heads, dim), (groups, 2 * dim)))
+    cache, at = torch.zeros(3, groups, size + sinks, 2 * dim, dtype=kept), torch.zeros(2, dtype=torch.int64)
+    triton_window.decode(near, near, kv, cache, at, at.int(), {"size": size, "sinks": sinks}, near.clone())
+    assert driver.active.launched == [4 if dim <= 64 else 8]
 
 
 def exact(near, far, kv, cache, at, slots, window, out) -> None:

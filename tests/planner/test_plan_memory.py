@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from helpers.paths import ROOT
@@ -14,6 +15,8 @@ from hylo_megatron.config.layout import ParallelLayout, Work
 from hylo_megatron.config.stages import stage_kind
 from hylo_megatron.convert.hf_config import read_architecture
 from hylo_megatron.distill.losses import KL, LayerDistance
+from hylo_megatron.errors import HyLoError
+from hylo_megatron.planner.command import ACTIVATIONS, rows
 from hylo_megatron.planner.training import PlannedRun, peak
 
 LLAMA_3B = dict(
@@ -55,6 +58,26 @@ def test_windows_beside_mla_take_a_second_place_in_each_linear_layer(tmp_path):
     assert mib[1] == pytest.approx(2 * mib[0], abs=0.151)  # each is rounded to 0.1
     done = plan(tmp_path, "--plan", "6MLA22GDN", "--window", "256+4:all", "--train", "distill", "--sequence", 4096)
     assert done.returncode == 0, done.stderr
+
+
+SIX = ("mla",) * 6 + ("gdn",) * 22
+
+
+@pytest.mark.parametrize(
+    "kinds, norm, latents", [(SIX, False, True), (SIX, True, False), (("gdn",) * 28, False, False)]
+)
+def test_only_latents_need_work_space(tmp_path, kinds, norm, latents):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_3B))
+    known = SimpleNamespace(gpu_gib=140, utilization=0.9, tp=1, state_dtype="float32", requests=64)
+    geometry = geometry_preset("native", 3072, 24, 128)
+    hybrid = replace(read_architecture(tmp_path), plan=Plan(kinds), geometry=geometry, mla_qk_norm=norm)
+    found = dict(rows(hybrid, known))
+    assert ("work space" in found) is latents
+    taken = sum(float(found.get(name, "0").split()[0]) for name in ("weights", "work space"))
+    left = float(found["left for caches"].split()[0])
+    assert left == pytest.approx(0.9 * 140 - taken - ACTIVATIONS / 2**30, abs=0.1)
+    with pytest.raises(HyLoError, match="^window: .* this plan has none"):
+        rows(replace(hybrid, plan=Plan(("mla",) * 28), window=dict(size=8, sinks=0, mla=True)), known)
 
 
 def test_bad_input_is_one_line(tmp_path):

@@ -101,20 +101,42 @@ def _beside_weights(found: Peak) -> int:
     return found.activations + found.teacher_states + max(found.loss, found.backward)
 
 
+def _planned_layer(case: tuple) -> list[int]:
+    """Return the bytes that mixer and MLP of one of ``HALVES`` are planned to keep."""
+    from programs import activation_bytes as known
+
+    layout, kind, wide, train = case
+    arch = known.half_arch(kind, wide)
+    run = PlannedRun(
+        student=arch, teacher=arch.as_teacher(), kind=stage_kind("distill"), loss=KL(),
+        layout=ParallelLayout(**known.LAYOUTS[layout]),
+        work=Work(processes=2, seq_length=known.LENGTH, micro_batch=known.ROWS), train=train,
+    )  # fmt: skip
+    mixer, mlp = (half.kept for half in stage_sub_layers(run, range(1)))
+    return [mixer + tables(arch, set(arch.plan), run.share), mlp]
+
+
 def test_layers_keep_what_autograd_saves(counted):
-    """To the halo and the indices of context parallelism, which are left out."""
+    """To the halo and the indices of linear blocks under context parallelism, which are left out."""
     from programs import activation_bytes as known
 
     assert len(counted["halves"]) == len(known.HALVES)
-    for (layout, kind, wide, train), got in zip(known.HALVES, counted["halves"], strict=True):
-        arch, at = known.half_arch(kind, wide), ParallelLayout(**known.LAYOUTS[layout])
-        run = PlannedRun(
-            student=arch, teacher=arch.as_teacher(), kind=stage_kind("distill"), loss=KL(), layout=at,
-            work=Work(processes=2, seq_length=known.LENGTH, micro_batch=known.ROWS), train=train,
-        )  # fmt: skip
-        planned = [half.kept for half in stage_sub_layers(run, range(1))]
-        planned[0] += tables(arch, set(arch.plan), run.share)
-        assert planned == pytest.approx(got, rel=5e-3 if at.cp > 1 else 1e-4), (layout, kind, wide, train)
+    for case, got in zip(known.HALVES, counted["halves"], strict=True):
+        across = known.LAYOUTS[case[0]].get("cp", 1) > 1
+        assert _planned_layer(case) == pytest.approx(got, rel=5e-3 if across else 1e-4), case
+
+
+def test_windows_across_ranks_keep_what_autograd_saves(counted):
+    """Exactly: the layer with a window is compared with the same layer without one."""
+    from programs import activation_bytes as known
+
+    found = dict(zip(known.HALVES, counted["halves"], strict=True))
+    cases = [case for case in known.HALVES if case[0].startswith("cp") and case[1].endswith(" window")]
+    assert {case[1].split()[0] for case in cases} == {"gdn", "mamba2", "mla"}
+    for layout, kind, *rest in cases:
+        with_window, without = (layout, kind, *rest), (layout, kind.removesuffix(" window"), *rest)
+        planned = _planned_layer(with_window)[0] - _planned_layer(without)[0]
+        assert planned == found[with_window][0] - found[without][0], with_window
 
 
 def _step_run(known, step, layout: ParallelLayout, global_batch: int) -> PlannedRun:

@@ -38,6 +38,7 @@ WINDOW = {"size": 96, "sinks": 5}
 HALVES += [("tp", "gdn window", False, "all"), ("alone", "mamba2 window", True, "all")]
 HALVES += [("tp", "mla window", False, "all"), ("tp sp", "mla window", True, "all")]
 HALVES += [("cp states", "gdn window", False, "all"), ("cp a2a", "mamba2 window", True, "all")]
+HALVES += [("cp states", "mla window", False, "all")]
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,12 @@
 """Greedy tokens from vLLM, in a process of its own: ``python generate.py SPEC.json`` prints a line of JSON.
 
-SPEC: {"model": DIR, "prompts": [[token, ...], ...], "tokens": N, "poison": bool, "first": DIR or null, "updates":
-[[HOW, DIR], ...], "engine": {LLM's arguments}}. It answers with each prompt's tokens and their log probabilities; with
-``poison`` twice, NaN in every cache in between; once more after each update, with DIR's weights sent as HOW says, of
-which ``first`` is sent before everything.
+SPEC: {"model": DIR, "prompts": [[token, ...], ...], "tokens": N, "poison": bool, "twice": bool, "first": DIR or null,
+"updates": [[HOW, DIR], ...], "engine": {LLM's arguments}}. It answers with each prompt's tokens and their log
+probabilities; with ``poison`` twice, NaN in every cache in between; with ``twice`` again from cached prefixes; once
+more after each update, with DIR's weights sent as HOW says, of which ``first`` is sent before everything.
 """
 
+import ctypes
 import json
 import os
 import random
@@ -20,23 +21,47 @@ CPU = {"VLLM_CPU_CI_ENV": "1", "VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_ENABLE_V1_MU
 
 def generate(work: Path, model: Path, prompts: list[list[int]], tokens: int, env=(), **more) -> dict:
     """``{"answers": [[(token, log probability), ...] for each prompt], "again": the same or None, "updated": the same
-    after each update, "log": str}``; with updates also what ``scored`` and ``refusals`` give."""
+    after each update, "cached": how many tokens of each prompt had been cached at the end, "log": str}``; with updates
+    also what ``scored`` and ``refusals`` give."""
     done = start(work, model, prompts, tokens, env, **more)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     answer = next(line for line in done.stdout.splitlines() if line.startswith('{"answers"'))  # vLLM logs there too
     return json.loads(answer) | {"log": done.stdout + done.stderr}
 
 
-def start(work: Path, model: Path, prompts: list, tokens: int, env=(), poison=False, first=None, updates=(), **engine):
+def start(work: Path, model: Path, prompts: list, tokens: int, env=(), poison=False, twice=False, first=None,
+          updates=(), **engine):  # fmt: skip
     from helpers.waits import PATIENCE  # which the process that is started here does not find
 
     spec = work / f"{model.name}.json"
     spec.write_text(json.dumps(dict(
-        model=str(model), prompts=prompts, tokens=tokens, poison=poison, first=first and str(first),
+        model=str(model), prompts=prompts, tokens=tokens, poison=poison, twice=twice, first=first and str(first),
         updates=[(how, str(folder)) for how, folder in updates], engine=engine,
     )))  # fmt: skip
     return subprocess.run([sys.executable, __file__, str(spec)], env={**os.environ, **CPU, **dict(env)},
                           capture_output=True, text=True, timeout=PATIENCE)  # fmt: skip
+
+
+def cache_prefixes() -> None:
+    """Let requests of models without latents begin from cached prefixes.
+
+    On a CPU the plugin switches them off, and vLLM has no kernel that copies states.
+    """
+    from vllm.v1.worker import mamba_utils
+
+    from hylo_megatron.serve.config import EngineSettings
+
+    settings = EngineSettings.verify_and_update_config
+
+    def and_prefixes(vllm_config) -> None:
+        settings(vllm_config)
+        vllm_config.cache_config.enable_prefix_caching = True
+
+    def copy(sources, targets, sizes) -> None:
+        for source, target, size in zip(sources.tolist(), targets.tolist(), sizes.tolist(), strict=True):
+            ctypes.memmove(target, source, size)
+
+    EngineSettings.verify_and_update_config, mamba_utils.batch_memcpy = staticmethod(and_prefixes), copy
 
 
 def send(llm, how: str, folder: str) -> None:
@@ -103,13 +128,18 @@ def refusals(llm) -> list[str]:
 def main(spec: dict) -> None:
     from vllm import LLM, SamplingParams
 
+    if spec["twice"]:
+        cache_prefixes()
     llm = LLM(model=spec["model"], seed=0, **spec["engine"])
     if spec["first"]:
         send(llm, "singly", spec["first"])
     sampling = SamplingParams(temperature=0, max_tokens=spec["tokens"], ignore_eos=True, logprobs=0)
 
+    cached = []
+
     def answers() -> list:
         outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in spec["prompts"]], sampling, use_tqdm=False)
+        cached[:] = [output.num_cached_tokens for output in outputs]
         texts = [output.outputs[0] for output in outputs]
         return [[(k, step[k].logprob) for k, step in zip(t.token_ids, t.logprobs, strict=True)] for t in texts]
 
@@ -120,6 +150,8 @@ def main(spec: dict) -> None:
             for cache in layer.kv_cache if isinstance(layer.kv_cache, list | tuple) else [layer.kv_cache]:
                 cache.fill_(float("nan"))
         again = answers()
+    if spec["twice"]:
+        again = answers()
     updated = []
     if spec["updates"]:
         llm.apply_model(part_derived)
@@ -127,7 +159,7 @@ def main(spec: dict) -> None:
         send(llm, how, folder)
         updated.append(answers())
     more = {"scored": scored(llm, spec["prompts"][-2]), "refused": refusals(llm)} if updated else {}
-    print(json.dumps({"answers": first, "again": again, "updated": updated, **more}), flush=True)
+    print(json.dumps({"answers": first, "again": again, "updated": updated, "cached": cached, **more}), flush=True)
 
 
 if __name__ == "__main__":

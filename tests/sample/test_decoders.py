@@ -48,7 +48,7 @@ def test_rows_of_a_hybrids_batch_are_those_of_rows_alone(kind):
     assert {row.ended for row in alone} == {True, False}  # both ways to end
 
 
-@pytest.mark.parametrize("qk_norm", [False, True])  # whose rows stay fp32
+@pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize("window", [None, {"size": 20, "sinks": 2}, {"size": 80, "sinks": 2, "mla": True}])
 def test_bytes_of_a_hybrids_cache(window, qk_norm):
     model = model_of(("mla", "gdn"), window=window, qk_norm=qk_norm).bfloat16()

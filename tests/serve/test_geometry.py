@@ -155,6 +155,16 @@ def test_windows_of_mla_are_among_the_states_of_linear_layers(plan, found):
     assert places_of(kinds, {"size": 8, "sinks": 1}) == 1 and places_of(kinds, None) == 0
 
 
+def test_windows_of_mla_are_among_the_states_of_their_pipeline_stage():
+    kinds, window = ["gdn", "mla", "mla", "gdn", "gdn", "mla"], {"size": 8, "sinks": 1, "mla": True}
+    assert holders(kinds, window)[2] == (3, 1) and places_of(kinds, window) == 2
+    stages = [range(3), range(3, 6)]
+    found = {1: (0, 1), 2: (0, 2), 5: (4, 1)}
+    assert holders(kinds, window, stages) == {layer: (layer, 0) for layer in (0, 3, 4)} | found
+    assert places_of(kinds, window, stages) == 3
+    assert 3 not in holders(["mla", "gdn", "gdn", "mla"], window, [range(3), range(3, 4)])
+
+
 def test_a_window_is_a_part_of_each_linear_layers_state():
     arch = replace(tiny.hybrid("gdn"), window={"size": 256, "sinks": 4})
     values, layers = cached_values(arch), sum(kind == "gdn" for kind in arch.plan)

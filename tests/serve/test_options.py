@@ -14,7 +14,7 @@ from hylo_megatron.mixers.window import cached_values
 from hylo_megatron.planner.pages import state_bytes
 from hylo_megatron.serve import config as plugin
 from hylo_megatron.serve.geometry import Served
-from hylo_megatron.serve.model import HyLoForCausalLM, check_holders
+from hylo_megatron.serve.model import HyLoForCausalLM
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +73,14 @@ def test_on_a_gpu_vllms_fp8_methods_are_let_through(folder, monkeypatch):
         plugin.refuse(given)
 
 
+@pytest.mark.parametrize("of", ["decode", "prefill"])
+def test_sequences_on_several_ranks_are_refused(folder, of):
+    given = configure(folder)
+    setattr(given.parallel_config, f"{of}_context_parallel_size", 2)
+    with pytest.raises(HyLoError, match=f"^--{of}-context-parallel-size: .* use --tensor-parallel-size"):
+        plugin.refuse(given)
+
+
 def changed(folder, to, **fields):
     for file in folder.iterdir():
         (to / file.name).symlink_to(file)
@@ -94,12 +102,21 @@ def test_windows_without_linear_layers_are_refused(folder, tmp_path):
         configure(model)
 
 
-def test_a_pipeline_stage_has_the_states_of_its_windows():
-    config = SimpleNamespace(mixers=["mla", "gdn", "gdn", "mla"], window=dict(size=24, sinks=3, mla=True))
-    check_holders(config, range(4))
-    check_holders(config, range(2))
-    with pytest.raises(HyLoError, match="the window of layer 0 is among the states of layer 1, which another pipelin"):
-        check_holders(config, range(1))
+@pytest.mark.parametrize("kinds, windows", [("gmm ggm", 3), ("gmgg mg", 2), ("mggg mmm", 0), ("gg gg", 1)])
+def test_a_pipeline_stage_has_the_states_of_its_windows(folder, tmp_path, monkeypatch, kinds, windows):
+    """``windows``: those whose keys and values are among the states of each linear layer; 0 is refused."""
+    monkeypatch.setenv("VLLM_PP_LAYER_PARTITION", ",".join(str(len(stage)) for stage in kinds.split()))
+    mixers = [{"m": "mla", "g": "gdn"}[kind] for kind in kinds.replace(" ", "")]
+    window = dict(size=24, sinks=3) | ({"mla": True} if "mla" in mixers else {})
+    model = changed(folder, tmp_path, mixers=mixers, num_hidden_layers=len(mixers), window=window)
+    if windows:
+        config = configure(model, pipeline_parallel_size=2)
+        assert HyLoForCausalLM.get_mamba_state_shape_from_config(config)[-1][0] == windows
+    else:
+        with pytest.raises(
+            HyLoError, match="^--pipeline-parallel-size: .* a stage has windows beside MLA and no line"
+        ):
+            configure(model, pipeline_parallel_size=2)
 
 
 @pytest.mark.parametrize("connector, refused", [("NixlConnector", True), ("OffloadingConnector", False)])
@@ -138,7 +155,8 @@ def test_states_take_the_bytes_that_the_planner_counts(folder, tmp_path, kind, r
     )
     config = configure(changed(folder, tmp_path, **size))
     config.cache_config.mamba_ssm_cache_dtype = "float32"
-    hybrid, parallel = config.model_config.hf_config, SimpleNamespace(tensor_parallel_size=ranks)
+    hybrid = config.model_config.hf_config
+    parallel = SimpleNamespace(tensor_parallel_size=ranks, pipeline_parallel_size=1)
     given = SimpleNamespace(
         model_config=config.model_config, cache_config=config.cache_config, parallel_config=parallel
     )

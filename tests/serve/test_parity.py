@@ -93,6 +93,21 @@ def test_settings_of_positions_are_served_exactly(geometry, linear, qk_norm, dev
     assert got["again"] == got["answers"]
 
 
+@pytest.mark.parametrize("linear", ["kda", "mamba2"])
+def test_windows_go_on_from_cached_prefixes(linear, tmp_path):
+    """Each prompt twice, and prompts that share a beginning with others."""
+    folder = write_folder(
+        tmp_path / "model", "native", linear, qk_norm=True, linear_rope=linear != "mamba2", **WINDOWS
+    )
+    prompts = [prompt(length, i) for i, length in enumerate((700, 650, 30, 1))]
+    prompts += [prompts[0][:600] + prompt(200, 7)[1:], prompts[1][:300] + prompt(400, 8)[1:]]
+    got = generate(tmp_path, folder, prompts, 8, twice=True, dtype="float32", max_model_len=1024, max_num_seqs=4,
+                   enable_prefix_caching=True)  # fmt: skip
+    check(folder, got["answers"], prompts, 1e-4)
+    check(folder, got["again"], prompts, 1e-4)
+    assert [count >= 600 for count in got["cached"]] == [True, True, False, False, True, True]
+
+
 BESIDE_MLA = {"gdn": {"mla": True}, "kda": {}, "mamba2": {"mla": True}}
 
 
@@ -133,11 +148,17 @@ def test_a_folder_that_is_not_whole_is_refused(tmp_path):
 
 
 @pytest.mark.parallel
-@pytest.mark.parametrize("size", ["tensor_parallel_size", "pipeline_parallel_size"])
-def test_two_ranks_serve_what_one_does(size, tmp_path):
-    folder = write_folder(tmp_path / "ranks", "llama-1b", "gdn", linear_rope=True, **WINDOW)
+@pytest.mark.parametrize("size, settings", [
+    ("tensor_parallel_size", WINDOW),
+    ("tensor_parallel_size", WINDOWS | dict(num_key_value_heads=1)),  # a copy of the head on each rank
+    # two windows of the first stage are with its only linear layer
+    ("pipeline_parallel_size", WINDOWS | dict(mixers=["gdn", "mla", "mla", "gdn", "gdn", "gdn"])),
+])  # fmt: skip
+def test_two_ranks_serve_what_one_does(size, settings, tmp_path):
+    folder = write_folder(tmp_path / "ranks", "llama-1b", "gdn", linear_rope=True, **settings)
     prompts = [prompt(length, i) for i, length in enumerate(LENGTHS)]
-    env = {**ON_GPU, "VLLM_CPU_OMP_THREADS_BIND": f"0|{min(1, os.cpu_count() - 1)}"}
+    # The warm-up, which is left out elsewhere, makes the buffers of later stages.
+    env = {**ON_GPU, "VLLM_CPU_OMP_THREADS_BIND": f"0|{min(1, os.cpu_count() - 1)}", "VLLM_CPU_CI_ENV": "0"}
     got = generate(tmp_path, folder, prompts, 8, env, dtype="float32", max_model_len=1024, max_num_seqs=8,
                    **{size: 2})  # fmt: skip
     check(folder, got["answers"], prompts, 1e-4)

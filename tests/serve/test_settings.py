@@ -28,7 +28,9 @@ def settings(monkeypatch, requests=1024, dtype="auto", backend=None, splits=32, 
         model_config=SimpleNamespace(hf_config=config, quantization=None),
         scheduler_config=SimpleNamespace(max_num_seqs=requests),
         cache_config=SimpleNamespace(mamba_ssm_cache_dtype="auto", enable_prefix_caching=True, cache_dtype=dtype),
-        parallel_config=SimpleNamespace(tensor_parallel_size=1, decode_context_parallel_size=1),
+        parallel_config=SimpleNamespace(
+            tensor_parallel_size=1, pipeline_parallel_size=1, decode_context_parallel_size=1
+        ),
         additional_config=more, speculative_config=None, lora_config=None,
         attention_config=SimpleNamespace(flash_attn_max_num_splits_for_cuda_graph=splits, backend=backend),
         compilation_config=SimpleNamespace(inductor_compile_config={}),

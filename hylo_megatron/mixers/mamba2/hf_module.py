@@ -44,7 +44,7 @@ class HyLoMamba2(LinearMixer):
 
     def mix(self, x_BSD: Tensor, real_BS1: Tensor | None, states: States) -> Tensor:
         z, xbc, dt = self.in_proj(x_BSD).split(self.sizes, -1)
-        x, B, C = states.convolve(xbc, *held(self.conv1d, HyLoConv1d)).split(self.conv_sizes, -1)
+        x, B, C = states.convolve(xbc, *held(self.conv1d)).split(self.conv_sizes, -1)
         dt = F.softplus(dt.float() + self.dt_bias.float())
         if real_BS1 is not None:
             dt = dt * real_BS1  # the convolution's bias would write at padding otherwise

@@ -10,13 +10,14 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
 from hylo_megatron.kernels.rope import Angles
-from hylo_megatron.mixers.hf_layers import HyLoKeyNorm, HyLoRMSNorm, held, is_plain_linear, rotate, scale_queries
+from hylo_megatron.mixers.hf_layers import HyLoRMSNorm, is_plain_linear, rotate, scale_queries
 
 
 class HyLoMLA(nn.Module):
-    """One rope key is shared by all heads. Cached per token: the latent and the rotated shared key.
+    """One rope key is shared by all heads. Cached per token: the latent and the shared key, in the model's dtype.
 
-    The output of ``window`` (``hf_window.py``) is added where the model has one beside MLA layers.
+    The shared key is cached rotated, but with ``qk_norm`` as it is: the norm of each head's key comes before the
+    rotation. The output of ``window`` (``hf_window.py``) is added where the model has one beside MLA layers.
     """
 
     def __init__(self, config: PreTrainedConfig, layer: int):
@@ -37,8 +38,7 @@ class HyLoMLA(nn.Module):
         self.o_proj = nn.Linear(self.heads * self.value, hidden, bias=False)
         self.qk_norm = config.qk_norm
         if self.qk_norm:
-            self.q_norm = HyLoRMSNorm(self.nope + self.rope, config.rms_norm_eps)
-            self.k_norm = HyLoKeyNorm(self.nope + self.rope, config.rms_norm_eps)
+            self.q_norm, self.k_norm = (HyLoRMSNorm(self.nope + self.rope, config.rms_norm_eps) for _ in range(2))
 
     def forward(
         self,
@@ -63,41 +63,34 @@ class HyLoMLA(nn.Module):
         if cache is not None:
             rows = cache.append(self.layer, rows)
         absorb = decoding and not self.qk_norm and is_plain_linear(self.kv_b_proj)
-        attend = self._absorbed if absorb else self._expanded
-        out_BSD = self.o_proj(attend(q_nope, q_rope, rows, allowed).flatten(-2))
+        if absorb:
+            out_BSHV = self._absorbed(q_nope, q_rope, rows, allowed)
+        else:
+            out_BSHV = self._expanded(torch.cat([q_nope, q_rope], -1), rows, angles, allowed)
+        out_BSD = self.o_proj(out_BSHV.flatten(-2))
         return out_BSD if self.window is None else out_BSD + self.window(x_BSD, real_BS1, cache)
 
     def _rows(self, x_BSD, angles) -> torch.Tensor:
-        """Return what is cached, [B,S,R+P].
+        """Return what is cached, [B,S,R+P]."""
+        rows = self.kv_a_proj_with_mqa(x_BSD)
+        if self.qk_norm:
+            return rows
+        latent, key = rows.split([self.rank, self.rope], -1)
+        return torch.cat([latent, rotate(key.unsqueeze(2), angles.cos, angles.sin).squeeze(2)], -1)
 
-        With ``qk_norm`` the shared key is multiplied by the norm's weight, with which the rotation does not commute,
-        and a row has one more value: the key's sum of squares before that product, which each head's norm needs.
-        """
-        latent, key = self.kv_a_proj_with_mqa(x_BSD).split([self.rank, self.rope], -1)
-        if not self.qk_norm:
-            return torch.cat([latent, rotate(key.unsqueeze(2), angles.cos, angles.sin).squeeze(2)], -1)
-        wide = key.float()
-        weighted = (wide * held(self.k_norm, HyLoKeyNorm)[self.nope :].float()).unsqueeze(2)
-        weighted = rotate(weighted, angles.cos, angles.sin).squeeze(2)
-        return torch.cat([latent.float(), weighted, wide.square().sum(-1, keepdim=True)], -1)
-
-    def _expanded(self, q_nope, q_rope, rows_BTR, allowed) -> torch.Tensor:
+    def _expanded(self, query, rows_BTR, angles, allowed) -> torch.Tensor:
         """Attend with keys and values of every head, [B,S,H,V].
 
         For whole sequences, and where ``kv_b_proj`` has an adapter or quantised weights, so that only its own forward
         is right.
         """
-        dtype = q_nope.dtype
-        latent, k_rope = rows_BTR[..., : self.rank].to(dtype), rows_BTR[..., self.rank : self.rank + self.rope]
+        latent, k_rope = rows_BTR.split([self.rank, self.rope], -1)
         k_nope, value = self.kv_b_proj(latent).unflatten(-1, (self.heads, -1)).split([self.nope, self.value], -1)
-        k_rope = k_rope.unsqueeze(2).expand(-1, -1, self.heads, -1)
+        key = torch.cat([k_nope, k_rope.unsqueeze(2).expand(-1, -1, self.heads, -1)], -1)
         if self.qk_norm:
-            squares = k_nope.float().square().sum(-1, keepdim=True) + rows_BTR[..., None, -1:]
-            inverse = torch.rsqrt(squares / (self.nope + self.rope) + self.k_norm.eps)
-            k_nope = k_nope.float() * inverse * held(self.k_norm, HyLoKeyNorm)[: self.nope].float()
-            k_rope = k_rope * inverse
-        query = torch.cat([q_nope, q_rope], -1)
-        key = torch.cat([k_nope.to(dtype), k_rope.to(dtype)], -1)
+            k_nope, k_rope = self.k_norm(key).split([self.nope, self.rope], -1)
+            at = (angles.cos, angles.sin) if angles.key_cos is None else (angles.key_cos, angles.key_sin)
+            key = torch.cat([k_nope, rotate(k_rope, *at)], -1)
         if self.value < key.shape[-1]:  # flash kernels want one width; others make [S,T] scores
             value = F.pad(value, (0, key.shape[-1] - self.value))
         query, key, value = (t.transpose(1, 2) for t in (query, key, value))
