@@ -150,6 +150,21 @@ def test_the_speed_of_context_parallelism_is_a_range(scaling, tmp_path):
     assert f"{shared.speed:,.0f} to {shared.most:,.0f} tokens/s" in scaling.described(shared)
 
 
+def test_the_card_is_measured_once(scaling, tmp_path, monkeypatch):
+    path, calls = tmp_path / "card.json", []
+
+    def probe(*args, **kwargs):
+        calls.append(args)
+        return subprocess.CompletedProcess(args, 0, stdout='a warning\n["H100", 4, 7.5e14]\n')
+
+    monkeypatch.setattr(scaling.subprocess, "run", probe)
+    options = scaling.parsed([*RECIPE, "--card", str(path)])
+    assert [scaling.device_here(options) for _ in range(2)] == [("H100", 4, 7.5e14)] * 2
+    assert len(calls) == 1 and json.loads(path.read_text())["count"] == 4
+    scaling.device_here(scaling.parsed(list(RECIPE)))
+    assert len(calls) == 2
+
+
 def test_kills_of_another_recipe_run_do_not_count(scaling, tmp_path):
     import recipe_faults
 

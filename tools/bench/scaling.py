@@ -20,6 +20,7 @@ import argparse
 import hashlib
 import json
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -35,7 +36,9 @@ from hylo_megatron.config.layout import ParallelLayout, Work, check_parallel_lay
 from hylo_megatron.config.stages import stage_kind
 from hylo_megatron.distill.memory_check import gpu_bytes
 from hylo_megatron.errors import HyLoError
+from hylo_megatron.files import write_json
 from hylo_megatron.flags import Parser, command_line, positive, size
+from hylo_megatron.json_file import read_json
 from hylo_megatron.packages import version_of
 from hylo_megatron.planner.layouts import GIB, USABLE, dividing
 from hylo_megatron.planner.speed import CARDS, FITTED, HOPED, tokens_per_second
@@ -177,12 +180,26 @@ def fingerprint(package: Path) -> str:
     return found.hexdigest()[:12]
 
 
-def run(options: argparse.Namespace) -> None:
+def device_here(options: argparse.Namespace) -> tuple[str, int, float]:
+    """Return the name of this host's GPU, how many it has, and their rate of products; of its CPU if it has none.
+
+    A file of ``--card`` has them from an earlier call, or is written.
+    """
+    if options.card and options.card.is_file():
+        found = read_json(options.card)
+        return found["device"], found["count"], found["rate"]
     command = [sys.executable, "-W", "ignore", "-c", DEVICE]
     done = subprocess.run(command, env=child_environment(1), capture_output=True, text=True)
     if done.returncode:
         raise HyLoError(f"the device does not work: {done.stderr.strip().splitlines()[-1]}")
     device, count, rate = json.loads(done.stdout.splitlines()[-1])
+    if options.card:
+        write_json(options.card, {"device": device, "count": count, "rate": rate})
+    return device, count, rate
+
+
+def run(options: argparse.Namespace) -> None:
+    device, count, rate = device_here(options)
     options.gpus = options.gpus or count or 1
     options.gpu_memory = options.gpu_memory or (gpu_bytes(0) or 80 * GIB) / GIB
     card = rate if count else CARDS["H100"]
@@ -201,9 +218,8 @@ def run(options: argparse.Namespace) -> None:
             rows = [each for each in rows if each["layout"] != row["layout"]] + [row]
             rows.sort(key=lambda each: each["devices"])
             runs = {each["layout"]: run_of(job, each, options) for each in rows}
-            print(
-                write_table(path, head | {"product_rate": rate, "command": " ".join(sys.argv)}, rows, runs), flush=True
-            )
+            known = head | {"product_rate": rate, "command": shlex.join(sys.argv)}
+            print(write_table(path, known, rows, runs), flush=True)
     print(f"{path} and .md")
 
 
@@ -222,6 +238,7 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--gpus", type=size, help="(default: those of this host)")
     add("--gpu-memory", type=positive, help="GiB of a GPU, for the plan (default: this host's, or 80)")
+    add("--card", type=Path, help="file with the card and its rate of products: an earlier call's, or written by this")
     add("--ranked", type=size, default=1, help="layouts for each number of GPUs")
     add("--only", help="these layouts, such as dp1,cp2dp2, in place of the planner's")
     add("--rows", type=size, help="at most so many layouts")
