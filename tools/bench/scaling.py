@@ -8,9 +8,9 @@
 Each row is a run of ``train_step.py`` with ``--profile``. The table has tokens/s, the ratio to one GPU and to linear
 scaling, utilisation, memory of the fullest rank, bytes that rank 0 sends in a step, and the planner's memory and speed
 beside both. A layout that fails, or goes on after ``--limit`` seconds, is a row with the reason. The table is written
-to ``--out`` after each row, as Markdown and JSON; another call adds its rows to a table of the same step,
-models, card, versions and code of this package. ``--dry-run`` gives the speed of context parallelism as a range:
-attention across ranks as it was measured last, and as fast as on one rank.
+to ``--out`` after each row, as Markdown and JSON. Another call, also one beside this on other GPUs, adds its rows to
+a table of the same step, models, card, versions and code of this package. ``--dry-run`` gives the speed of context
+parallelism as a range: attention across ranks as it was measured last, and as fast as on one rank.
 
 A layout that does not fit the memory as the recipe trains gets what saves memory: layers recomputed in pairs, then the
 optimizer, then the teacher in the host's memory. The last column says so; such rows are slower for that.
@@ -27,7 +27,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench_run import results_before
+from bench_run import one_at_a_time, results_before
 from measured_step import PACKAGES, Job, add_job_flags, check_job_flags, job_of, measured, planned, with_rate
 from scaling_table import write_table
 
@@ -206,7 +206,7 @@ def run(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         job = job_of(options, Path(folder))
         path, head = options.out / f"scaling-{job.name}.json", head_of(job, options, device)
-        rows = results_before(path, "rows", head)
+        results_before(path, "rows", head)  # refuses another step's table before a row is measured
         candidates = chosen(job, options, card)
         print(f"{job.name}: {device}, products at {rate / 1e12:.1f} TFLOP/s, {options.gpu_memory:.1f} GiB a GPU")
         print("\n".join(map(described, candidates)), flush=True)
@@ -215,12 +215,17 @@ def run(options: argparse.Namespace) -> None:
         options.out.mkdir(parents=True, exist_ok=True)
         for candidate in candidates:
             row = attempt(job, candidate, options, Path(folder), rate)
-            rows = [each for each in rows if each["layout"] != row["layout"]] + [row]
-            rows.sort(key=lambda each: each["devices"])
-            runs = {each["layout"]: run_of(job, each, options) for each in rows}
-            known = head | {"product_rate": rate, "command": shlex.join(sys.argv)}
-            print(write_table(path, known, rows, runs), flush=True)
+            print(added(path, head, row, job, options, rate), flush=True)
     print(f"{path} and .md")
+
+
+def added(path: Path, head: dict, row: dict, job: Job, options: argparse.Namespace, rate: float) -> str:
+    """Add a row to the table in ``path``, to which another call may add rows of other GPUs; return the Markdown."""
+    with one_at_a_time(path.parent):
+        rows = [each for each in results_before(path, "rows", head) if each["layout"] != row["layout"]] + [row]
+        rows.sort(key=lambda each: each["devices"])
+        runs = {each["layout"]: run_of(job, each, options) for each in rows}
+        return write_table(path, head | {"product_rate": rate, "command": shlex.join(sys.argv)}, rows, runs)
 
 
 def run_of(job: Job, row: dict, options: argparse.Namespace) -> PlannedRun | None:
