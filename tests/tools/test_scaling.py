@@ -149,7 +149,7 @@ def measured_rows(folder, *flags) -> dict[str, dict]:
 def test_one_rank_is_measured(tmp_path):
     [row] = measured_rows(tmp_path, "--gpus", 1).values()
     assert row["ratio"] == row["of_linear"] == 1 and row["sent"] == [] and math.isfinite(row["losses"][0])
-    assert row["planned"]["memory_gib"] > 0 and "planned_error" in row
+    assert row["planned"]["memory_gib"] > 0 and "planned_error" in row and row["profiled_seconds"] > 0
 
 
 @pytest.mark.slow

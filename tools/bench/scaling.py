@@ -152,6 +152,7 @@ def attempt(job: Job, candidate: Candidate, options: argparse.Namespace, folder:
         "memory_gib": max(rank["memory_gib"] for rank in ranks), "sent": ranks[0]["sent"],
         "exposed_communication_ms": max(rank["exposed_communication_ms"] for rank in ranks),
         "idle_ms": max(rank["idle_ms"] for rank in ranks), "groups": ranks[0]["groups"],
+        "profiled_seconds": max(rank["step_ms"] for rank in ranks) / 1e3,
     }  # fmt: skip
 
 
