@@ -1,5 +1,6 @@
 """``tools/bench/scaling.py``: which layouts it measures, and rows that fail."""
 
+import fcntl
 import json
 import math
 import os
@@ -75,10 +76,15 @@ def test_the_speed_of_context_parallelism_is_a_range(scaling, tmp_path):
 
 
 def test_the_card_is_measured_once(scaling, tmp_path, monkeypatch):
-    path, calls = tmp_path / "card.json", []
+    path, calls = tmp_path / "new" / "card.json", []
 
     def probe(*args, **kwargs):
         calls.append(args)
+        if len(calls) == 1:  # a call beside this one waits for its file
+            number = os.open(path.parent, os.O_RDONLY)
+            with pytest.raises(BlockingIOError):
+                fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.close(number)
         return subprocess.CompletedProcess(args, 0, stdout='a warning\n["H100", 4, 7.5e14]\n')
 
     monkeypatch.setattr(scaling.subprocess, "run", probe)

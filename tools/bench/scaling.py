@@ -54,6 +54,7 @@ SAVERS = {  # what saves memory, with the flags of the trainer
     "recompute in pairs, optimizer and teacher on the host": (*PAIRS, OPTIMIZER, TEACHER),
 }
 LAYERWISE_SAVERS = {"": (), "optimizer on the host": (OPTIMIZER,)}
+CARD = ("device", "count", "rate")  # what a file of --card has
 # In a process of its own: this one must hold no memory of a GPU.
 DEVICE = """
 import json, torch
@@ -184,19 +185,24 @@ def fingerprint(package: Path) -> str:
 def device_here(options: argparse.Namespace) -> tuple[str, int, float]:
     """Return the name of this host's GPU, how many it has, and their rate of products; of its CPU if it has none.
 
-    A file of ``--card`` has them from an earlier call, or is written.
+    A file of ``--card`` has them from an earlier call, or is written. Calls beside each other measure once.
     """
-    if options.card and options.card.is_file():
+    if not options.card:
+        return measured_device()
+    options.card.parent.mkdir(parents=True, exist_ok=True)
+    with one_at_a_time(options.card.parent):
+        if not options.card.is_file():
+            write_json(options.card, dict(zip(CARD, measured_device(), strict=True)))
         found = read_json(options.card)
-        return found["device"], found["count"], found["rate"]
+    return tuple(found[name] for name in CARD)
+
+
+def measured_device() -> tuple[str, int, float]:
     command = [sys.executable, "-W", "ignore", "-c", DEVICE]
     done = subprocess.run(command, env=child_environment(1), capture_output=True, text=True)
     if done.returncode:
         raise HyLoError(f"the device does not work: {done.stderr.strip().splitlines()[-1]}")
-    device, count, rate = json.loads(done.stdout.splitlines()[-1])
-    if options.card:
-        write_json(options.card, {"device": device, "count": count, "rate": rate})
-    return device, count, rate
+    return tuple(json.loads(done.stdout.splitlines()[-1]))
 
 
 def run(options: argparse.Namespace) -> None:
