@@ -18,6 +18,7 @@ from hylo_megatron.config import Architecture
 from hylo_megatron.config.layout import ParallelLayout, Work
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.kernels.choose import TORCH, Ops, ops
+from hylo_megatron.kernels.chunked import compute_dtype
 
 LENGTH = 512  # tokens of a sequence that are compared
 TOLERANCE = 0.02  # ‖kernel - reference‖ / ‖reference‖; rounding to bf16 gave 2e-3 to 4e-3 on an H200
@@ -32,17 +33,21 @@ def random_bf16(*shape: int, device) -> Tensor:
 class RankShape:
     """What a linear block of one rank works on: ``1 / split`` of the heads, and ``rows`` sequences of ``length``.
 
-    fla tunes a kernel for the numbers of heads and rows, and for steps of the number of tokens.
+    fla tunes a kernel for the numbers of heads and rows, for the widths, and for steps of the number of tokens.
+    ``states``: rows start from a state and give their last one to other ranks (``mixers/state_passing.py``), which
+    takes other variants of the kernels, and a wider scan of the delta rules.
     """
 
     split: int = 1
     rows: int = 1
     length: int = LENGTH
+    states: bool = False
 
     @classmethod
     def of(cls, arch: Architecture, layout: ParallelLayout, work: Work) -> "RankShape":
         if layout.passes_states:  # each rank has two chunks of a sequence
-            return cls(split=layout.tp, rows=2 * work.micro_batch, length=work.seq_length // (2 * layout.cp))
+            return cls(split=layout.tp, rows=2 * work.micro_batch, length=work.seq_length // (2 * layout.cp),
+                       states=True)  # fmt: skip
         return cls(split=layout.tp * layout.cp, rows=work.micro_batch, length=work.seq_length)
 
     @property
@@ -70,31 +75,46 @@ class Case:
     )
 
 
+def delta_rule(rule: Callable, inputs: tuple[Tensor, ...], at: RankShape, seen: float = 1.0, **kwargs) -> Tensor:
+    """Return the output of a delta rule for ``q, k, v`` as the run calls it.
+
+    Where ranks pass states the last state is added, ``seen`` times, so that its gradient is compared too.
+    """
+    q, _, v = inputs
+    kwargs["use_qk_l2norm_in_kernel"] = True
+    if not at.states:
+        return rule(*inputs, **kwargs)[0]
+    start = v.new_zeros(len(v), v.shape[2], q.shape[-1], v.shape[-1], dtype=compute_dtype(v))
+    out, last = rule(*inputs, **kwargs, initial_state=start, output_final_state=True)
+    return out + seen * last.mean(2).unsqueeze(1)  # about as large as the output
+
+
 def gdn_case(arch: Architecture, at: RankShape, device) -> Case:
     g, size = arch.geometry.gdn, (at.rows, at.compared)
     keys, values = g.num_key_heads // at.split, g.num_value_heads // at.split
     q, k = (random_bf16(*size, keys, g.key_head_dim, device=device) for _ in "qk")
-    v = random_bf16(*size, values, g.value_head_dim, device=device)
+    v = random_bf16(*size, values, g.value_head_dim + at.states * g.key_head_dim, device=device)
     decay = -F.softplus(random_bf16(*size, values, device=device).float() - 2)
     beta = random_bf16(*size, values, device=device).sigmoid()
 
     def run(kernels: Ops, q, k, v, decay, beta):
-        return kernels.chunk_gated_delta_rule(q, k, v, g=decay, beta=beta, use_qk_l2norm_in_kernel=True)[0]
+        return delta_rule(kernels.chunk_gated_delta_rule, (q, k, v), at, g=decay, beta=beta)
 
     return Case([q, k.roll(1, 1), v, decay, beta], run, sequences=5)
 
 
 def kda_case(arch: Architecture, at: RankShape, device) -> Case:
-    """The kernel also computes the decay."""
+    """The kernel also computes the decay. The zeros that lengthen a sequence decay the last state: it is not seen."""
     g, size = arch.geometry.kda, (at.rows, at.compared)
     heads, dim = g.num_heads // at.split, g.head_dim
     q, k, v, raw = (random_bf16(*size, heads, dim, device=device).roll(i, 1) for i in range(4))
+    v = F.pad(v, (0, at.states * dim))  # as when states are passed
     beta = random_bf16(*size, heads, device=device).sigmoid()
     rate, bias = torch.linspace(-1, 1, heads, device=device), torch.linspace(-4, 2, heads * dim, device=device)
 
     def run(kernels: Ops, q, k, v, raw, beta, rate, bias):
         decay = dict(g=raw, A_log=rate, dt_bias=bias)
-        return kernels.chunk_kda(q, k, v, beta=beta, use_qk_l2norm_in_kernel=True, **decay)[0]
+        return delta_rule(kernels.chunk_kda, (q, k, v), at, seen=0.0, beta=beta, **decay)
 
     return Case([q, k, v, raw, beta, rate, bias], run, sequences=5)
 
@@ -108,7 +128,10 @@ def mamba2_case(arch: Architecture, at: RankShape, device) -> Case:
     A = -torch.linspace(0.5, 2, heads, device=device)
 
     def run(kernels: Ops, x, dt, B, C):
-        return kernels.chunk_ssd(x, dt, A, B, C)[0]
+        if not at.states:
+            return kernels.chunk_ssd(x, dt, A, B, C)[0]
+        out, last = kernels.chunk_ssd(x, dt, A, B, C, output_final_state=True)
+        return out + last.sum(-1).unsqueeze(1)  # about as large as the output
 
     return Case([x, dt, B, C.roll(1, 1)], run, sequences=4)
 

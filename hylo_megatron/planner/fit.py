@@ -1,6 +1,6 @@
 """Constants of the planner's speed that measured steps ask for. No torch in here.
 
-The time of a step is linear in the inverse of each rate, so a fit is a small linear least-squares problem.
+The time of a step is nearly linear in the inverse of each rate, so a fit is a small linear least-squares problem.
 """
 
 from collections.abc import Sequence
@@ -10,44 +10,59 @@ from hylo_megatron.planner.speed import FITTED, Constants, step_time
 from hylo_megatron.planner.training import PlannedRun
 
 RATES = ("products", "attention_cp", "nvlink")  # what steps on several GPUs tell; one GPU has told the others
+TIMES = ("traffic", "optimizer", "recurrence", "chunk", "step")  # constants that are seconds; the others are rates
+CHOICES = tuple(name for name in vars(FITTED) if name not in ("node", "network"))  # no step on one host tells these
 ROUNDS = 500
 LIMITS = 0.1, 10.0  # a fit that asks for more says that the formula is wrong, not the rate
 
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuredStep:
-    """A step and the seconds that it took."""
+    """A step, the seconds that it took, and its card's rate of products."""
 
     run: PlannedRun
     seconds: float
+    card: float
 
-    def error(self, card: float, constants: Constants) -> float:
+    def planned(self, constants: Constants) -> float:
+        return step_time(self.run, self.card, constants).total
+
+    def error(self, constants: Constants) -> float:
         """Return by how much the planned speed is above the measured one, as a share of the measured one."""
-        return self.seconds / step_time(self.run, card, constants).total - 1
+        return self.seconds / self.planned(constants) - 1
 
 
-def fitted_to(steps: Sequence[MeasuredStep], card: float, start: Constants = FITTED) -> Constants:
-    """Return ``start`` with those of ``RATES`` changed that ``steps`` depend on; ``card``: its rate of products.
+def mean_error(steps: Sequence[MeasuredStep], constants: Constants) -> float:
+    return sum(abs(step.error(constants)) for step in steps) / len(steps)
+
+
+def faster(constants: Constants, name: str, factor: float) -> Constants:
+    """Return ``constants`` with the work of ``name`` done ``factor`` times as fast."""
+    value = getattr(constants, name)
+    return replace(constants, **{name: value / factor if name in TIMES else value * factor})
+
+
+def fitted_to(steps: Sequence[MeasuredStep], start: Constants = FITTED, names: Sequence[str] = RATES) -> Constants:
+    """Return ``start`` with those of ``names`` changed that ``steps`` depend on.
 
     Minimises the squares of the relative errors of the time. The rate of products is fitted only where a step on one
     GPU is among the steps: on several GPUs it cannot be told from the other rates.
     """
     alone = any(step.run.work.processes == 1 for step in steps)
-    names = [name for name in RATES if alone or name != "products"]
-    whole = [step_time(step.run, card, start).total for step in steps]
-    # Doubling a rate takes away half of the time that depends on it.
+    names = [name for name in names if alone or name != "products"]
+    whole = [step.planned(start) for step in steps]
+    # Work that is twice as fast takes away half of its time.
     parts = {
-        name: [
-            2 * (total - step_time(step.run, card, replace(start, **{name: 2 * getattr(start, name)})).total)
-            for step, total in zip(steps, whole, strict=True)
-        ]
+        name: [2 * (total - step.planned(faster(start, name, 2))) for step, total in zip(steps, whole, strict=True)]
         for name in names
     }
     slower = dict.fromkeys(names, 1.0)
     for _ in range(ROUNDS):
         for name in names:
             slower[name] = _best(name, slower, parts, whole, [step.seconds for step in steps])
-    return replace(start, **{name: getattr(start, name) / slower[name] for name in names})
+    for name in names:
+        start = faster(start, name, 1 / slower[name])
+    return start
 
 
 def _best(name: str, slower: dict[str, float], parts: dict[str, list[float]], whole: list[float],

@@ -241,6 +241,22 @@ def test_packed_sequences_are_refused():
 
 # ---- start-up check ----
 
+STATES = RankShape(rows=6, length=300, states=True)
+
+
+@pytest.mark.parametrize("linear", ["gdn", "mamba2"])
+def test_self_test_sees_the_last_state_that_ranks_pass(linear):
+    name = {"gdn": "chunk_gated_delta_rule", "mamba2": "chunk_ssd"}[linear]
+
+    def wrong_state(*args, **kwargs):
+        out, last = getattr(TORCH, name)(*args, **kwargs)
+        return out, None if last is None else 1.5 * last
+
+    arch, broken = tiny.hybrid(linear), replace(TORCH, **{name: wrong_state})
+    assert "agree" in self_test(arch, RankShape(length=200), device="cpu", kernels=broken)
+    with pytest.raises(HyLoError, match="disagrees with the reference"):
+        self_test(arch, RankShape(length=200, states=True), device="cpu", kernels=broken)
+
 
 @pytest.mark.parametrize("linear", ["gdn", "mamba2", "kda"])
 def test_self_test_passes_right_kernels_and_refuses_wrong_gradients(linear):
@@ -248,24 +264,24 @@ def test_self_test_passes_right_kernels_and_refuses_wrong_gradients(linear):
     assert "agree" in self_test(arch, device="cpu", kernels=TORCH)
 
     def wrong_gradient(scan):
-        def call(q, *args, **kwargs):  # the value is right, one gradient is twice what it should be
-            return scan(2 * q - q.detach(), *args, **kwargs)
-
-        return call
+        # the value is right, one gradient is twice what it should be
+        return lambda q, *args, **kwargs: scan(2 * q - q.detach(), *args, **kwargs)
 
     name = {"gdn": "chunk_gated_delta_rule", "mamba2": "chunk_ssd", "kda": "chunk_kda"}[linear]
     broken = replace(TORCH, name="broken", **{name: wrong_gradient(getattr(TORCH, name))})
     with pytest.raises(HyLoError, match="broken's .* disagrees with the reference"):
         self_test(arch, device="cpu", kernels=broken)
-    with pytest.raises(HyLoError, match="broken's .* disagrees with the reference"):
-        self_test(arch, RankShape(rows=2, length=600), device="cpu", kernels=broken)
+    for shape in (RankShape(rows=2, length=600), RankShape(rows=2, length=600, states=True)):
+        assert "agree" in self_test(arch, shape, device="cpu", kernels=TORCH)
+        with pytest.raises(HyLoError, match="broken's .* disagrees with the reference"):
+            self_test(arch, shape, device="cpu", kernels=broken)
 
 
 @pytest.mark.parametrize("layout, work, shape", [
     (ParallelLayout(), Work(seq_length=600, micro_batch=2), RankShape(rows=2, length=600)),
     (ParallelLayout(tp=2), Work(seq_length=600), RankShape(split=2, length=600)),
-    (ParallelLayout(cp=2, linear_cp="states"), Work(seq_length=1200, micro_batch=3), RankShape(rows=6, length=300)),
-    (ParallelLayout(cp=2), Work(seq_length=1200, micro_batch=3), RankShape(rows=6, length=300)),
+    (ParallelLayout(cp=2, linear_cp="states"), Work(seq_length=1200, micro_batch=3), STATES),
+    (ParallelLayout(cp=2), Work(seq_length=1200, micro_batch=3), STATES),
     (ParallelLayout(cp=2, linear_cp="a2a"), Work(seq_length=600), RankShape(split=2, length=600)),
 ], ids=["one rank", "tensor parallel", "states", "states by default", "heads"])  # fmt: skip
 def test_self_test_runs_kernels_at_the_shape_of_the_run(layout, work, shape):
@@ -274,10 +290,10 @@ def test_self_test_runs_kernels_at_the_shape_of_the_run(layout, work, shape):
     assert RankShape.of(arch, layout, work) == shape
 
     def rule(q, k, v, *args, **kwargs):
-        seen.append(tuple(v.shape))
+        seen.append((*v.shape, kwargs.get("initial_state") is not None, kwargs.get("output_final_state", False)))
         return TORCH.chunk_gated_delta_rule(q, k, v, *args, **kwargs)
 
     assert "agree" in self_test(arch, shape, device="cpu", kernels=replace(TORCH, chunk_gated_delta_rule=rule))
-    gdn = arch.geometry.gdn
-    assert seen == [(shape.rows, shape.length, gdn.num_value_heads // shape.split, gdn.value_head_dim)]
+    gdn, width = arch.geometry.gdn, arch.geometry.gdn.value_head_dim + shape.states * arch.geometry.gdn.key_head_dim
+    assert seen == [(shape.rows, shape.length, gdn.num_value_heads // shape.split, width, shape.states, shape.states)]
     assert RankShape(rows=64, length=2048).compared == LENGTH // 4

@@ -1,9 +1,10 @@
-"""The cells of two processes on what this machine has, with NCCL on two GPUs.
+"""Layouts of two or four processes against one process on what this machine has, with NCCL on GPUs.
 
-``PYTHONPATH=.:tests python tests/programs/parallel_gpu.py WORK [fp32 bf16] [gdn mamba2 kda window]``
+``PYTHONPATH=.:tests python tests/programs/parallel_gpu.py WORK [2 4] [fp32 bf16] [gdn mamba2 kda window]``
 
-Prints a table: each layout against one process of the same precision; the kernels are those that training takes. What
-one process computes and what two do are launched beside each other: on a new machine kernels take minutes to compile.
+Prints a table: each layout against one process of the same precision, with the kernels that training takes. Processes
+are two unless ``4`` is given. One process and several are launched beside each other, because kernels take minutes to
+compile on a new machine.
 """
 
 import json
@@ -25,20 +26,22 @@ SIZES = dict(hidden_size=256, intermediate_size=512, num_attention_heads=4, num_
              geometry=Geometry(MLAGeometry(64, 32, 32, 64), GDNGeometry(4, 8, 64, 64), Mamba2Geometry(4, 64, 64, 4),
                                KDAGeometry(4, 64)),
              max_position_embeddings=512)  # fmt: skip
+COUNTS = (2, 4)
 LENGTH, WINDOW = 512, {"size": 96, "sinks": 4}
 
 
-def cells(work: Path, linear: str, dtype: str):
-    """``(layout, what, one process's cell, two processes' cell)``."""
+def cells(work: Path, linear: str, dtype: str, counts: list[int]):
+    """Yield ``(processes, layout, what, one process's cell, their cell)``."""
     mixer, changes = ("gdn", dict(window=WINDOW)) if linear == "window" else (linear, {})
     folders = [str(folder) for folder in helpers.write_pair(work / f"{linear}-{dtype}", mixer, **SIZES, **changes)]
     for stage in ("ild", "distill"):
         what = f"{linear}-{stage}-{dtype}"
         alone = parity.Cell(f"alone-{what}", *folders, stage, "all", dtype=dtype, length=LENGTH)
-        for layout, sizes in parity.LAYOUTS[2].items():
-            name = f"{layout}-{what}".replace(" ", "_")
-            two = parity.Cell(name, *folders, stage, "all", dtype=dtype, length=LENGTH, **sizes)
-            yield f"{layout}, {dtype}", f"{linear} {stage}", alone, two
+        for processes in counts:
+            for layout, sizes in parity.LAYOUTS[processes].items():
+                name = f"{layout}-{what}".replace(" ", "_").replace(",", "")
+                cell = parity.Cell(name, *folders, stage, "all", dtype=dtype, length=LENGTH, **sizes)
+                yield processes, f"{layout}, {dtype}", f"{linear} {stage}", alone, cell
 
 
 def launch(work: Path, name: str, found: list[parity.Cell], processes: int) -> bool:
@@ -50,9 +53,9 @@ def launch(work: Path, name: str, found: list[parity.Cell], processes: int) -> b
     return done.returncode == 0
 
 
-def measure(work: Path, alone: parity.Cell, two: parity.Cell) -> list[float]:
-    got, want = (torch.load(work / f"{cell.name}.pt")["gradients"] for cell in (two, alone))
-    loss = parity.loss_gap(*(helpers.read_log(work / f"{cell.name}.jsonl")[0] for cell in (two, alone)))
+def measure(work: Path, alone: parity.Cell, several: parity.Cell) -> list[float]:
+    got, want = (torch.load(work / f"{cell.name}.pt")["gradients"] for cell in (several, alone))
+    loss = parity.loss_gap(*(helpers.read_log(work / f"{cell.name}.jsonl")[0] for cell in (several, alone)))
     gaps = parity.gradient_gaps(got, want)
     decay = {key: gap for key, gap in gaps.items() if key.endswith((".A_log", ".dt_bias"))}
     others = max(gap for key, gap in gaps.items() if key not in decay)
@@ -64,17 +67,19 @@ def main(work: Path, chosen: list[str]) -> None:
     dtypes, kinds = (
         [name for name in names if name in chosen] or names for names in (("fp32", "bf16"), (*LINEAR, "window"))
     )
-    groups = {(linear, dtype): list(cells(work, linear, dtype)) for dtype in dtypes for linear in kinds}
+    counts = [count for count in COUNTS if str(count) in chosen] or [2]
+    groups = {(linear, dtype): list(cells(work, linear, dtype, counts)) for dtype in dtypes for linear in kinds}
     with ThreadPoolExecutor() as pool:
         jobs = []
         for (linear, dtype), found in groups.items():
             alone = list({one.name: one for *_, one, _ in found}.values())
-            jobs += [pool.submit(launch, work, f"{linear}-{dtype}-1", alone, 1),
-                     pool.submit(launch, work, f"{linear}-{dtype}-2", [two for *_, two in found], 2)]  # fmt: skip
+            several = {count: [cell for processes, *_, cell in found if processes == count] for count in counts}
+            for count, batch in {1: alone, **several}.items():
+                jobs.append(pool.submit(launch, work, f"{linear}-{dtype}-{count}", batch, count))
     measured = {
         (layout, what): measure(work, *pair)
         for found in groups.values()
-        for layout, what, *pair in found
+        for _, layout, what, *pair in found
         if all((work / f"{cell.name}.pt").exists() for cell in pair)
     }
     print(parity_table.table(measured, "loss / gradient / gradient of A_log and dt_bias"))

@@ -1,6 +1,6 @@
-"""``tools/bench/scaling.py``: which layouts it measures, what its table says, and rows that fail."""
+"""``tools/bench/scaling.py``: which layouts it measures, and rows that fail."""
 
-import argparse
+import fcntl
 import json
 import math
 import os
@@ -9,13 +9,11 @@ import subprocess
 import sys
 
 import pytest
-from helpers.paths import ROOT
+from helpers.scaling import BENCH, RECIPE, options_of
 from helpers.waits import PATIENCE
 
 from hylo_megatron.errors import HyLoError
 
-BENCH = ROOT / "tools" / "bench"
-RECIPE = ("--recipe", "llama1b", "--stage", "distill-64k", "--teacher-shape", "llama8b", "--random")
 TOY = (*RECIPE, "--toy", "--steps", "1", "--limit", str(PATIENCE))
 
 
@@ -25,12 +23,6 @@ def scaling(monkeypatch):
     import scaling
 
     return scaling
-
-
-def options_of(scaling, *flags: str, gpus: int = 4, memory: float = 80.0) -> argparse.Namespace:
-    options = scaling.parsed([*RECIPE, *flags])
-    options.gpus, options.gpu_memory = gpus, memory
-    return options
 
 
 def layouts_of(scaling, folder, *flags: str, **host) -> list[str]:
@@ -76,78 +68,31 @@ def test_a_layout_without_memory_gets_what_saves_it(scaling, tmp_path):
     assert only.run.offload_teacher and only.run.offload_optimizer and only.run.recompute_chunk == 2
 
 
-def row_of(layout: str, devices: int, speed: float, **changes) -> dict:
-    row = dict(
-        layout=layout, devices=devices, how="", planned={"memory_gib": 55.0, "tokens_per_second": 1.2 * speed},
-        tokens_per_second=speed, seconds=65536 / speed, utilization=0.5, memory_gib=50.0,
-        exposed_communication_ms=3.0, sent=[{"collective": "send", "group": "x", "calls": 1, "bytes": 2_000_000}],
-    )  # fmt: skip
-    return row | changes
-
-
-def test_the_table(scaling, tmp_path):
-    import scaling_table
-
-    head = {"name": "x", "device": "H100", "product_rate": 728e12}
-    rows = [
-        row_of("TP 1 PP 1 DP 1", 1, 10000.0), row_of("TP 1 PP 1 CP 2 DP 1", 2, 19000.0),
-        dict(layout="TP 2 PP 1 DP 1", devices=2, how="", planned={}, failed="CUDA out of memory | 3 GiB"),
-    ]  # fmt: skip
-    text = scaling_table.write_table(tmp_path / "t.json", head, rows, {})
-    assert (
-        "| TP 1 PP 1 CP 2 DP 1 | 2 | 19,000 | 1.90 | 0.95 | 50% | 50.0 | 55.0 (+10%) | 22,800 (+20%) | send 2 MB"
-        in text
-    )
-    assert text.splitlines()[-1].endswith("| CUDA out of memory / 3 GiB |")  # a bar would be another cell
-    found = json.loads((tmp_path / "t.json").read_text())["rows"]
-    assert found[1]["planned_error"] == pytest.approx({"memory_gib": 0.1, "tokens_per_second": 0.2})
-    assert (tmp_path / "t.md").read_text() == text + "\n"
-    without = scaling_table.write_table(tmp_path / "t.json", head, rows[1:], {})
-    assert "No row on one GPU: ratios are to TP 1 PP 1 CP 2 DP 1." in without
-
-
-def test_rows_of_another_step_are_not_mixed(scaling, tmp_path):
-    path = tmp_path / "t.json"
-    path.write_text(json.dumps({"name": "x", "flags": [], "rows": [{"layout": "y"}]}))
-    assert scaling.results_before(path, "rows", {"name": "x", "flags": []}) == [{"layout": "y"}]
-    with pytest.raises(HyLoError, match="flags is .., this run has .'--hylo-kl-chunk=1'.; give another --out"):
-        scaling.results_before(path, "rows", {"name": "x", "flags": ["--hylo-kl-chunk=1"]})
-
-
-def test_rows_with_another_teacher_are_not_mixed(scaling, tmp_path):
-    heads = []
-    for name, flags in (("large", ()), ("same", ("--teacher-shape", "llama1b")), ("again", ())):
-        (tmp_path / name).mkdir()
-        options = options_of(scaling, *flags)
-        heads.append(scaling.head_of(scaling.job_of(options, tmp_path / name), options, "H100"))
-    large, same, again = heads
-    path = tmp_path / f"{large['name']}.json"
-    path.write_text(json.dumps(large | {"rows": [{"layout": "y"}]}))
-    assert scaling.results_before(path, "rows", again) == [{"layout": "y"}]
-    with pytest.raises(HyLoError, match="teacher is llama8b, this run has llama1b; give another --out"):
-        scaling.results_before(path, "rows", same)
-
-
-def test_rows_of_other_code_are_not_mixed(scaling, tmp_path):
-    package, prints = tmp_path / "package", []
-    (package / "room").mkdir(parents=True)
-    for text, name in (("a = 1", "one.py"), ("a = 2", "one.py"), ("", "two.py"), ("", "notes.md")):
-        (package / "room" / name).write_text(text)
-        prints.append(scaling.fingerprint(package))
-    assert len(set(prints[:3])) == 3 and prints[2] == prints[3]
-    options = options_of(scaling)
-    head = scaling.head_of(scaling.job_of(options, tmp_path), options, "H100")
-    path = tmp_path / "t.json"
-    path.write_text(json.dumps(head | {"code": prints[0], "rows": []}))
-    with pytest.raises(HyLoError, match=f"code is {prints[0]}, this run has {head['code']}; give another --out"):
-        scaling.results_before(path, "rows", head)
-
-
 def test_the_speed_of_context_parallelism_is_a_range(scaling, tmp_path):
     options = options_of(scaling, "--only", "dp2,cp2")
     alone, shared = scaling.chosen(scaling.job_of(options, tmp_path), options, 728e12)
     assert " to " not in scaling.described(alone)
     assert f"{shared.speed:,.0f} to {shared.most:,.0f} tokens/s" in scaling.described(shared)
+
+
+def test_the_card_is_measured_once(scaling, tmp_path, monkeypatch):
+    path, calls = tmp_path / "new" / "card.json", []
+
+    def probe(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 1:  # a call beside this one waits for its file
+            number = os.open(path.parent, os.O_RDONLY)
+            with pytest.raises(BlockingIOError):
+                fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.close(number)
+        return subprocess.CompletedProcess(args, 0, stdout='a warning\n["H100", 4, 7.5e14]\n')
+
+    monkeypatch.setattr(scaling.subprocess, "run", probe)
+    options = scaling.parsed([*RECIPE, "--card", str(path)])
+    assert [scaling.device_here(options) for _ in range(2)] == [("H100", 4, 7.5e14)] * 2
+    assert len(calls) == 1 and json.loads(path.read_text())["count"] == 4
+    scaling.device_here(scaling.parsed(list(RECIPE)))
+    assert len(calls) == 2
 
 
 def test_kills_of_another_recipe_run_do_not_count(scaling, tmp_path):
@@ -210,7 +155,7 @@ def measured_rows(folder, *flags) -> dict[str, dict]:
 def test_one_rank_is_measured(tmp_path):
     [row] = measured_rows(tmp_path, "--gpus", 1).values()
     assert row["ratio"] == row["of_linear"] == 1 and row["sent"] == [] and math.isfinite(row["losses"][0])
-    assert row["planned"]["memory_gib"] > 0 and "planned_error" in row
+    assert row["planned"]["memory_gib"] > 0 and "planned_error" in row and row["profiled_seconds"] > 0
 
 
 @pytest.mark.slow

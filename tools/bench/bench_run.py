@@ -1,5 +1,6 @@
 """What benchmarks of trainings share: processes that end with a measurement, step logs, results of earlier calls."""
 
+import fcntl
 import json
 import os
 import signal
@@ -42,6 +43,17 @@ def processes_ended() -> Iterator[None]:
                 with suppress(ProcessLookupError):
                     os.kill(number, signal.SIGKILL)
             time.sleep(0.1)
+
+
+@contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Wait until no other process is in such a block for this folder. The lock ends with the process."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(number)
 
 
 def step_lines(path: Path) -> list[dict]:

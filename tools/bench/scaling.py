@@ -8,9 +8,9 @@
 Each row is a run of ``train_step.py`` with ``--profile``. The table has tokens/s, the ratio to one GPU and to linear
 scaling, utilisation, memory of the fullest rank, bytes that rank 0 sends in a step, and the planner's memory and speed
 beside both. A layout that fails, or goes on after ``--limit`` seconds, is a row with the reason. The table is written
-to ``--out`` after each row, as Markdown and JSON; another call adds its rows to a table of the same step,
-models, card, versions and code of this package. ``--dry-run`` gives the speed of context parallelism as a range:
-attention across ranks as it was measured last, and as fast as on one rank.
+to ``--out`` after each row, as Markdown and JSON. Another call, also one beside this on other GPUs, adds its rows to
+a table of the same step, models, card, versions and code of this package. ``--dry-run`` gives the speed of context
+parallelism as a range: attention across ranks as it was measured last, and as fast as on one rank.
 
 A layout that does not fit the memory as the recipe trains gets what saves memory: layers recomputed in pairs, then the
 optimizer, then the teacher in the host's memory. The last column says so; such rows are slower for that.
@@ -20,13 +20,14 @@ import argparse
 import hashlib
 import json
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench_run import results_before
+from bench_run import one_at_a_time, results_before
 from measured_step import PACKAGES, Job, add_job_flags, check_job_flags, job_of, measured, planned, with_rate
 from scaling_table import write_table
 
@@ -35,7 +36,9 @@ from hylo_megatron.config.layout import ParallelLayout, Work, check_parallel_lay
 from hylo_megatron.config.stages import stage_kind
 from hylo_megatron.distill.memory_check import gpu_bytes
 from hylo_megatron.errors import HyLoError
+from hylo_megatron.files import write_json
 from hylo_megatron.flags import Parser, command_line, positive, size
+from hylo_megatron.json_file import read_json
 from hylo_megatron.packages import version_of
 from hylo_megatron.planner.layouts import GIB, USABLE, dividing
 from hylo_megatron.planner.speed import CARDS, FITTED, HOPED, tokens_per_second
@@ -51,6 +54,7 @@ SAVERS = {  # what saves memory, with the flags of the trainer
     "recompute in pairs, optimizer and teacher on the host": (*PAIRS, OPTIMIZER, TEACHER),
 }
 LAYERWISE_SAVERS = {"": (), "optimizer on the host": (OPTIMIZER,)}
+CARD = ("device", "count", "rate")  # what a file of --card has
 # In a process of its own: this one must hold no memory of a GPU.
 DEVICE = """
 import json, torch
@@ -149,6 +153,7 @@ def attempt(job: Job, candidate: Candidate, options: argparse.Namespace, folder:
         "memory_gib": max(rank["memory_gib"] for rank in ranks), "sent": ranks[0]["sent"],
         "exposed_communication_ms": max(rank["exposed_communication_ms"] for rank in ranks),
         "idle_ms": max(rank["idle_ms"] for rank in ranks), "groups": ranks[0]["groups"],
+        "profiled_seconds": max(rank["step_ms"] for rank in ranks) / 1e3,
     }  # fmt: skip
 
 
@@ -177,19 +182,38 @@ def fingerprint(package: Path) -> str:
     return found.hexdigest()[:12]
 
 
-def run(options: argparse.Namespace) -> None:
+def device_here(options: argparse.Namespace) -> tuple[str, int, float]:
+    """Return the name of this host's GPU, how many it has, and their rate of products; of its CPU if it has none.
+
+    A file of ``--card`` has them from an earlier call, or is written. Calls beside each other measure once.
+    """
+    if not options.card:
+        return measured_device()
+    options.card.parent.mkdir(parents=True, exist_ok=True)
+    with one_at_a_time(options.card.parent):
+        if not options.card.is_file():
+            write_json(options.card, dict(zip(CARD, measured_device(), strict=True)))
+        found = read_json(options.card)
+    return tuple(found[name] for name in CARD)
+
+
+def measured_device() -> tuple[str, int, float]:
     command = [sys.executable, "-W", "ignore", "-c", DEVICE]
     done = subprocess.run(command, env=child_environment(1), capture_output=True, text=True)
     if done.returncode:
         raise HyLoError(f"the device does not work: {done.stderr.strip().splitlines()[-1]}")
-    device, count, rate = json.loads(done.stdout.splitlines()[-1])
+    return tuple(json.loads(done.stdout.splitlines()[-1]))
+
+
+def run(options: argparse.Namespace) -> None:
+    device, count, rate = device_here(options)
     options.gpus = options.gpus or count or 1
     options.gpu_memory = options.gpu_memory or (gpu_bytes(0) or 80 * GIB) / GIB
     card = rate if count else CARDS["H100"]
     with tempfile.TemporaryDirectory() as folder:
         job = job_of(options, Path(folder))
         path, head = options.out / f"scaling-{job.name}.json", head_of(job, options, device)
-        rows = results_before(path, "rows", head)
+        results_before(path, "rows", head)  # refuses another step's table before a row is measured
         candidates = chosen(job, options, card)
         print(f"{job.name}: {device}, products at {rate / 1e12:.1f} TFLOP/s, {options.gpu_memory:.1f} GiB a GPU")
         print("\n".join(map(described, candidates)), flush=True)
@@ -198,13 +222,17 @@ def run(options: argparse.Namespace) -> None:
         options.out.mkdir(parents=True, exist_ok=True)
         for candidate in candidates:
             row = attempt(job, candidate, options, Path(folder), rate)
-            rows = [each for each in rows if each["layout"] != row["layout"]] + [row]
-            rows.sort(key=lambda each: each["devices"])
-            runs = {each["layout"]: run_of(job, each, options) for each in rows}
-            print(
-                write_table(path, head | {"product_rate": rate, "command": " ".join(sys.argv)}, rows, runs), flush=True
-            )
+            print(added(path, head, row, job, options, rate), flush=True)
     print(f"{path} and .md")
+
+
+def added(path: Path, head: dict, row: dict, job: Job, options: argparse.Namespace, rate: float) -> str:
+    """Add a row to the table in ``path``, to which another call may add rows of other GPUs; return the Markdown."""
+    with one_at_a_time(path.parent):
+        rows = [each for each in results_before(path, "rows", head) if each["layout"] != row["layout"]] + [row]
+        rows.sort(key=lambda each: each["devices"])
+        runs = {each["layout"]: run_of(job, each, options) for each in rows}
+        return write_table(path, head | {"product_rate": rate, "command": shlex.join(sys.argv)}, rows, runs)
 
 
 def run_of(job: Job, row: dict, options: argparse.Namespace) -> PlannedRun | None:
@@ -222,6 +250,7 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--gpus", type=size, help="(default: those of this host)")
     add("--gpu-memory", type=positive, help="GiB of a GPU, for the plan (default: this host's, or 80)")
+    add("--card", type=Path, help="file with the card and its rate of products: an earlier call's, or written by this")
     add("--ranked", type=size, default=1, help="layouts for each number of GPUs")
     add("--only", help="these layouts, such as dp1,cp2dp2, in place of the planner's")
     add("--rows", type=size, help="at most so many layouts")

@@ -5,12 +5,17 @@ from pathlib import Path
 
 from hylo_megatron.files import write_json, write_text
 from hylo_megatron.markdown import table
-from hylo_megatron.planner.fit import RATES, MeasuredStep, fitted_to
+from hylo_megatron.planner.fit import RATES, MeasuredStep, fitted_to, mean_error
 from hylo_megatron.planner.speed import CARDS, FITTED
 from hylo_megatron.planner.training import PlannedRun
 
 HEAD = ["layout", "GPUs", "tokens/s", "to one", "of linear", "utilisation", "GiB", "planned GiB", "planned tokens/s",
         "sent in a step", "communication alone", "remark"]  # fmt: skip
+
+
+def card_of(head: dict) -> float:
+    """Return the rate of products that a table's rows are planned with; an H100's for steps on a CPU."""
+    return head["product_rate"] if head["device"] != "CPU" else CARDS["H100"]
 
 
 def base_of(rows: list[dict]) -> dict | None:
@@ -64,13 +69,10 @@ def cells(row: dict) -> list[str]:
     ]  # fmt: skip
 
 
-def refitted(steps: list[MeasuredStep], card: float) -> dict:
+def refitted(steps: list[MeasuredStep]) -> dict:
     """Return the planner's rates that fit the steps best, with the errors of the speed before and after."""
-    fitted = fitted_to(steps, card)
-    mean = {
-        when: sum(abs(step.error(card, constants)) for step in steps) / len(steps)
-        for when, constants in (("before", FITTED), ("after", fitted))
-    }
+    fitted = fitted_to(steps)
+    mean = {when: mean_error(steps, constants) for when, constants in (("before", FITTED), ("after", fitted))}
     rates = {name: {"now": getattr(FITTED, name), "fitted": getattr(fitted, name)} for name in RATES}
     return {"rates": rates, "mean_error": mean, "steps": len(steps)}
 
@@ -89,15 +91,18 @@ def write_table(path: Path, head: dict, rows: list[dict], runs: dict[str, Planne
     """Write ``path`` and its Markdown sister, and return the Markdown. ``runs``: planned runs by the rows' layouts."""
     base, fit = base_of(rows), None
     rows = [compared(row, base) for row in rows]
-    steps = [MeasuredStep(run=runs[row["layout"]], seconds=row["seconds"]) for row in rows if runs.get(row["layout"])]
+    card = card_of(head)
+    steps = [
+        MeasuredStep(run=runs[row["layout"]], seconds=row["seconds"], card=card)
+        for row in rows if runs.get(row["layout"])
+    ]  # fmt: skip
     taught = f", teacher {head['teacher']}" if "teacher" in head else ""
     lines = [f"{head['name']}{taught}, {head['device']}, products at {head['product_rate'] / 1e12:.0f} TFLOP/s", ""]
     lines.append(table([HEAD, *map(cells, rows)]))
     if base and base["devices"] > 1:
         lines += ["", f"No row on one GPU: ratios are to {base['layout']}."]
     if steps:
-        card = head["product_rate"] if head["device"] != "CPU" else CARDS["H100"]
-        fit = refitted(steps, card)
+        fit = refitted(steps)
         lines += ["", fit_line(fit)]
     write_json(path, head | {"rows": rows, "fit": fit})
     write_text(path.with_suffix(".md"), "\n".join(lines) + "\n")
