@@ -15,6 +15,7 @@ from hylo_megatron.mixers.dimensions import geometry_to_config
 from hylo_megatron.mixers.window import cached_values
 from hylo_megatron.planner.pages import expanded_bytes, pages
 from hylo_megatron.serve.geometry import Served, serve
+from hylo_megatron.serve.refused import refused_settings
 
 logger = init_logger("vllm.hylo_megatron")  # below vllm's own logger, so that its level and format apply
 # Set by tests that run a GPU's geometry on a CPU.
@@ -107,6 +108,8 @@ def refuse(vllm_config) -> None:
     quantised = getattr(hybrid, "quantization_config", None)
     split = vllm_config.parallel_config.decode_context_parallel_size > 1
     sends = getattr(vllm_config.kv_transfer_config, "kv_connector", None) or ""
+    fields = {"linear_rope": hybrid.linear_rope, "window": hybrid.window}
+    settings = refused_settings(hybrid.mixers, **fields, on_gpu=on_gpu())
     refused = (
         ("--speculative-config", draft, "rejected drafts would stay in the recurrent states; leave it out"),
         ("--enable-lora", lora,
@@ -117,10 +120,7 @@ def refuse(vllm_config) -> None:
          f"expected {' or '.join(weights)}, with which vLLM quantises an exported folder while it loads"),
         ("--decode-context-parallel-size", split,
          "recurrent states cannot be split by position; use --tensor-parallel-size"),
-        ("linear_rope in config.json", hybrid.linear_rope and hybrid.linear_type == "kda" and on_gpu(),
-         "vLLM's Kimi Delta Attention has no place for a rotation on a GPU; use transformers, or Gated DeltaNet"),
-        ("window in config.json", hybrid.window and not any(MIXERS[kind].linear for kind in hybrid.mixers),
-         "vLLM keeps windows among the states of linear layers, and this plan has none; use transformers"),
+        *((f"{field} in config.json", True, reason) for field, reason in settings),
         (f"--kv-transfer-config with {sends}", hybrid.window and sends and "Offload" not in sends,  # that takes pages
          "connectors send two states of a layer, without the keys and values of its window; leave it out"),
         (f"--kv-cache-dtype {dtype}", current_platform.is_cpu() and dtype not in CPU_CACHES,
