@@ -50,16 +50,20 @@ class NeedlePrompt(Prompt):
 
 @dataclass(frozen=True, kw_only=True)
 class Needle(Task):
-    """Retrieve a number of seven digits from ``depths`` places of a prose file; ``samples`` are those of a depth."""
+    """Retrieve a number of seven digits from ``depths`` places of a prose file; ``samples`` are those of a depth.
+
+    ``form``: the file's format; None: as its contents say.
+    """
 
     name: str = "needle"
     max_new_tokens: int = MAX_NEW_TOKENS
     file: Path
     depths: int = 5
+    form: str | None = None
 
     def prompts(self, tokenizer, length: int, samples: int, seed: int) -> list[NeedlePrompt]:
         """Return ``samples`` prompts for every depth, each with its own seed, so cells do not depend on each other."""
-        prose = prose_of(self.file, tokenizer)
+        prose = prose_of(self.file, tokenizer, self.form)
         return [
             make_needle(prose, length, depth, random.Random(f"{seed}/{length}/{depth:.4f}/{sample}"))
             for depth in depths_of(self.depths)
@@ -81,8 +85,8 @@ def depths_of(number: int) -> list[float]:
 class Prose:
     """Sentences of a prose file, each after a space, and the words for keys."""
 
-    def __init__(self, file: str | Path, tokenizer: PreTrainedTokenizerBase):
-        prose = read_some(Path(file), tokenizer, HAYSTACK_CHARS)
+    def __init__(self, file: str | Path, tokenizer: PreTrainedTokenizerBase, form: str | None = None):
+        prose = read_some(Path(file), tokenizer, HAYSTACK_CHARS, form)
         self.sentences = [f" {sentence}" for sentence in sentences_of(prose)]
         if not self.sentences:
             raise HyLoError(f"{file} has no sentences to hide a needle in: expected prose")
@@ -129,9 +133,9 @@ class Prose:
 
 
 @lru_cache(maxsize=1)
-def prose_of(file: Path, tokenizer: PreTrainedTokenizerBase) -> Prose:
+def prose_of(file: Path, tokenizer: PreTrainedTokenizerBase, form: str | None) -> Prose:
     """Return the prose of a file, kept for the next length or task of the same model."""
-    return Prose(file, tokenizer)
+    return Prose(file, tokenizer, form)
 
 
 def _check_length(ids: Ids, length: int) -> None:

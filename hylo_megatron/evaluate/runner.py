@@ -80,7 +80,7 @@ def measure(folder: str | Path, role: str, files: Files, settings: Settings) -> 
     return figures
 
 
-def _given_files(given: dict[str, Any]) -> Files:
+def _given_files(given: dict[str, Any], form: str | None) -> Files:
     """Return the files by kind. Refuses a file that cannot be read now, not after minutes of measuring."""
     if unknown := set(given) - set(KINDS):
         raise TypeError(f"evaluate() has no argument {unknown.pop()!r}")
@@ -92,7 +92,8 @@ def _given_files(given: dict[str, Any]) -> Files:
         if len({Path(file).stem for file in paths}) < len(paths):
             raise HyLoError(f"--{kind}: two files have one name, which is the name of their figures: rename one")
         for file in paths:
-            READERS.get(kind, check_texts)(Path(file))
+            reader = READERS.get(kind)
+            reader(Path(file)) if reader else check_texts(Path(file), form)
         if paths:
             files[kind] = tuple(map(Path, paths))
     return files
@@ -125,7 +126,7 @@ def evaluate(
     yarn_dir = teacher_dir if settings.teacher_yarn else None
     folders = {"teacher": teacher_dir, "teacher_yarn": yarn_dir, "control": control_dir, "model": model_dir}
     folders = {role: models.check_folder(folder) for role, folder in folders.items() if folder is not None}
-    files = _given_files(files)
+    files = _given_files(files, settings.form)
     check_files(files, settings)
     for folder in dict.fromkeys(folders.values()):  # now, not after minutes of measuring the others
         check_prompts(folder, files, settings)

@@ -3,6 +3,7 @@
 import argparse
 from dataclasses import dataclass
 
+from hylo_megatron.data.formats import FORMATS
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.flags import count, positive, size
 from hylo_megatron.options import option
@@ -28,6 +29,7 @@ class Settings:
     suites: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
     dtype: str = "auto"
+    form: str | None = None  # of the files of text
     teacher_yarn: float | None = option(
         "--teacher-yarn", None, positive, "measure the teacher also with YaRN of this factor")
     device: str = option("--device", "auto", str, "auto, cpu, cuda, cuda:1 ...")
@@ -73,6 +75,8 @@ class Settings:
         for verb, names in (("skip", self.skip), ("measure", self.suites)):
             if unknown := set(names) - set(SUITES):
                 raise HyLoError(f"cannot {verb} {', '.join(sorted(unknown))}: the parts are {', '.join(SUITES)}")
+        if self.form not in (None, *FORMATS):
+            raise HyLoError(f"evaluation setting form is {self.form!r}, expected {', '.join(FORMATS)} or None")
         if self.teacher_yarn is not None and not self.teacher_yarn > 1:
             raise HyLoError(f"evaluation setting teacher_yarn is {self.teacher_yarn}, expected a factor above 1")
         if not self.lengths_for("teacher", self.needle_lengths):

@@ -54,7 +54,8 @@ class Job:
 
     def losses(self, measure: Callable[..., dict], kind: str, label: str, **how) -> dict:
         """Return what ``measure``, a function of ``perplexity.py``, finds in the file of this kind."""
-        how |= {"batch_size": self.settings.batch_size, "prefill": self.settings.prefill_chunk}
+        settings = self.settings
+        how |= {"form": settings.form, "batch_size": settings.batch_size, "prefill": settings.prefill_chunk}
         file = self.files[kind][0]
         return measure(self.loaded.model, self.loaded.tokenizer, file, label=self.label(label), **how)
 
@@ -88,7 +89,7 @@ def _long(job: Job) -> dict:
 
 def _needle(job: Job) -> dict:
     settings = job.settings
-    task = Needle(file=job.files["prose"][0], depths=settings.needle_depths)
+    task = Needle(file=job.files["prose"][0], depths=settings.needle_depths, form=settings.form)
     lengths, not_run = job.split(settings.needle_lengths)
     return {**job.run(task, lengths, settings.needle_samples), "not_run": not_run}
 
@@ -121,7 +122,7 @@ def _ruler(job: Job) -> dict:
     settings, found = job.settings, {}
     lengths, not_run = job.split(settings.ruler_lengths)
     given = {kind: job.files[f"ruler_{kind}"][0] for kind in ("squad", "hotpot") if f"ruler_{kind}" in job.files}
-    chosen = tasks(job.files["prose"][0], **given)
+    chosen = tasks(job.files["prose"][0], **given, form=settings.form)
     for task, length in itertools.product(chosen, lengths):
         task.check(job.loaded.tokenizer, length)
     for task in chosen:

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from hylo_megatron.config.geometry import GEOMETRY_HELP
+from hylo_megatron.data.formats import add_format
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.flags import Parser, command_line, flag_among, given, names_of, positive, share, size
 from hylo_megatron.mixers import LINEAR
@@ -61,6 +62,7 @@ def _add_measured(parser: Parser) -> frozenset[str]:
     add("--student", type=Path, help="all-linear student (hylo upcycle --mla-layers none, with or without ILD):"
         " Hugging Face folder or checkpoint")  # fmt: skip
     add("--text", type=Path, metavar="FILE", help="held-out text as for hylo prepare-data, or prefix of its tokens")
+    add_format(add, "the file of --text")
     add("--tokens", type=size, default=98304, help="tokens of --text that are measured")
     add("--length", type=size, default=2048, help="tokens of a row of --text")
     add("--retrieval", type=Path, metavar="PREFIX", help="samples of hylo make-retrieval: the loss of answers counts")

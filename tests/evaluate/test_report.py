@@ -9,13 +9,14 @@ import sys
 
 import pytest
 import torch
-from helpers.evaluation import make_model, random_hybrid, write_lines
+from helpers.evaluation import make_model, make_prose, random_hybrid, write_lines
 from helpers.paths import ROOT
 from helpers.waits import PATIENCE
 
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.evaluate import models as hf_models
 from hylo_megatron.evaluate import suites
+from hylo_megatron.evaluate.command import main
 from hylo_megatron.evaluate.plots import read_log, running_mean
 from hylo_megatron.evaluate.runner import evaluate
 from hylo_megatron.evaluate.settings import Settings
@@ -136,6 +137,26 @@ def test_what_would_end_an_evaluation_late_is_refused_first(tmp_path, folder, pr
         evaluate(spoilt, teacher_dir=folder, prose=prose, settings=Settings(**few, needle_lengths=(512,)))
     with pytest.raises(HyLoError, match="needle length 20 is too short"):
         evaluate(folder, prose=prose, settings=Settings(**few, needle_lengths=(20, 512)))
+
+
+def test_a_text_that_begins_with_a_row_is_read_as_format_says(tmp_path, folder, monkeypatch):
+    """Every suite that reads text takes ``--format``; by default the contents decide."""
+    notes = tmp_path / "notes.md"
+    notes.write_text(f'{{"text": "A row."}}\n{make_prose(0, 200)}\n')
+    flags = "--suite perplexity long needle ruler --context 64 --ppl-tokens 64 --long-context 96 --needle-lengths 512"
+    flags += " --needle-samples 1 --needle-depths 1 --ruler-lengths 1500 --ruler-samples 1"
+    files = ["--prose", str(notes), "--long", str(notes)]
+    command = ["hylo evaluate", "--model", str(folder), "--out", str(tmp_path / "out"), *files, *flags.split()]
+    monkeypatch.setattr(suites, "answerer", lambda *_: lambda prompts: ((i, "") for i in range(len(prompts))))
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit):
+        main()
+    monkeypatch.setattr(sys, "argv", [*command, "--format", "text"])
+    main()
+    report = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    found = report["model"]
+    assert found["perplexity"]["prose"]["tokens"] == 63 and found["long"]["documents"] == 1
+    assert found["needle"]["samples"] and len(found["ruler"]["tasks"]) == 13 and report["settings"]["form"] == "text"
 
 
 def test_tool_reports_a_bad_path_in_one_line(tmp_path):
