@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -17,6 +18,8 @@ from hylo_megatron.json_file import read_json
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # In this order, as transformers reads them. Files beside them, such as consolidated.safetensors, may be missing.
 WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "*.safetensors")
+LOCAL = {"local_files_only": True, "trust_remote_code": False}
+OTHER_HEADS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 CPU_BATCH_TOKENS = 4096
 # GPU memory per hidden value of a token: about ten times what cache and activations take in bf16, so that
 # training may run on the same GPU. Large batches pay off: a decoding step takes as long for one row as for many.
@@ -79,7 +82,38 @@ def check_folder(folder: str | Path) -> Path:
     for path in weights:
         if reason := not_downloaded(path):
             raise HyLoError(f"{path}: {reason}")
+        _check_header(path)
     return folder
+
+
+def _check_header(path: Path) -> None:
+    """Refuse a safetensors file that is cut off, without reading a tensor."""
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise HyLoError(f"{path}: truncated or damaged ({first_line(error)}); download it again") from None
+
+
+def read_config(folder: Path, yarn: float | None = None) -> PreTrainedConfig:
+    """Return the configuration of a model that can be loaded. ``yarn``: see ``with_yarn``. Raises ``HyLoError``."""
+    register()
+    try:
+        config = AutoConfig.from_pretrained(folder, **LOCAL)
+    except HyLoError:
+        raise
+    except Exception as error:  # transformers may raise anything for a malformed file
+        raise HyLoError(f"{folder}: its config.json cannot be read ({first_line(error)})") from error
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise HyLoError(f"{folder}: model_type {config.model_type!r} is no causal language model that is known here")
+    return with_yarn(config, yarn, folder) if yarn else config
+
+
+def check_logits(config: PreTrainedConfig) -> None:
+    """Raise ``HyLoError`` for a model that changes the logits behind its head, which losses do not cover."""
+    if any(getattr(config, name, None) not in (None, 1.0) for name in OTHER_HEADS):
+        raise HyLoError(f"{config.model_type} scales or caps its logits, which this evaluation does not cover")
 
 
 def with_yarn(config, factor: float, folder: str | Path) -> PreTrainedConfig:
@@ -101,12 +135,9 @@ def with_yarn(config, factor: float, folder: str | Path) -> PreTrainedConfig:
 def load(folder: str | Path, device: torch.device, dtype: torch.dtype, yarn: float | None = None) -> Loaded:
     """Read model and tokenizer from the disk only. Code in the folder is never run. ``yarn``: see ``with_yarn``."""
     folder = check_folder(folder)
-    register()
-    options = {"local_files_only": True, "trust_remote_code": False}
+    options = {**LOCAL, "config": read_config(folder, yarn)}
     tokenizer = open_tokenizer(folder)
     try:
-        if yarn:
-            options["config"] = with_yarn(AutoConfig.from_pretrained(folder, **options), yarn, folder)
         model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
     except HyLoError:
         raise

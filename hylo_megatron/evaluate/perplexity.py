@@ -19,11 +19,10 @@ from hylo_megatron.data.documents import read_texts
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.evaluate.encoding import encode_open
 from hylo_megatron.evaluate.intervals import bootstrap
-from hylo_megatron.evaluate.models import rows_per_batch
+from hylo_megatron.evaluate.models import check_logits, rows_per_batch
 
 IGNORED = -100
 FIRST_BUCKET = 128  # tokens; buckets double from there
-OTHER_HEADS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
 
 def encode_documents(
@@ -116,8 +115,7 @@ def token_losses(model: PreTrainedModel, ids_BS: torch.Tensor, chunk: int, prefi
     one forward pass reads; the cache carries the rest, so activations of a whole document never exist at once. Raises
     ``HyLoError`` for a model that changes the logits behind its head.
     """
-    if any(getattr(model.config, name, None) not in (None, 1.0) for name in OTHER_HEADS):
-        raise HyLoError(f"{model.config.model_type} scales or caps its logits, which this evaluation does not cover")
+    check_logits(model.config)
     length = ids_BS.shape[1]
     prefill = min(prefill or length, length)
     head, losses, past = model.get_output_embeddings(), [], None

@@ -16,7 +16,6 @@ from hylo_megatron.errors import HyLoError
 from hylo_megatron.evaluate import models
 from hylo_megatron.evaluate.compare import BASES, compared, differences
 from hylo_megatron.evaluate.encoding import question_text
-from hylo_megatron.evaluate.needle import check_shortest
 from hylo_megatron.evaluate.plots import new_figure, read_log
 from hylo_megatron.evaluate.questions import read_answers, read_choices
 from hylo_megatron.evaluate.report import write_report
@@ -26,6 +25,7 @@ from hylo_megatron.evaluate.suites import REGISTRY, Files, Job
 
 READERS = {"choice": read_choices, "answers": read_answers, "ruler_squad": read_library, "ruler_hotpot": read_library}
 ASKING = {"needle", "choice", "answers", "ruler"}  # suites with questions, which the chat template renders
+LOSSES = {"perplexity", "long", "choice"}  # suites with losses of tokens
 SEVERAL = ("choice", "answers")  # kinds with figures for each of several files
 
 
@@ -52,15 +52,15 @@ def check_files(files: Files, settings: Settings) -> None:
 
 
 def check_prompts(folder: Path, files: Files, settings: Settings) -> None:
-    """Refuse a folder whose tokenizer or chat template cannot be used, and needles too short for their question.
+    """Refuse, with the tokenizer of a folder and without its model, what a suite would refuse after minutes.
 
     Raises ``HyLoError``.
     """
     tokenizer, suites = open_tokenizer(folder), suites_for(files, settings)
     if ASKING & set(suites):
         question_text(tokenizer, "Which?", "This")
-    if "needle" in suites:
-        check_shortest(tokenizer, min(settings.needle_lengths))
+    for name in suites:
+        REGISTRY[name].check(tokenizer, files, settings)
 
 
 def measure(folder: str | Path, role: str, files: Files, settings: Settings) -> dict:
@@ -128,6 +128,10 @@ def evaluate(
     folders = {role: models.check_folder(folder) for role, folder in folders.items() if folder is not None}
     files = _given_files(files, settings.form)
     check_files(files, settings)
+    for role, folder in folders.items():
+        config = models.read_config(folder, settings.teacher_yarn if role == "teacher_yarn" else None)
+        if LOSSES & set(suites_for(files, settings)):
+            models.check_logits(config)
     for folder in dict.fromkeys(folders.values()):  # now, not after minutes of measuring the others
         check_prompts(folder, files, settings)
     device = models.resolve_device(settings.device)

@@ -66,8 +66,9 @@ class Settings:
         ):  # fmt: skip
             value = getattr(self, name)
             value = min(value, default=0) if isinstance(value, tuple) else value
-            if value is not None and value < 1:
-                raise HyLoError(f"evaluation setting {name} is {value}, expected 1 or more")
+            least = 2 if name in ("context", "long_context") else 1  # the first token of a document has no loss
+            if value is not None and value < least:
+                raise HyLoError(f"evaluation setting {name} is {value}, expected {least} or more")
         for name in ("needle_lengths", "ruler_lengths"):
             lengths = getattr(self, name)
             if len(set(lengths)) < len(lengths):

@@ -97,8 +97,8 @@ def test_bad_paths_and_settings(tmp_path, folder, prose):
         with pytest.raises(HyLoError, match=message):
             evaluate(model, **options)
     for wrong in (
-        {"context": 0}, {"long_documents": 0}, {"needle_lengths": ()}, {"skip": ("all",)}, {"batch_size": 0},
-        {"teacher_needle_limit": 512},
+        {"context": 1}, {"long_context": 1}, {"long_documents": 0}, {"needle_lengths": ()}, {"skip": ("all",)},
+        {"batch_size": 0}, {"teacher_needle_limit": 512},
     ):  # fmt: skip
         with pytest.raises(HyLoError):
             Settings(**wrong)
@@ -137,6 +137,62 @@ def test_what_would_end_an_evaluation_late_is_refused_first(tmp_path, folder, pr
         evaluate(spoilt, teacher_dir=folder, prose=prose, settings=Settings(**few, needle_lengths=(512,)))
     with pytest.raises(HyLoError, match="needle length 20 is too short"):
         evaluate(folder, prose=prose, settings=Settings(**few, needle_lengths=(20, 512)))
+
+
+SHORT = [{"question": f"{n} + 1?", "answers": [str(n + 1)]} for n in range(3)]
+SUM = {"question": "1 + 1?", "options": ["2", "3"], "answer": 0}
+ONE_DOCUMENT = {"question": "Where?", "context": "Here.", "answers": {"text": ["Here"]}}
+CHAT = {"messages": [{"role": "user", "content": "Hello there, how are you today? Fine, I hope."}]}
+LATE = {  # rows of files by kind, settings, and what is refused
+    "ruler": ({}, {"suites": ("ruler",), "ruler_lengths": (4096, 300)}, "length 300 is too short for RULER's niah"),
+    "shots": ({"answers": SHORT}, {}, "answers.jsonl:1: 3 questions, too few for --shots 3: give fewer"),
+    "letters": ({"choice": [SUM] * 4}, {}, "choice.jsonl:1: every question is an example of --shots 3: give fewer"),
+    "room": ({"answers": [*SHORT, SHORT[0] | {"question": "very long " * 99}]}, {"shots": 0, "context": 300},
+             r"answers.jsonl:4: the prompt has .* expected at most 276: raise --context or lower --shots"),
+    "options": ({"choice": [SUM, SUM | {"options": ["2", "very long " * 99]}]}, {"shots": 0, "context": 300},
+                r"choice.jsonl:2: the prompt has .* expected at most 276: raise --context or lower --shots"),
+    "long": ({"long": [{"text": "A short text. " * 9}]}, {"long_context": 4096}, "holds no document of 4,096 tokens"),
+    "one token": ({"code": [{"text": "a"}]}, {}, "code.jsonl holds no document of two tokens or more"),
+    "sentences": ({"prose": [{"text": "no sentence " * 99}]}, {}, "prose.jsonl has no sentences to hide a needle in"),
+    "words": ({"prose": [{"text": "We are one as he is, so be it. " * 9}]}, {}, "has no words of 4 to 9 lower-case"),
+    "squad": ({"ruler_squad": [ONE_DOCUMENT] * 2}, {"suites": ("ruler",), "ruler_lengths": (8192,)},
+              "qa_1: its file has one question's documents only"),
+    "chats": ({"prose": [CHAT]}, {"suites": ("ruler",)}, "prose.jsonl: has conversations, expected prose"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_what_a_suite_would_refuse_late_is_refused_before_a_model_is_loaded(
+    name, tmp_path, folder, prose, monkeypatch
+):
+    rows, changes, message = LATE[name]
+    files = {kind: write_lines(tmp_path / f"{kind}.jsonl", found) for kind, found in rows.items()}
+    monkeypatch.setattr(hf_models, "load", lambda *_: pytest.fail("a model was loaded first"))
+    with pytest.raises(HyLoError, match=message):
+        evaluate(folder, teacher_dir=folder, settings=Settings(**changes), **({"prose": prose} | files))
+
+
+def test_models_that_cannot_be_measured_are_refused_before_the_others_are(tmp_path, folder, prose, monkeypatch):
+    def changed(name: str, **fields):
+        shutil.copytree(folder, tmp_path / name)
+        config = json.loads((folder / "config.json").read_text())
+        (tmp_path / name / "config.json").write_text(json.dumps(config | fields))
+        return tmp_path / name
+
+    cut = changed("cut")
+    weights = cut / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    scaled = changed("scaled", rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0})
+    monkeypatch.setattr(hf_models, "load", lambda *_: pytest.fail("a model was loaded first"))
+    for message, model, options in (
+        ("cut/model.safetensors: truncated or damaged .*download it again", cut, {}),
+        ("unknown: its config.json cannot be read", changed("unknown", model_type="abacus"), {}),
+        ("classes: model_type 'vit' is no causal language model", changed("classes", model_type="vit"), {}),
+        ("llama scales or caps its logits", changed("caps", final_logit_softcapping=30.0), {}),
+        ("YaRN needs a base model", folder, {"teacher_dir": scaled, "settings": Settings(teacher_yarn=2.0)}),
+    ):
+        with pytest.raises(HyLoError, match=message):
+            evaluate(model, **({"teacher_dir": folder, "prose": prose} | options))
 
 
 def test_a_text_that_begins_with_a_row_is_read_as_format_says(tmp_path, folder, monkeypatch):
