@@ -12,6 +12,7 @@ import torch
 from helpers.evaluation import make_model, make_prose, random_hybrid, write_lines
 from helpers.paths import ROOT
 from helpers.waits import PATIENCE
+from transformers import Qwen3Config
 
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.evaluate import models as hf_models
@@ -68,6 +69,15 @@ def test_model_alone_without_needles(tmp_path, folder, prose):
     ]  # fmt: skip
 
 
+def test_cache_of_a_transformer_counts_the_layers_whose_cache_grows():
+    sizes = {"num_hidden_layers": 3, "num_attention_heads": 4, "hidden_size": 32, "num_key_value_heads": 2}
+    config = Qwen3Config(**sizes, head_dim=8, layer_types=["sliding_attention", "full_attention", "sliding_attention"])
+    assert hf_models.layer_plan(config) == ["sliding_attention", "attention", "sliding_attention"]
+    assert hf_models.kv_bytes_per_token(config) == 2 * 2 * 2 * 8
+    config = Qwen3Config(**sizes, head_dim=8)
+    assert hf_models.layer_plan(config) == ["attention"] * 3 and hf_models.kv_bytes_per_token(config) == 3 * 64
+
+
 def test_cache_of_a_hybrid_counts_mla_rows():
     config = HyLoConfig(mixers=["gdn", "mla", "gdn", "gdn", "mla"], kv_lora_rank=256, qk_rope_head_dim=64)
     assert hf_models.kv_bytes_per_token(config) == 2 * 2 * (256 + 64)
@@ -91,6 +101,9 @@ def test_bad_paths_and_settings(tmp_path, folder, prose):
         ("absent.jsonl: no such file", folder, {"prose": tmp_path / "absent.jsonl"}),
         ("bad.jsonl:2: expected a string under 'text'", folder, {"prose": bad_line}),
         ("training log .* not found", folder, {"out_dir": tmp_path / "out", "curves": [tmp_path / "absent.jsonl"]}),
+        ("training log .*prose.jsonl has no losses", folder, {"out_dir": tmp_path / "out", "curves": [prose]}),
+        ("--code: the name of the file is empty", folder, {"code": ""}),
+        ("--format text: is that of text files, and none is given", folder, {"settings": Settings(form="text")}),
         ("device 'abacus'", folder, {"settings": Settings(device="abacus")}),
         ("dtype 'int3'", folder, {"settings": Settings(dtype="int3")}),
     ):
@@ -179,7 +192,12 @@ def test_models_that_cannot_be_measured_are_refused_before_the_others_are(tmp_pa
         (tmp_path / name / "config.json").write_text(json.dumps(config | fields))
         return tmp_path / name
 
-    cut = changed("cut")
+    def other(name: str, **config):
+        shutil.copytree(folder, tmp_path / name)
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        return tmp_path / name
+
+    cut, gpt2 = changed("cut"), other("gpt2", model_type="gpt2", n_positions=128)
     weights = cut / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     scaled = changed("scaled", rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0})
@@ -189,6 +207,9 @@ def test_models_that_cannot_be_measured_are_refused_before_the_others_are(tmp_pa
         ("unknown: its config.json cannot be read", changed("unknown", model_type="abacus"), {}),
         ("classes: model_type 'vit' is no causal language model", changed("classes", model_type="vit"), {}),
         ("llama scales or caps its logits", changed("caps", final_logit_softcapping=30.0), {}),
+        ("--needle-lengths 2048: .*gpt2 has positions for 128 tokens", gpt2, {"settings": Settings(context=128)}),
+        ("--context 2048: .*gpt2 has positions for 128 tokens and no more; give less", gpt2, {}),
+        ("model_type 'mamba2' has no attention", other("states", model_type="mamba2"), {}),
         ("YaRN needs a base model", folder, {"teacher_dir": scaled, "settings": Settings(teacher_yarn=2.0)}),
     ):
         with pytest.raises(HyLoError, match=message):
