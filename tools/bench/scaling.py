@@ -88,7 +88,7 @@ def named(text: str, graph: bool | None) -> Processes:
 
 
 def graph_of(options: argparse.Namespace) -> bool | None:
-    """Return ``Processes.cuda_graph`` as in the recipe's script: one CUDA graph for SmolLM2 on one GPU."""
+    """Return ``Processes.cuda_graph`` as in the recipe's script: one CUDA graph for a whole SmolLM2 on each GPU."""
     return None if options.recipe == "smollm2" else False
 
 
