@@ -4,6 +4,8 @@ The export writes the card. ``hylo card`` replaces only the text between the two
 person wrote into the file stays.
 """
 
+import json
+import re
 from pathlib import Path
 
 from hylo_megatron.config import Architecture, positions
@@ -17,6 +19,7 @@ from hylo_megatron.mixers import MIXERS
 from hylo_megatron.serve.refused import served
 
 NAME = "README.md"
+PLAIN = re.compile(r"[A-Za-z]\w*[./-][\w./-]*")  # of YAML's own words, such as no and null, none has such a mark
 BEGIN, END = "<!-- figures: hylo card replaces the text up to the next marker -->", "<!-- end of the figures -->"
 NO_FIGURES = "Not measured yet. `hylo evaluate` measures a folder, and `hylo card` puts the figures here."
 
@@ -92,14 +95,19 @@ def _what(arch: Architecture) -> str:
     return "a model with linear attention only" if _has_linear(arch) else "a model with MLA only"
 
 
+def _yaml(text: str) -> str:
+    """Return a text as a value of YAML. A JSON string is one; names do without quotes."""
+    return text if PLAIN.fullmatch(text) else json.dumps(text)
+
+
 def _front_matter(arch: Architecture, origin: Origin) -> str:
     kinds = [MIXERS[kind].title.lower().replace(" ", "-") for kind in dict.fromkeys(arch.plan)]
     linear, hybrid = _has_linear(arch), _has_linear(arch) and _has_cache(arch)
     tags = ["hylo-megatron", *["hybrid"] * hybrid, *["linear-attention"] * linear, *kinds]
     tags += ["distillation"] if origin.stages else []
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
-    lines += [f"license: {origin.licence}"] if origin.licence else []
-    lines += [f"base_model: {origin.base_model}"] if origin.base_model else []
+    lines += [f"license: {_yaml(origin.licence)}"] if origin.licence else []
+    lines += [f"base_model: {_yaml(origin.base_model)}"] if origin.base_model else []
     return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in tags), "---"])
 
 

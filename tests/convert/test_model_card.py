@@ -165,6 +165,13 @@ def test_what_is_unknown_is_not_claimed(tmp_path):
     assert "hylo_code/" in card and "import hylo_megatron" not in card
 
 
+@pytest.mark.parametrize("text", ["apache-2.0", "us/base", "Terms: see LICENSE", "no", "- list", "two\nlines", "mit"])
+def test_any_name_is_a_value_of_the_front_matter(text, tmp_path):
+    model_card.write_card(tmp_path, hybrid(), Origin(licence=text, base_model=text), with_code=False)
+    data = front_matter(tmp_path)
+    assert data["license"] == data["base_model"] == text
+
+
 def test_a_training_without_a_recipe_leaves_its_log(tmp_path):
     (tmp_path / "kl").mkdir()
     lines = [{"stage": "distill", "iteration": step, "loss": 1.0, "tokens": 64 * step} for step in (1, 2)]
