@@ -9,12 +9,12 @@ import torch
 
 from hylo_megatron.config import Plan
 from hylo_megatron.config.layout import ParallelLayout
-from hylo_megatron.config.stages import stage_kind
 from hylo_megatron.corpus.text import MIXES
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.flags import Parser, command_line, count, share, size, tokens
 from hylo_megatron.mixers import LINEAR, MIXERS
 from hylo_megatron.recipes.stage import Evaluation, Recipe, Stage
+from hylo_megatron.recipes.window import first_distillation, with_window, without_mla_positions
 from hylo_megatron.run.launch import Processes
 from hylo_megatron.run.on_policy import with_on_policy
 from hylo_megatron.run.recipe_run import Run
@@ -76,52 +76,29 @@ def smollm2_gpu(plan: str | None = None, linear: str | None = None, seed: int = 
     )  # fmt: skip
 
 
-def first_distillation(recipe: Recipe) -> Stage:
-    return next(stage for stage in recipe.stages if not stage_kind(stage.kind).layerwise)
-
-
-def with_window(recipe: Recipe, plan: str | None = None) -> Recipe:
-    """Return ``recipe`` for the student that gained most (docs/recipe.md): MLA in the six layers that read far tokens,
-    with rows half as wide, positions in linear layers, and a window beside every layer.
-    """
-    changed = replace(
-        recipe, name=f"{recipe.name}-window", plan=plan or FAR_LAYERS, geometry="native:128+32", linear_rope=True,
-        window="256+4:all",
-    )  # fmt: skip
-    parsed = Plan.parse(LAYERS, changed.plan, changed.linear)
-    if "mla" not in parsed:
-        changed = replace(changed, window="256+4")
-    linear = parsed.linear_kind
-    if linear and not MIXERS[linear].rotary:
-        others = " or ".join(kind for kind in LINEAR if MIXERS[kind].rotary)
-        raise HyLoError(
-            f"--recipe window: {linear} layers have no queries that can rotate; choose {others}, or --recipe base"
-        )
-    return changed
+def windowed(recipe: Recipe, plan: str | None) -> Recipe:
+    """Return ``recipe`` with windows, and MLA in the layers that read far tokens, with rows half as wide."""
+    return with_window(replace(recipe, plan=plan or FAR_LAYERS, geometry="native:128+32"))
 
 
 def smollm2_cpu_window(plan: str | None = None, linear: str | None = None, seed: int = 1234) -> Recipe:
     """Return the recipe for two CPU cores with a window: its student starts near its teacher, where the rates of
     ``smollm2_cpu`` would lead it away.
     """
-    recipe = with_window(smollm2_cpu(linear=linear, seed=seed), plan)
+    recipe = windowed(smollm2_cpu(linear=linear, seed=seed), plan)
     ild, distill = recipe.stages
     return replace(recipe, stages=(replace(ild, lr=4e-5), replace(distill, lr=1e-5)))
 
 
 def smollm2_gpu_window(plan: str | None = None, linear: str | None = None, seed: int = 1234) -> Recipe:
-    """Return the recipe for GPUs with a window: 202M tokens, in batches that one, two or four GPUs share.
-
-    MLA layers lose their positions, and need no other base of rotation in the long stages.
-    """
-    recipe = with_window(smollm2_gpu(linear=linear, seed=seed), plan)
+    """Return the recipe for GPUs with a window: 202M tokens, in batches that one, two or four GPUs share."""
+    recipe = without_mla_positions(windowed(smollm2_gpu(linear=linear, seed=seed), plan))
     ild, short, longer, longest = recipe.stages
-    off = False if "mla" in Plan.parse(LAYERS, recipe.plan, recipe.linear) else None
     stages = (
         replace(ild, global_batch=16),
-        replace(short, global_batch=16, steps=5024, mla_rope=off),  # later stages leave MLA as this one does
-        replace(longer, global_batch=4, rope=None),
-        replace(longest, global_batch=4, rope=None),
+        replace(short, global_batch=16, steps=5024),
+        replace(longer, global_batch=4),
+        replace(longest, global_batch=4),
     )
     return replace(recipe, stages=stages, text="prose")
 

@@ -11,6 +11,7 @@ from hylo_megatron.config import Plan
 from hylo_megatron.config.geometry import PRESETS
 from hylo_megatron.config.layout import ParallelLayout, Work, check_parallel_layout
 from hylo_megatron.config.plan import linear_of_plan
+from hylo_megatron.config.positions import window_named
 from hylo_megatron.config.stages import stage_kind
 from hylo_megatron.config.student import student_architecture
 from hylo_megatron.convert.hf_config import read_architecture
@@ -25,6 +26,7 @@ from hylo_megatron.parent import bind_forks, die_with_parent
 from hylo_megatron.recipes.proxy import STEPS, proxy
 from hylo_megatron.recipes.published import BASES, TOKENS, published
 from hylo_megatron.recipes.stage import Recipe
+from hylo_megatron.recipes.window import with_window, without_mla_positions
 from hylo_megatron.run.launch import Processes, start_own
 from hylo_megatron.run.recipe_run import Run
 from hylo_megatron.run.source import ProxySource, Source
@@ -77,7 +79,7 @@ class Job:
         if base.num_layers != self.recipe.layers:
             raise HyLoError(
                 f"HF_MODEL={self.source.base} has {base.num_layers} layers, expected {self.recipe.layers}"
-                f" for this recipe ({BASES[self.recipe.name.removeprefix('proxy-')].name})"
+                f" for this recipe ({BASES[self.recipe.name.removeprefix('proxy-').removesuffix('-window')].name})"
             )
         plan = Plan.parse(self.recipe.layers, self.recipe.plan, self.recipe.linear)
         teacher = read_architecture(self.source.teacher) if self.source.teacher else base
@@ -143,10 +145,16 @@ def source_of(out: Path, name: str, small: bool) -> Source:
     return Source(base, prefixes or (tokens,), inputs, teacher, held_out)
 
 
+def window_of(text: str) -> str:
+    if window_named(text) is None:
+        raise HyLoError(f"WINDOW={text}: expected SIZE+SINKS, such as 256+4:all; leave it out for none")
+    return text
+
+
 def job_of(name: str) -> Job:
     small = value("PROXY", "0") != "0"
     linear = value("LINEAR") or linear_of_plan(value("PLAN", "")) or LINEAR[0]
-    geometry = value("GEOMETRY", "published")
+    geometry = value("GEOMETRY", "native" if value("WINDOW") else "published")
     if linear not in LINEAR or geometry.partition(":")[0] not in PRESETS:
         expected = f"{' or '.join(LINEAR)}, and {' or '.join(reversed(PRESETS))}"
         raise HyLoError(f"LINEAR={linear} GEOMETRY={geometry}: expected {expected}")
@@ -156,6 +164,10 @@ def job_of(name: str) -> Job:
         recipe = proxy(recipe, BASES[name], number("STEPS", STEPS))
     elif value("STEPS"):
         recipe = replace(recipe, stages=tuple(replace(s, steps=number("STEPS", 1)) for s in recipe.stages))
+    if value("WINDOW"):
+        if recipe.init == "svd":  # would count near tokens twice
+            raise HyLoError(f"WINDOW={value('WINDOW')}: needs GEOMETRY=native, which is calibrated on text")
+        recipe = without_mla_positions(with_window(recipe, window_of(value("WINDOW"))))
     recipe = replace(recipe, save_every=number("SAVE_EVERY", recipe.save_every))
     out = Path(value("OUT", os.path.join("runs", f"{recipe.name}-{plan}")))
     flags = (*FLAGS, "--data-cache-path", out / "data" / "cache", *words("FLAGS"))

@@ -66,6 +66,9 @@ BAD_VARIABLES = [
     (dict(FLAGS="--no-such-flag 3"), "unrecognized arguments: --no-such-flag"),
     (dict(FLAGS="--hylo-jsd-beta 0.3"), "FLAGS=--hylo-jsd-beta: no stage of this recipe has a loss that reads it"),
     (dict(PLAN="1,1"), "numbers must differ"),
+    (dict(WINDOW="256+4:mla"), "window '256+4:mla': expected off, or SIZE[+SINKS]"),
+    (dict(WINDOW="off"), "WINDOW=off: expected SIZE+SINKS"),
+    (dict(WINDOW="16+4", GEOMETRY="published"), "WINDOW=16+4: needs GEOMETRY=native"),
 ]
 
 
@@ -78,6 +81,22 @@ def test_a_proxy_is_checked_like_the_real_thing(monkeypatch, tmp_path, variables
         job.check(examples.processes_of(None))
     assert words in str(refused.value) and "\n" not in str(refused.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_published_recipe_with_a_window_has_positions_in_its_linear_layers(monkeypatch, tmp_path):
+    monkeypatch.setenv("PROXY", "1")
+    monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.setenv("WINDOW", "16+4:all")
+    job = examples.job_of("llama1b")
+    job.check(examples.processes_of(None))
+    recipe = job.recipe
+    assert (recipe.window, recipe.linear_rope, recipe.init) == ("16+4:all", True, "data")
+    assert [stage.mla_rope for stage in recipe.stages] == [None, False, None, None]
+    assert all(stage.rope is None for stage in recipe.stages)
+    monkeypatch.setenv("LINEAR", "mamba2")  # has no queries that can rotate, so MLA keeps its positions
+    recipe = examples.job_of("llama1b").recipe
+    assert (recipe.window, recipe.linear_rope) == ("16+4:all", False)
+    assert recipe.stages[-1].rope and all(stage.mla_rope is None for stage in recipe.stages)
 
 
 def test_a_flag_that_some_stages_have_is_accepted(monkeypatch, tmp_path):

@@ -99,8 +99,10 @@ def test_the_window_recipe_is_the_best_one_known_and_takes_its_tokens_at_2k():
     assert 100_000_000 - batch < sum(stage.tokens for stage in recipe.stages) <= 100_000_000
     with pytest.raises(HyLoError, match="--tokens 10,000,000: the stages beside distill-2k take 14,090,240"):
         with_tokens(smollm2_gpu(), 10_000_000)
-    with pytest.raises(HyLoError, match="mamba2 layers have no queries that can rotate; choose gdn or kda, or --rec"):
-        smollm2_gpu_window(linear="mamba2")
+    mamba2 = smollm2_gpu_window(linear="mamba2")  # without positions in linear layers, MLA keeps its own
+    assert (mamba2.window, mamba2.linear_rope) == ("256+4:all", False)
+    assert [stage.rope for stage in mamba2.stages] == [stage.rope for stage in smollm2_gpu().stages]
+    assert all(stage.mla_rope is None for stage in mamba2.stages)
 
 
 def test_settings_of_layers_that_a_plan_lacks_are_refused_before_the_run(tmp_path, monkeypatch):
@@ -108,12 +110,12 @@ def test_settings_of_layers_that_a_plan_lacks_are_refused_before_the_run(tmp_pat
     smollm2_gpu_window("none", "gdn").check_positions()  # its first distillation would turn RoPE of MLA off
     bare, stage = smollm2_cpu("none", "gdn"), smollm2_cpu().stages[1]
     cases = {
-        "window": replace(smollm2_gpu_window("all", "gdn"), window="256+4"),
+        "window": replace(smollm2_gpu("all", "gdn"), window="256+4"),
         "stage distill: mla_rope": replace(bare, stages=(replace(stage, mla_rope=False),)),
         "stage distill: log_scale": replace(bare, stages=(replace(stage, log_scale="600"),)),
     }
-    cases["linear_rope"] = replace(cases["window"], window=None)
-    cases["window"] = replace(cases["window"], linear_rope=False)
+    cases["linear_rope"] = replace(smollm2_gpu("all", "gdn"), linear_rope=True)
+    smollm2_gpu_window("all", "gdn").check_positions()
     for what, recipe in cases.items():
         with pytest.raises(HyLoError, match=f"^{what} is set, but the plan (all|none) has no (MLA|linear) layers"):
             Run(recipe, tmp_path / "run", Processes()).execute()
