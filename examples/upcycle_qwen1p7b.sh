@@ -5,7 +5,11 @@
 ''':'
 PYTHONPATH="$(dirname "$0")/..:${PYTHONPATH:-}" exec "${PYTHON:-python3}" -W ignore "$0" "$@"
 '''
-from hylo_megatron.run.examples import main
+import os
+import sys
 
-main("qwen1p7b")
+sys.path.insert(1, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # a clone that is not installed
+from hylo_megatron.cli import example
+
+example("qwen1p7b")
 # The end of the last word that bash sees: '

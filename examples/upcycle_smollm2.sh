@@ -10,4 +10,4 @@ for name in RECIPE TOKENS BATCH_FACTOR PLAN LINEAR SEED TP PP OUT; do
   value=${!name:-}
   [ -z "$value" ] || args+=("--$(tr '[:upper:]_' '[:lower:]-' <<<"$name")" "$value")
 done
-exec "${PYTHON:-python3}" -W ignore -m hylo_megatron.recipes.smollm2 ${args[@]+"${args[@]}"} "$@"
+exec "${PYTHON:-python3}" -W ignore -m hylo_megatron recipe ${args[@]+"${args[@]}"} "$@"

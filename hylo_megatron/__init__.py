@@ -10,6 +10,12 @@ import os
 import sys
 from pathlib import Path
 
+if sys.version_info < (3, 11):  # noqa: UP036 - the other modules have syntax that an older Python cannot read
+    raise SystemExit(
+        f"error: hylo_megatron needs Python 3.11 or newer, {sys.executable} is {sys.version.split()[0]}: activate the"
+        " environment that has it (after `make env`: source .venv/bin/activate)"
+    )
+
 STARTED_BY = os.getppid()  # as early as possible: see parent.py
 
 

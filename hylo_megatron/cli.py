@@ -70,14 +70,12 @@ def main(argv: list[str] | None = None) -> None:
 @command_line
 def run(name: str, argv: list[str] | None = None) -> None:
     """Run command ``name`` with ``argv`` (default: this process's). Raises ``HyLoError`` if a package is missing."""
-    try:
-        main = importlib.import_module(f"hylo_megatron.{COMMANDS[name].module}").main
-    except ModuleNotFoundError as error:
-        if not error.name or error.name.startswith("hylo_megatron"):
-            raise
-        raise HyLoError(
-            f"hylo {name} needs the package {error.name}, which is not installed: `hylo doctor` has the commands"
-        ) from None
     if argv is not None:
         sys.argv = [f"hylo {name}", *argv]
-    main()
+    importlib.import_module(f"hylo_megatron.{COMMANDS[name].module}").main()
+
+
+@command_line
+def example(name: str) -> None:
+    """Run the recipe of ``examples/upcycle_NAME.sh``, which imports this function only: it needs no package."""
+    importlib.import_module("hylo_megatron.run.examples").main(name)

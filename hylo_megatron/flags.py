@@ -3,6 +3,8 @@
 import argparse
 import functools
 import math
+import os
+import select
 import sys
 from collections.abc import Callable, Collection
 
@@ -128,20 +130,47 @@ def _of_a_file(error: OSError) -> str:
     return f"{error.strerror}{where}: free space or fix the path, then run again"
 
 
+def _line_of(error: Exception) -> str | None:
+    """Return the line that tells the user about an error; None for an error that needs its traceback."""
+    if isinstance(error, HyLoError):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError):
+        from hylo_megatron.packages import not_installed
+
+        line = not_installed(error, sys.argv[0])
+        return line and str(line)
+    return _of_a_file(error) if error.errno is not None else None
+
+
+def _output_is_closed() -> bool:
+    """Return whether the program that reads this process's output has ended, as ``head`` does."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        return bool(poll.poll(0))
+    except (OSError, ValueError, AttributeError):  # no output, or one without a file
+        return False
+
+
 def command_line(main):
-    """Wrap a tool's ``main``: a ``HyLoError`` becomes one line on stderr and exit code 2, no traceback."""
+    """Wrap a program's ``main``: an error that a user can fix is one line on stderr and exit code 2, no traceback.
+
+    A program whose output nobody reads any more, as in ``hylo doctor | head``, ends without a message.
+    """
 
     @functools.wraps(main)
     def run(*args, **kwargs):
         try:
-            return main(*args, **kwargs)
-        except HyLoError as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
-        except OSError as error:
-            if error.errno is None:
+            result = main(*args, **kwargs)
+            sys.stdout.flush()
+            return result
+        except (HyLoError, OSError, ModuleNotFoundError) as error:
+            if isinstance(error, BrokenPipeError) and _output_is_closed():
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+                sys.exit(1)
+            if (line := _line_of(error)) is None:
                 raise
-            print(f"error: {_of_a_file(error)}", file=sys.stderr)
+            print(f"error: {line}", file=sys.stderr)
             sys.exit(2)
 
     return run

@@ -145,6 +145,17 @@ def require(name: str, purpose: str) -> Capability:
     )
 
 
+def not_installed(error: ModuleNotFoundError, program: str) -> HyLoError | None:
+    """Return the error of a program whose package is missing as one line; None for a module of this package."""
+    if not error.name or error.name.partition(".")[0] == "hylo_megatron":
+        return None
+    return HyLoError(
+        f"{program} needs the package {error.name.partition('.')[0]}, which is not installed for {sys.executable}:"
+        " activate the environment that has it (after `make env`: source .venv/bin/activate), or install what"
+        " `hylo doctor` lists"
+    )
+
+
 def load(name: str, purpose: str, module: str | None = None):
     """Import the package, or ``module`` of it. Raises ``HyLoError`` where it is absent or does not import."""
     require(name, purpose)

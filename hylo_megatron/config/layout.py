@@ -59,7 +59,7 @@ class Work:
 NO_WORK = Work()
 
 
-def _heads(arch: Architecture, at: ParallelLayout) -> Iterable[tuple[str, int, str, int]]:
+def shared_heads(arch: Architecture, at: ParallelLayout) -> Iterable[tuple[str, int, str, int]]:
     """Yield ``(what, how many, the sizes that divide them, how many ranks that makes)``."""
     yield "attention heads", arch.num_attention_heads, "TP", at.tp
     if "attention" in arch.plan or arch.window:
@@ -75,7 +75,7 @@ def _heads(arch: Architecture, at: ParallelLayout) -> Iterable[tuple[str, int, s
 def misfits(arch: Architecture, at: ParallelLayout, work: Work = NO_WORK) -> list[str]:
     """Return the reasons why ``arch`` does not fit."""
     found = []
-    for what, count, sizes, ranks in _heads(arch, at):
+    for what, count, sizes, ranks in shared_heads(arch, at):
         if count % ranks:
             fits = [size for size in range(1, count + 1) if count % size == 0]
             found.append(f"{sizes} = {ranks} does not divide {count} {what} (sizes that do: {fits})")

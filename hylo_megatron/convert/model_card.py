@@ -4,6 +4,8 @@ The export writes the card. ``hylo card`` replaces only the text between the two
 person wrote into the file stays.
 """
 
+import json
+import re
 from pathlib import Path
 
 from hylo_megatron.config import Architecture, positions
@@ -15,9 +17,10 @@ from hylo_megatron.json_file import read_json
 from hylo_megatron.markdown import table
 from hylo_megatron.mixers import MIXERS
 from hylo_megatron.planner.pages import row_bytes
-from hylo_megatron.serve.geometry import serve
+from hylo_megatron.serve.refused import served
 
 NAME = "README.md"
+PLAIN = re.compile(r"[A-Za-z]\w*[./-][\w./-]*")  # of YAML's own words, such as no and null, none has such a mark
 BEGIN, END = "<!-- figures: hylo card replaces the text up to the next marker -->", "<!-- end of the figures -->"
 NO_FIGURES = "Not measured yet. `hylo evaluate` measures a folder, and `hylo card` puts the figures here."
 
@@ -27,10 +30,10 @@ def write_card(folder: Path, arch: Architecture, origin: Origin, with_code: bool
     rows = figures(origin.evaluation, arch) if origin.evaluation else NO_FIGURES
     parts = [
         _front_matter(arch, origin),
-        f"# {arch.plan.name}: a hybrid of MLA and linear attention, made with hylo-megatron",
+        f"# {arch.plan.name}: {_what(arch)}, made with hylo-megatron",
         _summary(arch, origin),
         "## Use",
-        (_WITH_CODE if with_code else _WITH_LOADER) + _PROGRAMS,
+        "\n".join([_WITH_CODE if with_code else _WITH_LOADER, _LM_EVAL, *_serving(arch)]),
         "## Architecture",
         table(_architecture(arch)),
         *_training(origin),
@@ -79,12 +82,33 @@ def figures(path: Path, arch: Architecture) -> str:
     return f"{table(rows)}\n\n{note}"
 
 
+def _has_linear(arch: Architecture) -> bool:
+    return any(MIXERS[kind].linear for kind in arch.plan)
+
+
+def _has_cache(arch: Architecture) -> bool:
+    return not all(MIXERS[kind].linear for kind in arch.plan)
+
+
+def _what(arch: Architecture) -> str:
+    if _has_linear(arch) and _has_cache(arch):
+        return "a hybrid of MLA and linear attention"
+    return "a model with linear attention only" if _has_linear(arch) else "a model with MLA only"
+
+
+def _yaml(text: str) -> str:
+    """Return a text as a value of YAML. A JSON string is one; names do without quotes."""
+    return text if PLAIN.fullmatch(text) else json.dumps(text)
+
+
 def _front_matter(arch: Architecture, origin: Origin) -> str:
     kinds = [MIXERS[kind].title.lower().replace(" ", "-") for kind in dict.fromkeys(arch.plan)]
-    tags = ["hylo-megatron", "hybrid", "linear-attention", *kinds, *(["distillation"] if origin.stages else [])]
+    linear, hybrid = _has_linear(arch), _has_linear(arch) and _has_cache(arch)
+    tags = ["hylo-megatron", *["hybrid"] * hybrid, *["linear-attention"] * linear, *kinds]
+    tags += ["distillation"] if origin.stages else []
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
-    lines += [f"license: {origin.licence}"] if origin.licence else []
-    lines += [f"base_model: {origin.base_model}"] if origin.base_model else []
+    lines += [f"license: {_yaml(origin.licence)}"] if origin.licence else []
+    lines += [f"base_model: {_yaml(origin.base_model)}"] if origin.base_model else []
     return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in tags), "---"])
 
 
@@ -113,10 +137,23 @@ _WITH_LOADER = """The code of this model is in the Python package hylo-megatron.
 - In Python: `import hylo_megatron`, then `transformers.AutoModelForCausalLM.from_pretrained("FOLDER")`.
 - In programs that never import the package, such as `pipeline` and TRL: pass `trust_remote_code=True`.
   `hylo_megatron_loader.py` in this folder then imports the package. It holds no other code."""
-_PROGRAMS = """
-- In lm-eval: `lm_eval --model hf --model_args pretrained=FOLDER,trust_remote_code=True --tasks TASKS`.
-- To serve: `vllm serve FOLDER`, in an environment with vLLM and hylo-megatron (`pip install -e '.[serve]'` in a clone
-  of its repository)."""
+_LM_EVAL = "- In lm-eval: `lm_eval --model hf --model_args pretrained=FOLDER,trust_remote_code=True --tasks TASKS`."
+_SERVE = """- To serve{where}: `vllm serve FOLDER`, in an environment with vLLM and hylo-megatron
+  (`pip install -e '.[{extra}]'` in a clone of its repository).{but}"""
+
+
+def _serving(arch: Architecture) -> list[str]:
+    """Return how to serve the model with vLLM, what its GPU kernels change, and what vLLM refuses."""
+    try:
+        served(arch, on_gpu=False)
+    except HyLoError as error:
+        return [f"- vLLM does not serve this model ({error})."]
+    try:
+        notes = served(arch, on_gpu=True).notes
+    except HyLoError as error:
+        but = f"\n  vLLM does not serve this model on a GPU ({error})."
+        return [_SERVE.format(where=" on a CPU", extra="serve-cpu", but=but)]
+    return [_SERVE.format(where="", extra="serve", but=""), *(f"- In vLLM on a GPU, {note}." for note in notes)]
 
 
 def _architecture(arch: Architecture) -> list[list[str]]:
@@ -137,17 +174,18 @@ def _architecture(arch: Architecture) -> list[list[str]]:
     rope = ", ".join(f"{name} {value}" for name, value in arch.rope_parameters.items())
     settings = [(name, getattr(arch, name), default) for name, default in positions.FIELDS.items()]
     rows += [[f"`{name}` (`config.json`)", str(value)] for name, value, default in settings if value != default]
-    return [*rows, ["rotary embedding", rope], ["maximum length", f"{arch.max_position_embeddings:,} tokens"]]
+    turns = ("mla" in arch.plan and arch.mla_rope) or arch.linear_rope or arch.window
+    rows += [["rotary embedding", rope]] if turns else []
+    return [*rows, ["maximum length", f"{arch.max_position_embeddings:,} tokens"]]
 
 
 def _bytes_in_vllm(arch: Architecture) -> int | None:
     """Return the bytes of a token's cache in vLLM on a GPU, which pads some sizes; None where no kernel runs them."""
-    heads = arch.num_attention_heads
     try:
-        served = serve(arch.geometry, set(arch.plan), heads, arch.mla_qk_norm, on_gpu=True)
+        sizes = served(arch, on_gpu=True)
     except HyLoError:
         return None
-    return row_bytes(served, heads) * sum(not MIXERS[kind].linear for kind in arch.plan)
+    return row_bytes(sizes, arch.num_attention_heads) * sum(not MIXERS[kind].linear for kind in arch.plan)
 
 
 def _training(origin: Origin) -> list[str]:
@@ -180,12 +218,9 @@ def _limits(arch: Architecture, origin: Origin) -> str:
         f"- The training saw {trained}. Beyond this length only the figures above say how the model does.",
         "- The model has the knowledge, the errors and the biases of its base model, and may do worse than it.",
     ]
-    if any(MIXERS[kind].linear for kind in arch.plan):
-        lines.append(
-            "- The states of linear layers cannot be rolled back. transformers' assisted decoding, static caches and"
-            " continuous batching are refused with a message."
-        )
-    return "\n".join(lines)
+    states = "The states of linear layers cannot be rolled back. " if _has_linear(arch) else ""
+    refused = "transformers' assisted decoding, static caches and continuous batching are refused with a message."
+    return "\n".join([*lines, f"- {states}{refused}"])
 
 
 @command_line

@@ -14,7 +14,6 @@ from hylo_megatron.data.rows import Row, container, read_rows
 from hylo_megatron.data.text_files import read_lines
 from hylo_megatron.errors import HyLoError
 
-FORMATS = ("text", "jsonl", "chat")
 TEXT_KEY = "text"
 BLOCK = 1 << 20  # characters of a plain text file that are tokenized together
 MOST_DOCUMENTS = 50_000  # calibration and evaluation need only the beginning of a long file
@@ -96,7 +95,7 @@ class Tally:
 
 
 def detect_format(path: Path | HubDataset, form: str | None = None, text_key: str | None = None) -> str:
-    """Return one of ``FORMATS`` according to the contents: plain text, rows with text, or rows with conversations.
+    """Return the format (formats.py) of the contents: plain text, rows with text, or rows with conversations.
 
     ``form``: the format that the user gave, if any; it is returned then. A given ``text_key`` means rows with text.
     """
@@ -132,21 +131,21 @@ def read_documents(
             yield piece
 
 
-def check_texts(path: Path) -> None:
+def check_texts(path: Path, form: str | None = None) -> None:
     """Raise ``HyLoError`` if one of the first ``MOST_DOCUMENTS`` rows of ``path`` cannot be read, used or not."""
-    form = detect_format(path)
-    rows = read_rows(path, container(path), chats.COLUMNS) if form == "chat" else read_documents(path, form)
+    form = detect_format(path, form)
+    rows = read_rows(path, container(path, form), chats.COLUMNS) if form == "chat" else read_documents(path, form)
     for _ in itertools.islice(rows, MOST_DOCUMENTS):
         pass
 
 
-def read_texts(path: Path, tokenizer: Any = None, window: int | None = None) -> Iterator[str]:
-    """Yield the documents of ``path`` that have text.
+def read_texts(path: Path, tokenizer: Any = None, window: int | None = None, form: str | None = None) -> Iterator[str]:
+    """Yield the documents of ``path`` that have text. ``form``: its format; None: as the contents say.
 
     ``tokenizer``: a tokenizer of transformers, which renders conversations. ``window``: split a plain text file,
     otherwise one document, into windows of this many characters. What was not used unchanged is printed at the end.
     """
-    form, tally = detect_format(path), Tally()
+    form, tally = detect_format(path, form), Tally()
     template = chat_template(tokenizer, path) if form == "chat" else None
     parts: list[str] = []
     for piece in read_documents(path, form, template=template, tally=tally):

@@ -11,7 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from hylo_megatron.data.chat_template import Span
-from hylo_megatron.data.documents import FORMATS, TEXT_KEY, Piece, Tally, chat_template, detect_format, read_documents
+from hylo_megatron.data.documents import TEXT_KEY, Piece, Tally, chat_template, detect_format, read_documents
+from hylo_megatron.data.formats import add_format
 from hylo_megatron.data.hub import HubDataset, size_of, text_input
 from hylo_megatron.data.token_writer import Counts, TokenWriter, token_files
 from hylo_megatron.data.tokenizers import TextTokenizer, load_tokenizer
@@ -188,9 +189,7 @@ def _flags() -> Parser:
         help="the same data sets without hf:// (default split: train)")
     add("--tokenizer", required=True, type=Path, help="Hugging Face folder or sentencepiece .model")
     add("--out", required=True, type=Path, metavar="PREFIX", help="writes PREFIX.bin, .idx and .json")
-    add("--format", dest="form", choices=FORMATS,
-        help="text: a file is a document; jsonl: a row (of JSON lines, a JSON array, csv or parquet) is one; chat: "
-        'rows of {"messages": [...]} through the chat template (default: detected from the file)')
+    add_format(add, "--input and --dataset")
     add("--text-key", help=f"key or column of the text in rows (default {TEXT_KEY})")
     add("--chat-template", dest="template_name", metavar="NAME", help="which template, if the tokenizer has several")
     add("--pack-length", type=int, metavar="N", help="join documents, cut sequences of N tokens")

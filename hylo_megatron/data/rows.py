@@ -38,7 +38,7 @@ def container(path: Path | HubDataset, form: str | None = None) -> str:
     """Return the layout of ``path``: text, lines, values, csv, parquet or hub.
 
     The contents decide, and the suffix where the contents leave a choice. ``form``: the format that the user gave, see
-    ``FORMATS``. Raises ``HyLoError`` for empty and unreadable files.
+    ``formats.py``. Raises ``HyLoError`` for empty and unreadable files.
     """
     if isinstance(path, HubDataset):
         if form == "text":

@@ -4,7 +4,7 @@ import re
 import string
 from dataclasses import dataclass
 
-from hylo_megatron.evaluate.questions import Short, prompt_ids
+from hylo_megatron.evaluate.questions import Short, check_prompts, prompt_ids, prompt_text
 from hylo_megatron.evaluate.task import Prompt, Task
 
 INSTRUCTION = "Answer with a few words only, without a sentence."
@@ -34,16 +34,23 @@ class Answers(Task):
 
     def prompts(self, tokenizer, length: int, samples: int, seed: int) -> list[Prompt]:
         """Return the prompts of the first ``samples`` questions."""
-        examples = [(example.question, example.answers[0]) for example in self.examples]
         room = length - self.max_new_tokens
         return [
             Prompt(
-                ids=prompt_ids(tokenizer, INSTRUCTION, examples, short.question, short.where, room),
+                ids=prompt_ids(tokenizer, self._text(short), short.where, room),
                 length=length,
                 references=short.answers,
             )
             for short in self.questions[:samples]
         ]
+
+    def check(self, tokenizer, length: int, samples: int, seed: int) -> None:
+        texts = ((self._text(short), short.where) for short in self.questions[:samples])
+        check_prompts(tokenizer, texts, length - self.max_new_tokens)
+
+    def _text(self, short: Short) -> str:
+        examples = [(example.question, example.answers[0]) for example in self.examples]
+        return prompt_text(INSTRUCTION, examples, short.question)
 
     def score(self, answer: str, prompt: Prompt) -> float:
         first = next(iter(answer.strip().splitlines()), "")

@@ -17,7 +17,7 @@ from hylo_megatron.errors import HyLoError
 from hylo_megatron.evaluate.encoding import encode_open
 from hylo_megatron.evaluate.greedy import batches
 from hylo_megatron.evaluate.perplexity import padded, token_losses
-from hylo_megatron.evaluate.questions import Choice, prompt_ids
+from hylo_megatron.evaluate.questions import Choice, check_prompts, prompt_ids, prompt_text
 from hylo_megatron.evaluate.run_task import Answerer, run, summary, tally
 from hylo_megatron.evaluate.task import Prompt, Task
 
@@ -100,15 +100,22 @@ class Letters(Task):
             for shift in range(len(question.options))
         ]
 
+    def check(self, tokenizer, length: int, samples: int, seed: int) -> None:
+        asked = ((question, shift) for question in self.questions[:samples] for shift in range(len(question.options)))
+        texts = ((self._text(question, shift), question.where) for question, shift in asked)
+        check_prompts(tokenizer, texts, length - self.max_new_tokens)
+
+    def _text(self, question: Choice, shift: int) -> str:
+        examples = [listed(example, place) for place, example in enumerate(self.examples)]  # letters differ
+        return prompt_text(INSTRUCTION, examples, listed(question, shift)[0])
+
     def _prompt(self, tokenizer, length: int, number: int, shift: int) -> LetterPrompt:
         question = self.questions[number]
-        examples = [listed(example, place) for place, example in enumerate(self.examples)]  # letters differ
-        text, letter = listed(question, shift)
         room = length - self.max_new_tokens
         return LetterPrompt(
-            ids=prompt_ids(tokenizer, INSTRUCTION, examples, text, question.where, room),
+            ids=prompt_ids(tokenizer, self._text(question, shift), question.where, room),
             length=length,
-            references=(letter,),
+            references=(listed(question, shift)[1],),
             question=number,
             options=shifted_options(question, shift),
         )

@@ -4,6 +4,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+from hylo_megatron.data.formats import add_format
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.evaluate.settings import DEFAULT_SUITES, KINDS, MEASURED, SUITES, Settings
 from hylo_megatron.flags import Parser, command_line
@@ -24,6 +25,7 @@ def parse() -> argparse.Namespace:
     add("--code", help="text file: code perplexity")
     add("--c", help="text file: perplexity of C code")
     add("--long", help="text file: loss by position in long documents")
+    add_format(add, "--prose, --book, --code, --c and --long")
     add("--choice", nargs="+", default=(), metavar="FILE", help="JSON lines of question, options and answer")
     add("--answers", nargs="+", default=(), metavar="FILE", help="JSON lines of question and answers, a list")
     add("--ruler-squad", metavar="FILE", help="questions for --suite ruler's qa_1 in SQuAD's layout; made ones")
@@ -47,7 +49,7 @@ def main() -> None:
 
     prepare_kernels()
 
-    chosen = {"suites": tuple(args.suite), "skip": tuple(args.skip), "dtype": args.dtype}
+    chosen = {"suites": tuple(args.suite), "skip": tuple(args.skip), "dtype": args.dtype, "form": args.form}
     settings = replace(from_options(Settings, args), **chosen)
     report = evaluate(
         args.model,

@@ -6,6 +6,7 @@ No weight changes. Every base is a pass over the same documents; ``--write`` put
 from pathlib import Path
 
 from hylo_megatron.config import positions
+from hylo_megatron.data.formats import add_format
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.evaluate.models import load, resolve_device, resolve_dtype
 from hylo_megatron.evaluate.perplexity import encode_long_documents, score
@@ -54,7 +55,8 @@ def _flags() -> Parser:
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--model", required=True, help="exported folder of a hybrid with MLA layers")
-    add("--text", required=True, help="JSON lines of documents; those of --length tokens are read")
+    add("--text", required=True, help="text file as for hylo prepare-data; documents of --length tokens are read")
+    add_format(add, "the file of --text")
     add("--length", type=size, default=32768, help="tokens of a document")
     add("--documents", type=size, default=4)
     add("--bases", default=BASES, help="bases to try, beside no scale at all")
@@ -76,7 +78,8 @@ def main(argv: list[str] | None = None) -> None:
     loaded = load(folder, device, resolve_dtype(options.dtype, device))
     if loaded.model.config.model_type != "hylo" or "mla" not in loaded.model.config.mixers:
         raise HyLoError(f"{folder}: has no MLA layers, whose queries a log scale multiplies; give another model")
-    documents = encode_long_documents(loaded.tokenizer, options.text, options.length, options.documents)
+    wanted = {"context": options.length, "count": options.documents, "form": options.form}
+    documents = encode_long_documents(loaded.tokenizer, options.text, **wanted)
     found = losses_by_base(loaded.model, documents, scales, Path(options.text), options.prefill)
     after = options.length // 2 if options.after is None else options.after
     means = [mean_loss(rows, after) for rows in found]

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -17,6 +18,9 @@ from hylo_megatron.json_file import read_json
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # In this order, as transformers reads them. Files beside them, such as consolidated.safetensors, may be missing.
 WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "*.safetensors")
+COMPLETE = "full_attention"  # transformers' name; the caches of other layers do not grow beyond a size
+LOCAL = {"local_files_only": True, "trust_remote_code": False}
+OTHER_HEADS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 CPU_BATCH_TOKENS = 4096
 # GPU memory per hidden value of a token: about ten times what cache and activations take in bf16, so that
 # training may run on the same GPU. Large batches pay off: a decoding step takes as long for one row as for many.
@@ -79,7 +83,48 @@ def check_folder(folder: str | Path) -> Path:
     for path in weights:
         if reason := not_downloaded(path):
             raise HyLoError(f"{path}: {reason}")
+        _check_header(path)
     return folder
+
+
+def _check_header(path: Path) -> None:
+    """Refuse a safetensors file that is cut off, without reading a tensor."""
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise HyLoError(f"{path}: truncated or damaged ({first_line(error)}); download it again") from None
+
+
+def read_config(folder: Path, yarn: float | None = None) -> PreTrainedConfig:
+    """Return the configuration of a model that can be loaded. ``yarn``: see ``with_yarn``. Raises ``HyLoError``."""
+    register()
+    try:
+        config = AutoConfig.from_pretrained(folder, **LOCAL)
+    except HyLoError:
+        raise
+    except Exception as error:  # transformers may raise anything for a malformed file
+        raise HyLoError(f"{folder}: its config.json cannot be read ({first_line(error)})") from error
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise HyLoError(f"{folder}: model_type {config.model_type!r} is no causal language model that is known here")
+    if getattr(config, "num_attention_heads", None) is None:
+        raise HyLoError(
+            f"{folder}: model_type {config.model_type!r} has no attention, and its states are not read here; expected"
+            " a Transformer, or a hybrid of hylo export"
+        )
+    return with_yarn(config, yarn, folder) if yarn else config
+
+
+def most_positions(config: PreTrainedConfig) -> int | None:
+    """Return how many positions a model has, or None: rotary embeddings have any number, as have hybrids."""
+    return None if getattr(config, "rope_parameters", None) else getattr(config, "max_position_embeddings", None)
+
+
+def check_logits(config: PreTrainedConfig) -> None:
+    """Raise ``HyLoError`` for a model that changes the logits behind its head, which losses do not cover."""
+    if any(getattr(config, name, None) not in (None, 1.0) for name in OTHER_HEADS):
+        raise HyLoError(f"{config.model_type} scales or caps its logits, which this evaluation does not cover")
 
 
 def with_yarn(config, factor: float, folder: str | Path) -> PreTrainedConfig:
@@ -101,12 +146,9 @@ def with_yarn(config, factor: float, folder: str | Path) -> PreTrainedConfig:
 def load(folder: str | Path, device: torch.device, dtype: torch.dtype, yarn: float | None = None) -> Loaded:
     """Read model and tokenizer from the disk only. Code in the folder is never run. ``yarn``: see ``with_yarn``."""
     folder = check_folder(folder)
-    register()
-    options = {"local_files_only": True, "trust_remote_code": False}
+    options = {**LOCAL, "config": read_config(folder, yarn)}
     tokenizer = open_tokenizer(folder)
     try:
-        if yarn:
-            options["config"] = with_yarn(AutoConfig.from_pretrained(folder, **options), yarn, folder)
         model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
     except HyLoError:
         raise
@@ -127,8 +169,11 @@ def load(folder: str | Path, device: torch.device, dtype: torch.dtype, yarn: flo
 
 
 def layer_plan(config) -> list[str]:
-    """Return the name of every layer's mixer."""
-    return list(config.mixers) if config.model_type == "hylo" else ["attention"] * config.num_hidden_layers
+    """Return the name of every layer's mixer; other models' layers may have a name of transformers."""
+    if config.model_type == "hylo":
+        return list(config.mixers)
+    types = getattr(config, "layer_types", None) or [COMPLETE] * config.num_hidden_layers
+    return ["attention" if kind == COMPLETE else kind for kind in types]
 
 
 def kv_bytes_per_token(config, bytes_per_value: int = 2) -> int:
@@ -137,7 +182,7 @@ def kv_bytes_per_token(config, bytes_per_value: int = 2) -> int:
         return config.to_architecture().kv_bytes_per_token(bytes_per_value)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return bytes_per_value * config.num_hidden_layers * 2 * kv_heads * head_dim
+    return bytes_per_value * layer_plan(config).count("attention") * 2 * kv_heads * head_dim
 
 
 def describe(loaded: Loaded) -> dict:

@@ -27,6 +27,7 @@ PROMPT = (
 HEAD, TAIL = PROMPT.split("{text}")
 ANSWER = "The special magic number for {key} mentioned in the provided text is"
 MAX_NEW_TOKENS = 12
+ROOM_FOR_KEYS = 128  # tokens by which a long key may lengthen a prompt, in which it stands three times
 HAYSTACK_CHARS = 2_000_000
 FILL_WORDS = 200  # words that are tried to fill a prompt exactly
 NUMBER = re.compile(r"\d{1,3}(?:,\d{3})+|\d+")
@@ -50,21 +51,35 @@ class NeedlePrompt(Prompt):
 
 @dataclass(frozen=True, kw_only=True)
 class Needle(Task):
-    """Retrieve a number of seven digits from ``depths`` places of a prose file; ``samples`` are those of a depth."""
+    """Retrieve a number of seven digits from ``depths`` places of a prose file; ``samples`` are those of a depth.
+
+    ``form``: the file's format; None: as its contents say.
+    """
 
     name: str = "needle"
     max_new_tokens: int = MAX_NEW_TOKENS
     file: Path
     depths: int = 5
+    form: str | None = None
 
     def prompts(self, tokenizer, length: int, samples: int, seed: int) -> list[NeedlePrompt]:
         """Return ``samples`` prompts for every depth, each with its own seed, so cells do not depend on each other."""
-        prose = prose_of(self.file, tokenizer)
+        prose = prose_of(self.file, tokenizer, self.form)
         return [
             make_needle(prose, length, depth, random.Random(f"{seed}/{length}/{depth:.4f}/{sample}"))
             for depth in depths_of(self.depths)
             for sample in range(samples)
         ]
+
+    def check(self, tokenizer, length: int, samples: int, seed: int) -> None:
+        """Refuse a length that is too short, and a file without sentences. Raises ``HyLoError``.
+
+        The prompts themselves are made only where the length is so short that their keys decide.
+        """
+        if check_shortest(tokenizer, length):
+            sentences_and_keys(self.file, tokenizer, self.form)
+        else:
+            self.prompts(tokenizer, length, samples, seed)
 
     def score(self, answer: str, prompt: Prompt) -> float:
         return float(first_number(answer) == prompt.references[0])
@@ -78,15 +93,23 @@ def depths_of(number: int) -> list[float]:
     return [0.5] if number == 1 else [index / (number - 1) for index in range(number)]
 
 
+def sentences_and_keys(
+    file: Path, tokenizer: PreTrainedTokenizerBase, form: str | None
+) -> tuple[list[str], tuple[list[str], list[str]]]:
+    """Return the sentences of a file, and the adjectives and nouns of keys. Raises ``HyLoError`` if it has none."""
+    prose = read_some(file, tokenizer, HAYSTACK_CHARS, form)
+    sentences = sentences_of(prose)
+    if not sentences:
+        raise HyLoError(f"{file} has no sentences to hide a needle in: expected prose")
+    return sentences, key_words(prose)
+
+
 class Prose:
     """Sentences of a prose file, each after a space, and the words for keys."""
 
-    def __init__(self, file: str | Path, tokenizer: PreTrainedTokenizerBase):
-        prose = read_some(Path(file), tokenizer, HAYSTACK_CHARS)
-        self.sentences = [f" {sentence}" for sentence in sentences_of(prose)]
-        if not self.sentences:
-            raise HyLoError(f"{file} has no sentences to hide a needle in: expected prose")
-        self.adjectives, self.nouns = key_words(prose)
+    def __init__(self, file: str | Path, tokenizer: PreTrainedTokenizerBase, form: str | None = None):
+        sentences, (self.adjectives, self.nouns) = sentences_and_keys(Path(file), tokenizer, form)
+        self.sentences = [f" {sentence}" for sentence in sentences]
         self.encoder = Encoder(tokenizer, SPACES)
         # Byte-level BPE never merges across the space before a word. Other tokenizers may, so they encode whole texts.
         self.joins = True
@@ -129,9 +152,9 @@ class Prose:
 
 
 @lru_cache(maxsize=1)
-def prose_of(file: Path, tokenizer: PreTrainedTokenizerBase) -> Prose:
+def prose_of(file: Path, tokenizer: PreTrainedTokenizerBase, form: str | None) -> Prose:
     """Return the prose of a file, kept for the next length or task of the same model."""
-    return Prose(file, tokenizer)
+    return Prose(file, tokenizer, form)
 
 
 def _check_length(ids: Ids, length: int) -> None:
@@ -140,11 +163,13 @@ def _check_length(ids: Ids, length: int) -> None:
         raise HyLoError(f"needle length {length} is too short for the question itself: use {least} or more")
 
 
-def check_shortest(tokenizer: PreTrainedTokenizerBase, length: int) -> None:
-    """Refuse a length that no question fits, before a text is read. Raises ``HyLoError``."""
+def check_shortest(tokenizer: PreTrainedTokenizerBase, length: int) -> bool:
+    """Return whether a length has room for any key. Raises ``HyLoError`` for a length that no question fits."""
     key = "able-word"
     text = PROMPT.format(text=FACT.format(key=key, value="1234567"), key=key)
-    _check_length(tuple(encode_start(tokenizer, question_text(tokenizer, text, ANSWER.format(key=key)))), length)
+    ids = tuple(encode_start(tokenizer, question_text(tokenizer, text, ANSWER.format(key=key))))
+    _check_length(ids, length)
+    return len(ids) + MAX_NEW_TOKENS + ROOM_FOR_KEYS <= length
 
 
 def make_needle(prose: Prose, length: int, depth: float, rng: random.Random) -> NeedlePrompt:

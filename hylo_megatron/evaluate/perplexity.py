@@ -19,23 +19,27 @@ from hylo_megatron.data.documents import read_texts
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.evaluate.encoding import encode_open
 from hylo_megatron.evaluate.intervals import bootstrap
-from hylo_megatron.evaluate.models import rows_per_batch
+from hylo_megatron.evaluate.models import check_logits, rows_per_batch
 
 IGNORED = -100
 FIRST_BUCKET = 128  # tokens; buckets double from there
-OTHER_HEADS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
 
 def encode_documents(
-    tokenizer: PreTrainedTokenizerBase, file: str | Path, context: int, max_tokens: int, whole: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    file: str | Path,
+    context: int,
+    max_tokens: int,
+    whole: bool = False,
+    form: str | None = None,
 ) -> list[list[int]]:
     """Return token ids of documents in file order, each cut to ``context``, until ``max_tokens`` can be scored.
 
     ``whole``: complete documents, in windows of ``context``. The first token of a document or a window is not scored
-    (for a document it is BOS if the tokenizer adds one).
+    (for a document it is BOS if the tokenizer adds one). ``form``: the file's format; None: as its contents say.
     """
     documents, left = [], max_tokens
-    for text in read_texts(Path(file), tokenizer):
+    for text in read_texts(Path(file), tokenizer, form=form):
         ids = _encode_start(tokenizer, text, 2 * (left + context) if whole else min(context, left + 1))
         for start in range(0, len(ids) - 1, context):
             documents.append(ids[start : start + min(context, left + 1)])
@@ -48,15 +52,20 @@ def encode_documents(
 
 
 def encode_long_documents(
-    tokenizer: PreTrainedTokenizerBase, file: str | Path, context: int, count: int, join: bool = False
-) -> list:
+    tokenizer: PreTrainedTokenizerBase,
+    file: str | Path,
+    context: int,
+    count: int,
+    join: bool = False,
+    form: str | None = None,
+) -> list[list[int]]:
     """Return the first ``context`` ids of the first ``count`` documents that have as many, in file order.
 
     ``join``: documents that are too short are continued with the next ones, after an empty line. If the file has fewer
     long documents, all are returned. Raises ``HyLoError`` if it has none.
     """
     documents, begun = [], []
-    for text in read_texts(Path(file), tokenizer):
+    for text in read_texts(Path(file), tokenizer, form=form):
         if begun:
             begun += encode_open(tokenizer, "\n\n" + text, special=False)
         elif join or 4 * len(text) >= context:  # a token has a byte of UTF-8 or more: others are too short
@@ -106,8 +115,7 @@ def token_losses(model: PreTrainedModel, ids_BS: torch.Tensor, chunk: int, prefi
     one forward pass reads; the cache carries the rest, so activations of a whole document never exist at once. Raises
     ``HyLoError`` for a model that changes the logits behind its head.
     """
-    if any(getattr(model.config, name, None) not in (None, 1.0) for name in OTHER_HEADS):
-        raise HyLoError(f"{model.config.model_type} scales or caps its logits, which this evaluation does not cover")
+    check_logits(model.config)
     length = ids_BS.shape[1]
     prefill = min(prefill or length, length)
     head, losses, past = model.get_output_embeddings(), [], None
@@ -164,16 +172,18 @@ def perplexity_of(
     context: int = 2048,
     max_tokens: int = 20_000,
     whole: bool = False,
+    form: str | None = None,
     **scoring,
 ) -> dict:
     """Measure the perplexity per token of a text file with documents cut to ``context``.
 
-    ``whole``: complete documents, in windows of ``context``. ``scoring``: further arguments of ``score``, whose result
-    is returned. A file with less text than ``max_tokens`` is scored as a whole, and a line says so.
+    ``whole``: complete documents, in windows of ``context``. ``form``: the file's format; None: as its contents say.
+    ``scoring``: further arguments of ``score``, whose result is returned. A file with less text than ``max_tokens`` is
+    scored as a whole, and a line says so.
     """
     if context < 2 or max_tokens < 1:
         raise HyLoError(f"context {context} and {max_tokens} tokens to score: expected at least 2 and 1")
-    documents = encode_documents(tokenizer, file, context, max_tokens, whole)
+    documents = encode_documents(tokenizer, file, context, max_tokens, whole, form)
     _say_if_fewer(file, sum(len(ids) - 1 for ids in documents), max_tokens, "tokens")
     return score(model, documents, file, **scoring)
 
@@ -186,6 +196,7 @@ def long_documents_of(
     context: int = 32_768,
     count: int = 4,
     join: bool = False,
+    form: str | None = None,
     **scoring,
 ) -> dict:
     """Measure the loss of the first ``context`` tokens of ``count`` documents that are at least that long.
@@ -194,7 +205,7 @@ def long_documents_of(
     """
     if context < 2 or count < 1:
         raise HyLoError(f"long context {context} and {count} long documents: expected at least 2 and 1")
-    documents = encode_long_documents(tokenizer, file, context, count, join)
+    documents = encode_long_documents(tokenizer, file, context, count, join, form)
     _say_if_fewer(file, len(documents), count, f"documents of {context:,} tokens")
     return score(model, documents, file, **scoring)
 

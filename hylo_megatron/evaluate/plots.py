@@ -93,6 +93,8 @@ def read_log(file: str | Path) -> dict[str, list[tuple[int, float]]]:
         iteration, loss = record.get("iteration"), record.get("loss")
         if isinstance(iteration, int) and isinstance(loss, int | float):
             stages.setdefault(str(record.get("stage", "")), {})[iteration] = float(loss)
+    if lines and not stages:
+        raise HyLoError(f"training log {file} has no losses: expected JSON lines with stage, iteration and loss")
     return {stage: sorted(points.items()) for stage, points in stages.items()}
 
 

@@ -1,7 +1,7 @@
 """Question files: JSON lines of multiple choice, or of questions with the short answers that count as right."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from string import ascii_uppercase
@@ -74,18 +74,31 @@ def draw(questions: tuple[T, ...], shots: int, limit: int | None, seed: int) -> 
     return examples, tuple(questions[index] for index in sorted(others[:limit]))
 
 
-def prompt_ids(
-    tokenizer, instruction: str, examples: list[tuple[str, str]], question: str, where: str, room: int
-) -> tuple[int, ...]:
-    """Return the ids of answered examples, a question and the start of its answer, at most ``room`` of them."""
+def prompt_text(instruction: str, examples: list[tuple[str, str]], question: str) -> str:
+    """Return answered examples and a question."""
     answered = (f"Question: {asked}\nAnswer: {answer}" for asked, answer in examples)
-    question = "\n\n".join([instruction, *answered, f"Question: {question}"])
-    ids = tuple(encode_start(tokenizer, question_text(tokenizer, question, "Answer:")))
+    return "\n\n".join([instruction, *answered, f"Question: {question}"])
+
+
+def prompt_ids(tokenizer, text: str, where: str, room: int) -> tuple[int, ...]:
+    """Return the ids of a prompt's text and the start of the answer, at most ``room`` of them."""
+    ids = tuple(encode_start(tokenizer, question_text(tokenizer, text, "Answer:")))
     if len(ids) > room:
         raise HyLoError(
             f"{where}: the prompt has {len(ids):,} tokens, expected at most {room:,}: raise --context or lower --shots"
         )
     return ids
+
+
+def check_prompts(tokenizer, texts: Iterable[tuple[str, str]], room: int) -> None:
+    """Refuse prompts of more than ``room`` tokens. ``texts``: each prompt's text, with file and line of its question.
+
+    A token has a byte or more, so a text of few bytes is not tokenised.
+    """
+    spare = room - len(encode_start(tokenizer, question_text(tokenizer, "", "Answer:")))
+    for text, where in texts:
+        if len(text.encode()) > spare:
+            prompt_ids(tokenizer, text, where, room)
 
 
 def _all(file: Path, read: Callable[[Any, str], T]) -> tuple[T, ...]:

@@ -3,6 +3,7 @@
 import argparse
 from dataclasses import dataclass
 
+from hylo_megatron.data.formats import FORMATS
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.flags import count, positive, size
 from hylo_megatron.options import option
@@ -28,6 +29,7 @@ class Settings:
     suites: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
     dtype: str = "auto"
+    form: str | None = None  # of the files of text
     teacher_yarn: float | None = option(
         "--teacher-yarn", None, positive, "measure the teacher also with YaRN of this factor")
     device: str = option("--device", "auto", str, "auto, cpu, cuda, cuda:1 ...")
@@ -64,8 +66,9 @@ class Settings:
         ):  # fmt: skip
             value = getattr(self, name)
             value = min(value, default=0) if isinstance(value, tuple) else value
-            if value is not None and value < 1:
-                raise HyLoError(f"evaluation setting {name} is {value}, expected 1 or more")
+            least = 2 if name in ("context", "long_context") else 1  # the first token of a document has no loss
+            if value is not None and value < least:
+                raise HyLoError(f"evaluation setting {name} is {value}, expected {least} or more")
         for name in ("needle_lengths", "ruler_lengths"):
             lengths = getattr(self, name)
             if len(set(lengths)) < len(lengths):
@@ -73,6 +76,8 @@ class Settings:
         for verb, names in (("skip", self.skip), ("measure", self.suites)):
             if unknown := set(names) - set(SUITES):
                 raise HyLoError(f"cannot {verb} {', '.join(sorted(unknown))}: the parts are {', '.join(SUITES)}")
+        if self.form not in (None, *FORMATS):
+            raise HyLoError(f"evaluation setting form is {self.form!r}, expected {', '.join(FORMATS)} or None")
         if self.teacher_yarn is not None and not self.teacher_yarn > 1:
             raise HyLoError(f"evaluation setting teacher_yarn is {self.teacher_yarn}, expected a factor above 1")
         if not self.lengths_for("teacher", self.needle_lengths):

@@ -8,13 +8,21 @@ from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
 from hylo_megatron.evaluate import choice
 from hylo_megatron.evaluate.answers import Answers
 from hylo_megatron.evaluate.models import Loaded
 from hylo_megatron.evaluate.needle import Needle
-from hylo_megatron.evaluate.perplexity import long_documents_of, perplexity_of
+from hylo_megatron.evaluate.perplexity import (
+    encode_documents,
+    encode_long_documents,
+    long_documents_of,
+    perplexity_of,
+)
 from hylo_megatron.evaluate.questions import draw, read_answers, read_choices
 from hylo_megatron.evaluate.ruler import tasks
+from hylo_megatron.evaluate.ruler.base import RulerTask
 from hylo_megatron.evaluate.run_task import answerer, run, tally
 from hylo_megatron.evaluate.settings import Settings
 from hylo_megatron.evaluate.task import Task
@@ -54,7 +62,8 @@ class Job:
 
     def losses(self, measure: Callable[..., dict], kind: str, label: str, **how) -> dict:
         """Return what ``measure``, a function of ``perplexity.py``, finds in the file of this kind."""
-        how |= {"batch_size": self.settings.batch_size, "prefill": self.settings.prefill_chunk}
+        settings = self.settings
+        how |= {"form": settings.form, "batch_size": settings.batch_size, "prefill": settings.prefill_chunk}
         file = self.files[kind][0]
         return measure(self.loaded.model, self.loaded.tokenizer, file, label=self.label(label), **how)
 
@@ -66,12 +75,22 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Suite:
-    """``needs``: kinds of files, any of which is enough. ``may_read``: further kinds, which can be absent."""
+    """``needs``: kinds of files, any of which is enough. ``may_read``: further kinds, which can be absent.
+
+    ``check`` refuses, with a tokenizer and without a model, what ``measure`` would refuse.
+    """
 
     needs: tuple[str, ...]
     may_read: tuple[str, ...] = ()
+    check: Callable[[Tokenizer, Files, Settings], None]
     measure: Callable[[Job], dict]
     rows: Callable[[dict], Iterator[Row]] = lambda figures: iter(())
+
+
+def _check_perplexity(tokenizer: Tokenizer, files: Files, settings: Settings) -> None:
+    for name in TEXTS:
+        for file in files.get(name, ()):
+            encode_documents(tokenizer, file, context=2, max_tokens=1, form=settings.form)
 
 
 def _perplexity(job: Job) -> dict:
@@ -80,51 +99,89 @@ def _perplexity(job: Job) -> dict:
     return {name: job.losses(perplexity_of, name, name, whole=name == "book", **how) for name in names}
 
 
+def _check_long(tokenizer: Tokenizer, files: Files, settings: Settings) -> None:
+    how = {"context": settings.long_context, "join": settings.long_join, "form": settings.form}
+    encode_long_documents(tokenizer, files["long"][0], count=1, **how)
+
+
 def _long(job: Job) -> dict:
     settings = job.settings
     how = {"context": settings.long_context, "count": settings.long_documents, "join": settings.long_join}
     return job.losses(long_documents_of, "long", "long documents", **how)
 
 
+def _needle_task(files: Files, settings: Settings) -> Needle:
+    return Needle(file=files["prose"][0], depths=settings.needle_depths, form=settings.form)
+
+
+def _check_needle(tokenizer: Tokenizer, files: Files, settings: Settings) -> None:
+    task = _needle_task(files, settings)
+    for length in settings.needle_lengths:
+        task.check(tokenizer, length, settings.needle_samples, settings.seed)
+
+
 def _needle(job: Job) -> dict:
     settings = job.settings
-    task = Needle(file=job.files["prose"][0], depths=settings.needle_depths)
     lengths, not_run = job.split(settings.needle_lengths)
-    return {**job.run(task, lengths, settings.needle_samples), "not_run": not_run}
+    figures = job.run(_needle_task(job.files, settings), lengths, settings.needle_samples)
+    return {**figures, "not_run": not_run}
+
+
+def _choice_tasks(files: Files, settings: Settings) -> Iterator[tuple[Path, choice.Letters]]:
+    for file in files["choice"]:
+        examples, questions = draw(read_choices(file), settings.shots, settings.questions, settings.seed)
+        yield file, choice.Letters(name="letters", questions=questions, examples=examples)
 
 
 def _choice(job: Job) -> dict:
     settings, found = job.settings, {}
-    for file in job.files["choice"]:
-        examples, questions = draw(read_choices(file), settings.shots, settings.questions, settings.seed)
+    for file, task in _choice_tasks(job.files, settings):
         tokenizer, score = job.loaded.tokenizer, choice.scorer(job.loaded.model, settings.batch_size)
-        task = choice.Letters(name="letters", questions=questions, examples=examples)
         label = job.label(f"letters of {file.stem}")
         found[file.stem] = {
-            "chance": choice.chance(questions),
-            "likelihood": choice.by_likelihood(tokenizer, questions, score),
+            "chance": choice.chance(task.questions),
+            "likelihood": choice.by_likelihood(tokenizer, task.questions, score),
             "letters": choice.by_letter(task, tokenizer, job.answerer(task), settings.context, label),
         }
     return found
 
 
-def _answers(job: Job) -> dict:
-    settings, found = job.settings, {}
-    for file in job.files["answers"]:
+def _answers_tasks(files: Files, settings: Settings) -> Iterator[tuple[Path, Answers]]:
+    for file in files["answers"]:
         examples, questions = draw(read_answers(file), settings.shots, settings.questions, settings.seed)
-        task = Answers(questions=questions, examples=examples)
-        found[file.stem] = job.run(task, (settings.context,), len(questions))
-    return found
+        yield file, Answers(questions=questions, examples=examples)
+
+
+def _answers(job: Job) -> dict:
+    settings = job.settings
+    tasks_of = _answers_tasks(job.files, settings)
+    return {file.stem: job.run(task, (settings.context,), len(task.questions)) for file, task in tasks_of}
+
+
+def _checker_of(tasks_of: Callable[[Files, Settings], Iterator[tuple[Path, Task]]]):
+    """Return the ``check`` of a suite with a task of questions for each file."""
+
+    def check(tokenizer: Tokenizer, files: Files, settings: Settings) -> None:
+        for _, task in tasks_of(files, settings):
+            task.check(tokenizer, settings.context, len(task.questions), settings.seed)
+
+    return check
+
+
+def _ruler_tasks(files: Files, settings: Settings) -> tuple[RulerTask, ...]:
+    given = {kind: files[f"ruler_{kind}"][0] for kind in ("squad", "hotpot") if f"ruler_{kind}" in files}
+    return tasks(files["prose"][0], **given, form=settings.form)
+
+
+def _check_ruler(tokenizer: Tokenizer, files: Files, settings: Settings) -> None:
+    for task, length in itertools.product(_ruler_tasks(files, settings), settings.ruler_lengths):
+        task.check(tokenizer, length, settings.ruler_samples, settings.seed)
 
 
 def _ruler(job: Job) -> dict:
     settings, found = job.settings, {}
     lengths, not_run = job.split(settings.ruler_lengths)
-    given = {kind: job.files[f"ruler_{kind}"][0] for kind in ("squad", "hotpot") if f"ruler_{kind}" in job.files}
-    chosen = tasks(job.files["prose"][0], **given)
-    for task, length in itertools.product(chosen, lengths):
-        task.check(job.loaded.tokenizer, length)
-    for task in chosen:
+    for task in _ruler_tasks(job.files, settings):
         found[task.name] = job.run(task, lengths, settings.ruler_samples)
     samples = [sample for result in found.values() for sample in result["samples"]]
     return {"tasks": found, "by_length": tally(samples, "length"), "not_run": not_run}
@@ -183,10 +240,16 @@ def _ruler_rows(figures: dict) -> Iterator[Row]:
 
 
 REGISTRY = {
-    "perplexity": Suite(needs=TEXTS, measure=_perplexity),
-    "long": Suite(needs=("long",), measure=_long),
-    "needle": Suite(needs=("prose",), measure=_needle, rows=_needle_rows),
-    "choice": Suite(needs=("choice",), measure=_choice, rows=_choice_rows),
-    "answers": Suite(needs=("answers",), measure=_answers, rows=_answers_rows),
-    "ruler": Suite(needs=("prose",), may_read=("ruler_squad", "ruler_hotpot"), measure=_ruler, rows=_ruler_rows),
+    "perplexity": Suite(needs=TEXTS, check=_check_perplexity, measure=_perplexity),
+    "long": Suite(needs=("long",), check=_check_long, measure=_long),
+    "needle": Suite(needs=("prose",), check=_check_needle, measure=_needle, rows=_needle_rows),
+    "choice": Suite(needs=("choice",), check=_checker_of(_choice_tasks), measure=_choice, rows=_choice_rows),
+    "answers": Suite(needs=("answers",), check=_checker_of(_answers_tasks), measure=_answers, rows=_answers_rows),
+    "ruler": Suite(
+        needs=("prose",),
+        may_read=("ruler_squad", "ruler_hotpot"),
+        check=_check_ruler,
+        measure=_ruler,
+        rows=_ruler_rows,
+    ),
 }

@@ -34,6 +34,10 @@ class Task:
         """Return ``samples`` prompts of each cell of ``length``, the same ones for the same seed."""
         raise NotImplementedError
 
+    def check(self, tokenizer: PreTrainedTokenizerBase, length: int, samples: int, seed: int) -> None:
+        """Refuse what ``prompts`` would refuse, before any model is loaded. Raises ``HyLoError``."""
+        self.prompts(tokenizer, length, samples, seed)
+
     def score(self, answer: str, prompt: Prompt) -> float:
         """Return the score of an answer, from 0 to 1."""
         raise NotImplementedError

@@ -14,10 +14,10 @@ WORD = re.compile(r"(?<![\w'-])[a-z]{4,9}(?![\w'-])")
 MIN_WORDS = 8
 
 
-def read_some(file: Path, tokenizer: PreTrainedTokenizerBase, max_chars: int) -> str:
+def read_some(file: Path, tokenizer: PreTrainedTokenizerBase, max_chars: int, form: str | None = None) -> str:
     """Return the first documents of a file, about ``max_chars`` characters, with white space folded."""
     parts, size = [], 0
-    for text in read_texts(file, tokenizer):
+    for text in read_texts(file, tokenizer, form=form):
         parts.append(re.sub(r"\s+", " ", text[: max_chars - size]).strip())
         size += len(parts[-1])
         if size >= max_chars:

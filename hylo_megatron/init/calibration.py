@@ -24,23 +24,25 @@ def _token_documents(prefix: Path, length: int, vocab_size: int):
 
 
 def calibration_tokens(path: str | Path, tokenizer_folder: str | Path, count: int, length: int,
-                       flag: str = "--calibration-tokens") -> Tensor:  # fmt: skip
+                       flag: str = "--calibration-tokens", form: str | None = None) -> Tensor:  # fmt: skip
     """Return ``[count / length, length]`` token ids, documents in a fixed order. A higher count begins with the same.
 
     ``path``: a file of text, rows or chats as ``hylo prepare-data`` takes them, or the prefix of a token file.
-    ``flag``: the one that sets ``count``, for the refusal.
-    Raises ``HyLoError`` when it holds too few tokens.
+    ``flag``: the one that sets ``count``, for the refusal. ``form``: the format of a file of text.
+    Raises ``HyLoError`` when ``path`` holds too few tokens.
     """
     path, rows = Path(path), max(2, count // length)
     tokenizer = open_tokenizer(tokenizer_folder)
     identity = identity_of(tokenizer)
     check_model_beside(tokenizer_folder, identity)
     if Path(f"{path}.idx").is_file():
+        if form:
+            raise HyLoError(f"{path}: token files, which have no format; leave out --format")
         check_made_with(path, identity, tokenizer_folder)
         documents = list(_token_documents(path, length, identity.largest_id + 1))
     elif path.exists():
         check_prefix(path)
-        texts = itertools.islice(read_texts(path, tokenizer, window=8 * length), MOST_DOCUMENTS)
+        texts = itertools.islice(read_texts(path, tokenizer, window=8 * length, form=form), MOST_DOCUMENTS)
         documents = [text[: 8 * length] for text in texts]
     else:
         raise HyLoError(f"{path}: no such file; --calibration takes a text file, or token files of hylo prepare-data")

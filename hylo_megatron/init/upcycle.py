@@ -22,6 +22,7 @@ from hylo_megatron.convert.hf_folder import save_tensors
 from hylo_megatron.convert.hf_to_megatron import megatron_tensors
 from hylo_megatron.convert.tables import mappings
 from hylo_megatron.convert.tokenizer_files import check_tokenizer, copy_companions
+from hylo_megatron.data.formats import add_format
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.files import only_writer
 from hylo_megatron.flags import Parser, command_line, count, size
@@ -229,6 +230,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--geometry", default="native", metavar="PRESET[:RANK+ROPE]",
         help=f"dimensions of the new mixers: {GEOMETRY_HELP}")  # fmt: skip
     add("--calibration", help="text file as for hylo prepare-data, or tokens; with svd they only measure errors")
+    add_format(add, "the file of --calibration")
     add("--calibration-tokens", type=size, default=16384)
     longest = f"tokens per row (default {CALIBRATION_LENGTH}, or the base model's maximum if that is less)"
     add("--calibration-length", type=size, help=longest)
@@ -249,9 +251,11 @@ def main(argv: list[str] | None = None) -> None:
         raise HyLoError(f"--calibration-length {length}: the base model was made for {longest} tokens; use no more")
     plan = Plan.parse(arch.num_layers, options.mla_layers, options.linear, options.geometry)
     tokens = None
+    if options.form and not options.calibration:
+        raise HyLoError(f"--format {options.form}: is that of --calibration, which is not given; leave it out")
     if options.calibration:
         tokens = calibration_tokens(
-            options.calibration, Path(options.teacher) / "hf", options.calibration_tokens, length
+            options.calibration, Path(options.teacher) / "hf", options.calibration_tokens, length, form=options.form
         )
     report = upcycle(
         options.teacher, options.out, plan, init=options.init, geometry=options.geometry, qk_norm=options.mla_qk_norm,

@@ -17,8 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from hylo_megatron.config import Architecture, Plan, geometry_preset
-from hylo_megatron.config.geometry import GEOMETRY_HELP
-from hylo_megatron.config.layout import ParallelLayout, Work, check_parallel_layout
+from hylo_megatron.config.geometry import GEOMETRY_HELP, check_heads
+from hylo_megatron.config.layout import ParallelLayout, Work, check_parallel_layout, shared_heads
 from hylo_megatron.config.positions import add_window, changed, given
 from hylo_megatron.config.shapes import element_count
 from hylo_megatron.config.stages import STAGE_KINDS, TRAIN, stage_kind
@@ -32,7 +32,7 @@ from hylo_megatron.mixers.window import cached_values
 from hylo_megatron.planner.pages import Pages, expanded_bytes, pages, row_bytes, state_bytes
 from hylo_megatron.planner.recipe_command import add_recipe_flags, print_layouts
 from hylo_megatron.planner.training import Peak, PlannedRun, peaks
-from hylo_megatron.serve.geometry import serve
+from hylo_megatron.serve.refused import served as served_by_vllm
 
 LENGTHS = (2048, 32768, 1 << 20)
 GIB = 1 << 30
@@ -51,18 +51,26 @@ def weight_bytes(arch: Architecture, tp: int) -> int:
     return 2 * element_count(arch) // tp
 
 
+def undivided(arch: Architecture, tp: int) -> str | None:
+    """Return why vLLM cannot share a model among ``tp`` ranks, or None. vLLM repeats key heads that are too few."""
+    for what, heads, _, _ in shared_heads(arch, ParallelLayout(tp=tp)):
+        repeated = what == "key-value heads" and tp % heads == 0
+        if heads % tp and not repeated:
+            fits = [each for each in range(1, heads + 1) if heads % each == 0]
+            return f"--tp {tp} does not divide {heads} {what} (sizes that do: {fits})"
+    return None
+
+
 def rows(arch: Architecture, known) -> list[tuple[str, str]]:
     budget = int(known.gpu_gib * GIB * known.utilization) - weight_bytes(arch, known.tp) - ACTIVATIONS
     heads, found = arch.num_attention_heads, [("weights", f"{weight_bytes(arch, known.tp) / GIB:.2f} GiB")]
     if arch.is_hybrid:
-        served = serve(arch.geometry, set(arch.plan), heads, arch.mla_qk_norm, on_gpu=True)
+        served = served_by_vllm(arch, on_gpu=True)
         found += [("as served", note) for note in served.notes]
         itemsize = 4 if known.state_dtype == "float32" else 2
         sizes = dict(state_itemsize=itemsize, tp=known.tp, window=cached_values(arch, known.tp))
         layout = pages(served, arch.plan, heads, **sizes)
         row = row_bytes(served, heads, tp=known.tp) * layout.layers[0]
-        if arch.window and not layout.layers[1]:
-            raise HyLoError("window: vLLM keeps windows among the states of linear layers, and this plan has none")
         states = state_bytes(served, arch.linear_kind, **sizes) * layout.layers[1]
         found.append(("states of a request", f"{states / 2**20:.1f} MiB"))
         if layout.layers[0] and not served.expanded:  # to write out latents
@@ -70,7 +78,7 @@ def rows(arch: Architecture, known) -> list[tuple[str, str]]:
             found.append(("work space", f"{space / GIB:.2f} GiB for {known.requests} requests at once"))
             budget -= space
     else:
-        row = arch.kv_bytes_per_token() // known.tp
+        row = arch.kv_bytes_per_token() // min(known.tp, arch.num_key_value_heads)
         layout = Pages(16, 16 * row // arch.num_layers, (arch.num_layers, 0))
     if arch.window:
         windows = 2 * sizes["window"] * layout.layers[1]
@@ -202,7 +210,7 @@ def parse() -> argparse.Namespace:
             (recipe, "{} is for --recipe: leave it out, or give --recipe in place of FOLDER"),
             (serving if known.train else (), "{} is for a plan of serving: leave it out, or leave out --train"),
             (() if known.train else training, "{} is for a plan of training: leave it out, or give --train"),
-            (() if known.plan else ("geometry",), "{} is for the hybrid that --plan names: leave it out"),
+            (() if known.plan is not None else ("geometry",), "{} is for the hybrid that --plan names: leave it out"),
         ]
     for names, message in unread:
         if flag := flag_among(parser, known.given & set(names)):
@@ -219,11 +227,12 @@ def main() -> None:
     if not known.folder:
         raise HyLoError("give FOLDER, an exported or a base model's folder, or --recipe")
     arch = read(known.folder)
-    if known.plan:
+    if known.plan is not None:
         if arch.is_hybrid:
             raise HyLoError("--plan is for a base model; this folder holds a hybrid")
         geometry = geometry_preset(known.geometry, arch.hidden_size, arch.num_attention_heads, arch.head_dim)
         plan = Plan.parse(arch.num_layers, known.plan, geometry=known.geometry)
+        check_heads(arch.head_dim, geometry, set(plan))
         arch = changed(replace(arch, plan=plan, geometry=geometry), given(known), "--plan")
     elif known.window:
         raise HyLoError("--window is for the hybrid that --plan names; this folder's own is counted without it")
@@ -231,7 +240,10 @@ def main() -> None:
         print_training(training(arch, known), known.gpu_gib)
         return
     models = {"hybrid": arch, "base": arch.as_teacher()} if arch.is_hybrid else {"base": arch}
+    if reason := undivided(arch, known.tp):
+        raise HyLoError(reason)
+    planned = {name: rows(model, known) for name, model in models.items() if not undivided(model, known.tp)}
     for name, model in models.items():
-        print(f"{name}: {model.num_layers} layers, {sum(kind == 'mla' for kind in model.plan)} of them MLA")
-        for what, value in rows(model, known):
+        print(f"{name}: {model.num_layers} layers, {model.plan.count('mla')} of them MLA")
+        for what, value in planned.get(name, [("not planned", undivided(model, known.tp))]):
             print(f"  {what:24} {value}")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from hylo_megatron.config.geometry import GEOMETRY_HELP
 from hylo_megatron.config.positions import window, window_rows
+from hylo_megatron.data.formats import add_format
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.flags import Parser, command_line, flag_among, given, names_of, positive, share, size
 from hylo_megatron.mixers import LINEAR
@@ -65,6 +66,7 @@ def _add_measured(parser: Parser) -> frozenset[str]:
     add("--window", type=window, metavar="SIZE[+SINKS]", help="--method window: tokens that a layer sees, the last and"
         f" the first ones (default: {WINDOW})")  # fmt: skip
     add("--text", type=Path, metavar="FILE", help="held-out text as for hylo prepare-data, or prefix of its tokens")
+    add_format(add, "the file of --text")
     add("--tokens", type=size, default=98304, help="tokens of --text that are measured")
     add("--length", type=size, default=2048, help="tokens of a row of --text")
     add("--retrieval", type=Path, metavar="PREFIX", help="samples of hylo make-retrieval: the loss of answers counts")

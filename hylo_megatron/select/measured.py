@@ -68,7 +68,7 @@ def _settings(options: Namespace, count: int, folders: tuple[Path, ...], dtype: 
 def _rows(options: Namespace, tokenizer: Path) -> tuple[Rows, Rows | None]:
     """Return the rows to measure on, and those to train on: later rows of the same files."""
     training, trained = options.training, options.train_tokens if options.training else 0
-    text_BS = read_text(options.text, tokenizer, options.tokens, trained, options.length)
+    text_BS = read_text(options.text, tokenizer, options.tokens, trained, options.length, options.form)
     few = options.tokens // options.length
     rows = {"text_BS": (text_BS[:few], text_BS[few:])}
     if options.retrieval is not None:

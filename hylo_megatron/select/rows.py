@@ -36,16 +36,16 @@ class Rows:
         return found.hexdigest()[:16]
 
 
-def read_text(path: Path, tokenizer: Path, measured: int, trained: int, length: int) -> Tensor:
+def read_text(path: Path, tokenizer: Path, measured: int, trained: int, length: int, form: str | None) -> Tensor:
     """Return rows of ``length`` tokens of a text file or token files: to measure on, then to train on.
 
-    ``measured`` and ``trained`` are tokens. Raises ``HyLoError``.
+    ``measured`` and ``trained`` are tokens, ``form`` is the format of a text file. Raises ``HyLoError``.
     """
     if measured < 2 * length:
         raise HyLoError(f"--tokens {measured}: expected at least two rows of --length {length}")
     rows = measured // length + trained // length
     flag = "--train-tokens" if trained else "--tokens"
-    return calibration_tokens(path, tokenizer, rows * length, length, flag)
+    return calibration_tokens(path, tokenizer, rows * length, length, flag, form)
 
 
 def read_samples(prefix: Path, tokenizer: Path, count: int, more: int = 0) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from hylo_megatron.mixers.serving import stages
 from hylo_megatron.mixers.window import cached_values, holders
 from hylo_megatron.planner.pages import expanded_bytes, pages
 from hylo_megatron.serve.geometry import Served, serve
+from hylo_megatron.serve.refused import refused_settings
 
 logger = init_logger("vllm.hylo_megatron")  # below vllm's own logger, so that its level and format apply
 # Set by tests that run a GPU's geometry on a CPU.
@@ -110,6 +111,8 @@ def refuse(vllm_config) -> None:
     parallel = vllm_config.parallel_config
     split = parallel.decode_context_parallel_size > 1, getattr(parallel, "prefill_context_parallel_size", 1) > 1
     sends = getattr(vllm_config.kv_transfer_config, "kv_connector", None) or ""
+    fields = {"linear_rope": hybrid.linear_rope, "window": hybrid.window}
+    settings = refused_settings(hybrid.mixers, **fields, on_gpu=on_gpu())
     refused = (
         ("--speculative-config", draft, "rejected drafts would stay in the recurrent states; leave it out"),
         ("--enable-lora", lora,
@@ -120,10 +123,7 @@ def refuse(vllm_config) -> None:
          f"expected {' or '.join(weights)}, with which vLLM quantises an exported folder while it loads"),
         ("--decode-context-parallel-size" if split[0] else "--prefill-context-parallel-size", any(split),
          "recurrent states cannot be split by position; use --tensor-parallel-size"),
-        ("linear_rope in config.json", hybrid.linear_rope and hybrid.linear_type == "kda" and on_gpu(),
-         "vLLM's Kimi Delta Attention has no place for a rotation on a GPU; use transformers, or Gated DeltaNet"),
-        ("window in config.json", hybrid.window and not any(MIXERS[kind].linear for kind in hybrid.mixers),
-         "vLLM keeps windows among the states of linear layers, and this plan has none; use transformers"),
+        *((f"{field} in config.json", True, reason) for field, reason in settings),
         ("--pipeline-parallel-size", hybrid.window and _lonely_windows(vllm_config),
          "a stage has windows beside MLA and no linear layer whose states could keep them; choose stages that have one"
          " (VLLM_PP_LAYER_PARTITION), or use --tensor-parallel-size"),

@@ -8,6 +8,7 @@ from helpers import amd_reference as reference  # noqa: E402
 from helpers import tiny  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
+from hylo_megatron.checkpoint import disk  # noqa: E402
 from hylo_megatron.convert.amd_release import convert as amd  # noqa: E402
 from hylo_megatron.errors import HyLoError  # noqa: E402
 
@@ -106,5 +107,13 @@ def test_bad_releases_are_refused_and_leave_nothing(tmp_path, release, name):
 def test_a_conversion_that_breaks_off_leaves_nothing(tmp_path, release, monkeypatch):
     monkeypatch.setattr(amd, "write_hybrid_config", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
+        amd.convert(release.folder, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == [release.folder.name]
+
+
+def test_a_disk_without_room_is_refused_before_a_weight_is_read(tmp_path, release, monkeypatch):
+    monkeypatch.setattr(disk, "free", lambda path: 1000)
+    monkeypatch.setattr(amd, "write_weights", None)
+    with pytest.raises(HyLoError, match="out: no space left: it needs .*iB, 1 KiB is free on its disk; free space or"):
         amd.convert(release.folder, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == [release.folder.name]

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from helpers.tiny import hybrid, write_hybrid
+from helpers.tiny import GEOMETRY, hybrid, write_hybrid
 
 from hylo_megatron.config import GDNGeometry, Geometry, Mamba2Geometry, MLAGeometry
 from hylo_megatron.convert import megatron_to_hf, model_card
@@ -44,6 +44,64 @@ def front_matter(folder: Path) -> dict:
     from huggingface_hub import ModelCard
 
     return ModelCard.load(folder / "README.md").data.to_dict()
+
+
+def card_of(arch, folder: Path) -> tuple[str, str]:
+    """Return the card of a model, and its part on use as one line."""
+    model_card.write_card(folder, arch, Origin(), with_code=False)
+    card = (folder / model_card.NAME).read_text()
+    return card, " ".join(card.partition("## Use")[2].partition("## Architecture")[0].split())
+
+
+ALL_MLA, WINDOW = {"plan": ("mla",) * 4}, {"size": 8, "sinks": 2}
+SERVES = "To serve: `vllm serve FOLDER`"
+WIDE = replace(GEOMETRY, mla=replace(GEOMETRY.mla, kv_lora_rank=1024))
+USES = {  # a student, and what its card says of vLLM
+    "gdn": (hybrid(), SERVES),
+    "mamba2 with a window": (hybrid("mamba2", window=WINDOW), SERVES),
+    "gdn with positions": (hybrid("gdn", linear_rope=True), SERVES),
+    "windows beside all": (hybrid(window=WINDOW | {"mla": True}), SERVES),
+    "all gdn": (hybrid(plan=("gdn",) * 4), SERVES),
+    "all MLA": (hybrid(**ALL_MLA), SERVES),
+    "kda": (hybrid("kda"), SERVES),
+    "all MLA with windows": (
+        hybrid(**ALL_MLA, window=WINDOW | {"mla": True}),
+        "vLLM does not serve this model (window in config.json: not supported for a hybrid: vLLM keeps windows among",
+    ),
+    "kda with positions": (
+        hybrid("kda", linear_rope=True),
+        "on a CPU: `vllm serve FOLDER`, in an environment with vLLM and hylo-megatron (`pip install -e '.[serve-cpu]'`"
+        " in a clone of its repository). vLLM does not serve this model on a GPU (linear_rope in config.json: not",
+    ),
+    "wide latents": (hybrid(geometry=WIDE), "does not serve this model on a GPU (MLA's kv_lora_rank 1024: no kernel"),
+}
+
+
+@pytest.mark.parametrize("name", USES)
+def test_the_card_says_what_vllm_serves(name, tmp_path):
+    arch, words = USES[name]
+    use = card_of(arch, tmp_path)[1]
+    assert words in use
+    assert ("`vllm serve FOLDER`" in use) == (name != "all MLA with windows")
+    assert use.count("does not serve") == (words != SERVES)
+
+
+def test_the_card_says_what_vllm_pads(tmp_path):
+    use = card_of(hybrid(), tmp_path)[1]
+    assert "- In vLLM on a GPU, MLA of latent 24+8," in use and "bytes of cache a token and layer instead of" in use
+
+
+@pytest.mark.parametrize("plan, title", [
+    (("mla", "gdn", "gdn", "mla"), "2MLA2GDN: a hybrid of MLA and linear attention"),
+    (("mla",) * 4, "4MLA: a model with MLA only"),
+    (("gdn",) * 4, "4GDN: a model with linear attention only"),
+])  # fmt: skip
+def test_the_card_names_the_layers_that_the_model_has(plan, title, tmp_path):
+    card, tags = card_of(hybrid(plan=plan), tmp_path)[0], front_matter(tmp_path)["tags"]
+    assert f"# {title}, made with" in card
+    assert ("linear-attention" in tags) == ("gdn" in plan) == ("The states of linear layers" in card)
+    assert ("hybrid" in tags) == (len(set(plan)) == 2)
+    assert ("| rotary embedding |" in card) == ("mla" in plan)
 
 
 def test_a_run_describes_its_model(tmp_path):
@@ -121,6 +179,13 @@ def test_the_cache_in_vllm_is_told_where_it_is_another(geometry, norm, row):
     arch = hybrid(mla_qk_norm=norm, **({"geometry": geometry} if geometry else {}))
     rows = [value for name, value in model_card._architecture(arch) if "in vLLM" in name]
     assert rows == ([row] if row else [])
+
+
+@pytest.mark.parametrize("text", ["apache-2.0", "us/base", "Terms: see LICENSE", "no", "- list", "two\nlines", "mit"])
+def test_any_name_is_a_value_of_the_front_matter(text, tmp_path):
+    model_card.write_card(tmp_path, hybrid(), Origin(licence=text, base_model=text), with_code=False)
+    data = front_matter(tmp_path)
+    assert data["license"] == data["base_model"] == text
 
 
 def test_a_training_without_a_recipe_leaves_its_log(tmp_path):

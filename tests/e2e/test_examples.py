@@ -70,7 +70,7 @@ def test_the_script_of_smollm2_passes_variables_and_flags_on():
     command = ("bash", script("smollm2"), "--text", "prose")
     printed = finished(start(*command, PYTHON="echo", RECIPE="window", TOKENS="100M", BATCH_FACTOR=4))
     wanted = "--recipe window --tokens 100M --batch-factor 4 --text prose"
-    assert printed.strip() == f"-W ignore -m hylo_megatron.recipes.smollm2 {wanted}"
+    assert printed.strip() == f"-W ignore -m hylo_megatron recipe {wanted}"
 
 
 # ---- one process, by bash and by torchrun; two runs beside each other, since each has one process ----

@@ -185,3 +185,18 @@ def test_prompts_read_in_chunks_or_with_padding_have_the_same_answers(tokenizer,
         reads.clear()
         assert greedy(model, prompts[:2], 6, lambda ids: False, chunk) == alone[:2], f"chunks of {chunk}"
         assert reads == [*pieces, 1, 1, 1, 1, 1]
+
+
+def test_a_length_that_is_let_through_has_room_for_every_prompt(tokenizer, tmp_path):
+    """The keys of the prompts decide where a length is about as short as a prompt without filler."""
+    file = tmp_path / "prose.txt"
+    file.write_text("The zxqvkjwpy met wkzjxqvqp, and pqxzvwkjy met jwvqzkxyq. " * 9)
+    task, refused = Needle(file=file, depths=1), 0
+    for length in range(200, 400, 8):
+        try:
+            task.check(tokenizer, length, 4, 0)
+        except HyLoError:
+            refused += 1
+        else:
+            assert len(task.prompts(tokenizer, length, 4, 0)) == 4
+    assert 0 < refused < 25

@@ -9,13 +9,15 @@ import sys
 
 import pytest
 import torch
-from helpers.evaluation import make_model, random_hybrid, write_lines
+from helpers.evaluation import make_model, make_prose, random_hybrid, write_lines
 from helpers.paths import ROOT
 from helpers.waits import PATIENCE
+from transformers import Qwen3Config
 
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.evaluate import models as hf_models
 from hylo_megatron.evaluate import suites
+from hylo_megatron.evaluate.command import main
 from hylo_megatron.evaluate.plots import read_log, running_mean
 from hylo_megatron.evaluate.runner import evaluate
 from hylo_megatron.evaluate.settings import Settings
@@ -67,6 +69,15 @@ def test_model_alone_without_needles(tmp_path, folder, prose):
     ]  # fmt: skip
 
 
+def test_cache_of_a_transformer_counts_the_layers_whose_cache_grows():
+    sizes = {"num_hidden_layers": 3, "num_attention_heads": 4, "hidden_size": 32, "num_key_value_heads": 2}
+    config = Qwen3Config(**sizes, head_dim=8, layer_types=["sliding_attention", "full_attention", "sliding_attention"])
+    assert hf_models.layer_plan(config) == ["sliding_attention", "attention", "sliding_attention"]
+    assert hf_models.kv_bytes_per_token(config) == 2 * 2 * 2 * 8
+    config = Qwen3Config(**sizes, head_dim=8)
+    assert hf_models.layer_plan(config) == ["attention"] * 3 and hf_models.kv_bytes_per_token(config) == 3 * 64
+
+
 def test_cache_of_a_hybrid_counts_mla_rows():
     config = HyLoConfig(mixers=["gdn", "mla", "gdn", "gdn", "mla"], kv_lora_rank=256, qk_rope_head_dim=64)
     assert hf_models.kv_bytes_per_token(config) == 2 * 2 * (256 + 64)
@@ -90,14 +101,17 @@ def test_bad_paths_and_settings(tmp_path, folder, prose):
         ("absent.jsonl: no such file", folder, {"prose": tmp_path / "absent.jsonl"}),
         ("bad.jsonl:2: expected a string under 'text'", folder, {"prose": bad_line}),
         ("training log .* not found", folder, {"out_dir": tmp_path / "out", "curves": [tmp_path / "absent.jsonl"]}),
+        ("training log .*prose.jsonl has no losses", folder, {"out_dir": tmp_path / "out", "curves": [prose]}),
+        ("--code: the name of the file is empty", folder, {"code": ""}),
+        ("--format text: is that of text files, and none is given", folder, {"settings": Settings(form="text")}),
         ("device 'abacus'", folder, {"settings": Settings(device="abacus")}),
         ("dtype 'int3'", folder, {"settings": Settings(dtype="int3")}),
     ):
         with pytest.raises(HyLoError, match=message):
             evaluate(model, **options)
     for wrong in (
-        {"context": 0}, {"long_documents": 0}, {"needle_lengths": ()}, {"skip": ("all",)}, {"batch_size": 0},
-        {"teacher_needle_limit": 512},
+        {"context": 1}, {"long_context": 1}, {"long_documents": 0}, {"needle_lengths": ()}, {"skip": ("all",)},
+        {"batch_size": 0}, {"teacher_needle_limit": 512},
     ):  # fmt: skip
         with pytest.raises(HyLoError):
             Settings(**wrong)
@@ -136,6 +150,90 @@ def test_what_would_end_an_evaluation_late_is_refused_first(tmp_path, folder, pr
         evaluate(spoilt, teacher_dir=folder, prose=prose, settings=Settings(**few, needle_lengths=(512,)))
     with pytest.raises(HyLoError, match="needle length 20 is too short"):
         evaluate(folder, prose=prose, settings=Settings(**few, needle_lengths=(20, 512)))
+
+
+SHORT = [{"question": f"{n} + 1?", "answers": [str(n + 1)]} for n in range(3)]
+SUM = {"question": "1 + 1?", "options": ["2", "3"], "answer": 0}
+ONE_DOCUMENT = {"question": "Where?", "context": "Here.", "answers": {"text": ["Here"]}}
+CHAT = {"messages": [{"role": "user", "content": "Hello there, how are you today? Fine, I hope."}]}
+LATE = {  # rows of files by kind, settings, and what is refused
+    "ruler": ({}, {"suites": ("ruler",), "ruler_lengths": (4096, 300)}, "length 300 is too short for RULER's niah"),
+    "shots": ({"answers": SHORT}, {}, "answers.jsonl:1: 3 questions, too few for --shots 3: give fewer"),
+    "letters": ({"choice": [SUM] * 4}, {}, "choice.jsonl:1: every question is an example of --shots 3: give fewer"),
+    "room": ({"answers": [*SHORT, SHORT[0] | {"question": "very long " * 99}]}, {"shots": 0, "context": 300},
+             r"answers.jsonl:4: the prompt has .* expected at most 276: raise --context or lower --shots"),
+    "options": ({"choice": [SUM, SUM | {"options": ["2", "very long " * 99]}]}, {"shots": 0, "context": 300},
+                r"choice.jsonl:2: the prompt has .* expected at most 276: raise --context or lower --shots"),
+    "long": ({"long": [{"text": "A short text. " * 9}]}, {"long_context": 4096}, "holds no document of 4,096 tokens"),
+    "one token": ({"code": [{"text": "a"}]}, {}, "code.jsonl holds no document of two tokens or more"),
+    "sentences": ({"prose": [{"text": "no sentence " * 99}]}, {}, "prose.jsonl has no sentences to hide a needle in"),
+    "words": ({"prose": [{"text": "We are one as he is, so be it. " * 9}]}, {}, "has no words of 4 to 9 lower-case"),
+    "squad": ({"ruler_squad": [ONE_DOCUMENT] * 2}, {"suites": ("ruler",), "ruler_lengths": (8192,)},
+              "qa_1: its file has one question's documents only"),
+    "chats": ({"prose": [CHAT]}, {"suites": ("ruler",)}, "prose.jsonl: has conversations, expected prose"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_what_a_suite_would_refuse_late_is_refused_before_a_model_is_loaded(
+    name, tmp_path, folder, prose, monkeypatch
+):
+    rows, changes, message = LATE[name]
+    files = {kind: write_lines(tmp_path / f"{kind}.jsonl", found) for kind, found in rows.items()}
+    monkeypatch.setattr(hf_models, "load", lambda *_: pytest.fail("a model was loaded first"))
+    with pytest.raises(HyLoError, match=message):
+        evaluate(folder, teacher_dir=folder, settings=Settings(**changes), **({"prose": prose} | files))
+
+
+def test_models_that_cannot_be_measured_are_refused_before_the_others_are(tmp_path, folder, prose, monkeypatch):
+    def changed(name: str, **fields):
+        shutil.copytree(folder, tmp_path / name)
+        config = json.loads((folder / "config.json").read_text())
+        (tmp_path / name / "config.json").write_text(json.dumps(config | fields))
+        return tmp_path / name
+
+    def other(name: str, **config):
+        shutil.copytree(folder, tmp_path / name)
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        return tmp_path / name
+
+    cut, gpt2 = changed("cut"), other("gpt2", model_type="gpt2", n_positions=128)
+    weights = cut / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    scaled = changed("scaled", rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0})
+    monkeypatch.setattr(hf_models, "load", lambda *_: pytest.fail("a model was loaded first"))
+    for message, model, options in (
+        ("cut/model.safetensors: truncated or damaged .*download it again", cut, {}),
+        ("unknown: its config.json cannot be read", changed("unknown", model_type="abacus"), {}),
+        ("classes: model_type 'vit' is no causal language model", changed("classes", model_type="vit"), {}),
+        ("llama scales or caps its logits", changed("caps", final_logit_softcapping=30.0), {}),
+        ("--needle-lengths 2048: .*gpt2 has positions for 128 tokens", gpt2, {"settings": Settings(context=128)}),
+        ("--context 2048: .*gpt2 has positions for 128 tokens and no more; give less", gpt2, {}),
+        ("model_type 'mamba2' has no attention", other("states", model_type="mamba2"), {}),
+        ("YaRN needs a base model", folder, {"teacher_dir": scaled, "settings": Settings(teacher_yarn=2.0)}),
+    ):
+        with pytest.raises(HyLoError, match=message):
+            evaluate(model, **({"teacher_dir": folder, "prose": prose} | options))
+
+
+def test_a_text_that_begins_with_a_row_is_read_as_format_says(tmp_path, folder, monkeypatch):
+    """Every suite that reads text takes ``--format``; by default the contents decide."""
+    notes = tmp_path / "notes.md"
+    notes.write_text(f'{{"text": "A row."}}\n{make_prose(0, 200)}\n')
+    flags = "--suite perplexity long needle ruler --context 64 --ppl-tokens 64 --long-context 96 --needle-lengths 512"
+    flags += " --needle-samples 1 --needle-depths 1 --ruler-lengths 1500 --ruler-samples 1"
+    files = ["--prose", str(notes), "--long", str(notes)]
+    command = ["hylo evaluate", "--model", str(folder), "--out", str(tmp_path / "out"), *files, *flags.split()]
+    monkeypatch.setattr(suites, "answerer", lambda *_: lambda prompts: ((i, "") for i in range(len(prompts))))
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit):
+        main()
+    monkeypatch.setattr(sys, "argv", [*command, "--format", "text"])
+    main()
+    report = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    found = report["model"]
+    assert found["perplexity"]["prose"]["tokens"] == 63 and found["long"]["documents"] == 1
+    assert found["needle"]["samples"] and len(found["ruler"]["tasks"]) == 13 and report["settings"]["form"] == "text"
 
 
 def test_tool_reports_a_bad_path_in_one_line(tmp_path):

@@ -222,9 +222,22 @@ def test_tool_with_calibration_text(bases, tmp_path, text, capsys):
     assert Architecture.load(tmp_path / "out").plan == ("mla", "gdn", "gdn", "mla")
 
 
+def test_calibration_text_that_begins_with_a_row_is_read_as_format_says(bases, tmp_path, text, capsys):
+    notes = tmp_path / "notes.txt"
+    words = " ".join(f"w{(7 * i) % tiny.VOCAB}" for i in range(900))
+    notes.write_text(text.read_text().splitlines()[0] + f"\n{words}\n")
+    flags = ("--calibration", notes, "--calibration-tokens", 192, "--calibration-length", 64)
+    with pytest.raises(SystemExit):
+        tool(bases.model()[1], tmp_path, *flags)
+    assert "notes.txt:2: not valid JSON" in capsys.readouterr().err
+    tool(bases.model()[1], tmp_path, *flags, "--format", "text")
+    assert "2MLA2GDN -> " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "more, words",
     [
+        (["--init", "svd", "--format", "text"], "--format text: is that of --calibration, which is not given"),
         ([], "--init data needs --calibration"),
         (["--calibration", "nowhere.txt"], "nowhere.txt: no such file"),
         (["--calibration", "TEXT", "--calibration-length", 999], "--calibration-length 999: the base model was made"),

@@ -16,6 +16,7 @@ from hylo_megatron.config.stages import stage_kind
 from hylo_megatron.convert.hf_config import read_architecture
 from hylo_megatron.distill.losses import KL, LayerDistance
 from hylo_megatron.errors import HyLoError
+from hylo_megatron.planner import command
 from hylo_megatron.planner.command import ACTIVATIONS, rows
 from hylo_megatron.planner.training import PlannedRun, peak
 
@@ -76,13 +77,52 @@ def test_only_latents_need_work_space(tmp_path, kinds, norm, latents):
     taken = sum(float(found.get(name, "0").split()[0]) for name in ("weights", "work space"))
     left = float(found["left for caches"].split()[0])
     assert left == pytest.approx(0.9 * 140 - taken - ACTIVATIONS / 2**30, abs=0.1)
-    with pytest.raises(HyLoError, match="^window: .* this plan has none"):
+    with pytest.raises(HyLoError, match="^window in config.json: .* this plan has none"):
         rows(replace(hybrid, plan=Plan(("mla",) * 28), window=dict(size=8, sinks=0, mla=True)), known)
 
 
 def test_bad_input_is_one_line(tmp_path):
     done = plan(tmp_path)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "config.json is missing" in done.stderr
+
+
+@pytest.fixture
+def planned(tmp_path, monkeypatch, capsys):
+    """Plan for Llama-3.2-3B in this process, and return what is printed."""
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_3B))
+
+    def run(*flags) -> str:
+        monkeypatch.setattr(sys, "argv", ["hylo plan", str(tmp_path), *map(str, flags)])
+        command.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.mark.parametrize("flags, words", [
+    (("--plan", "all", "--window", "256+4:all"), "window in config.json: not supported for a hybrid"),
+    (("--plan", "6MLA22GDN", "--tp", 8), "--tp 8 does not divide 18 GDN key heads (sizes that do: [1, 2, 3, 6, 9, "),
+    (("--tp", 7), "--tp 7 does not divide 24 attention heads"),
+    (("--tp", 3), "--tp 3 does not divide 8 key-value heads"),
+    (("--plan", "6MLA22GDN", "--geometry", "native:16+7"), "qk_rope_head_dim 7 must divide the head dimension 128"),
+    (("--plan", ""), "expected layer numbers such as 1,5,10,14"),
+])  # fmt: skip
+def test_what_vllm_does_not_run_is_refused(planned, capsys, flags, words):
+    with pytest.raises(SystemExit):
+        planned(*flags)
+    out, error = capsys.readouterr()
+    assert out == "" and error.count("\n") == 1 and words in error
+
+
+def test_ranks_that_share_the_hybrid_only(planned):
+    """The base model's 8 key heads cannot be shared by 3 ranks."""
+    hybrid, base = planned("--plan", "6MLA22GDN", "--tp", 3).split("\nbase:")
+    assert "requests of 32,768" in hybrid and "not planned" in base and "does not divide 8 key-value heads" in base
+
+
+def test_key_heads_are_repeated_where_ranks_outnumber_them(planned):
+    caches = [re.search(r"cache of a token +(.*)", planned("--tp", tp))[1] for tp in (8, 24)]
+    assert caches == ["14,336 bytes"] * 2
 
 
 SMOLLM2 = LLAMA_3B | dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,

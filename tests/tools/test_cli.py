@@ -1,6 +1,7 @@
 """The ``hylo`` command: every subcommand and every script in ``tools/`` leads to a ``main``."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -60,6 +61,53 @@ def test_a_missing_package_is_one_line():
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
     assert "error: hylo upcycle needs the package" in done.stderr and "hylo doctor" in done.stderr
+
+
+@pytest.fixture
+def bare(tmp_path) -> str:
+    """A Python of an environment in which nothing is installed."""
+    path = tmp_path / "python"
+    path.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "$@"\n')
+    path.chmod(0o755)
+    return str(path)
+
+
+EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.sh"))
+STARTS = [("bash", name) for name in EXAMPLES] + [("python", name) for name in EXAMPLES if "smollm2" not in name]
+
+
+@pytest.mark.parametrize(("program", "name"), STARTS)
+def test_an_example_without_its_environment_is_one_line(program, name, bare, tmp_path):
+    """By bash, and by Python as torchrun starts the file, with nothing of the clone in PYTHONPATH."""
+    variables = {name: text for name, text in os.environ.items() if name != "PYTHONPATH"} | {"PYTHON": bare}
+    command = [bare if program == "python" else program, str(ROOT / "examples" / name)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=variables)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1, done.stderr
+    assert f"which is not installed for {sys.executable}: activate the environment" in done.stderr
+
+
+def test_a_package_that_is_missing_late_is_one_line(bare):
+    """The command itself needs no package; what it imports to run does."""
+    command = [bare, "-m", "hylo_megatron", "evaluate", "--model", "m", "--out", "o", "--prose", "p"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "error: hylo evaluate needs the package" in done.stderr
+
+
+def test_a_python_that_is_too_old_is_one_line():
+    old = "import sys; sys.version_info = (3, 9, 6); import hylo_megatron"
+    done = subprocess.run([sys.executable, "-c", old], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "error: hylo_megatron needs Python 3.11 or newer" in done.stderr
+
+
+def test_a_command_ends_quietly_when_nobody_reads_its_output():
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "hylo_megatron", "--help"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 SERVER = """

@@ -59,7 +59,7 @@ def convert(folder: str | Path, out: str | Path, dtype: torch.dtype | None = Non
     weights.check(release)
     stored = dtype or weights.dtype(EMBEDDING)
     total = stored.itemsize * element_count(release.arch)
-    with whole_folder(out) as scratch:
+    with whole_folder(out, total) as scratch:
         copy_companions(folder, scratch, with_config=False)
         write_weights(scratch, converted(release, weights, dtype), total, "convert", SHARD_BYTES)
         write_hybrid_config(release.arch, scratch, stored)

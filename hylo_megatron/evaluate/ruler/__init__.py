@@ -17,13 +17,16 @@ __all__ = ["tasks"]
 
 
 @lru_cache(maxsize=1)
-def tasks(prose: Path, squad: Path | None = None, hotpot: Path | None = None) -> tuple[RulerTask, ...]:
+def tasks(
+    prose: Path, squad: Path | None = None, hotpot: Path | None = None, form: str | None = None
+) -> tuple[RulerTask, ...]:
     """Return the 13 tasks in RULER's order.
 
-    ``prose``: text file of the haystacks and words. ``squad`` and ``hotpot``: files of questions for qa_1 and qa_2;
-    without them the questions are made, and their scores are not comparable with published ones.
+    ``prose``: text file of the haystacks and words, ``form`` its format; None: as its contents say.
+    ``squad`` and ``hotpot``: files of questions for qa_1 and qa_2; without them the questions are made, and their
+    scores are not comparable with published ones.
     """
-    sources = Sources(prose=prose, squad=squad, hotpot=hotpot)
+    sources = Sources(prose=prose, squad=squad, hotpot=hotpot, form=form)
     return (
         *niah_tasks(sources),
         Tracking(sources=sources),

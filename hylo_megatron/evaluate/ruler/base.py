@@ -45,7 +45,7 @@ class RulerTask(Task):
         Otherwise the tokenizer merges across texts, and every prompt is tokenised as a whole.
         """
         encoder = self.sources.encoder(tokenizer, self.border)
-        seeds = [f"{seed}/{self.name}/{length}/{sample}" for sample in range(samples)]
+        seeds = self._seeds(length, samples, seed)
         whole = bool(seeds) and not self._joins(encoder, length, seeds[0])
         return [self._prompt(encoder, length, seed, whole) for seed in seeds]
 
@@ -53,10 +53,20 @@ class RulerTask(Task):
         draft = self.draft(random.Random(seed), encoder, length, min(length, CHECKED))
         return draft.encode(encoder, whole=False) == draft.encode(encoder, whole=True)
 
-    def check(self, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
-        """Refuse a length that is too short, before any prompt is answered. Raises ``HyLoError``."""
+    def _seeds(self, length: int, samples: int, seed: int) -> list[str]:
+        return [f"{seed}/{self.name}/{length}/{sample}" for sample in range(samples)]
+
+    def check(self, tokenizer: PreTrainedTokenizerBase, length: int, samples: int = 1, seed: int = 0) -> None:
+        """Refuse a length that is too short for the shortest prompt. Raises ``HyLoError``.
+
+        Other prompts of the length are drafted only where the first one fills half of it.
+        """
         encoder = self.sources.encoder(tokenizer, self.border)
-        self._check(self.draft(random.Random(0), encoder, length, 0).encode(encoder, whole=True), length)
+        for each in self._seeds(length, samples, seed):
+            ids = self.draft(random.Random(each), encoder, length, 0).encode(encoder, whole=True)
+            self._check(ids, length)
+            if 2 * len(ids) < length:
+                break
 
     def _check(self, ids: Ids, length: int) -> None:
         least = len(ids) + self.max_new_tokens

@@ -22,13 +22,14 @@ PROSE_CHARS = 4_000_000
 class Sources:
     """Files that the tasks read, each once.
 
-    ``prose``: the haystack and the words. ``squad`` and ``hotpot``: questions of qa_1 and qa_2; without a file the
-    questions are made.
+    ``prose``: the haystack and the words, ``form`` its format; None: as its contents say. ``squad`` and
+    ``hotpot``: questions of qa_1 and qa_2; without a file the questions are made.
     """
 
     prose: Path
     squad: Path | None = None
     hotpot: Path | None = None
+    form: str | None = None
     _encoders: dict[Border, Encoder] = field(default_factory=dict, repr=False, compare=False)
 
     def encoder(self, tokenizer: PreTrainedTokenizerBase, border: Border) -> Encoder:
@@ -40,9 +41,9 @@ class Sources:
 
     @cached_property
     def text(self) -> str:
-        if detect_format(Path(self.prose)) == "chat":
+        if detect_format(Path(self.prose), self.form) == "chat":
             raise HyLoError(f"{self.prose}: has conversations, expected prose: give a text file for RULER's haystack")
-        return read_some(Path(self.prose), None, PROSE_CHARS)
+        return read_some(Path(self.prose), None, PROSE_CHARS, self.form)
 
     @cached_property
     def sentences(self) -> list[str]:
