@@ -21,7 +21,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
 from measured_step import (
     PACKAGES,
     Job,
@@ -33,6 +32,7 @@ from measured_step import (
     processes_ended,
     with_rate,
 )
+from timing import card, this_device
 
 from hylo_megatron.config.layout import ParallelLayout
 from hylo_megatron.config.stages import stage_kind
@@ -145,17 +145,18 @@ def draw(result: dict, path: Path) -> None:
 
 def report(job: Job, runs: list[dict], options: argparse.Namespace) -> None:
     """Print and write what was measured."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = this_device()
     rate, flops = measured_rate(device), job.flops()
     runs = [run if "utilization" in run else with_rate(run, flops, rate) for run in runs]
-    card = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     result = {
-        "name": job.name, "command": " ".join(["python", *sys.argv]), "device": card, "product_rate": rate,
+        "name": job.name, "command": " ".join(["python", *sys.argv]), "device": card(device), "product_rate": rate,
         "versions": {name: version_of(name) for name in PACKAGES}, "student": job.student.plan.name,
         "sequence": job.stage.seq_length, "micro_batch": job.stage.micro_batch, "recompute": job.stage.recompute,
         "flops_per_token": vars(flops) | {"total": flops.total}, "runs": runs,
     }  # fmt: skip
-    print(f"{job.name}: {flops.total / 1e9:.2f} GFLOP a token; {card}, products at {rate / 1e12:.1f} TFLOP/s")
+    print(
+        f"{job.name}: {flops.total / 1e9:.2f} GFLOP a token; {result['device']}, products at {rate / 1e12:.1f} TFLOP/s"
+    )
     print("\n".join(map(described, runs)))
     if len(runs) > 1:
         result["ratio"] = runs[-1]["tokens_per_second"] / runs[0]["tokens_per_second"]
