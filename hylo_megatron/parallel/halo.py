@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from hylo_megatron.kernels.chunked import compute_dtype
@@ -182,11 +181,3 @@ def with_halo(x_LBGY: Tensor, reach: Reach, group) -> Callable[[], tuple[Tensor,
         return torch.cat(rows), torch.cat([arrived[:, :0], *needs[FIRST]], 1).repeat(2, 1, 1, 1)
 
     return wait
-
-
-def with_halo_plain(x_TBGY: Tensor, reach: Reach, rank: int) -> tuple[Tensor, Tensor]:
-    """Compute what a rank gets from ``with_halo``, of complete sequences: the reference."""
-    rows, whole = x_TBGY.transpose(0, 1), reach.before + reach.length // 2
-    padded = F.pad(rows, (0, 0, 0, 0, reach.before, 0))
-    chunks = [padded[:, start : start + whole] for start in chunk_starts(reach.length, reach.ranks, rank)]
-    return torch.cat(chunks), rows[:, : reach.first].repeat(2, 1, 1, 1)

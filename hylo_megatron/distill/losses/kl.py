@@ -44,8 +44,7 @@ class KL(Loss):
     ``ce_beyond`` times the cross-entropy. Before the share ``ce_from`` of the steps the divergence has both weights
     and cross-entropy none, except that of answers and beyond the teacher's length. ``reverse`` is the direction of the
     paper's formula; the paper's code computes the other one. A loss with another divergence derives from this class
-    and replaces ``divergence``, ``reference_divergence``, ``parts`` and ``fp32_tensors``; the kernels are this
-    divergence's only.
+    and replaces ``divergence``, ``parts`` and ``fp32_tensors``; the kernels are this divergence's only.
     """
 
     layerwise = False
@@ -168,11 +167,6 @@ class KL(Loss):
         p_t = log_t.exp()
         kl_T = shard.sum(-(p_t * difference).sum(-1))
         return kl_T, p_s.sub_(p_t)
-
-    def reference_divergence(self, log_s: Tensor, log_t: Tensor) -> Tensor:
-        """``divergence`` in its plain form, for one rank and without padded columns."""
-        log_p, log_q = (log_s, log_t) if self.reverse else (log_t, log_s)
-        return (log_p.exp() * (log_p - log_q)).sum(-1)
 
     def memory(self, shape: HeadShape) -> int:
         """Return the bytes at the peak of this loss, beside weights and activations of the layers.
