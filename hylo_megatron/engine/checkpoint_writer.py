@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.api import _wrap_exception
 
 from hylo_megatron.checkpoint import disk
 from hylo_megatron.engine import peers
-from hylo_megatron.engine.patch import entries, instead
+from hylo_megatron.engine.patch import around, entries, instead
 from hylo_megatron.engine.register import install, original
 from hylo_megatron.engine.training_run import TrainingRun
 from hylo_megatron.errors import HyLoError, first_line
@@ -91,15 +91,12 @@ def write_buckets(transforms, use_msc, rank, write_buckets, results) -> None:
     results.put(_failures[0] if _failures else result)
 
 
-def with_own_error(retrieve, run):
+@around
+def with_own_error(retrieve, run, self):
     """Return the writer's own error in place of one that quotes it."""
-
-    def retrieve_results(self):
-        found = retrieve(self)
-        error = found[0] if isinstance(found, tuple) else None
-        return _wrap_exception(error.__cause__) if error and isinstance(error.__cause__, HyLoError) else found
-
-    return retrieve_results
+    found = retrieve(self)
+    error = found[0] if isinstance(found, tuple) else None
+    return _wrap_exception(error.__cause__) if error and isinstance(error.__cause__, HyLoError) else found
 
 
 def writer(*args):
@@ -166,12 +163,10 @@ def start_watched(start, run: TrainingRun):
     return classmethod(start_and_watch)
 
 
-def close_at_once(close, run: TrainingRun):
-    def close(self, abort=False):
-        if self.process:
-            _close(self, run.closing)
-
-    return close
+@around
+def close_at_once(close, run: TrainingRun, self, abort=False):
+    if self.process:
+        _close(self, run.closing)
 
 
 PATCHES = (

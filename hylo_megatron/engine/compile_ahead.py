@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
 
-from hylo_megatron.engine.patch import entries
+from hylo_megatron.engine.patch import around, entries
 
 SWITCH = "HYLO_COMPILE_AHEAD"  # in the environment: 0 lets Triton compile one candidate after another
 LOCK = "hylo-compile.lock"
@@ -64,21 +64,18 @@ def compile_all(tuner, candidates: list, arguments: tuple, options: dict) -> Non
             tuner.fn.run(*arguments, **{**options, "warmup": True}, **candidate.all_kwargs())
 
 
-def compiled_first(bench, run):
+@around
+def compiled_first(bench, run, self, *args, config, **meta):
     """Return Triton's ``_bench``, which times one candidate, with all candidates compiled before the first of them."""
-
-    def time_candidate(self, *args, config, **meta):
-        candidates = self.prune_configs(meta)
-        # A hook before the launch may change the arguments, and with them what is compiled.
-        if config == candidates[0] and not any(candidate.pre_hook for candidate in candidates):
-            try:
-                compile_all(self, candidates, args, meta)
-            except Exception as error:  # Triton compiles what is missing
-                why = f"{type(error).__name__}: {error}".splitlines()[0]
-                print(f"warning: {self.base_fn.__name__} is compiled on one core ({why})", file=sys.stderr, flush=True)
-        return bench(self, *args, config=config, **meta)
-
-    return time_candidate
+    candidates = self.prune_configs(meta)
+    # A hook before the launch may change the arguments, and with them what is compiled.
+    if config == candidates[0] and not any(candidate.pre_hook for candidate in candidates):
+        try:
+            compile_all(self, candidates, args, meta)
+        except Exception as error:  # Triton compiles what is missing
+            why = f"{type(error).__name__}: {error}".splitlines()[0]
+            print(f"warning: {self.base_fn.__name__} is compiled on one core ({why})", file=sys.stderr, flush=True)
+    return bench(self, *args, config=config, **meta)
 
 
 PATCHES = entries(
