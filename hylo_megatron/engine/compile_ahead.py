@@ -5,16 +5,15 @@ before its first step this way.
 """
 
 import contextlib
-import fcntl
 import os
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO
 
 from hylo_megatron.engine.patch import around, entries
+from hylo_megatron.files import try_lock
 
 SWITCH = "HYLO_COMPILE_AHEAD"  # in the environment: 0 lets Triton compile one candidate after another
 LOCK = "hylo-compile.lock"
@@ -37,21 +36,10 @@ def alone() -> Iterator[None]:
         with contextlib.suppress(OSError):  # a file system without locks
             folder = Path(knobs.cache.dir)
             folder.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context((folder / LOCK).open("w"))
-            _wait_for(file)
+            file, end = stack.enter_context((folder / LOCK).open("w")), time.monotonic() + PATIENCE
+            while not try_lock(file) and time.monotonic() < end:
+                time.sleep(0.05)
         yield
-
-
-def _wait_for(file: IO) -> None:
-    """Lock ``file`` unless another process, or a hung one, holds it longer than ``PATIENCE``."""
-    end = time.monotonic() + PATIENCE
-    while True:
-        try:
-            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > end:
-                return None
-            time.sleep(0.05)
 
 
 def compile_all(tuner, candidates: list, arguments: tuple, options: dict) -> None:

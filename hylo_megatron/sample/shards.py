@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.files import whole_file, write_json
+from hylo_megatron.files import write_json, write_lines
 from hylo_megatron.json_file import read_json
 from hylo_megatron.sample.keep import Keeper
 
@@ -75,8 +75,7 @@ class Shards:
         """Write the next shard, then list it. ``rows``: all rows that were sampled for it."""
         name = f"sampled-{len(self.about['shards']):05d}.jsonl"
         self.out.mkdir(parents=True, exist_ok=True)
-        with whole_file(self.out / name) as scratch, scratch.open("w", encoding="utf-8", newline="\n") as file:
-            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        write_lines(self.out / name, (json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         shard = {"file": name, "rows": rows, "kept": len(lines), "tokens": tokens, "dropped": dropped}
         self.about["shards"].append(shard)
         self.about |= {"rows": self.rows, "tokens": self.tokens, "dropped": dict(self.dropped())}
