@@ -68,7 +68,7 @@ def try_lock(file: IO, *, shared: bool = False) -> bool:
 
 
 def _holds(file: IO, path: Path) -> bool:
-    """Lock ``file``, and return whether it still is the file at ``path``: a process that has ended removes it."""
+    """Lock ``file``. Return False if another process holds a lock, or has removed ``path`` since it was opened."""
     try:
         return try_lock(file) and os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:

@@ -90,7 +90,7 @@ class Shard:
         return x
 
     def log_softmax(self, logits_TN: Tensor) -> Tensor:
-        """Over the whole vocabulary, in place. Padded columns become -inf."""
+        """Return the log softmax over the whole vocabulary, computed in place. Padded columns become -inf."""
         logits_TN[:, self.valid :] = -torch.inf
         top = logits_TN.amax(-1, keepdim=True) if self.valid else logits_TN.new_full((len(logits_TN), 1), -torch.inf)
         logits_TN -= self.max(top)

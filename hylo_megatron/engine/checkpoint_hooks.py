@@ -41,9 +41,9 @@ def _first_rank_alone(action: Callable[[], object]) -> None:
 
 
 class _Files:
-    """File functions of megatron, of which ``open`` writes a tracker whole or not at all.
+    """megatron's file functions, with an ``open`` that writes a tracker atomically.
 
-    Then ``committed`` is called with the tracker's folder and what the tracker says.
+    After the write ``committed`` is called with the tracker's folder and what the tracker says.
     """
 
     def __init__(self, files, committed: Callable[[Path, str], object]):
@@ -168,7 +168,7 @@ def _save_initial_states(run: TrainingRun, iteration: int) -> None:
 
 
 def _make_room(folder: str, iteration: int, run: TrainingRun, last: bool) -> None:
-    """Set an older save aside: megatron would write over its files, and one ``metadata.json`` vouch for both.
+    """Set an older save aside: megatron would write over its files, under one ``metadata.json`` for both.
 
     The guard's state is written here too, on the first rank, which alone knows it.
     """

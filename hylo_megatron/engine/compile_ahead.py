@@ -28,7 +28,7 @@ def wanted() -> bool:
 def alone() -> Iterator[None]:
     """Let one process at a time compile for this cache folder: the next one finds most candidates compiled.
 
-    No process uses its GPU while it holds the lock, so ranks that wait for each other there cannot block each other.
+    No process uses its GPU while it holds the lock, so no rank that waits for others on the GPU can keep them from it.
     """
     from triton import knobs
 

@@ -111,7 +111,7 @@ def with_step_log(log, run: TrainingRun, losses, total, learning_rate, iteration
                   *rest, **kwargs):  # fmt: skip
     """Write a line of this product's own log, then call megatron's ``training_log``.
 
-    megatron's is not called for a step that it prints nothing about: it would wait for the GPU.
+    A call of ``training_log`` waits for the GPU, so steps about which megatron prints nothing go without.
     """
     from megatron.training import get_args
 

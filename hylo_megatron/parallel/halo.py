@@ -1,7 +1,7 @@
 """Tokens of other ranks that a window reads: those before each of a rank's chunks, and the first of the sequence.
 
-One all-to-all sends exactly these tokens, and one all-to-all returns their gradients. What a rank needs of its own
-tokens it sends to itself (a copy), so that everything arrives in one tensor. Computation between the start of an
+One all-to-all sends exactly these tokens, and one all-to-all returns their gradients. A rank also sends itself
+what it needs of its own tokens (a copy), so that everything arrives in one tensor. Computation between the start of an
 exchange and its end hides it; in the backward pass autograd runs the gradients of the same computation meanwhile.
 
 Legend: L tokens of a rank in two chunks of C (``zigzag.py``), B rows, G, Y further dimensions, R tokens that arrive.

@@ -16,8 +16,8 @@ from hylo_megatron.sample.keep import Keeper
 SIDECAR = "sampled.json"
 
 
-def judged(line: dict) -> tuple[str, str | None]:
-    """Return the text of a line by which it is kept, and the whole that must be no copy (see ``Keeper.refusal``)."""
+def to_check(line: dict) -> tuple[str, str | None]:
+    """Return what ``Keeper.refusal`` checks: a text, or a chat's last message and the complete chat."""
     if "text" in line:
         return line["text"], None
     contents = [message["content"] for message in line["messages"]]
@@ -64,7 +64,7 @@ class Shards:
                 lines = [json.loads(line) for line in path.read_bytes().splitlines()]
             except (OSError, ValueError) as error:
                 raise HyLoError(f"{path}: cannot be read ({error}): remove {self.out} and begin again") from None
-            refused = [line for line in lines if keeper.refusal(*judged(line))]
+            refused = [line for line in lines if keeper.refusal(*to_check(line))]
             if refused or len(lines) != shard["kept"]:
                 raise HyLoError(
                     f"{path}: {len(lines)} texts, expected {shard['kept']} as {SIDECAR} says and none twice: remove"

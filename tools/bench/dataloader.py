@@ -4,7 +4,7 @@
 
 Each line is one way to get micro-batches onto the device. The floor reads the same sequences from the file and copies
 their ids alone. --step-ms sleeps between two micro-batches as a training step would take, during which a loader can
-read ahead: what then counts is the wait, in the last column.
+read ahead. The result is then the wait, in the last column.
 """
 
 import argparse

@@ -79,7 +79,7 @@ def liger_chunked() -> Loss:
 
 
 def implementations(device: torch.device) -> dict[str, Loss]:
-    """Return what is installed and runs on ``device``, ours first."""
+    """Return the installed implementations that run on ``device``, ours first."""
     found = {OURS.format(chunk): ours(chunk) for chunk in CHUNKS}
     others = {"fla": ("fla", fla_loss), "Liger, fused": ("liger_kernel", liger_fused),
               "Liger, chunked": ("liger_kernel", liger_chunked)}  # fmt: skip

@@ -89,7 +89,7 @@ def measure(model, tokens: torch.Tensor) -> Found:
 
 @torch.no_grad()
 def compare(want: Found, got: Found, head_ND: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-    """Return sums over tokens of what the head makes of both hidden states, chunk by chunk, as means."""
+    """Return means over tokens of how the predictions of ``got`` differ from those of ``want``, and their loss."""
     sums = torch.zeros(3, dtype=torch.float64)
     for first in range(0, len(labels) - 1, CHUNK):
         rows = slice(first, min(first + CHUNK, len(labels) - 1))

@@ -21,15 +21,16 @@ import sys
 import tempfile
 from pathlib import Path
 
+from bench_run import processes_ended
 from measured_step import (
     PACKAGES,
     Job,
     add_job_flags,
     cause,
     check_job_flags,
+    graph_of,
     job_of,
     measured,
-    processes_ended,
     with_rate,
 )
 from timing import card, this_device
@@ -170,7 +171,7 @@ def report(job: Job, runs: list[dict], options: argparse.Namespace) -> None:
 def processes_of(options: argparse.Namespace, world: World | None) -> Processes:
     layout = ParallelLayout(tp=options.tp, pp=options.pp, cp=options.cp, sequence_parallel=options.tp > 1)
     ranks = world.size if world else layout.ranks * options.dp
-    graph = False if options.cuda_graph is None and options.recipe != "smollm2" else options.cuda_graph
+    graph = graph_of(options) if options.cuda_graph is None else options.cuda_graph
     return Processes.among(ranks, "ranks", layout, graph)
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class HeadShape:
-    """Sizes that the memory of a ``KL`` follows from, on one rank. All tensors are bf16 unless said."""
+    """Sizes on one rank that determine the memory of a ``KL``. All tensors are bf16 unless noted."""
 
     tokens: int
     taught: int  # tokens that the teacher has read
@@ -87,11 +87,11 @@ class KL(Loss):
 
     @property
     def compares(self) -> bool:
-        """Whether the divergence has a weight at any step."""
+        """True if the divergence has a weight at any step."""
         return bool(self.kl_weight or (self.ce_from and self.ce_weight))
 
     def late_at(self, step: int, steps: int) -> bool:
-        """Whether cross-entropy has its weight at ``step`` of ``steps``, counted from 0."""
+        """Return whether cross-entropy has its weight at ``step`` of ``steps``, counted from 0."""
         return step >= round(self.ce_from * steps)
 
     @property
@@ -145,7 +145,7 @@ class KL(Loss):
 
     @property
     def has_kernels(self) -> bool:
-        """Whether a GPU computes these settings by ``kl_fused``, else by ``head.torch_chunk``."""
+        """True if a GPU computes these settings by ``kl_fused``, False if by ``head.torch_chunk``."""
         return type(self).divergence is KL.divergence and not self.reverse and self.temperature == 1.0
 
     def fused_chunk(self, h_TD: Tensor) -> Callable | None:
