@@ -22,6 +22,8 @@ from hylo_megatron.run.sampled import with_sampled
 
 TEACHER_LENGTH = 6144  # the teacher supports 8,192 tokens, but is worse near that end
 LAYERS = 30
+# Layers that read tokens farther back than a window of 256, by ``hylo select-layers --method window --greedy``.
+FAR_LAYERS = "15,17,18,20,23,24"
 # the base model's value, with the slowest of 32 frequencies four times slower (NTK)
 ROPE_THETA = 100_000 * 4 ** (64 / 62)
 
@@ -79,14 +81,17 @@ def first_distillation(recipe: Recipe) -> Stage:
 
 
 def with_window(recipe: Recipe, plan: str | None = None) -> Recipe:
-    """Return ``recipe`` for the student that gained most (docs/recipe.md): twice the MLA layers, with rows half as
-    wide, and linear layers with positions and a window beside them.
+    """Return ``recipe`` for the student that gained most (docs/recipe.md): MLA in the six layers that read far tokens,
+    with rows half as wide, positions in linear layers, and a window beside every layer.
     """
     changed = replace(
-        recipe, name=f"{recipe.name}-window", plan=plan or default_plan(recipe.linear, 6), geometry="native:128+32",
-        linear_rope=True, window="256+4",
+        recipe, name=f"{recipe.name}-window", plan=plan or FAR_LAYERS, geometry="native:128+32", linear_rope=True,
+        window="256+4:all",
     )  # fmt: skip
-    linear = Plan.parse(LAYERS, changed.plan, changed.linear).linear_kind
+    parsed = Plan.parse(LAYERS, changed.plan, changed.linear)
+    if "mla" not in parsed:
+        changed = replace(changed, window="256+4")
+    linear = parsed.linear_kind
     if linear and not MIXERS[linear].rotary:
         others = " or ".join(kind for kind in LINEAR if MIXERS[kind].rotary)
         raise HyLoError(
@@ -105,14 +110,20 @@ def smollm2_cpu_window(plan: str | None = None, linear: str | None = None, seed:
 
 
 def smollm2_gpu_window(plan: str | None = None, linear: str | None = None, seed: int = 1234) -> Recipe:
-    """Return the recipe for one GPU with a window. MLA layers lose their positions, and need no other base of
-    rotation in the long stages.
+    """Return the recipe for GPUs with a window: 202M tokens, in batches that one, two or four GPUs share.
+
+    MLA layers lose their positions, and need no other base of rotation in the long stages.
     """
     recipe = with_window(smollm2_gpu(linear=linear, seed=seed), plan)
-    first = first_distillation(recipe)  # later stages leave MLA as this one does
+    ild, short, longer, longest = recipe.stages
     off = False if "mla" in Plan.parse(LAYERS, recipe.plan, recipe.linear) else None
-    stages = tuple(replace(s, rope=None, mla_rope=off if s is first else None) for s in recipe.stages)
-    return replace(recipe, stages=stages)
+    stages = (
+        replace(ild, global_batch=16),
+        replace(short, global_batch=16, steps=5024, mla_rope=off),  # later stages leave MLA as this one does
+        replace(longer, global_batch=4, rope=None),
+        replace(longest, global_batch=4, rope=None),
+    )
+    return replace(recipe, stages=stages, text="prose")
 
 
 def with_tokens(recipe: Recipe, tokens: int) -> Recipe:
@@ -143,7 +154,7 @@ RECIPES = {  # by --recipe and whether there is a GPU
 def found_recipe(options: argparse.Namespace) -> Recipe:
     """Return the recipe that the command line asks for, for this machine's device."""
     gpu = torch.cuda.is_available()
-    kind = RECIPES[options.recipe or ("base" if gpu else "window"), gpu]
+    kind = RECIPES[options.recipe, gpu]
     recipe = kind(options.plan, options.linear, options.seed)
     recipe = with_batches(recipe, options.batch_factor)
     if options.tokens:
@@ -158,19 +169,20 @@ def found_recipe(options: argparse.Namespace) -> Recipe:
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--recipe", choices=("base", "window"),
-        help="window: with a window beside the linear layers and what else gained most (docs/recipe.md); default:"
-        " window on a CPU, and base on a GPU, where its long stages are not measured yet")  # fmt: skip
-    default = "(default: 3 MLA layers, 6 with a window)"
+    add("--recipe", choices=("base", "window"), default="window",
+        help="window: with a window beside all layers and what else gained most (docs/recipe.md); base: without"
+        " (default: window)")  # fmt: skip
+    default = f"(default: {FAR_LAYERS}; 3MLA27GDN for --recipe base)"
     add("--plan", help=f"3MLA27GDN, the MLA layers' numbers, or plan.json of hylo select-layers {default}")
     add("--linear", choices=LINEAR, help=f"mixer of the other layers (default: {LINEAR[0]}, or the plan's name)")
     add("--tokens", type=tokens, metavar="N",
         help="training tokens of all stages, such as 100M; the first distillation stage has what the others leave"
-        " (default: 30M on a GPU)")  # fmt: skip
+        " (default on a GPU: 202M, and 30M for --recipe base)")  # fmt: skip
     add("--text", choices=sorted(MIXES),
-        help="mix of hylo fetch-text (default: small on a CPU, large on a GPU, as in recorded runs)")  # fmt: skip
+        help="mix of hylo fetch-text (default: small on a CPU; on a GPU prose, and large for --recipe base)")  # fmt: skip
     add("--batch-factor", type=size, default=1,
-        help="times the sequences in each batch, and so the tokens of each stage: for several GPUs")  # fmt: skip
+        help="times the sequences in each batch, and so the tokens of each stage: for more than four GPUs, and for"
+        " more than one with --recipe base")  # fmt: skip
     add("--tp", type=size, default=1, help="tensor-parallel ranks (SmolLM2 has 9 heads: 1 or 3)")
     add("--pp", type=size, default=1, help="pipeline stages; the remaining factor of the GPUs is data parallel")
     add("--seed", type=count, default=1234)
@@ -180,7 +192,7 @@ def main(argv: list[str] | None = None) -> None:
         help="share of the plain text of each distillation stage that the student writes before it (default:"
         " none)")  # fmt: skip
     add("--cuda-graph", action=argparse.BooleanOptionalAction,
-        help="run a training step as one CUDA graph (default: on one GPU; not yet measured on several)")  # fmt: skip
+        help="run a training step as one CUDA graph (default: on GPUs without --tp and --pp)")  # fmt: skip
     add("--out", help="folder of the run (default: runs/smollm2-PLAN, with -window for that recipe)")
     options = parser.parse_args(argv)
     recipe = found_recipe(options)

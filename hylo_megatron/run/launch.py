@@ -26,8 +26,8 @@ ONE_RANK = ParallelLayout()
 class Processes:
     """The processes of a training: ``dp`` copies of the model, each shared by the ranks of ``layout``.
 
-    ``cuda_graph``: whether a training runs its step as one CUDA graph; None: on one GPU. Raises ``HyLoError`` if True
-    where ranks share a model.
+    ``cuda_graph``: whether a training runs its step as one CUDA graph; None: where each GPU has the whole model.
+    Raises ``HyLoError`` if True where ranks share a model.
     """
 
     layout: ParallelLayout = ONE_RANK
@@ -59,7 +59,7 @@ class Processes:
 
     @property
     def one_graph(self) -> bool:
-        return self.ranks == 1 if self.cuda_graph is None else self.cuda_graph
+        return self.layout.ranks == 1 if self.cuda_graph is None else self.cuda_graph
 
     def fit(self, stage: Stage) -> Stage:
         """Return ``stage`` with the largest micro-batch that divides its own and the sequences of each model copy.

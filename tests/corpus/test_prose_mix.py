@@ -65,8 +65,10 @@ def test_a_recipe_has_another_mix_only_if_asked(monkeypatch):
         smollm2.main(["--recipe", "base", *arguments])
     own = smollm2.RECIPES["base", torch.cuda.is_available()]()
     assert runs == [own, replace(own, text="prose")]
-    for (_, gpu), recipe in smollm2.RECIPES.items():
-        assert recipe().text == ("large" if gpu else "small")
+    texts = {name: recipe().text for name, recipe in smollm2.RECIPES.items()}
+    assert texts == {
+        ("base", False): "small", ("base", True): "large", ("window", False): "small", ("window", True): "prose",
+    }  # fmt: skip
 
 
 def test_the_prose_mix_adds_to_the_large_one():

@@ -14,6 +14,7 @@ from helpers.processes import kill_tree  # noqa: E402
 from helpers.recipes import STEPS, held, losses, start, toy_recipe, wait_for_step, write_inputs  # noqa: E402
 from helpers.waits import PATIENCE  # noqa: E402
 
+from hylo_megatron.config import Plan  # noqa: E402
 from hylo_megatron.config.layout import ParallelLayout  # noqa: E402
 from hylo_megatron.errors import HyLoError  # noqa: E402
 from hylo_megatron.recipes.smollm2 import (  # noqa: E402
@@ -83,15 +84,16 @@ def test_recipes_are_declared_as_the_readme_says():
 
 
 def test_the_window_recipe_is_the_best_one_known_and_takes_its_tokens_at_2k():
-    """docs/recipe.md has the same changes, one by one."""
-    recipe = with_tokens(smollm2_gpu_window(), 100_000_000)
-    ild, short, longer, longest = smollm2_gpu("6MLA24GDN").stages
-    more = replace(short, mla_rope=False, steps=recipe.stages[1].steps)
-    stages = (ild, more, replace(longer, rope=None), replace(longest, rope=None))
-    assert recipe == replace(
-        smollm2_gpu("6MLA24GDN"), name="smollm2-gpu-window", geometry="native:128+32", linear_rope=True,
-        window="256+4", stages=stages,
-    )  # fmt: skip
+    """docs/experiments.md has it as E23."""
+    recipe = smollm2_gpu_window()
+    assert [(stage.global_batch, stage.steps) for stage in recipe.stages] == [(16, 300), (16, 5024), (4, 280), (4, 140)]
+    assert [stage.mla_rope for stage in recipe.stages] == [None, False, None, None]
+    assert sum(stage.tokens for stage in recipe.stages) == 201_981_952
+    assert Plan.parse(recipe.layers, recipe.plan, recipe.linear).name == "6MLA24GDN"
+    assert (recipe.window, recipe.text, recipe.linear_rope) == ("256+4:all", "prose", True)
+    for gpus in (1, 2, 4):
+        assert all(Processes(dp=gpus).fit(stage).micro_batch for stage in recipe.stages)
+    recipe, short = with_tokens(recipe, 100_000_000), recipe.stages[1]
     batch = short.global_batch * short.seq_length
     assert 100_000_000 - batch < sum(stage.tokens for stage in recipe.stages) <= 100_000_000
     with pytest.raises(HyLoError, match="--tokens 10,000,000: the stages beside distill-2k take 14,090,240"):
@@ -105,7 +107,7 @@ def test_settings_of_layers_that_a_plan_lacks_are_refused_before_the_run(tmp_pat
     smollm2_gpu_window("none", "gdn").check_positions()  # its first distillation would turn RoPE of MLA off
     bare, stage = smollm2_cpu("none", "gdn"), smollm2_cpu().stages[1]
     cases = {
-        "window": smollm2_gpu_window("all", "gdn"),
+        "window": replace(smollm2_gpu_window("all", "gdn"), window="256+4"),
         "stage distill: mla_rope": replace(bare, stages=(replace(stage, mla_rope=False),)),
         "stage distill: log_scale": replace(bare, stages=(replace(stage, log_scale="600"),)),
     }
@@ -131,10 +133,10 @@ def test_several_gpus_share_a_batch(tmp_path):
     assert all(Processes().fit(stage) == stage for stage in stages)
 
 
-def test_a_step_is_one_graph_on_one_gpu_or_as_asked():
+def test_a_step_is_one_graph_where_each_gpu_has_the_model_or_as_asked():
     shared = ParallelLayout(cp=2)
     assert Processes().one_graph and not Processes(cuda_graph=False).one_graph
-    assert not Processes(dp=2).one_graph and Processes(dp=2, cuda_graph=True).one_graph
+    assert Processes(dp=2).one_graph and not Processes(dp=2, cuda_graph=False).one_graph
     assert not Processes(layout=shared).one_graph
     with pytest.raises(HyLoError, match=r"--cuda-graph: not where ranks share a model \(TP 1 PP 1 CP 2 DP 1\)"):
         Processes(layout=shared, cuda_graph=True)

@@ -47,11 +47,11 @@ def test_layouts_are_named(scaling, tmp_path):
     assert layouts_of(scaling, tmp_path, *flags) == ["TP 1 PP 1 DP 1", "TP 1 PP 1 CP 2 DP 2", "TP 2 PP 1 CP 2 DP 1"]
 
 
-def test_named_layouts_of_smollm2_use_a_graph_on_one_gpu_only(scaling, tmp_path):
+def test_named_layouts_of_smollm2_use_a_graph_where_each_gpu_has_the_model(scaling, tmp_path):
     options = scaling.parsed(["--recipe", "smollm2", "--stage", "distill-2k", "--random", "--only", "dp1,dp2,pp2"])
     options.gpus, options.gpu_memory = 2, 80.0
     found = scaling.chosen(scaling.job_of(options, tmp_path), options, 728e12)
-    assert [each.processes.one_graph for each in found] == [True, False, False]
+    assert [each.processes.one_graph for each in found] == [True, True, False]
 
 
 @pytest.mark.parametrize("only, words", [
