@@ -179,7 +179,7 @@ def main(argv: list[str] | None = None) -> None:
         help="training tokens of all stages, such as 100M; the first distillation stage has what the others leave"
         " (default on a GPU: 202M, and 30M for --recipe base)")  # fmt: skip
     add("--text", choices=sorted(MIXES),
-        help="mix of hylo fetch-text (default: small on a CPU; on a GPU prose, and large for --recipe base)")  # fmt: skip
+        help="mix of hylo fetch-text (default: small on a CPU; prose on a GPU, large for --recipe base)")  # fmt: skip
     add("--batch-factor", type=size, default=1,
         help="times the sequences in each batch, and so the tokens of each stage: for more than four GPUs, and for"
         " more than one with --recipe base")  # fmt: skip
