@@ -107,7 +107,7 @@ def job_of(options: argparse.Namespace, folder: Path) -> Job:
 
 
 def graph_of(options: argparse.Namespace) -> bool | None:
-    """Return ``Processes.cuda_graph`` as in the recipe's script: one CUDA graph for SmolLM2 on one GPU."""
+    """Return ``Processes.cuda_graph`` as in the recipe's script: one CUDA graph for a whole SmolLM2 on each GPU."""
     return None if options.recipe == "smollm2" else False
 
 

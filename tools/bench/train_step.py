@@ -199,7 +199,7 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     for flag in ("--tp", "--pp", "--cp", "--dp"):
         add(flag, type=size, default=1)
     add("--profile", action="store_true", help="record kernels of two more steps")
-    graph = "run a step as one CUDA graph (default: as the recipe's script, for SmolLM2 on one GPU)"
+    graph = "run a step as one CUDA graph (default: as the recipe's script, for a whole SmolLM2 on each GPU)"
     add("--cuda-graph", action=argparse.BooleanOptionalAction, help=graph)
     peer = "'one': the same on one GPU, run first; 'transformers': its models, whole logits and torch's optimizer in"
     add("--peer", help=f"{peer} one process, run first; or the JSON file of an earlier run")
