@@ -22,7 +22,7 @@ from hylo_megatron.run.sampled import with_sampled
 
 TEACHER_LENGTH = 6144  # the teacher supports 8,192 tokens, but is worse near that end
 LAYERS = 30
-# Layers that read tokens farther back than a window of 256, by ``hylo select-layers --method window --greedy``.
+# The layers that read tokens farther back than a window of 256 (docs/experiments.md, C3 and C4).
 FAR_LAYERS = "15,17,18,20,23,24"
 # the base model's value, with the slowest of 32 frequencies four times slower (NTK)
 ROPE_THETA = 100_000 * 4 ** (64 / 62)

@@ -10,13 +10,14 @@ import time
 from pathlib import Path
 
 from hylo_megatron.config.geometry import GEOMETRY_HELP
+from hylo_megatron.config.positions import window, window_rows
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.flags import Parser, command_line, flag_among, given, names_of, positive, share, size
 from hylo_megatron.mixers import LINEAR
 from hylo_megatron.parent import die_with_parent
 
-FIXED, MEASURED = ("uniform", "explicit"), ("smart", "kl", "gates")
-RETRIEVAL_WEIGHT = 0.5
+FIXED, MEASURED = ("uniform", "explicit"), ("window", "smart", "kl", "gates")
+RETRIEVAL_WEIGHT, WINDOW = 0.5, "256+4"
 SHOWN = 12  # layers of the ranking that are printed
 STEPS, RATES = {"kl": 100, "gates": 300}, {"kl": 1e-3, "gates": 0.05}
 
@@ -25,8 +26,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--method", required=True, choices=(*FIXED, *MEASURED), help="uniform: evenly spread; explicit: --layers;"
-        " smart: restore the base model's attention in an all-linear student, layer by layer; kl: the same after a"
-        " short distillation beside each; gates: train gates between attention and linear blocks")  # fmt: skip
+        " window: let all layers of the base model but one see a --window; smart: restore the base model's attention"
+        " in an all-linear student, layer by layer; kl: the same after a short distillation beside each; gates: train"
+        " gates between attention and linear blocks")  # fmt: skip
     add("--teacher", required=True, type=Path, help="base model: Hugging Face folder, or checkpoint of hylo convert")
     add("--out", required=True, type=Path, help="folder for plan, picture and measurements")
     _add_budget(parser)
@@ -60,6 +62,8 @@ def _add_measured(parser: Parser) -> frozenset[str]:
     add = group.add_argument
     add("--student", type=Path, help="all-linear student (hylo upcycle --mla-layers none, with or without ILD):"
         " Hugging Face folder or checkpoint")  # fmt: skip
+    add("--window", type=window, metavar="SIZE[+SINKS]", help="--method window: tokens that a layer sees, the last and"
+        f" the first ones (default: {WINDOW})")  # fmt: skip
     add("--text", type=Path, metavar="FILE", help="held-out text as for hylo prepare-data, or prefix of its tokens")
     add("--tokens", type=size, default=98304, help="tokens of --text that are measured")
     add("--length", type=size, default=2048, help="tokens of a row of --text")
@@ -96,13 +100,32 @@ def _check(options: argparse.Namespace) -> None:
         options.training = None
         return
     _check_training(options)
-    for name in ("student", "text"):
+    _check_window(options)
+    for name in ("text",) if method == "window" else ("student", "text"):
         if getattr(options, name) is None:
             raise HyLoError(f"--method {method}: needs --{name}")
     if options.retrieval_weight is None:
         options.retrieval_weight = RETRIEVAL_WEIGHT if options.retrieval else 0.0
     elif options.retrieval_weight and not options.retrieval:
         raise HyLoError(f"--retrieval-weight {options.retrieval_weight}: needs --retrieval")
+
+
+def _check_window(options: argparse.Namespace) -> None:
+    """Set ``options.window`` for the method of this name. Raises ``HyLoError`` for flags that contradict it."""
+    if options.method != "window":
+        if options.window is not None:
+            raise HyLoError(f"--method {options.method}: leave out --window, which belongs to --method window")
+        return
+    if options.student:
+        raise HyLoError("--method window measures the base model alone: leave out --student")
+    options.window = window(WINDOW) if options.window is None else options.window
+    if options.window == {} or "mla" in options.window:
+        raise HyLoError("--window: --method window needs SIZE[+SINKS], such as 256+4, without :all")
+    if options.length <= window_rows(options.window):
+        raise HyLoError(
+            f"--length {options.length}: a window of {window_rows(options.window)} tokens sees whole rows; give longer"
+            " rows or a smaller --window"
+        )
 
 
 def _check_training(options: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""The ranking of a method that measures models: smart, kl or gates."""
+"""The ranking of a method that measures models: window, smart, kl or gates."""
 
 import shutil
 from argparse import Namespace
@@ -13,7 +13,7 @@ from hylo_megatron.select.cache import Cache, Layers
 from hylo_megatron.select.distilled import measure_distilled
 from hylo_megatron.select.gates import GateState, GateTraining
 from hylo_megatron.select.judge import Judge, Measured
-from hylo_megatron.select.models import Pair, hf_folder, load_pair
+from hylo_megatron.select.models import Pair, Windowed, hf_folder, load_pair, load_windowed
 from hylo_megatron.select.ranking import NONE, Bench, Ranking, Score, greedy, one_by_one
 from hylo_megatron.select.ranks import Ranks
 from hylo_megatron.select.rows import Rows, read_samples, read_text
@@ -23,7 +23,7 @@ GATES = "gates.json"
 
 
 def measured(options: Namespace, ranks: Ranks, count: int) -> Ranking:
-    """Rank the layers of ``options.student``. ``count``: MLA layers of the plan. Raises ``HyLoError``."""
+    """Rank the layers. ``count``: MLA layers of the plan. Raises ``HyLoError``."""
     exported = options.out / EXPORTED
     try:
         folders = ranks.from_first(_folders(options, exported) if ranks.first else None)
@@ -34,23 +34,29 @@ def measured(options: Namespace, ranks: Ranks, count: int) -> Ranking:
         cache = ranks.from_first(Cache(options.out, settings) if ranks.first else None)
         if device.index is not None:
             torch.cuda.set_device(device)  # Triton starts its kernels on the current device
-        return _ranking(options, ranks, count, load_pair(*folders, device, dtype), cache, rows)
+        if options.method == "window":
+            pair = load_windowed(*folders, options.window, device, dtype)
+        else:
+            pair = load_pair(*folders, device, dtype)
+        return _ranking(options, ranks, count, pair, cache, rows)
     finally:
         if ranks.first:
             shutil.rmtree(exported, ignore_errors=True)
 
 
-def _folders(options: Namespace, exported: Path) -> tuple[Path, Path]:
-    """Return the Hugging Face folders of teacher and student; checkpoints are exported."""
+def _folders(options: Namespace, exported: Path) -> tuple[Path, ...]:
+    """Return the Hugging Face folders of the teacher and of a student; checkpoints are exported."""
     shutil.rmtree(exported, ignore_errors=True)
     models = {"teacher": options.teacher, "student": options.student}
-    return tuple(check_folder(hf_folder(path, exported / name)) for name, path in models.items())
+    return tuple(check_folder(hf_folder(path, exported / name)) for name, path in models.items() if path)
 
 
-def _settings(options: Namespace, count: int, folders: tuple[Path, Path], dtype: torch.dtype, rows: tuple) -> dict:
+def _settings(options: Namespace, count: int, folders: tuple[Path, ...], dtype: torch.dtype, rows: tuple) -> dict:
     """Return what measurements depend on."""
-    teacher, student = map(fingerprint, folders)
-    settings = {"method": options.method, "teacher": teacher, "student": student, "rows": rows[0].digest()}
+    settings = {"method": options.method, "rows": rows[0].digest()}
+    settings |= dict(zip(("teacher", "student"), map(fingerprint, folders), strict=False))
+    if options.method == "window":
+        settings["window"] = options.window
     settings["dtype"] = str(dtype).removeprefix("torch.")
     if options.training:
         settings |= vars(options.training) | {"training_rows": rows[1].digest()}
@@ -81,7 +87,9 @@ def _rows(options: Namespace, tokenizer: Path) -> tuple[Rows, Rows | None]:
     return both[0], both[1] if training else None
 
 
-def _ranking(options: Namespace, ranks: Ranks, count: int, pair: Pair, cache: Cache, rows: tuple) -> Ranking:
+def _ranking(
+    options: Namespace, ranks: Ranks, count: int, pair: Pair | Windowed, cache: Cache, rows: tuple
+) -> Ranking:
     judge, training = Judge(pair.teacher, rows[0], options.batch_size), options.training
 
     def measure(layers: Layers) -> Measured:

@@ -1,5 +1,6 @@
 """The base model beside the all-linear student, and the student with some of the base model's attention layers.
 
+For the method ``window`` the student is the base model itself, whose layers see a window.
 Legend: B batch, S sequence, D model.
 """
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from hylo_megatron.config import Architecture
 from hylo_megatron.config.architecture import FILE_NAME
+from hylo_megatron.config.positions import Window
 from hylo_megatron.convert import megatron_to_hf
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.evaluate.models import load
@@ -77,6 +79,46 @@ class Pair:
         return self.replaced({layer: self.attention(layer) for layer in layers})
 
 
+class WindowedAttention(nn.Module):
+    """A base model's attention layer that sees the last tokens and the first ones alone."""
+
+    def __init__(self, attention: nn.Module, window: Window):
+        super().__init__()
+        self.attention, self.window = attention, window
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **beside):
+        at_S = torch.arange(hidden_states.shape[1], device=hidden_states.device)
+        back_SS = at_S[:, None] - at_S
+        allowed_SS = (back_SS >= 0) & ((back_SS < self.window["size"]) | (at_S < self.window["sinks"]))
+        if attention_mask is not None:
+            allowed_SS = allowed_SS & attention_mask
+        return self.attention(hidden_states, attention_mask=allowed_SS[None, None], **beside)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Windowed:
+    """The frozen base model, which is the teacher, and with windows in its layers the student."""
+
+    teacher: nn.Module
+    window: Window
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.teacher.model.layers)
+
+    @contextlib.contextmanager
+    def restored(self, layers: Iterable[int]) -> Iterator[nn.Module]:
+        """Yield the base model with windows in all layers but ``layers``."""
+        others = [layer for number, layer in enumerate(self.teacher.model.layers) if number not in set(layers)]
+        for layer in others:
+            layer.self_attn = WindowedAttention(layer.self_attn, self.window)
+        try:
+            yield self.teacher
+        finally:
+            for layer in others:
+                layer.self_attn = layer.self_attn.attention
+
+
 def hf_folder(path: Path, scratch: Path) -> Path:
     """Return ``path`` if it is a Hugging Face folder; export a Megatron checkpoint to ``scratch``."""
     if not (path / FILE_NAME).is_file():
@@ -104,7 +146,20 @@ def check_pair(base: Architecture, student: Architecture, teacher_at: Path, stud
 
 def load_pair(teacher: Path, student: Path, device: torch.device, dtype: torch.dtype) -> Pair:
     """Load both Hugging Face folders. Raises ``HyLoError``."""
-    models = [load(folder, device, dtype).model.requires_grad_(False) for folder in (teacher, student)]
-    if models[0].config._attn_implementation != "sdpa":  # without a mask, others would look ahead
-        raise HyLoError(f"--teacher {teacher}: attention runs as {models[0].config._attn_implementation}, not as sdpa")
-    return Pair(teacher=models[0], student=models[1])
+    return Pair(teacher=_teacher(teacher, device, dtype), student=_frozen(student, device, dtype))
+
+
+def load_windowed(teacher: Path, window: Window, device: torch.device, dtype: torch.dtype) -> Windowed:
+    """Load a base model, whose layers will see ``window``. Raises ``HyLoError``."""
+    return Windowed(teacher=_teacher(teacher, device, dtype), window=window)
+
+
+def _frozen(folder: Path, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    return load(folder, device, dtype).model.requires_grad_(False)
+
+
+def _teacher(folder: Path, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    model = _frozen(folder, device, dtype)
+    if model.config._attn_implementation != "sdpa":  # without a mask, others would look ahead
+        raise HyLoError(f"--teacher {folder}: attention runs as {model.config._attn_implementation}, not as sdpa")
+    return model

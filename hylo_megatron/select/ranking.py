@@ -55,8 +55,8 @@ class Score:
     """Share of the student's distance to its teacher that restoring a layer removes.
 
     A score is ``(1 - weight) * (drop of divergence) / (divergence) + weight * (drop of answers' loss) / (their loss
-    above the teacher's)``. Both divisors belong to the all-linear student ``base``, also in later rounds of a greedy
-    selection, so scores of rounds can be compared. ``teacher``: the teacher's loss of answers.
+    above the teacher's)``. Both divisors belong to ``base``, the student without a restored layer, also in later
+    rounds of a greedy selection, so scores of rounds can be compared. ``teacher``: the teacher's loss of answers.
     """
 
     base: Measured
@@ -65,10 +65,10 @@ class Score:
 
     def __post_init__(self):
         if self.weight < 1 and not self.base.kl > 0:
-            raise HyLoError("the all-linear student equals its teacher on --text: no layer needs attention there")
+            raise HyLoError("the student equals its teacher on --text: no layer needs attention there")
         if self.weight and not self.base.answer_loss > self.teacher:
             raise HyLoError(
-                f"--retrieval: the teacher's loss of answers is {self.teacher:.3f}, the all-linear student's"
+                f"--retrieval: the teacher's loss of answers is {self.teacher:.3f}, the student's"
                 f" {self.base.answer_loss:.3f}; expected a teacher that answers better: use shorter samples, or"
                 " --retrieval-weight 0"
             )

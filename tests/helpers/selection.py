@@ -48,7 +48,8 @@ def flags(world, out, *more, method="smart", budget=("--mla", 1)) -> list[str]:
     """Return the flags of a selection. ``more`` overrides earlier ones."""
     given = ["--method", method, "--teacher", world / "teacher", "--out", out, *budget]
     if method not in command.FIXED:
-        given += ["--student", world / "student", "--text", world / "text.jsonl", "--tokens", 256, "--length", LENGTH]
+        given += ["--text", world / "text.jsonl", "--tokens", 256, "--length", LENGTH]
+        given += ["--window", "4+1"] if method == "window" else ["--student", world / "student"]
     return [str(flag) for flag in (*given, *more)]
 
 

@@ -50,7 +50,7 @@ def test_a_score_is_the_share_of_the_way_to_the_teacher():
     assert Score(base=base, teacher=1.0, weight=0.4)(base, after) == pytest.approx(0.6 * 0.25 + 0.4 * 0.75)
     with pytest.raises(HyLoError, match="--retrieval: the teacher's loss of answers is 5.000"):
         Score(base=base, teacher=5.0, weight=0.5)
-    with pytest.raises(HyLoError, match="the all-linear student equals its teacher"):
+    with pytest.raises(HyLoError, match="the student equals its teacher"):
         Score(base=Measured(kl=0.0))
 
 

@@ -18,16 +18,17 @@ from hylo_megatron.planner.command import main as plan_command
 from hylo_megatron.recipes.smollm2 import smollm2_cpu
 from hylo_megatron.select import judge
 from hylo_megatron.select.judge import Judge
-from hylo_megatron.select.models import load_pair
+from hylo_megatron.select.models import load_pair, load_windowed
 from hylo_megatron.select.rows import Rows
 
 # ---- the layer that matters ----
 
 
+@pytest.mark.parametrize("method", ["smart", "window"])
 @pytest.mark.parametrize("teacher", MATTERS)
-def test_the_layer_that_matters_is_found(world, tmp_path, capsys, teacher):
+def test_the_layer_that_matters_is_found(world, tmp_path, capsys, teacher, method):
     """Two teachers that differ in this layer alone: no score that is blind to the models finds both."""
-    plan = select(world, tmp_path, "--teacher", world / teacher)
+    plan = select(world, tmp_path, "--teacher", world / teacher, method=method)
     scores = {int(layer): score for layer, score in plan["scores"].items()}
     assert scores.pop(MATTERS[teacher]) == pytest.approx(1, abs=1e-4)  # restored, the student is the teacher
     assert all(abs(score) < 1e-4 for score in scores.values())
@@ -46,6 +47,33 @@ def test_restored_layers_compute_what_the_base_model_computes(world):
         torch.testing.assert_close(student(ids).logits, pair.teacher(ids).logits, rtol=1e-4, atol=1e-4)
     assert torch.equal(pair.student(ids).logits, before)
     assert (before - pair.teacher(ids).logits).abs().max() > 0.1
+
+
+def test_windows_hide_far_tokens_in_all_layers_but_the_restored_ones(world):
+    """transformers takes a mask of rows and columns, which hides the same tokens."""
+    windowed = load_windowed(world / "hf", {"size": 5, "sinks": 2}, CPU, torch.float32)
+    model, ids = windowed.teacher, tiny.tokens(2, 48)
+    before = model(ids).logits
+    mask = torch.ones(48, 48, dtype=torch.bool).tril()
+    mask &= ~torch.ones(48, 48, dtype=torch.bool).tril(-5) | (torch.arange(48) < 2)
+    expected = model(ids, attention_mask=mask[None, None].expand(2, 1, 48, 48)).logits
+    with windowed.restored([]) as student:
+        torch.testing.assert_close(student(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    assert (expected - before).abs().max() > 0.1
+    with windowed.restored(range(4)) as student:
+        assert torch.equal(student(ids).logits, before)
+    assert torch.equal(model(ids).logits, before)
+
+
+def test_flags_that_do_not_belong_to_windows_are_refused(world, tmp_path, capsys):
+    def error(*more, method="window"):
+        return refused(capsys, world, tmp_path, *more, method=method)
+
+    assert "measures the base model alone: leave out --student" in error("--student", world / "student")
+    assert "--method smart: leave out --window" in error("--window", "4", method="smart")
+    assert "--length 32: a window of 36 tokens sees whole rows" in error("--window", "32+4")
+    for window in ("off", "4+1:all"):
+        assert "needs SIZE[+SINKS], such as 256+4, without :all" in error("--window", window)
 
 
 def test_measurements_equal_the_plain_formulas(world, monkeypatch):
