@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -42,7 +42,7 @@ def only_writer(path: Path, what: str) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         end = time.monotonic() + PATIENCE
-        while not _locked(stack.enter_context(path.open("a")), path):
+        while not _holds(stack.enter_context(path.open("a")), path):
             if time.monotonic() > end:
                 raise HyLoError(
                     f"{what}: another process is writing it; wait for its end, or choose another. If its machine is"
@@ -53,21 +53,37 @@ def only_writer(path: Path, what: str) -> Iterator[None]:
         yield
 
 
-def _locked(file: IO, path: Path) -> bool:
-    """Lock ``file``, and return whether it still is the file at ``path``: a process that has ended removes it."""
+def try_lock(file: IO, *, shared: bool = False) -> bool:
+    """Lock ``file`` until it is closed, and return True. Return False if another process holds a lock.
+
+    Nothing is locked on a file system without locks.
+    """
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except (BlockingIOError, FileNotFoundError):
+        fcntl.flock(file, fcntl.LOCK_NB | (fcntl.LOCK_SH if shared else fcntl.LOCK_EX))
+    except BlockingIOError:
         return False
     except OSError:  # a file system without locks
-        return True
+        pass
+    return True
+
+
+def _holds(file: IO, path: Path) -> bool:
+    """Lock ``file``. Return False if another process holds a lock, or has removed ``path`` since it was opened."""
+    try:
+        return try_lock(file) and os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def write_text(path: str | os.PathLike, text: str, *, synced: bool = False) -> None:
     """Replace the file at ``path``. ``synced``: return only when the text is on the disk."""
+    write_lines(path, (text,), synced=synced)
+
+
+def write_lines(path: str | os.PathLike, lines: Iterable[str], *, synced: bool = False) -> None:
+    """Replace the file at ``path`` by ``lines``, each of which brings its own line end."""
     with whole_file(path) as scratch, scratch.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
+        file.writelines(lines)
         if synced:
             file.flush()
             os.fsync(file.fileno())

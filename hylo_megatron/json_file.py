@@ -4,6 +4,7 @@ A type is anything that pydantic validates strictly: a dataclass, a ``TypedDict`
 numbers below. Booleans are not numbers, numbers are not strings, and ``NaN`` and ``Infinity`` are never allowed.
 """
 
+import functools
 import json
 import math
 import os
@@ -47,10 +48,15 @@ def parse(text: str | bytes, where: str, advice: str = "") -> Any:
     raise HyLoError(f"{where}: not valid JSON ({reason}){_then(advice)}") from None
 
 
+@functools.cache
+def _validator(kind: type[T]) -> TypeAdapter[T]:
+    return TypeAdapter(kind)
+
+
 def check(value: Any, kind: type[T], where: str, advice: str = "") -> T:
     """Return the parsed ``value`` as a ``kind``. Raises ``HyLoError`` that names the first wrong field."""
     try:
-        return TypeAdapter(kind).validate_json(json.dumps(value), strict=True)
+        return _validator(kind).validate_json(json.dumps(value), strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
     field = ".".join(map(str, first["loc"])) or "the whole"

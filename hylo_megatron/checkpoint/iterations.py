@@ -6,7 +6,6 @@ missing or with an incomplete iteration, the newest complete iteration is loaded
 """
 
 import contextlib
-import fcntl
 import os
 import re
 import shutil
@@ -18,7 +17,7 @@ from typing import IO
 
 from hylo_megatron.checkpoint.diverged import why_diverged
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.files import write_text
+from hylo_megatron.files import try_lock, write_text
 from hylo_megatron.json_file import read_json
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -203,13 +202,8 @@ def _retire(path: Path) -> None:
     if path.is_symlink():  # a link belongs to the user
         return
     with contextlib.suppress(FileNotFoundError), (path / "metadata.json").open("r+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:  # the folder is being read; a later save deletes it
-            return
-        except OSError:  # the file system has no locks
-            pass
-        os.replace(path, path.with_name(path.name + DROPPED))
+        if try_lock(file):  # a folder that is being read is deleted by a later save
+            os.replace(path, path.with_name(path.name + DROPPED))
 
 
 # ---- reading: what is held open is not deleted ----
@@ -221,17 +215,10 @@ def _hold(path: Path) -> IO | None:
         file = (path / "metadata.json").open()
     except FileNotFoundError:
         return None
-    try:
-        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
-    except OSError:
-        pass
-    if not (path / "metadata.json").exists():  # the folder was renamed between opening and locking
-        file.close()
-        return None
-    return file
+    if try_lock(file, shared=True) and (path / "metadata.json").exists():
+        return file
+    file.close()  # the folder is being renamed, or was renamed between opening and locking
+    return None
 
 
 def hold_latest(folder: str | os.PathLike) -> tuple[Path, IO]:

@@ -9,14 +9,14 @@ from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 
+from hylo_megatron.checkpoint import disk
 from hylo_megatron.corpus.debian import Deb, DebFile, fetch_deb
 from hylo_megatron.corpus.download import cache_folder, fetch_wheel
 from hylo_megatron.corpus.large_mix import LARGE_MIX
 from hylo_megatron.corpus.prose_mix import PROSE_MIX
 from hylo_megatron.corpus.readers import Archive, read_source
 from hylo_megatron.corpus.sources import SMALL_MIX, Source
-from hylo_megatron.errors import HyLoError
-from hylo_megatron.files import whole_file
+from hylo_megatron.files import write_lines, write_text
 from hylo_megatron.flags import Parser, command_line
 
 ROLES = ("train", "eval_prose", "eval_code", "eval_c", "eval_long", "eval_books")
@@ -189,14 +189,6 @@ def sources_page(rows: list[dict]) -> str:
     return "".join(lines)
 
 
-def _write(path: Path, lines: Iterable[str]) -> None:
-    try:
-        with whole_file(path) as scratch, scratch.open("w", encoding="utf-8", newline="\n") as file:
-            file.writelines(lines)
-    except OSError as error:
-        raise HyLoError(f"cannot write {path} ({error.strerror}): free space, or choose another --out") from error
-
-
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Run ``hylo fetch-text``."""
@@ -212,10 +204,11 @@ def main(argv: list[str] | None = None) -> None:
     began = time.monotonic()
     arguments.out.mkdir(parents=True, exist_ok=True)
     by_role, rows = collect(cache_folder(arguments.cache), MIXES[arguments.mix])
-    for role, documents in by_role.items():
-        ordered = in_blocks if arguments.mix != "small" and role == "train" else by_digest
-        _write(arguments.out / f"{role}.jsonl", (document.line() for document in ordered(documents)))
-    _write(arguments.out / "SOURCES.md", (sources_page(rows),))
+    with disk.writing(arguments.out):
+        for role, documents in by_role.items():
+            ordered = in_blocks if arguments.mix != "small" and role == "train" else by_digest
+            write_lines(arguments.out / f"{role}.jsonl", (document.line() for document in ordered(documents)))
+        write_text(arguments.out / "SOURCES.md", sources_page(rows))
     counts = [
         f"{role} {len(kept)} documents {sum(len(document.text) for document in kept) / 1e6:.1f}M characters"
         for role, kept in by_role.items()

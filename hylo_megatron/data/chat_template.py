@@ -5,7 +5,7 @@ import re
 from typing import Any, NamedTuple
 
 from hylo_megatron.data.chats import REASONING, Chat, Unusable
-from hylo_megatron.errors import HyLoError
+from hylo_megatron.errors import HyLoError, first_line
 
 # Two characters for private use: no template writes, changes or searches for these characters.
 MARK = "\ue000{}\ue001"
@@ -74,7 +74,7 @@ class ChatTemplate:
             except Exception as raised:
                 error = error or raised
         if error:
-            raise Unusable(f"the chat template refuses it ({(str(error) or repr(error)).splitlines()[0]})")
+            raise Unusable(f"the chat template refuses it ({first_line(error)})")
         return chat, text
 
     def answers(self, chat: Chat, text: str) -> tuple[Span, ...]:

@@ -11,7 +11,7 @@ from hylo_megatron import json_file, packages
 from hylo_megatron.data.chats import KEYS
 from hylo_megatron.data.hub import HubDataset
 from hylo_megatron.data.text_files import PACKED_SUFFIXES, check_file, plain_suffix, read_blocks, read_lines
-from hylo_megatron.errors import HyLoError
+from hylo_megatron.errors import HyLoError, first_line
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst")
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
@@ -244,8 +244,9 @@ def _parquet_rows(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:
                     number += 1
                     yield Row(f"{path}: row {number}", _cleaned(value), size * number // total)
     except (pyarrow.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise HyLoError(f"{path}: row {number + 1} cannot be read ({reason}): damaged, download it again") from error
+        raise HyLoError(
+            f"{path}: row {number + 1} cannot be read ({first_line(error)}): damaged, download it again"
+        ) from error
 
 
 def _cleaned(row: dict) -> dict:

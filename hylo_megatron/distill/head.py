@@ -71,15 +71,6 @@ def token_weights(inputs: HeadInputs, loss) -> TokenWeights:
     return TokenWeights(labels_T=inputs.labels_T, mask_T=mask_T, kl_T=kl_T, ce_T=ce_T)
 
 
-def reference_loss(student_TN: Tensor, teacher_TN: Tensor, weights: TokenWeights, loss) -> Tensor:
-    """What ``chunked_loss`` must equal, from whole logits without padding, on one rank."""
-    log_s, log_t = ((x_TN / loss.temperature).log_softmax(-1) for x_TN in (student_TN, teacher_TN))
-    kl_T = loss.reference_divergence(log_s, log_t) * loss.temperature**2
-    ce_T = F.cross_entropy(student_TN, weights.labels_T, reduction="none")
-    kl, ce = (kl_T * weights.mask_T * (weights.kl_T > 0)).sum(), (ce_T * weights.mask_T).sum()
-    return torch.stack([(kl_T * weights.kl_T + ce_T * weights.ce_T).sum(), kl.detach(), ce.detach()])
-
-
 class Shard:
     """The vocabulary rows of this rank: masks padding, and sums over the group."""
 
@@ -99,7 +90,7 @@ class Shard:
         return x
 
     def log_softmax(self, logits_TN: Tensor) -> Tensor:
-        """Over the whole vocabulary, in place. Padded columns become -inf."""
+        """Return the log softmax over the whole vocabulary, computed in place. Padded columns become -inf."""
         logits_TN[:, self.valid :] = -torch.inf
         top = logits_TN.amax(-1, keepdim=True) if self.valid else logits_TN.new_full((len(logits_TN), 1), -torch.inf)
         logits_TN -= self.max(top)

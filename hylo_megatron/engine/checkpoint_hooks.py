@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from hylo_megatron.checkpoint import guard_state, initial_states, iterations
 from hylo_megatron.checkpoint.safe_pickles import check_pickles, explain
-from hylo_megatron.engine.patch import entries
+from hylo_megatron.engine.patch import around, entries
 from hylo_megatron.engine.training_run import TrainingRun
 from hylo_megatron.errors import HyLoError
 
@@ -41,9 +41,9 @@ def _first_rank_alone(action: Callable[[], object]) -> None:
 
 
 class _Files:
-    """File functions of megatron, of which ``open`` writes a tracker whole or not at all.
+    """megatron's file functions, with an ``open`` that writes a tracker atomically.
 
-    Then ``committed`` is called with the tracker's folder and what the tracker says.
+    After the write ``committed`` is called with the tracker's folder and what the tracker says.
     """
 
     def __init__(self, files, committed: Callable[[Path, str], object]):
@@ -98,36 +98,34 @@ def _prepare(args, folder: str | None) -> None:
         iterations.repair(args.pretrained_checkpoint, own=False)
 
 
-def load_checked(load, run: TrainingRun):
-    def load_after_checks(*models_and_optimizer, load_arg="load", **kwargs):
-        from hylo_megatron.distill import resume
+@around
+def load_checked(load, run: TrainingRun, *models_and_optimizer, load_arg="load", **kwargs):
+    from hylo_megatron.distill import resume
 
-        args = _args()
-        folder = getattr(args, load_arg)
-        _first_rank_alone(lambda: _prepare(args, folder))
-        resumes, path = _exists(folder), None
-        source = folder if resumes else args.pretrained_checkpoint
-        with contextlib.ExitStack() as stack:
-            if source:
-                path = iterations.asked_for(stack.enter_context(iterations.reading(source)), args.ckpt_step)
-                _first_rank_alone(lambda: check_pickles(path))
-            if resumes:
-                optimizer, scheduler = models_and_optimizer[1:3]
-                _first_rank_alone(lambda: resume.check(path, optimizer, scheduler, args))
-                args.no_load_optim = args.no_load_optim or resume.has_no_optimizer(path, args)
-                stack.enter_context(resume.learning_rates(path, optimizer, args))
-            try:
-                loaded = load(*models_and_optimizer, load_arg=load_arg, **kwargs)
-            except CheckpointException as error:  # torch raises it on every rank
-                failure = error
-            else:
-                if resumes and not (args.finetune or args.no_load_optim):
-                    run.home = Path(folder)
-                    _load_companions(run, path)
-                return loaded
-            _first_rank_alone(lambda: explain(path, failure))
-
-    return load_after_checks
+    args = _args()
+    folder = getattr(args, load_arg)
+    _first_rank_alone(lambda: _prepare(args, folder))
+    resumes, path = _exists(folder), None
+    source = folder if resumes else args.pretrained_checkpoint
+    with contextlib.ExitStack() as stack:
+        if source:
+            path = iterations.asked_for(stack.enter_context(iterations.reading(source)), args.ckpt_step)
+            _first_rank_alone(lambda: check_pickles(path))
+        if resumes:
+            optimizer, scheduler = models_and_optimizer[1:3]
+            _first_rank_alone(lambda: resume.check(path, optimizer, scheduler, args))
+            args.no_load_optim = args.no_load_optim or resume.has_no_optimizer(path, args)
+            stack.enter_context(resume.learning_rates(path, optimizer, args))
+        try:
+            loaded = load(*models_and_optimizer, load_arg=load_arg, **kwargs)
+        except CheckpointException as error:  # torch raises it on every rank
+            failure = error
+        else:
+            if resumes and not (args.finetune or args.no_load_optim):
+                run.home = Path(folder)
+                _load_companions(run, path)
+            return loaded
+        _first_rank_alone(lambda: explain(path, failure))
 
 
 def _layout(args) -> str:
@@ -170,7 +168,7 @@ def _save_initial_states(run: TrainingRun, iteration: int) -> None:
 
 
 def _make_room(folder: str, iteration: int, run: TrainingRun, last: bool) -> None:
-    """Set an older save aside: megatron would write over its files, and one ``metadata.json`` vouch for both.
+    """Set an older save aside: megatron would write over its files, under one ``metadata.json`` for both.
 
     The guard's state is written here too, on the first rank, which alone knows it.
     """
@@ -192,23 +190,21 @@ def _is_the_one_loaded(args, iteration: int) -> bool:
     return bool(same_folder and not fresh and checkpointing.get_loaded_iteration() == iteration)
 
 
-def save_apart(save, run: TrainingRun):
-    def save_into_own_folder(iteration, *what, non_persistent_ckpt=False, **kwargs):
-        args = _args()
-        run.flush_log()  # a training that has diverged ends before it saves
-        if not non_persistent_ckpt:
-            if _is_the_one_loaded(args, iteration):
-                return
-            last = args.hylo_last_weights_only and iteration == args.train_iters
-            args.no_save_optim = args.no_save_optim or last
-            _first_rank_alone(lambda: _make_room(args.save, iteration, run, last))
-            _save_initial_states(run, iteration)
-        save(iteration, *what, non_persistent_ckpt=non_persistent_ckpt, **kwargs)
-        if not non_persistent_ckpt:
-            # A rollback goes to this checkpoint, no longer to the one that was loaded.
-            args.ckpt_step, run.home = None, Path(args.save)
-
-    return save_into_own_folder
+@around
+def save_apart(save, run: TrainingRun, iteration, *what, non_persistent_ckpt=False, **kwargs):
+    args = _args()
+    run.flush_log()  # a training that has diverged ends before it saves
+    if not non_persistent_ckpt:
+        if _is_the_one_loaded(args, iteration):
+            return
+        last = args.hylo_last_weights_only and iteration == args.train_iters
+        args.no_save_optim = args.no_save_optim or last
+        _first_rank_alone(lambda: _make_room(args.save, iteration, run, last))
+        _save_initial_states(run, iteration)
+    save(iteration, *what, non_persistent_ckpt=non_persistent_ckpt, **kwargs)
+    if not non_persistent_ckpt:
+        # A rollback goes to this checkpoint, no longer to the one that was loaded.
+        args.ckpt_step, run.home = None, Path(args.save)
 
 
 _LOOP, _FILES = "megatron.training.training", "megatron/training/checkpointing.py"

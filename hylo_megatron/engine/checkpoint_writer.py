@@ -22,10 +22,10 @@ from torch.distributed.checkpoint.api import _wrap_exception
 
 from hylo_megatron.checkpoint import disk
 from hylo_megatron.engine import peers
-from hylo_megatron.engine.patch import entries, instead
+from hylo_megatron.engine.patch import around, entries, instead
 from hylo_megatron.engine.register import install, original
 from hylo_megatron.engine.training_run import TrainingRun
-from hylo_megatron.errors import HyLoError
+from hylo_megatron.errors import HyLoError, first_line
 from hylo_megatron.parent import end_with_parent
 
 CAUSE_SECONDS = 2  # torchrun ends writers too when a rank is lost: time for the line that names the rank
@@ -53,14 +53,10 @@ def _size(bucket) -> int:
     return sum(data.getbuffer().nbytes for _, data in texts) + sum(tensor.nbytes for _, tensor in tensors)
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or "no message").splitlines()[0]
-
-
 def _said(error: Exception, bucket) -> Exception:
     file = bucket[0]
     full = disk.explained(error, file, _size(bucket))
-    return full or HyLoError(f"{file}: cannot be written: {type(error).__name__}: {_first_line(error)}")
+    return full or HyLoError(f"{file}: cannot be written: {type(error).__name__}: {first_line(error)}")
 
 
 def write_bucket(transforms, *, local_proc_idx, write_bucket, results_queue, count_queue, **how):
@@ -95,15 +91,12 @@ def write_buckets(transforms, use_msc, rank, write_buckets, results) -> None:
     results.put(_failures[0] if _failures else result)
 
 
-def with_own_error(retrieve, run):
+@around
+def with_own_error(retrieve, run, self):
     """Return the writer's own error in place of one that quotes it."""
-
-    def retrieve_results(self):
-        found = retrieve(self)
-        error = found[0] if isinstance(found, tuple) else None
-        return _wrap_exception(error.__cause__) if error and isinstance(error.__cause__, HyLoError) else found
-
-    return retrieve_results
+    found = retrieve(self)
+    error = found[0] if isinstance(found, tuple) else None
+    return _wrap_exception(error.__cause__) if error and isinstance(error.__cause__, HyLoError) else found
 
 
 def writer(*args):
@@ -138,7 +131,7 @@ def _watch(process, closing: threading.Event, folder: str | None, need: int) -> 
 def _not_sent(error: Exception, _) -> NoReturn:
     """Called by the thread of a queue whose item cannot be sent."""
     traceback.print_exception(error)
-    peers.fail(f"a checkpoint cannot be handed to its writer ({_first_line(error)}); is /dev/shm full?"
+    peers.fail(f"a checkpoint cannot be handed to its writer ({first_line(error)}); is /dev/shm full?"
                f" {disk.text(disk.free('/dev/shm'))} is free there")  # fmt: skip
 
 
@@ -170,12 +163,10 @@ def start_watched(start, run: TrainingRun):
     return classmethod(start_and_watch)
 
 
-def close_at_once(close, run: TrainingRun):
-    def close(self, abort=False):
-        if self.process:
-            _close(self, run.closing)
-
-    return close
+@around
+def close_at_once(close, run: TrainingRun, self, abort=False):
+    if self.process:
+        _close(self, run.closing)
 
 
 PATCHES = (

@@ -5,16 +5,15 @@ before its first step this way.
 """
 
 import contextlib
-import fcntl
 import os
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO
 
-from hylo_megatron.engine.patch import entries
+from hylo_megatron.engine.patch import around, entries
+from hylo_megatron.files import try_lock
 
 SWITCH = "HYLO_COMPILE_AHEAD"  # in the environment: 0 lets Triton compile one candidate after another
 LOCK = "hylo-compile.lock"
@@ -29,7 +28,7 @@ def wanted() -> bool:
 def alone() -> Iterator[None]:
     """Let one process at a time compile for this cache folder: the next one finds most candidates compiled.
 
-    No process uses its GPU while it holds the lock, so ranks that wait for each other there cannot block each other.
+    No process uses its GPU while it holds the lock, so no rank that waits for others on the GPU can keep them from it.
     """
     from triton import knobs
 
@@ -37,21 +36,10 @@ def alone() -> Iterator[None]:
         with contextlib.suppress(OSError):  # a file system without locks
             folder = Path(knobs.cache.dir)
             folder.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context((folder / LOCK).open("w"))
-            _wait_for(file)
+            file, end = stack.enter_context((folder / LOCK).open("w")), time.monotonic() + PATIENCE
+            while not try_lock(file) and time.monotonic() < end:
+                time.sleep(0.05)
         yield
-
-
-def _wait_for(file: IO) -> None:
-    """Lock ``file`` unless another process, or a hung one, holds it longer than ``PATIENCE``."""
-    end = time.monotonic() + PATIENCE
-    while True:
-        try:
-            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > end:
-                return None
-            time.sleep(0.05)
 
 
 def compile_all(tuner, candidates: list, arguments: tuple, options: dict) -> None:
@@ -64,21 +52,18 @@ def compile_all(tuner, candidates: list, arguments: tuple, options: dict) -> Non
             tuner.fn.run(*arguments, **{**options, "warmup": True}, **candidate.all_kwargs())
 
 
-def compiled_first(bench, run):
+@around
+def compiled_first(bench, run, self, *args, config, **meta):
     """Return Triton's ``_bench``, which times one candidate, with all candidates compiled before the first of them."""
-
-    def time_candidate(self, *args, config, **meta):
-        candidates = self.prune_configs(meta)
-        # A hook before the launch may change the arguments, and with them what is compiled.
-        if config == candidates[0] and not any(candidate.pre_hook for candidate in candidates):
-            try:
-                compile_all(self, candidates, args, meta)
-            except Exception as error:  # Triton compiles what is missing
-                why = f"{type(error).__name__}: {error}".splitlines()[0]
-                print(f"warning: {self.base_fn.__name__} is compiled on one core ({why})", file=sys.stderr, flush=True)
-        return bench(self, *args, config=config, **meta)
-
-    return time_candidate
+    candidates = self.prune_configs(meta)
+    # A hook before the launch may change the arguments, and with them what is compiled.
+    if config == candidates[0] and not any(candidate.pre_hook for candidate in candidates):
+        try:
+            compile_all(self, candidates, args, meta)
+        except Exception as error:  # Triton compiles what is missing
+            why = f"{type(error).__name__}: {error}".splitlines()[0]
+            print(f"warning: {self.base_fn.__name__} is compiled on one core ({why})", file=sys.stderr, flush=True)
+    return bench(self, *args, config=config, **meta)
 
 
 PATCHES = entries(

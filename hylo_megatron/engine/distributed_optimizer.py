@@ -9,11 +9,9 @@ On a GPU the optimizer's step also takes 20 ms of a 141 ms step of a 135M model:
 gradient's norm. torch's fused AdamW is one launch, and the copy to the 16-bit weights is one more.
 """
 
-from functools import wraps
-
 import torch
 
-from hylo_megatron.engine.patch import entries
+from hylo_megatron.engine.patch import around, entries
 
 
 def _fuse(optimizer) -> None:
@@ -45,37 +43,29 @@ def _copies(optimizer) -> list[tuple[list, list]]:
     return found
 
 
-def initialise_fused(initialise, run):
-    @wraps(initialise)
-    def initialise_and_fuse(self, *args, **kwargs):
-        initialise(self, *args, **kwargs)
-        self._hylo_copies = None
-        _fuse(self.optimizer)
-
-    return initialise_and_fuse
+@around
+def initialise_fused(initialise, run, self, *args, **kwargs):
+    initialise(self, *args, **kwargs)
+    self._hylo_copies = None
+    _fuse(self.optimizer)
 
 
-def copy_at_once(copy_params, run):
-    @torch.no_grad()
-    def copy_main_to_model(self):
-        if self.is_stub_optimizer or self.ddp_config.use_megatron_fsdp:
-            return copy_params(self)
-        self._hylo_copies = self._hylo_copies or _copies(self)
-        for weights, mains in self._hylo_copies:
-            if weights:
-                torch._foreach_copy_(weights, mains)
-
-    return copy_main_to_model
+@around
+@torch.no_grad()
+def copy_at_once(copy_params, run, self):
+    if self.is_stub_optimizer or self.ddp_config.use_megatron_fsdp:
+        return copy_params(self)
+    self._hylo_copies = self._hylo_copies or _copies(self)
+    for weights, mains in self._hylo_copies:
+        if weights:
+            torch._foreach_copy_(weights, mains)
 
 
-def set_without_step(set_states, run):
+@around
+@torch.no_grad()  # the main copy of an fp32 parameter is a view of it, which autograd lets nobody write to
+def set_without_step(set_states, run, self, param, tensors):
     """Skip the step, which ``load_state_dict`` has set: "dp_reshardable" checkpoints bring zero here."""
-
-    @torch.no_grad()  # the main copy of an fp32 parameter is a view of it, which autograd lets nobody write to
-    def set_with_step(self, param, tensors):
-        return set_states(self, param, {**tensors, "step": None})
-
-    return set_with_step
+    return set_states(self, param, {**tensors, "step": None})
 
 
 def _fill_states(optimizer: torch.optim.Optimizer) -> None:
@@ -90,27 +80,22 @@ def _fill_states(optimizer: torch.optim.Optimizer) -> None:
                 )
 
 
-def shard_fresh_states(sharded_state_dict, run):
-    def sharded_with_fresh_states(self, model_sharded_state_dict, is_loading=False, **kwargs):
-        if is_loading:
-            _fill_states(self.optimizer)
-        return sharded_state_dict(self, model_sharded_state_dict, is_loading=is_loading, **kwargs)
-
-    return sharded_with_fresh_states
+@around
+def shard_fresh_states(sharded_state_dict, run, self, model_sharded_state_dict, is_loading=False, **kwargs):
+    if is_loading:
+        _fill_states(self.optimizer)
+    return sharded_state_dict(self, model_sharded_state_dict, is_loading=is_loading, **kwargs)
 
 
-def load_own_steps(load_state_dict, run):
+@around
+def load_own_steps(load_state_dict, run, self, state_dict):
     """Give each parameter a step tensor of its own after loading."""
-
-    def load_with_own_steps(self, state_dict):
-        load_state_dict(self, state_dict)
-        for state in self.optimizer.state.values():
-            if isinstance(state.get("step"), torch.Tensor):
-                state["step"] = state["step"].clone()
-        _fuse(self.optimizer)
-        self._hylo_copies = None
-
-    return load_with_own_steps
+    load_state_dict(self, state_dict)
+    for state in self.optimizer.state.values():
+        if isinstance(state.get("step"), torch.Tensor):
+            state["step"] = state["step"].clone()
+    _fuse(self.optimizer)
+    self._hylo_copies = None
 
 
 def _without_bucket_padding(buffer) -> dict:
@@ -122,18 +107,16 @@ def _without_bucket_padding(buffer) -> dict:
     return {p: (start - shifts[b], end - shifts[b], b) for p, (start, end, b) in buffer.param_index_map.items()}
 
 
-def slice_without_gaps(sharded, run):
-    def sharded_without_gaps(self, *args, **kwargs):
-        kept = [buffer.param_index_map for buffer in self.buffers]
-        try:
-            for buffer in self.buffers:
-                buffer.param_index_map = _without_bucket_padding(buffer)
-            return sharded(self, *args, **kwargs)
-        finally:
-            for buffer, positions in zip(self.buffers, kept, strict=True):
-                buffer.param_index_map = positions
-
-    return sharded_without_gaps
+@around
+def slice_without_gaps(sharded, run, self, *args, **kwargs):
+    kept = [buffer.param_index_map for buffer in self.buffers]
+    try:
+        for buffer in self.buffers:
+            buffer.param_index_map = _without_bucket_padding(buffer)
+        return sharded(self, *args, **kwargs)
+    finally:
+        for buffer, positions in zip(self.buffers, kept, strict=True):
+            buffer.param_index_map = positions
 
 
 def _has_torch_adam() -> bool:

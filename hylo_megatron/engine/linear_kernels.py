@@ -4,7 +4,7 @@ from functools import cache
 from importlib import import_module
 
 from hylo_megatron.engine.cpu import without_cuda
-from hylo_megatron.engine.patch import entries, instead
+from hylo_megatron.engine.patch import around, entries, instead
 from hylo_megatron.engine.register import original
 
 _GDN, _MAMBA = "megatron.core.ssm.gated_delta_net", "megatron.core.ssm.mamba_mixer"
@@ -16,14 +16,12 @@ def _reference(name: str):
     return lambda original, run: getattr(import_module("hylo_megatron.kernels"), name)
 
 
-def convolve(original, run):
-    """Return the short convolution of Gated DeltaNet under fla's signature."""
+@around
+def convolve(original, run, x, weight, bias=None, activation=None, initial_state=None, output_final_state=False, **_):
+    """Compute the short convolution of Gated DeltaNet under fla's signature."""
     from hylo_megatron.kernels import causal_conv1d
 
-    def call(x, weight, bias=None, activation=None, initial_state=None, output_final_state=False, **_):
-        return causal_conv1d(x, weight, bias, activation)
-
-    return call
+    return causal_conv1d(x, weight, bias, activation)
 
 
 @cache

@@ -1,5 +1,6 @@
 """One entry of the register: a name of another library that is replaced at run time."""
 
+import functools
 import importlib
 import inspect
 import re
@@ -25,6 +26,19 @@ def always() -> bool:
 def instead(value: Any) -> Callable[[Any, Any], Any]:
     """Return the ``replacement`` of a patch that puts ``value`` there, whatever was there before."""
     return lambda original, run: value
+
+
+def around(function: Callable) -> Callable[[Any, Any], Callable]:
+    """Return the ``replacement`` of a patch whose calls are ``function(original, run, *arguments)``."""
+
+    def replacement(original: Any, run: Any) -> Callable:
+        @functools.wraps(original)
+        def call(*args, **kwargs):
+            return function(original, run, *args, **kwargs)
+
+        return call
+
+    return replacement
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from typing import NoReturn
 
 from hylo_megatron.checkpoint import disk
-from hylo_megatron.errors import HyLoError
+from hylo_megatron.errors import HyLoError, first_line
 
 CODE = 2  # exit code of every rank that ends here
 NEWS_SECONDS = 5  # how long a rank whose collective fails waits for the rank with the cause
@@ -272,7 +272,7 @@ def _ended_by(error: BaseException, folder: str | None, need: int | None) -> NoR
         _hear_the_others()
     with contextlib.suppress(Exception):
         traceback.print_exception(error)
-    fail(f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}")
+    fail(f"{type(error).__name__}: {first_line(error)}")
 
 
 @contextlib.contextmanager

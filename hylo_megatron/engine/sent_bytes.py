@@ -10,7 +10,7 @@ from functools import partial
 
 from torch import Tensor
 
-from hylo_megatron.engine.patch import entries
+from hylo_megatron.engine.patch import around, entries
 
 
 def _bytes(tensors) -> int:
@@ -76,15 +76,13 @@ def _share(method: str, given: list, group) -> float:
 def _counted(method: str) -> Callable:
     kind, which, _ = _METHODS[method]
 
-    def replacement(original, counts: Sent):
-        def counted(group, *args, **kwargs):
-            given = [*args, *kwargs.values()]
-            counts.add(kind, group, _bytes(given[which]) * _share(method, given, group))
-            return original(group, *args, **kwargs)
+    @around
+    def counted(original, counts: Sent, group, *args, **kwargs):
+        given = [*args, *kwargs.values()]
+        counts.add(kind, group, _bytes(given[which]) * _share(method, given, group))
+        return original(group, *args, **kwargs)
 
-        return counted
-
-    return replacement
+    return counted
 
 
 def _exists(method: str) -> bool:

@@ -10,79 +10,69 @@ import torch
 from torch import Tensor
 
 from hylo_megatron.engine.cpu import without_cuda
-from hylo_megatron.engine.patch import entries
+from hylo_megatron.engine.patch import around, entries
 
 _ONE = torch.ones(())  # on the host, where reading it waits for nothing
 
 
-def norm_on_device(norm, run):
-    """Return megatron's ``l2_norm_impl``: the norm over all tensors, in a tensor of one element."""
-
-    def l2_norm(chunk_size, noop_flag, tensor_lists, per_tensor, *args):
-        norms = torch._foreach_norm([tensor for tensors in tensor_lists for tensor in tensors])
-        return torch.linalg.vector_norm(torch.stack(norms)).view(1), None
-
-    return l2_norm
+@around
+def norm_on_device(norm, run, chunk_size, noop_flag, tensor_lists, per_tensor, *args):
+    """Return the norm over all tensors in a tensor of one element: megatron's ``l2_norm_impl``."""
+    norms = torch._foreach_norm([tensor for tensors in tensor_lists for tensor in tensors])
+    return torch.linalg.vector_norm(torch.stack(norms)).view(1), None
 
 
-def total_on_device(total, run):
-    """Return megatron's ``get_grad_norm_fp32``, whose result stays on the device.
+@around
+def total_on_device(total, run, grads_for_norm, norm_type=2, grad_stats_parallel_group=None):
+    """Return what ``get_grad_norm_fp32`` of megatron does, on the device.
 
     The result is in fp64, as megatron's number of Python is, so the factor that clips the gradient has the same bits:
     on each rank, also on one whose gradients all count elsewhere.
     """
-
-    def total_norm(grads_for_norm, norm_type=2, grad_stats_parallel_group=None):
-        grads = [grads_for_norm] if isinstance(grads_for_norm, Tensor) else list(grads_for_norm)
-        if norm_type != 2 or not all(type(grad) is Tensor for grad in grads):  # also no DTensor
-            return total(grads_for_norm, norm_type, grad_stats_parallel_group)
-        grads = grads or [torch.zeros(1, device=torch.cuda.current_device())]
-        norm, _ = norm_on_device(None, None)(0, None, [grads], False)
-        square = norm**2
-        torch.distributed.all_reduce(square, group=grad_stats_parallel_group)
-        return square.double().sqrt()
-
-    return total_norm
+    grads = [grads_for_norm] if isinstance(grads_for_norm, Tensor) else list(grads_for_norm)
+    if norm_type != 2 or not all(type(grad) is Tensor for grad in grads):  # also no DTensor
+        return total(grads_for_norm, norm_type, grad_stats_parallel_group)
+    grads = grads or [torch.zeros(1, device=torch.cuda.current_device())]
+    norm, _ = norm_on_device(None, None)(0, None, [grads], False)
+    square = norm**2
+    torch.distributed.all_reduce(square, group=grad_stats_parallel_group)
+    return square.double().sqrt()
 
 
-def scale_on_device(missing, run):
-    """Return megatron's ``multi_tensor_scale_tensor_impl``: products with a factor that is a tensor of one element.
+@around
+def scale_on_device(missing, run, chunk_size, noop_flag, tensor_lists, factor: Tensor):
+    """Multiply by a factor that is a tensor of one element: megatron's ``multi_tensor_scale_tensor_impl``.
 
     A factor that is not below 1, or not a number, leaves the gradient as it is, like megatron's own comparison.
     """
-
-    def scale(chunk_size, noop_flag, tensor_lists, factor: Tensor):
-        sources, targets = tensor_lists
-        if sources is not targets:
-            torch._foreach_copy_(targets, sources)
-        if targets:
-            factor = factor.view(())
-            torch._foreach_mul_(targets, torch.where(factor < 1, factor, torch.ones_like(factor)).float())
-
-    return scale
+    sources, targets = tensor_lists
+    if sources is not targets:
+        torch._foreach_copy_(targets, sources)
+    if targets:
+        factor = factor.view(())
+        torch._foreach_mul_(targets, torch.where(factor < 1, factor, torch.ones_like(factor)).float())
 
 
-def and_of_one(reduce, run):
-    """Return megatron's function that asks all ranks of a group, which is not called for a group of one rank."""
-    return lambda input, group=None: input is True if group and group.size() == 1 else reduce(input, group)
+@around
+def and_of_one(reduce, run, input, group=None):
+    """Ask all ranks of a group, as megatron's function does. A group of one rank is not asked."""
+    return input is True if group and group.size() == 1 else reduce(input, group)
 
 
-def maximum_of_one(reduce, run):
-    """Return megatron's maximum over a group of ranks. In a group of one rank a tensor stays a tensor."""
-
-    def reduced(stat, group=None):
-        if not group or group.size() > 1:
-            return reduce(stat, group)
-        if isinstance(stat, Tensor):
-            return stat.detach().view(()).float()
-        return None if stat is None else torch.tensor(stat, dtype=torch.float32).item()
-
-    return reduced
+@around
+def maximum_of_one(reduce, run, stat, group=None):
+    """Return the maximum over a group of ranks as megatron does. In a group of one rank a tensor stays a tensor."""
+    if not group or group.size() > 1:
+        return reduce(stat, group)
+    if isinstance(stat, Tensor):
+        return stat.detach().view(()).float()
+    return None if stat is None else torch.tensor(stat, dtype=torch.float32).item()
 
 
-def scale_on_host(scale, run):
-    """Return ``get_loss_scale`` with a number on the host where the loss is not scaled."""
-    return lambda self: scale(self) if getattr(self, "grad_scaler", None) else _ONE
+@around
+def scale_on_host(scale, run, self):
+    """Return the loss scale as ``get_loss_scale`` does, on the host where the loss is not scaled."""
+    return scale(self) if getattr(self, "grad_scaler", None) else _ONE
 
 
 def on_gpu() -> bool:

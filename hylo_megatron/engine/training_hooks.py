@@ -4,7 +4,7 @@ import contextlib
 
 from hylo_megatron.config.decisions import is_new
 from hylo_megatron.config.stages import stage_kind
-from hylo_megatron.engine.patch import entries
+from hylo_megatron.engine.patch import around, entries
 from hylo_megatron.engine.training_run import TrainingRun
 from hylo_megatron.mixers import FAST_SUFFIXES, FP32_SUFFIXES
 
@@ -39,12 +39,10 @@ def learning_rate_groups(args) -> dict:
     return groups
 
 
-def with_groups(configure, run: TrainingRun):
-    def configure_with_groups(args):
-        config, overrides = configure(args)
-        return config, {**overrides, **learning_rate_groups(args)}
-
-    return configure_with_groups
+@around
+def with_groups(configure, run: TrainingRun, args):
+    config, overrides = configure(args)
+    return config, {**overrides, **learning_rate_groups(args)}
 
 
 def without_states(args, optimizer, run: TrainingRun) -> contextlib.AbstractContextManager:
@@ -57,41 +55,39 @@ def without_states(args, optimizer, run: TrainingRun) -> contextlib.AbstractCont
     return run.offload.during_passes(optimizer)
 
 
-def with_step_start(train_step, run: TrainingRun):
-    """megatron's ``train_step``, after the models have been told its number, and with the guard's gate if asked."""
+@around
+def with_step_start(train_step, run: TrainingRun, forward_step, data, models, optimizer, scheduler, config, schedule,
+                    **kwargs):  # fmt: skip
+    """Tell the models the number of the step, then take it, with the guard's gate if asked."""
+    from megatron.training import get_args
 
-    def step(forward_step, data, models, optimizer, scheduler, config, schedule, **kwargs):
-        from megatron.training import get_args
+    from hylo_megatron.engine.guard import Guard
 
-        from hylo_megatron.engine.guard import Guard
+    args = get_args()
+    if run.profile:
+        run.profile.begin_step(kwargs["iteration"])
+    phases = [model.begin_step(kwargs["iteration"], args.train_iters) for model in run.models]
+    run.guard = run.guard or Guard(args, run.models[0].settings.loss, run.data, run.guarded)
+    if phases != run.guard.phase:
+        run.flush_log()  # before the guard forgets the losses of the phase before
+    run.guard.begin(phases)
+    with without_states(args, optimizer, run), run.guard.gate(optimizer) as losses:
 
-        args = get_args()
-        if run.profile:
-            run.profile.begin_step(kwargs["iteration"])
-        phases = [model.begin_step(kwargs["iteration"], args.train_iters) for model in run.models]
-        run.guard = run.guard or Guard(args, run.models[0].settings.loss, run.data, run.guarded)
-        if phases != run.guard.phase:
-            run.flush_log()  # before the guard forgets the losses of the phase before
-        run.guard.begin(phases)
-        with without_states(args, optimizer, run), run.guard.gate(optimizer) as losses:
+        def keep_losses(**batch):
+            found = schedule(**batch)
+            losses[:] = found or []
+            return found
 
-            def keep_losses(**batch):
-                found = schedule(**batch)
-                losses[:] = found or []
-                return found
-
-            result = train_step(forward_step, data, models, optimizer, scheduler, config, keep_losses, **kwargs)
-        run.guard.after(models, optimizer, scheduler, run.home)
-        if run.guard.wrong is not None:
-            for model in run.models:
-                model.forget_states()
-        should_exit, code = result[3:5]
-        if should_exit:
-            run.flush_log()
-            run.guard.failed_check(kwargs["iteration"] + 1, code)
-        return result
-
-    return step
+        result = train_step(forward_step, data, models, optimizer, scheduler, config, keep_losses, **kwargs)
+    run.guard.after(models, optimizer, scheduler, run.home)
+    if run.guard.wrong is not None:
+        for model in run.models:
+            model.forget_states()
+    should_exit, code = result[3:5]
+    if should_exit:
+        run.flush_log()
+        run.guard.failed_check(kwargs["iteration"] + 1, code)
+    return result
 
 
 def _count(total: dict, losses: dict, skipped: int) -> None:
@@ -110,45 +106,40 @@ def _is_told(args, iteration: int, skipped: int, **kwargs) -> bool:
     return bool(regular or skipped or get_tensorboard_writer())
 
 
-def with_step_log(log, run: TrainingRun):
-    """Return megatron's ``training_log`` with a line of this product's own log before it.
+@around
+def with_step_log(log, run: TrainingRun, losses, total, learning_rate, iteration, scale, report, skipped, grad_norm,
+                  *rest, **kwargs):  # fmt: skip
+    """Write a line of this product's own log, then call megatron's ``training_log``.
 
-    megatron's is not called for a step that it prints nothing about: it would wait for the GPU.
+    A call of ``training_log`` waits for the GPU, so steps about which megatron prints nothing go without.
     """
+    from megatron.training import get_args
 
-    def log_step(losses, total, learning_rate, iteration, scale, report, skipped, grad_norm, *rest, **kwargs):
-        from megatron.training import get_args
+    from hylo_megatron.engine.step_log import StepLog
 
-        from hylo_megatron.engine.step_log import StepLog
-
-        args = get_args()
-        if run.log is None:
-            run.log = StepLog(args, run.models, run.product_rate)
-            run.log.truncate(iteration - 1)
-        run.log.note(losses, iteration, learning_rate, grad_norm, run.guard)
-        if not _is_told(args, iteration, skipped, **kwargs):
-            _count(total, losses, skipped)
-            return report
-        return log(losses, total, learning_rate, iteration, scale, report, skipped, grad_norm, *rest, **kwargs)
-
-    return log_step
+    args = get_args()
+    if run.log is None:
+        run.log = StepLog(args, run.models, run.product_rate)
+        run.log.truncate(iteration - 1)
+    run.log.note(losses, iteration, learning_rate, grad_norm, run.guard)
+    if not _is_told(args, iteration, skipped, **kwargs):
+        _count(total, losses, skipped)
+        return report
+    return log(losses, total, learning_rate, iteration, scale, report, skipped, grad_norm, *rest, **kwargs)
 
 
-def teacher_fed_schedule(choose, run: TrainingRun):
+@around
+def teacher_fed_schedule(choose, run: TrainingRun, **kwargs):
     """Return megatron's choice of a schedule, or our own for a layer-wise stage in a pipeline."""
+    from megatron.training import get_args
 
-    def choose_schedule(**kwargs):
-        from megatron.training import get_args
+    from hylo_megatron.parallel.teacher_fed import TeacherFed
 
-        from hylo_megatron.parallel.teacher_fed import TeacherFed
-
-        args = get_args()
-        if not stage_kind(args.hylo_stage).layerwise or args.pipeline_model_parallel_size == 1:
-            return choose(**kwargs)
-        run.schedule = run.schedule or TeacherFed()  # training and evaluation ask apart, and share it
-        return run.schedule
-
-    return choose_schedule
+    args = get_args()
+    if not stage_kind(args.hylo_stage).layerwise or args.pipeline_model_parallel_size == 1:
+        return choose(**kwargs)
+    run.schedule = run.schedule or TeacherFed()  # training and evaluation ask apart, and share it
+    return run.schedule
 
 
 _LOOP = "megatron.training.training"

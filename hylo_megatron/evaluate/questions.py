@@ -7,7 +7,7 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any, TypeVar
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
 from hylo_megatron.errors import HyLoError
@@ -28,9 +28,6 @@ class _AnswersRow(TypedDict):
     __pydantic_config__ = ConfigDict(extra="allow")
     question: str
     answers: list[str]
-
-
-READERS = {kind: TypeAdapter(kind).validate_python for kind in (_ChoiceRow, _AnswersRow)}  # made once: rows are many
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,15 +113,8 @@ def _rows(file: Path) -> Iterator[tuple[Any, str]]:
             yield parse(line, f"{file}:{number}"), f"{file}:{number}"
 
 
-def _checked(value: Any, kind: type[T], where: str, expected: str) -> T:
-    try:
-        return READERS[kind](value, strict=True)
-    except ValidationError:
-        return check(value, kind, where, expected)  # raises HyLoError with the field
-
-
 def _choice(value: Any, where: str) -> Choice:
-    row = _checked(value, _ChoiceRow, where, 'expected {"question", "options", "answer"}')
+    row = check(value, _ChoiceRow, where, 'expected {"question", "options", "answer"}')
     options = tuple(option.strip() for option in row["options"])
     if not 2 <= len(options) <= len(ascii_uppercase) or "" in options or len(set(options)) < len(options):
         raise HyLoError(f"{where}: field options is {list(options)!r:.80}: expected 2 to 26 different texts")
@@ -138,7 +128,7 @@ def _choice(value: Any, where: str) -> Choice:
 
 
 def _short(value: Any, where: str) -> Short:
-    row = _checked(value, _AnswersRow, where, 'expected {"question", "answers"}')
+    row = check(value, _AnswersRow, where, 'expected {"question", "answers"}')
     if not row["answers"] or not all(map(str.strip, row["answers"])):
         raise HyLoError(f"{where}: field answers is {row['answers']!r:.80}: expected one text or more")
     return Short(question=_text(row["question"], where), answers=tuple(row["answers"]), where=where)

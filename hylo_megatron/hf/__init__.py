@@ -1,14 +1,5 @@
 """The hybrid as a transformers model. Imports neither torch nor transformers until something here is used."""
 
-__all__ = [
-    "HyLoConfig",
-    "HyLoForCausalLM",
-    "HyLoModel",
-    "register",
-    "register_config",
-    "register_tokenizer",
-]
-
 _WHERE = {
     "HyLoConfig": "configuration_hylo",
     "HyLoModel": "modeling_hylo",

@@ -2,8 +2,9 @@
 
 from collections.abc import Iterable, Iterator
 
-import torch
 from torch import Tensor
+
+from hylo_megatron.mixers.initialise import ridge_solve
 
 
 def ridge_corrections(
@@ -13,9 +14,8 @@ def ridge_corrections(
     f = features_NF.double()
     moment = f.T @ (target_ND.double() - f @ weight_DF.double().T)
     gram = f.T @ f
-    diagonal = gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     for ridge in ridges:
-        yield (weight_DF.double() + torch.linalg.solve(gram + ridge * diagonal, moment).T).to(weight_DF.dtype)
+        yield (weight_DF.double() + ridge_solve(gram, moment, ridge).T).to(weight_DF.dtype)
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:

@@ -14,6 +14,7 @@ from hylo_megatron.config import Architecture
 from hylo_megatron.config.positions import has_window
 from hylo_megatron.init.teacher import AttentionLayer, BaseModel
 from hylo_megatron.mixers import MIXERS
+from hylo_megatron.mixers.initialise import ridge_solve
 from hylo_megatron.mixers.window import GATE, hf_name
 
 RIDGE = 0.5
@@ -63,7 +64,5 @@ def fitted_gates(x_BSD: Tensor, window_BSHK: Tensor, whole_BSHK: Tensor) -> Tens
     gates = []
     for power, factor in zip(power_NH.T, factor_NH.clamp(0, 2).T, strict=True):
         weighted = x * (power / power.mean().clamp_min(1e-12))[:, None]
-        gram = weighted.T @ x
-        gram += RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        gates.append(torch.linalg.solve(gram, weighted.T @ (2 * (factor - 1))))
+        gates.append(ridge_solve(weighted.T @ x, weighted.T @ (2 * (factor - 1)), RIDGE))
     return torch.stack(gates).to(x_BSD.dtype)

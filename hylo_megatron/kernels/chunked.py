@@ -26,7 +26,8 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-def _spans(length: int, size: int) -> list[slice]:
+def spans(length: int, size: int) -> list[slice]:
+    """Return the slices of ``size`` that make up ``length``; the last one may be shorter."""
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
@@ -42,7 +43,7 @@ class _ChunkedScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, g, beta, state, scale, size):
         out, kept = torch.empty_like(v, memory_format=torch.contiguous_format), []
-        for span in _spans(v.shape[1], size):
+        for span in spans(v.shape[1], size):
             x = chunk_of(span, q, k, v, g, beta, scale, state.dtype)
             inverse, u = None, x.v
             if beta is not None:
@@ -64,9 +65,9 @@ class _ChunkedScan(torch.autograd.Function):
         d_inputs = [t if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs]
         d_out = torch.zeros_like(inputs[2]) if d_out is None else d_out
         d_state = torch.zeros_like(kept[0]) if d_state is None else d_state
-        spans = _spans(d_out.shape[1], ctx.size)
-        for i in reversed(range(len(spans))):
-            x = chunk_of(spans[i], *inputs, ctx.scale, d_state.dtype)
+        parts = spans(d_out.shape[1], ctx.size)
+        for i in reversed(range(len(parts))):
+            x = chunk_of(parts[i], *inputs, ctx.scale, d_state.dtype)
             *d_chunk, d_state = _chunk_backward(x, *kept[3 * i : 3 * i + 3], x.take(d_out), d_state)
             d_chunk[0] *= ctx.scale
             for d_part, d_whole in zip(d_chunk, d_inputs, strict=True):

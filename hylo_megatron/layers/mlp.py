@@ -8,8 +8,6 @@ Every rank cuts its own rows in the same way, so that tensor-parallel ranks call
 Legend: S sequence, B batch, D model width, F width of the MLP.
 """
 
-from collections.abc import Iterator
-
 import torch
 from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.tensor_parallel.random import is_checkpointing
@@ -17,7 +15,7 @@ from torch import Tensor, nn
 
 from hylo_megatron.config.decisions import mlp_rows
 from hylo_megatron.kernels import ops_for
-from hylo_megatron.kernels.chunked import compute_dtype
+from hylo_megatron.kernels.chunked import compute_dtype, spans
 
 
 class SwiGLU(nn.Module):
@@ -61,10 +59,6 @@ class BlockedMLPLayer(MLPLayer):
         for block in spans(len(x_SBD), rows):
             out_SBD[block] = self.whole(x_SBD[block])
         return out_SBD
-
-
-def spans(length: int, size: int) -> Iterator[slice]:
-    return (slice(first, min(first + size, length)) for first in range(0, length, size))
 
 
 class _BlockByBlock(torch.autograd.Function):

@@ -46,9 +46,13 @@ def covariance(x_ND: Tensor) -> Tensor:
 
 def constant_direction(x_ND: Tensor, ridge: float = 1e-3) -> Tensor:
     """Return ``w`` with ``x · w ≈ 1`` on the data: layers without biases hold a constant with it."""
-    c = covariance(x_ND)
-    c += ridge * c.diagonal().mean() * torch.eye(len(c), dtype=c.dtype, device=c.device)
-    return torch.linalg.solve(c, x_ND.double().mean(0)).float()
+    return ridge_solve(covariance(x_ND), x_ND.double().mean(0), ridge).float()
+
+
+def ridge_solve(gram_FF: Tensor, moment_Fh: Tensor, ridge: float) -> Tensor:
+    """Return a ridge regression's weights ``[F,h]``. ``ridge`` is a share of the mean second moment of a feature."""
+    unit = torch.eye(len(gram_FF), dtype=gram_FF.dtype, device=gram_FF.device)
+    return torch.linalg.solve(gram_FF + ridge * gram_FF.diagonal().mean() * unit, moment_Fh)
 
 
 def linearised_qkv(layer, arch: Architecture) -> tuple[Tensor, Tensor, Tensor]:
@@ -235,9 +239,8 @@ def _ridge_by_head(x_ND: Tensor, y_Nh: Tensor, rows: int) -> Tensor:
 def _ridges(x_ND: Tensor, y_Nh: Tensor) -> Iterator[Tensor]:
     """Yield the regression ``[h,D]`` with each of the strengths."""
     gram, moment = x_ND.T @ x_ND, x_ND.T @ y_Nh
-    unit = gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     for ridge in _SIZE_RIDGES:
-        yield torch.linalg.solve(gram + ridge * unit, moment).T
+        yield ridge_solve(gram, moment, ridge).T
 
 
 def identity_conv(rows: int, kernel: int) -> Tensor:

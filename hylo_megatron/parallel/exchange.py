@@ -10,6 +10,7 @@ Legend: n ranks; m ranks whose tensors are given together; ``..`` a rank's tenso
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,20 @@ from hylo_megatron.config import decisions
 from hylo_megatron.kernels.chunked import compute_dtype
 
 Arrival = tuple[range, Tensor]  # ranks, and their tensors [m,..]
+
+
+@dataclass(frozen=True)
+class StandIn:
+    """A process group without processes: by default of one rank."""
+
+    number: int = 0
+    count: int = 1
+
+    def rank(self) -> int:
+        return self.number
+
+    def size(self) -> int:
+        return self.count
 
 
 class Gather:

@@ -1,7 +1,7 @@
 """Tokens of other ranks that a window reads: those before each of a rank's chunks, and the first of the sequence.
 
-One all-to-all sends exactly these tokens, and one all-to-all returns their gradients. What a rank needs of its own
-tokens it sends to itself (a copy), so that everything arrives in one tensor. Computation between the start of an
+One all-to-all sends exactly these tokens, and one all-to-all returns their gradients. A rank also sends itself
+what it needs of its own tokens (a copy), so that everything arrives in one tensor. Computation between the start of an
 exchange and its end hides it; in the backward pass autograd runs the gradients of the same computation meanwhile.
 
 Legend: L tokens of a rank in two chunks of C (``zigzag.py``), B rows, G, Y further dimensions, R tokens that arrive.
@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from hylo_megatron.kernels.chunked import compute_dtype
@@ -182,11 +181,3 @@ def with_halo(x_LBGY: Tensor, reach: Reach, group) -> Callable[[], tuple[Tensor,
         return torch.cat(rows), torch.cat([arrived[:, :0], *needs[FIRST]], 1).repeat(2, 1, 1, 1)
 
     return wait
-
-
-def with_halo_plain(x_TBGY: Tensor, reach: Reach, rank: int) -> tuple[Tensor, Tensor]:
-    """Compute what a rank gets from ``with_halo``, of complete sequences: the reference."""
-    rows, whole = x_TBGY.transpose(0, 1), reach.before + reach.length // 2
-    padded = F.pad(rows, (0, 0, 0, 0, reach.before, 0))
-    chunks = [padded[:, start : start + whole] for start in chunk_starts(reach.length, reach.ranks, rank)]
-    return torch.cat(chunks), rows[:, : reach.first].repeat(2, 1, 1, 1)

@@ -19,7 +19,7 @@ from hylo_megatron.config.layout import ParallelLayout, Work
 from hylo_megatron.kernels import attention
 from hylo_megatron.kernels.self_test import Case, random_bf16
 from hylo_megatron.parallel.attention import Shared, attention_across_ranks
-from hylo_megatron.parallel.exchange import Arrival
+from hylo_megatron.parallel.exchange import Arrival, StandIn
 from hylo_megatron.parallel.zigzag import zigzag_positions
 
 CHUNK = 128  # tokens: a rank has two chunks
@@ -50,18 +50,6 @@ class _AllHere:
 
     def total(self) -> Tensor:
         return self.gradients
-
-
-@dataclass(frozen=True)
-class _Group:
-    number: int
-    count: int
-
-    def rank(self) -> int:
-        return self.number
-
-    def size(self) -> int:
-        return self.count
 
 
 class _Together(Shared):
@@ -104,7 +92,7 @@ def _across_ranks(q_SBHK: Tensor, k_SBGK: Tensor, v_SBGV: Tensor, *, ranks: int)
 
     shared = partial(_Together, scale=widths[0] ** -0.5, expand=expand, values=groups * sum(widths))
     return torch.cat([
-        attention_across_ranks(q.permute(1, 2, 0, 3), held, shared(group=_Group(rank, ranks)))
+        attention_across_ranks(q.permute(1, 2, 0, 3), held, shared(group=StandIn(rank, ranks)))
         for rank, q in enumerate(_of_ranks(q_SBHK, ranks))
     ], 2)  # fmt: skip
 

@@ -25,22 +25,13 @@ from torch import Tensor
 
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.kernels import Ops, ops_for
-
-
-class _OneRank:
-    """A process group of one rank, with what megatron-core's mixers ask of a group."""
-
-    def size(self) -> int:
-        return 1
-
-    def rank(self) -> int:
-        return 0
+from hylo_megatron.parallel.exchange import StandIn
 
 
 def without_context_parallelism(pg_collection):
     """Return the same groups for a mixer of megatron-core that leaves context parallelism to this file."""
     groups = copy.copy(pg_collection)
-    groups.cp = _OneRank()
+    groups.cp = StandIn()
     return groups
 
 

@@ -12,17 +12,12 @@ from hylo_megatron.config import Geometry, Plan, positions
 from hylo_megatron.config.stages import stage_kind
 from hylo_megatron.errors import HyLoError
 
-LEVER = {"lever": True}  # metadata of the fields that docs/recipe.md lists and ``make recipe-test`` has to use
+LEVER = {"lever": True}  # metadata of the fields that docs/recipe.md lists and ``make recipe-test`` uses
 
 
 def _lever(flag: str, default: Any, recorded: bool = False) -> Any:
     """Return a field that ``flag`` of the trainer sets. ``recorded``: ``recipe.json`` has its default, too."""
     return field(default=default, metadata={"flag": flag, "recorded": recorded, **LEVER})
-
-
-def lever_names(kind: type) -> list[str]:
-    """Return the fields of ``Stage`` or ``Recipe`` that are levers."""
-    return [each.name for each in fields(kind) if each.metadata.get("lever")]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from hylo_megatron.errors import HyLoError
+from hylo_megatron.errors import HyLoError, first_line
 from hylo_megatron.retrieval import templates
 
 
@@ -36,10 +36,9 @@ class ChatFormat:
             # templates may treat the last answer differently, and ours is always the last one when it is read
             head, _, again, ask, close = _between(render(messages[1:]), marks[1:])
         except Exception as error:  # templates are programs and may raise anything
-            reason = (str(error) or repr(error)).splitlines()[0]
             raise HyLoError(
-                f"{where}: the chat template does not render messages as they are ({reason}); correct it, or give"
-                " --tokenizer a copy of the folder without it: all samples are plain text then"
+                f"{where}: the chat template does not render messages as they are ({first_line(error)}); correct it,"
+                " or give --tokenizer a copy of the folder without it: all samples are plain text then"
             ) from error
         try:
             before, after, *_ = _between(render(messages), marks)

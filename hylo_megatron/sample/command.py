@@ -14,7 +14,7 @@ import torch
 
 from hylo_megatron import packages
 from hylo_megatron.convert.card_records import STAMP
-from hylo_megatron.errors import HyLoError
+from hylo_megatron.errors import HyLoError, first_line
 from hylo_megatron.evaluate.models import check_folder, kv_bytes_per_token, load, resolve_device, resolve_dtype
 from hylo_megatron.flags import Parser, command_line, count, positive, share, size, tokens
 from hylo_megatron.hf import register
@@ -113,7 +113,7 @@ def sample(options: argparse.Namespace) -> Shards:
     try:
         return _sample(options)
     except torch.OutOfMemoryError as error:
-        raise HyLoError(f"--batch-size: the rows do not fit into memory ({str(error).splitlines()[0]})") from None
+        raise HyLoError(f"--batch-size: the rows do not fit into memory ({first_line(error)})") from None
 
 
 def _sample(options: argparse.Namespace) -> Shards:

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from hylo_megatron.errors import HyLoError
+from hylo_megatron.errors import HyLoError, first_line
 
 ATTENTION = "hylo_rows"
 CHECKED = 16  # tokens by which a model over the cache is compared with itself
@@ -112,7 +112,7 @@ def flash_serves(device: torch.device, dtype: torch.dtype, width: int, value_wid
     try:
         fast = attend_flash(query, keys, values, position, width**-0.5).float()
     except (ImportError, RuntimeError, TypeError) as error:
-        print(f"sampling without FlashAttention, which does not run here: {str(error).splitlines()[0]}", flush=True)
+        print(f"sampling without FlashAttention, which does not run here: {first_line(error)}", flush=True)
         return False
     plain = attend_plain(query, keys, values, position, width**-0.5).float()
     agrees = bool((fast - plain).norm() < 0.02 * plain.norm())

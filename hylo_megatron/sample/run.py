@@ -10,7 +10,7 @@ from hylo_megatron.errors import HyLoError
 from hylo_megatron.sample.decoder import Request, Written
 from hylo_megatron.sample.keep import Keeper
 from hylo_megatron.sample.prompts import Prompt, Prompts, Teller
-from hylo_megatron.sample.shards import Shards, judged
+from hylo_megatron.sample.shards import Shards, to_check
 
 SECONDS_BETWEEN_LINES = 10
 FEWEST_KEPT = 0.02  # share of a shard's rows; a run that keeps fewer would not come to an end
@@ -73,7 +73,7 @@ class SamplingRun:
     def _judge(self, written: Written, shard: Shard) -> None:
         prompt = self.prompts[written.row]
         line = self._line(written, prompt)
-        reason = "unfinished" if prompt.messages and not written.ended else self.keeper.refusal(*judged(line))
+        reason = "unfinished" if prompt.messages and not written.ended else self.keeper.refusal(*to_check(line))
         shard.rows += 1
         if reason:
             shard.dropped[reason] += 1

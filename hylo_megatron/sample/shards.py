@@ -9,15 +9,15 @@ from collections import Counter
 from pathlib import Path
 
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.files import whole_file, write_json
+from hylo_megatron.files import write_json, write_lines
 from hylo_megatron.json_file import read_json
 from hylo_megatron.sample.keep import Keeper
 
 SIDECAR = "sampled.json"
 
 
-def judged(line: dict) -> tuple[str, str | None]:
-    """Return the text of a line by which it is kept, and the whole that must be no copy (see ``Keeper.refusal``)."""
+def to_check(line: dict) -> tuple[str, str | None]:
+    """Return what ``Keeper.refusal`` checks: a text, or a chat's last message and the complete chat."""
     if "text" in line:
         return line["text"], None
     contents = [message["content"] for message in line["messages"]]
@@ -64,7 +64,7 @@ class Shards:
                 lines = [json.loads(line) for line in path.read_bytes().splitlines()]
             except (OSError, ValueError) as error:
                 raise HyLoError(f"{path}: cannot be read ({error}): remove {self.out} and begin again") from None
-            refused = [line for line in lines if keeper.refusal(*judged(line))]
+            refused = [line for line in lines if keeper.refusal(*to_check(line))]
             if refused or len(lines) != shard["kept"]:
                 raise HyLoError(
                     f"{path}: {len(lines)} texts, expected {shard['kept']} as {SIDECAR} says and none twice: remove"
@@ -75,8 +75,7 @@ class Shards:
         """Write the next shard, then list it. ``rows``: all rows that were sampled for it."""
         name = f"sampled-{len(self.about['shards']):05d}.jsonl"
         self.out.mkdir(parents=True, exist_ok=True)
-        with whole_file(self.out / name) as scratch, scratch.open("w", encoding="utf-8", newline="\n") as file:
-            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        write_lines(self.out / name, (json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         shard = {"file": name, "rows": rows, "kept": len(lines), "tokens": tokens, "dropped": dropped}
         self.about["shards"].append(shard)
         self.about |= {"rows": self.rows, "tokens": self.tokens, "dropped": dict(self.dropped())}

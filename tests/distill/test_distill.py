@@ -15,11 +15,11 @@ from hylo_megatron.packages import has
 if not has("megatron-core"):
     pytest.skip("megatron-core is not installed", allow_module_level=True)
 from helpers import train as helpers  # noqa: E402
-from helpers.kl import VOCAB, gradients, kl_inputs, whole_logits  # noqa: E402
+from helpers.kl import VOCAB, gradients, kl_inputs, reference_loss, whole_logits  # noqa: E402
 from helpers.waits import PATIENCE  # noqa: E402
 from programs import parity  # noqa: E402
 
-from hylo_megatron.distill.head import TokenWeights, reference_loss  # noqa: E402
+from hylo_megatron.distill.head import TokenWeights  # noqa: E402
 from hylo_megatron.distill.ild import layer_losses  # noqa: E402
 from hylo_megatron.distill.losses import KL, LayerDistance  # noqa: E402
 from hylo_megatron.layers.load import load_model  # noqa: E402

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import tiny
-from helpers.kl import gradients, kl_inputs, whole_logits
+from helpers.kl import gradients, kl_inputs, reference_hidden_distance, whole_logits
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -15,7 +15,7 @@ from hylo_megatron.config.stages import STAGE_KINDS, stage_kind
 from hylo_megatron.distill import kl_fused
 from hylo_megatron.distill.head import Shard, token_weights
 from hylo_megatron.distill.losses import JSD, KL, LOSSES, HeadShape, LayerDistance, ReverseKL, loss_class, loss_of
-from hylo_megatron.distill.losses.hidden import hidden_distance, reference_hidden_distance, shared_gradient
+from hylo_megatron.distill.losses.hidden import hidden_distance, shared_gradient
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.options import add_options, from_options
 

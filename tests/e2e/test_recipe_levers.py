@@ -18,7 +18,7 @@ if not has("megatron-core"):
     pytest.skip("megatron-core is not installed", allow_module_level=True)
 from helpers import tiny  # noqa: E402
 from helpers import train as helpers  # noqa: E402
-from helpers.levers import KILLED, SPOILED, control, every_lever, recipes, unused  # noqa: E402
+from helpers.levers import KILLED, SPOILED, control, every_lever, lever_names, recipes, unused  # noqa: E402
 from helpers.paths import ROOT  # noqa: E402
 from helpers.recipes import write_inputs  # noqa: E402
 
@@ -30,7 +30,7 @@ from hylo_megatron.distill.losses import LOSSES  # noqa: E402
 from hylo_megatron.distill.spikes import ACTIONS  # noqa: E402
 from hylo_megatron.errors import HyLoError  # noqa: E402
 from hylo_megatron.evaluate import log_scale  # noqa: E402
-from hylo_megatron.recipes.stage import Recipe, Stage, _lever, lever_names  # noqa: E402
+from hylo_megatron.recipes.stage import Recipe, Stage, _lever  # noqa: E402
 from hylo_megatron.run import datasets, on_policy, recipe_run  # noqa: E402
 from hylo_megatron.run.launch import Processes  # noqa: E402
 from hylo_megatron.run.sampled import write_sampled  # noqa: E402

@@ -1,9 +1,11 @@
-"""Inputs of the distillation loss, and the loss over whole logits to compare the chunked one with."""
+"""Inputs of the distillation loss, and plain forms of the losses to compare the fast ones with."""
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from hylo_megatron.distill.head import HeadInputs, reference_loss, token_weights
-from hylo_megatron.distill.losses import KL
+from hylo_megatron.distill.head import HeadInputs, TokenWeights, token_weights
+from hylo_megatron.distill.losses import JSD, KL
 
 ROWS, VOCAB = 40, 33  # of the heads: the last seven rows are padding
 PLAIN = KL()
@@ -24,6 +26,34 @@ def kl_inputs(length: int, loss: KL = PLAIN, rows: int = ROWS, vocab: int = VOCA
         labels_T=torch.randint(vocab, (length,), generator=generator),
         mask_T=mask_T, position_T=torch.arange(length), answer_weight_T=answers_T, vocab_size=vocab,
     )  # fmt: skip
+
+
+def plain_divergence(loss: KL, log_s: Tensor, log_t: Tensor) -> Tensor:
+    """Return the divergence of each token, on one rank and without padded columns."""
+    if isinstance(loss, JSD):
+        p_s, p_t = log_s.exp(), log_t.exp()
+        log_m = (loss.beta * p_t + (1 - loss.beta) * p_s).log()
+        from_t, from_s = (p_t * (log_t - log_m)).sum(-1), (p_s * (log_s - log_m)).sum(-1)
+        return loss.beta * from_t + (1 - loss.beta) * from_s
+    log_p, log_q = (log_s, log_t) if loss.reverse else (log_t, log_s)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def reference_loss(student_TN: Tensor, teacher_TN: Tensor, weights: TokenWeights, loss: KL) -> Tensor:
+    """Return what ``chunked_loss`` must equal, from whole logits without padding, on one rank."""
+    log_s, log_t = ((x_TN / loss.temperature).log_softmax(-1) for x_TN in (student_TN, teacher_TN))
+    kl_T = plain_divergence(loss, log_s, log_t) * loss.temperature**2
+    ce_T = F.cross_entropy(student_TN, weights.labels_T, reduction="none")
+    kl, ce = (kl_T * weights.mask_T * (weights.kl_T > 0)).sum(), (ce_T * weights.mask_T).sum()
+    return torch.stack([(kl_T * weights.kl_T + ce_T * weights.ce_T).sum(), kl.detach(), ce.detach()])
+
+
+def reference_hidden_distance(student_SBD: Tensor, teacher_SBD: Tensor, mask_SB: Tensor) -> Tensor:
+    """Return ``hidden_distance`` by a loop over tokens."""
+    total = torch.zeros(())
+    for s, b in mask_SB[: len(teacher_SBD)].nonzero().tolist():
+        total = total + ((student_SBD[s, b] - teacher_SBD[s, b]) ** 2).mean() * mask_SB[s, b]
+    return total
 
 
 def whole_logits(x: HeadInputs, loss: KL):

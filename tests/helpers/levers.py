@@ -5,7 +5,7 @@ from dataclasses import MISSING, fields, replace
 
 from helpers.recipes import toy_recipe
 
-from hylo_megatron.recipes.stage import Recipe, lever_names
+from hylo_megatron.recipes.stage import Recipe
 
 SPOILED = {  # steps of a stage whose losses are multiplied, so that the stage's guard fires
     "late": {13: 1000.0},
@@ -15,6 +15,11 @@ SPOILED = {  # steps of a stage whose losses are multiplied, so that the stage's
 }
 KILLED = {"reverse": 4, "jensen": 5}  # the step of a stage after which its process is killed
 LATENT = {"plan": "0,2,4", "geometry": "native:88+8"}  # 3 x (88 + 8) values a token, as 2 x (128 + 16) of "native"
+
+
+def lever_names(kind: type) -> list[str]:
+    """Return the fields of ``Stage`` or ``Recipe`` that are levers."""
+    return [each.name for each in fields(kind) if each.metadata.get("lever")]
 
 
 def every_lever() -> Recipe:

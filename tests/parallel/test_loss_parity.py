@@ -11,11 +11,11 @@ from hylo_megatron.packages import has
 if not has("megatron-core"):
     pytest.skip("megatron-core is not installed", allow_module_level=True)
 from helpers import train as helpers  # noqa: E402
+from helpers.kl import reference_hidden_distance, reference_loss  # noqa: E402
 from programs import parity  # noqa: E402
 
-from hylo_megatron.distill.head import TokenWeights, reference_loss  # noqa: E402
+from hylo_megatron.distill.head import TokenWeights  # noqa: E402
 from hylo_megatron.distill.losses import JSD, KL  # noqa: E402
-from hylo_megatron.distill.losses.hidden import reference_hidden_distance  # noqa: E402
 
 LAYOUTS = {name: sizes for name, sizes in parity.LAYOUTS[2].items() if name in ("TP2", "TP2 SP", "PP2", "CP2")}
 CASES = [(layout, loss) for layout in LAYOUTS for loss in parity.LOSSES if (layout, loss) != ("PP2", "hidden")]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from helpers import tiny
 from megatron.core.process_groups_config import ProcessGroupCollection
 from programs.parity import RefuseViews
@@ -19,8 +20,8 @@ from hylo_megatron.layers import specs
 from hylo_megatron.layers.load import layout_config, start_process_groups
 from hylo_megatron.mixers.megatron_window import window_of
 from hylo_megatron.parallel import halo, state_passing
-from hylo_megatron.parallel.halo import Reach, with_halo, with_halo_plain
-from hylo_megatron.parallel.zigzag import zigzag_positions
+from hylo_megatron.parallel.halo import Reach, with_halo
+from hylo_megatron.parallel.zigzag import chunk_starts, zigzag_positions
 
 install("megatron")
 B, ARRIVE = 2, halo._Arrive
@@ -43,6 +44,14 @@ CASES = [
     Case("larger than the sequence", 300, 2, 12), Case("more sinks than a chunk has", 5, 9, 8),
     Case("no halo", 6, 2, 40, drop="halo"), Case("no gradient of the halo", 6, 2, 40, drop="gradient"),
 ]  # fmt: skip
+
+
+def with_halo_plain(x_TBGY: Tensor, reach: Reach, rank: int) -> tuple[Tensor, Tensor]:
+    """Return what a rank gets from ``with_halo``, computed from complete sequences."""
+    rows, whole = x_TBGY.transpose(0, 1), reach.before + reach.length // 2
+    padded = F.pad(rows, (0, 0, 0, 0, reach.before, 0))
+    chunks = [padded[:, start : start + whole] for start in chunk_starts(reach.length, reach.ranks, rank)]
+    return torch.cat(chunks), rows[:, : reach.first].repeat(2, 1, 1, 1)
 
 
 def error(got: Tensor, want: Tensor) -> float:

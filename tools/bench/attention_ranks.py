@@ -29,6 +29,7 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from timing import card, timed
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -79,14 +80,8 @@ def milliseconds(run: Callable, runs: int = 5) -> float:
     run(), run()
     times = []
     for _ in range(runs):
-        if ON_GPU:
-            torch.cuda.synchronize()
-        dist.barrier()
-        started = time.perf_counter()
-        run()
-        if ON_GPU:
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
+        timed(dist.barrier, device())
+        times.append(timed(run, device())[0])
     slowest = torch.tensor(times, dtype=torch.float64, device=device())
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
     return round(statistics.median(slowest.tolist()) * 1e3, 3)
@@ -244,7 +239,10 @@ def mla(length: int, sizes: Sizes, report: Report) -> None:
 
 
 def gdn(length: int, sizes: Sizes, report: Report) -> None:
-    """Ways differ by the rounding of bf16. ``tests/programs/parallel_gpu.py`` compares them in fp32."""
+    """Measure a Gated DeltaNet mixer with all-to-all and with states.
+
+    Both results differ by the rounding of bf16. ``tests/programs/parallel_gpu.py`` compares them in fp32.
+    """
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.spec_utils import build_module
 
@@ -316,8 +314,9 @@ def main() -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if ON_GPU else "gloo")
     report = Report()
-    card = torch.cuda.get_device_name() if ON_GPU else "CPU"
-    report.line(card=card, ranks=dist.get_world_size(), torch=torch.__version__, cudnn=torch.backends.cudnn.version())
+    report.line(
+        card=card(device()), ranks=dist.get_world_size(), torch=torch.__version__, cudnn=torch.backends.cudnn.version()
+    )
     for length in known.lengths:
         for part in known.parts:
             PARTS[part](length, SIZES if ON_GPU else TOY, report)

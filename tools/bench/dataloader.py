@@ -4,7 +4,7 @@
 
 Each line is one way to get micro-batches onto the device. The floor reads the same sequences from the file and copies
 their ids alone. --step-ms sleeps between two micro-batches as a training step would take, during which a loader can
-read ahead: what then counts is the wait, in the last column.
+read ahead. The result is then the wait, in the last column.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from timing import synchronize, this_device
 
 from hylo_megatron import packages
 from hylo_megatron.engine.register import install
@@ -73,8 +74,7 @@ def measured(batches, device: torch.device, step: float) -> tuple[int, float, fl
         asked = time.perf_counter()
         if next(batches, None) is None:
             return number, time.perf_counter() - began, waited
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(device)
         waited += time.perf_counter() - asked
         number += 1
         time.sleep(step)
@@ -90,7 +90,7 @@ def main() -> None:
         "--step-ms", type=float, default=0.0, help="milliseconds of training between two micro-batches"
     )
     options = parser.parse_args()
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    device = this_device()
     ways = {
         "floor: file and copy of ids": of_file,
         "torch, in the training process": lambda *given: of_torch(*given, workers=0),

@@ -7,20 +7,21 @@ are an error.
 """
 
 import argparse
-import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+from bench_run import step_lines
+
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.flags import command_line
+from hylo_megatron.flags import Parser, command_line, size
+from hylo_megatron.parent import ALONE, PARENT
+from hylo_megatron.run.launch import Process, child_environment
 
 LIMITS = {"bf16": 1e-2, "fp32": 1e-4}
 STAGES = {"ild": ["--lr", "2e-4"], "distill": ["--lr", "3e-5"]}
 
 
-def start(options, stage: str, dtype: str, device: str) -> subprocess.Popen:
+def start(options: argparse.Namespace, stage: str, dtype: str, device: str) -> Process:
     """Start a training of ``options.steps`` steps on one device."""
     save = options.out / f"{stage}-{dtype}-{device}"
     flags = [
@@ -30,18 +31,15 @@ def start(options, stage: str, dtype: str, device: str) -> subprocess.Popen:
         "--lr-warmup-fraction", 0.1, "--save-interval", 10**9, "--no-save-optim", *STAGES[stage],
         *(["--bf16"] if dtype == "bf16" else []),
     ]  # fmt: skip
-    environment = os.environ | dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
-                                    MASTER_PORT="0", OMP_NUM_THREADS=str(options.threads))  # fmt: skip
-    if device == "cpu":
-        environment["CUDA_VISIBLE_DEVICES"] = ""
-    log = (options.out / f"{save.name}.log").open("w")
-    command = [sys.executable, "-m", "hylo_megatron.train", *map(str, flags)]
-    return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    own = ALONE | {PARENT: str(os.getpid()), "OMP_NUM_THREADS": str(options.threads)}
+    own |= {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
+    trainer = ["-m", "hylo_megatron.train", *map(str, flags)]
+    return Process(trainer, options.out / f"{save.name}.log", child_environment(1, **own))
 
 
-def losses(options, stage: str, dtype: str, device: str) -> list[float]:
+def losses(options: argparse.Namespace, stage: str, dtype: str, device: str) -> list[float]:
     log = options.out / f"{stage}-{dtype}-{device}" / "train_log.jsonl"
-    found = [json.loads(line)["loss"] for line in log.read_text().splitlines()] if log.is_file() else []
+    found = [line["loss"] for line in step_lines(log)]
     if len(found) != options.steps:
         raise HyLoError(
             f"{log}: {len(found)} steps of {options.steps}; see {options.out}/{stage}-{dtype}-{device}.log"
@@ -51,22 +49,23 @@ def losses(options, stage: str, dtype: str, device: str) -> list[float]:
 
 @command_line
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--student", required=True)
-    parser.add_argument("--teacher", required=True)
-    parser.add_argument("--data", required=True, help="tokens of hylo prepare-data")
-    parser.add_argument("--out", required=True, type=Path)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--seq-length", type=int, default=256)
-    parser.add_argument("--threads", type=int, default=4, help="threads of each CPU run; four run at once")
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add("--student", required=True)
+    add("--teacher", required=True)
+    add("--data", required=True, help="tokens of hylo prepare-data")
+    add("--out", required=True, type=Path)
+    add("--steps", type=size, default=20)
+    add("--seq-length", type=size, default=256)
+    add("--threads", type=size, default=4, help="threads of each CPU run; four run at once")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     cells = [(stage, dtype) for stage in STAGES for dtype in LIMITS]
     on_cpu = [start(options, *cell, "cpu") for cell in cells]
     for cell in cells:
-        start(options, *cell, "cuda").wait()
+        start(options, *cell, "cuda").popen.wait()
     for process in on_cpu:
-        process.wait()
+        process.popen.wait()
     wrong = []
     for stage, dtype in cells:
         pairs = list(zip(*(losses(options, stage, dtype, device) for device in ("cuda", "cpu")), strict=True))

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from mixer_kernels import seconds
+from timing import card, seconds, synchronize, this_device
 from torch import Tensor
 
 from hylo_megatron import packages
@@ -79,7 +79,7 @@ def liger_chunked() -> Loss:
 
 
 def implementations(device: torch.device) -> dict[str, Loss]:
-    """Return what is installed and runs on ``device``, ours first."""
+    """Return the installed implementations that run on ``device``, ours first."""
     found = {OURS.format(chunk): ours(chunk) for chunk in CHUNKS}
     others = {"fla": ("fla", fla_loss), "Liger, fused": ("liger_kernel", liger_fused),
               "Liger, chunked": ("liger_kernel", liger_chunked)}  # fmt: skip
@@ -104,8 +104,8 @@ def measure(loss: Loss, inputs: list[Tensor], device: torch.device) -> dict:
     value, gradients = call()
     found = {"loss": value.item(), "gradient_norms": [g.float().norm().item() for g in gradients]}
     del value, gradients
+    synchronize(device)
     if device.type == "cuda":
-        torch.cuda.synchronize()
         held = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
     found["seconds"] = seconds(call, device, 5)
@@ -142,6 +142,18 @@ def compare(inputs: list[Tensor], device: torch.device) -> dict[str, dict]:
     return results
 
 
+def random_inputs(tokens: int, vocabulary: int, widths: tuple[int, int], device: torch.device) -> list[Tensor]:
+    """Return hidden states and head of the student, which have gradients, and those of the teacher."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    torch.manual_seed(0)
+    student, teacher = (
+        [torch.randn(rows, width, device=device, dtype=dtype) / scale for rows, scale in
+         ((tokens, 1), (vocabulary, width**0.5))]
+        for width in widths
+    )  # fmt: skip
+    return [*(x.requires_grad_() for x in student), *teacher]
+
+
 def draw(results: dict[str, dict], floor: float, title: str, path: Path) -> None:
     figure = new_figure(6.5, 1.2 + 0.4 * len(results))
     axes = figure.subplots()
@@ -167,20 +179,13 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
 @command_line
 def main(argv: list[str] | None = None) -> None:
     options = parsed(argv)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    torch.manual_seed(0)
-    tokens, rows, widths = options.tokens, options.vocabulary, (options.student, options.teacher)
-    student, teacher = (
-        (torch.randn(tokens, d, device=device, dtype=dtype), torch.randn(rows, d, device=device, dtype=dtype) / d**0.5)
-        for d in widths
-    )
-    results = compare([*(x.requires_grad_() for x in student), *teacher], device)
+    device, tokens, rows = this_device(), options.tokens, options.vocabulary
+    widths = options.student, options.teacher
+    results = compare(random_inputs(tokens, rows, widths, device), device)
     rate = measured_rate(device)
     flops = 2 * tokens * rows * (3 * widths[0] + widths[1])
     floor, best = flops / rate, results[OURS.format(CHUNKS[0])]["seconds"]
-    card = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    title = f"KL of {tokens:,} tokens, {rows:,} words, {widths[0]} and {widths[1]} wide, {card}"
+    title = f"KL of {tokens:,} tokens, {rows:,} words, {widths[0]} and {widths[1]} wide, {card(device)}"
     print(f"{title}: floor {floor * 1e3:,.2f} ms (products at {rate / 1e12:.2f} TFLOP/s)")
     print(f"{'':22}{'ms':>10}{'of rate':>9}{'GiB':>7}{'ours is faster by':>19}")
     for name, found in results.items():
@@ -191,7 +196,7 @@ def main(argv: list[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"kl_loss-{tokens}x{rows}.json"
     write_json(path, {
-        "name": title, "command": " ".join(["python", *sys.argv]), "device": card, "versions": versions,
+        "name": title, "command": " ".join(["python", *sys.argv]), "device": card(device), "versions": versions,
         "product_rate": rate, "floor_seconds": floor, "results": results,
     })  # fmt: skip
     draw(results, floor, title, path.with_suffix(".png"))

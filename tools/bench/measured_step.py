@@ -106,6 +106,11 @@ def job_of(options: argparse.Namespace, folder: Path) -> Job:
     return Job(name=name, stage=stage, student=student, teacher=teacher, folders=folders, random=options.random)
 
 
+def graph_of(options: argparse.Namespace) -> bool | None:
+    """Return ``Processes.cuda_graph`` as in the recipe's script: one CUDA graph for a whole SmolLM2 on each GPU."""
+    return None if options.recipe == "smollm2" else False
+
+
 def stage_on(job: Job, processes: Processes, options: argparse.Namespace) -> Stage:
     """Return the stage with the batch and the number of steps that are measured on ``processes``."""
     batch = job.stage.micro_batch * processes.dp * (options.micro_batches or processes.layout.pp)

@@ -7,35 +7,19 @@ far above its floor can be improved. Without a GPU it runs at the size of --toke
 """
 
 import argparse
-import statistics
-import time
 
 import torch
 import torch.nn.functional as F
+from kl_loss import ours, random_inputs
+from timing import copy_rate, seconds, this_device
 
 from hylo_megatron.config import geometry_preset
 from hylo_megatron.distill import kl_fused
-from hylo_megatron.distill.head import HeadInputs
-from hylo_megatron.distill.losses import KL
+from hylo_megatron.engine.product_rate import measured_rate
 from hylo_megatron.flags import command_line
 from hylo_megatron.kernels.choose import TORCH, Ops, ops
 
 MODELS = {"SmolLM2": (576, 9, 64, 1536, 49152), "Llama-3.2-3B": (3072, 24, 128, 8192, 128256)}
-
-
-def seconds(call, device: torch.device, repeats: int = 7) -> float:
-    """Return the median of ``repeats`` calls after two calls for warming up."""
-    times = []
-    for index in range(repeats + 2):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        if index >= 2:
-            times.append(time.perf_counter() - start)
-    return statistics.median(times)
 
 
 def forward_backward(run, inputs: list[torch.Tensor]):
@@ -97,21 +81,11 @@ def cases(model: str, rows: int, length: int, device: torch.device, dtype: torch
     yield "rotary", lambda k: lambda x: k.rotate(x, angles.cos(), angles.sin()), [random(heads, head_dim)]
 
 
-def loss_case(model: str, tokens: int, device: torch.device, dtype: torch.dtype):
-    """Return the KL of hidden states with the head's gradient, in fused chunks and in torch's."""
-    hidden, _, _, _, vocab = MODELS[model]
-    h, t = (torch.randn(tokens, hidden, device=device, dtype=dtype) for _ in "ht")
-    heads = [torch.randn(vocab, hidden, device=device, dtype=dtype) / hidden**0.5 for _ in "ht"]
-    ones, labels = torch.ones(tokens, device=device), torch.randint(vocab, (tokens,), device=device)
-    inputs = HeadInputs(
-        h_TD=h.requires_grad_(), head_ND=heads[0].requires_grad_(), t_TC=t, teacher_head_NC=heads[1],
-        labels_T=labels, mask_T=ones, position_T=torch.arange(tokens, device=device), vocab_size=vocab,
-    )  # fmt: skip
-
-    def call():
-        torch.autograd.grad(KL(chunk=4096)(inputs)[0], (h, heads[0]))
-
-    return call, 8 * tokens * vocab * hidden  # FLOPs: two heads forward, two products for the gradients
+def loss_case(model: str, tokens: int, device: torch.device):
+    """Return the KL of hidden states with its gradients, and its FLOPs: two heads forward, two products backward."""
+    hidden, _, _, _, vocabulary = MODELS[model]
+    inputs, loss = random_inputs(tokens, vocabulary, (hidden, hidden), device), ours(4096)
+    return lambda: torch.autograd.grad(loss(*inputs), inputs[:2]), 8 * tokens * vocabulary * hidden
 
 
 @command_line
@@ -121,10 +95,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--length", type=int, default=2048)
     options = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = this_device()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    buffer = torch.empty(2**28 if device.type == "cuda" else 2**25, device=device)
-    bandwidth = 2 * buffer.numel() * 4 / seconds(lambda: buffer.clone(), device)
+    bandwidth, rate = copy_rate(device), measured_rate(device)
     fused: Ops = ops(device, dtype)
     size = f"{options.tokens} tokens of {options.length}"
     print(f"{options.model}, {size}, {device.type}, copy {bandwidth / 1e9:.0f} GB/s")
@@ -135,14 +108,11 @@ def main() -> None:
         floor = moved / bandwidth
         figures = f"{ours * 1e3:10.2f}{reference * 1e3:11.2f}{reference / ours:8.1f}{floor * 1e3:11.2f}"
         print(f"{name:22}{figures}", flush=True)
-    call, flops = loss_case(options.model, options.tokens, device, dtype)
+    call, flops = loss_case(options.model, options.tokens, device)
     ours, fits = seconds(call, device), kl_fused.fits
     kl_fused.fits = lambda *_: False
     reference = seconds(call, device, 3)
     kl_fused.fits = fits
-    size = 8192 if device.type == "cuda" else 1024
-    square = torch.randn(size, size, device=device, dtype=dtype)
-    rate = 2 * size**3 / seconds(lambda: square @ square, device)
     figures = f"{ours * 1e3:10.2f}{reference * 1e3:11.2f}{reference / ours:8.1f}{flops / rate * 1e3:11.2f}"
     print(f"{'hidden-state KL':22}{figures}   (floor: products at {rate / 1e12:.1f} TFLOP/s)")
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from timing import this_device
 from torch import Tensor
 
 from hylo_megatron.checkpoint.folder import whole_folder
@@ -24,6 +25,7 @@ from hylo_megatron.recipes.shapes import SHAPES, shape
 
 NAMES = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
          "rms_norm_eps", "max_position_embeddings", "rope_parameters", "tie_word_embeddings")  # fmt: skip
+CLASSES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 DEVIATION = 0.02
 DOCUMENTS = 200
 
@@ -32,8 +34,8 @@ def transformers_config(arch: Architecture, **changes):
     """Return transformers' config of a Transformer."""
     from transformers import AutoConfig
 
-    values = {name: getattr(arch, name) for name in NAMES}
-    return AutoConfig.for_model(arch.model_type, num_hidden_layers=arch.num_layers, **values | changes)
+    values = {name: getattr(arch, name) for name in NAMES} | {"architectures": [CLASSES[arch.model_type]]} | changes
+    return AutoConfig.for_model(arch.model_type, num_hidden_layers=arch.num_layers, **values)
 
 
 def random_tensors(arch: Architecture, device: torch.device) -> Iterator[tuple[str, Tensor]]:
@@ -50,13 +52,12 @@ def write_model(arch: Architecture, folder: Path) -> None:
     """Write the folder of ``arch``, unless it exists."""
     if folder.exists():
         return
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = this_device()
     total = 2 * element_count(arch)
     with whole_folder(folder, total) as scratch:
         write_tokenizer(scratch, made_up_texts())
         tokens = dict(eos_token_id=2, bos_token_id=None, pad_token_id=None)
         config = transformers_config(arch, dtype="bfloat16", **tokens)
-        config.architectures = [{"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}[arch.model_type]]
         config.save_pretrained(scratch)
         write_weights(scratch, random_tensors(arch, device), total, "random weights", SHARD_BYTES)
 

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench_run import one_at_a_time, results_before
-from measured_step import PACKAGES, Job, add_job_flags, check_job_flags, job_of, measured, planned, with_rate
+from measured_step import PACKAGES, Job, add_job_flags, check_job_flags, graph_of, job_of, measured, planned, with_rate
 from scaling_table import write_table
 
 import hylo_megatron
@@ -89,11 +89,6 @@ def named(text: str, graph: bool | None) -> Processes:
         raise HyLoError(f"--only {text}: expected sizes such as dp1, cp2dp2 or tp2pp2, between commas")
     dp = sizes.pop("dp", 1)
     return Processes(layout=ParallelLayout(**sizes, sequence_parallel=sizes.get("tp", 1) > 1), dp=dp, cuda_graph=graph)
-
-
-def graph_of(options: argparse.Namespace) -> bool | None:
-    """Return ``Processes.cuda_graph`` as in the recipe's script: one CUDA graph for a whole SmolLM2 on each GPU."""
-    return None if options.recipe == "smollm2" else False
 
 
 def planned_candidate(job: Job, processes: Processes, options: argparse.Namespace, card: float) -> Candidate:

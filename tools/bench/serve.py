@@ -16,92 +16,58 @@ import json
 import os
 import subprocess
 import sys
-import time
+from dataclasses import replace
 from pathlib import Path
 
-from hylo_megatron.config import Architecture, Plan, geometry_preset
+from hylo_megatron.config import Architecture, Plan
 from hylo_megatron.config.positions import Window, window
+from hylo_megatron.config.student import student_architecture
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.flags import command_line
 from hylo_megatron.mixers.window import cached_values
 from hylo_megatron.planner.pages import state_bytes
+from hylo_megatron.recipes.shapes import SHAPES
 from hylo_megatron.serve.geometry import serve
 
 WORKER = Path(__file__).with_name("serve_one.py")
-SHAPES = {  # layers, hidden, intermediate, heads, key-value heads, head dimension, vocabulary, tied embeddings
-    "llama1b": (16, 2048, 8192, 32, 8, 64, 128256, True),
-    "llama3b": (28, 3072, 8192, 24, 8, 128, 128256, True),
-    "smollm2": (30, 576, 1536, 9, 3, 64, 49152, True),
-    "qwen1p7b": (28, 2048, 6144, 16, 8, 128, 151936, True),
-    "tiny": (4, 128, 256, 2, 1, 64, 512, True),
-}
+TINY = replace(
+    SHAPES["smollm2"], plan=Plan.transformer(4), vocab_size=512, hidden_size=128, intermediate_size=256,
+    num_attention_heads=2, num_key_value_heads=1,
+)  # fmt: skip
 PAIRS = [(length, requests) for length in (2048, 32768) for requests in (1, 16, 64)]
 ROOM = 128  # room for decoded tokens
 DECODES = {"hybrid-torch": {"HYLO_SERVE_WINDOW": "torch"}}  # of models that differ in the environment only
 
 
 def architectures(shape: str, plan: str, longest: int, window: Window | None = None) -> dict[str, Architecture]:
-    layers, hidden, inner, heads, kv_heads, head_dim, vocab, tied = SHAPES[shape]
-    common = dict(
-        model_type="llama", vocab_size=vocab, hidden_size=hidden, intermediate_size=inner, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, head_dim=head_dim, rms_norm_eps=1e-5, max_position_embeddings=longest,
-        rope_parameters={"rope_type": "default", "rope_theta": 500000.0}, tie_word_embeddings=tied,
-    )  # fmt: skip
-    kinds = Plan.parse(layers, plan)
-    geometry = geometry_preset("native", hidden, heads, head_dim)
-    hybrid = Architecture(**common, plan=kinds, geometry=geometry, window=window)
-    return {
-        "hybrid": hybrid,
-        "hybrid-torch": hybrid,
-        "base": Architecture(**common, plan=("attention",) * layers),
-    }
+    base = replace(TINY if shape == "tiny" else SHAPES[shape], max_position_embeddings=longest)
+    hybrid = student_architecture(base, Plan.parse(base.num_layers, plan), "native", window=window)
+    return {"hybrid": hybrid, "hybrid-torch": hybrid, "base": base}
 
 
 def write_config(folder: Path, arch: Architecture) -> None:
-    from transformers import LlamaConfig
+    from random_model import transformers_config
 
     from hylo_megatron.hf import HyLoConfig
 
-    if arch.is_hybrid:
-        config = HyLoConfig.from_architecture(arch)
-    else:
-        names = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
-        names += ("head_dim", "rms_norm_eps", "max_position_embeddings", "rope_parameters", "tie_word_embeddings")
-        values = {name: getattr(arch, name) for name in names}
-        config = LlamaConfig(**values, num_hidden_layers=arch.num_layers, architectures=["LlamaForCausalLM"])
+    config = HyLoConfig.from_architecture(arch) if arch.is_hybrid else transformers_config(arch)
     config.dtype = "bfloat16"
     config.save_pretrained(folder)
 
 
 def rates() -> dict:
     """Measure FLOP/s of a large bf16 product and bytes/s of a large copy (read and write) on this GPU."""
-    import torch
+    from timing import card, copy_rate, this_device
 
-    def best(run, repeats=10) -> float:
-        seconds = []
-        for _ in range(repeats):
-            torch.cuda.synchronize()
-            started = time.perf_counter()
-            run()
-            torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - started)
-        return min(seconds)
+    from hylo_megatron.engine.product_rate import measured_rate
 
-    if not torch.cuda.is_available():
+    device = this_device()
+    if device.type != "cuda":
         raise HyLoError(
             "tools/bench/serve.py measures on a GPU, and there is none: give --rates 1e12 1e10 to run without"
         )
-
-    def measured() -> dict:
-        a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-        source = torch.empty(1 << 32, device="cuda", dtype=torch.uint8)
-        target = torch.empty_like(source)
-        copied = 2 * source.numel() / best(lambda: target.copy_(source))
-        return {"flops": 2 * 8192**3 / best(lambda: a @ b), "bytes": copied, "gpu": torch.cuda.get_device_name()}
-
-    found = measured()
-    torch.cuda.empty_cache()  # vLLM needs this memory
-    return found
+    copied, multiplied = copy_rate(device), measured_rate(device)  # the second frees the memory, which vLLM needs
+    return {"flops": multiplied, "bytes": copied, "gpu": card(device)}
 
 
 def floors(arch: Architecture, length: int, rate: dict) -> dict:
@@ -218,7 +184,7 @@ def pair(text: str) -> tuple[int, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--shape", choices=SHAPES, default="llama3b")
+    parser.add_argument("--shape", choices=(*SHAPES, "tiny"), default="llama3b")
     parser.add_argument("--plan", default="6MLA22GDN")
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 65536, 262144, 1048576, 2097152])
     parser.add_argument("--concurrent", type=pair, nargs="*", default=PAIRS, help="LENGTHxREQUESTS")

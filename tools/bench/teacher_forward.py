@@ -11,12 +11,12 @@ most likely next token, and the cross-entropy. CKPT is a folder of ``hylo conver
 import argparse
 import json
 import statistics
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from timing import timed
 
 from hylo_megatron.config import Architecture
 from hylo_megatron.engine.register import install
@@ -76,23 +76,20 @@ def head(model) -> torch.Tensor:
 def measure(model, tokens: torch.Tensor) -> Found:
     model.post_process = False  # hidden states, not logits
     device = torch.device(torch.cuda.current_device())
-    tokens, gpu = tokens.to(device), torch.cuda.device_count() > 0
+    tokens = tokens.to(device)
     positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
     torch.cuda.reset_peak_memory_stats()
     times = []
-    for _ in range(TIMES if gpu else 1):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        final = model(tokens, positions, None)
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
+    for _ in range(TIMES if device.type == "cuda" else 1):
+        seconds, final = timed(lambda: model(tokens, positions, None), device)
+        times.append(seconds)
     memory = torch.cuda.max_memory_allocated() / 2**30
     return Found(seconds=statistics.median(times), memory_gib=memory, final=final.flatten(0, 1).cpu())
 
 
 @torch.no_grad()
 def compare(want: Found, got: Found, head_ND: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-    """Return sums over tokens of what the head makes of both hidden states, chunk by chunk, as means."""
+    """Return means over tokens of how the predictions of ``got`` differ from those of ``want``, and their loss."""
     sums = torch.zeros(3, dtype=torch.float64)
     for first in range(0, len(labels) - 1, CHUNK):
         rows = slice(first, min(first + CHUNK, len(labels) - 1))

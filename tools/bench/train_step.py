@@ -21,18 +21,19 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
+from bench_run import processes_ended
 from measured_step import (
     PACKAGES,
     Job,
     add_job_flags,
     cause,
     check_job_flags,
+    graph_of,
     job_of,
     measured,
-    processes_ended,
     with_rate,
 )
+from timing import card, this_device
 
 from hylo_megatron.config.layout import ParallelLayout
 from hylo_megatron.config.stages import stage_kind
@@ -145,17 +146,18 @@ def draw(result: dict, path: Path) -> None:
 
 def report(job: Job, runs: list[dict], options: argparse.Namespace) -> None:
     """Print and write what was measured."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = this_device()
     rate, flops = measured_rate(device), job.flops()
     runs = [run if "utilization" in run else with_rate(run, flops, rate) for run in runs]
-    card = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     result = {
-        "name": job.name, "command": " ".join(["python", *sys.argv]), "device": card, "product_rate": rate,
+        "name": job.name, "command": " ".join(["python", *sys.argv]), "device": card(device), "product_rate": rate,
         "versions": {name: version_of(name) for name in PACKAGES}, "student": job.student.plan.name,
         "sequence": job.stage.seq_length, "micro_batch": job.stage.micro_batch, "recompute": job.stage.recompute,
         "flops_per_token": vars(flops) | {"total": flops.total}, "runs": runs,
     }  # fmt: skip
-    print(f"{job.name}: {flops.total / 1e9:.2f} GFLOP a token; {card}, products at {rate / 1e12:.1f} TFLOP/s")
+    print(
+        f"{job.name}: {flops.total / 1e9:.2f} GFLOP a token; {result['device']}, products at {rate / 1e12:.1f} TFLOP/s"
+    )
     print("\n".join(map(described, runs)))
     if len(runs) > 1:
         result["ratio"] = runs[-1]["tokens_per_second"] / runs[0]["tokens_per_second"]
@@ -169,7 +171,7 @@ def report(job: Job, runs: list[dict], options: argparse.Namespace) -> None:
 def processes_of(options: argparse.Namespace, world: World | None) -> Processes:
     layout = ParallelLayout(tp=options.tp, pp=options.pp, cp=options.cp, sequence_parallel=options.tp > 1)
     ranks = world.size if world else layout.ranks * options.dp
-    graph = False if options.cuda_graph is None and options.recipe != "smollm2" else options.cuda_graph
+    graph = graph_of(options) if options.cuda_graph is None else options.cuda_graph
     return Processes.among(ranks, "ranks", layout, graph)
 
 
@@ -197,7 +199,7 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     for flag in ("--tp", "--pp", "--cp", "--dp"):
         add(flag, type=size, default=1)
     add("--profile", action="store_true", help="record kernels of two more steps")
-    graph = "run a step as one CUDA graph (default: as the recipe's script, for SmolLM2 on one GPU)"
+    graph = "run a step as one CUDA graph (default: as the recipe's script, for a whole SmolLM2 on each GPU)"
     add("--cuda-graph", action=argparse.BooleanOptionalAction, help=graph)
     peer = "'one': the same on one GPU, run first; 'transformers': its models, whole logits and torch's optimizer in"
     add("--peer", help=f"{peer} one process, run first; or the JSON file of an earlier run")

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from random_model import transformers_config
+from timing import this_device, timed
 from torch import Tensor, nn
 
 from hylo_megatron.config import Architecture
@@ -69,24 +70,6 @@ def divergence(student: nn.Module, teacher: nn.Module, tokens_BS: Tensor) -> Ten
     return F.kl_div(log_s, log_t, reduction="batchmean", log_target=True)
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def timed(step: Callable[[Tensor], Tensor], batches: list[Tensor]) -> tuple[list[float], list[float]]:
-    """Return seconds and losses of the steps, each with one of ``batches``."""
-    seconds, losses = [], []
-    for batch in batches:
-        synchronize(batch.device)
-        began = time.perf_counter()
-        loss = step(batch)
-        synchronize(batch.device)
-        seconds.append(time.perf_counter() - began)
-        losses.append(loss.item())
-    return seconds, losses
-
-
 def stepper(student: nn.Module, teacher: nn.Module, options: argparse.Namespace) -> Callable[[Tensor], Tensor]:
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
     fused = trained[0].is_cuda
@@ -114,9 +97,10 @@ def with_batch(step: Callable, options: argparse.Namespace, vocabulary: int, bat
     try:
         batches = [torch.randint(vocabulary, shape, generator=generator, device=device)
                    for _ in range(UNTIMED + options.steps)]  # fmt: skip
-        seconds, losses = timed(step, batches)
+        steps = [timed(lambda batch=batch: step(batch).item(), device) for batch in batches]
     except torch.OutOfMemoryError:
         return None
+    seconds, losses = zip(*steps, strict=True)
     taken, tokens = statistics.median(seconds[UNTIMED:]), batch * options.seq_length
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
     return {
@@ -136,7 +120,7 @@ def fastest(run: Callable[[int], dict | None]) -> dict | None:
 
 
 def measured(options: argparse.Namespace) -> dict:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = this_device()
     dtype = torch.bfloat16 if fast_bf16() else torch.float32
     student = run_architecture(options.student, options.rope, options.seq_length)
     teacher = run_architecture(options.teacher, options.teacher_rope, options.seq_length)

@@ -1,8 +1,9 @@
 """Losses, a file each, and their registry. No torch is imported before a loss is computed.
 
-A loss is a frozen dataclass. Its fields are its flags (``hylo_megatron/options.py``); it names what the log shows, has
-the plain reference beside the fast form, and tells the planner how much memory it takes. To add a loss, write its file
-and name it in ``LOSSES``; ``--hylo-loss`` then offers it in the kinds of stage that it fits.
+A loss is a frozen dataclass. Its fields are its flags (``hylo_megatron/options.py``). It names what the log shows and
+tells the planner how much memory it takes. To add a loss, write its file and name it in ``LOSSES``. ``--hylo-loss``
+then offers it in the kinds of stage that it fits. Its plain form, which tests compare with, is in
+``tests/helpers/kl.py``.
 """
 
 import argparse

@@ -63,9 +63,3 @@ class JSD(KL):
         of_s, of_t = shard.sum(torch.stack([of_s, of_t])).unbind()
         gradient = p_s.mul_(from_s.sub_(of_s[:, None])).mul_(1 - self.beta)
         return self.beta * of_t + (1 - self.beta) * of_s, gradient
-
-    def reference_divergence(self, log_s: Tensor, log_t: Tensor) -> Tensor:
-        p_s, p_t = log_s.exp(), log_t.exp()
-        log_m = (self.beta * p_t + (1 - self.beta) * p_s).log()
-        from_t, from_s = (p_t * (log_t - log_m)).sum(-1), (p_s * (log_s - log_m)).sum(-1)
-        return self.beta * from_t + (1 - self.beta) * from_s

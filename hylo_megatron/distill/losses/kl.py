@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class HeadShape:
-    """Sizes that the memory of a ``KL`` follows from, on one rank. All tensors are bf16 unless said."""
+    """Sizes on one rank that determine the memory of a ``KL``. All tensors are bf16 unless noted."""
 
     tokens: int
     taught: int  # tokens that the teacher has read
@@ -44,8 +44,7 @@ class KL(Loss):
     ``ce_beyond`` times the cross-entropy. Before the share ``ce_from`` of the steps the divergence has both weights
     and cross-entropy none, except that of answers and beyond the teacher's length. ``reverse`` is the direction of the
     paper's formula; the paper's code computes the other one. A loss with another divergence derives from this class
-    and replaces ``divergence``, ``reference_divergence``, ``parts`` and ``fp32_tensors``; the kernels are this
-    divergence's only.
+    and replaces ``divergence``, ``parts`` and ``fp32_tensors``; the kernels are this divergence's only.
     """
 
     layerwise = False
@@ -88,11 +87,11 @@ class KL(Loss):
 
     @property
     def compares(self) -> bool:
-        """Whether the divergence has a weight at any step."""
+        """True if the divergence has a weight at any step."""
         return bool(self.kl_weight or (self.ce_from and self.ce_weight))
 
     def late_at(self, step: int, steps: int) -> bool:
-        """Whether cross-entropy has its weight at ``step`` of ``steps``, counted from 0."""
+        """Return whether cross-entropy has its weight at ``step`` of ``steps``, counted from 0."""
         return step >= round(self.ce_from * steps)
 
     @property
@@ -146,7 +145,7 @@ class KL(Loss):
 
     @property
     def has_kernels(self) -> bool:
-        """Whether a GPU computes these settings by ``kl_fused``, else by ``head.torch_chunk``."""
+        """True if a GPU computes these settings by ``kl_fused``, False if by ``head.torch_chunk``."""
         return type(self).divergence is KL.divergence and not self.reverse and self.temperature == 1.0
 
     def fused_chunk(self, h_TD: Tensor) -> Callable | None:
@@ -168,11 +167,6 @@ class KL(Loss):
         p_t = log_t.exp()
         kl_T = shard.sum(-(p_t * difference).sum(-1))
         return kl_T, p_s.sub_(p_t)
-
-    def reference_divergence(self, log_s: Tensor, log_t: Tensor) -> Tensor:
-        """``divergence`` in its plain form, for one rank and without padded columns."""
-        log_p, log_q = (log_s, log_t) if self.reverse else (log_t, log_s)
-        return (log_p.exp() * (log_p - log_q)).sum(-1)
 
     def memory(self, shape: HeadShape) -> int:
         """Return the bytes at the peak of this loss, beside weights and activations of the layers.
