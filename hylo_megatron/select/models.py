@@ -89,10 +89,11 @@ class WindowedAttention(nn.Module):
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **beside):
         at_S = torch.arange(hidden_states.shape[1], device=hidden_states.device)
         back_SS = at_S[:, None] - at_S
-        allowed_SS = (back_SS >= 0) & ((back_SS < self.window["size"]) | (at_S < self.window["sinks"]))
-        if attention_mask is not None:
-            allowed_SS = allowed_SS & attention_mask
-        return self.attention(hidden_states, attention_mask=allowed_SS[None, None], **beside)
+        seen_SS = (back_SS >= 0) & ((back_SS < self.window["size"]) | (at_S < self.window["sinks"]))
+        seen_11SS = seen_SS[None, None]
+        if attention_mask is not None:  # of a layer with a sliding window of its own
+            seen_11SS = seen_11SS & attention_mask
+        return self.attention(hidden_states, attention_mask=seen_11SS, **beside)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +110,8 @@ class Windowed:
     @contextlib.contextmanager
     def restored(self, layers: Iterable[int]) -> Iterator[nn.Module]:
         """Yield the base model with windows in all layers but ``layers``."""
-        others = [layer for number, layer in enumerate(self.teacher.model.layers) if number not in set(layers)]
+        restored = set(layers)
+        others = [layer for number, layer in enumerate(self.teacher.model.layers) if number not in restored]
         for layer in others:
             layer.self_attn = WindowedAttention(layer.self_attn, self.window)
         try:
@@ -127,10 +129,14 @@ def hf_folder(path: Path, scratch: Path) -> Path:
     return scratch
 
 
-def check_pair(base: Architecture, student: Architecture, teacher_at: Path, student_at: Path) -> None:
-    """Raise ``HyLoError`` if the student is not an all-linear one of this base model."""
+def check_base(base: Architecture, teacher_at: Path) -> None:
+    """Raise ``HyLoError`` if the model whose layers are chosen is a hybrid itself."""
     if base.is_hybrid:
         raise HyLoError(f"--teacher {teacher_at}: is a hybrid ({base.plan.name}), expected the model it came from")
+
+
+def check_pair(base: Architecture, student: Architecture, teacher_at: Path, student_at: Path) -> None:
+    """Raise ``HyLoError`` if the student is not an all-linear one of this base model."""
     if not all(kind in LINEAR for kind in student.plan):
         raise HyLoError(
             f"--student {student_at}: is {student.plan.name}, expected a student whose layers are all linear"

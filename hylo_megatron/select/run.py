@@ -14,7 +14,7 @@ from hylo_megatron.files import write_json
 from hylo_megatron.mixers import LINEAR
 from hylo_megatron.select.budget import mla_layers
 from hylo_megatron.select.measured import measured
-from hylo_megatron.select.models import check_pair
+from hylo_megatron.select.models import check_base, check_pair
 from hylo_megatron.select.plot import draw
 from hylo_megatron.select.ranking import Ranking
 from hylo_megatron.select.ranks import Ranks
@@ -23,6 +23,7 @@ from hylo_megatron.select.ranks import Ranks
 def select(options: Namespace, ranks: Ranks) -> dict[str, Any]:
     """Write ``plan.json`` and return its contents. Raises ``HyLoError``."""
     base = _architecture(options.teacher)
+    check_base(base, options.teacher)
     linear = options.linear or LINEAR[0]
     if options.student:
         student = _architecture(options.student)

@@ -65,6 +65,26 @@ def test_windows_hide_far_tokens_in_all_layers_but_the_restored_ones(world):
     assert torch.equal(model(ids).logits, before)
 
 
+@pytest.mark.parametrize("family", ["mistral", "qwen2"])
+def test_a_base_model_may_have_a_sliding_window_as_long_as_the_rows(tmp_path, family):
+    """transformers then gives the layers a mask, although the window hides nothing."""
+    window = {"qwen2": {"use_sliding_window": True, "max_window_layers": 1}}.get(family, {})
+    model = tiny.teacher_model(family, sliding_window=48, max_position_embeddings=48, **window)
+    tiny.save_model(model, tmp_path / "hf")
+    windowed, ids = load_windowed(tmp_path / "hf", {"size": 5, "sinks": 2}, CPU, torch.float32), tiny.tokens(2, 48)
+    with windowed.restored([1]) as student:
+        got = student(ids).logits
+    short = ids[:, :47]  # without a mask of transformers
+    with windowed.restored([1]) as student:
+        torch.testing.assert_close(got[:, :47], student(short).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["uniform", "window"])
+def test_a_hybrid_is_no_base_model(world, tmp_path, capsys, method):
+    error = refused(capsys, world, tmp_path, "--teacher", world / "linear-hf", method=method)
+    assert f"--teacher {world / 'linear-hf'}: is a hybrid (4GDN), expected the model it came from" in error
+
+
 def test_flags_that_do_not_belong_to_windows_are_refused(world, tmp_path, capsys):
     def error(*more, method="window"):
         return refused(capsys, world, tmp_path, *more, method=method)
