@@ -78,7 +78,11 @@ def work(stage: Stage, gpus: int) -> Work:
 def candidates(training: Training, gpus: int) -> Iterator[ParallelLayout]:
     """Yield the layouts of ``gpus`` processes that models, sequences and batches of all stages divide by."""
     models = (training.student, training.base, training.teacher)
-    return dividing(models, [work(stage, gpus) for stage in training.recipe.stages], gpus)
+    stages = training.recipe.stages
+    for layout in dividing(models, [Work(processes=gpus, seq_length=stage.seq_length) for stage in stages], gpus):
+        works = [work(stage.among(gpus // layout.ranks), gpus) for stage in stages]
+        if not any(misfits(arch, layout, each) for arch in models for each in works):
+            yield layout
 
 
 def dividing(models: tuple[Architecture, ...], works: list[Work], gpus: int) -> Iterator[ParallelLayout]:
@@ -109,7 +113,8 @@ def layouts(training: Training, gpus: int, memory_gib: float, rate: float) -> li
     found = []
     for layout in candidates(training, gpus):
         stages = []
-        for stage in training.recipe.stages:
+        for declared in training.recipe.stages:
+            stage = declared.among(gpus // layout.ranks)
             plan = planned_stage(training, stage, layout, gpus, USABLE * memory_gib * GIB, rate)
             if plan is None:
                 break

@@ -7,7 +7,7 @@ from hylo_megatron.flags import names_of, positive, size, tokens
 from hylo_megatron.markdown import table
 from hylo_megatron.planner.layouts import GIB, USABLE, LayoutPlan, Training, disk_bytes, layouts, scaled
 from hylo_megatron.planner.speed import CARDS, FITTED, HOPED, card_named, tokens_per_second
-from hylo_megatron.recipes.shapes import RECIPES, SHAPES, recipe_named, shape, student_shape
+from hylo_megatron.recipes.shapes import BASE_OF, RECIPES, SHAPES, recipe_named, shape, student_shape
 
 SHOWN = 8
 
@@ -16,7 +16,8 @@ def add_recipe_flags(parser: argparse.ArgumentParser) -> frozenset[str]:
     """Add the flags, and return their names in parsed arguments."""
     group = parser.add_argument_group("a whole recipe", "in place of FOLDER")
     add = group.add_argument
-    add("--recipe", choices=RECIPES, help="list layouts that fit, with memory, speed, days and disk")
+    add("--recipe", choices=RECIPES, help="list layouts that fit, with memory, speed, days and disk;"
+        " smollm2-window is the default of hylo recipe on GPUs, smollm2 the one without windows")  # fmt: skip
     add("--gpus", type=size, default=1)
     add("--gpu-memory", type=positive, default=80.0, help="memory of a GPU in GiB")
     add("--card", choices=tuple(CARDS), default="H100", help="the card, for the speed")
@@ -30,10 +31,10 @@ def training_of(known: argparse.Namespace) -> Training:
     """Return the training that the flags describe. Raises ``HyLoError``."""
     if known.folder:
         raise HyLoError("--recipe has models and stages of its own: leave out FOLDER")
-    if known.tokens and known.recipe == "smollm2":
-        raise HyLoError("--tokens: the SmolLM2 recipe has a fixed number of steps; leave it out")
-    recipe, base = recipe_named(known.recipe, tokens=known.tokens), shape(known.base_shape or known.recipe)
-    if known.base_shape and base != shape(known.recipe):
+    if known.tokens and BASE_OF[known.recipe] == "smollm2":
+        raise HyLoError("--tokens: the SmolLM2 recipes are planned with their own; leave it out")
+    recipe, base = recipe_named(known.recipe, tokens=known.tokens), shape(known.base_shape or BASE_OF[known.recipe])
+    if known.base_shape and base != shape(BASE_OF[known.recipe]):
         recipe = scaled(recipe, base)
     teacher = shape(known.teacher_shape) if known.teacher_shape else base
     if teacher.vocab_size != base.vocab_size:

@@ -6,7 +6,9 @@ from hylo_megatron.errors import HyLoError
 from hylo_megatron.recipes.published import BASES, TOKENS, published
 from hylo_megatron.recipes.stage import Recipe, Stage
 
-RECIPES = (*BASES, "smollm2")
+# The shape of each recipe's base model.
+BASE_OF = {name: name for name in (*BASES, "smollm2")} | {"smollm2-window": "smollm2"}
+RECIPES = tuple(BASE_OF)
 _LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
            "original_max_position_embeddings": 8192}  # fmt: skip
 _LLAMA = dict(model_type="llama", vocab_size=128256, rms_norm_eps=1e-5, max_position_embeddings=131072)
@@ -44,15 +46,16 @@ def shape(name: str) -> Architecture:
 def recipe_named(name: str, plan: str | None = None, linear: str | None = None, tokens: int | None = None) -> Recipe:
     """Return the recipe of that name. Raises ``HyLoError`` for an unknown one.
 
-    ``tokens``: those of a whole published run (default: the paper's). The SmolLM2 recipe has its own.
+    ``tokens``: those of a whole published run (default: the paper's). The SmolLM2 recipes have their own.
+    ``smollm2`` is the one without windows, ``smollm2-window`` the default of ``hylo recipe`` on GPUs.
     """
     if name in BASES:
         return published(name, plan, linear, tokens or TOKENS)
-    if name != "smollm2":
+    if name not in RECIPES:
         raise HyLoError(f"recipe {name!r}: expected one of {', '.join(RECIPES)}")
-    from hylo_megatron.recipes.smollm2 import smollm2_gpu
+    from hylo_megatron.recipes.smollm2 import smollm2_gpu, smollm2_gpu_window
 
-    return smollm2_gpu(plan, linear)
+    return (smollm2_gpu_window if name == "smollm2-window" else smollm2_gpu)(plan, linear)
 
 
 def stage_named(recipe: Recipe, name: str) -> Stage:

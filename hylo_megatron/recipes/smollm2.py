@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 
 from hylo_megatron.config import Plan
-from hylo_megatron.config.layout import ParallelLayout
+from hylo_megatron.config.layout import ParallelLayout, Work, check_parallel_layout
 from hylo_megatron.corpus.text import MIXES
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.flags import Parser, command_line, count, share, size, tokens
 from hylo_megatron.mixers import LINEAR, MIXERS
+from hylo_megatron.recipes.shapes import SHAPES, student_shape
 from hylo_megatron.recipes.stage import Evaluation, Recipe, Stage
 from hylo_megatron.recipes.window import first_distillation, with_window, without_mla_positions
 from hylo_megatron.run.launch import Processes
@@ -142,6 +143,12 @@ def found_recipe(options: argparse.Namespace) -> Recipe:
     return with_on_policy(recipe, options.on_policy_share)
 
 
+def check_layout(recipe: Recipe, processes: Processes) -> None:
+    """Refuse, before anything is fetched, a layout that SmolLM2 or its student does not divide by."""
+    models = {"student": student_shape(recipe, SHAPES["smollm2"]), "teacher": SHAPES["smollm2"]}
+    check_parallel_layout(models, processes.layout, Work(processes=processes.ranks))
+
+
 @command_line
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__)
@@ -176,8 +183,9 @@ def main(argv: list[str] | None = None) -> None:
     plan = Plan.parse(recipe.layers, recipe.plan, recipe.linear).name
     suffix = "-window" if recipe.window else ""
     out = Path(options.out or os.path.join("runs", f"smollm2-{plan}{suffix}"))
-    layout = ParallelLayout(tp=options.tp, pp=options.pp)
-    Run(recipe, out, Processes.found(layout, options.cuda_graph)).execute()
+    processes = Processes.found(ParallelLayout(tp=options.tp, pp=options.pp), options.cuda_graph)
+    check_layout(recipe, processes)
+    Run(recipe, out, processes).execute()
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ Each stage after the first is a visible ``replace(...)`` of the previous one.
 
 import json
 from dataclasses import asdict, dataclass, field, fields, replace
-from math import ceil
+from math import ceil, gcd
 from typing import Any
 
 from hylo_megatron.config import Geometry, Plan, positions
@@ -76,6 +76,10 @@ class Stage:
     def samples(self, share: float) -> int:
         """Return how many sequences (and a few more) this stage reads of a data set with ``share`` of the mix."""
         return ceil(1.02 * share * self.steps * self.global_batch) + 8
+
+    def among(self, copies: int) -> "Stage":
+        """Return the stage with the largest micro-batch that divides its own and each copy's share of the batch."""
+        return replace(self, micro_batch=gcd(self.micro_batch, self.global_batch // copies))
 
     def levers(self) -> dict[str, str]:
         """Return the flag of each lever that is not at its default, by the lever's name."""

@@ -34,10 +34,11 @@ def first_distillation(recipe: Recipe) -> Stage:
 def without_mla_positions(recipe: Recipe) -> Recipe:
     """Return ``recipe`` with MLA layers that lose their positions in the first distillation, and no stretched RoPE.
 
-    A recipe without MLA, or whose linear layers have no positions, stays as it is.
+    A recipe whose linear layers have no positions stays as it is: its MLA layers keep theirs.
     """
-    if "mla" not in Plan.parse(recipe.layers, recipe.plan, recipe.linear) or not recipe.linear_rope:
+    if not recipe.linear_rope:
         return recipe
+    off = False if "mla" in Plan.parse(recipe.layers, recipe.plan, recipe.linear) else None
     first = first_distillation(recipe)  # later stages leave MLA as this one does
-    stages = tuple(replace(s, rope=None, mla_rope=False if s is first else None) for s in recipe.stages)
+    stages = tuple(replace(s, rope=None, mla_rope=off if s is first else None) for s in recipe.stages)
     return replace(recipe, stages=stages)

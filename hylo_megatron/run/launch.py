@@ -6,7 +6,8 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -62,17 +63,23 @@ class Processes:
         return self.layout.ranks == 1 if self.cuda_graph is None else self.cuda_graph
 
     def fit(self, stage: Stage) -> Stage:
-        """Return ``stage`` with the largest micro-batch that divides its own and the sequences of each model copy.
+        """Return ``stage`` as each model copy trains it (``Stage.among``). Raises ``HyLoError`` as ``fit_all``."""
+        return self.fit_all([stage])[0]
 
-        Raises ``HyLoError`` if the copies cannot have equal numbers of sequences.
+    def fit_all(self, stages: Sequence[Stage]) -> list[Stage]:
+        """Return the stages as each model copy trains them.
+
+        Raises ``HyLoError`` if the copies cannot have equal numbers of sequences in each stage.
         """
-        if stage.global_batch % self.dp:
-            raise HyLoError(
-                f"stage {stage.name}: {self.dp} copies of the model cannot share a batch of {stage.global_batch}"
-                f" sequences equally; use fewer GPUs (CUDA_VISIBLE_DEVICES), or --batch-factor {self.dp} where the"
-                " recipe has that flag"
-            )
-        return replace(stage, micro_batch=math.gcd(stage.micro_batch, stage.global_batch // self.dp))
+        for stage in stages:
+            if stage.global_batch % self.dp:
+                times = math.lcm(*(self.dp // math.gcd(self.dp, each.global_batch) for each in stages))
+                raise HyLoError(
+                    f"stage {stage.name}: {self.dp} copies of the model cannot share a batch of {stage.global_batch}"
+                    f" sequences equally; use fewer GPUs (CUDA_VISIBLE_DEVICES), or {times} times the batch:"
+                    f" --batch-factor {times} where the recipe has that flag, or {times} times the one that is given"
+                )
+        return [stage.among(self.dp) for stage in stages]
 
     def __str__(self) -> str:
         at = self.layout

@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -71,8 +72,11 @@ class Run:
         self.logs.mkdir(parents=True, exist_ok=True)
         self.data.mkdir(exist_ok=True)
         path, mine = self.out / "recipe.json", self.recipe.to_dict() | self.source.to_dict()
-        if path.is_file() and read_json(path, advice="choose another OUT, or remove it") != mine:
-            raise HyLoError(f"{self.out} holds a run with other settings ({path}); choose another OUT, or remove it")
+        found = read_json(path, dict[str, Any], "choose another OUT, or remove it") if path.is_file() else mine
+        if other := ", ".join(name for name in {**mine, **found} if found.get(name) != mine.get(name)):
+            raise HyLoError(
+                f"{self.out} holds a run with other settings ({path}: {other}); choose another OUT, or remove it"
+            )
         write_text(path, json.dumps(mine, indent=1))
 
     def step(self, what: str, action: Callable[[], object], done: Path | None = None) -> None:
@@ -210,8 +214,7 @@ class Run:
     def execute(self) -> None:
         self.recipe.check_positions()
         on_policy.check(self.recipe, self.data, self.source.tokens)
-        for stage in self.recipe.stages:
-            self.processes.fit(stage)
+        self.processes.fit_all(self.recipe.stages)
         with disk.writing(self.out):
             self.out.mkdir(parents=True, exist_ok=True)
         with only_writer(self.out / ".running", str(self.out)):

@@ -17,8 +17,10 @@ from helpers.waits import PATIENCE  # noqa: E402
 from hylo_megatron.config import Plan  # noqa: E402
 from hylo_megatron.config.layout import ParallelLayout  # noqa: E402
 from hylo_megatron.errors import HyLoError  # noqa: E402
+from hylo_megatron.recipes import smollm2  # noqa: E402
 from hylo_megatron.recipes.smollm2 import (  # noqa: E402
     smollm2_cpu,
+    smollm2_cpu_window,
     smollm2_gpu,
     smollm2_gpu_window,
     with_batches,
@@ -103,6 +105,9 @@ def test_the_window_recipe_is_the_best_one_known_and_takes_its_tokens_at_2k():
     assert (mamba2.window, mamba2.linear_rope) == ("256+4:all", False)
     assert [stage.rope for stage in mamba2.stages] == [stage.rope for stage in smollm2_gpu().stages]
     assert all(stage.mla_rope is None for stage in mamba2.stages)
+    linear = smollm2_gpu_window("none")  # linear layers have their positions at every length as they began
+    assert (linear.window, linear.linear_rope) == ("256+4", True)
+    assert all(stage.rope is None and stage.mla_rope is None for stage in linear.stages)
 
 
 def test_settings_of_layers_that_a_plan_lacks_are_refused_before_the_run(tmp_path, monkeypatch):
@@ -124,12 +129,35 @@ def test_settings_of_layers_that_a_plan_lacks_are_refused_before_the_run(tmp_pat
     replace(bare, stages=(replace(stage, mla_rope=True, log_scale="off"),)).check_positions()
 
 
+def test_a_layout_that_smollm2_does_not_divide_by_is_refused_before_a_fetch(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Run, "execute", lambda run: pytest.fail(f"{run.out} has begun"))
+    with pytest.raises(SystemExit):
+        smollm2.main(["--tp", "2", "--out", str(tmp_path / "run")])
+    error = capsys.readouterr().err
+    assert "TP 2 PP 1 CP 1 does not fit: student: TP = 2 does not divide 9 attention heads" in error
+    assert "nearest layouts that fit: " in error and "TP 1 PP 2 CP 1" in error
+
+
+def test_a_folder_of_another_recipe_is_refused_with_what_differs(tmp_path, monkeypatch):
+    monkeypatch.setattr(Run, "_execute", lambda run: None)
+    recipe = smollm2_cpu_window()
+    earlier = replace(recipe, plan="6MLA24GDN", window="256+4")  # what this recipe was before
+    Run(earlier, tmp_path, Processes()).execute()
+    Run(earlier, tmp_path, Processes()).execute()
+    with pytest.raises(HyLoError, match=r"holds a run with other settings \(.*recipe\.json: plan, window\); choose "):
+        Run(recipe, tmp_path, Processes()).execute()
+
+
 def test_several_gpus_share_a_batch(tmp_path):
     stages = smollm2_gpu().stages
     four = Processes(dp=4)
     assert [four.fit(stage).micro_batch for stage in stages[:2]] == [2, 2]
     with pytest.raises(HyLoError, match="stage distill-8k: 4 copies .* a batch of 2 .* --batch-factor 4"):
-        Run(smollm2_gpu(), tmp_path / "run", four).execute()
+        Run(smollm2_gpu(), tmp_path / "run", four).execute()  # 4, for the stage of single sequences after this one
+    for copies, times in ((3, 3), (6, 3), (8, 2)):
+        with pytest.raises(HyLoError, match=f"{copies} copies .* {times} times the batch: --batch-factor {times} "):
+            Processes(dp=copies).fit_all(smollm2_gpu_window().stages)
+        Processes(dp=copies).fit_all(with_batches(smollm2_gpu_window(), times).stages)
     larger = with_batches(smollm2_gpu(), 4).stages
     assert [four.fit(stage).micro_batch for stage in larger] == [8, 8, 2, 1]
     assert [stage.tokens for stage in larger] == [4 * stage.tokens for stage in stages]

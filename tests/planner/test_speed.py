@@ -17,6 +17,7 @@ from hylo_megatron.planner.layouts import GIB, USABLE, Training, candidates, dis
 from hylo_megatron.planner.speed import CARDS, step_time, tokens_per_second
 from hylo_megatron.planner.training import PlannedRun, peak
 from hylo_megatron.recipes.shapes import recipe_named, shape, stage_named, student_shape
+from hylo_megatron.run.launch import Processes
 
 
 def planned(recipe: str, stage: str, teacher: str, *, cp: int = 1, **changes) -> PlannedRun:
@@ -132,6 +133,15 @@ def test_layouts_are_listed():
     assert int(low.replace(",", "")) < int(high.replace(",", ""))
 
 
+@pytest.mark.parametrize("gpus", [1, 2, 4])
+def test_the_layout_that_the_smollm2_recipe_runs_on_is_planned(gpus):
+    """Each GPU has the whole model there, and a smaller micro-batch than on one GPU."""
+    recipe, base = recipe_named("smollm2-window"), shape("smollm2")
+    training = Training(recipe=recipe, student=student_shape(recipe, base), base=base, teacher=base)
+    found = {(each.layout.ranks, each.dp): each for each in layouts(training, gpus, 80, CARDS["H100"])}
+    assert [each.stage for each in found[1, gpus].stages] == Processes(dp=gpus).fit_all(recipe.stages)
+
+
 def test_shapes_of_30b_are_planned_by_the_same_arithmetic():
     done = plan("--recipe", "qwen1p7b", "--base-shape", "qwen32b", "--gpus", 64)
     assert done.returncode == 0, done.stderr
@@ -141,7 +151,7 @@ def test_shapes_of_30b_are_planned_by_the_same_arithmetic():
 @pytest.mark.parametrize("arguments, words", [
     (("--recipe", "llama3b", "--gpu-memory", 20), "no layout holds every stage of llama3b"),
     (("--recipe", "llama3b", "--teacher-shape", "qwen8b"), "151936 words, the base model has 128256"),
-    (("--recipe", "smollm2", "--tokens", "1e9"), "the SmolLM2 recipe has a fixed number of steps"),
+    (("--recipe", "smollm2", "--tokens", "1e9"), "the SmolLM2 recipes are planned with their own"),
     (("models/base", "--recipe", "llama3b"), "leave out FOLDER"),
     (("--recipe", "llama3b", "--tp", 2), "--recipe has models, stages and layouts of its own: leave out --tp"),
     ((), "give FOLDER"),

@@ -22,7 +22,7 @@ from hylo_megatron.json_file import read_json
 from hylo_megatron.planner.flops import TokenFlops, token_flops
 from hylo_megatron.planner.training import PlannedRun
 from hylo_megatron.recipes.proxy import toy_recipe, toy_shape
-from hylo_megatron.recipes.shapes import RECIPES, SHAPES, recipe_named, shape, stage_named, student_shape
+from hylo_megatron.recipes.shapes import BASE_OF, RECIPES, SHAPES, recipe_named, shape, stage_named, student_shape
 from hylo_megatron.recipes.stage import Stage
 from hylo_megatron.run.launch import Processes, start_own
 from hylo_megatron.run.training_process import GPU_FLAGS, TrainingProcess
@@ -85,7 +85,7 @@ def check_job_flags(options: argparse.Namespace) -> None:
 
 def job_of(options: argparse.Namespace, folder: Path) -> Job:
     recipe = recipe_named(options.recipe, options.plan, options.linear)
-    stage, base = stage_named(recipe, options.stage), shape(options.recipe)
+    stage, base = stage_named(recipe, options.stage), shape(BASE_OF[options.recipe])
     teacher = shape(options.teacher_shape) if options.teacher_shape else base
     if stage_kind(stage.kind).layerwise and teacher != base:
         raise HyLoError(f"--teacher-shape {options.teacher_shape}: {stage.name} compares with the base model; omit it")
@@ -108,7 +108,7 @@ def job_of(options: argparse.Namespace, folder: Path) -> Job:
 
 def graph_of(options: argparse.Namespace) -> bool | None:
     """Return ``Processes.cuda_graph`` as in the recipe's script: one CUDA graph for a whole SmolLM2 on each GPU."""
-    return None if options.recipe == "smollm2" else False
+    return None if BASE_OF[options.recipe] == "smollm2" else False
 
 
 def stage_on(job: Job, processes: Processes, options: argparse.Namespace) -> Stage:
