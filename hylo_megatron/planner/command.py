@@ -36,6 +36,7 @@ from hylo_megatron.serve.refused import served as served_by_vllm
 
 LENGTHS = (2048, 32768, 1 << 20)
 GIB = 1 << 30
+VOCABULARY = 64  # vLLM pads the vocabulary to multiples of this before ranks share it
 ACTIVATIONS = GIB  # what vLLM's profile run of 16K tokens left of a 3B model
 
 
@@ -58,6 +59,10 @@ def undivided(arch: Architecture, tp: int) -> str | None:
         if heads % tp and not repeated:
             fits = [each for each in range(1, heads + 1) if heads % each == 0]
             return f"--tp {tp} does not divide {heads} {what} (sizes that do: {fits})"
+    vocabulary = VOCABULARY * -(-arch.vocab_size // VOCABULARY)
+    for what, total in (("MLP features", arch.intermediate_size), ("rows of the padded vocabulary", vocabulary)):
+        if total % tp:
+            return f"--tp {tp} does not divide {total} {what}"
     return None
 
 

@@ -88,10 +88,10 @@ def test_bad_input_is_one_line(tmp_path):
 
 @pytest.fixture
 def planned(tmp_path, monkeypatch, capsys):
-    """Plan for Llama-3.2-3B in this process, and return what is printed."""
-    (tmp_path / "config.json").write_text(json.dumps(LLAMA_3B))
+    """Plan for Llama-3.2-3B, or one with changed sizes, in this process, and return what is printed."""
 
-    def run(*flags) -> str:
+    def run(*flags, **changes) -> str:
+        (tmp_path / "config.json").write_text(json.dumps(LLAMA_3B | changes))
         monkeypatch.setattr(sys, "argv", ["hylo plan", str(tmp_path), *map(str, flags)])
         command.main()
         return capsys.readouterr().out
@@ -114,14 +114,30 @@ def test_what_vllm_does_not_run_is_refused(planned, capsys, flags, words):
     assert out == "" and error.count("\n") == 1 and words in error
 
 
+@pytest.mark.parametrize("changes, words", [
+    ({}, "--tp 3 does not divide 8192 MLP features"),
+    # 151,936 is a multiple of 64 already; 128,300 is padded to 128,320
+    (dict(intermediate_size=6144, vocab_size=151936), "--tp 3 does not divide 151936 rows of the padded vocabulary"),
+    (dict(intermediate_size=6144, vocab_size=128300), "--tp 3 does not divide 128320 rows of the padded vocabulary"),
+])  # fmt: skip
+def test_ranks_share_the_mlp_and_the_vocabulary_too(planned, capsys, changes, words):
+    with pytest.raises(SystemExit):
+        planned("--plan", "6MLA22GDN", "--tp", 3, **changes)
+    out, error = capsys.readouterr()
+    assert out == "" and error.count("\n") == 1 and words in error
+
+
+SHARED = dict(intermediate_size=6144)  # MLP features that 3 and 24 ranks can share
+
+
 def test_ranks_that_share_the_hybrid_only(planned):
     """The base model's 8 key heads cannot be shared by 3 ranks."""
-    hybrid, base = planned("--plan", "6MLA22GDN", "--tp", 3).split("\nbase:")
+    hybrid, base = planned("--plan", "6MLA22GDN", "--tp", 3, **SHARED).split("\nbase:")
     assert "requests of 32,768" in hybrid and "not planned" in base and "does not divide 8 key-value heads" in base
 
 
 def test_key_heads_are_repeated_where_ranks_outnumber_them(planned):
-    caches = [re.search(r"cache of a token +(.*)", planned("--tp", tp))[1] for tp in (8, 24)]
+    caches = [re.search(r"cache of a token +(.*)", planned("--tp", tp, **SHARED))[1] for tp in (8, 24)]
     assert caches == ["14,336 bytes"] * 2
 
 
