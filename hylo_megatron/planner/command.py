@@ -66,6 +66,11 @@ def undivided(arch: Architecture, tp: int) -> str | None:
     return None
 
 
+def key_value_bytes(base: Architecture, tp: int) -> int:
+    """Return bytes of a token of a base model on one rank. Ranks beyond its key heads have copies of them."""
+    return base.kv_bytes_per_token() // min(tp, base.num_key_value_heads)
+
+
 def rows(arch: Architecture, known) -> list[tuple[str, str]]:
     budget = int(known.gpu_gib * GIB * known.utilization) - weight_bytes(arch, known.tp) - ACTIVATIONS
     heads, found = arch.num_attention_heads, [("weights", f"{weight_bytes(arch, known.tp) / GIB:.2f} GiB")]
@@ -83,12 +88,12 @@ def rows(arch: Architecture, known) -> list[tuple[str, str]]:
             found.append(("work space", f"{space / GIB:.2f} GiB for {known.requests} requests at once"))
             budget -= space
     else:
-        row = arch.kv_bytes_per_token() // min(known.tp, arch.num_key_value_heads)
+        row = key_value_bytes(arch, known.tp)
         layout = Pages(16, 16 * row // arch.num_layers, (arch.num_layers, 0))
     if arch.window:
         windows = 2 * sizes["window"] * layout.layers[1]
-        share = windows * known.tp / arch.as_teacher().kv_bytes_per_token()
-        text = f"{windows / 2**20:.1f} MiB of its states, as {share:,.0f} tokens of the base model"
+        tokens = windows / key_value_bytes(arch.as_teacher(), known.tp)
+        text = f"{windows / 2**20:.1f} MiB of its states, as {tokens:,.0f} tokens of the base model"
         found.append(("windows of a request", text))
     found += [("cache of a token", f"{row:,} bytes"), ("block", f"{layout.block:,} tokens"),
               ("left for caches", f"{budget / GIB:.1f} GiB")]  # fmt: skip

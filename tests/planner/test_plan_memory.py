@@ -141,6 +141,12 @@ def test_key_heads_are_repeated_where_ranks_outnumber_them(planned):
     assert caches == ["14,336 bytes"] * 2
 
 
+def test_a_window_is_as_many_tokens_where_ranks_repeat_key_heads(planned):
+    flags, two = ("--plan", "6MLA22GDN", "--window", "256+4", "--tp"), SHARED | dict(num_key_value_heads=2)
+    as_many = [re.search("as ([0-9,]+) tokens of", planned(*flags, tp, **two))[1] for tp in (2, 6)]
+    assert as_many[0] == as_many[1]
+
+
 SMOLLM2 = LLAMA_3B | dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
                           num_attention_heads=9, num_key_value_heads=3, head_dim=64, max_position_embeddings=8192,
                           rope_parameters={"rope_type": "default", "rope_theta": 100000.0})  # fmt: skip
