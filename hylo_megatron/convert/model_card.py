@@ -97,8 +97,11 @@ def _what(arch: Architecture) -> str:
 
 
 def _yaml(text: str) -> str:
-    """Return a text as a value of YAML. A JSON string is one; names do without quotes."""
-    return text if PLAIN.fullmatch(text) else json.dumps(text)
+    """Return a text as a value of YAML. A JSON string is one; names do without quotes.
+
+    YAML does not read JSON's two halves of a character such as an emoji. Such characters stay as they are.
+    """
+    return text if PLAIN.fullmatch(text) else json.dumps(text, ensure_ascii=not text.isprintable())
 
 
 def _front_matter(arch: Architecture, origin: Origin) -> str:

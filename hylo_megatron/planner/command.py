@@ -36,6 +36,7 @@ from hylo_megatron.serve.refused import served as served_by_vllm
 
 LENGTHS = (2048, 32768, 1 << 20)
 GIB = 1 << 30
+VOCABULARY = 64  # vLLM pads the vocabulary to multiples of this before ranks share it
 ACTIVATIONS = GIB  # what vLLM's profile run of 16K tokens left of a 3B model
 
 
@@ -58,7 +59,16 @@ def undivided(arch: Architecture, tp: int) -> str | None:
         if heads % tp and not repeated:
             fits = [each for each in range(1, heads + 1) if heads % each == 0]
             return f"--tp {tp} does not divide {heads} {what} (sizes that do: {fits})"
+    vocabulary = VOCABULARY * -(-arch.vocab_size // VOCABULARY)
+    for what, total in (("MLP features", arch.intermediate_size), ("rows of the padded vocabulary", vocabulary)):
+        if total % tp:
+            return f"--tp {tp} does not divide {total} {what}"
     return None
+
+
+def key_value_bytes(base: Architecture, tp: int) -> int:
+    """Return bytes of a token of a base model on one rank. Ranks beyond its key heads have copies of them."""
+    return base.kv_bytes_per_token() // min(tp, base.num_key_value_heads)
 
 
 def rows(arch: Architecture, known) -> list[tuple[str, str]]:
@@ -78,12 +88,12 @@ def rows(arch: Architecture, known) -> list[tuple[str, str]]:
             found.append(("work space", f"{space / GIB:.2f} GiB for {known.requests} requests at once"))
             budget -= space
     else:
-        row = arch.kv_bytes_per_token() // min(known.tp, arch.num_key_value_heads)
+        row = key_value_bytes(arch, known.tp)
         layout = Pages(16, 16 * row // arch.num_layers, (arch.num_layers, 0))
     if arch.window:
         windows = 2 * sizes["window"] * layout.layers[1]
-        share = windows * known.tp / arch.as_teacher().kv_bytes_per_token()
-        text = f"{windows / 2**20:.1f} MiB of its states, as {share:,.0f} tokens of the base model"
+        tokens = windows / key_value_bytes(arch.as_teacher(), known.tp)
+        text = f"{windows / 2**20:.1f} MiB of its states, as {tokens:,.0f} tokens of the base model"
         found.append(("windows of a request", text))
     found += [("cache of a token", f"{row:,} bytes"), ("block", f"{layout.block:,} tokens"),
               ("left for caches", f"{budget / GIB:.1f} GiB")]  # fmt: skip

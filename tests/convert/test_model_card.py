@@ -167,12 +167,12 @@ def test_what_is_unknown_is_not_claimed(tmp_path):
 
 
 NATIVE = Geometry(MLAGeometry(256, 64, 64, 64), GDNGeometry(2, 4, 16, 32), Mamba2Geometry(2, 16, 8, 2))
-WIDE = replace(NATIVE, gdn=GDNGeometry(2, 4, 16, 24))  # value heads that vLLM cannot split
+UNEVEN = replace(NATIVE, gdn=GDNGeometry(2, 4, 16, 24))  # value heads that vLLM cannot split
 
 
 @pytest.mark.parametrize(
     "geometry, norm, row",
-    [(NATIVE, False, None), (NATIVE, True, "4,096 bytes"), (None, False, "1,280 bytes"), (WIDE, False, None)],
+    [(NATIVE, False, None), (NATIVE, True, "4,096 bytes"), (None, False, "1,280 bytes"), (UNEVEN, False, None)],
 )
 def test_the_cache_in_vllm_is_told_where_it_is_another(geometry, norm, row):
     """Two MLA layers with four heads: expanded for a norm on keys, or padded to sizes that a kernel has."""
@@ -181,7 +181,10 @@ def test_the_cache_in_vllm_is_told_where_it_is_another(geometry, norm, row):
     assert rows == ([row] if row else [])
 
 
-@pytest.mark.parametrize("text", ["apache-2.0", "us/base", "Terms: see LICENSE", "no", "- list", "two\nlines", "mit"])
+@pytest.mark.parametrize(
+    "text",
+    ["apache-2.0", "us/base", "Terms: see LICENSE", "no", "- list", "two\nlines", "mit", "\x7f", "\U0001f600"],
+)
 def test_any_name_is_a_value_of_the_front_matter(text, tmp_path):
     model_card.write_card(tmp_path, hybrid(), Origin(licence=text, base_model=text), with_code=False)
     data = front_matter(tmp_path)

@@ -15,7 +15,6 @@ from hylo_megatron.config.layout import ParallelLayout, Work
 from hylo_megatron.config.stages import stage_kind
 from hylo_megatron.convert.hf_config import read_architecture
 from hylo_megatron.distill.losses import KL, LayerDistance
-from hylo_megatron.errors import HyLoError
 from hylo_megatron.planner import command
 from hylo_megatron.planner.command import ACTIVATIONS, rows
 from hylo_megatron.planner.training import PlannedRun, peak
@@ -77,8 +76,6 @@ def test_only_latents_need_work_space(tmp_path, kinds, norm, latents):
     taken = sum(float(found.get(name, "0").split()[0]) for name in ("weights", "work space"))
     left = float(found["left for caches"].split()[0])
     assert left == pytest.approx(0.9 * 140 - taken - ACTIVATIONS / 2**30, abs=0.1)
-    with pytest.raises(HyLoError, match="^window in config.json: .* this plan has none"):
-        rows(replace(hybrid, plan=Plan(("mla",) * 28), window=dict(size=8, sinks=0, mla=True)), known)
 
 
 def test_bad_input_is_one_line(tmp_path):
@@ -88,10 +85,10 @@ def test_bad_input_is_one_line(tmp_path):
 
 @pytest.fixture
 def planned(tmp_path, monkeypatch, capsys):
-    """Plan for Llama-3.2-3B in this process, and return what is printed."""
-    (tmp_path / "config.json").write_text(json.dumps(LLAMA_3B))
+    """Plan for Llama-3.2-3B, or one with changed sizes, in this process, and return what is printed."""
 
-    def run(*flags) -> str:
+    def run(*flags, **changes) -> str:
+        (tmp_path / "config.json").write_text(json.dumps(LLAMA_3B | changes))
         monkeypatch.setattr(sys, "argv", ["hylo plan", str(tmp_path), *map(str, flags)])
         command.main()
         return capsys.readouterr().out
@@ -100,7 +97,7 @@ def planned(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (("--plan", "all", "--window", "256+4:all"), "window in config.json: not supported for a hybrid"),
+    (("--plan", "all", "--window", "256+4:all"), "window in config.json: not supported for a hybrid: vLLM keeps"),
     (("--plan", "6MLA22GDN", "--tp", 8), "--tp 8 does not divide 18 GDN key heads (sizes that do: [1, 2, 3, 6, 9, "),
     (("--tp", 7), "--tp 7 does not divide 24 attention heads"),
     (("--tp", 3), "--tp 3 does not divide 8 key-value heads"),
@@ -114,15 +111,37 @@ def test_what_vllm_does_not_run_is_refused(planned, capsys, flags, words):
     assert out == "" and error.count("\n") == 1 and words in error
 
 
+@pytest.mark.parametrize("changes, words", [
+    ({}, "--tp 3 does not divide 8192 MLP features"),
+    # 151,936 is a multiple of 64 already; 128,300 is padded to 128,320
+    (dict(intermediate_size=6144, vocab_size=151936), "--tp 3 does not divide 151936 rows of the padded vocabulary"),
+    (dict(intermediate_size=6144, vocab_size=128300), "--tp 3 does not divide 128320 rows of the padded vocabulary"),
+])  # fmt: skip
+def test_ranks_share_the_mlp_and_the_vocabulary_too(planned, capsys, changes, words):
+    with pytest.raises(SystemExit):
+        planned("--plan", "6MLA22GDN", "--tp", 3, **changes)
+    out, error = capsys.readouterr()
+    assert out == "" and error.count("\n") == 1 and words in error
+
+
+SHARED = dict(intermediate_size=6144)  # MLP features that 3 and 24 ranks can share
+
+
 def test_ranks_that_share_the_hybrid_only(planned):
     """The base model's 8 key heads cannot be shared by 3 ranks."""
-    hybrid, base = planned("--plan", "6MLA22GDN", "--tp", 3).split("\nbase:")
+    hybrid, base = planned("--plan", "6MLA22GDN", "--tp", 3, **SHARED).split("\nbase:")
     assert "requests of 32,768" in hybrid and "not planned" in base and "does not divide 8 key-value heads" in base
 
 
 def test_key_heads_are_repeated_where_ranks_outnumber_them(planned):
-    caches = [re.search(r"cache of a token +(.*)", planned("--tp", tp))[1] for tp in (8, 24)]
+    caches = [re.search(r"cache of a token +(.*)", planned("--tp", tp, **SHARED))[1] for tp in (8, 24)]
     assert caches == ["14,336 bytes"] * 2
+
+
+def test_a_window_is_as_many_tokens_where_ranks_repeat_key_heads(planned):
+    flags, two = ("--plan", "6MLA22GDN", "--window", "256+4", "--tp"), SHARED | dict(num_key_value_heads=2)
+    as_many = [re.search("as ([0-9,]+) tokens of", planned(*flags, tp, **two))[1] for tp in (2, 6)]
+    assert as_many[0] == as_many[1]
 
 
 SMOLLM2 = LLAMA_3B | dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
