@@ -131,6 +131,7 @@ def test_settings_of_layers_that_a_plan_lacks_are_refused_before_the_run(tmp_pat
 
 def test_a_layout_that_smollm2_does_not_divide_by_is_refused_before_a_fetch(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Run, "execute", lambda run: pytest.fail(f"{run.out} has begun"))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     with pytest.raises(SystemExit):
         smollm2.main(["--tp", "2", "--out", str(tmp_path / "run")])
     error = capsys.readouterr().err
