@@ -147,7 +147,7 @@ def require(name: str, purpose: str) -> Capability:
 
 def not_installed(error: ModuleNotFoundError, program: str) -> HyLoError | None:
     """Return the error of a program whose package is missing as one line; None for a module of this package."""
-    if not error.name or error.name.partition(".")[0] == "hylo_megatron":
+    if not error.name or error.name.partition(".")[0] == __name__.partition(".")[0]:
         return None
     return HyLoError(
         f"{program} needs the package {error.name.partition('.')[0]}, which is not installed for {sys.executable}:"
