@@ -169,8 +169,8 @@ def _architecture(arch: Architecture) -> list[list[str]]:
         ["heads, vocabulary", f"{arch.num_attention_heads}, {arch.vocab_size:,}"],
         ["KV cache of a token, bf16", f"{arch.kv_bytes_per_token():,} bytes"],
     ]
-    if (served := _bytes_in_vllm(arch)) not in (None, arch.kv_bytes_per_token()):
-        rows.append(["KV cache of a token in vLLM on a GPU, bf16", f"{served:,} bytes"])
+    if (in_vllm := _bytes_in_vllm(arch)) not in (None, arch.kv_bytes_per_token()):
+        rows.append(["KV cache of a token in vLLM on a GPU, bf16", f"{in_vllm:,} bytes"])
     for kind in dict.fromkeys(arch.plan):
         sizes = vars(getattr(arch.geometry, kind))
         rows.append([MIXERS[kind].title, ", ".join(f"{name} {value}" for name, value in sizes.items() if value)])
