@@ -14,6 +14,7 @@ import torch
 
 from hylo_megatron import packages
 from hylo_megatron.convert.card_records import STAMP
+from hylo_megatron.data.formats import add_format
 from hylo_megatron.errors import HyLoError, first_line
 from hylo_megatron.evaluate.models import check_folder, kv_bytes_per_token, load, resolve_device, resolve_dtype
 from hylo_megatron.flags import Parser, command_line, count, positive, share, size, tokens
@@ -40,10 +41,10 @@ def read_prompts(options: argparse.Namespace, teller: Teller) -> tuple[Prompts, 
     most, token = options.length // 2, options.start_token
     if options.first_sentences:
         kind, file = "first sentences", options.first_sentences
-        found = prompt_kinds.sentence_prompts(teller, file, token, most)
+        found = prompt_kinds.sentence_prompts(teller, file, token, most, options.form)
     elif options.instructions:
         kind, file = "instructions", options.instructions
-        found = prompt_kinds.instruction_prompts(teller, file, options.text_key, most)
+        found = prompt_kinds.instruction_prompts(teller, file, options.text_key, most, options.form)
     else:
         kind, file, found = "start token", None, [Prompt((teller.start(token),))]
     digest = sha256(repr([prompt.ids for prompt in found]).encode()).hexdigest()[:16]
@@ -76,6 +77,20 @@ def licence_of(folder: Path) -> str:
         return str(named)
     found = LICENCE.search(page.read_text(encoding="utf-8", errors="replace")) if page.is_file() else None
     return found[1] if found else "unknown: that of the teacher"
+
+
+def check_files(options: argparse.Namespace) -> None:
+    """Refuse flags about files that are not given. Raises ``HyLoError``."""
+    form, files = options.form, options.first_sentences or options.instructions
+    for flag, given, advice in (
+        (f"--format {form}", form and not files, "is that of --first-sentences or --instructions; give one of these"),
+        (f"--format {form}", form == "text" and options.instructions, "instructions are rows: give jsonl or chat"),
+        ("--text-key", options.text_key and not options.instructions, "is that of --instructions; leave it out"),
+        ("--text-key", options.text_key and form == "chat", "--format chat has no key of a text; leave one out"),
+        ("--start-token", options.start_token and options.instructions, "begins documents, no chats; leave it out"),
+    ):
+        if given:
+            raise HyLoError(f"{flag}: {advice}")
 
 
 def check_flags(options: argparse.Namespace, engine: str) -> None:
@@ -119,6 +134,7 @@ def sample(options: argparse.Namespace) -> Shards:
 def _sample(options: argparse.Namespace) -> Shards:
     from transformers import AutoConfig
 
+    check_files(options)
     register()
     folder = check_folder(options.teacher)
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -170,6 +186,7 @@ def parser() -> Parser:
     kinds = found.add_mutually_exclusive_group()
     kinds.add_argument("--first-sentences", type=Path, metavar="FILE", help="text whose first sentences begin rows")
     kinds.add_argument("--instructions", type=Path, metavar="FILE", help="rows with an instruction, or chats")
+    add_format(add, "--first-sentences or --instructions")
     add("--text-key", help="key of the instruction (default: instruction, prompt, question or text)")
     add("--keep-prompt", action=argparse.BooleanOptionalAction, default=True,
         help="keep first sentences in the text (default on)")  # fmt: skip

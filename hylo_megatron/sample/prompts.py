@@ -97,11 +97,16 @@ class Teller:
         return self.tokenizer.decode(ids, skip_special_tokens=True).rstrip("\ufffd")
 
 
-def sentence_prompts(teller: Teller, file: Path, token: str | None, most: int) -> list[Prompt]:
-    """Return the first sentence of each document of ``file``, without repetitions. ``most``: tokens of a prompt."""
+def sentence_prompts(
+    teller: Teller, file: Path, token: str | None, most: int, form: str | None = None
+) -> list[Prompt]:
+    """Return the first sentence of each document of ``file``, without repetitions.
+
+    ``most``: tokens of a prompt. ``form``: the file's format; None: as its contents say.
+    """
     begin, seen = teller.start(token), {}
     shortest, longest = SENTENCE_CHARACTERS
-    for text in _beginnings(file, teller):
+    for text in _beginnings(file, teller, form):
         found = SENTENCE.match(text)
         sentence = " ".join(found[1].split()) if found else ""
         if shortest <= len(sentence) <= longest:
@@ -110,23 +115,28 @@ def sentence_prompts(teller: Teller, file: Path, token: str | None, most: int) -
     return _fitting(prompts, most, file, f"first sentences of {shortest} to {longest} characters")
 
 
-def _beginnings(file: Path, teller: Teller) -> Iterator[str]:
+def _beginnings(file: Path, teller: Teller, form: str | None) -> Iterator[str]:
     """Yield the documents of ``file``; each paragraph of a plain text file is one."""
-    if detect_format(file) == "text":
+    if detect_format(file, form) == "text":
         for piece in read_documents(file, "text"):
             yield from re.split(r"\n\s*\n", piece.text)
     else:
-        yield from read_texts(file, teller.tokenizer)
+        yield from read_texts(file, teller.tokenizer, form=form)
 
 
-def instruction_prompts(teller: Teller, file: Path, key: str | None, most: int) -> list[Prompt]:
-    """Return the instructions of ``file``: chats up to their first question, or rows with an instruction."""
+def instruction_prompts(
+    teller: Teller, file: Path, key: str | None, most: int, form: str | None = None
+) -> list[Prompt]:
+    """Return the instructions of ``file``: chats up to their first question, or rows with an instruction.
+
+    ``form``: chat or jsonl for rows of one kind; None: each row as it is.
+    """
     keys = (key,) if key else INSTRUCTION_KEYS
     prompts, seen, refused = [], set(), []
     kind = container(file, "jsonl")
     for row in read_rows(file, kind, (*keys, "input", *chats.COLUMNS)):
         try:
-            messages = _question(row.value, keys)
+            messages = _question(row.value, keys, form)
             ids = teller.chat(messages)
         except chats.Unusable as reason:
             refused.append(f"{row.where}: {reason}" if not refused else "")
@@ -141,22 +151,22 @@ def instruction_prompts(teller: Teller, file: Path, key: str | None, most: int) 
     return _fitting(prompts, most, file, "instructions")
 
 
-def _question(row: Any, keys: tuple[str, ...]) -> list[dict]:
+def _question(row: Any, keys: tuple[str, ...], form: str | None) -> list[dict]:
     """Return the messages of ``row`` up to the first one of the user. Raises ``Unusable``."""
-    if isinstance(row, dict) and not any(isinstance(row.get(key), str) for key in keys):
-        if not any(name in row for name in chats.KEYS):
-            raise chats.Unusable(
-                f"no text under {' or '.join(map(repr, keys))} and no conversation, the keys are"
-                f" {', '.join(map(repr, row)) or 'none'}: name the right one with --text-key"
-            )
+    if not isinstance(row, dict):
+        raise chats.Unusable(f"expected an object with one of {', '.join(keys)}, or a conversation")
+    text = next((row[key] for key in keys if isinstance(row.get(key), str)), None)
+    if form == "chat" or (text is None and form is None and any(name in row for name in chats.KEYS)):
         messages = chats.read_chat(row).messages
         first = next((i for i, message in enumerate(messages) if message["role"] == "user"), None)
         if first is None:
             raise chats.Unusable("it has no message of a user")
         return messages[: first + 1]
-    if not isinstance(row, dict):
-        raise chats.Unusable(f"expected an object with one of {', '.join(keys)}, or a conversation")
-    text = next(row[key] for key in keys if isinstance(row.get(key), str))
+    if text is None:
+        raise chats.Unusable(
+            f"no text under {' or '.join(map(repr, keys))}{'' if form else ' and no conversation'}, the keys are"
+            f" {', '.join(map(repr, row)) or 'none'}: name the right one with --text-key"
+        )
     more = row.get("input")
     content = f"{text}\n\n{more}" if isinstance(more, str) and more.strip() else text
     if not content.strip():

@@ -192,6 +192,22 @@ def test_first_sentences_and_instructions_reach_prepare_data(teacher, tmp_path):
         assert prepare(inputs, teacher, tmp_path / "tokens")["documents"] == documents
 
 
+def test_files_are_read_as_format_says(teacher, tmp_path):
+    """A text that begins with a row is plain text, and rows with an instruction and a chat are of one kind."""
+    teller = prompts.Teller(teacher)
+    prose = tmp_path / "notes.md"
+    prose.write_text('{"text": "The quick brown fox jumps."}\n\nAnother user has an assistant here! Yes.\n')
+    found = prompts.sentence_prompts(teller, prose, None, 40, "text")
+    assert [prompt.text for prompt in found][-1] == "Another user has an assistant here!"
+    both = text.write(tmp_path / "both.jsonl", text.HELLO | {"text": "Add."}, text.HELLO)
+
+    def asked(form):
+        found = prompts.instruction_prompts(teller, both, None, 90, form)
+        return [prompt.messages[-1]["content"] for prompt in found]
+
+    assert asked(None) == ["Add.", "Hello"] and asked("chat") == ["Hello"] and asked("jsonl") == ["Add."]
+
+
 def test_instructions_that_cannot_be_used_are_counted(teacher, tmp_path, capsys):
     image = {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}
     asked = text.write(tmp_path / "asked.jsonl", {"instruction": "Add."}, image, {"answer": "42"})
@@ -257,6 +273,12 @@ def test_a_student_that_vllm_refuses_is_left_to_transformers(monkeypatch):
         (("--tokens", "0"), "argument --tokens: '0': expected a number of tokens, such as 10M"),
         (("--start-token", "two words"), "expected one"),
         (("--first-sentences", "nowhere.txt"), "no such file"),
+        (("--first-sentences", __file__, "--format", "jsonl"), "test_sample_text.py:1: not a JSON object"),
+        (("--format", "text"), "--format text: is that of --first-sentences or --instructions; give one of these"),
+        (("--instructions", __file__, "--format", "text"), "--format text: instructions are rows: give jsonl or chat"),
+        (("--first-sentences", __file__, "--text-key", "a"), "--text-key: is that of --instructions; leave it out"),
+        (("--instructions", __file__, "--text-key", "a", "--format", "chat"), "--text-key: --format chat has no key"),
+        (("--instructions", __file__, "--start-token", "a"), "--start-token: begins documents, no chats"),
         (("--engine", "vllm", "--device", "cpu"), "vLLM chooses the device"),
         (("--engine", "vllm", "--no-cuda-graph"), "--no-cuda-graph: for the engine transformers"),
     ],
