@@ -1,7 +1,8 @@
 """Check that models fit a parallel layout, and name layouts near it that they fit, before any process starts."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from math import log2
 
 from hylo_megatron.config.architecture import Architecture
@@ -9,6 +10,7 @@ from hylo_megatron.errors import HyLoError
 from hylo_megatron.mixers import LINEAR, MIXERS
 
 EXCHANGES = ("auto", "p2p", "all_gather")  # choices of --cp-comm-type
+SIZES = ("tp", "pp", "cp")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +36,11 @@ class ParallelLayout:
         return self.cp > 1 and self.linear_cp != "a2a"
 
     def __str__(self) -> str:
-        return f"TP {self.tp} PP {self.pp} CP {self.cp}"
+        return self.of(SIZES)
+
+    def of(self, sizes: Sequence[str]) -> str:
+        """Return some of the sizes as text."""
+        return " ".join(f"{size.upper()} {getattr(self, size)}" for size in sizes)
 
     @property
     def ranks(self) -> int:
@@ -104,31 +110,41 @@ def misfits(arch: Architecture, at: ParallelLayout, work: Work = NO_WORK) -> lis
     return found
 
 
-def _sizes(processes: int) -> list[int]:
+def _divisors(processes: int) -> list[int]:
     return [size for size in range(1, processes + 1) if processes % size == 0]
 
 
-def nearest(models: dict[str, Architecture], at: ParallelLayout, work: Work, count: int = 3) -> list[ParallelLayout]:
-    """Return layouts of the same number of processes that every model fits; the smallest change of sizes first."""
-    sizes = _sizes(work.processes or at.ranks)
-    candidates = [replace(at, tp=tp, pp=pp, cp=cp) for tp in sizes for pp in sizes for cp in sizes]
+def nearest(
+    models: dict[str, Architecture], at: ParallelLayout, work: Work, count: int = 3, sizes: Sequence[str] = SIZES
+) -> list[ParallelLayout]:
+    """Return layouts of the same number of processes that every model fits; the smallest change of sizes first.
+
+    ``sizes``: those that the user can choose; the others stay.
+    """
+    values = product(_divisors(work.processes or at.ranks), repeat=len(sizes))
+    candidates = [replace(at, **dict(zip(sizes, each, strict=True))) for each in values]
     fits = [c for c in candidates if not any(misfits(arch, c, work) for arch in models.values())]
 
     def distance(other: ParallelLayout) -> float:
-        return sum(abs(log2(getattr(other, name) / getattr(at, name))) for name in ("tp", "pp", "cp"))
+        return sum(abs(log2(getattr(other, name) / getattr(at, name))) for name in sizes)
 
     return sorted(fits, key=distance)[:count]
 
 
-def check_parallel_layout(models: dict[str, Architecture], at: ParallelLayout, work: Work = NO_WORK) -> None:
-    """Raise ``HyLoError`` with every reason and with layouts that fit. ``models``: by the names that a user knows."""
+def check_parallel_layout(
+    models: dict[str, Architecture], at: ParallelLayout, work: Work = NO_WORK, sizes: Sequence[str] = SIZES
+) -> None:
+    """Raise ``HyLoError`` with every reason and with layouts that fit.
+
+    ``models``: by the names that a user knows. ``sizes``: those that the user can choose.
+    """
     reasons = [f"{name}: {reason}" for name, arch in models.items() for reason in misfits(arch, at, work)]
     if not reasons:
         return
     reasons = list(dict.fromkeys(reasons))
-    others = "; ".join(map(str, nearest(models, at, work)))
+    others = "; ".join(other.of(sizes) for other in nearest(models, at, work, sizes=sizes))
     remedy = f"nearest layouts that fit: {others}" if others else "no layout of this many processes fits"
-    raise HyLoError(f"{at} does not fit: {'; '.join(reasons)}. {remedy}")
+    raise HyLoError(f"{at.of(sizes)} does not fit: {'; '.join(reasons)}. {remedy}")
 
 
 def check_exchange(mode: str | None) -> None:

@@ -34,24 +34,32 @@ class Plan(tuple[str, ...]):
     __slots__ = ()
 
     @classmethod
-    def parse(cls, num_layers: int, text: str, linear: str | None = None, geometry: str | None = None) -> "Plan":
+    def parse(
+        cls,
+        num_layers: int,
+        text: str,
+        linear: str | None = None,
+        geometry: str | None = None,
+        asked: str = "plan",
+    ) -> "Plan":
         """Read ``1,5,10,14`` | ``uniform:K`` | ``all`` | ``none`` | a plan's name such as ``4MLA12GDN`` | a file
         ``*.json`` of ``hylo select-layers``.
 
         ``linear`` is the mixer of the layers that are not MLA (default: gdn). A plan's name says which mixer that is.
         ``geometry``: the name of the geometry that the layers get. A file that names another one is refused.
+        ``asked``: the flag, or the variable with its ``=``, that gave ``text``; messages name it.
         A name puts the MLA layers where the paper lists that split; on every other layer from 0 when half of the
         layers are MLA; else uniformly. Raises ``HyLoError`` for what does not fit.
         """
         if match := _PLAN_NAME.fullmatch(text):
-            layers, linear = _named_layers(match, num_layers, linear)
+            layers, linear = _named_layers(match, num_layers, linear, asked)
         elif text.endswith(".json"):
-            layers, linear = _layers_of_file(text, num_layers, linear, geometry)
+            layers, linear = _layers_of_file(text, num_layers, linear, geometry, asked)
         else:
-            layers = _mla_layers(text, num_layers)
+            layers = _mla_layers(text, num_layers, asked)
         linear = linear or LINEAR[0]
         if linear not in LINEAR:
-            raise HyLoError(f"--linear {linear!r}: expected one of {', '.join(LINEAR)}")
+            raise HyLoError(f"{_linear(asked, linear)}: expected one of {', '.join(LINEAR)}")
         return cls("mla" if layer in layers else linear for layer in range(num_layers))
 
     @classmethod
@@ -115,16 +123,26 @@ def uniform_layers(num_layers: int, count: int) -> tuple[int, ...]:
     return tuple(int((i + 0.5) * num_layers / count) for i in range(count))
 
 
-def _named_layers(match: re.Match, num_layers: int, linear: str | None) -> tuple[tuple[int, ...], str]:
+def _given(asked: str, text: str) -> str:
+    """Return the plan as it was given: ``--plan 1,5`` or ``PLAN=1,5``."""
+    return f"{asked}{'' if asked.endswith('=') else ' '}{shown(text)}"
+
+
+def _linear(asked: str, linear: str) -> str:
+    """Return the linear mixer as it was given beside the plan that ``asked`` gave."""
+    return f"LINEAR={linear}" if asked.endswith("=") else f"--linear {linear}"
+
+
+def _named_layers(match: re.Match, num_layers: int, linear: str | None, asked: str) -> tuple[tuple[int, ...], str]:
     """Return the MLA layers and the linear mixer of a plan's name."""
-    text, count, rest, kind = match[0], int(match[1]), int(match[2]), match[3].upper()
+    plan, count, rest, kind = _given(asked, match[0]), int(match[1]), int(match[2]), match[3].upper()
     if kind not in _LINEAR_NAMES:
         known = " or ".join(MIXERS[name].short for name in LINEAR)
-        raise HyLoError(f"plan {text}: unknown linear kind {match[3]!r}, expected {known}")
+        raise HyLoError(f"{plan}: unknown linear kind {match[3]!r}, expected {known}")
     if count + rest != num_layers:
-        raise HyLoError(f"plan {text} has {count + rest} layers; the base model has {num_layers}")
+        raise HyLoError(f"{plan}: has {count + rest} layers, expected {num_layers} as the base model")
     if linear not in (None, _LINEAR_NAMES[kind]):
-        raise HyLoError(f"plan {text} and --linear {linear} contradict each other: leave one out")
+        raise HyLoError(f"{plan} and {_linear(asked, linear)} contradict each other: leave one out")
     if 2 * count == num_layers:
         layers = tuple(range(0, num_layers, 2))
     else:
@@ -146,14 +164,14 @@ def _read(path: str) -> _PlanFile:
 
 
 def _layers_of_file(
-    path: str, num_layers: int, linear: str | None, geometry: str | None
+    path: str, num_layers: int, linear: str | None, geometry: str | None, asked: str
 ) -> tuple[tuple[int, ...], str]:
     """Return the MLA layers and the linear mixer of a file that ``hylo select-layers`` wrote."""
     found = _read(path)
     if found["num_layers"] != num_layers:
         raise HyLoError(f"{path}: num_layers is {found['num_layers']}, the base model has {num_layers}")
     if linear not in (None, found["linear"]):
-        raise HyLoError(f"{path}: linear is {found['linear']}, --linear {linear}; leave --linear out")
+        raise HyLoError(f"{path}: linear is {found['linear']}, but {_linear(asked, linear)} was given; leave it out")
     if geometry and (counted := found.get("geometry", geometry)) != geometry:
         raise HyLoError(
             f"{path}: geometry is {counted}, with which the cache was counted, but the layers get {geometry}; give"
@@ -164,23 +182,22 @@ def _layers_of_file(
     return tuple(found["mla_layers"]), found["linear"]
 
 
-def _mla_layers(text: str, num_layers: int) -> tuple[int, ...]:
+def _mla_layers(text: str, num_layers: int, asked: str) -> tuple[int, ...]:
     if text in ("all", "none"):
         return tuple(range(num_layers)) if text == "all" else ()
     if match := re.fullmatch(f"uniform:{_NUMBER}", text):
         count = int(match[1])
         if count > num_layers:
-            raise HyLoError(f"--mla-layers {text}: the model has only {num_layers} layers")
+            raise HyLoError(f"{_given(asked, text)}: the model has only {num_layers} layers, expected at most as many")
         return uniform_layers(num_layers, count)
     parts = [part.strip() for part in text.split(",")]
     if not all(re.fullmatch(_NUMBER, part) for part in parts):
         raise HyLoError(
-            f"--mla-layers {shown(text)}: expected layer numbers such as 1,5,10,14, or uniform:K, all, none"
+            f"{_given(asked, text)}: expected layer numbers such as 1,5,10,14, or uniform:K, all, none, a name such as"
+            " 4MLA12GDN, or plan.json of hylo select-layers"
         )
     layers = tuple(map(int, parts))
     twice = sorted({layer for layer in layers if layers.count(layer) > 1})
     if bad := [layer for layer in layers if layer >= num_layers] or twice:
-        raise HyLoError(
-            f"--mla-layers {shown(text)}: numbers must differ and lie in 0..{num_layers - 1}; got {shown(bad)}"
-        )
+        raise HyLoError(f"{_given(asked, text)}: numbers must differ and lie in 0..{num_layers - 1}; got {shown(bad)}")
     return layers

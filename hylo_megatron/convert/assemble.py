@@ -94,7 +94,7 @@ def plan_for(text: str, linear_kind: str | None, mla: str | Path, linear: str | 
         layers = (mla, first.geometry, "mla"), (linear, second.geometry, second.linear_kind)
         other = [at for at, found, kind in layers if getattr(found, kind, None) != getattr(counted, kind, ())]
         name = f"another one in {other[0]}" if other else name
-    return Plan.parse(first.num_layers, text, linear_kind, name)
+    return Plan.parse(first.num_layers, text, linear_kind, name, "--mla-layers")
 
 
 @command_line

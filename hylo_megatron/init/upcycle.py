@@ -249,7 +249,7 @@ def main(argv: list[str] | None = None) -> None:
     length = options.calibration_length or min(CALIBRATION_LENGTH, longest)
     if length > longest:
         raise HyLoError(f"--calibration-length {length}: the base model was made for {longest} tokens; use no more")
-    plan = Plan.parse(arch.num_layers, options.mla_layers, options.linear, options.geometry)
+    plan = Plan.parse(arch.num_layers, options.mla_layers, options.linear, options.geometry, "--mla-layers")
     tokens = None
     if options.form and not options.calibration:
         raise HyLoError(f"--format {options.form}: is that of --calibration, which is not given; leave it out")

@@ -241,7 +241,7 @@ def main() -> None:
         if arch.is_hybrid:
             raise HyLoError("--plan is for a base model; this folder holds a hybrid")
         geometry = geometry_preset(known.geometry, arch.hidden_size, arch.num_attention_heads, arch.head_dim)
-        plan = Plan.parse(arch.num_layers, known.plan, geometry=known.geometry)
+        plan = Plan.parse(arch.num_layers, known.plan, geometry=known.geometry, asked="--plan")
         check_heads(arch.head_dim, geometry, set(plan))
         arch = changed(replace(arch, plan=plan, geometry=geometry), given(known), "--plan")
     elif known.window:

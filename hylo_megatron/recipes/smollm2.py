@@ -131,6 +131,8 @@ RECIPES = {  # by --recipe and whether there is a GPU
 
 def found_recipe(options: argparse.Namespace) -> Recipe:
     """Return the recipe that the command line asks for, for this machine's device."""
+    if options.plan is not None:
+        Plan.parse(LAYERS, options.plan, options.linear, asked="--plan")
     gpu = torch.cuda.is_available()
     kind = RECIPES[options.recipe, gpu]
     recipe = kind(options.plan, options.linear, options.seed)
@@ -146,7 +148,7 @@ def found_recipe(options: argparse.Namespace) -> Recipe:
 def check_layout(recipe: Recipe, processes: Processes) -> None:
     """Refuse, before anything is fetched, a layout that SmolLM2 or its student does not divide by."""
     models = {"student": student_shape(recipe, SHAPES["smollm2"]), "teacher": SHAPES["smollm2"]}
-    check_parallel_layout(models, processes.layout, Work(processes=processes.ranks))
+    check_parallel_layout(models, processes.layout, Work(processes=processes.ranks), sizes=("tp", "pp"))
 
 
 @command_line

@@ -1,5 +1,6 @@
 """The program behind ``examples/upcycle_llama1b.sh`` and its sisters, with every launcher (``docs/examples.md``)."""
 
+import argparse
 import os
 import shlex
 import sys
@@ -11,7 +12,7 @@ from hylo_megatron.config import Plan
 from hylo_megatron.config.geometry import PRESETS
 from hylo_megatron.config.layout import ParallelLayout, Work, check_parallel_layout
 from hylo_megatron.config.plan import linear_of_plan
-from hylo_megatron.config.positions import window_named
+from hylo_megatron.config.positions import window
 from hylo_megatron.config.stages import stage_kind
 from hylo_megatron.config.student import student_architecture
 from hylo_megatron.convert.hf_config import read_architecture
@@ -146,22 +147,26 @@ def source_of(out: Path, name: str, small: bool) -> Source:
 
 
 def window_of(text: str) -> str:
-    if window_named(text) is None:
+    try:
+        found = window(text)
+    except argparse.ArgumentTypeError as error:
+        raise HyLoError(f"WINDOW={error}") from None
+    if not found:
         raise HyLoError(f"WINDOW={text}: expected SIZE+SINKS, such as 256+4:all; leave it out for none")
     return text
 
 
 def job_of(name: str) -> Job:
     small = value("PROXY", "0") != "0"
+    base = BASES[name]
+    plan = Plan.parse(base.layers, value("PLAN", base.plan), value("LINEAR"), asked="PLAN=").name
     linear = value("LINEAR") or linear_of_plan(value("PLAN", "")) or LINEAR[0]
     geometry = value("GEOMETRY", "native" if value("WINDOW") else "published")
-    if linear not in LINEAR or geometry.partition(":")[0] not in PRESETS:
-        expected = f"{' or '.join(LINEAR)}, and {' or '.join(reversed(PRESETS))}"
-        raise HyLoError(f"LINEAR={linear} GEOMETRY={geometry}: expected {expected}")
+    if geometry.partition(":")[0] not in PRESETS:
+        raise HyLoError(f"GEOMETRY={geometry}: expected {' or '.join(reversed(PRESETS))}")
     recipe = published(name, value("PLAN"), linear, number("TOKENS", TOKENS), number("SEED", 1234), geometry)
-    plan = Plan.parse(recipe.layers, recipe.plan, recipe.linear).name
     if small:
-        recipe = proxy(recipe, BASES[name], number("STEPS", STEPS))
+        recipe = proxy(recipe, base, number("STEPS", STEPS))
     elif value("STEPS"):
         recipe = replace(recipe, stages=tuple(replace(s, steps=number("STEPS", 1)) for s in recipe.stages))
     if value("WINDOW"):

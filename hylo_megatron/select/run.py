@@ -35,7 +35,8 @@ def select(options: Namespace, ranks: Ranks) -> dict[str, Any]:
                 f" measured; leave --linear out, or give a student of {options.linear} layers"
             )
     if options.method == "explicit":
-        chosen = [n for n, kind in enumerate(Plan.parse(base.num_layers, options.layers)) if kind == "mla"]
+        explicit = Plan.parse(base.num_layers, options.layers, asked="--layers")
+        chosen = [layer for layer, kind in enumerate(explicit) if kind == "mla"]
         ranking = Ranking(order=tuple(chosen))
     else:
         budget = {"mla": options.mla, "share": options.cache_share, "cache_bytes": options.cache_bytes}

@@ -65,8 +65,11 @@ BAD_VARIABLES = [
     (dict(FLAGS="--lr nan"), "argument --lr: 'nan': expected a number of 0 or more"),
     (dict(FLAGS="--no-such-flag 3"), "unrecognized arguments: --no-such-flag"),
     (dict(FLAGS="--hylo-jsd-beta 0.3"), "FLAGS=--hylo-jsd-beta: no stage of this recipe has a loss that reads it"),
-    (dict(PLAN="1,1"), "numbers must differ"),
-    (dict(WINDOW="256+4:mla"), "window '256+4:mla': expected off, or SIZE[+SINKS]"),
+    (dict(PLAN="1,1"), "PLAN='1,1': numbers must differ"),
+    (dict(PLAN="4MLA12GDN", LINEAR="kda"), "PLAN='4MLA12GDN' and LINEAR=kda contradict each other"),
+    (dict(LINEAR="mamba"), "LINEAR=mamba: expected one of gdn"),
+    (dict(GEOMETRY="small"), "GEOMETRY=small: expected"),
+    (dict(WINDOW="256+4:mla"), "WINDOW='256+4:mla': expected off, or SIZE[+SINKS]"),
     (dict(WINDOW="off"), "WINDOW=off: expected SIZE+SINKS"),
     (dict(WINDOW="16+4", GEOMETRY="published"), "WINDOW=16+4: needs GEOMETRY=native"),
 ]

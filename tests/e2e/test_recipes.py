@@ -130,13 +130,21 @@ def test_settings_of_layers_that_a_plan_lacks_are_refused_before_the_run(tmp_pat
 
 
 def test_a_layout_that_smollm2_does_not_divide_by_is_refused_before_a_fetch(tmp_path, monkeypatch, capsys):
+    """Only layouts of --tp and --pp are named: the recipe has no context parallelism."""
     monkeypatch.setattr(Run, "execute", lambda run: pytest.fail(f"{run.out} has begun"))
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     with pytest.raises(SystemExit):
         smollm2.main(["--tp", "2", "--out", str(tmp_path / "run")])
     error = capsys.readouterr().err
-    assert "TP 2 PP 1 CP 1 does not fit: student: TP = 2 does not divide 9 attention heads" in error
-    assert "nearest layouts that fit: " in error and "TP 1 PP 2 CP 1" in error
+    assert "TP 2 PP 1 does not fit: student: TP = 2 does not divide 9 attention heads" in error
+    assert error.endswith("nearest layouts that fit: TP 1 PP 1; TP 1 PP 2\n")
+
+
+def test_a_plan_that_smollm2_cannot_have_is_refused_under_its_flag(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Run, "execute", lambda run: pytest.fail(f"{run.out} has begun"))
+    with pytest.raises(SystemExit):
+        smollm2.main(["--plan", "30", "--out", str(tmp_path / "run")])
+    assert capsys.readouterr().err.startswith("error: --plan '30': numbers must differ and lie in 0..29")
 
 
 def test_a_folder_of_another_recipe_is_refused_with_what_differs(tmp_path, monkeypatch):

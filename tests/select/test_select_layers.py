@@ -144,6 +144,7 @@ def test_budgets_that_do_not_fit_are_refused(world, tmp_path, capsys):
     assert "--method uniform: give --mla" in error()
     assert "not allowed with argument" in error("--mla", 1, "--cache-bytes", 9)
     assert "--method explicit: give --layers and no budget" in error("--mla", 1, method="explicit")
+    assert "--layers '9': numbers must differ and lie in 0..3" in error("--layers", 9, method="explicit")
     assert "measures nothing: leave out --student" in error("--mla", 1, more=("--student", world / "student"))
     assert "--retrieval-weight 0.5: needs --retrieval" in error(
         "--mla", 1, method="smart", more=("--retrieval-weight", 0.5)
@@ -242,7 +243,7 @@ def test_checkpoints_are_taken_and_the_plan_is_one_for_upcycle(world, tmp_path):
     for arguments, message in (
         ((4, str(file), None, "published"), "geometry is native, .* the layers get published; give them native"),
         ((5, str(file)), "num_layers is 4, the base model has 5"),
-        ((4, str(file), "gdn"), "linear is kda, --linear gdn"),
+        ((4, str(file), "gdn"), "linear is kda, but --linear gdn was given"),
         ((4, str(tmp_path / "absent.json")), "not found; expected plan.json of hylo select-layers"),
     ):
         with pytest.raises(HyLoError, match=message):
