@@ -61,9 +61,21 @@ def row_bytes(served: Served, heads: int, itemsize: int = 2, tp: int = 1) -> int
     )
 
 
-def pages(served: Served, plan: tuple[str, ...], heads: int, itemsize=2, state_itemsize=4, tp=1, window=0) -> Pages:
-    """Return the pages that vLLM makes for the layers of ``plan``. ``window`` is that of ``state_bytes``."""
-    row = row_bytes(served, heads, itemsize, tp)
+def pages(
+    served: Served,
+    plan: tuple[str, ...],
+    heads: int,
+    itemsize: int = 2,
+    state_itemsize: int = 4,
+    row_itemsize: int = 2,
+    tp: int = 1,
+    window: int = 0,
+) -> Pages:
+    """Return the pages that vLLM makes for the layers of ``plan``.
+
+    ``row_itemsize``: bytes of a value of attention's cache. The other sizes are those of ``state_bytes``.
+    """
+    row = row_bytes(served, heads, row_itemsize, tp)
     linear = [kind for kind in plan if MIXERS[kind].linear]
     block = ALIGNMENT
     if linear:

@@ -6,6 +6,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
+from vllm.utils.torch_utils import get_dtype_size, get_kv_cache_torch_dtype
 
 from hylo_megatron.config.positions import has_window
 from hylo_megatron.errors import HyLoError
@@ -151,17 +152,29 @@ def limit_requests(vllm_config) -> None:
     long, and with vLLM's default of 1,024 requests that space alone may not fit.
     """
     config, scheduler = vllm_config.model_config.hf_config, vllm_config.scheduler_config
-    tp, state = vllm_config.parallel_config.tensor_parallel_size, vllm_config.cache_config.mamba_ssm_cache_dtype
+    cache, dtype = vllm_config.cache_config, vllm_config.model_config.dtype
+    tp = vllm_config.parallel_config.tensor_parallel_size
+
+    def itemsize(name: str) -> int:
+        return get_dtype_size(get_kv_cache_torch_dtype(name, dtype))
+
+    states = cache.mamba_ssm_cache_dtype
     heads, runs = config.num_attention_heads, Served(config.geometry())
-    window = cached_values(config, tp, stages(vllm_config))
-    sizes = dict(state_itemsize=4 if state == "float32" else 2, tp=tp, window=window)
-    block = pages(runs, tuple(config.mixers), heads, **sizes).block
-    each = block * expanded_bytes(runs, heads, tp=tp)
+    block = pages(
+        runs,
+        tuple(config.mixers),
+        heads,
+        itemsize=itemsize(cache.mamba_cache_dtype),
+        state_itemsize=itemsize(states),
+        row_itemsize=itemsize(cache.cache_dtype),
+        tp=tp,
+        window=cached_values(config, tp, stages(vllm_config)),
+    ).block
+    each = block * expanded_bytes(runs, heads, dtype.itemsize, tp)
     fits = max(1, WORKSPACE // each)
     if scheduler.max_num_seqs > fits:
         wanted = scheduler.max_num_seqs
         text = "HyLo: at most %d requests run at once: %d would take %.0f GiB of work space"
-        logger.warning_once(
-            f"{text} (--mamba-ssm-cache-dtype bfloat16 halves it).", fits, wanted, wanted * each / 2**30
-        )
+        less = " (less with --mamba-ssm-cache-dtype bfloat16)" if itemsize(states) > 2 else ""
+        logger.warning_once(f"{text}{less}.", fits, wanted, wanted * each / 2**30)
         scheduler.max_num_seqs = fits

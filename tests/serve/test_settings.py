@@ -4,6 +4,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 from helpers.serving import GEOMETRIES, SMALL, sizes
 
 from hylo_megatron.config import GDNGeometry
@@ -17,17 +18,18 @@ NATIVE = GEOMETRIES["native"]
 
 
 def settings(monkeypatch, requests=1024, dtype="auto", backend=None, splits=32, norms=False,
-             geometry=NATIVE, **more) -> SimpleNamespace:  # fmt: skip
+             geometry=NATIVE, model="bfloat16", states="auto", window=None, **more) -> SimpleNamespace:  # fmt: skip
     """As the plugin leaves them for 24 heads of Llama-3.2-3B's native size."""
     monkeypatch.setenv("HYLO_SERVE_GEOMETRY", "gpu")
     monkeypatch.setattr(plugin, "current_platform", SimpleNamespace(is_cpu=lambda: False))
     shape = SMALL | dict(num_attention_heads=24, hidden_size=768)
-    config = HyLoConfig(mixers=["gdn", "mla"] * 2, qk_norm=norms, **shape, **sizes(geometry))
+    config = HyLoConfig(mixers=["gdn", "mla"] * 2, qk_norm=norms, window=window, **shape, **sizes(geometry))
     apply(config)
     given = SimpleNamespace(
-        model_config=SimpleNamespace(hf_config=config, quantization=None),
+        model_config=SimpleNamespace(hf_config=config, quantization=None, dtype=getattr(torch, model)),
         scheduler_config=SimpleNamespace(max_num_seqs=requests),
-        cache_config=SimpleNamespace(mamba_ssm_cache_dtype="auto", enable_prefix_caching=True, cache_dtype=dtype),
+        cache_config=SimpleNamespace(mamba_cache_dtype="auto", mamba_ssm_cache_dtype=states, cache_dtype=dtype,
+                                     enable_prefix_caching=True),
         parallel_config=SimpleNamespace(
             tensor_parallel_size=1, pipeline_parallel_size=1, decode_context_parallel_size=1
         ),
@@ -62,6 +64,18 @@ def test_states_are_fp32_and_requests_limited(monkeypatch):
     assert found.cache_config.mamba_ssm_cache_dtype == "float32"
     assert 1 < found.scheduler_config.max_num_seqs < 100_000
     assert found.compilation_config.inductor_compile_config["shape_padding"] is False
+
+
+def test_requests_are_limited_by_the_bytes_of_their_types(monkeypatch):
+    """A position of a cache takes as many bytes as its type, and so does the work space of a request."""
+
+    def most(**given):
+        return settings(monkeypatch, requests=100_000, **given).scheduler_config.max_num_seqs
+
+    wide = dict(window=dict(size=2048, sinks=4))
+    half, whole = most(states="bfloat16", **wide), most(model="float32", states="bfloat16", **wide)
+    assert whole == pytest.approx(half / 2, rel=0.05)  # rows and windows twice as wide, so as many positions a page
+    assert most(dtype="fp8", backend="TRITON_MLA", **wide) == pytest.approx(most(**wide) / 2, rel=0.05)
 
 
 def test_prompts_take_vllms_own_kernel_where_it_fits(monkeypatch):
