@@ -1,5 +1,6 @@
 """Load a Hugging Face folder for evaluation, and describe it as far as no forward pass is needed."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # In this order, as transformers reads them. Files beside them, such as consolidated.safetensors, may be missing.
 WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "*.safetensors")
 COMPLETE = "full_attention"  # transformers' name; the caches of other layers do not grow beyond a size
+SLIDING = "sliding_attention"
 LOCAL = {"local_files_only": True, "trust_remote_code": False}
 OTHER_HEADS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 CPU_BATCH_TOKENS = 4096
@@ -172,23 +174,49 @@ def layer_plan(config) -> list[str]:
     """Return the name of every layer's mixer; other models' layers may have a name of transformers."""
     if config.model_type == "hylo":
         return list(config.mixers)
-    types = getattr(config, "layer_types", None) or [COMPLETE] * config.num_hidden_layers
+    every = SLIDING if getattr(config, "sliding_window", None) else COMPLETE  # as transformers' caches
+    types = getattr(config, "layer_types", None) or [every] * config.num_hidden_layers
     return ["attention" if kind == COMPLETE else kind for kind in types]
 
 
-def kv_bytes_per_token(config, bytes_per_value: int = 2) -> int:
-    """Return the bytes that each further token adds to the cache, by default in bf16; fixed states add none."""
+def kv_bytes_per_token(config, bytes_per_value: int = 2, length: int | None = None) -> int:
+    """Return the bytes that each further token adds to the cache, by default in bf16; fixed states add none.
+
+    A layer with a sliding window that no text of ``length`` (default: the model's longest) fills grows as all others.
+    """
     if config.model_type == "hylo":
         return config.to_architecture().kv_bytes_per_token(bytes_per_value)
+    plan = layer_plan(config)
+    growing = plan.count("attention") + (0 if _slides(config, length) else plan.count(SLIDING))
+    return growing * _row_bytes(config, bytes_per_value)
+
+
+def window_cache_bytes(config) -> int:
+    """Return the bytes in bf16 that the windows of a request cache once they are full, whatever its length."""
+    if config.model_type == "hylo":
+        return config.to_architecture().window_bytes()
+    if not _slides(config, None):
+        return 0
+    return layer_plan(config).count(SLIDING) * config.sliding_window * _row_bytes(config, 2)
+
+
+def _slides(config, length: int | None) -> bool:
+    """Return whether a text of ``length`` tokens is longer than the sliding window of some layers."""
+    window, most = getattr(config, "sliding_window", None), getattr(config, "max_position_embeddings", None)
+    return bool(window) and window < (length or most or math.inf)
+
+
+def _row_bytes(config, bytes_per_value: int) -> int:
+    """Return the bytes of the keys and values of one token in one layer of attention."""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return bytes_per_value * layer_plan(config).count("attention") * 2 * kv_heads * head_dim
+    return bytes_per_value * 2 * kv_heads * head_dim
 
 
 def describe(loaded: Loaded) -> dict:
     """Return size, layer plan and cache size of a model for the report."""
     model, config = loaded.model, loaded.model.config
-    windows = config.to_architecture().window_bytes() if config.model_type == "hylo" else 0
+    windows = window_cache_bytes(config)
     return {
         "name": loaded.name,
         "model_type": config.model_type,

@@ -113,7 +113,7 @@ def start_engine(
     hybrid = model.config.model_type == "hylo"
     rows = options.batch_size or CPU_ROWS
     if not options.batch_size and device.type == "cuda":
-        per_token = kv_bytes_per_token(model.config, dtype.itemsize)
+        per_token = kv_bytes_per_token(model.config, dtype.itemsize, sampling.length)
         if hybrid:
             per_token = cache_bytes_per_token(model, sampling.length)
         vocabulary = model.get_output_embeddings().weight.shape[0]

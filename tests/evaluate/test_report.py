@@ -11,7 +11,7 @@ import torch
 from helpers.evaluation import make_model, make_prose, write_lines
 from helpers.paths import ROOT
 from helpers.waits import PATIENCE
-from transformers import Qwen3Config
+from transformers import DynamicCache, MistralConfig, Qwen2Config, Qwen3Config
 
 from hylo_megatron.evaluate import models as hf_models
 from hylo_megatron.evaluate import suites
@@ -69,11 +69,29 @@ def test_model_alone_without_needles(tmp_path, folder, prose):
 
 def test_cache_of_a_transformer_counts_the_layers_whose_cache_grows():
     sizes = {"num_hidden_layers": 3, "num_attention_heads": 4, "hidden_size": 32, "num_key_value_heads": 2}
-    config = Qwen3Config(**sizes, head_dim=8, layer_types=["sliding_attention", "full_attention", "sliding_attention"])
+    window = dict(use_sliding_window=True, sliding_window=16, max_position_embeddings=64)
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    config = Qwen3Config(**sizes, head_dim=8, layer_types=kinds, **window)
     assert hf_models.layer_plan(config) == ["sliding_attention", "attention", "sliding_attention"]
     assert hf_models.kv_bytes_per_token(config) == 2 * 2 * 2 * 8
+    assert hf_models.window_cache_bytes(config) == 2 * 16 * 64
     config = Qwen3Config(**sizes, head_dim=8)
     assert hf_models.layer_plan(config) == ["attention"] * 3 and hf_models.kv_bytes_per_token(config) == 3 * 64
+
+
+@pytest.mark.parametrize("kind", [Qwen2Config, MistralConfig])
+def test_cache_of_layers_with_windows_grows_up_to_the_window(kind):
+    """A window as long as the model's longest text never slides; transformers' cache says what is kept."""
+    sizes = {"num_hidden_layers": 3, "num_attention_heads": 4, "hidden_size": 32, "num_key_value_heads": 2}
+    more = dict(use_sliding_window=True, max_window_layers=0) if kind is Qwen2Config else {}
+    long, short = (kind(**sizes, **more, sliding_window=size, max_position_embeddings=64) for size in (64, 16))
+    assert (hf_models.kv_bytes_per_token(long), hf_models.window_cache_bytes(long)) == (3 * 64, 0)
+    assert (hf_models.kv_bytes_per_token(short), hf_models.window_cache_bytes(short)) == (0, 3 * 16 * 64)
+    assert hf_models.layer_plan(short) == ["sliding_attention"] * 3
+    assert hf_models.kv_bytes_per_token(short, length=16) == 3 * 64  # rows of --length 16
+    cache = DynamicCache(config=short)
+    cache.update(*torch.zeros(2, 1, 2, 40, 8), 0)
+    assert cache.layers[0].keys.shape[2] == 16 - 1  # without the token that reads them
 
 
 def test_cache_of_a_hybrid_counts_mla_rows():
