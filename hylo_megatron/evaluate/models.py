@@ -27,6 +27,8 @@ CPU_BATCH_TOKENS = 4096
 # GPU memory per hidden value of a token: about ten times what cache and activations take in bf16, so that
 # training may run on the same GPU. Large batches pay off: a decoding step takes as long for one row as for many.
 CUDA_BATCH_BYTES = 1024
+ONE_PASS = 32_768  # tokens of a prompt that one forward pass reads without a mask
+MASK_PAIRS = 1 << 30  # largest mask of a chunk behind cached tokens, chunk x prompt; a pair takes 3 bytes
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,13 @@ def rows_per_batch(model: PreTrainedModel, length: int, batch_size: int | None) 
         memory = torch.cuda.get_device_properties(model.device).total_memory
         tokens = memory // (CUDA_BATCH_BYTES * model.config.hidden_size)
     return batch_size or max(1, tokens // length)
+
+
+def prefill_chunk(length: int, chosen: int | None) -> int:
+    """Return how many of ``length`` tokens one forward pass reads: ``chosen``, or what keeps the mask small."""
+    if chosen or length <= ONE_PASS:
+        return chosen or ONE_PASS
+    return 1 << max(1, MASK_PAIRS // length).bit_length() - 1  # a power of two, for which kernels exist already
 
 
 def check_folder(folder: str | Path) -> Path:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from hylo_megatron.evaluate.greedy import batches, end_tokens, greedy
 from hylo_megatron.evaluate.intervals import of_scores
+from hylo_megatron.evaluate.models import prefill_chunk
 from hylo_megatron.evaluate.task import Prompt, Task
 
 Answerer = Callable[[list[Prompt]], Iterable[tuple[int, str]]]  # yields the index of a prompt and its answer
@@ -12,7 +13,10 @@ SHOWN_EVERY = 5  # seconds
 
 
 def answerer(model, tokenizer, task: Task, batch_size: int | None = None, chunk: int | None = None) -> Answerer:
-    """Return what answers prompts of ``task`` with greedy continuations of a model."""
+    """Return what answers prompts of ``task`` with greedy continuations of a model.
+
+    ``chunk``: tokens of a prompt that one forward pass reads; None: what keeps the mask small.
+    """
     ends = end_tokens(model, tokenizer)
 
     def finished(ids: list[int]) -> bool:
@@ -20,7 +24,9 @@ def answerer(model, tokenizer, task: Task, batch_size: int | None = None, chunk:
 
     def answer(prompts: list[Prompt]) -> Iterator[tuple[int, str]]:
         for batch in batches([len(prompt.ids) for prompt in prompts], model, batch_size):
-            ids = greedy(model, [prompts[i].ids for i in batch], task.max_new_tokens, finished, chunk)
+            ids = [prompts[i].ids for i in batch]
+            piece = prefill_chunk(max(map(len, ids)), chunk)
+            ids = greedy(model, ids, task.max_new_tokens, finished, piece)
             yield from zip(batch, tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True)
 
     return answer

@@ -36,7 +36,9 @@ class Settings:
     seed: int = option("--seed", 0, count, "random seed of the needles")
     batch_size: int | None = option(
         "--batch-size", None, size, "sequences per batch; by default as many as suit the device")
-    prefill_chunk: int = option("--prefill-chunk", 32_768, size, "tokens that one forward pass reads; bounds memory")
+    prefill_chunk: int | None = option(
+        "--prefill-chunk", None, size,
+        "tokens that one forward pass reads (default: 32,768, and fewer of longer texts, whose masks would be large)")
     context: int = option("--context", 2048, size, "tokens to which documents are cut")
     ppl_tokens: int = option("--ppl-tokens", 20_000, size, "tokens that are scored of each file")
     long_context: int = option(

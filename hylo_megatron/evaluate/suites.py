@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from hylo_megatron.evaluate import choice
 from hylo_megatron.evaluate.answers import Answers
-from hylo_megatron.evaluate.models import Loaded
+from hylo_megatron.evaluate.models import Loaded, prefill_chunk
 from hylo_megatron.evaluate.needle import Needle
 from hylo_megatron.evaluate.perplexity import (
     encode_documents,
@@ -60,10 +60,11 @@ class Job:
         how = {"lengths": lengths, "samples": samples, "seed": self.settings.seed, "label": self.label(task.name)}
         return run(task, self.loaded.tokenizer, self.answerer(task), **how)
 
-    def losses(self, measure: Callable[..., dict], kind: str, label: str, **how) -> dict:
+    def losses(self, measure: Callable[..., dict], kind: str, label: str, *, context: int, **how) -> dict:
         """Return what ``measure``, a function of ``perplexity.py``, finds in the file of this kind."""
         settings = self.settings
-        how |= {"form": settings.form, "batch_size": settings.batch_size, "prefill": settings.prefill_chunk}
+        how |= {"form": settings.form, "batch_size": settings.batch_size, "context": context}
+        how |= {"prefill": prefill_chunk(context, settings.prefill_chunk)}
         file = self.files[kind][0]
         return measure(self.loaded.model, self.loaded.tokenizer, file, label=self.label(label), **how)
 

@@ -11,11 +11,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from hylo_megatron.errors import HyLoError
+from hylo_megatron.evaluate import models as hf_models
 from hylo_megatron.evaluate.encoding import encode_start, question_text
 from hylo_megatron.evaluate.greedy import batches, greedy
 from hylo_megatron.evaluate.intervals import wilson
 from hylo_megatron.evaluate.needle import ANSWER, FACT, PROMPT, Needle, Prose, first_number, make_needle
 from hylo_megatron.evaluate.run_task import answerer
+from hylo_megatron.evaluate.task import Prompt
 
 
 def prompt_text(tokenizer, text: str, key: str) -> str:
@@ -185,6 +187,36 @@ def test_prompts_read_in_chunks_or_with_padding_have_the_same_answers(tokenizer,
         reads.clear()
         assert greedy(model, prompts[:2], 6, lambda ids: False, chunk) == alone[:2], f"chunks of {chunk}"
         assert reads == [*pieces, 1, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gdn", "mamba2"])
+def test_chunks_are_small_where_masks_would_be_large(tokenizer, kind, monkeypatch):
+    """A prompt of 512K is read in chunks whose mask takes 3 GiB, and chunks leave the logits as they are."""
+    assert [hf_models.prefill_chunk(length, None) for length in (600, 32_768)] == [32_768] * 2
+    assert [hf_models.prefill_chunk(1 << power, None) for power in (16, 17, 19, 31)] == [16_384, 8192, 2048, 1]
+    assert hf_models.prefill_chunk(1 << 19, 4096) == 4096
+    assert all(length * hf_models.prefill_chunk(length, None) <= 1 << 30 for length in range(32_769, 1 << 21, 9973))
+    model = make_model(tokenizer, initializer_range=0.4) if kind == "llama" else random_hybrid(tokenizer, kind)
+    model.generation_config.eos_token_id = None
+    prompt = Prompt(ids=tuple(range(3, 93)), length=90, references=())
+    reads, logits, forward = [], [], model.forward
+
+    def record(input_ids, **kwargs):
+        out = forward(input_ids=input_ids, **kwargs)
+        reads.append(input_ids.shape[1])
+        logits.append(out.logits[0, -1])
+        return out
+
+    model.forward = record
+    task = Needle(file=None, max_new_tokens=1)
+    list(answerer(model, tokenizer, task)([prompt]))
+    monkeypatch.setattr(hf_models, "ONE_PASS", 32)
+    for pairs, pieces in ((90 * 40, [32, 32, 26]), (90 * 16, [16] * 5 + [10])):
+        monkeypatch.setattr(hf_models, "MASK_PAIRS", pairs)
+        reads.clear()
+        list(answerer(model, tokenizer, task)([prompt]))
+        assert reads == pieces
+        torch.testing.assert_close(logits[-1], logits[0], rtol=1e-4, atol=1e-4)
 
 
 def test_a_length_that_is_let_through_has_room_for_every_prompt(tokenizer, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from helpers.evaluation import (
 
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.evaluate.perplexity import long_documents_of, perplexity_of
+from hylo_megatron.evaluate.settings import Settings
+from hylo_megatron.evaluate.suites import Job
 
 
 @pytest.mark.parametrize(("chunk", "batch_size"), [(1024, 1), (7, 3), (64, 4)])
@@ -92,6 +95,13 @@ def test_documents_read_in_chunks_have_the_same_losses(tokenizer, prose, kind, p
     assert found["loss"] == pytest.approx(whole["loss"], rel=1e-4)
     for row, expected in zip(found["by_position"], whole["by_position"], strict=True):
         assert row["loss"] == pytest.approx(expected["loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("chosen, chunk", [(None, 2048), (4096, 4096)])
+def test_long_documents_are_read_in_chunks_with_small_masks(prose, chosen, chunk):
+    loaded = SimpleNamespace(model=None, tokenizer=None)
+    job = Job(role="model", loaded=loaded, files={"long": (prose,)}, settings=Settings(prefill_chunk=chosen))
+    assert job.losses(lambda *_, **how: how, "long", "long documents", context=1 << 19)["prefill"] == chunk
 
 
 def test_intervals_are_those_of_documents(tokenizer, prose):
