@@ -44,14 +44,17 @@ def geometry_preset(name: str, hidden_size: int, num_attention_heads: int, head_
     return Geometry(**parts)
 
 
-def geometry_name(name: str) -> tuple[str, tuple[int, int] | None]:
-    """Return the preset and the latent ``(rank, rope)`` of ``PRESET[:RANK+ROPE]``. Raises ``HyLoError``."""
+def geometry_name(name: str, asked: str = "--geometry ") -> tuple[str, tuple[int, int] | None]:
+    """Return the preset and the latent ``(rank, rope)`` of ``PRESET[:RANK+ROPE]``.
+
+    Raises ``HyLoError``, whose message begins with ``asked``, what gave the name.
+    """
     preset, colon, latent = name.partition(":")
     sizes = latent.split("+")
     fits = len(sizes) == 2 and all(size.isdecimal() and 0 < int(size) < 2**31 for size in sizes)
     if preset not in PRESETS or (colon and not fits):
         raise HyLoError(
-            f"--geometry {short(name)}: expected one of {', '.join(PRESETS)}, or with another latent native:RANK+ROPE,"
+            f"{asked}{short(name)}: expected one of {', '.join(PRESETS)}, or with another latent native:RANK+ROPE,"
             " such as native:128+32"
         )
     return preset, tuple(map(int, sizes)) if colon else None

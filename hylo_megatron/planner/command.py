@@ -62,7 +62,7 @@ def undivided(arch: Architecture, tp: int) -> str | None:
     vocabulary = VOCABULARY * -(-arch.vocab_size // VOCABULARY)
     for what, total in (("MLP features", arch.intermediate_size), ("rows of the padded vocabulary", vocabulary)):
         if total % tp:
-            return f"--tp {tp} does not divide {total} {what}"
+            return f"--tp {tp} does not divide {total} {what}; take a size that does"
     return None
 
 
@@ -239,7 +239,9 @@ def main() -> None:
     arch = read(known.folder)
     if known.plan is not None:
         if arch.is_hybrid:
-            raise HyLoError("--plan is for a base model; this folder holds a hybrid")
+            raise HyLoError(
+                f"--plan {known.plan}: is for a base model, and {known.folder} holds a hybrid; leave it out"
+            )
         geometry = geometry_preset(known.geometry, arch.hidden_size, arch.num_attention_heads, arch.head_dim)
         plan = Plan.parse(arch.num_layers, known.plan, geometry=known.geometry, asked="--plan")
         check_heads(arch.head_dim, geometry, set(plan))

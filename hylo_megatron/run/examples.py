@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hylo_megatron.config import Plan
-from hylo_megatron.config.geometry import PRESETS
+from hylo_megatron.config.geometry import geometry_name
 from hylo_megatron.config.layout import ParallelLayout, Work, check_parallel_layout
 from hylo_megatron.config.plan import linear_of_plan
 from hylo_megatron.config.positions import window
@@ -82,6 +82,7 @@ class Job:
                 f"HF_MODEL={self.source.base} has {base.num_layers} layers, expected {self.recipe.layers}"
                 f" for this recipe ({BASES[self.recipe.name.removeprefix('proxy-').removesuffix('-window')].name})"
             )
+        self.recipe.check_positions()
         plan = Plan.parse(self.recipe.layers, self.recipe.plan, self.recipe.linear)
         teacher = read_architecture(self.source.teacher) if self.source.teacher else base
         student = student_architecture(base, plan, self.recipe.geometry, **self.recipe.settings)
@@ -93,15 +94,21 @@ class Job:
         if self.source.base.is_dir():  # a proxy's model is made later
             check_vocabularies(base, teacher, (self.source.base, self.source.teacher or self.source.base))
         if value("FLAGS"):
-            # Importing Megatron's parser takes seconds.
-            from hylo_megatron.distill.command_line import check_stage, user_flags
+            self._check_flags()
 
-            kinds = [(stage, stage_kind(stage.kind)) for stage in self.recipe.stages]
-            for stage, kind in kinds:
+    def _check_flags(self) -> None:
+        # Importing Megatron's parser takes seconds.
+        from hylo_megatron.distill.command_line import check_stage, user_flags
+
+        kinds = [(stage, stage_kind(stage.kind)) for stage in self.recipe.stages]
+        for stage, kind in kinds:
+            try:
                 check_stage(user_flags([*stage.flags(), *fitting(self.flags, kind, stage.loss)]))
-            for word in map(str, self.flags):
-                if not any(fitting([word], kind, stage.loss) for stage, kind in kinds):
-                    raise HyLoError(f"FLAGS={word}: no stage of this recipe has a loss that reads it; leave it out")
+            except HyLoError as error:
+                raise HyLoError(f"FLAGS={short(value('FLAGS'))}: {error}") from None
+        for word in map(str, self.flags):
+            if not any(fitting([word], kind, stage.loss) for stage, kind in kinds):
+                raise HyLoError(f"FLAGS={word}: no stage of this recipe has a loss that reads it; leave it out")
 
 
 def data_files() -> tuple[tuple[Path, ...], tuple[Path, ...]]:
@@ -157,13 +164,14 @@ def window_of(text: str) -> str:
 
 
 def job_of(name: str) -> Job:
-    small = value("PROXY", "0") != "0"
+    small = value("PROXY", "0") == "1"
+    if not small and value("PROXY", "0") != "0":
+        raise HyLoError(f"PROXY={short(value('PROXY'))}: expected 1, or 0 for a run with HF_MODEL and DATA")
     base = BASES[name]
     plan = Plan.parse(base.layers, value("PLAN", base.plan), value("LINEAR"), asked="PLAN=").name
     linear = value("LINEAR") or linear_of_plan(value("PLAN", "")) or LINEAR[0]
     geometry = value("GEOMETRY", "native" if value("WINDOW") else "published")
-    if geometry.partition(":")[0] not in PRESETS:
-        raise HyLoError(f"GEOMETRY={geometry}: expected {' or '.join(reversed(PRESETS))}")
+    geometry_name(geometry, "GEOMETRY=")
     recipe = published(name, value("PLAN"), linear, number("TOKENS", TOKENS), number("SEED", 1234), geometry)
     if small:
         recipe = proxy(recipe, base, number("STEPS", STEPS))

@@ -72,10 +72,10 @@ class Run:
         self.logs.mkdir(parents=True, exist_ok=True)
         self.data.mkdir(exist_ok=True)
         path, mine = self.out / "recipe.json", self.recipe.to_dict() | self.source.to_dict()
-        found = read_json(path, dict[str, Any], "choose another OUT, or remove it") if path.is_file() else mine
+        found = read_json(path, dict[str, Any], "choose another folder, or remove it") if path.is_file() else mine
         if other := ", ".join(name for name in {**mine, **found} if found.get(name) != mine.get(name)):
             raise HyLoError(
-                f"{self.out} holds a run with other settings ({path}: {other}); choose another OUT, or remove it"
+                f"{self.out} holds a run with other settings ({path}: {other}); choose another folder, or remove it"
             )
         write_text(path, json.dumps(mine, indent=1))
 
@@ -149,7 +149,7 @@ class Run:
     def _check_not_diverged(self, stage: Stage) -> None:
         if why := why_diverged(self.out / stage.name):
             raise HyLoError(
-                f"{stage.name} diverged: {why}. Run with a lower lr of this stage in another OUT; or remove"
+                f"{stage.name} diverged: {why}. Run with a lower lr of this stage in another folder; or remove"
                 f" {self.out / stage.name / DIVERGED} and continue with --hylo-on-spike rollback"
             )
 

@@ -102,6 +102,7 @@ def planned(tmp_path, monkeypatch, capsys):
     (("--tp", 7), "--tp 7 does not divide 24 attention heads"),
     (("--tp", 3), "--tp 3 does not divide 8 key-value heads"),
     (("--plan", "6MLA22GDN", "--geometry", "native:16+7"), "qk_rope_head_dim 7 must divide the head dimension 128"),
+    (("--plan", "all", "--train", "distill", "--loss", "ild"), "--loss ild does not fit --train distill: expected kl"),
     (("--plan", ""), "--plan '': expected layer numbers such as 1,5,10,14"),
     (("--plan", "4MLA1RWKV"), "--plan '4MLA1RWKV': unknown linear kind 'RWKV', expected GDN"),
     (("--plan", "4MLA1GDN"), "--plan '4MLA1GDN': has 5 layers, expected"),

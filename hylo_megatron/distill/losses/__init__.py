@@ -26,12 +26,17 @@ __all__ = ["JSD", "KL", "LOSSES", "HeadShape", "LayerDistance", "Loss", "Reverse
            "foreign", "loss_class", "loss_of"]  # fmt: skip
 
 
-def loss_class(kind: StageKind, name: str | None = None) -> type[Loss]:
-    """Return the loss ``name`` (default: the usual one of ``kind``). Raises ``HyLoError`` if it does not fit."""
+def loss_class(
+    kind: StageKind, name: str | None = None, prefix: str = "--hylo-", stage: str = "--hylo-stage"
+) -> type[Loss]:
+    """Return the loss ``name`` (default: the usual one of ``kind``). Raises ``HyLoError`` if it does not fit.
+
+    ``prefix`` and ``stage``: those of ``check_levers``.
+    """
     found = LOSSES[name or kind.loss]
     if found.layerwise != kind.layerwise:
         fits = [each for each, loss in LOSSES.items() if loss.layerwise == kind.layerwise]
-        raise HyLoError(f"--hylo-loss {name} does not fit --hylo-stage {kind.name}: expected {' or '.join(fits)}")
+        raise HyLoError(f"{prefix}loss {name} does not fit {stage} {kind.name}: expected {' or '.join(fits)}")
     return found
 
 
@@ -70,7 +75,7 @@ def check_levers(kind: StageKind, values: argparse.Namespace, prefix: str = "--h
     def flag(name: str) -> str:
         return prefix + name.removeprefix("hylo_").replace("_", "-")
 
-    own = defaults(loss_class(kind, values.hylo_loss))
+    own = defaults(loss_class(kind, values.hylo_loss, prefix, stage))
     for name in foreign(kind, values.hylo_loss):
         if name in values.given:
             value = getattr(values, name)
