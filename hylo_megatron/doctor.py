@@ -3,7 +3,6 @@
 Runs in a bare Python too. ``devices()`` asks torch, hence imports torch where it is installed.
 """
 
-import argparse
 import functools
 import os
 import platform
@@ -12,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from hylo_megatron.flags import Parser, command_line
 from hylo_megatron.packages import Capability, capabilities, has, load, spec, version_of
 
 
@@ -130,8 +130,9 @@ def report(patches: bool = False) -> str:
     return "\n\n".join("\n".join(part) for part in parts)
 
 
+@command_line
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="hylo doctor", description="What this machine has, and what is missing.")
+    parser = Parser(prog="hylo doctor", description="What this machine has, and what is missing.")
     parser.add_argument("--patches", action="store_true", help="list every replaced name of another library")
     print(report(parser.parse_args().patches))
 

@@ -7,6 +7,7 @@ import os
 import select
 import sys
 from collections.abc import Callable, Collection
+from pathlib import Path
 
 from hylo_megatron.checkpoint import disk
 from hylo_megatron.errors import HyLoError
@@ -124,6 +125,11 @@ def tokens(text: str) -> int:
 
 
 def _of_a_file(error: OSError) -> str:
+    path = Path(error.filename or "")
+    if isinstance(error, NotADirectoryError | FileExistsError) and (
+        file := next((each for each in (path, *path.parents) if each.is_file()), None)
+    ):
+        return f"{file}: a file, expected a folder or the name of a new one; choose another path"
     if error.filename and (full := disk.explained(error, error.filename)):
         return str(full)
     where = f" ({error.filename})" if error.filename else ""

@@ -143,7 +143,11 @@ def check_parallel_layout(
         return
     reasons = list(dict.fromkeys(reasons))
     others = "; ".join(other.of(sizes) for other in nearest(models, at, work, sizes=sizes))
-    remedy = f"nearest layouts that fit: {others}" if others else "no layout of this many processes fits"
+    remedy = (
+        f"nearest layouts that fit: {others}"
+        if others
+        else "no layout of this many processes fits; change their number, or what they share"
+    )
     raise HyLoError(f"{at.of(sizes)} does not fit: {'; '.join(reasons)}. {remedy}")
 
 

@@ -24,6 +24,9 @@ SAME = (
 
 def check_students(first: Architecture, second: Architecture, folders: tuple[str | Path, str | Path]) -> None:
     """Raise ``HyLoError`` if layers of both students do not fit into one model. ``first`` is the MLA student."""
+    for arch, folder in zip((first, second), folders, strict=True):
+        if not arch.is_hybrid:
+            raise HyLoError(f"{folder}: a Transformer, expected a student of hylo upcycle; convert it to one first")
     where = "{} and {} differ in ".format(*folders)
     for name in SAME:
         if getattr(first, name) != getattr(replace(second, plan=first.plan), name):

@@ -84,6 +84,7 @@ def main() -> None:
     parser.add_argument("--out", required=True, type=Path, help="folder for the .jsonl files, choice/ and answers/")
     parser.add_argument("--cache", help="folder for downloads (default $HYLO_CACHE or ~/.cache/hylo_megatron)")
     arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)  # fails now, not after the download
     names = {Path(task).name for task in CHOICE}
     for task in converted(fetch_wheel(BIG_BENCH, cache_folder(arguments.cache))):
         folder = arguments.out / ("choice" if task.name in names else "answers")

@@ -3,15 +3,16 @@
 No weight changes. Every base is a pass over the same documents; ``--write`` puts the best one into config.json.
 """
 
+import argparse
 from pathlib import Path
 
 from hylo_megatron.config import positions
 from hylo_megatron.data.formats import add_format
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.evaluate.models import load, resolve_device, resolve_dtype
+from hylo_megatron.evaluate.models import DTYPES, load, resolve_device, resolve_dtype
 from hylo_megatron.evaluate.perplexity import encode_long_documents, score
 from hylo_megatron.files import write_json
-from hylo_megatron.flags import Parser, command_line, count, size
+from hylo_megatron.flags import Parser, command_line, count, short, size
 from hylo_megatron.json_file import read_json
 
 BASES = "300,500,700,900"  # about those of HypeNet (arXiv 2601.22156)
@@ -64,7 +65,7 @@ def _flags() -> Parser:
     add("--after", type=count, help="choose by the loss from this position on (default: half of --length)")
     add("--prefill", type=size, help="tokens that one forward pass reads (default: whole documents)")
     add("--device", default="auto")
-    add("--dtype", default="auto")
+    add("--dtype", default="auto", choices=("auto", *DTYPES))
     add("--write", action="store_true", help="write the best scale into the folder's config.json")
     return parser
 
@@ -74,11 +75,11 @@ def main(argv: list[str] | None = None) -> None:
     parser = _flags()
     options = parser.parse_args(argv)
     folder, device = Path(options.model), resolve_device(options.device)
-    scales = [None, *(_scale(parser, f"{base},{options.start}") for base in options.bases.split(","))]
+    scales = [None, *(_scale(parser, base, options.start) for base in options.bases.split(","))]
     loaded = load(folder, device, resolve_dtype(options.dtype, device))
     if loaded.model.config.model_type != "hylo" or "mla" not in loaded.model.config.mixers:
         raise HyLoError(f"{folder}: has no MLA layers, whose queries a log scale multiplies; give another model")
-    wanted = {"context": options.length, "count": options.documents, "form": options.form}
+    wanted = {"context": options.length, "count": options.documents, "form": options.form, "advice": "--length"}
     documents = encode_long_documents(loaded.tokenizer, options.text, **wanted)
     found = losses_by_base(loaded.model, documents, scales, Path(options.text), options.prefill)
     after = options.length // 2 if options.after is None else options.after
@@ -90,8 +91,9 @@ def main(argv: list[str] | None = None) -> None:
         write_json(folder / "config.json", read_json(folder / "config.json") | {"log_scale": best})
 
 
-def _scale(parser: Parser, text: str) -> dict:
+def _scale(parser: Parser, base: str, start: int) -> dict:
     try:
-        return positions.log_scale(text)
-    except Exception as error:
-        parser.error(f"argument --bases: {error}")
+        return positions.log_scale(f"{float(base)},{start}")
+    except (ValueError, argparse.ArgumentTypeError):
+        what = "whose sum with --from is above 1, several with commas"
+        parser.error(f"argument --bases: {short(base)}: expected numbers of 0 or more {what}, such as {BASES}")

@@ -47,7 +47,9 @@ def resolve_device(device: str) -> torch.device:
         found = torch.device(device)
         torch.empty(1, device=found)
     except (RuntimeError, AssertionError) as error:
-        raise HyLoError(f"device '{device}' cannot be used ({first_line(error)}): use auto, cpu or cuda") from error
+        raise HyLoError(
+            f"--device {device}: cannot be used ({first_line(error)}); expected auto, cpu or cuda"
+        ) from error
     return found
 
 
@@ -56,7 +58,7 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
     if dtype not in DTYPES:
-        raise HyLoError(f"dtype '{dtype}' is not known: choose auto, {' or '.join(DTYPES)}")
+        raise HyLoError(f"--dtype {dtype}: expected auto, {' or '.join(DTYPES)}")
     return DTYPES[dtype]
 
 

@@ -160,7 +160,7 @@ def prose_of(file: Path, tokenizer: PreTrainedTokenizerBase, form: str | None) -
 def _check_length(ids: Ids, length: int) -> None:
     if len(ids) + MAX_NEW_TOKENS > length:
         least = len(ids) + MAX_NEW_TOKENS + 32
-        raise HyLoError(f"needle length {length} is too short for the question itself: use {least} or more")
+        raise HyLoError(f"--needle-lengths {length}: too short for the question itself; use {least} or more")
 
 
 def check_shortest(tokenizer: PreTrainedTokenizerBase, length: int) -> bool:

@@ -58,11 +58,12 @@ def encode_long_documents(
     count: int,
     join: bool = False,
     form: str | None = None,
+    advice: str = "--long-context, or --long-join",
 ) -> list[list[int]]:
     """Return the first ``context`` ids of the first ``count`` documents that have as many, in file order.
 
     ``join``: documents that are too short are continued with the next ones, after an empty line. If the file has fewer
-    long documents, all are returned. Raises ``HyLoError`` if it has none.
+    long documents, all are returned. Raises ``HyLoError`` if it has none; ``advice`` names the flag of ``context``.
     """
     documents, begun = [], []
     for text in read_texts(Path(file), tokenizer, form=form):
@@ -77,9 +78,7 @@ def encode_long_documents(
         if len(documents) == count:
             break
     if not documents:
-        raise HyLoError(
-            f"{file} holds no document of {context:,} tokens: give longer ones, a shorter long context or --long-join"
-        )
+        raise HyLoError(f"{file} holds no document of {context:,} tokens: give longer ones, or a smaller {advice}")
     return documents
 
 

@@ -99,6 +99,7 @@ def check_prompts(tokenizer, texts: Iterable[tuple[str, str]], room: int) -> Non
 
 
 def _all(file: Path, read: Callable[[Any, str], T]) -> tuple[T, ...]:
+    """Return the questions of a file. Raises ``HyLoError``."""
     found = tuple(read(value, where) for value, where in _rows(Path(file)))
     if not found:
         raise HyLoError(f"{file} has no questions: expected JSON lines")
@@ -110,7 +111,7 @@ def _rows(file: Path) -> Iterator[tuple[Any, str]]:
         raise HyLoError(f"{file}: no such file: expected JSON lines of questions")
     for number, line in enumerate(file.read_bytes().splitlines(), 1):
         if line.strip():
-            yield parse(line, f"{file}:{number}"), f"{file}:{number}"
+            yield parse(line, f"{file}:{number}", "expected one question in JSON on each line"), f"{file}:{number}"
 
 
 def _choice(value: Any, where: str) -> Choice:

@@ -21,6 +21,10 @@ def lengths(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"{error}, several with commas as in 1024,2048") from None
 
 
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 # fmt: off
 @dataclass(frozen=True)
 class Settings:
@@ -70,22 +74,22 @@ class Settings:
             value = min(value, default=0) if isinstance(value, tuple) else value
             least = 2 if name in ("context", "long_context") else 1  # the first token of a document has no loss
             if value is not None and value < least:
-                raise HyLoError(f"evaluation setting {name} is {value}, expected {least} or more")
+                raise HyLoError(f"{_flag(name)} {value}: expected {least} or more")
         for name in ("needle_lengths", "ruler_lengths"):
             lengths = getattr(self, name)
             if len(set(lengths)) < len(lengths):
-                raise HyLoError(f"evaluation setting {name} has a length twice, expected different ones: {lengths}")
+                raise HyLoError(f"{_flag(name)} {','.join(map(str, lengths))}: expected each length once")
         for verb, names in (("skip", self.skip), ("measure", self.suites)):
             if unknown := set(names) - set(SUITES):
                 raise HyLoError(f"cannot {verb} {', '.join(sorted(unknown))}: the parts are {', '.join(SUITES)}")
         if self.form not in (None, *FORMATS):
-            raise HyLoError(f"evaluation setting form is {self.form!r}, expected {', '.join(FORMATS)} or None")
+            raise HyLoError(f"--format {self.form}: expected {', '.join(FORMATS)}")
         if self.teacher_yarn is not None and not self.teacher_yarn > 1:
-            raise HyLoError(f"evaluation setting teacher_yarn is {self.teacher_yarn}, expected a factor above 1")
+            raise HyLoError(f"--teacher-yarn {self.teacher_yarn:g}: expected a factor above 1")
         if not self.lengths_for("teacher", self.needle_lengths):
             raise HyLoError(
-                f"teacher_needle_limit {self.teacher_needle_limit} leaves the teacher no needle length: raise it to "
-                f"{min(self.needle_lengths)} or more"
+                f"--teacher-needle-limit {self.teacher_needle_limit}: leaves the teacher no needle length; raise it to"
+                f" {min(self.needle_lengths)} or more"
             )
 
     def lengths_for(self, role: str, lengths: tuple[int, ...]) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ from hylo_megatron import packages
 from hylo_megatron.convert.card_records import STAMP
 from hylo_megatron.data.formats import add_format
 from hylo_megatron.errors import HyLoError, first_line
-from hylo_megatron.evaluate.models import check_folder, kv_bytes_per_token, load, resolve_device, resolve_dtype
+from hylo_megatron.evaluate.models import DTYPES, check_folder, kv_bytes_per_token, load, resolve_device, resolve_dtype
 from hylo_megatron.flags import Parser, command_line, count, positive, share, size, tokens
 from hylo_megatron.hf import register
 from hylo_megatron.json_file import read_json
@@ -208,7 +208,7 @@ def parser() -> Parser:
     add("--rows-per-shard", type=size, default=1000)
     add("--no-cuda-graph", action="store_true", help="launch the kernels of a step one by one")
     add("--device", default="auto", help="auto, cpu or cuda")
-    add("--dtype", default="auto", help="auto (bfloat16 on a GPU, float32 on a CPU), float32 or bfloat16")
+    add("--dtype", default="auto", choices=("auto", *DTYPES), help="auto: bfloat16 on a GPU, float32 on a CPU")
     add("--licence", help="recorded for the model card (default: the one that the teacher's README.md names)")
     return found
 

@@ -12,7 +12,9 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from hylo_megatron.flags import Parser
+from hylo_megatron import packages
+from hylo_megatron.errors import HyLoError
+from hylo_megatron.flags import Parser, command_line
 
 
 def held_port() -> socket.socket:
@@ -97,6 +99,7 @@ class Server:
                     yield json.loads(data)["choices"][0]["delta"].get("content") or ""
 
 
+@command_line
 def main() -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("model", type=Path)
@@ -104,7 +107,8 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=48)
     known = parser.parse_args()
     if not (known.model / "config.json").exists():
-        sys.exit(f"error: {known.model} holds no exported model: run `make demo` first, or name another folder")
+        raise HyLoError(f"{known.model} holds no exported model: run `make demo` first, or name another folder")
+    packages.require("vllm", "hylo serve-demo")
     log = known.model.with_name(known.model.name + "-server.log")
     print(f"starting vLLM on {known.model} (its log: {log})", flush=True)
     started = time.monotonic()

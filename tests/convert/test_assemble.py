@@ -63,6 +63,13 @@ def test_students_that_do_not_fit_are_refused(message, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_base_model_is_no_student(tmp_path):
+    linear = written(tmp_path / "linear", "gdn", 1)
+    tiny.hybrid().as_teacher().save(tmp_path)
+    with pytest.raises(HyLoError, match=f"^{tmp_path}: a Transformer, expected a student of hylo upcycle"):
+        assemble(tmp_path, linear, PLAN, tmp_path / "out")
+
+
 def test_a_setting_without_its_layers_is_refused(tmp_path):
     mla = written(tmp_path / "mla", "mla", 0, mla_rope=False)
     linear = written(tmp_path / "linear", "gdn", 1)

@@ -1,7 +1,11 @@
 """Which written answers count as right."""
 
+import pytest
+
+from hylo_megatron.errors import HyLoError
 from hylo_megatron.evaluate import choice
 from hylo_megatron.evaluate.answers import Answers, normalised
+from hylo_megatron.evaluate.questions import read_answers
 from hylo_megatron.evaluate.task import Prompt
 
 
@@ -44,3 +48,12 @@ def test_a_reference_that_is_an_article_or_a_sign_is_not_empty():
 def test_normalised_answers():
     assert normalised(" The  Eiffel-Tower, a tower. ") == "eiffeltower tower"
     assert normalised("“Paris”…") == "paris" and normalised("theatre") == "theatre"
+
+
+def test_a_file_of_text_is_no_file_of_questions(tmp_path):
+    file = tmp_path / "questions.txt"
+    file.write_text("Who jumps?\n")
+    with pytest.raises(
+        HyLoError, match="questions.txt:1: not valid JSON .*; expected one question in JSON on each line"
+    ):
+        read_answers(file)

@@ -30,6 +30,12 @@ def test_the_base_of_the_log_scale_is_the_one_of_the_lowest_loss(tokenizer, tmp_
     assert written == (best and {"base": best, "length": 0})
     with pytest.raises(SystemExit):
         log_scale.main([*flags, "--bases", "0.5"])
-    assert "argument --bases: '0.5,0': expected off, or BASE" in capsys.readouterr().err
+    assert (
+        "argument --bases: '0.5': expected numbers of 0 or more whose sum with --from is above 1"
+        in capsys.readouterr().err
+    )
+    with pytest.raises(SystemExit):
+        log_scale.main([*flags, "--length", "99999"])
+    assert "no document of 99,999 tokens: give longer ones, or a smaller --length\n" in capsys.readouterr().err
     with pytest.raises(HyLoError, match="--after 290: the last positions are reported from 256 on"):
         log_scale.mean_loss(rows, 290)

@@ -93,7 +93,7 @@ def test_length_and_depth_in_tokens(tokenizer, prose, length, depth, joins):
     sentence = max(haystack.sizes(haystack.sentences))
     assert abs(before / (before + after) - depth) * (before + after) <= sentence / 2 + 3
     assert abs(needle.placed_depth - before / (before + after)) < 0.02
-    with pytest.raises(HyLoError, match="too short for the question itself: use"):
+    with pytest.raises(HyLoError, match="too short for the question itself; use"):
         make_needle(haystack, 60, depth, random.Random(0))
 
 

@@ -28,8 +28,8 @@ def test_bad_paths_and_settings(tmp_path, folder, prose):
         ("training log .*prose.jsonl has no losses", folder, {"out_dir": tmp_path / "out", "curves": [prose]}),
         ("--code: the name of the file is empty", folder, {"code": ""}),
         ("--format text: is that of text files, and none is given", folder, {"settings": Settings(form="text")}),
-        ("device 'abacus'", folder, {"settings": Settings(device="abacus")}),
-        ("dtype 'int3'", folder, {"settings": Settings(dtype="int3")}),
+        ("--device abacus: cannot be used", folder, {"settings": Settings(device="abacus")}),
+        ("--dtype int3: expected auto", folder, {"settings": Settings(dtype="int3")}),
     ):
         with pytest.raises(HyLoError, match=message):
             evaluate(model, **options)
@@ -72,7 +72,7 @@ def test_what_would_end_an_evaluation_late_is_refused_first(tmp_path, folder, pr
     monkeypatch.setattr(hf_models, "load", lambda *_: pytest.fail("a model was loaded first"))
     with pytest.raises(HyLoError, match=message):
         evaluate(spoilt, teacher_dir=folder, prose=prose, settings=Settings(**few, needle_lengths=(512,)))
-    with pytest.raises(HyLoError, match="needle length 20 is too short"):
+    with pytest.raises(HyLoError, match="--needle-lengths 20: too short"):
         evaluate(folder, prose=prose, settings=Settings(**few, needle_lengths=(20, 512)))
 
 
@@ -81,7 +81,7 @@ SUM = {"question": "1 + 1?", "options": ["2", "3"], "answer": 0}
 ONE_DOCUMENT = {"question": "Where?", "context": "Here.", "answers": {"text": ["Here"]}}
 CHAT = {"messages": [{"role": "user", "content": "Hello there, how are you today? Fine, I hope."}]}
 LATE = {  # rows of files by kind, settings, and what is refused
-    "ruler": ({}, {"suites": ("ruler",), "ruler_lengths": (4096, 300)}, "length 300 is too short for RULER's niah"),
+    "ruler": ({}, {"suites": ("ruler",), "ruler_lengths": (4096, 300)}, "--ruler-lengths 300: too short for niah"),
     "shots": ({"answers": SHORT}, {}, "answers.jsonl:1: 3 questions, too few for --shots 3: give fewer"),
     "letters": ({"choice": [SUM] * 4}, {}, "choice.jsonl:1: every question is an example of --shots 3: give fewer"),
     "room": ({"answers": [*SHORT, SHORT[0] | {"question": "very long " * 99}]}, {"shots": 0, "context": 300},

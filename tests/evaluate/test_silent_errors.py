@@ -70,7 +70,7 @@ def test_a_second_file_of_which_nothing_would_be_read_is_refused(folder, tmp_pat
 
 def test_a_length_that_would_count_twice_is_refused():
     for name in ("needle_lengths", "ruler_lengths"):
-        with pytest.raises(HyLoError, match=f"{name} has a length twice"):
+        with pytest.raises(HyLoError, match=f"--{name.replace('_', '-')} .*: expected each length once"):
             Settings(**{name: (1024, 2048, 1024)})
 
 

@@ -11,6 +11,7 @@ from helpers.paths import ROOT
 from helpers.waits import PATIENCE
 
 from hylo_megatron import cli
+from hylo_megatron.errors import HyLoError
 
 
 def hylo(*argv: str) -> subprocess.CompletedProcess:
@@ -46,6 +47,40 @@ def test_an_unknown_command_is_refused_in_one_line():
     done = hylo("upcycled")
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "hylo upcycled: no such command, expected one of fetch-smollm2" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ("doctor --foo", "unrecognized arguments: --foo"),
+        ("fetch-questions --out FILE/questions", "FILE: a file, expected a folder or the name of a new one"),
+        ("fetch-text --out FILE", "FILE: a file, expected a folder or the name of a new one"),
+        ("convert-amd --release nowhere --out made", "hybrid_config.json not found: expected the folder of a release"),
+        ("serve-demo nowhere", "nowhere holds no exported model"),
+        ("serve-demo FOLDER", "no vLLM here"),
+        ("sample-text --teacher x --out y --tokens 1 --dtype z", "argument --dtype: invalid choice: 'z'"),
+        ("fit-log-scale --model x --text y --device z", "--device z: cannot be used"),
+        ("evaluate --model x --out y --prose FILE --context 1", "--context 1: expected 2 or more"),
+    ],
+)
+def test_a_wrong_value_is_refused_in_one_line(argv, message, tmp_path, monkeypatch, capsys):
+    """In the words of the command line, before anything is fetched, loaded or started."""
+
+    def absent(*_):
+        raise HyLoError("no vLLM here")
+
+    monkeypatch.setattr("hylo_megatron.packages.require", absent)
+    monkeypatch.setattr("hylo_megatron.corpus.questions.fetch_wheel", lambda *_: pytest.fail("has fetched"))
+    file, folder = tmp_path / "file", tmp_path / "folder"
+    file.write_text("no JSON\n")
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    monkeypatch.setattr(sys, "argv", [])
+    with pytest.raises(SystemExit) as ended:
+        cli.main(argv.replace("FILE", str(file)).replace("FOLDER", str(folder)).split())
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.count("\n") == 1, error
+    assert message.replace("FILE", str(file)) in error
 
 
 def test_help_of_a_command_shows_its_defaults():

@@ -227,13 +227,19 @@ def _check_base(fields: _Fields, base: Architecture) -> None:
             raise fields.refuse(name, found, f"{wanted} as in config.json; the two files do not belong together")
 
 
-def read_release(folder: Path, keys: Iterable[str], unsaid: Unsaid) -> Release:
-    """Read ``config.json``, which is the base model's, and ``hybrid_config.json``. ``keys``: names of the tensors."""
+def described(folder: Path) -> Path:
+    """Return the path of a release's ``hybrid_config.json``. Raises ``HyLoError`` where there is none."""
     path = folder / FILE_NAME
     if not path.is_file():
         raise HyLoError(
             f"{path} not found: expected the folder of a release of AMD's, such as HyLo-Qwen-14MLA14M2-8K-SFT"
         )
+    return path
+
+
+def read_release(folder: Path, keys: Iterable[str], unsaid: Unsaid) -> Release:
+    """Read ``config.json``, which is the base model's, and ``hybrid_config.json``. ``keys``: names of the tensors."""
+    path = described(folder)
     base, fields = read_architecture(folder), _Fields(path, read_json(path), unsaid.ignored_fields)
     _check_base(fields, base)
     fields.fixed(_FIXED)

@@ -9,7 +9,7 @@ from torch import Tensor
 from hylo_megatron.checkpoint.folder import whole_folder
 from hylo_megatron.config import Architecture
 from hylo_megatron.config.shapes import element_count, hf_shapes
-from hylo_megatron.convert.amd_release.config import FLA_NORM_EPS, Release, Unsaid, read_release
+from hylo_megatron.convert.amd_release.config import FLA_NORM_EPS, Release, Unsaid, described, read_release
 from hylo_megatron.convert.amd_release.tables import EMBEDDING, source_shapes, takes
 from hylo_megatron.convert.hf_folder import HFWeights
 from hylo_megatron.convert.megatron_to_hf import write_hybrid_config, write_weights
@@ -53,6 +53,7 @@ def convert(folder: str | Path, out: str | Path, dtype: torch.dtype | None = Non
             unsaid: Unsaid = Unsaid()) -> Architecture:  # fmt: skip  # noqa: B008
     """Write folder ``out``, which gets its name when it is complete. ``dtype=None`` keeps what the release has."""
     folder, out = Path(folder), Path(out)
+    described(folder)
     weights = ReleasedWeights(folder)
     release = read_release(folder, weights.where, unsaid)
     check_tokenizer(folder, release.arch.vocab_size)

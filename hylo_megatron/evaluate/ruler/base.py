@@ -72,7 +72,7 @@ class RulerTask(Task):
         least = len(ids) + self.max_new_tokens
         if least > length:
             raise HyLoError(
-                f"length {length} is too short for RULER's {self.name}: its question and answer have {least} tokens,"
+                f"--ruler-lengths {length}: too short for {self.name}, whose question and answer have {least} tokens;"
                 f" use {least} or more"
             )
 
