@@ -5,9 +5,11 @@ Without this a micro-batch writes each weight's gradient in 16 bits, and a secon
 """
 
 from megatron.core.tensor_parallel import layers
-from torch import nn
+from torch import Tensor, nn
 
-KERNEL = "fused_weight_gradient_mlp_cuda"  # Apex's, if it was built with --cuda_ext
+
+def on_gpu(weight: Tensor) -> bool:
+    return weight.is_cuda
 
 
 def accumulate_in_products(model: nn.Module) -> int:
@@ -15,7 +17,7 @@ def accumulate_in_products(model: nn.Module) -> int:
     count = 0
     for module in model.decoder.modules():
         if isinstance(module, layers.ColumnParallelLinear | layers.RowParallelLinear):
-            module.gradient_accumulation_fusion = layers._grad_accum_fusion_available and module.weight.is_cuda
+            module.gradient_accumulation_fusion = layers._grad_accum_fusion_available and on_gpu(module.weight)
             count += module.gradient_accumulation_fusion
         elif hasattr(module, "fuse_wgrad_accumulation"):  # TransformerEngine's
             module.fuse_wgrad_accumulation = True
