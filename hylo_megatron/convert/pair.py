@@ -39,15 +39,26 @@ def _differ(rows: tuple[int, int], why: str) -> str:
     )
 
 
-def check_teacher(student: Architecture, teacher: Architecture, kind: StageKind) -> None:
-    """Raise ``HyLoError`` if a model of this shape cannot teach the student in this kind of stage."""
+def check_teacher(
+    student: Architecture,
+    teacher: Architecture,
+    kind: StageKind,
+    prefix: str = "--hylo-",
+    stage: str = "--hylo-stage",
+) -> None:
+    """Raise ``HyLoError`` if a model of this shape cannot teach the student in this kind of stage.
+
+    ``prefix`` and ``stage`` are spellings of the command.
+    """
     if teacher.is_hybrid:
-        raise HyLoError("--hylo-teacher: expected a Transformer checkpoint (hylo convert)")
+        raise HyLoError(
+            f"{prefix}teacher: a hybrid ({teacher.plan.name}), expected a Transformer; give the base model"
+        )
     same = (teacher.num_layers, teacher.hidden_size) == (student.num_layers, student.hidden_size)
     if kind.layerwise and not same:
         raise HyLoError(
-            f"--hylo-stage {kind.name} compares layer by layer: the teacher must be the base model"
-            f" ({student.num_layers} layers of {student.hidden_size}); another one can teach in --hylo-stage distill"
+            f"{stage} {kind.name} compares layer by layer: the teacher must be the base model"
+            f" ({student.num_layers} layers of {student.hidden_size}); another one can teach in {stage} distill"
         )
 
 

@@ -55,6 +55,8 @@ def prepare(
         raise HyLoError("--long-documents cuts sequences of one length: give their tokens with --pack-length")
     forms = [detect_format(path, form, text_key) for path in inputs]
     tokenizer = load_tokenizer(tokenizer_path, workers, eod_token)
+    if template_name and "chat" not in forms:
+        raise HyLoError(f"--chat-template {template_name}: no input has conversations; leave it out, or --format chat")
     if "chat" in forms:
         chats = inputs[forms.index("chat")]
         tokenizer = replace(tokenizer, render=chat_template(tokenizer.render, chats, tokenizer_path, template_name))

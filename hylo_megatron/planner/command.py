@@ -113,8 +113,8 @@ def training(student: Architecture, known) -> PlannedRun:
         raise HyLoError("--recompute and --recompute-chunk are two methods of recompute; choose one")
     if kind.layerwise and (known.recompute or known.recompute_chunk):
         raise HyLoError(f"--recompute: {kind.name} trains each layer apart and recomputes none; leave it out")
-    teacher = read(known.teacher).as_teacher() if known.teacher else replace(student.as_teacher(), mla_qk_norm=False)
-    check_teacher(student, teacher, kind)
+    teacher = read(known.teacher) if known.teacher else replace(student.as_teacher(), mla_qk_norm=False)
+    check_teacher(student, teacher, kind, prefix="--", stage="--train")
     check_vocabularies(student, teacher, (known.folder, known.teacher or known.folder))
     layout = ParallelLayout(tp=known.tp, pp=known.pp, cp=known.cp, linear_cp=known.linear_cp,
                             sequence_parallel=known.sequence_parallel and known.tp > 1)  # fmt: skip

@@ -51,7 +51,9 @@ class Processes:
         if ranks % layout.ranks:
             context = f" x CP {layout.cp}" if layout.cp > 1 else ""
             sizes = f"TP {layout.tp} x PP {layout.pp}{context}"
-            raise HyLoError(f"{sizes} = {layout.ranks} ranks do not divide the {ranks} {what}")
+            raise HyLoError(
+                f"{sizes} = {layout.ranks} ranks do not divide the {ranks} {what}; take sizes whose product does"
+            )
         return cls(layout=layout, dp=ranks // layout.ranks, cuda_graph=cuda_graph)
 
     @property

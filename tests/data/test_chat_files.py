@@ -114,6 +114,9 @@ def test_several_templates(folders, tmp_path):
     with pytest.raises(HyLoError, match="none: has no chat template, which .*a.jsonl needs"):
         prepare.prepare([path], folders["none"], out)
     assert prepare.prepare([path], folders["two"], out, template_name="rag")["documents"] == 1
+    rows = write(tmp_path / "rows.jsonl", {"text": "No chat."})
+    with pytest.raises(HyLoError, match="--chat-template rag: no input has conversations; leave it out"):
+        prepare.prepare([rows], folders["two"], out, template_name="rag")
     write(path, ASKED)  # with tools, transformers takes the template for tools
     assert "Tools:" in next(read_texts(path, template_of(folders["default"])))
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from helpers.hf import tiny_config
 from helpers.paths import ROOT
 
 from hylo_megatron.config import Plan, geometry_preset
@@ -112,6 +113,13 @@ def test_what_vllm_does_not_run_is_refused(planned, capsys, flags, words):
         planned(*flags)
     out, error = capsys.readouterr()
     assert out == "" and error.count("\n") == 1 and words in error
+
+
+def test_a_hybrid_is_no_teacher(planned, tmp_path, capsys):
+    tiny_config(("mla", "gdn")).save_pretrained(tmp_path / "hybrid")
+    with pytest.raises(SystemExit):
+        planned("--plan", "6MLA22GDN", "--train", "distill", "--teacher", tmp_path / "hybrid")
+    assert "error: --teacher: a hybrid (1MLA1GDN), expected a Transformer" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("changes, words", [
