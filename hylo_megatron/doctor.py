@@ -30,6 +30,9 @@ PURPOSES = {
 }
 
 
+APEX_KERNEL = "fused_weight_gradient_mlp_cuda"  # megatron-core's layers add up gradients with it
+
+
 @functools.cache
 def devices() -> tuple[Device, ...]:
     """Return the CUDA devices that torch sees; none without torch or without a GPU."""
@@ -106,7 +109,19 @@ def _work(found: dict[str, Capability], gpus: tuple[Device, ...]) -> list[str]:
         missing = [name for name in names if not found[name].present]
         verdict = f"yes, {where}" if not missing else "no, missing: " + ", ".join(missing)
         lines.append(f"{purpose:11}{verdict}")
-    return lines
+    return [*lines, _gradients(found)]
+
+
+def _gradients(found: dict[str, Capability]) -> str:
+    """Return the line about gradients of weights, which Apex adds up inside the products that compute them."""
+    if spec(APEX_KERNEL) is not None:
+        return "gradients  are added up inside the products, by Apex's kernel"
+    te = "--hylo-backend te does, and " if found["transformer-engine"].present else ""
+    missing = "without --cuda_ext here" if found["apex"].present else "missing here"
+    return (
+        f"gradients  are added up in a pass of their own, 12 bytes a weight in place of 8: {te}Apex's kernel would"
+        f" ({APEX_KERNEL}, {missing})"
+    )
 
 
 def register_table(full: bool) -> list[str]:

@@ -162,7 +162,7 @@ def load(name: str, purpose: str, module: str | None = None):
     module = module or _BY_NAME[name].module
     try:
         return importlib.import_module(module)
-    except (ImportError, OSError, RuntimeError) as error:  # e.g. a library built for another torch
+    except (AssertionError, ImportError, OSError, RuntimeError) as error:  # e.g. a library built for another torch
         raise HyLoError(
             f"{purpose} needs {name}, which is installed but does not import ({first_line(error)}); "
             f"reinstall it with: pip install --force-reinstall --no-deps {_BY_NAME[name].install}"

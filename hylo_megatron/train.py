@@ -44,7 +44,8 @@ def model_provider(
     from hylo_megatron.distill.model import DistillModel
     from hylo_megatron.distill.settings import DistillSettings
     from hylo_megatron.engine import peers
-    from hylo_megatron.layers.fp8 import to_fp8
+    from hylo_megatron.layers.accumulation import accumulate_in_products
+    from hylo_megatron.layers.fp8 import check_projections, to_fp8
     from hylo_megatron.layers.load import load_weights
     from hylo_megatron.layers.model import UNFUSED, build_model, model_fields
 
@@ -55,20 +56,25 @@ def model_provider(
     base = config or core_transformer_config_from_args(args)
     padded = padded_rows(student_arch, teacher_arch, args.tensor_model_parallel_size)
 
-    def build(arch, **overrides):
+    def build(arch, backend, **overrides):
         own = copy.copy(base)
         for name, value in (model_fields(arch) | UNFUSED | overrides).items():
             setattr(own, name, value)
         return build_model(
             arch, own, padded_vocab_size=padded, pre_process=pre_process, post_process=post_process,
-            pg_collection=pg_collection, vp_stage=vp_stage, backend=args.hylo_backend,
+            pg_collection=pg_collection, vp_stage=vp_stage, backend=backend,
             linear_cp=args.hylo_linear_cp, mlp_block=args.hylo_mlp_block,
         )  # fmt: skip
 
     if args.hylo_random_weights:  # the same ones on any number of processes, without TP and PP
         torch.manual_seed(args.seed)
-    student = build(student_arch)
-    teacher = build(teacher_arch, recompute_granularity=None)
+    student = build(student_arch, args.hylo_backend)
+    if args.gradient_accumulation_fusion:
+        accumulate_in_products(student)
+    if args.fp8:
+        check_projections(student)
+    teacher_backend = "local" if args.hylo_teacher_fp8 else args.hylo_backend  # the flag has products of its own
+    teacher = build(teacher_arch, teacher_backend, recompute_granularity=None, fp8=None)
     teacher.to(torch.cuda.current_device())
     if not args.hylo_random_weights:
         load_weights(teacher, args.hylo_teacher)
@@ -211,10 +217,14 @@ def main() -> None:
     install("megatron")
     add_engine_flags(arch)
     from hylo_megatron.layers.fp8 import check_card
+    from hylo_megatron.layers.specs import check_cuda
 
     args = parsed_arguments()
-    if args.hylo_teacher_fp8:
-        check_card()
+    for flag, given in (("--hylo-teacher-fp8", args.hylo_teacher_fp8), ("--fp8-format", args.fp8)):
+        if given:
+            check_card(flag)
+    if args.hylo_backend == "te":
+        check_cuda()
     with only_run(args):
         run_training(args, arch)
     if args.hylo_profile:

@@ -91,10 +91,25 @@ def check_teacher_and_memory(known: argparse.Namespace) -> None:
             )
     if known.hylo_teacher_fp8 and stage_kind(known.hylo_stage).layerwise:
         raise HyLoError(f"--hylo-teacher-fp8: --hylo-stage {known.hylo_stage} would learn its rounding; leave it out")
-    if known.hylo_teacher_fp8 and known.hylo_backend != "local":
-        raise HyLoError("--hylo-teacher-fp8 multiplies by torch; leave out one of it and --hylo-backend te")
     if known.optimizer_cpu_offload:
         raise HyLoError("--optimizer-cpu-offload steps on the CPU and is not supported; use --hylo-offload-optimizer")
+
+
+# Flags of megatron-core's FP8 that would change nothing here, or what checkpoints hold
+UNUSED_FP8 = ("--fp8-param-gather", "--fp4-format", "--fp4-param-gather", "--fp8-dot-product-attention",
+              "--fp8-multi-head-attention")  # fmt: skip
+
+
+def check_fp8(backend: str, user: list[str]) -> None:
+    """Refuse FP8 and FP4 of megatron-core that torch's layers would ignore, or that is not supported."""
+    words = [word.partition("=")[0] for word in user]
+    if "--fp8-format" in words and backend == "local":
+        raise HyLoError(
+            "--fp8-format: torch's layers do not multiply in FP8; give --hylo-backend te too, or leave it out"
+            " (--hylo-teacher-fp8 is for the teacher)"
+        )
+    if unused := next((flag for flag in UNUSED_FP8 if flag in words), None):
+        raise HyLoError(f"{unused} is not supported: weights and attention stay in 16 bits; leave it out")
 
 
 def check_given(known: argparse.Namespace, user: list[str]) -> None:
@@ -127,6 +142,7 @@ def check_given(known: argparse.Namespace, user: list[str]) -> None:
     check_stage(known)
     _check_benchmark(known)
     check_teacher_and_memory(known)
+    check_fp8(known.hylo_backend, user)
     if known.hylo_on_spike == "rollback" and not known.save:
         raise HyLoError("--hylo-on-spike rollback: --save is missing, the folder with the checkpoints to go back to")
     steps = known.lr_decay_iters or known.train_iters or 0

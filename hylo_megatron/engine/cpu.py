@@ -135,8 +135,9 @@ PATCHES = (
         ("torch.nn:Module.cuda", _returns_self, "(self, device)", "moves to the device"),
         ("torch:Tensor.type", _type_name, "builtin",
          "megatron-core's optimizers sort parameters by names such as torch.cuda.FloatTensor"),
-        *((f"torch.optim:Optimizer.{name}", _constant(None), "(self)", "asks for the CUDA generator at each step")
-          for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check")),
+        *((f"torch.optim:Optimizer.{name}", _constant(None), expects, "asks for the CUDA generator at each step")
+          for name, expects in (("_accelerator_graph_capture_health_check", "(self)"),
+                                ("_cuda_graph_capture_health_check", "(self) or missing"))),  # not in torch 2.11
         ("torch.utils.data._utils.pin_memory:pin_memory", instead(lambda data, device=None: data), "(data, device)",
          "loaders of megatron-core pin their batches"),
         needed=without_cuda,

@@ -1,9 +1,13 @@
-"""Megatron's distributed optimizer over torch's AdamW, which is what runs without TransformerEngine and Apex.
+"""Megatron's distributed optimizer over torch's AdamW, or over the fused Adam of TransformerEngine or Apex.
 
-torch's AdamW keeps a tensor ``step`` in each parameter's state, which megatron-core 0.19.2 does not expect. Its
-``distrib_optimizer.py:839`` asserts on a fresh optimizer. Line 1223 raises ``KeyError: step``, or an autograd error
-for fp32 parameters, and sets the step to zero. Line 1028 gives all parameters one shared step tensor, so that Adam's
-step count jumps by the number of parameters at each iteration.
+torch's AdamW runs where neither package is installed. It keeps a tensor ``step`` in each parameter's state, which
+megatron-core 0.19.2 does not expect. Its ``distrib_optimizer.py:839`` asserts on a fresh optimizer. Line 1223 raises
+``KeyError: step`` and sets the step to zero. Line 1028 gives all parameters one shared step tensor, so that Adam's
+step count jumps by the number of parameters at each iteration. With any Adam line 1223 raises an autograd error for
+fp32 parameters.
+
+A fused Adam keeps the step in its parameter groups. The groups of a checkpoint replace its own, so a checkpoint that
+torch's AdamW has written would leave a group without ``bias_correction``, and with a step that is no whole number.
 
 On a GPU the optimizer's step also takes 20 ms of a 141 ms step of a 135M model: hundreds of small launches follow the
 gradient's norm. torch's fused AdamW is one launch, and the copy to the 16-bit weights is one more.
@@ -50,10 +54,21 @@ def initialise_fused(initialise, run, self, *args, **kwargs):
     _fuse(self.optimizer)
 
 
+def _complete_groups(optimizer) -> None:
+    """Let a fused Adam go on from the parameter groups of a checkpoint that another Adam has written."""
+    if isinstance(optimizer, torch.optim.Adam):
+        return
+    for group in optimizer.param_groups:
+        for name, value in optimizer.defaults.items():
+            group.setdefault(name, value)
+        if "step" in group:
+            group["step"] = int(group["step"])
+
+
 @around
 @torch.no_grad()
 def copy_at_once(copy_params, run, self):
-    if self.is_stub_optimizer or self.ddp_config.use_megatron_fsdp:
+    if self.is_stub_optimizer or self.ddp_config.use_megatron_fsdp or self.config.use_precision_aware_optimizer:
         return copy_params(self)
     self._hylo_copies = self._hylo_copies or _copies(self)
     for weights, mains in self._hylo_copies:
@@ -95,6 +110,7 @@ def load_own_steps(load_state_dict, run, self, state_dict):
         if isinstance(state.get("step"), torch.Tensor):
             state["step"] = state["step"].clone()
     _fuse(self.optimizer)
+    _complete_groups(self.optimizer)
     self._hylo_copies = None
 
 
@@ -135,17 +151,17 @@ PATCHES = entries(
      "line 1740 gathers the states without the gaps between buckets, line 1755 cuts them as if the gaps were there:"
      " with several buckets (tied embeddings in a pipeline, overlapped gradient reduction) a checkpoint would hold the"
      f" states of one parameter under the name of another ({_FILE}:1755)"),
-) + entries(
-    "megatron", "megatron-core",
     (f"{_CLASS}.__init__", initialise_fused, "(self, optimizer, config, grad_scaler, init_state_fn, ... 11, 444b93a3)",
      "torch's AdamW runs hundreds of small kernels"),
     (f"{_CLASS}._copy_main_params_to_model_params", copy_at_once, "(self)", "one copy for each parameter"),
     (f"{_CLASS}._set_main_param_and_optimizer_states", set_without_step, "(self, model_param, tensors)",
-     f"KeyError: step, an autograd error, or a step of zero ({_FILE}:1223)"),
+     f"an autograd error for fp32 parameters; with torch's AdamW KeyError: step, or a step of zero ({_FILE}:1223)"),
+    (f"{_CLASS}.load_state_dict", load_own_steps, "(self, state_dict)",
+     f"gives all parameters one shared step tensor; a fused Adam keeps the checkpoint's groups ({_FILE}:1028)"),
+) + entries(
+    "megatron", "megatron-core",
     (f"{_CLASS}.sharded_state_dict", shard_fresh_states,
      "(self, model_sharded_state_dict, is_loading, sharding_type, ... 5, 27589f72)",
      f"asserts on a fresh optimizer ({_FILE}:839)"),
-    (f"{_CLASS}.load_state_dict", load_own_steps, "(self, state_dict)",
-     f"gives all parameters one shared step tensor ({_FILE}:1028)"),
     needed=_has_torch_adam,
 )  # fmt: skip

@@ -18,20 +18,27 @@ FLAG = "--hylo-teacher-fp8"
 OLDEST = (8, 9)  # compute capability of the first cards with FP8 products
 
 
-def check_card() -> None:
-    """Refuse a GPU without FP8 products. A CPU computes them, slowly."""
+def check_card(flag: str = FLAG) -> None:
+    """Refuse a GPU without FP8 products. A CPU computes those of ``FLAG``, slowly."""
     if torch.cuda.device_count() and torch.cuda.get_device_capability() < OLDEST:
         name = torch.cuda.get_device_name()
-        raise HyLoError(f"{FLAG}: {name} has no FP8 products, expected Ada, Hopper or newer; leave the flag out")
+        raise HyLoError(f"{flag}: {name} has no FP8 products, expected Ada, Hopper or newer; leave the flag out")
 
 
-def check_widths(name: str, weight: Tensor) -> None:
+def check_widths(name: str, weight: Tensor, what: str = f"{FLAG}: {{}} of the teacher") -> None:
     if any(width % ALIGNED for width in weight.shape):
         size = " x ".join(map(str, weight.shape))
         raise HyLoError(
-            f"{FLAG}: {name} of the teacher is {size} on a rank, expected multiples of {ALIGNED}; use fewer"
+            f"{what.format(name)} is {size} on a rank, expected multiples of {ALIGNED}; use fewer"
             " tensor-parallel ranks, or leave the flag out"
         )
+
+
+def check_projections(model: nn.Module) -> None:
+    """Refuse a student whose TransformerEngine layers cannot multiply in FP8."""
+    for name, module in model.decoder.named_modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):  # TransformerEngine's
+            check_widths(name, module.weight, "--fp8-format: {} of the student")
 
 
 @torch.no_grad()

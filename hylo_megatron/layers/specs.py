@@ -6,6 +6,7 @@ A backend provides the layers (``local``: torch; ``te``: TransformerEngine).
 from dataclasses import replace
 from functools import partial
 
+import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -14,17 +15,18 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from hylo_megatron.config import Architecture
+from hylo_megatron.errors import HyLoError
 from hylo_megatron.layers.mlp import BlockedMLPLayer, SwiGLU
 from hylo_megatron.mixers import MIXERS
 from hylo_megatron.mixers.megatron_attention import CoreAttention
 from hylo_megatron.mixers.megatron_layers import Backend, RMSNorm
-from hylo_megatron.mixers.megatron_linear import AlignedColumnParallelLinear
+from hylo_megatron.mixers.megatron_linear import ALIGNED_WIDTH, AlignedColumnParallelLinear
 from hylo_megatron.mixers.megatron_window import window_of
-from hylo_megatron.packages import require
+from hylo_megatron.packages import load
 
 
 def backend(name: str) -> Backend:
-    """Return ``local`` or ``te``. Raises ``HyLoError`` if TransformerEngine is requested but missing."""
+    """Return ``local`` or ``te``. Raises ``HyLoError`` if TransformerEngine is requested but does not import."""
     if name != "te":
         return Backend(
             norm=RMSNorm,
@@ -33,7 +35,8 @@ def backend(name: str) -> Backend:
             row_linear=RowParallelLinear,
             core_attention=CoreAttention,
         )
-    require("transformer-engine", "--hylo-backend te")
+    # megatron-core silently goes on without TransformerEngine where it does not import.
+    load("transformer-engine", "--hylo-backend te", "transformer_engine.pytorch")
     from megatron.core.extensions import transformer_engine as te
 
     # Both backends use SDPA: TE's attention does not support MLA's two widths on every card, nor our context
@@ -41,10 +44,26 @@ def backend(name: str) -> Backend:
     return Backend(
         norm=te.TENorm,
         column_linear=te.TEColumnParallelLinear,
-        projection=te.TEColumnParallelLinear,
+        projection=TEProjection,
         row_linear=te.TERowParallelLinear,
         core_attention=CoreAttention,
     )
+
+
+def check_cuda() -> None:
+    if not torch.cuda.device_count():
+        raise HyLoError("--hylo-backend te: TransformerEngine computes on CUDA devices alone, and none is here")
+
+
+class TEProjection:
+    """TransformerEngine's layer where each rank's output has an aligned width, else torch's, which aligns its own."""
+
+    def __new__(cls, inputs: int, outputs: int, *, tp_group, **kwargs):
+        from megatron.core.extensions import transformer_engine as te
+
+        aligned = outputs // tp_group.size() % ALIGNED_WIDTH == 0
+        kind = te.TEColumnParallelLinear if aligned else AlignedColumnParallelLinear
+        return kind(inputs, outputs, tp_group=tp_group, **kwargs)
 
 
 class HyLoStack(HybridStack):

@@ -37,6 +37,9 @@ def sharing(entry: Mixer, arch: Architecture, linear_cp: str, backend: Backend) 
     }
 
 
+ALIGNED_WIDTH = 16
+
+
 class AlignedColumnParallelLinear(ColumnParallelLinear):
     """A column-parallel projection whose output ends in zeros that make its width a multiple of 16.
 
@@ -48,8 +51,11 @@ class AlignedColumnParallelLinear(ColumnParallelLinear):
     exact_width = False
 
     def _forward_impl(self, input, weight, *args, **kwargs):
-        missing = 0 if self.exact_width else -len(weight) % 16
-        return super()._forward_impl(input, F.pad(weight, (0, 0, 0, missing)) if missing else weight, *args, **kwargs)
+        missing = 0 if self.exact_width else -len(weight) % ALIGNED_WIDTH
+        if missing:
+            weight = F.pad(weight, (0, 0, 0, missing))
+            kwargs["gradient_accumulation_fusion"] = False  # the main gradient has no rows for the zeros
+        return super()._forward_impl(input, weight, *args, **kwargs)
 
 
 class LinearMixer:

@@ -64,8 +64,14 @@ def test_the_teacher_says_nearly_the_same_in_half_the_memory(pair, dtype):
 def test_what_has_no_fp8_is_refused(monkeypatch):
     with pytest.raises(HyLoError, match="layers.0 of the teacher is 24 x 64 on a rank, expected multiples of 16"):
         fp8.check_widths("layers.0", torch.empty(24, 64))
+    layer = torch.nn.Linear(64, 24, bias=False)
+    layer.fuse_wgrad_accumulation = False  # what TransformerEngine's layers have
+    with pytest.raises(HyLoError, match="--fp8-format: 0 of the student is 24 x 64 on a rank, expected multiples"):
+        fp8.check_projections(SimpleNamespace(decoder=torch.nn.Sequential(layer)))
     old = dict(device_count=1, get_device_capability=(8, 0), get_device_name="A100")
     cuda = SimpleNamespace(**{name: lambda value=value: value for name, value in old.items()})
     monkeypatch.setattr(fp8.torch, "cuda", cuda)
     with pytest.raises(HyLoError, match="--hylo-teacher-fp8: A100 has no FP8 products"):
         fp8.check_card()
+    with pytest.raises(HyLoError, match="--fp8-format: A100 has no FP8 products"):
+        fp8.check_card("--fp8-format")

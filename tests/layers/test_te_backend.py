@@ -12,12 +12,13 @@ if not has("megatron-core"):
     pytest.skip("megatron-core is not installed", allow_module_level=True)
 from helpers import tiny  # noqa: E402
 from helpers import train as helpers  # noqa: E402
+from megatron.core import parallel_state  # noqa: E402
 from megatron.core.extensions import transformer_engine as te  # noqa: E402
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear  # noqa: E402
 
 from hylo_megatron.errors import HyLoError  # noqa: E402
 from hylo_megatron.layers import specs  # noqa: E402
-from hylo_megatron.layers.load import load_model, model_tensors  # noqa: E402
+from hylo_megatron.layers.load import layout_config, load_model, model_tensors  # noqa: E402
 from hylo_megatron.mixers.megatron_layers import RMSNorm  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("process_groups")
@@ -97,7 +98,7 @@ class Norm(ExtraState, RMSNorm):
 
 @pytest.mark.parametrize("linear", ["gdn", "mamba2", "kda", "teacher"])
 def test_specs_build_and_checkpoints_fit_both_ways(linear, tmp_path, monkeypatch):
-    monkeypatch.setattr(specs, "require", lambda *_: None)
+    monkeypatch.setattr(specs, "load", lambda *_: None)
     for name, kind in (("TEColumnParallelLinear", Column), ("TERowParallelLinear", Row), ("TENorm", Norm)):
         monkeypatch.setattr(te, name, kind)
     student, teacher = helpers.write_pair(tmp_path, "gdn" if linear == "teacher" else linear)
@@ -111,6 +112,20 @@ def test_specs_build_and_checkpoints_fit_both_ways(linear, tmp_path, monkeypatch
     assert {Column, Row, Norm} <= kinds and not kinds & {ColumnParallelLinear, RowParallelLinear, RMSNorm}
     torch.testing.assert_close(found["te"][0], found["local"][0], rtol=1e-5, atol=1e-5)
     assert found["te"][1] == found["local"][1]
+
+
+@pytest.mark.parametrize("outputs, kind", [(48, Column), (50, specs.AlignedColumnParallelLinear)])
+def test_a_projection_of_an_odd_width_is_torchs(outputs, kind, monkeypatch):
+    monkeypatch.setattr(te, "TEColumnParallelLinear", Column)
+    config, group = layout_config(tiny.hybrid()), parallel_state.get_tensor_model_parallel_group()
+    made = specs.backend("local").column(64, outputs, config, group, kind=specs.TEProjection)
+    assert type(made) is kind and made.weight.shape == (outputs, 64)
+
+
+def test_without_a_gpu_it_is_refused(monkeypatch):
+    monkeypatch.setattr(specs.torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(HyLoError, match="computes on CUDA devices alone, and none is here"):
+        specs.check_cuda()
 
 
 def test_a_missing_transformer_engine_is_one_line():

@@ -3,10 +3,10 @@
 ``PYTHONPATH=.:tests python tests/serve/parity_gpu.py WORK [CASE ...] [--engine JSON]``
 
 CASE: the folder of an exported model, or geometry:linear[:WORD ...] for random weights with settings that ``WORDS``
-has: norms, rope, nope, window, narrow. A model with windows runs twice: the Triton kernel decodes its windows, then
-torch code. For each run the share of 64 x 64 greedy tokens that are transformers' (fp32, same rounded weights; and
-bf16), or within 1e-3 of it in log probability, and that share for transformers' own bf16: close calls any bf16 loses,
-and random weights have many.
+has: norms, rope, nope, window, narrow. Cases of kda need vLLM 0.32. A model with windows runs twice: the Triton kernel
+decodes its windows, then torch code. For each run the share of 64 x 64 greedy tokens that are transformers' (fp32,
+same rounded weights; and bf16), or within 1e-3 of it in log probability, and that share for transformers' own bf16:
+close calls any bf16 loses, and random weights have many.
 """
 
 import argparse

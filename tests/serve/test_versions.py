@@ -9,8 +9,9 @@ from vllm.model_executor.layers.mamba.ops import ssd_chunk_scan
 
 from hylo_megatron.engine import vllm_plugin
 from hylo_megatron.engine.register import patches
+from hylo_megatron.errors import HyLoError
 from hylo_megatron.mixers.gdn.vllm_module import HyLoGatedDeltaNet
-from hylo_megatron.mixers.kda.vllm_module import HyLoKimiDeltaAttention
+from hylo_megatron.mixers.kda.vllm_module import HyLoKimiDeltaAttention, check_layer
 from hylo_megatron.mixers.mamba2.vllm_module import HyLoMamba2
 from hylo_megatron.mixers.vllm_states import FreshStates
 
@@ -79,3 +80,11 @@ def test_tilings_that_are_left():
     tilings = [(2, 4, 64), (1, 4, 64), (2, 2, 64), (2, 8, 32)]  # stages, warps, rows
     configs = [SimpleNamespace(num_stages=s, num_warps=w, kwargs={"BLOCK_SIZE_M": m}) for s, w, m in tilings]
     assert vllm_plugin.sound_tilings(configs, None) == configs[1:]
+
+
+def test_kimi_delta_attention_of_an_older_engine_is_refused():
+    class Older:
+        def _forward(self, q_proj_states, k_proj_states, v_proj_states, g1, beta, core_attn_out): ...
+
+    with pytest.raises(HyLoError, match="as 0.26 does.*install vLLM 0.32"):
+        check_layer(Older)

@@ -82,6 +82,16 @@ def test_another_package_named_apex_does_not_count(site):
     assert machine.has("apex")
 
 
+@pytest.mark.parametrize("there, words", [
+    (False, "gradients  are added up in a pass of their own, 12 bytes a weight"),
+    (True, "gradients  are added up inside the products, by Apex's kernel"),
+])  # fmt: skip
+def test_the_doctor_says_who_adds_up_gradients(site, there, words):
+    if there:
+        package(site, doctor.APEX_KERNEL)
+    assert words in doctor.report()
+
+
 def test_mamba_ssm_without_its_compiled_part_does_not_count(site):
     if machine.has("mamba-ssm"):
         pytest.skip("the real one is installed")

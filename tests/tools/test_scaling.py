@@ -126,7 +126,7 @@ def test_a_row_that_takes_too_long_is_a_row(scaling, tmp_path):
     job = scaling.job_of(options, tmp_path)
     [candidate] = scaling.chosen(job, options, 728e12)
     row = scaling.attempt(job, candidate, options, tmp_path, 1e9)
-    assert "went on after 0.2 s, the time limit" in row["failed"] and row["layout"] == "TP 1 PP 1 DP 1"
+    assert row["failed"].endswith("went on after 0.2 s, the time limit") and row["layout"] == "TP 1 PP 1 DP 1"
 
 
 def test_the_cause_of_a_failure_is_found(scaling):

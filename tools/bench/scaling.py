@@ -141,7 +141,8 @@ def attempt(job: Job, candidate: Candidate, options: argparse.Namespace, folder:
     try:
         found = measured(job, processes, options, where, more=candidate.flags, limit=options.limit)
     except HyLoError as error:
-        return row | {"failed": str(error).removeprefix(f"{job.name}, {processes}: ")[:300]}
+        reason = str(error).removeprefix(f"{job.name}, {processes}: ")
+        return row | {"failed": reason.partition("; see ")[0][:300]}  # its log goes away, the end of it was printed
     found = with_rate(found, job.flops(), rate)
     ranks = found.pop("profile")
     return row | found | {

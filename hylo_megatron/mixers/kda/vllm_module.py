@@ -1,5 +1,6 @@
 """Kimi Delta Attention as vLLM's own layer for Kimi Linear runs it, with what differs in ours."""
 
+from inspect import signature
 from types import SimpleNamespace
 
 import torch
@@ -23,6 +24,16 @@ except ImportError as error:
     raise HyLoError(f"vLLM here has no layer for Kimi Delta Attention ({error}): install vLLM 0.32") from error
 
 
+def check_layer(layer: type) -> None:
+    """Raise ``HyLoError`` for a layer of vLLM that is not built as 0.32 builds it."""
+    if "mixed_qkv" not in signature(layer._forward).parameters:  # 0.26 has a convolution and a projection for each
+        raise HyLoError(
+            "vLLM here keeps queries, keys and values of Kimi Delta Attention apart, as 0.26 does, where the plugin"
+            " expects them in one tensor: install vLLM 0.32"
+        )
+
+
+check_layer(KimiGatedDeltaNetAttention)
 OP = "hylo_kimi_delta_attention"
 
 
