@@ -158,6 +158,23 @@ def test_a_candidate_is_written_with_what_is_rare():
     assert few_candidates.text(rare) == "w4 s3 ctas=2 maxnreg=128"
 
 
+def test_rows_come_out_of_a_cache_folder(hopper, tmp_path, capsys):
+    """A result of few says nothing about the others, and is left out."""
+    hopper.syspath_prepend(ROOT / "tools" / "bench")
+    import tuned_table
+
+    with installed("tuning"):
+        launched()
+    launched(warps=(1, 2, 4, 8))
+    hopper.setattr(sys, "argv", ["tuned_table.py", str(tmp_path)])
+    tuned_table.main()
+    row = (4, "BLOCK=64 w1 s3", "BLOCK=64 w2 s3")
+    assert capsys.readouterr().out == f'"halved": {row},  # 1 timed, 0.0% and 100.0% slower\n'
+    hopper.setattr(sys, "argv", ["tuned_table.py", str(tmp_path / "nothing")])
+    with pytest.raises(SystemExit, match="no .* found"):
+        tuned_table.main()
+
+
 @pytest.mark.skipif(not has("flash-linear-attention"), reason="fla is not installed")
 def test_the_table_holds_what_fla_offers():
     """An upgrade of fla fails here first: a kernel whose candidates have changed is tuned whole."""

@@ -21,13 +21,13 @@ FINE, UNSEEN = 0.03, 0.002  # the share of the best time, and the milliseconds, 
 
 
 def timings(folders: list[Path]) -> dict[str, list[dict[str, float]]]:
-    """Return, for each kernel and shape at which any candidate ran, each candidate's milliseconds."""
+    """Return, for each kernel and shape at which all candidates were timed, each candidate's milliseconds."""
     found = defaultdict(list)
     for path in (path for folder in folders for path in folder.rglob("*.autotune.json")):
         stored = json.loads(path.read_text())
         times = {text(SimpleNamespace(**each)): time[0] for each, time in stored["configs_timings"]}
-        found[path.name.removesuffix(".autotune.json")] += [times] if min(times.values()) < float("inf") else []
-    return found
+        found[path.name.removesuffix(".autotune.json")].append(times)
+    return {name: [each for each in times if len(each) == max(map(len, times))] for name, times in found.items()}
 
 
 def losses(chosen: tuple[str, ...], shapes: list[dict[str, float]]) -> list[float]:
@@ -49,7 +49,8 @@ def row(shapes: list[dict[str, float]]) -> tuple[str, ...]:
 
 def main() -> None:
     today = {name.rpartition(".")[2]: tuple(best) for card in KNOWN.values() for name, (_, *best) in card.items()}
-    for name, shapes in sorted(timings([Path(folder) for folder in sys.argv[1:]]).items()):
+    found = timings([Path(folder) for folder in sys.argv[1:]]) or sys.exit(f"no *.autotune.json found\n{__doc__}")
+    for name, shapes in sorted(found.items()):
         chosen = row(shapes)
         worst = " and ".join(f"{max(losses(each, shapes)):.1%}" for each in (chosen, today.get(name)) if each)
         print(f'"{name}": {(len(shapes[0]), *chosen)},  # {len(shapes)} timed, {worst} slower')
