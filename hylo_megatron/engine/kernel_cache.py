@@ -5,7 +5,6 @@ import os
 import sys
 from pathlib import Path
 
-from hylo_megatron.engine import compile_ahead
 from hylo_megatron.engine.patch import installed_version
 from hylo_megatron.engine.register import install, lists, patches
 from hylo_megatron.files import whole_file
@@ -52,18 +51,18 @@ def _write(path: Path, text: str) -> None:
 
 
 def prepare_kernels() -> None:
-    """Prepare this process for compiling GPU kernels: cache folders, and candidates compiled on all cores.
+    """Prepare this process for compiling GPU kernels: cache folders, and few candidates, compiled on all cores.
 
-    Call before Triton and fla are imported. Another version of Triton than the register lists compiles as ever.
+    Call before Triton and fla are imported. Another version of Triton than the register lists tunes as ever.
     """
     use_kernel_caches()
     from hylo_megatron.engine.cpu import without_cuda
 
-    version = installed_version("triton")
-    if version is None or without_cuda() or not compile_ahead.wanted():
+    version, wanted = installed_version("triton"), [patch for patch in patches("tuning") if patch.needed()]
+    if version is None or without_cuda() or not wanted:
         return
-    if all(lists(patch, version) for patch in patches("tuning")):
+    if all(lists(patch, version) for patch in wanted):
         install("tuning")
         return
-    listed = patches("tuning")[0].versioned()
-    print(f"warning: triton {version} compiles candidates on one core; expected {listed}", file=sys.stderr, flush=True)
+    what = f"triton {version} compiles all candidates, on one core; expected {wanted[0].versioned()}"
+    print(f"warning: {what}", file=sys.stderr, flush=True)

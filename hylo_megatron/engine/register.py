@@ -56,7 +56,7 @@ GROUPS = {
     "training": Group("the training loop, and how it saves and loads",
                       ("checkpoint_writer", "checkpoint_hooks", "training_hooks", "step_sync"),
                       ("megatron", "writing")),
-    "tuning": Group("Triton's tuner", ("compile_ahead",)),
+    "tuning": Group("Triton's tuner", ("compile_ahead", "few_candidates")),
     "counting": Group("what a rank sends, while steps are profiled", ("sent_bytes",)),
     "transformers": Group("the auto classes of transformers", ("auto_classes",)),
     "vllm": Group("the vLLM plugin", ("vllm_plugin",)),
