@@ -216,6 +216,8 @@ def main() -> None:
     prepare_kernels()
     install("megatron")
     add_engine_flags(arch)
+    import torch
+
     from hylo_megatron.layers.fp8 import check_card
     from hylo_megatron.layers.specs import check_cuda
 
@@ -227,7 +229,7 @@ def main() -> None:
         check_cuda()
     with only_run(args):
         run_training(args, arch)
-    if args.hylo_profile:
+    if args.hylo_profile and torch.cuda.device_count():
         end_process()
 
 
