@@ -100,13 +100,17 @@ UNUSED_FP8 = ("--fp8-param-gather", "--fp4-format", "--fp4-param-gather", "--fp8
               "--fp8-multi-head-attention")  # fmt: skip
 
 
-def check_fp8(backend: str, user: list[str]) -> None:
-    """Refuse FP8 and FP4 of megatron-core that torch's layers would ignore, or that is not supported."""
+def check_fp8(known: argparse.Namespace, user: list[str]) -> None:
+    """Refuse FP8 and FP4 of megatron-core that the layers would ignore, or that is not supported."""
     words = [word.partition("=")[0] for word in user]
-    if "--fp8-format" in words and backend == "local":
+    if "--fp8-format" in words and known.hylo_backend == "local":
         raise HyLoError(
             "--fp8-format: torch's layers do not multiply in FP8; give --hylo-backend te too, or leave it out"
             " (--hylo-teacher-fp8 is for the teacher)"
+        )
+    if "--fp8-format" in words and stage_kind(known.hylo_stage).layerwise:  # only megatron-core's stack turns FP8 on
+        raise HyLoError(
+            f"--fp8-format: --hylo-stage {known.hylo_stage} runs each layer by itself, in 16 bits; leave it out"
         )
     if unused := next((flag for flag in UNUSED_FP8 if flag in words), None):
         raise HyLoError(f"{unused} is not supported: weights and attention stay in 16 bits; leave it out")
@@ -142,7 +146,7 @@ def check_given(known: argparse.Namespace, user: list[str]) -> None:
     check_stage(known)
     _check_benchmark(known)
     check_teacher_and_memory(known)
-    check_fp8(known.hylo_backend, user)
+    check_fp8(known, user)
     if known.hylo_on_spike == "rollback" and not known.save:
         raise HyLoError("--hylo-on-spike rollback: --save is missing, the folder with the checkpoints to go back to")
     steps = known.lr_decay_iters or known.train_iters or 0

@@ -47,7 +47,8 @@ def test_what_a_training_cannot_do_without_is_asked_for(world):
         (["--data-path", "1", "a", "-2", "b"], "--data-path: weight -2, expected"),
         (["--fp8-format", "hybrid"], "--fp8-format: torch's layers do not multiply in FP8; give --hylo-backend te"),
         (["--fp8-format=e4m3"], "--fp8-format: torch's layers do not multiply in FP8"),
-        (["--hylo-backend", "te", "--fp8-format=hybrid", "--fp8-param-gather"], "--fp8-param-gather is not supported"),
+        (["--hylo-backend", "te", "--fp8-format=hybrid"], "--fp8-format: --hylo-stage ild runs each layer by itself"),
+        (["--hylo-backend", "te", "--fp8-param-gather"], "--fp8-param-gather is not supported"),
         (["--hylo-random-weights"], "--save: a benchmark with --hylo-random-weights loads and saves nothing"),
         (["--hylo-profile", "x"], "--hylo-profile: needs --train-iters of 5 or more, got 4"),
     ):
