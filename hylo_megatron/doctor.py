@@ -116,11 +116,12 @@ def _gradients(found: dict[str, Capability]) -> str:
     """Return the line about gradients of weights, which Apex adds up inside the products that compute them."""
     if spec(APEX_KERNEL) is not None:
         return "gradients  are added up inside the products, by Apex's kernel"
-    te = "--hylo-backend te does, and " if found["transformer-engine"].present else ""
     missing = "without --cuda_ext here" if found["apex"].present else "missing here"
+    kernel = f"Apex's kernel ({APEX_KERNEL}, {missing})"
+    inside = f"--hylo-backend te and {kernel} add" if found["transformer-engine"].present else f"{kernel} adds"
     return (
-        f"gradients  are added up in a pass of their own, 12 bytes a weight in place of 8: {te}Apex's kernel would"
-        f" ({APEX_KERNEL}, {missing})"
+        "gradients  are added up in a pass of their own, 12 bytes a weight in place of 8;"
+        f" {inside} them up inside the products"
     )
 
 

@@ -83,12 +83,14 @@ def test_another_package_named_apex_does_not_count(site):
 
 
 @pytest.mark.parametrize("there, words", [
-    (False, "gradients  are added up in a pass of their own, 12 bytes a weight"),
+    (False, "in place of 8; Apex's kernel (fused_weight_gradient_mlp_cuda, missing here) adds them up inside the"),
     (True, "gradients  are added up inside the products, by Apex's kernel"),
 ])  # fmt: skip
 def test_the_doctor_says_who_adds_up_gradients(site, there, words):
     if there:
         package(site, doctor.APEX_KERNEL)
+    elif machine.has("transformer-engine") or machine.has("apex"):
+        pytest.skip("another package adds them up")
     assert words in doctor.report()
 
 
