@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from hylo_megatron.config import Plan
+from hylo_megatron.config.geometry import GEOMETRY_HELP, geometry_name
 from hylo_megatron.config.layout import ParallelLayout, Work, check_parallel_layout
 from hylo_megatron.corpus.text import MIXES
 from hylo_megatron.errors import HyLoError
@@ -136,6 +137,9 @@ def found_recipe(options: argparse.Namespace) -> Recipe:
     gpu = torch.cuda.is_available()
     kind = RECIPES[options.recipe, gpu]
     recipe = kind(options.plan, options.linear, options.seed)
+    if options.geometry:
+        geometry_name(options.geometry)  # refuses a wrong one
+        recipe = replace(recipe, geometry=options.geometry)
     recipe = with_batches(recipe, options.batch_factor)
     if options.tokens:
         recipe = with_tokens(recipe, options.tokens)
@@ -161,6 +165,8 @@ def main(argv: list[str] | None = None) -> None:
     default = f"(default: {FAR_LAYERS}; 3MLA27GDN for --recipe base)"
     add("--plan", help=f"3MLA27GDN, the MLA layers' numbers, or plan.json of hylo select-layers {default}")
     add("--linear", choices=LINEAR, help=f"mixer of the other layers (default: {LINEAR[0]}, or the plan's name)")
+    add("--geometry", metavar="PRESET[:RANK+ROPE]",
+        help=f"{GEOMETRY_HELP} (default: native:128+32; native for --recipe base)")  # fmt: skip
     add("--tokens", type=tokens, metavar="N",
         help="training tokens of all stages, such as 100M; the first distillation stage has what the others leave"
         " (default on a GPU: 202M, and 30M for --recipe base)")  # fmt: skip

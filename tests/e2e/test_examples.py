@@ -68,8 +68,10 @@ def exported(out: Path, plan: str) -> None:
 
 def test_the_script_of_smollm2_passes_variables_and_flags_on():
     command = ("bash", script("smollm2"), "--text", "prose")
-    printed = finished(start(*command, PYTHON="echo", RECIPE="window", TOKENS="100M", BATCH_FACTOR=4))
-    wanted = "--recipe window --tokens 100M --batch-factor 4 --text prose"
+    printed = finished(
+        start(*command, PYTHON="echo", RECIPE="window", TOKENS="100M", BATCH_FACTOR=4, GEOMETRY="native")
+    )
+    wanted = "--recipe window --tokens 100M --batch-factor 4 --geometry native --text prose"
     assert printed.strip() == f"-W ignore -m hylo_megatron recipe {wanted}"
 
 
