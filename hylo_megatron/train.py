@@ -45,7 +45,7 @@ def model_provider(
     from hylo_megatron.distill.settings import DistillSettings
     from hylo_megatron.engine import peers
     from hylo_megatron.layers.accumulation import accumulate_in_products
-    from hylo_megatron.layers.fp8 import check_projections, to_fp8
+    from hylo_megatron.layers.fp8 import check_projections, refusing_widths, to_fp8
     from hylo_megatron.layers.load import load_weights
     from hylo_megatron.layers.model import UNFUSED, build_model, model_fields
 
@@ -68,7 +68,8 @@ def model_provider(
 
     if args.hylo_random_weights:  # the same ones on any number of processes, without TP and PP
         torch.manual_seed(args.seed)
-    student = build(student_arch, args.hylo_backend)
+    with refusing_widths():
+        student = build(student_arch, args.hylo_backend)
     if args.gradient_accumulation_fusion:
         accumulate_in_products(student)
     if args.fp8:

@@ -3,6 +3,8 @@
 Weights are rounded once and kept in FP8, which is half of their memory. Only forward passes without a gradient work.
 """
 
+import contextlib
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -32,6 +34,18 @@ def check_widths(name: str, weight: Tensor, what: str = f"{FLAG}: {{}} of the te
             f"{what.format(name)} is {size} on a rank, expected multiples of {ALIGNED}; use fewer"
             " tensor-parallel ranks, or leave the flag out"
         )
+
+
+@contextlib.contextmanager
+def refusing_widths() -> Iterator[None]:
+    """Raise ``HyLoError`` in place of the assertions of megatron-core's mixers about widths for FP8."""
+    try:
+        yield
+    except AssertionError as error:
+        if "FP8" not in str(error):
+            raise
+        reason = str(error).partition(". when instantiating")[0]
+        raise HyLoError(f"--fp8-format: megatron-core cannot build the student ({reason}); leave it out") from error
 
 
 def check_projections(model: nn.Module) -> None:

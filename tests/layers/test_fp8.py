@@ -1,5 +1,6 @@
-"""A teacher whose layers multiply in FP8."""
+"""A teacher whose layers multiply in FP8, and students that cannot."""
 
+import contextlib
 from types import SimpleNamespace
 
 import pytest
@@ -9,12 +10,16 @@ from hylo_megatron.packages import has
 
 if not has("megatron-core"):
     pytest.skip("megatron-core is not installed", allow_module_level=True)
+from helpers import tiny  # noqa: E402
 from helpers import train as helpers  # noqa: E402
+from megatron.core.models.hybrid import hybrid_block  # noqa: E402
 from programs import parity  # noqa: E402
 
 from hylo_megatron.errors import HyLoError  # noqa: E402
 from hylo_megatron.kernels.fp8 import LARGEST, quantise_rows, scaled_product  # noqa: E402
 from hylo_megatron.layers import fp8  # noqa: E402
+from hylo_megatron.layers.load import layout_config  # noqa: E402
+from hylo_megatron.layers.model import build_model  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("process_groups")
 
@@ -75,3 +80,14 @@ def test_what_has_no_fp8_is_refused(monkeypatch):
         fp8.check_card()
     with pytest.raises(HyLoError, match="--fp8-format: A100 has no FP8 products"):
         fp8.check_card("--fp8-format")
+
+
+@pytest.mark.parametrize("linear, layer", [("gdn", "GDN"), ("mamba2", "Mamba")])
+def test_what_megatron_asserts_of_widths_is_one_line(linear, layer, monkeypatch):
+    monkeypatch.setattr(hybrid_block, "get_fp8_context", lambda *_, **__: contextlib.nullcontext())
+    arch = tiny.hybrid(linear)
+    config = layout_config(arch)
+    config.fp8 = "hybrid"  # TransformerConfig itself would ask for TransformerEngine
+    words = rf"^--fp8-format: .*{layer} layer .* multiple of 16\); leave it out$"
+    with pytest.raises(HyLoError, match=words), fp8.refusing_widths():
+        build_model(arch, config)
