@@ -52,7 +52,9 @@ def backend(name: str) -> Backend:
 
 def check_cuda() -> None:
     if not torch.cuda.device_count():
-        raise HyLoError("--hylo-backend te: TransformerEngine computes on CUDA devices alone, and none is here")
+        raise HyLoError(
+            "--hylo-backend te: TransformerEngine computes on CUDA devices alone, and none is here; leave the flag out"
+        )
 
 
 class TEProjection:
