@@ -18,7 +18,7 @@ from hylo_megatron.config import Architecture
 from hylo_megatron.distill.command_line import add_engine_flags, check_command_line, layout_of
 from hylo_megatron.engine.kernel_cache import prepare_kernels
 from hylo_megatron.engine.register import install
-from hylo_megatron.engine.step_profile import StepProfile, end_process
+from hylo_megatron.engine.step_profile import StepProfile, end_without_cupti
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.files import only_writer
 from hylo_megatron.flags import command_line
@@ -228,7 +228,7 @@ def main() -> None:
     with only_run(args):
         run_training(args, arch)
     if args.hylo_profile:
-        end_process()
+        end_without_cupti()
 
 
 def run_training(args, arch: Architecture) -> None:

@@ -15,7 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 from hylo_megatron.files import write_json
 
@@ -169,13 +169,16 @@ class StepProfile:
         self.profile = None
 
 
-def end_process() -> NoReturn:
-    """End this process, whose work is done, without the destructors of native libraries.
+def end_without_cupti() -> None:
+    """End this process, whose work is done, on a GPU without the destructors of native libraries.
 
     After a profile CUPTI may write to memory that torch has freed, and then glibc aborts a process that has finished
-    (pytorch's pull request 195207; seen with torch 2.11 on H100s, in each profiled step of 64K tokens).
+    (pytorch's pull request 195207; seen with torch 2.11 on H100s, after each profile of steps of 64K tokens and more).
     """
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+    import torch
+
+    if torch.cuda.device_count():
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
