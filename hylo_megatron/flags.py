@@ -125,11 +125,10 @@ def tokens(text: str) -> int:
 
 
 def _of_a_file(error: OSError) -> str:
-    path = Path(error.filename or "")
-    if isinstance(error, NotADirectoryError | FileExistsError) and (
-        file := next((each for each in (path, *path.parents) if each.is_file()), None)
-    ):
-        return f"{file}: a file, expected a folder or the name of a new one; choose another path"
+    if isinstance(error, NotADirectoryError | FileExistsError) and isinstance(error.filename, str | os.PathLike):
+        path = Path(error.filename)
+        if file := next((each for each in (path, *path.parents) if each.is_file()), None):
+            return f"{file}: a file, expected a folder or the name of a new one; choose another path"
     if error.filename and (full := disk.explained(error, error.filename)):
         return str(full)
     where = f" ({error.filename})" if error.filename else ""

@@ -86,9 +86,6 @@ class _BoundedFiles(dcp.FileSystemWriter):
 
 
 def check_empty(folder: Path) -> None:
-    """Raise ``HyLoError`` for a folder that has something in it, and for a file."""
-    if folder.is_file():
-        raise HyLoError(f"{folder}: a file, expected a folder to write; choose another --out")
     if folder.exists() and any(folder.iterdir()):
         raise HyLoError(f"{folder} exists and is not empty: choose another --out, or remove it")
 

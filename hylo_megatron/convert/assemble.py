@@ -22,11 +22,16 @@ SAME = (
 )  # fmt: skip
 
 
+def _student(folder: str | Path) -> Architecture:
+    """Read the architecture of a student. Raises ``HyLoError`` for a base model."""
+    arch = Architecture.load(folder)
+    if not arch.is_hybrid:
+        raise HyLoError(f"{folder}: a Transformer, expected a student; run hylo upcycle on it first")
+    return arch
+
+
 def check_students(first: Architecture, second: Architecture, folders: tuple[str | Path, str | Path]) -> None:
     """Raise ``HyLoError`` if layers of both students do not fit into one model. ``first`` is the MLA student."""
-    for arch, folder in zip((first, second), folders, strict=True):
-        if not arch.is_hybrid:
-            raise HyLoError(f"{folder}: a Transformer, expected a student of hylo upcycle; convert it to one first")
     where = "{} and {} differ in ".format(*folders)
     for name in SAME:
         if getattr(first, name) != getattr(replace(second, plan=first.plan), name):
@@ -55,7 +60,7 @@ def _window(mla: Window | None, linear: Window | None, folders: tuple[str | Path
 
 def assemble(mla: str | Path, linear: str | Path, plan: tuple[str, ...], out: str | Path) -> Architecture:
     """Write the hybrid checkpoint ``out``. Everything outside the mixers comes from the MLA student."""
-    first, second = Architecture.load(mla), Architecture.load(linear)
+    first, second = _student(mla), _student(linear)
     check_students(first, second, (mla, linear))
     window = _window(first.window, second.window, (mla, linear))
     check_vocabularies(first, second, (Path(mla) / "hf", Path(linear) / "hf"))
@@ -88,7 +93,7 @@ def assemble(mla: str | Path, linear: str | Path, plan: tuple[str, ...], out: st
 
 def plan_for(text: str, linear_kind: str | None, mla: str | Path, linear: str | Path) -> Plan:
     """Return the plan that ``text`` means. Raises ``HyLoError`` for a file that counts with another geometry."""
-    first, second, name = Architecture.load(mla), Architecture.load(linear), geometry_of_plan(text)
+    first, second, name = _student(mla), _student(linear), geometry_of_plan(text)
     if name is not None:
         try:
             counted = geometry_preset(name, first.hidden_size, first.num_attention_heads, first.head_dim)

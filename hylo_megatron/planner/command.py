@@ -125,7 +125,7 @@ def training(student: Architecture, known) -> PlannedRun:
     check_parallel_layout({"student": student, "teacher": teacher}, layout, work)
     check_levers(kind, known, prefix="--", stage="--train")
     loss = loss_of(kind, known)
-    loss.check(student, teacher, known.pp, bool(known.recompute or known.recompute_chunk))
+    loss.check(student, teacher, known.pp, bool(known.recompute or known.recompute_chunk), "--")
     return PlannedRun(student=student, teacher=teacher, kind=kind, loss=loss, layout=layout, work=work,
                       train=known.hylo_train or kind.train, recompute=known.recompute,
                       recompute_chunk=known.recompute_chunk, mlp_block=known.mlp_block,

@@ -132,14 +132,15 @@ RECIPES = {  # by --recipe and whether there is a GPU
 
 def found_recipe(options: argparse.Namespace) -> Recipe:
     """Return the recipe that the command line asks for, for this machine's device."""
-    if options.plan is not None:
-        Plan.parse(LAYERS, options.plan, options.linear, asked="--plan")
     gpu = torch.cuda.is_available()
     kind = RECIPES[options.recipe, gpu]
-    recipe = kind(options.plan, options.linear, options.seed)
-    if options.geometry:
-        geometry_name(options.geometry)  # refuses a wrong one
-        recipe = replace(recipe, geometry=options.geometry)
+    plan, linear, geometry = options.plan, options.linear, options.geometry or kind().geometry
+    geometry_name(geometry)  # refuses a wrong one
+    if plan is not None:
+        Plan.parse(LAYERS, plan, linear, geometry, "--plan")  # refuses in the words of the command line
+        read = replace(kind(), plan=plan, linear=linear, geometry=geometry)  # reads a plan's file
+        plan, linear = read.plan, read.linear
+    recipe = replace(kind(plan, linear, options.seed), geometry=geometry)
     recipe = with_batches(recipe, options.batch_factor)
     if options.tokens:
         recipe = with_tokens(recipe, options.tokens)

@@ -85,7 +85,10 @@ class Job:
         self.recipe.check_positions()
         plan = Plan.parse(self.recipe.layers, self.recipe.plan, self.recipe.linear)
         teacher = read_architecture(self.source.teacher) if self.source.teacher else base
-        student = student_architecture(base, plan, self.recipe.geometry, **self.recipe.settings)
+        try:
+            student = student_architecture(base, plan, self.recipe.geometry, **self.recipe.settings)
+        except HyLoError as error:
+            raise HyLoError(str(error).replace("--geometry ", "GEOMETRY=")) from None
         models = {"student": student, "base": base, "teacher": teacher}
         for stage in self.recipe.stages:
             work = Work(processes=processes.ranks, seq_length=stage.seq_length, micro_batch=stage.micro_batch,

@@ -30,6 +30,7 @@ from hylo_megatron.sample.row_cache import refusal
 from hylo_megatron.sample.run import SamplingRun
 from hylo_megatron.sample.shards import SIDECAR, Shards
 from hylo_megatron.sample.vllm_engine import VllmEngine
+from hylo_megatron.serve.refused import refused_settings
 
 ENGINES = ("auto", "transformers", "vllm")
 LICENCE = re.compile(r"^licen[sc]e:\s*(\S.*?)\s*$", re.MULTILINE)
@@ -53,9 +54,13 @@ def read_prompts(options: argparse.Namespace, teller: Teller) -> tuple[Prompts, 
 
 
 def unserved(config) -> bool:
-    """Return whether vLLM refuses the hybrid (``serve/config.py``)."""
-    rotated_kda = config.linear_rope and config.linear_type == "kda" and torch.cuda.is_available()
-    return bool(rotated_kda or (config.window and "linear_attention" not in config.layer_types))
+    """Return whether the vLLM here refuses the hybrid (``serve/refused.py``, ``mixers/kda/vllm_module.py``)."""
+    fields = {"linear_rope": config.linear_rope, "window": config.window}
+    older = re.match(r"0\.(\d+)", packages.version_of("vllm") or "")
+    return bool(
+        ("kda" in config.mixers and older and int(older[1]) < 32)
+        or any(refused_settings(config.mixers, **fields, on_gpu=torch.cuda.is_available()))
+    )
 
 
 def engine_of(options: argparse.Namespace, config) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 from hylo_megatron.config import Architecture, Plan
 from hylo_megatron.config.architecture import FILE_NAME
-from hylo_megatron.config.plan import uniform_layers
+from hylo_megatron.config.plan import linear_of_plan, uniform_layers
 from hylo_megatron.config.student import student_architecture
 from hylo_megatron.convert.hf_config import read_architecture
 from hylo_megatron.errors import HyLoError
@@ -35,7 +35,8 @@ def select(options: Namespace, ranks: Ranks) -> dict[str, Any]:
                 f" measured; leave --linear out, or give a student of {options.linear} layers"
             )
     if options.method == "explicit":
-        explicit = Plan.parse(base.num_layers, options.layers, asked="--layers")
+        explicit = Plan.parse(base.num_layers, options.layers, options.linear, asked="--layers")
+        linear = linear_of_plan(options.layers) or linear
         chosen = [layer for layer, kind in enumerate(explicit) if kind == "mla"]
         ranking = Ranking(order=tuple(chosen))
     else:

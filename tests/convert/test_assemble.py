@@ -7,7 +7,7 @@ import torch
 from helpers import tiny
 
 from hylo_megatron.config import Plan
-from hylo_megatron.convert.assemble import assemble
+from hylo_megatron.convert.assemble import assemble, plan_for
 from hylo_megatron.errors import HyLoError
 
 PLAN = Plan.parse(4, "1,2", "gdn")
@@ -66,8 +66,9 @@ def test_students_that_do_not_fit_are_refused(message, tmp_path):
 def test_a_base_model_is_no_student(tmp_path):
     linear = written(tmp_path / "linear", "gdn", 1)
     tiny.hybrid().as_teacher().save(tmp_path)
-    with pytest.raises(HyLoError, match=f"^{tmp_path}: a Transformer, expected a student of hylo upcycle"):
-        assemble(tmp_path, linear, PLAN, tmp_path / "out")
+    for refused in (lambda: assemble(tmp_path, linear, PLAN, "out"), lambda: plan_for("0", None, linear, tmp_path)):
+        with pytest.raises(HyLoError, match=f"^{tmp_path}: a Transformer, expected a student; run hylo upcycle"):
+            refused()
 
 
 def test_a_setting_without_its_layers_is_refused(tmp_path):

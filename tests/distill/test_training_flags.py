@@ -72,6 +72,7 @@ BAD_VARIABLES = [
     (dict(LINEAR="mamba"), "LINEAR=mamba: expected one of gdn"),
     (dict(GEOMETRY="small"), "GEOMETRY='small': expected one of native, published"),
     (dict(WINDOW="256+4:mla"), "WINDOW='256+4:mla': expected off, or SIZE[+SINKS]"),
+    (dict(GEOMETRY="native:128+32"), "frequencies would not match; GEOMETRY=native takes 16"),
     (dict(WINDOW="off"), "WINDOW=off: expected SIZE+SINKS"),
     (dict(WINDOW="16+4", GEOMETRY="published"), "WINDOW=16+4: needs GEOMETRY=native"),
 ]

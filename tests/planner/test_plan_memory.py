@@ -115,6 +115,14 @@ def test_what_vllm_does_not_run_is_refused(planned, capsys, flags, words):
     assert out == "" and error.count("\n") == 1 and words in error
 
 
+def test_a_loss_that_cannot_compare_is_refused_under_the_planners_flag(planned, tmp_path, capsys):
+    (tmp_path / "wide").mkdir()
+    (tmp_path / "wide" / "config.json").write_text(json.dumps(LLAMA_3B | {"hidden_size": 6144}))
+    with pytest.raises(SystemExit):
+        planned("--plan", "all", "--train", "distill", "--hidden-weight", 1, "--teacher", tmp_path / "wide")
+    assert "error: --hidden-weight: student and teacher are 3072 and 6144 wide" in capsys.readouterr().err
+
+
 def test_a_hybrid_is_no_teacher(planned, tmp_path, capsys):
     tiny_config(("mla", "gdn")).save_pretrained(tmp_path / "hybrid")
     with pytest.raises(SystemExit):

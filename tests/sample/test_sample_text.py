@@ -205,6 +205,8 @@ def test_files_are_read_as_format_says(teacher, tmp_path):
         found = prompts.instruction_prompts(teller, both, None, 90, form)
         return [prompt.messages[-1]["content"] for prompt in found]
 
+    with pytest.raises(HyLoError, match="both.jsonl:2: .*'text'"):  # the chat has no text
+        prompts.sentence_prompts(teller, both, None, 90, "jsonl")
     assert asked(None) == ["Add.", "Hello"] and asked("chat") == ["Hello"] and asked("jsonl") == ["Add."]
 
 
@@ -263,6 +265,9 @@ def test_a_student_that_vllm_refuses_is_left_to_transformers(monkeypatch):
     assert chosen(True, window=tiny.WINDOW, linear_rope=True) == chosen(False, "kda", linear_rope=True) == "vllm"
     assert chosen(False, window=tiny.WINDOWS) == "vllm"
     assert chosen(True, "kda", linear_rope=True) == chosen(False, "mla", window=tiny.WINDOWS) == "transformers"
+    for version, engine in (("0.26.0", "transformers"), ("0.32.0+cpu", "vllm")):
+        monkeypatch.setattr(command.packages, "version_of", lambda *_, found=version: found)
+        assert chosen(True, "kda") == engine and chosen(True) == "vllm"
 
 
 @pytest.mark.parametrize(

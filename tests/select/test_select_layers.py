@@ -145,6 +145,8 @@ def test_budgets_that_do_not_fit_are_refused(world, tmp_path, capsys):
     assert "not allowed with argument" in error("--mla", 1, "--cache-bytes", 9)
     assert "--method explicit: give --layers and no budget" in error("--mla", 1, method="explicit")
     assert "--layers '9': numbers must differ and lie in 0..3" in error("--layers", 9, method="explicit")
+    contradicting = error("--layers", "1MLA3KDA", method="explicit", more=("--linear", "gdn"))
+    assert "--layers '1MLA3KDA' and --linear gdn contradict each other" in contradicting
     assert "measures nothing: leave out --student" in error("--mla", 1, more=("--student", world / "student"))
     assert "--retrieval-weight 0.5: needs --retrieval" in error(
         "--mla", 1, method="smart", more=("--retrieval-weight", 0.5)
@@ -233,6 +235,8 @@ def test_checkpoints_are_taken_and_the_plan_is_one_for_upcycle(world, tmp_path):
     )
     explicit = select(world, tmp_path / "explicit", "--layers", "0,3", "--linear", "kda", method="explicit", budget=())
     assert explicit["mla_layers"] == [0, 3] and explicit["plan"] == "2MLA2KDA"
+    named = select(world, tmp_path / "named", "--layers", "1MLA3KDA", method="explicit", budget=())
+    assert named["plan"] == "1MLA3KDA" and named["linear"] == "kda"
     file = tmp_path / "explicit" / "plan.json"
     assert Plan.parse(4, str(file)) == ("mla", "kda", "kda", "mla")
     recipe = replace(smollm2_cpu(), layers=4, plan=str(file))

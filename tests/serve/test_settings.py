@@ -75,6 +75,8 @@ def test_requests_are_limited_by_the_bytes_of_their_types(monkeypatch):
     wide = dict(window=dict(size=2048, sinks=4))
     half, whole = most(states="bfloat16", **wide), most(model="float32", states="bfloat16", **wide)
     assert whole == pytest.approx(half / 2, rel=0.05)  # rows and windows twice as wide, so as many positions a page
+    large = dict(geometry=replace(NATIVE, gdn=GDNGeometry(24, 24, 128, 128)))
+    assert most(**large) == pytest.approx(most(states="bfloat16", **large) / 2, rel=0.05)  # states in fp32
     assert most(dtype="fp8", backend="TRITON_MLA", **wide) == pytest.approx(most(**wide) / 2, rel=0.05)
 
 

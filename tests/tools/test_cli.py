@@ -12,6 +12,7 @@ from helpers.waits import PATIENCE
 
 from hylo_megatron import cli
 from hylo_megatron.errors import HyLoError
+from hylo_megatron.flags import command_line
 
 
 def hylo(*argv: str) -> subprocess.CompletedProcess:
@@ -81,6 +82,12 @@ def test_a_wrong_value_is_refused_in_one_line(argv, message, tmp_path, monkeypat
     error = capsys.readouterr().err
     assert ended.value.code == 2 and error.count("\n") == 1, error
     assert message.replace("FILE", str(file)) in error
+
+
+def test_an_error_of_a_file_without_a_path_is_one_line(tmp_path, capsys):
+    with (tmp_path / "file").open("w") as file, pytest.raises(SystemExit):
+        command_line(os.listdir)(file.fileno())  # the error has the descriptor in the path's place
+    assert capsys.readouterr().err.startswith("error: Not a directory (")
 
 
 def test_help_of_a_command_shows_its_defaults():

@@ -98,8 +98,10 @@ class KL(Loss):
     def teacher_reads(self) -> int | None:
         return self.teacher_length
 
-    def check(self, student: Architecture, teacher: Architecture, pp: int, recompute: bool) -> None:
-        flag = "--hylo-hidden-layers-weight" if self.hidden_layers_weight else "--hylo-hidden-weight"
+    def check(
+        self, student: Architecture, teacher: Architecture, pp: int, recompute: bool, prefix: str = "--hylo-"
+    ) -> None:
+        flag = prefix + ("hidden-layers-weight" if self.hidden_layers_weight else "hidden-weight")
         if self.distances and student.hidden_size != teacher.hidden_size:
             widths = f"{student.hidden_size} and {teacher.hidden_size}"
             raise HyLoError(f"{flag}: student and teacher are {widths} wide, expected one width; leave the flag out")

@@ -27,8 +27,13 @@ class Loss:
         """Number of first tokens of a sequence that the loss needs the teacher for. None: all tokens."""
         return None
 
-    def check(self, student: Architecture, teacher: Architecture, pp: int, recompute: bool) -> None:
-        """Raise ``HyLoError`` if the loss cannot compare these models, or not in this pipeline."""
+    def check(
+        self, student: Architecture, teacher: Architecture, pp: int, recompute: bool, prefix: str = "--hylo-"
+    ) -> None:
+        """Raise ``HyLoError`` if the loss cannot compare these models, or not in this pipeline.
+
+        ``prefix``: that of ``check_levers``.
+        """
 
     def token_counts(self, mask: Tensor, position_ids: Tensor) -> dict[str, Tensor]:
         """Number of tokens that each part is a sum over. ``mask`` is the loss mask."""
