@@ -12,6 +12,7 @@ from hylo_megatron.engine.patch import around, entries
 from hylo_megatron.engine.tuned import KNOWN
 
 SWITCH = "HYLO_TUNE_ALL"  # in the environment: 1 lets Triton time every candidate
+WIDTHS = ("K", "BD")  # what fla's kernels call the width of a head: of keys, and of what a norm reads, rounded up
 
 
 class NotStored(Exception):
@@ -42,12 +43,17 @@ def name_of(tuner) -> str:
     return f"{tuner.base_fn.__module__}.{tuner.base_fn.__name__}"
 
 
-def known(tuner, candidates: list) -> list:
-    """Return the candidates worth timing on this card, or none where ``candidates`` are not those of the table."""
+def known(tuner, candidates: list, arguments: dict) -> list:
+    """Return the candidates worth timing on this card for a call's ``arguments``.
+
+    None where ``candidates`` are not those of the table, or the call has wider heads than were timed.
+    """
     from triton.runtime.driver import driver
 
     target = driver.active.get_current_target()
-    offered, *best = KNOWN.get(f"{target.backend} {target.arch}", {}).get(name_of(tuner), (0,))
+    offered, widest, *best = KNOWN.get(f"{target.backend} {target.arch}", {}).get(name_of(tuner), (0, 0))
+    if max(arguments.get(name) or 0 for name in WIDTHS) > widest:
+        return []
     few = [each for each in candidates if text(each) in best]
     return few if (len(candidates), len(few)) == (offered, len(best)) else []
 
@@ -59,7 +65,7 @@ def few_candidates(prune, run, self, kwargs):
     A tuner that keeps no results on the disk times all: it would not reach ``whole_result_first`` when the few fail.
     """
     candidates = prune(self, kwargs)
-    few = known(self, candidates) if self.cache_results else []
+    few = known(self, candidates, {**self.nargs, **kwargs}) if self.cache_results else []
     return Few(few, candidates) if few else candidates
 
 

@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime.driver import driver  # noqa: E402
 
 NAME = f"{__name__}.halved"
-FEW = (3, "BLOCK=64 w2 s3", "BLOCK=64 w4 s3")
+FEW = (3, 0, "BLOCK=64 w2 s3", "BLOCK=64 w4 s3")
 # Prints what fla offers on a Hopper GPU: each kernel's candidates.
 OFFERED = """
 import gc, json, sys
@@ -104,6 +104,15 @@ def test_what_is_not_known_is_timed_whole(hopper):
         assert launched() == [1, 2, 4, 1]
 
 
+def test_heads_wider_than_those_timed_have_all_timed(hopper):
+    hopper.setattr(few_candidates, "WIDTHS", ("size",))  # 128 in this call
+    with installed("tuning"):
+        hopper.setitem(KNOWN, "cuda 90", {NAME: (3, 128, *FEW[2:])})
+        assert launched() == [2, 4, 2]
+        hopper.setitem(KNOWN, "cuda 90", {NAME: (3, 127, *FEW[2:])})
+        assert launched() == [1, 2, 4, 1]
+
+
 def test_another_card_times_all(hopper):
     hopper.setattr(NoGPU, "get_current_target", lambda self: GPUTarget("cuda", 80, 32))
     with installed("tuning"):
@@ -125,7 +134,7 @@ def test_a_stored_result_of_all_is_read_before_few_are_timed(hopper):
 
 
 def test_all_are_timed_where_no_known_candidate_runs(hopper):
-    hopper.setitem(KNOWN, "cuda 90", {NAME: (3, "BLOCK=1024 w2 s3", "BLOCK=1024 w4 s3")})
+    hopper.setitem(KNOWN, "cuda 90", {NAME: (3, 0, "BLOCK=1024 w2 s3", "BLOCK=1024 w4 s3")})
     with installed("tuning"):
         assert launched(large=(2, 4)) == [1, 1]
         assert launched(large=(2, 4)) == [1]
@@ -168,7 +177,7 @@ def test_rows_come_out_of_a_cache_folder(hopper, tmp_path, capsys):
     launched(warps=(1, 2, 4, 8))
     hopper.setattr(sys, "argv", ["tuned_table.py", str(tmp_path)])
     tuned_table.main()
-    row = (4, "BLOCK=64 w1 s3", "BLOCK=64 w2 s3")
+    row = (4, 0, "BLOCK=64 w1 s3", "BLOCK=64 w2 s3")
     assert capsys.readouterr().out == f'"halved": {row},  # 1 timed, 0.0% and 100.0% slower\n'
     hopper.setattr(sys, "argv", ["tuned_table.py", str(tmp_path / "nothing")])
     with pytest.raises(SystemExit, match="no .* found"):
@@ -182,7 +191,7 @@ def test_the_table_holds_what_fla_offers():
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", OFFERED], env=path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    for name, (offered, *best) in KNOWN["cuda 90"].items():
+    for name, (offered, _, *best) in KNOWN["cuda 90"].items():
         keeps_results, candidates = found[name]
         assert keeps_results and len(candidates) == offered and set(best) < set(candidates), name
         assert 2 <= len(set(best)) == len(best) <= 4  # a later Triton does not time a single one, which may not run

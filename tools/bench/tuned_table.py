@@ -4,7 +4,8 @@
     python tools/bench/tuned_table.py /cache/triton  # folders of one kind of card
 
 A row's two or three candidates are within 3 % or 2 µs of the best one at every shape, where three can be. The remark
-says by how much the row is slower than the best at worst, and then the same of the table's row. Add the module's name.
+says by how much the row is slower than the best at worst, and then the same of the table's row. Add the module's name,
+and put the widest head of your shapes in place of the 0.
 """
 
 import json
@@ -48,12 +49,12 @@ def row(shapes: list[dict[str, float]]) -> tuple[str, ...]:
 
 
 def main() -> None:
-    today = {name.rpartition(".")[2]: tuple(best) for card in KNOWN.values() for name, (_, *best) in card.items()}
+    today = {name.rpartition(".")[2]: tuple(best) for card in KNOWN.values() for name, (_, _, *best) in card.items()}
     found = timings([Path(folder) for folder in sys.argv[1:]]) or sys.exit(f"no *.autotune.json found\n{__doc__}")
     for name, shapes in sorted(found.items()):
         chosen = row(shapes)
         worst = " and ".join(f"{max(losses(each, shapes)):.1%}" for each in (chosen, today.get(name)) if each)
-        print(f'"{name}": {(len(shapes[0]), *chosen)},  # {len(shapes)} timed, {worst} slower')
+        print(f'"{name}": {(len(shapes[0]), 0, *chosen)},  # {len(shapes)} timed, {worst} slower')
 
 
 if __name__ == "__main__":
