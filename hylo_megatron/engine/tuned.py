@@ -7,8 +7,8 @@ candidate of a row slower than the best of all by more than 1 µs. ``tools/bench
 """
 
 # Card, as Triton names it -> a kernel's module and name -> how many candidates the library offers, the widest head
-# that was timed (0: the kernel knows no heads), and the candidates worth timing (w: warps, s: stages). Another number of
-# candidates is another version of the kernel.
+# that was timed (0: the kernel knows no heads), and the candidates worth timing (w: warps, s: stages). Another number
+# of candidates is another version of the kernel.
 KNOWN = {
     "cuda 90": {
         "fla.modules.activations.ops.swiglu_fwd_kernel":
