@@ -228,11 +228,18 @@ def connect() -> None:
 def _terminated(number: int, _) -> None:
     """Handle SIGTERM: tell the others that this rank is not lost, because its sender ends all ranks."""
     if os.getpid() == _Run.pid:
+        _forget_workers()
         time.sleep(SIGNAL_SECONDS)
         _hear_the_others()
         _leave()
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
+
+
+def _forget_workers() -> None:
+    """Let no data worker that ends from now on raise torch's error here, in the middle of a wait for the cause."""
+    with contextlib.suppress(ValueError):  # another thread than the main one, where none is raised
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def _leave() -> None:
@@ -254,20 +261,25 @@ def _failures(error: BaseException) -> list[BaseException] | None:
     return [failure[0] if isinstance(failure, tuple) else failure for failure in found.values()]
 
 
-def _is_of_a_collective(error: BaseException) -> bool:
-    """Return whether ``error`` may be a consequence of another rank's error."""
+def _may_follow(error: BaseException) -> bool:
+    """Return whether ``error`` may be a consequence of another rank's error.
+
+    torchrun ends the data workers of all ranks when one rank is lost, some of them before their own rank.
+    """
     if _Run.size == 1:
         return False
-    words = ("connection closed by peer", "connection reset", "gloo", "nccl", "broken pipe", "tcpstore")
+    words = ("connection closed by peer", "connection reset", "gloo", "nccl", "broken pipe", "tcpstore",
+             "killed by signal: terminated")  # fmt: skip
     return _failures(error) == [] or any(word in str(error).lower() for word in words)
 
 
 def _ended_by(error: BaseException, folder: str | None, need: int | None) -> NoReturn:
+    _forget_workers()
     for one in [error, *(_failures(error) or [])]:
         full = disk.explained(one, folder or ".", need)
         if isinstance(one, HyLoError) or full:
             fail(str(full or one))
-    if _is_of_a_collective(error):
+    if _may_follow(error):
         time.sleep(NEWS_SECONDS)
         _hear_the_others()
     with contextlib.suppress(Exception):

@@ -46,9 +46,22 @@ def test_a_signal_ends_rank_0_after_the_report_of_a_lost_rank(lost, other, monke
     monkeypatch.setattr(peers, "time", SimpleNamespace(sleep=sleep, monotonic=lambda: 0.0))
     monkeypatch.setattr(peers, "_leave", lambda: happened.append("left"))
     monkeypatch.setattr(peers.os, "kill", lambda *_: happened.append("ended"))
-    monkeypatch.setattr(peers.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(
+        peers.signal, "signal", lambda number, _: number == signal.SIGCHLD and happened.append("alone")
+    )
     monkeypatch.setattr(peers._Run, "pid", peers.os.getpid())
     if lost:
         theirs.close()
     peers._terminated(signal.SIGTERM, None)
-    assert happened == ["reported"] * lost + ["left", "ended"]
+    assert happened == ["alone"] + ["reported"] * lost + ["left", "ended"]
+
+
+@pytest.mark.parametrize("how, waits", [("Terminated", True), ("Killed", False)])
+def test_a_data_worker_that_torchrun_ends_is_not_the_cause(how, waits, monkeypatch):
+    happened = []
+    monkeypatch.setattr(peers._Run, "size", 2)
+    monkeypatch.setattr(peers, "time", SimpleNamespace(sleep=happened.append, monotonic=lambda: 0.0))
+    monkeypatch.setattr(peers, "fail", lambda text: happened.append("failed"))
+    monkeypatch.setattr(peers.signal, "signal", lambda *_: happened.append("alone"))
+    peers._ended_by(RuntimeError(f"DataLoader worker (pid 7) is killed by signal: {how}. "), None, None)
+    assert happened == ["alone"] + [peers.NEWS_SECONDS] * waits + ["failed"]
