@@ -46,13 +46,16 @@ def name_of(tuner) -> str:
 def known(tuner, candidates: list, arguments: dict) -> list:
     """Return the candidates worth timing on this card for a call's ``arguments``.
 
-    None where ``candidates`` are not those of the table, or the call has wider heads than were timed.
+    The list is empty where ``candidates`` are not those of the table, or the call has wider heads than were timed.
     """
     from triton.runtime.driver import driver
 
     target = driver.active.get_current_target()
-    offered, widest, *best = KNOWN.get(f"{target.backend} {target.arch}", {}).get(name_of(tuner), (0, 0))
-    if max(arguments.get(name) or 0 for name in WIDTHS) > widest:
+    row = KNOWN.get(f"{target.backend} {target.arch}", {}).get(name_of(tuner))
+    if row is None:  # any kernel of any library: its arguments may be called otherwise
+        return []
+    offered, widest, *best = row
+    if max(arguments.get(name, 0) for name in WIDTHS) > widest:
         return []
     few = [each for each in candidates if text(each) in best]
     return few if (len(candidates), len(few)) == (offered, len(best)) else []

@@ -101,6 +101,7 @@ def test_what_is_not_known_is_timed_whole(hopper):
         assert launched(warps=(1, 2, 8)) == [1, 2, 8, 1]  # or others
         assert launched(cache_results=False) == [1, 2, 4, 1]
         hopper.setitem(KNOWN, "cuda 90", {"fla.ops.halved": FEW})
+        hopper.setattr(few_candidates, "WIDTHS", ("x_ptr",))  # in another kernel this name may be a tensor's
         assert launched() == [1, 2, 4, 1]
 
 
