@@ -27,7 +27,7 @@ from hylo_megatron.evaluate.plots import new_figure
 from hylo_megatron.files import write_json
 from hylo_megatron.flags import Parser, command_line, size
 
-CHUNKS = (4096, 1024)
+CHUNKS = (4096, 2048, 1024)
 TOLERANCE = 0.02  # bf16 logits of 128,256 words
 OURS = "ours, chunk {}"
 
