@@ -12,8 +12,8 @@ QUERIES = 32
 
 
 @triton.jit
-def _join(out_ptr, lse_ptr, part_ptr, part_lse_ptr, heads, length, width, out_b, out_h, out_s, lse_b, lse_h,
-          part_b, part_h, part_s, part_lse_b, part_lse_h,
+def _join(out_ptr, lse_ptr, joined_lse_ptr, part_ptr, part_lse_ptr, heads, length, width, out_b, out_h, out_s,
+          lse_b, lse_h, part_b, part_h, part_s, part_lse_b, part_lse_h,
           QUERIES: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
     b, h = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
     s = (tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)).to(tl.int64)
@@ -23,7 +23,8 @@ def _join(out_ptr, lse_ptr, part_ptr, part_lse_ptr, heads, length, width, out_b,
     top = tl.maximum(lse, new)
     before, after = tl.exp(lse - top), tl.exp(new - top)
     total = before + after
-    tl.store(lse_at, top + tl.log(total), mask=s < length)
+    # Not in place: every warp reads all denominators of a program, one of them later than another one writes.
+    tl.store(joined_lse_ptr + tl.program_id(1).to(tl.int64) * length + s, top + tl.log(total), mask=s < length)
     inside = (s < length)[:, None] & (c < width)[None, :]
     out_at = out_ptr + b * out_b + h * out_h + s[:, None] * out_s + c[None, :]
     part_at = part_ptr + b * part_b + h * part_h + s[:, None] * part_s + c[None, :]
@@ -40,4 +41,6 @@ def join_attention(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> 
     grid = (triton.cdiv(length, QUERIES), batch * heads)
     widest = triton.next_power_of_2(width)
     with torch.no_grad():
-        _join[grid](out, lse, part, part_lse, heads, length, width, *strides, QUERIES, widest, num_warps=4)
+        joined_lse = lse.new_empty(lse.shape)
+        _join[grid](out, lse, joined_lse, part, part_lse, heads, length, width, *strides, QUERIES, widest, num_warps=4)
+        lse.copy_(joined_lse)
