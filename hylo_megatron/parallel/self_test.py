@@ -2,7 +2,8 @@
 
 The ranks of a sequence attend block by block and join the blocks by the log-sum-exp that the fused kernel returns. A
 kernel that returned another base, or other gradients for a joined log-sum-exp, would train wrongly without an error.
-The cases run every rank of a short sequence in one process, and compare them with plain attention.
+The cases run every rank of a short sequence in one process, and compare them with plain attention. Another case joins
+two blocks of many queries, because a kernel whose warps disturb each other is right while a GPU has little to do.
 
 Legend: n ranks, L tokens of a rank, B rows, H query heads, G key heads, K key, V value width.
 """
@@ -17,12 +18,14 @@ from torch import Tensor
 from hylo_megatron.config import Architecture
 from hylo_megatron.config.layout import ParallelLayout, Work
 from hylo_megatron.kernels import attention
+from hylo_megatron.kernels.choose import Ops
 from hylo_megatron.kernels.self_test import Case, random_bf16
 from hylo_megatron.parallel.attention import Shared, attention_across_ranks
 from hylo_megatron.parallel.exchange import Arrival, StandIn
 from hylo_megatron.parallel.zigzag import zigzag_positions
 
 CHUNK = 128  # tokens: a rank has two chunks
+JOINED = 8, 2**14  # heads and queries of two blocks that are joined: thousands of programs, as in a training
 BLAME = (
     "torch's fused kernel for these widths returns a log-sum-exp or gradients that cannot be joined; train with"
     " --context-parallel-size 1 or another version of torch or cuDNN, --no-self-test trains anyway"
@@ -116,8 +119,22 @@ def attention_case(at: Widths, ranks: int, rows: int, device) -> Case:
     )
 
 
+def joining_case(at: Widths, device) -> Case:
+    """The joining of two blocks, which has no gradients: the backward pass joins nothing."""
+    parts = [random_bf16(1, *JOINED, at.value, device=device).roll(i, 2) for i in range(2)]
+    sums = [random_bf16(1, *JOINED, device=device).roll(i, 2).float() for i in range(2)]
+
+    def run(kernels: Ops, out, lse, part, part_lse):
+        out, lse = out.detach().clone(), lse.detach().clone()
+        kernels.join_attention(out, lse, part.detach(), part_lse.detach())
+        return torch.cat([out, lse.unsqueeze(-1).to(out.dtype)], -1)
+
+    blame = "the kernel that joins blocks of attention is wrong on this GPU; train with --context-parallel-size 1"
+    return Case([parts[0], sums[0], parts[1], sums[1]], run, blame=blame)
+
+
 def attention_cases(models: list[Architecture], layout: ParallelLayout, work: Work, device) -> dict[str, Case]:
-    """Return a case for each width of softmax attention in ``models``; none without context parallelism."""
+    """Return the cases of each width of softmax attention in ``models``; none without context parallelism."""
     if layout.cp == 1:
         return {}
     ranks, rows = min(layout.cp, 3), min(work.micro_batch, 2)
@@ -127,4 +144,5 @@ def attention_cases(models: list[Architecture], layout: ParallelLayout, work: Wo
         for kind in ("attention", "mla")
         if kind in arch.plan
     }
-    return {name: attention_case(widths, ranks, rows, device) for widths, name in found.items()}
+    whole = {name: attention_case(widths, ranks, rows, device) for widths, name in found.items()}
+    return whole | {f"{name}, joined": joining_case(widths, device) for widths, name in found.items()}

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,7 @@ from hylo_megatron.config.layout import ParallelLayout, Work, check_exchange
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.kernels import attention
 from hylo_megatron.kernels import self_test as start_check
+from hylo_megatron.kernels.choose import TORCH
 from hylo_megatron.mixers.megatron_attention import refuse_packed
 from hylo_megatron.parallel import self_test as across
 from hylo_megatron.parallel.exchange import Gather, Ring, exchange
@@ -98,11 +100,11 @@ def test_flash_attention_equals_the_plain_one(causal, keys, key_width, value_wid
 BASE = tiny.hybrid(plan=("attention",) * 4, geometry=None)  # has shared key heads
 
 
-def checked(ranks: int = 3) -> str:
+def checked(ranks: int = 3, kernels=TORCH) -> str:
     """Return the verdict on attention across ranks of a hybrid, and of a base model with shared key heads."""
     models, layout = [tiny.hybrid("gdn"), BASE], ParallelLayout(cp=ranks)
     cases = across.attention_cases(models, layout, Work(micro_batch=2), "cpu")
-    return start_check.self_test(SimpleNamespace(plan=()), device="cpu", more=cases)
+    return start_check.self_test(SimpleNamespace(plan=()), device="cpu", kernels=kernels, more=cases)
 
 
 @pytest.fixture
@@ -148,6 +150,21 @@ def test_a_kernel_whose_blocks_cannot_be_joined_is_refused_at_start_up(backward,
     assert "\n" not in str(refusal.value)
 
 
+def test_a_join_that_reads_some_denominators_late_is_refused_at_start_up():
+    """As warps did that read a denominator after another warp had written the joined one."""
+
+    def late(out, lse, part, part_lse):
+        rows = slice(out.shape[2] - out.shape[2] // 64, None)
+        before = out.clone()
+        attention.join_attention(out, lse, part, part_lse)
+        again = lse[:, :, rows].clone()
+        attention.join_attention(before[:, :, rows], again, part[:, :, rows], part_lse[:, :, rows])
+        out[:, :, rows] = before[:, :, rows]
+
+    with pytest.raises(HyLoError, match="mla across ranks, joined disagrees .*: the kernel that joins blocks"):
+        checked(kernels=replace(TORCH, join_attention=late))
+
+
 def test_another_shape_of_the_denominators_is_refused(kernel):
     kernel(False, lambda out, lse: (out, torch.nn.functional.pad(lse, (0, 32))))
     with pytest.raises(HyLoError, match=r"log-sum-exp of fused attention has the shape \[2, 4, .*expected \[2, 4, "):
@@ -166,4 +183,5 @@ def test_a_training_checks_the_attention_of_student_and_teacher(monkeypatch, tmp
     monkeypatch.setattr(start_check, "self_test", lambda *args, more: found.update(more))
     args = SimpleNamespace(bf16=True, no_self_test=False, local_rank=0, rank=0, hylo_teacher=tmp_path)
     train.check_kernels(args, student)
-    assert list(found) == ["mla across ranks", "attention across ranks"]
+    names = ["mla across ranks", "attention across ranks"]
+    assert list(found) == [*names, *(f"{name}, joined" for name in names)]

@@ -174,7 +174,7 @@ def teacher(length: int, sizes: Sizes, report: Report) -> None:
             error = report.parity(f"teacher, {length} tokens, {mode}", distance(got, want[here]))
             # of the positions that this rank holds, those that were computed in fp32
             both = torch.isin(here, sampled)
-            limit = max(2 * noise, TOLERANCE / 10)
+            limit = max(2 * noise, TOLERANCE / 4)  # bf16 rounds a joined block twice
             found = distance(got[both], exact(whole, here[both])) if both.any() else 0.0
             fp32 = report.parity(f"teacher against fp32, {length} tokens, {mode}", found, limit)
             report.line(part="teacher", what=f"{ranks} ranks, {mode}", tokens=length, ms=took,

@@ -1,0 +1,55 @@
+"""Which cuDNN a training loads, on a machine that may have several."""
+
+import os
+import sys
+
+import pytest
+import torch
+
+from hylo_megatron import doctor
+from hylo_megatron.engine import cudnn
+from hylo_megatron.packages import capabilities
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A folder of torch's libraries, as pip installs it: ``nvidia`` has no ``__init__``."""
+    (tmp_path / "nvidia" / "cudnn" / "lib").mkdir(parents=True)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *(each for each in sys.path if "site-packages" not in each)])
+    for name in cudnn.WHERE:
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path / "nvidia" / "cudnn"
+
+
+def test_transformer_engine_is_shown_torchs_own(own, monkeypatch):
+    monkeypatch.setenv("CUDNN_HOME", "")
+    cudnn.show_own_cudnn()
+    assert os.environ["CUDNN_HOME"] == str(own)
+
+
+@pytest.mark.parametrize("name", cudnn.WHERE)
+def test_what_the_user_has_set_stays(name, own, monkeypatch):
+    monkeypatch.setenv(name, "/another")
+    cudnn.show_own_cudnn()
+    assert {os.environ.get(each) for each in cudnn.WHERE} == {"/another", None}
+
+
+def test_nothing_is_shown_where_torch_has_no_folder_of_its_own(own, monkeypatch):
+    (own / "lib").rmdir()
+    cudnn.show_own_cudnn()
+    assert not any(os.environ.get(each) for each in cudnn.WHERE)
+
+
+def test_an_older_cudnn_is_a_known_problem_on_hopper(monkeypatch):
+    def too_old():
+        raise RuntimeError("cuDNN version incompatibility: PyTorch was compiled against (9, 19, 0)\nbut found")
+
+    gpus = [doctor.Device("a GPU", 80.0, (9, 0))]
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
+    before = doctor.known_problems(capabilities(), gpus)
+    monkeypatch.setattr(torch.backends.cudnn, "version", too_old)
+    (line,) = set(doctor.known_problems(capabilities(), gpus)) - set(before)
+    assert "older cuDNN" in line and "CUDNN_HOME=" in line and "\n" not in line
+    assert not any(
+        "older cuDNN" in each for each in doctor.known_problems(capabilities(), [gpus[0].__class__("b", 80, (8, 0))])
+    )
