@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from hylo_megatron.config import Architecture
 from hylo_megatron.distill.arguments import run_architecture
+from hylo_megatron.engine.kernel_cache import prepare_kernels
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.flags import Parser, command_line, json_object, positive, size
 from hylo_megatron.mixers import FP32_SUFFIXES
@@ -167,6 +168,7 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
 
 @command_line
 def main(argv: list[str] | None = None) -> None:
+    prepare_kernels()  # this program is about steps, not about compiling fla's kernels one by one
     print(json.dumps(measured(parsed(argv))))
 
 
