@@ -53,16 +53,27 @@ def scale_on_device(missing, run, chunk_size, noop_flag, tensor_lists, factor: T
         torch._foreach_mul_(targets, torch.where(factor < 1, factor, torch.ones_like(factor)).float())
 
 
-@around
-def and_of_one(reduce, run, input, group=None):
-    """Ask all ranks of a group, as megatron's function does. A group of one rank is not asked."""
-    return input is True if group and group.size() == 1 else reduce(input, group)
+def alike(group) -> bool:
+    """Return whether all ranks of a model-parallel group have the same flag, norm and learning rate.
+
+    Those of one pipeline stage have: each holds a part of every layer, and the norm is a sum over all of them.
+    megatron asks because a stage may have nothing to train.
+    """
+    from megatron.core import parallel_state
+
+    return bool(group) and (group.size() == 1 or parallel_state.get_pipeline_model_parallel_world_size() == 1)
 
 
 @around
-def maximum_of_one(reduce, run, stat, group=None):
-    """Return the maximum over a group of ranks as megatron does. In a group of one rank a tensor stays a tensor."""
-    if not group or group.size() > 1:
+def and_of_alike(reduce, run, input, group=None):
+    """Ask all ranks of a group, as megatron's function does. Ranks that are alike are not asked."""
+    return input is True if alike(group) else reduce(input, group)
+
+
+@around
+def maximum_of_alike(reduce, run, stat, group=None):
+    """Return the maximum over a group of ranks as megatron does. Of ranks that are alike a tensor stays a tensor."""
+    if not alike(group):
         return reduce(stat, group)
     if isinstance(stat, Tensor):
         return stat.detach().view(()).float()
@@ -100,10 +111,10 @@ PATCHES = entries(
     needed=lambda: reads_each_norm(),
 ) + entries(
     "training", "megatron-core",
-    (f"{_LOOP}:logical_and_across_model_parallel_group", and_of_one, "(input, group)",
-     "copies a flag to the GPU and back, also for a group of one rank (training/utils/common_utils.py:293)"),
-    (f"{_LOOP}:reduce_max_stat_across_model_parallel_group", maximum_of_one, "(stat, group)",
-     "copies a number to the GPU and back, also for a group of one rank (training/utils/common_utils.py:265)"),
+    (f"{_LOOP}:logical_and_across_model_parallel_group", and_of_alike, "(input, group)",
+     "copies a flag to the GPU and back, also where ranks cannot differ (training/utils/common_utils.py:293)"),
+    (f"{_LOOP}:reduce_max_stat_across_model_parallel_group", maximum_of_alike, "(stat, group)",
+     "copies a number to the GPU and back, also where ranks cannot differ (training/utils/common_utils.py:265)"),
     *((f"{_OPTIMIZER}:{name}.get_loss_scale", scale_on_host, "(self)",
        "the loop reads the scale of the loss from the GPU in each step (megatron/training/training.py:3974)")
       for name in ("MixedPrecisionOptimizer", "FP32Optimizer")),

@@ -1,5 +1,6 @@
 """A step in which the host does not wait for the GPU: the same numbers as megatron's, and a log one step behind."""
 
+import contextlib
 import json
 import math
 import re
@@ -13,6 +14,7 @@ from hylo_megatron.packages import has
 if not has("megatron-core"):
     pytest.skip("megatron-core is not installed", allow_module_level=True)
 from helpers import train as helpers  # noqa: E402
+from megatron.core import parallel_state  # noqa: E402
 
 from hylo_megatron.distill import command_line  # noqa: E402
 from hylo_megatron.engine import step_sync, training_hooks  # noqa: E402
@@ -67,21 +69,25 @@ def test_a_rank_whose_gradients_count_elsewhere_clips_by_the_same_bits(monkeypat
     assert here.dtype == elsewhere.dtype == torch.float64 and torch.equal(here, elsewhere)
 
 
-def test_a_group_of_one_rank_is_not_asked():
+@pytest.mark.parametrize("ranks, stages, asked", [(1, 1, False), (2, 1, False), (2, 2, True), (4, 2, True)])
+def test_ranks_that_cannot_differ_are_not_asked(ranks, stages, asked, monkeypatch):
     def refuse(*arguments):
         raise AssertionError("asked")
 
-    alone, two = (SimpleNamespace(size=lambda size=size: size) for size in (1, 2))
-    both, largest = step_sync.and_of_one(refuse, None), step_sync.maximum_of_one(refuse, None)
-    assert both(True, group=alone) is True and both(False, group=alone) is False
-    assert largest(None, group=alone) is None and largest(0.1, group=alone) == torch.tensor(0.1).item()
-    norm = largest(torch.tensor([2.5]), group=alone)
-    assert f"{norm:.3f}" == "2.500"  # megatron's log formats it so
+    group = SimpleNamespace(size=lambda: ranks)
+    monkeypatch.setattr(parallel_state, "get_pipeline_model_parallel_world_size", lambda: stages)
+    both, largest = step_sync.and_of_alike(refuse, None), step_sync.maximum_of_alike(refuse, None)
     for function in (both, largest):
         with pytest.raises(AssertionError, match="asked"):
-            function(True, group=two)
-        with pytest.raises(AssertionError, match="asked"):
-            function(True)
+            function(True)  # megatron's own group
+        with pytest.raises(AssertionError, match="asked") if asked else contextlib.nullcontext():
+            function(True, group=group)
+    if asked:
+        return
+    assert both(True, group=group) is True and both(False, group=group) is False
+    assert largest(None, group=group) is None and largest(0.1, group=group) == torch.tensor(0.1).item()
+    norm = largest(torch.tensor([2.5]), group=group)
+    assert f"{norm:.3f}" == "2.500"  # megatron's log formats it so
 
 
 def test_the_scale_of_a_loss_that_is_not_scaled_is_on_the_host():
