@@ -20,6 +20,7 @@ from hylo_megatron.engine.cudnn import older_cudnn, show_own_cudnn
 from hylo_megatron.engine.kernel_cache import prepare_kernels
 from hylo_megatron.engine.register import install
 from hylo_megatron.engine.step_profile import StepProfile, end_without_cupti
+from hylo_megatron.engine.tilelang_ahead import compile_beside
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.files import only_writer
 from hylo_megatron.flags import command_line
@@ -216,6 +217,7 @@ def main() -> None:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # megatron asserts it for TP and CP
     arch = check_command_line(sys.argv[1:])
     prepare_kernels()
+    compile_beside(arch, sys.argv[1:])
     show_own_cudnn()
     install("megatron")
     add_engine_flags(arch)
