@@ -55,6 +55,7 @@ class Step:
     mlp_block: int | None = None
     recompute_chunk: int = 0
     recurrence_block: int | None = None
+    cp: int = 1
 
 
 STEPS = [
@@ -72,6 +73,8 @@ STEPS = [
     Step("segments", "gdn", "distill", "all", recompute=8, mlp_block=600, recurrence_block=1024),
     Step("segments kda", "kda", "distill", "all", recompute=8, mlp_block=600, recurrence_block=1024),
     Step("some blocks", "kda", "distill", "mixers", recompute=4, mlp_block=1024),
+    Step("cp", "gdn", "distill", "all", recompute=8, cp=2),
+    Step("cp kda", "kda", "distill", "all", recompute=8, cp=2),
 ]
 PP = 4
 PIPELINES = [  # stage of training, of the pipeline, micro-batches
@@ -261,7 +264,7 @@ def distill_model(step: Step, **overrides):
     student, teacher = step_models(step)
     method, layers = ("uniform", step.recompute_chunk) if step.recompute_chunk else ("block", step.recompute)
     recompute = dict(recompute_granularity="full", recompute_method=method, recompute_num_layers=layers)
-    overrides |= dict(mlp_block=step.mlp_block)
+    overrides |= dict(mlp_block=step.mlp_block) | (dict(linear_cp="states") if step.cp > 1 else {})
     models = build(student, **overrides, **recompute if layers else {}), build(teacher, **overrides)
     settings = DistillSettings(kind=stage_kind(step.stage), train=step.train, loss=step_loss(step),
                                recurrence_block=step.recurrence_block)  # fmt: skip
@@ -273,10 +276,10 @@ def distill_model(step: Step, **overrides):
     return model
 
 
-def batch() -> dict[str, torch.Tensor]:
+def batch(length: int = STEP_LENGTH) -> dict[str, torch.Tensor]:
     names = ("tokens", "position_ids", "labels", "loss_mask", "answer_weight")
     kinds = [torch.long] * 3 + [torch.float] * 2
-    return {name: torch.ones(ROWS, STEP_LENGTH, dtype=kind) for name, kind in zip(names, kinds, strict=True)}
+    return {name: torch.ones(ROWS, length, dtype=kind) for name, kind in zip(names, kinds, strict=True)}
 
 
 def alive_in(model) -> Alive:
@@ -284,8 +287,8 @@ def alive_in(model) -> Alive:
 
 
 def count_step(step: Step) -> int:
-    start()
-    model, tensors = distill_model(step), batch().values()
+    start(cp=step.cp)
+    model, tensors = distill_model(step), batch(STEP_LENGTH // step.cp).values()
     with alive_in(model) as alive:
         model(*tensors)[0].backward()
     return alive.most

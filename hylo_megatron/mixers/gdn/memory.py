@@ -28,6 +28,7 @@ def activations(arch: Architecture, at: Share) -> SubLayer:
     kept += at.inner(h + 2 * (4 * h + 2 * m))  # beta; decay in three forms, three statistics
     if at.layout.passes_states:
         kept += delta_rule_states(h, k, v, at)
-    # states and their gradients; dq, dk, dv, w, u, ..
-    work = at.in_segments(2 * h * k * v / CHUNK + 4 * h * v + 4 * h * k, 2 * m * k + 2 * h * v + 6 * h, h * v)
+    # states and their gradients; dq, dk, dv, w, u, .. Where states pass between ranks, values have K more columns.
+    wide = v + k if at.layout.passes_states else v
+    work = at.in_segments(2 * h * k * wide / CHUNK + 4 * h * wide + 4 * h * k, 2 * m * k + 2 * h * v + 6 * h, h * v)
     return SubLayer(kept, work, at.outer(d))

@@ -29,5 +29,7 @@ def activations(arch: Architecture, at: Share) -> SubLayer:
         kept += delta_rule_states(h, k, k, at)
     # Counted in fla's backward pass: states and their gradients, triangular matrices with theirs, and as wide as the
     # heads what it makes again (w, u, decayed queries and keys, fp32 decays) beside gradients, some of them fp32.
-    work = at.in_segments(2 * h * k * k / CHUNK + 20 * h * k + 4 * CHUNK * h, 4 * h * k, 2 * h * k)
+    # Where states pass between ranks, values have K more columns.
+    wide = 2 * k if at.layout.passes_states else k
+    work = at.in_segments(2 * h * k * wide / CHUNK + 17 * h * k + 3 * h * wide + 4 * CHUNK * h, 4 * h * k, 2 * h * k)
     return SubLayer(kept, work, at.outer(d))
