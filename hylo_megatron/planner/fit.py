@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from hylo_megatron.planner.speed import FITTED, Constants, step_time
 from hylo_megatron.planner.training import PlannedRun
 
-RATES = ("products", "attention_cp", "nvlink")  # what steps on several GPUs tell; one GPU has told the others
+RATES = ("products", "nvlink")  # what any table tells; attention needs steps of several lengths beside each other
 TIMES = ("traffic", "optimizer", "recurrence", "chunk", "step")  # constants that are seconds; the others are rates
 CHOICES = tuple(name for name in vars(FITTED) if name not in ("node", "network"))  # no step on one host tells these
 ROUNDS = 500
@@ -45,11 +45,9 @@ def faster(constants: Constants, name: str, factor: float) -> Constants:
 def fitted_to(steps: Sequence[MeasuredStep], start: Constants = FITTED, names: Sequence[str] = RATES) -> Constants:
     """Return ``start`` with those of ``names`` changed that ``steps`` depend on.
 
-    Minimises the squares of the relative errors of the time. The rate of products is fitted only where a step on one
-    GPU is among the steps: on several GPUs it cannot be told from the other rates.
+    Minimises the squares of the relative errors of the time. Where several rates explain the steps equally well, the
+    first one changes.
     """
-    alone = any(step.run.work.processes == 1 for step in steps)
-    names = [name for name in names if alone or name != "products"]
     whole = [step.planned(start) for step in steps]
     # Work that is twice as fast takes away half of its time.
     parts = {

@@ -6,7 +6,7 @@ from hylo_megatron.errors import HyLoError
 from hylo_megatron.flags import names_of, positive, size, tokens
 from hylo_megatron.markdown import table
 from hylo_megatron.planner.layouts import GIB, USABLE, LayoutPlan, Training, disk_bytes, layouts, scaled
-from hylo_megatron.planner.speed import CARDS, FITTED, HOPED, card_named, tokens_per_second
+from hylo_megatron.planner.speed import CARDS, FITTED, card_named
 from hylo_megatron.recipes.shapes import BASE_OF, RECIPES, SHAPES, recipe_named, shape, student_shape
 
 SHOWN = 8
@@ -61,20 +61,13 @@ def assumptions(training: Training, found: list[LayoutPlan], known: argparse.Nam
     lines = [
         f"{USABLE:.0%} of the memory is planned with; the rest is for CUDA, NCCL and fragments.",
         f"{known.card}: products at {card_named(known.card) / 1e12:.0f} TFLOP/s. Speeds were fitted to steps of 0.1B"
-        " and 1B students on one GPU, and of CP 2 at 64K on two.",
-        f"Assumed, not measured: a GPU sends {FITTED.nvlink / 1e9:.0f} GB/s among {FITTED.node} GPUs with NVLink, and"
-        f" {FITTED.network / 1e9:.0f} GB/s to other nodes. Attention's keys and values arrive behind attention to the"
-        " rank's own tokens; a rank waits for everything else. TP with sequence parallelism.",
+        " and 1B students on one GPU, and of 1B and 3B students on two and four GPUs of one host: TP 2 at 8K, CP 2, CP 4"
+        " and CP 2 with DP 2 at 64K.",
+        f"A GPU gets {FITTED.nvlink / 1e9:.0f} GB/s to others of its host, as these steps waited for each other."
+        f" Assumed, not measured: the same among {FITTED.node} GPUs with NVLink, {FITTED.network / 1e9:.0f} GB/s to"
+        " other nodes, and the bubbles of a pipeline. Attention's keys and values arrive behind attention to the rank's"
+        " own tokens; a rank waits for everything else. TP with sequence parallelism.",
     ]
-    if shared := next((each for each in found if each.layout.cp > 1), None):
-        plan = max(shared.stages, key=lambda plan: plan.stage.seq_length)
-        run = training.run(plan.stage, shared.layout, known.gpus, plan.recompute)
-        most = tokens_per_second(run, card_named(known.card), HOPED)
-        lines.append(
-            f"CP: attention across ranks at {FITTED.attention_cp:.0%} of the products' rate, as measured before its"
-            f" present kernels. At the {FITTED.attention:.0%} of one rank, {plan.stage.name} with {shared.layout} runs"
-            f" at {most:,.0f} tokens/s, not {plan.speed:,.0f}."
-        )
     if any(plan.recompute != plan.stage.recompute for each in found for plan in each.stages):
         lines.append(f"* with recompute={2 * training.student.num_layers} in the stage, which fits only so.")
     if training.recipe.layers != recipe_named(known.recipe).layers:

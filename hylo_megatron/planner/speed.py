@@ -1,11 +1,11 @@
 """Seconds of a training step, from shapes, the parallel layout and the card. No torch in here.
 
 A step is the sum of its parts. Each part is a count (``planner/flops.py``, ``planner/sent.py``,
-``mixers/*/memory.py``) over a rate of the card, with constants that were fitted to whole steps on one and two GPUs
-(``tests/planner/test_speed.py`` has them).
+``mixers/*/memory.py``) over a rate of the card, with constants that were fitted to whole steps on one, two and four
+GPUs (``tests/planner/test_speed.py`` has them).
 """
 
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass
 from math import prod
 
 from hylo_megatron.config import Architecture
@@ -22,24 +22,22 @@ CARDS = {"H100": RATES["NVIDIA H100 80GB HBM3"], "H200": RATES["NVIDIA H200"]}  
 
 @dataclass(frozen=True, kw_only=True)
 class Constants:
-    """Fitted to measured steps, except those of communication, which are assumptions: no step measured them."""
+    """Fitted to measured steps, except ``node`` and ``network``, which are assumptions: no step used two nodes."""
 
     products: float = 0.95  # share of the rate of products that the products of layers reach
     head: float = 0.79  # the same for the logits' products
-    attention: float = 0.80  # the same for attention, forward and backward together
-    attention_cp: float = 0.35  # the same where ranks share a sequence, before attention had its present kernels
+    attention: float = 0.74  # the same for attention, forward and backward together, on one rank or across ranks
     traffic: float = 0.86e-12  # seconds for a byte that a layer keeps for the backward pass, in a forward pass
     optimizer: float = 0.4e-12  # seconds for a byte of gradients and optimizer
     recurrence: float = 20.5e-12  # seconds for a value of the queries, keys, values and outputs of a linear block
     chunk: float = 2.45e-6  # seconds for a chunk of the recurrence, which waits for the chunk before
     step: float = 0.015  # seconds of a step without a kernel: logging and data
     node: int = 8  # GPUs that NVLink connects
-    nvlink: float = 250e9  # bytes a second that a GPU sends within a node
+    nvlink: float = 95e9  # bytes a second that a GPU sends within a node, with starts of collectives and slower ranks
     network: float = 40e9  # and to another node
 
 
 FITTED = Constants()
-HOPED = replace(FITTED, attention_cp=FITTED.attention)  # attention across ranks as fast as on one rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,8 +94,7 @@ def _attention(run: PlannedRun, card: float, fitted: Constants) -> float:
     own = mixing(run.student, length) - window.mixing(run.student, length) - _recurrence_flops(run.student)
     again = 3 + _recomputed(run)
     flops = taught / length * mixing(run.teacher, taught) + again * own
-    rate = fitted.attention_cp if run.layout.cp > 1 else fitted.attention
-    return (flops / rate + again * windows / fitted.attention) / card
+    return (flops + again * windows) / fitted.attention / card
 
 
 def _recurrence_flops(arch: Architecture) -> int:
@@ -177,10 +174,7 @@ def step_time(run: PlannedRun, card: float, fitted: Constants = FITTED) -> StepT
 
 
 def tokens_per_second(run: PlannedRun, card: float, fitted: Constants = FITTED) -> float:
-    """Return the tokens that all ranks together train on in a second.
-
-    With ``HOPED`` the result is the most that a layout with context parallelism can be expected to reach.
-    """
+    """Return the tokens that all ranks together train on in a second."""
     data_parallel = run.work.processes // run.layout.ranks
     tokens = run.work.micro_batch * run.micro_batches * data_parallel * run.work.seq_length
     return tokens / step_time(run, card, fitted).total

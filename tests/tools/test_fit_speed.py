@@ -43,16 +43,16 @@ def write_rows(path, flags: str, only: str, truth, device: str = "H100") -> None
 
 
 def test_constants_are_found_again(program, tmp_path, capsys):
-    truth = replace(FITTED, products=0.85, attention_cp=0.6, nvlink=150e9)
+    truth = replace(FITTED, products=0.85, attention=0.6, nvlink=150e9)
     files = [tmp_path / "long.json", tmp_path / "short.json"]
     write_rows(files[0], LONG, "dp1,dp4,cp2,cp4,cp2dp2", truth)
     write_rows(files[1], SHORT, "dp1,tp2,dp2,cp2", truth)
-    program.main([*map(str, files)])
+    program.main([*map(str, files), "--constants", "products", "attention", "nvlink"])
     text = capsys.readouterr().out
     assert "9 steps" in text and "0.0% with" in text
     lines = [line.split("#")[0].split() for line in text.splitlines() if ": float" in line]
     found = {line[0]: float(line[-1]) for line in lines}
-    assert found == pytest.approx({"products:": 0.85, "attention_cp:": 0.6, "nvlink:": 150e9}, rel=5e-3)
+    assert found == pytest.approx({"products:": 0.85, "attention:": 0.6, "nvlink:": 150e9}, rel=5e-3)
     assert "| llama1b-distill-64k, TP 1 PP 1 CP 4 DP 1 |" in text and "TP 2 PP 1 DP 2" not in text
 
 
@@ -60,7 +60,7 @@ def test_only_constants_that_rows_depend_on_change(program, tmp_path, capsys):
     write_rows(tmp_path / "one.json", LONG, "dp1", replace(FITTED, products=0.8))
     program.main([str(tmp_path / "one.json")])
     text = capsys.readouterr().out
-    assert "products: float = 0.8 " in text and "attention_cp" not in text and "nvlink" not in text
+    assert "products: float = 0.8 " in text and "attention" not in text and "nvlink" not in text
 
 
 def test_tables_without_a_row_that_counts_are_refused(program, tmp_path):

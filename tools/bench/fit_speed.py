@@ -1,7 +1,7 @@
 """Fit the constants of the planner's speed to rows that ``scaling.py`` has measured.
 
     python tools/bench/fit_speed.py docs/benchmarks/scaling-*.json
-    python tools/bench/fit_speed.py FILES --constants products attention attention_cp nvlink recurrence
+    python tools/bench/fit_speed.py FILES --constants products attention nvlink      steps of several lengths
 
 Prints the planned speed of each row beside the measured one, with the constants of ``planner/speed.py`` as they are
 and with those that fit all rows best, and then the lines of ``planner/speed.py`` that change. Rows that failed, ran on
@@ -17,7 +17,7 @@ from pathlib import Path
 from measured_step import job_of
 from scaling import parsed as scaling_flags
 from scaling import run_of
-from scaling_table import card_of
+from scaling_table import planned_rate
 
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.flags import Parser, command_line
@@ -35,11 +35,12 @@ def steps_of(path: Path, cpu: bool) -> dict[str, MeasuredStep]:
     if found["device"] == "CPU" and not cpu:
         return {}
     options = scaling_flags(shlex.split(found["command"])[1:])
+    card = planned_rate(found["device"], found["product_rate"])
     with tempfile.TemporaryDirectory() as folder:
         job = job_of(options, Path(folder))
         runs = {row["layout"]: run_of(job, row, options) for row in found["rows"]}
     return {
-        f"{job.name}, {row['layout']}": MeasuredStep(run=run, seconds=row["seconds"], card=card_of(found))
+        f"{job.name}, {row['layout']}": MeasuredStep(run=run, seconds=row["seconds"], card=card)
         for row in found["rows"]
         if (run := runs[row["layout"]])
     }

@@ -9,8 +9,7 @@ Each row is a run of ``train_step.py`` with ``--profile``. The table has tokens/
 scaling, utilisation, memory of the fullest rank, bytes that rank 0 sends in a step, and the planner's memory and speed
 beside both. A layout that fails, or goes on after ``--limit`` seconds, is a row with the reason. The table is written
 to ``--out`` after each row, as Markdown and JSON. Another call, also one beside this on other GPUs, adds its rows to
-a table of the same step, models, card, versions and code of this package. ``--dry-run`` gives the speed of context
-parallelism as a range: attention across ranks as it was measured last, and as fast as on one rank.
+a table of the same step, models, card, versions and code of this package.
 
 A layout that does not fit the memory as the recipe trains gets what saves memory: layers recomputed in pairs, then the
 optimizer, then the teacher in the host's memory. The last column says so; such rows are slower for that.
@@ -29,7 +28,7 @@ from pathlib import Path
 
 from bench_run import one_at_a_time, results_before
 from measured_step import PACKAGES, Job, add_job_flags, check_job_flags, graph_of, job_of, measured, planned, with_rate
-from scaling_table import write_table
+from scaling_table import planned_rate, write_table
 
 import hylo_megatron
 from hylo_megatron.config.layout import ParallelLayout, Work, check_parallel_layout
@@ -41,7 +40,7 @@ from hylo_megatron.flags import Parser, command_line, positive, size
 from hylo_megatron.json_file import read_json
 from hylo_megatron.packages import version_of
 from hylo_megatron.planner.layouts import GIB, USABLE, dividing
-from hylo_megatron.planner.speed import CARDS, FITTED, HOPED, tokens_per_second
+from hylo_megatron.planner.speed import tokens_per_second
 from hylo_megatron.planner.training import PlannedRun, peaks
 from hylo_megatron.run.launch import Processes, child_environment
 
@@ -75,7 +74,6 @@ class Candidate:
     run: PlannedRun | None
     memory: float  # GiB of the fullest rank
     speed: float
-    most: float  # the speed, if attention across ranks is as fast as on one rank
 
     @property
     def plan(self) -> dict:
@@ -97,10 +95,8 @@ def planned_candidate(job: Job, processes: Processes, options: argparse.Namespac
     for saver, flags in savers.items():
         run = planned(job, processes, options, flags)
         memory = max(peak.total for peak in peaks(run)) / GIB if run else 0.0
-        speed, most = (tokens_per_second(run, card, constants) if run else 0.0 for constants in (FITTED, HOPED))
-        found = Candidate(
-            processes=processes, saver=saver, flags=flags, run=run, memory=memory, speed=speed, most=most
-        )
+        speed = tokens_per_second(run, card) if run else 0.0
+        found = Candidate(processes=processes, saver=saver, flags=flags, run=run, memory=memory, speed=speed)
         if memory <= USABLE * options.gpu_memory:
             break
     return found
@@ -154,8 +150,7 @@ def attempt(job: Job, candidate: Candidate, options: argparse.Namespace, folder:
 
 
 def described(candidate: Candidate) -> str:
-    speed = f"{candidate.speed:,.0f}" + (f" to {candidate.most:,.0f}" if candidate.most > candidate.speed else "")
-    plan = f"planned {candidate.memory:.1f} GiB, {speed} tokens/s" if candidate.run else "not planned"
+    plan = f"planned {candidate.memory:.1f} GiB, {candidate.speed:,.0f} tokens/s" if candidate.run else "not planned"
     return f"{candidate.processes}: {plan}" + (f", {candidate.saver}" if candidate.saver else "")
 
 
@@ -205,7 +200,7 @@ def run(options: argparse.Namespace) -> None:
     device, count, rate = device_here(options)
     options.gpus = options.gpus or count or 1
     options.gpu_memory = options.gpu_memory or (gpu_bytes(0) or 80 * GIB) / GIB
-    card = rate if count else CARDS["H100"]
+    card = planned_rate(device, rate)
     with tempfile.TemporaryDirectory() as folder:
         job = job_of(options, Path(folder))
         path, head = options.out / f"scaling-{job.name}.json", head_of(job, options, device)

@@ -5,7 +5,9 @@ from pathlib import Path
 
 from hylo_megatron.files import write_json, write_text
 from hylo_megatron.markdown import table
-from hylo_megatron.planner.fit import RATES, MeasuredStep, fitted_to, mean_error
+from hylo_megatron.planner.fit import RATES as FITTED_RATES
+from hylo_megatron.planner.fit import MeasuredStep, fitted_to, mean_error
+from hylo_megatron.planner.flops import RATES
 from hylo_megatron.planner.speed import CARDS, FITTED
 from hylo_megatron.planner.training import PlannedRun
 
@@ -13,9 +15,13 @@ HEAD = ["layout", "GPUs", "tokens/s", "to one", "of linear", "utilisation", "GiB
         "sent in a step", "communication alone", "remark"]  # fmt: skip
 
 
-def card_of(head: dict) -> float:
-    """Return the rate of products that a table's rows are planned with; an H100's for steps on a CPU."""
-    return head["product_rate"] if head["device"] != "CPU" else CARDS["H100"]
+def planned_rate(device: str, measured: float) -> float:
+    """Return the rate of products that steps on ``device`` are planned with; an H100's for steps on a CPU.
+
+    A card that ``RATES`` names is planned with the rate there, by which the planner's constants were fitted. One product
+    ran at 728 to 795 TFLOP/s on cards of one name, and the speeds of whole steps did not follow it.
+    """
+    return CARDS["H100"] if device == "CPU" else RATES.get(device, measured)
 
 
 def base_of(rows: list[dict]) -> dict | None:
@@ -73,7 +79,7 @@ def refitted(steps: list[MeasuredStep]) -> dict:
     """Return the planner's rates that fit the steps best, with the errors of the speed before and after."""
     fitted = fitted_to(steps)
     mean = {when: mean_error(steps, constants) for when, constants in (("before", FITTED), ("after", fitted))}
-    rates = {name: {"now": getattr(FITTED, name), "fitted": getattr(fitted, name)} for name in RATES}
+    rates = {name: {"now": getattr(FITTED, name), "fitted": getattr(fitted, name)} for name in FITTED_RATES}
     return {"rates": rates, "mean_error": mean, "steps": len(steps)}
 
 
@@ -91,7 +97,7 @@ def write_table(path: Path, head: dict, rows: list[dict], runs: dict[str, Planne
     """Write ``path`` and its Markdown sister, and return the Markdown. ``runs``: planned runs by the rows' layouts."""
     base, fit = base_of(rows), None
     rows = [compared(row, base) for row in rows]
-    card = card_of(head)
+    card = planned_rate(head["device"], head["product_rate"])
     steps = [
         MeasuredStep(run=runs[row["layout"]], seconds=row["seconds"], card=card)
         for row in rows if runs.get(row["layout"])
