@@ -78,7 +78,7 @@ def test_steps_are_as_fast_and_as_large_as_measured(card, which, changes, speed,
     run = planned(*which, **changes)
     assert tokens_per_second(run, CARDS[card]) == pytest.approx(speed, rel=0.15)  # 25 % is what is promised
     if memory:
-        assert peak(run, 0).total / GIB == pytest.approx(memory, rel=0.03)  # 10 % is promised
+        assert peak(run, 0).total / GIB == pytest.approx(memory, rel=0.01)  # 10 % is promised
 
 
 def test_no_part_of_a_step_is_free_or_negative():

@@ -7,7 +7,7 @@ import pytest
 from helpers.paths import ROOT
 
 from hylo_megatron.errors import HyLoError
-from hylo_megatron.planner.speed import FITTED, step_time
+from hylo_megatron.planner.speed import CARDS, FITTED, step_time
 
 BENCH = ROOT / "tools" / "bench"
 CARD = 700e12
@@ -61,6 +61,13 @@ def test_only_constants_that_rows_depend_on_change(program, tmp_path, capsys):
     program.main([str(tmp_path / "one.json")])
     text = capsys.readouterr().out
     assert "products: float = 0.8 " in text and "attention" not in text and "nvlink" not in text
+
+
+def test_rows_of_a_known_card_are_planned_with_its_known_rate(program, tmp_path):
+    for device, card in (("NVIDIA H100 80GB HBM3", CARDS["H100"]), ("a new card", CARD)):
+        path = tmp_path / f"{device}.json"
+        write_rows(path, LONG, "dp1", FITTED, device=device)
+        assert [step.card for step in program.steps_of(path, False).values()] == [card]
 
 
 def test_tables_without_a_row_that_counts_are_refused(program, tmp_path):

@@ -18,8 +18,8 @@ HEAD = ["layout", "GPUs", "tokens/s", "to one", "of linear", "utilisation", "GiB
 def planned_rate(device: str, measured: float) -> float:
     """Return the rate of products that steps on ``device`` are planned with; an H100's for steps on a CPU.
 
-    A card that ``RATES`` names is planned with the rate there, by which the planner's constants were fitted. One product
-    ran at 728 to 795 TFLOP/s on cards of one name, and the speeds of whole steps did not follow it.
+    A card that ``RATES`` names is planned with the rate there, by which the planner's constants were fitted. One
+    product ran at 728 to 795 TFLOP/s on cards of one name, and the speeds of whole steps did not follow it.
     """
     return CARDS["H100"] if device == "CPU" else RATES.get(device, measured)
 
