@@ -106,6 +106,7 @@ class _GatedLinearAttention(torch.autograd.Function):
         q, k, v, g, state = ctx.saved_tensors
         d_out, common = d_out.contiguous(), dict(q=q, k=k, v=v, g=g, scale=1.0, chunk_size=CHUNK)
         h, _ = chunk_fwd_h(k=k, v=v, g=g, h0=state, output_final_state=False, chunk_size=CHUNK)
+        d_last = None if d_last is None else d_last.contiguous()  # fla reads the memory, whatever the strides are
         d_h, d_state = chunk_bwd_dh(**common, do=d_out, h0=state, dht=d_last)
         d_q, d_k, _, d_g = chunk_bwd_dqkwg(**common, h=h, do=d_out, dh=d_h)
         del common["v"]

@@ -126,7 +126,7 @@ def _norm_backward(x_ptr, w_ptr, dy_ptr, dx_ptr, dw_ptr, rows, width, eps, ROWS:
         dy *= w[None, :]
         d_x = (dy - x * (tl.sum(dy * x, 1) / width)[:, None]) * scale[:, None]
         tl.store(dx_ptr + t * width + c[None, :], d_x.to(dx_ptr.dtype.element_ty), mask=inside)
-    tl.store(dw_ptr + tl.program_id(0) * width + c, d_w, mask=here)
+    tl.store(dw_ptr + tl.program_id(0).to(tl.int64) * width + c, d_w, mask=here)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -159,7 +159,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def _rotate(x_ptr, cos_ptr, sin_ptr, y_ptr, rows, batch, heads, stride_s, stride_b, stride_h, sign,
             PAIRS: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr):  # fmt: skip
     t = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None, None]
-    h = tl.arange(0, HEADS)[None, :, None]
+    h = tl.arange(0, HEADS).to(tl.int64)[None, :, None]
     p = tl.arange(0, PAIRS)[None, None, :]
     inside = (t < rows) & (h < heads) & (p < PAIRS)
     x_ptr += (t // batch) * stride_s + (t % batch) * stride_b + h * stride_h + p
