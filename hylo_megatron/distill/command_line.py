@@ -20,6 +20,7 @@ from hylo_megatron.distill.arguments import add_hylo_arguments, engine_flags, ru
 from hylo_megatron.distill.first_flags import first_flags, limited
 from hylo_megatron.distill.losses import check_levers, loss_of
 from hylo_megatron.distill.memory_check import check_memory, planned_run
+from hylo_megatron.distill.refused_flags import check_megatron_flags
 from hylo_megatron.distill.resume import check_save
 from hylo_megatron.distill.spikes import GATES, SpikeSettings
 from hylo_megatron.engine.step_profile import LEAST_STEPS
@@ -81,7 +82,7 @@ def check_recurrence_block(known: argparse.Namespace, student: Architecture) -> 
 
 
 def check_teacher_and_memory(known: argparse.Namespace) -> None:
-    """Refuse FP8 where it does not help, to move tensors away beside a CUDA graph, and megatron-core's way of it."""
+    """Refuse FP8 where it does not help, and to move tensors away beside a CUDA graph."""
     graph = known.cuda_graph_impl
     for what in ("teacher", "optimizer"):
         if getattr(known, f"hylo_offload_{what}") and graph not in (None, "none"):
@@ -91,29 +92,6 @@ def check_teacher_and_memory(known: argparse.Namespace) -> None:
             )
     if known.hylo_teacher_fp8 and stage_kind(known.hylo_stage).layerwise:
         raise HyLoError(f"--hylo-teacher-fp8: --hylo-stage {known.hylo_stage} would learn its rounding; leave it out")
-    if known.optimizer_cpu_offload:
-        raise HyLoError("--optimizer-cpu-offload steps on the CPU and is not supported; use --hylo-offload-optimizer")
-
-
-# Flags of megatron-core's FP8 that would change nothing here, or what checkpoints hold
-UNUSED_FP8 = ("--fp8-param-gather", "--fp4-format", "--fp4-param-gather", "--fp8-dot-product-attention",
-              "--fp8-multi-head-attention")  # fmt: skip
-
-
-def check_fp8(known: argparse.Namespace, user: list[str]) -> None:
-    """Refuse FP8 and FP4 of megatron-core that the layers would ignore, or that is not supported."""
-    words = [word.partition("=")[0] for word in user]
-    if "--fp8-format" in words and known.hylo_backend == "local":
-        raise HyLoError(
-            "--fp8-format: torch's layers do not multiply in FP8; give --hylo-backend te too, or leave it out"
-            " (--hylo-teacher-fp8 is for the teacher)"
-        )
-    if "--fp8-format" in words and stage_kind(known.hylo_stage).layerwise:  # only megatron-core's stack turns FP8 on
-        raise HyLoError(
-            f"--fp8-format: --hylo-stage {known.hylo_stage} runs each layer by itself, in 16 bits; leave it out"
-        )
-    if unused := next((flag for flag in UNUSED_FP8 if flag in words), None):
-        raise HyLoError(f"{unused} is not supported: weights and attention stay in 16 bits; leave it out")
 
 
 def check_given(known: argparse.Namespace, user: list[str]) -> None:
@@ -136,17 +114,11 @@ def check_given(known: argparse.Namespace, user: list[str]) -> None:
         and not (known.split or known.valid_data_path or known.per_split_data_args_path)
     ):
         raise HyLoError(f"--eval-iters {known.eval_iters}: no data to validate on; give --split, such as 99,1,0")
-    if known.fp16 and not known.bf16:
-        raise HyLoError("--fp16: training in fp16 is not supported; give --bf16, or none of the two for fp32")
-    if "--transformer-impl" in user:
-        raise HyLoError("--transformer-impl has no effect here: --hylo-backend says which layers are built")
-    if known.check_for_spiky_loss:
-        raise HyLoError("--check-for-spiky-loss has no effect here: --hylo-on-spike and --hylo-spike-factor do this")
+    check_megatron_flags(known, user)
     _check_blends(known)
     check_stage(known)
     _check_benchmark(known)
     check_teacher_and_memory(known)
-    check_fp8(known, user)
     if known.hylo_on_spike == "rollback" and not known.save:
         raise HyLoError("--hylo-on-spike rollback: --save is missing, the folder with the checkpoints to go back to")
     steps = known.lr_decay_iters or known.train_iters or 0

@@ -49,6 +49,16 @@ def test_what_a_training_cannot_do_without_is_asked_for(world):
         (["--fp8-format=e4m3"], "--fp8-format: torch's layers do not multiply in FP8"),
         (["--hylo-backend", "te", "--fp8-format=hybrid"], "--fp8-format: --hylo-stage ild runs each layer by itself"),
         (["--hylo-backend", "te", "--fp8-param-gather"], "--fp8-param-gather is not supported"),
+        (["--overlap-param-gather"], "--overlap-param-gather is not supported: layers here read weights that"),
+        (["--optimizer-cuda-graph"], "--optimizer-cuda-graph is not supported: the learning rate would stay"),
+        (
+            ["--cuda-graph-impl", "full_iteration", "--step-batch-size-schedule", "0:2 1K:4"],
+            "--step-batch-size-schedule: --cuda-graph-impl full_iteration repeats the first step's number",
+        ),
+        (
+            ["--cuda-graph-impl=full_iteration", "--pipeline-model-parallel-size", "2"],
+            "--cuda-graph-impl full_iteration: --hylo-stage ild cannot be captured with --pipeline",
+        ),
         (["--hylo-random-weights"], "--save: a benchmark with --hylo-random-weights loads and saves nothing"),
         (["--hylo-profile", "x"], "--hylo-profile: needs --train-iters of 5 or more, got 4"),
     ):
