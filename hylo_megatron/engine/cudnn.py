@@ -32,7 +32,7 @@ def older_cudnn() -> str | None:
         torch.backends.cudnn.version()
     except RuntimeError:  # in torch's own words, of five lines
         return (
-            "torch runs with an older cuDNN than the one it was built for, and its attention on Hopper is slower for"
-            " that; remove the older cuDNN's folder from LD_LIBRARY_PATH, or show torch's own: CUDNN_HOME=FOLDER"
+            "torch runs with an older cuDNN than the one it was built for, which may make its attention on Hopper"
+            " slower; remove the older cuDNN's folder from LD_LIBRARY_PATH, or show torch's own: CUDNN_HOME=FOLDER"
         )
     return None

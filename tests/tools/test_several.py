@@ -64,10 +64,8 @@ def test_no_gpu_has_two_runs_at_once_and_smaller_ones_do_not_wait(tmp_path):
     lines = "1 SEEN", "0.2 SEEN --ranks 2", "0.2 SEEN", "0.2 SEEN --ranks=2"
     done, seen = ran(tmp_path, *lines, flags=("--gpus", 2))
     assert done.returncode == 0, done.stderr
-    assert sorted(len(gpus) for gpus, *_ in seen) == [1, 1, 2, 2] and {gpu for gpus, *_ in seen for gpu in gpus} == {
-        "0",
-        "1",
-    }
+    assert sorted(len(gpus) for gpus, *_ in seen) == [1, 1, 2, 2]
+    assert {gpu for gpus, *_ in seen for gpu in gpus} == {"0", "1"}
     for number, (gpus, began, ended) in enumerate(seen):
         for others, begins, ends in seen[number + 1 :]:
             assert not set(gpus) & set(others) or begins >= ended or ends <= began

@@ -164,7 +164,8 @@ def teacher(length: int, sizes: Sizes, report: Report) -> None:
         one = milliseconds(lambda: alone(*whole), 3)
         report.line(part="teacher", what="one GPU", tokens=length, ms=one, tflops=round(flops / one / 1e9, 1))
         want = alone(*whole)
-        sampled = torch.linspace(0, length - 1, SAMPLED, device=device()).long()
+        # Not the first queries: with few keys their outputs are so large that they alone would count, and hide rounding.
+        sampled = torch.linspace(length // SAMPLED, length - 1, SAMPLED, device=device()).long()
         noise = distance(want[sampled], exact(whole, sampled))
         report.line(part="teacher", what="one GPU against fp32", tokens=length, error=noise)
         for mode in ("auto", "all_gather", "p2p"):
@@ -174,7 +175,7 @@ def teacher(length: int, sizes: Sizes, report: Report) -> None:
             error = report.parity(f"teacher, {length} tokens, {mode}", distance(got, want[here]))
             # of the positions that this rank holds, those that were computed in fp32
             both = torch.isin(here, sampled)
-            limit = max(2 * noise, TOLERANCE / 4)  # bf16 rounds a joined block twice
+            limit = max(2 * noise, TOLERANCE / 10)
             found = distance(got[both], exact(whole, here[both])) if both.any() else 0.0
             fp32 = report.parity(f"teacher against fp32, {length} tokens, {mode}", found, limit)
             report.line(part="teacher", what=f"{ranks} ranks, {mode}", tokens=length, ms=took,
