@@ -164,7 +164,7 @@ def teacher(length: int, sizes: Sizes, report: Report) -> None:
         one = milliseconds(lambda: alone(*whole), 3)
         report.line(part="teacher", what="one GPU", tokens=length, ms=one, tflops=round(flops / one / 1e9, 1))
         want = alone(*whole)
-        # Not the first queries: with few keys their outputs are so large that they alone would count, and hide rounding.
+        # Not the first queries: with few keys their outputs are so large that they alone would count.
         sampled = torch.linspace(length // SAMPLED, length - 1, SAMPLED, device=device()).long()
         noise = distance(want[sampled], exact(whole, sampled))
         report.line(part="teacher", what="one GPU against fp32", tokens=length, error=noise)
