@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from hylo_megatron.config import Architecture
 from hylo_megatron.distill.command_line import add_engine_flags, check_command_line, layout_of
-from hylo_megatron.engine.cudnn import older_cudnn, show_own_cudnn
+from hylo_megatron.engine.cudnn import load_own_cudnn, older_cudnn
 from hylo_megatron.engine.kernel_cache import prepare_kernels
 from hylo_megatron.engine.register import install
 from hylo_megatron.engine.step_profile import StepProfile, end_without_cupti
@@ -218,7 +218,7 @@ def main() -> None:
     arch = check_command_line(sys.argv[1:])
     prepare_kernels()
     compile_beside(arch, sys.argv[1:])
-    show_own_cudnn()
+    load_own_cudnn()
     install("megatron")
     add_engine_flags(arch)
     from hylo_megatron.layers.fp8 import check_card

@@ -1,27 +1,34 @@
 """One cuDNN in a process, torch's own.
 
-With an older one torch leaves cuDNN's attention on Hopper for a slower one without a word. TransformerEngine loads the
-system's cuDNN where one is installed. Where that one was older, attention at 64K took 1.7 times as long.
+With an older one torch leaves cuDNN's attention on Hopper for a slower one without a word. TransformerEngine's library
+names each of cuDNN's eight libraries, and the system's are loaded for them where it has cuDNN installed. Where those
+were older, attention at 64K took 1.7 times as long. A library that is loaded already is not looked for again.
 """
 
+import ctypes
 import os
 from pathlib import Path
 
-from hylo_megatron.packages import spec
+from hylo_megatron.packages import has, spec
 
 WHERE = ("CUDNN_HOME", "CUDNN_PATH")  # in the environment: where TransformerEngine looks first
 
 
-def show_own_cudnn() -> None:
-    """Show TransformerEngine the cuDNN that came with torch. What the user has set stays.
+def load_own_cudnn() -> None:
+    """Load the cuDNN that came with torch for TransformerEngine, where that is installed. What the user has set stays.
 
-    Call before megatron-core is imported, which imports TransformerEngine where it is installed.
+    Call before megatron-core is imported, which imports TransformerEngine.
     """
+    if not has("transformer-engine") or any(os.environ.get(name) for name in WHERE):
+        return
     wheels = spec("nvidia")  # the folder of NVIDIA's libraries that torch is installed with
     folders = [Path(root, "cudnn") for root in (wheels.submodule_search_locations if wheels else ())]
     found = [folder for folder in folders if (folder / "lib").is_dir()]
-    if found and not any(os.environ.get(name) for name in WHERE):
-        os.environ[WHERE[0]] = str(found[0])
+    if not found:
+        return
+    os.environ[WHERE[0]] = str(found[0])
+    for library in sorted((found[0] / "lib").glob("libcudnn*.so.*")):
+        ctypes.CDLL(str(library))
 
 
 def older_cudnn() -> str | None:

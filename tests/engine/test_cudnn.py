@@ -15,29 +15,47 @@ from hylo_megatron.packages import capabilities
 def own(tmp_path, monkeypatch):
     """A folder of torch's libraries, as pip installs it: ``nvidia`` has no ``__init__``."""
     (tmp_path / "nvidia" / "cudnn" / "lib").mkdir(parents=True)
+    monkeypatch.setattr(cudnn, "has", lambda name: name == "transformer-engine")
     monkeypatch.setattr(sys, "path", [str(tmp_path), *(each for each in sys.path if "site-packages" not in each)])
     for name in cudnn.WHERE:
         monkeypatch.delenv(name, raising=False)
     return tmp_path / "nvidia" / "cudnn"
 
 
-def test_transformer_engine_is_shown_torchs_own(own, monkeypatch):
+@pytest.fixture
+def loaded(own, monkeypatch):
+    """The names of the libraries that were loaded, in their order."""
+    for name in ("libcudnn.so.9", "libcudnn_graph.so.9", "libcudnn_static.a"):
+        (own / "lib" / name).touch()
+    names = []
+    monkeypatch.setattr(cudnn.ctypes, "CDLL", lambda path: names.append(os.path.relpath(path, own)))
+    return names
+
+
+def test_all_of_torchs_own_libraries_are_loaded(own, loaded, monkeypatch):
     monkeypatch.setenv("CUDNN_HOME", "")
-    cudnn.show_own_cudnn()
+    cudnn.load_own_cudnn()
     assert os.environ["CUDNN_HOME"] == str(own)
+    assert loaded == ["lib/libcudnn.so.9", "lib/libcudnn_graph.so.9"]
 
 
 @pytest.mark.parametrize("name", cudnn.WHERE)
-def test_what_the_user_has_set_stays(name, own, monkeypatch):
+def test_what_the_user_has_set_stays(name, loaded, monkeypatch):
     monkeypatch.setenv(name, "/another")
-    cudnn.show_own_cudnn()
-    assert {os.environ.get(each) for each in cudnn.WHERE} == {"/another", None}
+    cudnn.load_own_cudnn()
+    assert {os.environ.get(each) for each in cudnn.WHERE} == {"/another", None} and not loaded
 
 
-def test_nothing_is_shown_where_torch_has_no_folder_of_its_own(own, monkeypatch):
-    (own / "lib").rmdir()
-    cudnn.show_own_cudnn()
-    assert not any(os.environ.get(each) for each in cudnn.WHERE)
+def test_without_transformer_engine_torch_loads_what_it_needs(loaded, monkeypatch):
+    monkeypatch.setattr(cudnn, "has", lambda name: False)
+    cudnn.load_own_cudnn()
+    assert not any(os.environ.get(each) for each in cudnn.WHERE) and not loaded
+
+
+def test_nothing_is_loaded_where_torch_has_no_folder_of_its_own(own, loaded):
+    (own / "lib").rename(own / "elsewhere")
+    cudnn.load_own_cudnn()
+    assert not any(os.environ.get(each) for each in cudnn.WHERE) and not loaded
 
 
 def test_an_older_cudnn_is_a_known_problem_on_hopper(monkeypatch):
