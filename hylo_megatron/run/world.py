@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
+import torch
 from torch.distributed import DistError, PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
@@ -27,6 +28,15 @@ OTHERS_SECONDS = 2  # when a rank fails others fail too; in this time the rank w
 
 def under_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ and "RANK" in os.environ
+
+
+def use_all_cores() -> None:
+    """Let this process compute on all cores: while rank 0 converts and initialises, the other ranks wait.
+
+    torchrun gives each rank one thread (``OMP_NUM_THREADS=1``). Any other number is the user's, and stays.
+    """
+    if os.environ.get("OMP_NUM_THREADS") == "1":
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
 
 
 class World:
@@ -100,6 +110,7 @@ class World:
     @contextmanager
     def leading(self):
         """Surround rank 0's work; the other ranks end when the work ends."""
+        use_all_cores()
         try:
             yield
         except BaseException as error:
