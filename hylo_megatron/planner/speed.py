@@ -33,7 +33,7 @@ class Constants:
     chunk: float = 2.45e-6  # seconds for a chunk of the recurrence, which waits for the chunk before
     step: float = 0.015  # seconds of a step without a kernel: logging and data
     node: int = 8  # GPUs that NVLink connects
-    nvlink: float = 95e9  # bytes a second that a GPU sends within a node, with starts of collectives and slower ranks
+    nvlink: float = 160e9  # bytes a second that a GPU sends within a node, with starts of collectives and slower ranks
     network: float = 40e9  # and to another node
 
 

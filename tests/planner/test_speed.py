@@ -24,19 +24,20 @@ def planned(recipe: str, stage: str, teacher: str, *, tp: int = 1, cp: int = 1, 
             **changes) -> PlannedRun:  # fmt: skip
     """Return the step that was measured. ``pairs``: layers are recomputed two sub-layers together.
 
-    ``changes``: plan, seq_length, recompute, micro-batches of a rank in a step.
+    ``changes``: plan, seq_length, recompute, micro-batches of a rank in a step, sequences of a micro-batch.
     """
     declared = recipe_named(recipe, changes.get("plan"))
     found = stage_named(declared, stage)
     kind = stage_kind(found.kind)
     loss = LayerDistance() if kind.layerwise else KL(chunk=4096, teacher_length=found.teacher_length)
-    batch = changes["micro_batches"] * found.micro_batch * dp if "micro_batches" in changes else found.global_batch
+    sequences = changes.get("micro_batch", found.micro_batch)
+    batch = changes["micro_batches"] * sequences * dp if "micro_batches" in changes else found.global_batch
     return PlannedRun(
         student=student_shape(declared, shape(recipe)), teacher=shape(teacher), kind=kind, loss=loss,
         layout=ParallelLayout(tp=tp, cp=cp, sequence_parallel=tp > 1), train=found.train,
         recompute=0 if pairs else changes.get("recompute", found.recompute), recompute_chunk=2 if pairs else 0,
         work=Work(processes=tp * cp * dp, seq_length=changes.get("seq_length", found.seq_length),
-                  micro_batch=found.micro_batch, global_batch=batch),
+                  micro_batch=sequences, global_batch=batch),
     )  # fmt: skip
 
 
@@ -54,7 +55,9 @@ STEPS = [
     ("H100", ("llama1b", "distill-64k", "llama8b"), ONCE | {"cp": 4}, 39976, 33.10),
     ("H100", ("llama3b", "distill-64k", "llama8b"), PAIRS | {"cp": 2, "dp": 2}, 26651, 62.46),
     ("H100", ("llama1b", "distill-8k", "llama8b"), ONCE, 18806, 56.45),
-    ("H100", ("llama1b", "distill-8k", "llama8b"), ONCE | {"tp": 2}, 26383, 28.53),
+    ("H100", ("llama1b", "distill-64k", "llama8b"), PAIRS | {"seq_length": 131072, "cp": 2}, 13691, 47.16),
+    ("H100", ("llama1b", "distill-8k", "llama8b"), ONCE | {"tp": 2, "micro_batch": 2}, 34098, 35.36),
+    ("H100", ("llama1b", "distill-8k", "llama8b"), ONCE | {"dp": 2}, 37561, 48.55),
     ("H200", ("smollm2", "ild", "smollm2"), {}, 141000, 16.9),
     ("H200", ("smollm2", "distill-2k", "smollm2"), {}, 122000, 20.5),
     ("H200", ("smollm2", "distill-8k", "smollm2"), {}, 113000, 20.5),
@@ -140,7 +143,7 @@ def test_layouts_are_listed():
     assert len(rows) > 3
     for tp, pp, cp, dp, days in rows:
         assert int(tp) * int(pp) * int(cp) * int(dp) == 8 and 0.5 < float(days) < 10
-    assert "A GPU gets 95 GB/s to others of its host" in done.stdout
+    assert "A GPU gets 160 GB/s to others of its host" in done.stdout
     assert "Assumed, not measured: the same among 8 GPUs with NVLink, 40 GB/s to other nodes" in done.stdout
 
 
