@@ -28,8 +28,8 @@ PATCHES = (
         "importing", "torch",
         ("torch:compile", no_compiler,
          "(model, fullgraph, dynamic, backend, mode, options, name, ... 11, f1a7a927)",
-         "megatron's jit_fuser compiles functions. Our layers call none of them, but the training warms two of them up,"
-         " which imports Inductor and compiles for seconds (megatron/core/jit.py)"),
+         "megatron's jit_fuser compiles functions. Our layers call none of them, but the training warms two up, which"
+         " imports Inductor and compiles for seconds (megatron/core/jit.py)"),
     ),
     *(each for name in ("fla", "fla.layers", "fla.models") for each in _hidden(name)),
     *entries(

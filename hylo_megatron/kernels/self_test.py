@@ -170,7 +170,7 @@ def mlp_case(arch: Architecture, at: RankShape, device) -> Case:
 _EVERY = {"projection": projection_case, "MLP": mlp_case}
 _GDN_NORM = partial(norm_case, lambda model: (model.gdn.num_value_heads, model.gdn.value_head_dim), "silu")
 _KDA_NORM = partial(norm_case, lambda model: (model.kda.num_heads, model.kda.head_dim), "sigmoid")
-# The recurrence is last: a process beside this one compiles a kernel of the gated delta rule (engine/tilelang_ahead.py).
+# The recurrence is last: another process compiles a kernel of the gated delta rule (engine/tilelang_ahead.py).
 CASES = {
     "gdn": {"gated norm": _GDN_NORM, **_EVERY, "gated delta rule": gdn_case},
     "kda": {"gated norm": _KDA_NORM, **_EVERY, "Kimi delta attention": kda_case},
