@@ -18,17 +18,24 @@ DAY = 86400
 # Share of a card's memory that a plan may fill. CUDA and NCCL take some GiB, and memory falls into fragments: a plan
 # of 72.4 GiB, the 64K stage at 128K, ran out of memory on a card of 80.
 USABLE = 0.9
+# The same where a stage could recompute more. The plan is within 2 % of what torch takes, NCCL and fragments come on
+# top, and running out of memory costs a user more than the 5 % of speed that more recomputation does.
+CHOSEN = 0.85
 WIDEST_TP = FITTED.node
 
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """A recipe with the shapes of its models. ``base`` teaches the layer-wise stages."""
+    """A recipe with the shapes of its models. ``base`` teaches the layer-wise stages.
+
+    ``shared``: evaluations run on the GPUs beside the training, so its stages recompute what they declare.
+    """
 
     recipe: Recipe
     student: Architecture
     base: Architecture
     teacher: Architecture
+    shared: bool = False
 
     def run(self, stage: Stage, layout: ParallelLayout, gpus: int, recompute: int) -> PlannedRun:
         kind = stage_kind(stage.kind)
@@ -41,12 +48,20 @@ class Training:
 
 @dataclass(frozen=True, kw_only=True)
 class StagePlan:
-    """A stage on one layout: bytes of the fullest rank, tokens a second of all ranks, recomputed sub-layers."""
+    """A stage on one layout: bytes of the fullest rank, and tokens a second of all ranks.
+
+    ``recompute`` of the ``sub_layers`` of a pipeline rank are recomputed.
+    """
 
     stage: Stage
     memory: int
     speed: float
     recompute: int
+    sub_layers: int
+
+    @property
+    def exceeds_declared(self) -> bool:
+        return self.recompute > self.stage.recompute
 
     @property
     def days(self) -> float:
@@ -96,15 +111,40 @@ def dividing(models: tuple[Architecture, ...], works: list[Work], gpus: int) -> 
             yield layout
 
 
-def planned_stage(training: Training, stage: Stage, layout: ParallelLayout, gpus: int, budget: float,
+def peak_bytes(run: PlannedRun) -> int:
+    """Return the bytes of the fullest rank."""
+    return max(peak.total for peak in peaks(run))
+
+
+def least_recompute(run: PlannedRun, card: float) -> int:
+    """Return the fewest sub-layers, in whole layers, that ``run`` has to recompute on a card of ``card`` bytes.
+
+    As in ``run.recompute``, these are sub-layers of each pipeline rank. ``run.recompute`` is the most, and the result
+    where a run with so many is above ``CHOSEN`` of the card too.
+    """
+
+    def fits(recompute: int) -> bool:
+        return peak_bytes(replace(run, recompute=recompute)) <= CHOSEN * card
+
+    most = min(run.recompute, run.sub_layers)
+    return next(filter(fits, range(0, most, 2)), most)
+
+
+def planned_stage(training: Training, stage: Stage, layout: ParallelLayout, gpus: int, card: float,
                   rate: float) -> StagePlan | None:  # fmt: skip
-    """Return the stage with the recipe's recomputation, or with all of it if only that fits; None if nothing fits."""
-    everything = 0 if stage_kind(stage.kind).layerwise else 2 * training.student.num_layers
-    for recompute in dict.fromkeys((stage.recompute, everything)):
-        run = training.run(stage, layout, gpus, recompute)
-        memory = max(peak.total for peak in peaks(run))
-        if memory <= budget:
-            return StagePlan(stage=stage, memory=memory, speed=tokens_per_second(run, rate), recompute=recompute)
+    """Return the stage on cards of ``card`` bytes, or None if it does not fit them.
+
+    It recomputes as few sub-layers as a recipe's run on GPUs does, or all of them if it fits only so.
+    """
+    declared = training.run(stage, layout, gpus, stage.recompute)
+    least = stage.recompute if training.shared else least_recompute(declared, card)
+    everything = 0 if declared.kind.layerwise else declared.sub_layers
+    for recompute in dict.fromkeys((least, everything)):
+        run = replace(declared, recompute=min(recompute, declared.sub_layers))
+        memory = peak_bytes(run)
+        if memory <= USABLE * card:
+            return StagePlan(stage=stage, memory=memory, speed=tokens_per_second(run, rate), recompute=run.recompute,
+                             sub_layers=run.sub_layers)  # fmt: skip
     return None
 
 
@@ -115,7 +155,7 @@ def layouts(training: Training, gpus: int, memory_gib: float, rate: float) -> li
         stages = []
         for declared in training.recipe.stages:
             stage = declared.among(gpus // layout.ranks)
-            plan = planned_stage(training, stage, layout, gpus, USABLE * memory_gib * GIB, rate)
+            plan = planned_stage(training, stage, layout, gpus, memory_gib * GIB, rate)
             if plan is None:
                 break
             stages.append(plan)

@@ -5,7 +5,7 @@ import argparse
 from hylo_megatron.errors import HyLoError
 from hylo_megatron.flags import names_of, positive, size, tokens
 from hylo_megatron.markdown import table
-from hylo_megatron.planner.layouts import GIB, USABLE, LayoutPlan, Training, disk_bytes, layouts, scaled
+from hylo_megatron.planner.layouts import CHOSEN, GIB, USABLE, LayoutPlan, Training, disk_bytes, layouts, scaled
 from hylo_megatron.planner.speed import CARDS, FITTED, card_named
 from hylo_megatron.recipes.shapes import BASE_OF, RECIPES, SHAPES, recipe_named, shape, student_shape
 
@@ -40,20 +40,45 @@ def training_of(known: argparse.Namespace) -> Training:
     if teacher.vocab_size != base.vocab_size:
         raise HyLoError(f"--teacher-shape {known.teacher_shape}: {teacher.vocab_size} words, the base model has"
                         f" {base.vocab_size}; take a teacher of the same family")  # fmt: skip
-    return Training(recipe=recipe, student=student_shape(recipe, base), base=base, teacher=teacher)
+    return Training(recipe=recipe, student=student_shape(recipe, base), base=base, teacher=teacher,
+                    shared=BASE_OF[known.recipe] == "smollm2")  # fmt: skip
+
+
+def recomputing(found: list[LayoutPlan]) -> set[str]:
+    """Return the names of the stages that declare recomputation, or need it on one of the layouts."""
+    plans = (plan for each in found for plan in each.stages)
+    return {plan.stage.name for plan in plans if plan.stage.recompute or plan.recompute}
 
 
 def layout_table(found: list[LayoutPlan]) -> str:
-    names = [plan.stage.name for plan in found[0].stages]
-    rows = [["TP", "PP", "CP", "DP", "days", *(part for name in names for part in (f"{name} GiB", "tokens/s"))]]
+    shown = recomputing(found)
+    head, rows = ["TP", "PP", "CP", "DP", "days"], []
+    for plan in found[0].stages:
+        head += [f"{plan.stage.name} GiB", "tokens/s", *(["recomputed"] if plan.stage.name in shown else [])]
     for each in found:
         cells = []
         for plan in each.stages:
-            changed = "*" if plan.recompute != plan.stage.recompute else ""
-            cells += [f"{plan.memory / GIB:.1f}{changed}", f"{plan.speed:,.0f}"]
+            cells += [f"{plan.memory / GIB:.1f}", f"{plan.speed:,.0f}"]
+            more = "*" if plan.exceeds_declared else ""
+            cells += [f"{plan.recompute} of {plan.sub_layers}{more}"] if plan.stage.name in shown else []
         sizes = (each.layout.tp, each.layout.pp, each.layout.cp, each.dp)
         rows.append([*map(str, sizes), f"{each.days:.2f}", *cells])
-    return table(rows, aligned=True)
+    return table([head, *rows], aligned=True)
+
+
+def recomputation(training: Training, found: list[LayoutPlan]) -> list[str]:
+    """Return how the recomputed sub-layers of the table were chosen."""
+    lines = []
+    if recomputing(found):
+        lines.append(
+            "A stage recomputes the sub-layers that it declares: evaluations run beside this recipe's training."
+            if training.shared
+            else "A stage that declares recomputation recomputes as few of a rank's sub-layers as keep its plan within"
+            f" {CHOSEN:.0%} of the memory, and so does the recipe's run on GPUs."
+        )
+    if any(plan.exceeds_declared for each in found for plan in each.stages):
+        lines.append(f"* with recompute={2 * training.student.num_layers} in the stage, which fits only so.")
+    return lines
 
 
 def assumptions(training: Training, found: list[LayoutPlan], known: argparse.Namespace) -> list[str]:
@@ -68,8 +93,7 @@ def assumptions(training: Training, found: list[LayoutPlan], known: argparse.Nam
         " other nodes, and the bubbles of a pipeline. Attention's keys and values arrive behind attention to the"
         " rank's own tokens; a rank waits for everything else. TP with sequence parallelism.",
     ]
-    if any(plan.recompute != plan.stage.recompute for each in found for plan in each.stages):
-        lines.append(f"* with recompute={2 * training.student.num_layers} in the stage, which fits only so.")
+    lines += recomputation(training, found)
     if training.recipe.layers != recipe_named(known.recipe).layers:
         lines.append(
             f"{known.base_shape} has no published recipe: the stages are those of {known.recipe}, with the plan"

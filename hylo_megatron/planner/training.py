@@ -65,6 +65,11 @@ class PlannedRun:
         return self.share.sequences * taught_length(self.share.length, self.loss.teacher_reads, shared)
 
     @property
+    def sub_layers(self) -> int:
+        """Sub-layers of the pipeline rank that has the most."""
+        return 2 * max(map(len, self.student.plan.stages(self.layout.pp)))
+
+    @property
     def rows(self) -> int:
         """Rows of both heads on all tensor-parallel ranks, with padding."""
         return padded_rows(self.student, self.teacher, self.layout.tp)

@@ -29,7 +29,7 @@ class Stage:
     embeddings. ``mla_rope`` and ``log_scale`` (``config/positions.py``) change the student's architecture at the start
     of the stage. ``teacher_length`` is the teacher's own context; beyond it the loss is ``ce_beyond`` times the
     cross-entropy of the text. ``recompute`` is the number of sub-layers (mixers and MLPs) whose activations are
-    recomputed.
+    recomputed; on GPUs that have the memory, a run recomputes fewer (``run/memory_need.py``).
     """
 
     name: str

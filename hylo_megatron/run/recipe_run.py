@@ -9,6 +9,7 @@ import functools
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,7 @@ class Run:
         self.background = Background(self.logs, beside)
         self.trainings: list[TrainingProcess] = []
         self.next_training: TrainingProcess | None = None
+        self.recomputed: dict[str, int] = {}  # sub-layers, of stages that memory_need.settle chose for
 
     def _claim(self) -> None:
         """Refuse a folder that belongs to another recipe, because two runs would be mixed."""
@@ -160,7 +162,7 @@ class Run:
         student = self.out / stages[index - 1].name if index else self.student
         teacher = self.base if stage_kind(stage.kind).layerwise else self.teacher
         shared = fitting(self.flags, stage_kind(stage.kind), stage.loss)
-        own = self.processes.fit(stage).flags()
+        own = replace(self.processes.fit(stage), recompute=self.recomputed.get(stage.name, stage.recompute)).flags()
         flags = [*own, *shared, "--hylo-student", student, "--hylo-teacher", teacher, "--save", save,
                  "--save-interval", self.recipe.save_every, "--hylo-keep-last", 1, "--hylo-last-weights-only",
                  "--seed", self.recipe.seed,
@@ -269,7 +271,7 @@ class Run:
             student = student_architecture(base, self.plan, self.recipe.geometry, **self.recipe.settings)
         disk_need.check(self, student)
         teacher = read_architecture(self.source.teacher) if self.source.teacher else base
-        memory_need.check(self, student, base.as_teacher(), teacher.as_teacher())
+        self.recomputed = memory_need.settle(self, student, base.as_teacher(), teacher.as_teacher())
 
     def _close(self, folder: Path) -> None:
         if not self.source.held_out:
