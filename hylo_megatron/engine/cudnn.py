@@ -5,6 +5,7 @@ names each of cuDNN's eight libraries, and the system's are loaded for them wher
 were older, attention at 64K took 1.7 times as long. A library that is loaded already is not looked for again.
 """
 
+import contextlib
 import ctypes
 import os
 from pathlib import Path
@@ -28,7 +29,8 @@ def load_own_cudnn() -> None:
         return
     os.environ[WHERE[0]] = str(found[0])
     for library in sorted((found[0] / "lib").glob("libcudnn*.so.*")):
-        ctypes.CDLL(str(library))
+        with contextlib.suppress(OSError):  # older_cudnn() says what is in use in the end
+            ctypes.CDLL(str(library))
 
 
 def older_cudnn() -> str | None:
@@ -40,6 +42,7 @@ def older_cudnn() -> str | None:
     except RuntimeError:  # in torch's own words, of five lines
         return (
             "torch runs with an older cuDNN than the one it was built for, which may make its attention on Hopper"
-            " slower; remove the older cuDNN's folder from LD_LIBRARY_PATH, or show torch's own: CUDNN_HOME=FOLDER"
+            " slower; put the folder of torch's own, nvidia/cudnn/lib beside torch, first in LD_LIBRARY_PATH, and"
+            " unset CUDNN_HOME and CUDNN_PATH"
         )
     return None

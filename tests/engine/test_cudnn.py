@@ -39,6 +39,16 @@ def test_all_of_torchs_own_libraries_are_loaded(own, loaded, monkeypatch):
     assert loaded == ["lib/libcudnn.so.9", "lib/libcudnn_graph.so.9"]
 
 
+def test_a_library_that_does_not_load_stops_no_training(own, loaded, monkeypatch):
+    def load(path):
+        loaded.append(path)
+        raise OSError(f"{path}: cannot open shared object file")
+
+    monkeypatch.setattr(cudnn.ctypes, "CDLL", load)
+    cudnn.load_own_cudnn()
+    assert len(loaded) == 2
+
+
 @pytest.mark.parametrize("name", cudnn.WHERE)
 def test_what_the_user_has_set_stays(name, loaded, monkeypatch):
     monkeypatch.setenv(name, "/another")
@@ -67,7 +77,7 @@ def test_an_older_cudnn_is_a_known_problem_on_hopper(monkeypatch):
     before = doctor.known_problems(capabilities(), gpus)
     monkeypatch.setattr(torch.backends.cudnn, "version", too_old)
     (line,) = set(doctor.known_problems(capabilities(), gpus)) - set(before)
-    assert "older cuDNN" in line and "CUDNN_HOME=" in line and "\n" not in line
+    assert "older cuDNN" in line and "first in LD_LIBRARY_PATH" in line and "\n" not in line
     assert not any(
         "older cuDNN" in each for each in doctor.known_problems(capabilities(), [gpus[0].__class__("b", 80, (8, 0))])
     )

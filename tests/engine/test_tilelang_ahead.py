@@ -10,6 +10,7 @@ import pytest
 from helpers import tiny
 
 from hylo_megatron.engine import cpu, tilelang_ahead
+from hylo_megatron.kernels.self_test import CASES
 from hylo_megatron.packages import has
 from hylo_megatron.parent import bind_child
 from hylo_megatron.recipes.published import published
@@ -98,3 +99,10 @@ def test_no_process_is_started_in_vain(arch, variable, started, monkeypatch):
     monkeypatch.setattr(os, "environ", os.environ | variable)
     tilelang_ahead.compile_beside(arch, [])
     assert not started
+
+
+def test_the_training_checks_the_recurrence_after_its_other_kernels():
+    """The process beside it then has time to compile the kernel, which the training otherwise compiles too."""
+    assert {kind: list(cases)[-1] for kind, cases in CASES.items()} == {
+        "gdn": "gated delta rule", "kda": "Kimi delta attention", "mamba2": "state-space scan"
+    }  # fmt: skip
