@@ -2,7 +2,9 @@
 VENV   ?= .venv
 EXTRAS ?= train,eval,dev
 PYTEST_ARGS ?=
-WORKERS ?= 2
+WORKERS ?= 3
+# Python writes bytecode: tests start hundreds of processes, each of which would compile the package again.
+export PYTHONDONTWRITEBYTECODE =
 # The report of make test-parallel, for the tables of docs/parallelism.md.
 REPORT ?= build/parallel.xml
 
@@ -19,7 +21,7 @@ MODEL ?= runs/smollm2-6MLA24GDN-window/hf-distill
 
 help:
 	@echo "make env                          the Python environment in $(VENV) (HYLO_PYTHON=... picks the interpreter)"
-	@echo "make test                         env, then the tests (WORKERS=2 at a time; PYTEST_ARGS=... for more)"
+	@echo "make test                         env, then the tests (WORKERS=3 at a time; PYTEST_ARGS=... for more)"
 	@echo "make test-parallel                every parallel layout, up to 16 processes, and 40 killed runs"
 	@echo "make recipe-test                  toy recipes with every lever of docs/recipe.md, killed and resumed (minutes)"
 	@echo "make docs-tables                  writes the tables of docs/parallelism.md"
