@@ -2,7 +2,10 @@
 VENV   ?= .venv
 EXTRAS ?= train,eval,dev
 PYTEST_ARGS ?=
-WORKERS ?= 2
+WORKERS ?= 3
+SERVE_WORKERS ?= 2
+# Python writes bytecode: tests start hundreds of processes, each of which would compile the package again.
+export PYTHONDONTWRITEBYTECODE =
 # The report of make test-parallel, for the tables of docs/parallelism.md.
 REPORT ?= build/parallel.xml
 
@@ -19,12 +22,12 @@ MODEL ?= runs/smollm2-6MLA24GDN-window/hf-distill
 
 help:
 	@echo "make env                          the Python environment in $(VENV) (HYLO_PYTHON=... picks the interpreter)"
-	@echo "make test                         env, then the tests (WORKERS=2 at a time; PYTEST_ARGS=... for more)"
+	@echo "make test                         env, then the tests (WORKERS=3 at a time; PYTEST_ARGS=... for more)"
 	@echo "make test-parallel                every parallel layout, up to 16 processes, and 40 killed runs"
 	@echo "make recipe-test                  toy recipes with every lever of docs/recipe.md, killed and resumed (minutes)"
 	@echo "make docs-tables                  writes the tables of docs/parallelism.md"
 	@echo "make demo RECIPE= PLAN= TP= PP= OUT=   env, then examples/upcycle_smollm2.sh; each variable is optional"
-	@echo "make test-serve                   vLLM's CPU build in $(SERVE_VENV), then the tests of serving"
+	@echo "make test-serve                   vLLM's CPU build in $(SERVE_VENV), then the tests of serving (SERVE_WORKERS=2)"
 	@echo "make serve-demo MODEL=            serve-env, then one chat with the demo's student"
 	@echo "make lint | format                ruff"
 	@echo "make doctor                       what this machine has, and what each missing package would add"
@@ -59,8 +62,9 @@ docs-tables: env
 serve-env:
 	@tools/make_env.sh "$(SERVE_VENV)" "serve-cpu,test"
 
+# Tests that share a server are a group, which one process runs.
 test-serve: serve-env
-	"$(SERVE_PY)" -m pytest -q $(PYTEST_ARGS) tests/serve
+	"$(SERVE_PY)" -m pytest -q -n $(SERVE_WORKERS) --dist loadgroup $(PYTEST_ARGS) tests/serve
 
 serve-demo: serve-env
 	"$(SERVE_PY)" -m hylo_megatron serve-demo "$(MODEL)"

@@ -58,7 +58,7 @@ setup(
             "transformer-engine[core_cu13,pytorch]==2.20.2" + LINUX,
         ],
         "dali": ["nvidia-dali-cuda130" + LINUX],  # for --dataloader dali
-        "test": ["pytest>=8", "hypothesis"],
+        "test": ["pytest>=8", "pytest-xdist", "hypothesis"],
         "dev": ["pytest>=8", "pytest-xdist", "hypothesis", "ruff", "matplotlib", "peft", "accelerate"],
     },
     entry_points={

@@ -7,7 +7,9 @@ tensors do not fit into shared memory. A trainer that fails waits at its exit fo
 queue of results is a process of its own, which a killed trainer leaves behind, as it does a writer.
 """
 
+import multiprocessing
 import os
+import pickle
 import queue
 import signal
 import threading
@@ -17,7 +19,6 @@ from multiprocessing.connection import wait
 from multiprocessing.managers import SyncManager
 from typing import NoReturn
 
-import torch
 from torch.distributed.checkpoint.api import _wrap_exception
 
 from hylo_megatron.checkpoint import disk
@@ -36,13 +37,26 @@ _CALLER = f"{_STRATEGIES}.async_utils:PersistentAsyncCaller"
 _failures: list[Exception] = []  # of the save that this process is writing
 
 
+class Results:
+    """The queue of results. Its process has bytes of them, for which it need not import torch."""
+
+    def __init__(self, texts):
+        self.texts = texts
+
+    def put(self, result) -> None:
+        self.texts.put(pickle.dumps(result))
+
+    def get_nowait(self):
+        return pickle.loads(self.texts.get_nowait())
+
+
 def start_results_queue(known):
     """Return the queue of results, which megatron makes at the first save, in a process that is bound to this one."""
     if known is not None:
         return known
-    manager = SyncManager(ctx=torch.multiprocessing.get_context("spawn"))
+    manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
     manager.start(end_with_parent)
-    return manager.Queue()
+    return Results(manager.Queue())
 
 
 # ---- writing: in the trainer, or in the writer's process ----

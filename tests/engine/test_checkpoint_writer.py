@@ -1,18 +1,23 @@
 """The watch on the process that writes checkpoints: it speaks of a lost writer, and of no other."""
 
 import os
+import queue
 import signal
 import subprocess
+import sys
 import threading
 import types
+from pathlib import Path
 
 import pytest
+import torch
 from helpers.waits import PATIENCE
 
 from hylo_megatron.packages import has
 
 if not has("megatron-core"):
     pytest.skip("megatron-core is not installed", allow_module_level=True)
+from hylo_megatron import train  # noqa: E402
 from hylo_megatron.engine import checkpoint_writer  # noqa: E402
 from hylo_megatron.engine.training_run import TrainingRun  # noqa: E402
 
@@ -73,3 +78,19 @@ def test_a_killed_writer_is_missed(watched):
     os.kill(start().child.pid, signal.SIGKILL)
     assert ended.wait(PATIENCE)
     assert len(verdicts) == 1 and "is gone (killed by SIGKILL" in verdicts[0]
+
+
+def test_results_pass_through_a_process_without_torch(monkeypatch):
+    monkeypatch.setitem(sys.modules, "__main__", train)  # as in a training: a spawned process imports it
+    monkeypatch.setattr(sys, "argv", [train.__file__])
+    results = checkpoint_writer.start_results_queue(None)
+    assert checkpoint_writer.start_results_queue(results) is results
+    try:
+        results.put({0: torch.ones(2)})
+        assert results.get_nowait()[0].tolist() == [1, 1]
+        with pytest.raises(queue.Empty):
+            results.get_nowait()
+        assert "libtorch" in Path("/proc/self/maps").read_text()
+        assert "libtorch" not in Path(f"/proc/{results.texts._manager._process.pid}/maps").read_text()
+    finally:
+        results.texts._manager.shutdown()

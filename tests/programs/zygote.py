@@ -6,9 +6,11 @@ the training of that file. Orders share nothing else, so a test that fails does 
 process has no threads, because a fork copies the locks that threads hold. It ends with its standard input, and all
 trainings end with this process.
 
-A training of a few steps spends most of its time on the import of torch and megatron-core, which this saves.
+A training of a few steps spends most of its time on the import of torch and megatron-core, which this saves. Both are
+imported in functions, because the processes that a training spawns import this file.
 """
 
+import importlib
 import json
 import os
 import select
@@ -16,15 +18,15 @@ import signal
 import sys
 from pathlib import Path
 
-import torch
-
-from hylo_megatron import train
 from hylo_megatron.files import write_text
 from hylo_megatron.parent import bind_child
 
 KILL_AT = "HYLO_TEST_KILL_AT"  # in a training's environment: the step after which it gets SIGKILL
 
 AHEAD = "HYLO_TEST_AHEAD"  # the same: run the loop as on a GPU, where the host runs ahead of the steps
+
+# What megatron-core imports only in the course of a training.
+LATER = ("transformers.utils.type_validators", "megatron.core.tokenizers.text.text_tokenizer")
 
 SPOIL = "HYLO_TEST_SPOIL"  # the same: an object of steps, and factors of their losses
 
@@ -40,7 +42,7 @@ def become(order: dict, parent: int) -> None:
         os.dup2(target, descriptor)
         os.close(target)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    sys.argv = [train.__file__, *order["argv"]]
+    sys.argv = [sys.modules["hylo_megatron.train"].__file__, *order["argv"]]
 
 
 def die_at(step: int) -> None:
@@ -58,6 +60,7 @@ def die_at(step: int) -> None:
 
 
 def run_ahead() -> None:
+    import torch
     from megatron.core.optimizer import optimizer
 
     from hylo_megatron.distill import command_line
@@ -142,11 +145,14 @@ def serve() -> bool:
 
 
 def main() -> None:
+    from hylo_megatron import train
     from hylo_megatron.engine.register import install, patches
 
     install("megatron")
     for patch in patches("writing", "training"):
         patch.place()  # imports the module that holds the name
+    for name in LATER:
+        importlib.import_module(name)
     if not serve():
         return
     if KILL_AT in os.environ:

@@ -17,6 +17,7 @@ from helpers.waits import PATIENCE
 from hylo_megatron.serve.demo import Server
 
 LIMIT = 512
+pytestmark = pytest.mark.xdist_group("server")  # one process of tests starts it
 
 
 @pytest.fixture(scope="module")
