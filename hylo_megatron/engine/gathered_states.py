@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hylo_megatron.engine.patch import around, entries
 
-PIECE = 2**28  # values of all ranks that one gather brings: 1 GiB
+PIECE = 2**27  # values of all ranks that one gather brings: 512 MiB, of which two are there at a time
 
 
 def _own_shard(optimizer, params: dict, key: str, size: int) -> Tensor:
