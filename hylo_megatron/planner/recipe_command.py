@@ -87,10 +87,10 @@ def assumptions(training: Training, found: list[LayoutPlan], known: argparse.Nam
         f"{USABLE:.0%} of the memory is planned with; the rest is for CUDA, NCCL and fragments.",
         f"{known.card}: products at {card_named(known.card) / 1e12:.0f} TFLOP/s. Speeds were fitted to steps of 0.1B"
         " and 1B students on one GPU, and of 1B and 3B students on two and four GPUs of one host: TP 2 and DP 2 at"
-        " 8K, CP 2 at 64K and 128K, CP 4, and CP 2 with DP 2.",
+        " 8K, CP 2 at 64K and 128K, CP 4, and CP 2 with DP 2. PP 2 was measured after that, and 4% faster.",
         f"A GPU gets {FITTED.nvlink / 1e9:.0f} GB/s to others of its host, as these steps waited for each other."
         f" Assumed, not measured: the same among {FITTED.node} GPUs with NVLink, {FITTED.network / 1e9:.0f} GB/s to"
-        " other nodes, and the bubbles of a pipeline. Attention's keys and values arrive behind attention to the"
+        " other nodes, and the bubbles of longer pipelines. Attention's keys and values arrive behind attention to the"
         " rank's own tokens; a rank waits for everything else. TP with sequence parallelism.",
     ]
     lines += recomputation(training, found)

