@@ -8,10 +8,10 @@ import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from unittest import mock
 
 import torch
 import torch.distributed as dist
+from helpers import gathered
 from helpers import train as helpers
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
@@ -20,7 +20,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.training.global_vars import set_args, unset_global_variables
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten_with_path, tree_leaves
+from torch.utils._pytree import tree_leaves
 
 from hylo_megatron.config import Architecture
 from hylo_megatron.config.stages import stage_kind
@@ -29,7 +29,6 @@ from hylo_megatron.distill import batches
 from hylo_megatron.distill.losses import JSD, KL, LayerDistance, loss_class
 from hylo_megatron.distill.model import DistillModel
 from hylo_megatron.distill.settings import DistillSettings
-from hylo_megatron.engine import gathered_states
 from hylo_megatron.engine.step_log import StepLog
 from hylo_megatron.layers.fp8 import to_fp8
 from hylo_megatron.layers.load import has_layout, layout_config, load_model, start_process_groups
@@ -275,21 +274,8 @@ def run_cell(cell: Cell, log_path: Path) -> dict:
         if optimizer:
             optimizer.step()
     if optimizer and cell.distributed_optimizer:
-        check_gathered(optimizer)
+        gathered.check(optimizer)
     return result
-
-
-def check_gathered(optimizer) -> None:
-    """A checkpoint's states, gathered in pieces that end anywhere in a shard, are those of megatron-core's gather."""
-    for part in optimizer.chained_optimizers:
-        gather = type(part).get_parameter_state_dp_zero
-        with mock.patch.object(gathered_states, "PIECE", 1000):
-            want, got = (
-                tree_flatten_with_path(each(part, False, False, True)) for each in (gather.__wrapped__, gather)
-            )
-        assert got[1] == want[1]
-        for (path, here), (_, there) in zip(got[0], want[0], strict=True):
-            assert torch.equal(torch.as_tensor(here), torch.as_tensor(there)), path
 
 
 def gradient_gaps(got: dict, want: dict) -> dict[str, float]:

@@ -25,10 +25,10 @@ KILL_AT = "HYLO_TEST_KILL_AT"  # in a training's environment: the step after whi
 
 AHEAD = "HYLO_TEST_AHEAD"  # the same: run the loop as on a GPU, where the host runs ahead of the steps
 
+SPOIL = "HYLO_TEST_SPOIL"  # the same: an object of steps, and factors of their losses
+
 # What megatron-core imports only in the course of a training.
 LATER = ("transformers.utils.type_validators", "megatron.core.tokenizers.text.text_tokenizer")
-
-SPOIL = "HYLO_TEST_SPOIL"  # the same: an object of steps, and factors of their losses
 
 
 def become(order: dict, parent: int) -> None:
