@@ -16,14 +16,17 @@ RECURRENCES = ("chunk_gated_delta_rule", "chunk_kda")  # names in ``Ops`` of tho
 
 
 def in_segments(recurrence: Callable, length: int) -> Callable:
-    """Return ``recurrence`` in segments of ``length`` tokens, a multiple of the kernels' 64."""
+    """Return ``recurrence`` in segments of ``length`` tokens, a multiple of the kernels' 64.
+
+    Packed sequences (``cu_seqlens``) and those no longer than a segment run at once.
+    """
 
     def run(first: Tensor, *others, initial_state=None, output_final_state=False, **settings):
         def cut(x):
             per_token = isinstance(x, Tensor) and x.dim() > 2 and x.shape[:2] == first.shape[:2]
             return x.split(length, 1) if per_token else [x] * count
 
-        if first.shape[1] <= length:
+        if first.shape[1] <= length or settings.get("cu_seqlens") is not None:
             return recurrence(
                 first, *others, initial_state=initial_state, output_final_state=output_final_state, **settings
             )

@@ -7,6 +7,7 @@ context-parallel group of one rank.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -85,6 +86,7 @@ class LinearMixer:
         if states:
             self.ranks = cp, pg_collection.cp.rank()
             self.chunks, self.kernels = 2, kernels_across(pg_collection.cp, self.across_ranks)
+            self.sharers = pg_collection.cp
         for module in self.modules():
             if isinstance(module, AlignedColumnParallelLinear):
                 module.exact_width = cp > 1 and not states
@@ -120,10 +122,13 @@ class LinearMixer:
         return torch.cat(turned) if self.chunks > 1 else turned[0]
 
     def cut_recurrence(self, length: int) -> None:
-        """Let the recurrence run in segments of ``length`` tokens, if it can."""
-        names = [name for name in self.across_ranks if name in RECURRENCES]
-        if names and self.kernels is ops_for:
-            self.kernels = segmented(names, length)
+        """Let the recurrence of what this rank has of a sequence run in segments of ``length`` tokens, if it can."""
+        own = {name: run for name, run in self.across_ranks.items() if name in RECURRENCES}
+        if own and self.chunks > 1:
+            cut = {name: partial(run, segment=length) for name, run in own.items()}
+            self.kernels = kernels_across(self.sharers, cut)
+        elif own:
+            self.kernels = segmented(own, length)
 
     def start_from(self, mode: str, seed: int) -> InitialStates:
         """Let the recurrence start from other states than zero in training, and return what makes these states."""

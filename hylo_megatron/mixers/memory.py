@@ -26,7 +26,7 @@ from hylo_megatron.config.layout import ParallelLayout
 class Share:
     """What one rank has of a micro-batch. ``length``: positions of a sequence on this rank.
 
-    ``segment``: positions of them that a recurrence reads at once (None: all).
+    ``segment``: positions of a row that a recurrence reads at once (None: all).
     """
 
     layout: ParallelLayout
@@ -36,19 +36,26 @@ class Share:
 
     @property
     def at_once(self) -> "Share":
-        """Return what a recurrence reads at once."""
-        return replace(self, length=min(self.length, self.segment or self.length))
+        """Return what a recurrence reads at once.
+
+        A rank has two rows of a sequence where states pass between ranks; an all-to-all gives it some heads of all of
+        the sequence's positions.
+        """
+        if self.segment is None:
+            return self
+        own = 2 * self.segment if self.layout.passes_states else self.segment // self.layout.cp
+        return replace(self, length=min(self.length, own))
 
     def in_segments(self, work: float, joining: float, copied: float) -> int:
         """Return bytes that the backward pass of a recurrence works in, from widths in values a token.
 
         With segments ``work`` counts for one of them, or ``joining`` for all where their gradients are joined.
-        Segments of several sequences are ``copied``.
+        Segments of several rows are ``copied``.
         """
         if self.at_once.length == self.length:
             return self.inner(work)
         most = max(self.at_once.inner(work), self.inner(joining))
-        return most + (self.inner(copied) if self.sequences > 1 else 0)
+        return most + (self.inner(copied) if self.sequences > 1 or self.layout.passes_states else 0)
 
     @property
     def tokens(self) -> int:

@@ -10,24 +10,35 @@ from torch import Tensor
 
 from hylo_megatron.kernels import Ops
 from hylo_megatron.kernels.chunked import compute_dtype
+from hylo_megatron.kernels.segments import in_segments
 from hylo_megatron.parallel.state_passing import starts
 
 
 def chunk_delta_rule(
-    kernel: str, local: Ops, group, q_BSMK: Tensor, k_BSMK: Tensor, v_BSHV: Tensor, g: Tensor, beta: Tensor, **kwargs
+    kernel: str,
+    local: Ops,
+    group,
+    q_BSMK: Tensor,
+    k_BSMK: Tensor,
+    v_BSHV: Tensor,
+    *,
+    segment: int | None = None,
+    **kwargs,
 ) -> tuple[Tensor, None]:
     """Do as ``kernel`` of ``Ops`` does, a gated delta rule (arXiv 2412.06464, section 3.1).
 
     K further values, all 0, whose state starts as the identity, come out as ``read`` and end as ``transfer``: one scan
-    of width V + K is cheaper than two.
+    of width V + K is cheaper than two. ``segment``: positions that it reads at once (None: all).
     """
     key_dim, value_dim = k_BSMK.shape[-1], v_BSHV.shape[-1]
+
+    def wider(q_BSMK, k_BSMK, v_BSHV, **rest):
+        return getattr(local, kernel)(q_BSMK, k_BSMK, F.pad(v_BSHV, (0, key_dim)), **rest)
+
     eye = torch.eye(key_dim, dtype=compute_dtype(v_BSHV), device=v_BSHV.device)
     state = F.pad(eye, (value_dim, 0)).expand(len(v_BSHV), v_BSHV.shape[2], -1, -1)
-    wider_BSHV = F.pad(v_BSHV, (0, key_dim))
-    out, last = getattr(local, kernel)(
-        q_BSMK, k_BSMK, wider_BSHV, g=g, beta=beta, initial_state=state, output_final_state=True, **kwargs
-    )
+    run = in_segments(wider, segment) if segment else wider
+    out, last = run(q_BSMK, k_BSMK, v_BSHV, initial_state=state, output_final_state=True, **kwargs)
     out_BSHV, read_BSHK = out.split([value_dim, key_dim], -1)
     written, transfer = last.split([value_dim, key_dim], -1)
     start = starts(transfer, written, group)

@@ -59,7 +59,7 @@ def test_a_training_with_every_lever(world, tmp_path):
     (dict(hylo_on_spike="rollback", save=""), "rollback: --save is missing"),
     (dict(hylo_offload_teacher=True, cuda_graph_impl="full_iteration"), "-teacher: --cuda-graph-impl full_iteration"),
     (dict(hylo_recurrence_block=100), "--hylo-recurrence-block 100: expected a multiple of 64"),
-    (dict(hylo_recurrence_block=64, context_parallel_size=2), "64 works with --context-parallel-size 1"),
+    (dict(hylo_recurrence_block=64, hylo_initial_states="carried"), "64 works with --hylo-initial-states zero"),
     (dict(stage="ild", hylo_teacher_fp8=True), "--hylo-teacher-fp8: --hylo-stage ild would learn its rounding"),
     (dict(optimizer_cpu_offload=True), "--optimizer-cpu-offload .* use --hylo-offload-optimizer"),
     (dict(teacher="big", hylo_hidden_weight=1), "--hylo-hidden-weight: student and teacher are 64 and 96 wide"),

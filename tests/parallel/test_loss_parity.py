@@ -22,6 +22,8 @@ CASES = [(layout, loss) for layout in LAYOUTS for loss in parity.LOSSES if (layo
 # MLPs in blocks (the teacher's, and those of the recomputed sub-layers of the student), recurrences in segments
 PARTS = dict(mlp_block=24, recompute=5, recurrence_block=32)
 BLOCKS = {f"{name} blocks": LAYOUTS[name] | PARTS for name in ("TP2", "TP2 SP")}
+BLOCKS["CP2 blocks"] = LAYOUTS["CP2"] | PARTS | dict(recurrence_block=8)  # of the 16 positions of a chunk
+BLOCKS["CP2 a2a blocks"] = LAYOUTS["CP2"] | PARTS | dict(linear_cp="a2a")
 LAYOUTS |= BLOCKS
 CASES += [(layout, "jsd") for layout in BLOCKS]
 

@@ -75,6 +75,8 @@ STEPS = [
     Step("some blocks", "kda", "distill", "mixers", recompute=4, mlp_block=1024),
     Step("cp", "gdn", "distill", "all", recompute=8, cp=2),
     Step("cp kda", "kda", "distill", "all", recompute=8, cp=2),
+    Step("cp segments", "gdn", "distill", "all", recompute=8, mlp_block=600, recurrence_block=256, cp=2),
+    Step("cp segments kda", "kda", "distill", "all", recompute=8, mlp_block=600, recurrence_block=256, cp=2),
 ]
 PP = 4
 PIPELINES = [  # stage of training, of the pipeline, micro-batches

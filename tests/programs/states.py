@@ -42,12 +42,14 @@ class Case:
     length: int  # of a rank
     dtype: torch.dtype = torch.float64
     drop: str = ""  # what is not exchanged
+    segment: int | None = None  # positions of a chunk that the recurrence reads at once
 
 
 GDN3, M2, KDA3 = ("gdn", 3), ("mamba2", 3), ("kda", 3)  # heads that do not divide by the ranks
 CASES = [
     Case("gdn", *GDN3, 70), Case("gdn dividing", "gdn", 4, 40), Case("gdn fp32", *GDN3, 70, torch.float32),
     Case("gdn bf16", *GDN3, 70, torch.bfloat16), Case("gdn short", *GDN3, 6),
+    Case("gdn segments", *GDN3, 70, segment=16),
     Case("gdn no states", *GDN3, 40, drop="states"), Case("gdn no halo", *GDN3, 40, drop="halo"),
     Case("gdn no gradient of states", *GDN3, 40, drop="d_states"),
     Case("gdn no gradient of halo", *GDN3, 40, drop="d_halo"),
@@ -58,6 +60,7 @@ CASES = [
     Case("mamba2 no gradient of halo", *M2, 40, drop="d_halo"),
     Case("kda", *KDA3, 70), Case("kda dividing", "kda", 4, 40), Case("kda fp32", *KDA3, 70, torch.float32),
     Case("kda bf16", *KDA3, 70, torch.bfloat16), Case("kda short", *KDA3, 6),
+    Case("kda segments", *KDA3, 70, segment=16),
     Case("kda no states", *KDA3, 40, drop="states"),
     Case("kda no gradient of states", *KDA3, 40, drop="d_states"),
 ]  # fmt: skip
@@ -176,6 +179,8 @@ def compare(case: Case) -> dict[str, dict[str, float]]:
     one = make_mixer(case.kind, case.heads, state_passing.without_context_parallelism(groups), "auto", case.dtype)
     alone = errors_of(one, gradients(one, type(one).forward, hidden, d_out), want)
     mixer = make_mixer(case.kind, case.heads, groups, "states", case.dtype)
+    if case.segment:
+        mixer.cut_recurrence(case.segment)
     kept = state_passing._Starts, state_passing._Before
     if case.drop:
         state_passing._Starts, state_passing._Before = dropping(case.drop)

@@ -50,7 +50,7 @@ class GDNMixer(LinearMixer, GatedDeltaNet):
 
     def __init__(self, config, *args, pp_layer_offset=None, norm_eps: float | None = None, **kwargs):
         super().__init__(config, *args, **kwargs)
-        self.gated_delta_rule = _normed_delta_rule
+        self.gated_delta_rule = self._normed_delta_rule
         self.out_norm.eps = norm_eps or self.out_norm.eps
 
     def mix(self, hidden_states: Tensor, attention_mask=None, **kwargs):
@@ -64,6 +64,7 @@ class GDNMixer(LinearMixer, GatedDeltaNet):
         sections = run.split_convolve(
             to_rows(x_SBC, self.chunks), self.conv1d.weight.squeeze(1), self.conv1d.bias, self.in_proj_split_sections
         )
+        del x_SBC  # of which the rows are a copy where states pass between ranks
         q_BSMK, k_BSMK = self.rotate(*(x.unflatten(-1, (-1, self.key_head_dim)) for x in sections[:2]))
         v_BSHV, gate_BSHV = (x.unflatten(-1, (-1, self.value_head_dim)) for x in sections[2:4])
         beta_BSH, alpha_BSH = sections[4:]
@@ -90,8 +91,7 @@ class GDNMixer(LinearMixer, GatedDeltaNet):
         weight = self.out_norm.shared_weight()
         return ops_for(x_BSHV).gated_rms_norm(x_BSHV, gate_BSHV, weight, self.out_norm.eps)
 
-
-def _normed_delta_rule(q_BSMK: Tensor, k_BSMK: Tensor, v_BSHV: Tensor, use_qk_l2norm_in_kernel=False, **kwargs):
-    """Normalise queries and keys inside the kernel, which then need not be kept in both forms."""
-    rule = ops_for(v_BSHV).chunk_gated_delta_rule
-    return rule(q_BSMK, k_BSMK, v_BSHV, use_qk_l2norm_in_kernel=True, **kwargs)
+    def _normed_delta_rule(self, q_BSMK: Tensor, k_BSMK: Tensor, v_BSHV: Tensor, **kwargs):
+        """Normalise queries and keys inside the kernel, which then need not be kept in both forms."""
+        rule = self.kernels(v_BSHV).chunk_gated_delta_rule
+        return rule(q_BSMK, k_BSMK, v_BSHV, **kwargs | {"use_qk_l2norm_in_kernel": True})

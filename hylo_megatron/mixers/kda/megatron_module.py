@@ -106,30 +106,34 @@ class KDAMixer(LinearMixer, _Parameters):
     def mix(self, hidden_states: Tensor, attention_mask=None, packed_seq_params=None, **_):
         if packed_seq_params is not None:
             raise HyLoError("packed sequences: Kimi Delta Attention trains on one sequence a row; use --linear gdn")
-        x_SBC, _ = self.in_proj(hidden_states)
-        decay_SBK, gate_SBK = self.down(hidden_states).chunk(2, -1)
-        decay_SBV, _ = self.decay_up(decay_SBK.contiguous())  # NCCL gathers no views
-        gate_SBV, _ = self.gate_up(gate_SBK.contiguous())
-        out_SBV = self._mix(*self._whole_sequence(x_SBC, decay_SBV, gate_SBV))
+        decay_SBK, gate_SBK = (x_SBK.contiguous() for x_SBK in self.down(hidden_states).chunk(2, -1))  # for NCCL
+        rows = self._whole_sequence(
+            self.in_proj(hidden_states)[0], self.decay_up(decay_SBK)[0], self.gate_up(gate_SBK)[0]
+        )
+        out_SBV = self._mix(*rows)
         out_SBV = tensor_a2a_hp2cp(out_SBV, 0, -1, self.pg_collection.cp)
         return self.out_proj(out_SBV)
 
     def _whole_sequence(self, x_SBC: Tensor, decay_SBV: Tensor, gate_SBV: Tensor) -> tuple[Tensor, ...]:
-        """Return the inputs of ``_mix``: after an all-to-all, all positions and some heads."""
+        """Return the inputs of ``_mix``, in rows: after an all-to-all, all positions and some heads.
+
+        Where states pass between ranks, rows are copies. Nothing keeps what they are copies of.
+        """
         group, sections = self.pg_collection.cp, [*[self.width] * 3, self.heads]
         if group.size() > 1:
             x_SBC = tensor_a2a_cp2hp(x_SBC, 0, -1, group, split_sections=sections)
             decay_SBV, gate_SBV = (tensor_a2a_cp2hp(x, 0, -1, group) for x in (decay_SBV, gate_SBV))
         own = [get_parameter_local_cp(parameter, 0, group) for parameter in (self.A_log, self.dt_bias)]
         taps = get_parameter_local_cp(self.conv_weight, 0, group, [self.width] * 3)
-        return x_SBC, decay_SBV, gate_SBV, taps.squeeze(1), *own
+        rows = (to_rows(each, self.chunks) for each in (x_SBC, decay_SBV, gate_SBV))
+        return *rows, taps.squeeze(1), *own
 
-    def _mix(self, x_SBC, decay_SBV, gate_SBV, taps_CW, A_log_H, dt_bias_V) -> Tensor:
+    def _mix(self, x_BSC, decay_BSV, gate_BSV, taps_CW, A_log_H, dt_bias_V) -> Tensor:
         """Return ``out_SBV``: convolution, recurrence, norm and gate."""
-        run, width, heads = self.kernels(x_SBC), len(dt_bias_V), len(A_log_H)
-        *qkv, beta_BSH = run.split_convolve(to_rows(x_SBC, self.chunks), taps_CW, None, (*[width] * 3, heads))
-        rows = (*qkv, to_rows(decay_SBV, self.chunks), to_rows(gate_SBV, self.chunks))
-        q_BSHK, k_BSHK, v_BSHK, decay_BSHK, gate_BSHK = (x.unflatten(-1, (heads, -1)) for x in rows)
+        run, width, heads = self.kernels(x_BSC), len(dt_bias_V), len(A_log_H)
+        *qkv, beta_BSH = run.split_convolve(x_BSC, taps_CW, None, (*[width] * 3, heads))
+        parts = (*qkv, decay_BSV, gate_BSV)
+        q_BSHK, k_BSHK, v_BSHK, decay_BSHK, gate_BSHK = (x.unflatten(-1, (heads, -1)) for x in parts)
         q_BSHK, k_BSHK = self.rotate(q_BSHK, k_BSHK)
         out_BSHK, _ = run.chunk_kda(
             q_BSHK, k_BSHK, v_BSHK, g=decay_BSHK, beta=beta_BSH.sigmoid(), A_log=A_log_H, dt_bias=dt_bias_V,
