@@ -26,7 +26,8 @@ class Constants:
 
     products: float = 0.95  # share of the rate of products that the products of layers reach
     head: float = 0.79  # the same for the logits' products
-    attention: float = 0.74  # the same for attention, forward and backward together, on one rank or across ranks
+    attention: float = 1.22  # the same for attention's, forward and backward together, beside ``score``
+    score: float = 3.7e-13  # seconds that a score takes however narrow its head is: its exponential, above all
     traffic: float = 0.86e-12  # seconds for a byte that a layer keeps for the backward pass, in a forward pass
     optimizer: float = 0.4e-12  # seconds for a byte of gradients and optimizer
     recurrence: float = 20.5e-12  # seconds for a value of the queries, keys, values and outputs of a linear block
@@ -92,9 +93,16 @@ def _attention(run: PlannedRun, card: float, fitted: Constants) -> float:
     length, taught = run.work.seq_length, run.taught * run.layout.cp // run.work.micro_batch
     windows = window.computed(run.student, length, run.layout.cp)
     own = mixing(run.student, length) - window.mixing(run.student, length) - _recurrence_flops(run.student)
-    again = 3 + _recomputed(run)
-    flops = taught / length * mixing(run.teacher, taught) + again * own
-    return (flops + again * windows) / fitted.attention / card
+    again = _recomputed(run)
+    flops = taught / length * mixing(run.teacher, taught) + (3 + again) * (own + windows)
+    scores = taught / length * _scores(run.teacher, taught) + (2 + again) * _scores(run.student, length)
+    scores += (2 + again) * windows / (6 * run.student.head_dim)
+    return flops / fitted.attention / card + scores * fitted.score
+
+
+def _scores(arch: Architecture, length: int) -> float:
+    """Return the causal scores of a token in all layers of attention, those of windows left out."""
+    return sum(not MIXERS[kind].linear for kind in arch.plan) * arch.num_attention_heads * length / 2
 
 
 def _recurrence_flops(arch: Architecture) -> int:

@@ -24,7 +24,8 @@ def planned(recipe: str, stage: str, teacher: str, *, tp: int = 1, pp: int = 1, 
             pairs: bool = False, **changes) -> PlannedRun:  # fmt: skip
     """Return the step that was measured. ``pairs``: layers are recomputed two sub-layers together.
 
-    ``changes``: plan, seq_length, recompute, micro-batches of a rank in a step, sequences of a micro-batch.
+    ``changes``: plan, seq_length, recompute, micro-batches of a rank in a step, sequences of a micro-batch, and what
+    ``PlannedRun`` calls recurrence_block and offload_optimizer.
     """
     declared = recipe_named(recipe, changes.get("plan"))
     found = stage_named(declared, stage)
@@ -36,6 +37,7 @@ def planned(recipe: str, stage: str, teacher: str, *, tp: int = 1, pp: int = 1, 
         student=student_shape(declared, shape(recipe)), teacher=shape(teacher), kind=kind, loss=loss,
         layout=ParallelLayout(tp=tp, pp=pp, cp=cp, sequence_parallel=tp > 1), train=found.train,
         recompute=0 if pairs else changes.get("recompute", found.recompute), recompute_chunk=2 if pairs else 0,
+        recurrence_block=changes.get("recurrence_block"), offload_optimizer=changes.get("offload_optimizer", False),
         work=Work(processes=tp * pp * cp * dp, seq_length=changes.get("seq_length", found.seq_length),
                   micro_batch=sequences, global_batch=batch),
     )  # fmt: skip
@@ -43,6 +45,7 @@ def planned(recipe: str, stage: str, teacher: str, *, tp: int = 1, pp: int = 1, 
 
 KDA, MAMBA2, ONCE = {"plan": "3MLA27KDA"}, {"plan": "3MLA27M2"}, {"micro_batches": 1}
 PAIRS = ONCE | {"pairs": True}
+SEGMENTS = PAIRS | {"recurrence_block": 32768, "offload_optimizer": True}
 # card, (recipe, stage, teacher), changes, tokens/s, GiB (None: docs/gpu.md has it, tests/planner/test_plan_memory.py)
 STEPS = [
     ("H100", ("llama1b", "ild", "llama1b"), {}, 54400, 22.6),
@@ -77,18 +80,19 @@ STEPS = [
     ("H200", ("smollm2", "distill-2k", "smollm2"), MAMBA2, 126000, 17.0),
     ("H200", ("smollm2", "distill-8k", "smollm2"), MAMBA2, 120000, None),
     ("H200", ("smollm2", "distill-32k", "smollm2"), MAMBA2 | {"recompute": 34}, 124000, 16.4),
+    ("H100", ("llama1b", "distill-64k", "llama1b"), ONCE | {"cp": 4, "seq_length": 524288}, 21711, 53.34),
+    ("H100", ("llama1b", "distill-64k", "llama1b"), SEGMENTS | {"cp": 4, "seq_length": 1048576}, 10510, 51.51),
 ]
-# Steps of other speed than planned: 512K runs at 21,759 tokens/s, and the plan says 17 % more.
-MISSED = [("H100", ("llama1b", "distill-64k", "llama1b"), ONCE | {"cp": 4, "seq_length": 524288}, None, 53.34)]
 
 
-@pytest.mark.parametrize("card, which, changes, speed, memory", STEPS + MISSED)
+@pytest.mark.parametrize("card, which, changes, speed, memory", STEPS)
 def test_steps_are_as_fast_and_as_large_as_measured(card, which, changes, speed, memory):
     run = planned(*which, **changes)
     if speed:
         assert tokens_per_second(run, CARDS[card]) == pytest.approx(speed, rel=0.15)  # 25 % is what is promised
-    if memory:
-        assert max(each.total for each in peaks(run)) / GIB == pytest.approx(memory, rel=0.01)  # 10 % is promised
+    if memory:  # 10 % is promised; copies of segments are planned high
+        near = 0.03 if run.recurrence_block else 0.01
+        assert max(each.total for each in peaks(run)) / GIB == pytest.approx(memory, rel=near)
 
 
 def test_no_part_of_a_step_is_free_or_negative():
