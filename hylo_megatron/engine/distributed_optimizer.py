@@ -15,6 +15,7 @@ gradient's norm. torch's fused AdamW is one launch, and the copy to the 16-bit w
 
 import torch
 
+from hylo_megatron.engine.gathered_states import of_own_parameters
 from hylo_megatron.engine.patch import around, entries
 
 
@@ -129,7 +130,7 @@ def slice_without_gaps(sharded, run, self, *args, **kwargs):
     try:
         for buffer in self.buffers:
             buffer.param_index_map = _without_bucket_padding(buffer)
-        return sharded(self, *args, **kwargs)
+        return of_own_parameters(sharded, self, *args, **kwargs)
     finally:
         for buffer, positions in zip(self.buffers, kept, strict=True):
             buffer.param_index_map = positions

@@ -10,7 +10,8 @@ from hylo_megatron.planner.speed import FITTED, Constants, step_time
 from hylo_megatron.planner.training import PlannedRun
 
 RATES = ("products", "nvlink")  # what any table tells; attention needs steps of several lengths beside each other
-TIMES = ("score", "traffic", "optimizer", "recurrence", "chunk", "step")  # constants that are seconds; the others are rates
+# Constants that are seconds; the others are rates.
+TIMES = ("score", "traffic", "optimizer", "recurrence", "chunk", "step")
 CHOICES = tuple(name for name in vars(FITTED) if name not in ("node", "network"))  # no step on one host tells these
 ROUNDS = 500
 LIMITS = 0.1, 10.0  # a fit that asks for more says that the formula is wrong, not the rate

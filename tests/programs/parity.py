@@ -274,7 +274,7 @@ def run_cell(cell: Cell, log_path: Path) -> dict:
         if optimizer:
             optimizer.step()
     if optimizer and cell.distributed_optimizer:
-        gathered.check(optimizer)
+        gathered.check(optimizer, model)
     return result
 
 
