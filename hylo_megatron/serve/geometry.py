@@ -23,9 +23,9 @@ class Served:
     notes: tuple[str, ...] = ()
 
 
-def serve(geometry: Geometry, kinds: set[str], heads: int, qk_norm: bool, on_gpu: bool, itemsize: int = 2) -> Served:
+def serve(geometry: Geometry, kinds: set[str], heads: int, qk_norm: bool, on_gpu: bool) -> Served:
     """Return what vLLM runs for a model with the mixers ``kinds``. Raises ``HyLoError`` for what no kernel runs."""
-    target = Target(heads=heads, qk_norm=qk_norm, on_gpu=on_gpu, itemsize=itemsize)
+    target = Target(heads=heads, qk_norm=qk_norm, on_gpu=on_gpu)
     expanded, notes = None, []
     for entry in MIXERS.values():
         if entry.geometry and entry.name in kinds:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from hylo_megatron.engine import peers
+from hylo_megatron.engine import ending, peers
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_a_signal_ends_rank_0_after_the_report_of_a_lost_rank(lost, other, monke
             happened.append("reported")
 
     monkeypatch.setattr(peers, "time", SimpleNamespace(sleep=sleep, monotonic=lambda: 0.0))
-    monkeypatch.setattr(peers, "_leave", lambda: happened.append("left"))
+    monkeypatch.setattr(peers, "leave", lambda: happened.append("left"))
     monkeypatch.setattr(peers.os, "kill", lambda *_: happened.append("ended"))
     monkeypatch.setattr(
         peers.signal, "signal", lambda number, _: number == signal.SIGCHLD and happened.append("alone")
@@ -63,5 +63,5 @@ def test_a_data_worker_that_torchrun_ends_is_not_the_cause(how, waits, monkeypat
     monkeypatch.setattr(peers, "time", SimpleNamespace(sleep=happened.append, monotonic=lambda: 0.0))
     monkeypatch.setattr(peers, "fail", lambda text: happened.append("failed"))
     monkeypatch.setattr(peers.signal, "signal", lambda *_: happened.append("alone"))
-    peers._ended_by(RuntimeError(f"DataLoader worker (pid 7) is killed by signal: {how}. "), None, None)
+    ending._ended_by(RuntimeError(f"DataLoader worker (pid 7) is killed by signal: {how}. "), None, None)
     assert happened == ["alone"] + [peers.NEWS_SECONDS] * waits + ["failed"]

@@ -108,16 +108,6 @@ def test_generate_cached_uncached_and_left_padded(kind):
     assert len({tuple(row[11:].tolist()) for row in cached}) == 3, "the prompts make no difference"
 
 
-@pytest.mark.parametrize("kind", ["gdn", "mamba2", "kda"])
-@torch.no_grad()
-def test_beam_search(kind):
-    model, ids = model_of(**HYBRIDS[kind]), torch.randint(2, 97, (2, 6))
-    options = dict(
-        attention_mask=torch.ones_like(ids), max_new_tokens=8, num_beams=3, do_sample=False, num_return_sequences=3
-    )
-    assert torch.equal(model.generate(ids, **options), model.generate(ids, use_cache=False, **options))
-
-
 def test_foreign_caches_and_masks_are_refused():
     from transformers import DynamicCache
 

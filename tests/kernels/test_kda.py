@@ -8,8 +8,6 @@ import torch
 import torch.nn.functional as F
 
 from hylo_megatron import kernels
-from hylo_megatron.kernels.choose import TORCH
-from hylo_megatron.kernels.self_test import CASES, RankShape, errors_of
 
 
 def inputs(batch=2, length=150, heads=3, key_dim=16, value_dim=24, dtype=torch.float64):
@@ -100,14 +98,6 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda *x: chunks(*x, chunk_size=4), leaves)
 
 
-def test_two_halves_equal_the_whole():
-    *leaves, state = inputs(length=101)
-    whole = chunks(*leaves, state)
-    first, state = chunks(*(x[:, :70] for x in leaves), state)
-    second, state = chunks(*(x[:, 70:] for x in leaves), state)
-    assert_same([torch.cat([first, second], 1), state], whole)
-
-
 @pytest.mark.parametrize("decay", [-20.0, -1e4])
 def test_strong_decay_is_finite_and_right(decay):
     leaves = [x.detach().float().requires_grad_() for x in inputs(length=130)]
@@ -123,33 +113,6 @@ def test_strong_decay_is_finite_and_right(decay):
     assert_same(got, [*outs, *slopes], 1e-5, 1e-4)
 
 
-def test_identical_keys_stay_accurate():
-    """beta = 1, one key, no decay: the triangular system at its worst; powers of it would lose every digit."""
-    q, k, v, g, beta, state = (x.detach().float() for x in inputs(length=128))
-    leaves = (q, k[:, :1].expand_as(k), v, torch.zeros_like(g), torch.ones_like(beta), state)
-    assert_same(chunks(*leaves), steps(*leaves), 1e-5, 1e-4)
-
-
-def test_activation_recompute():
-    from torch.utils.checkpoint import checkpoint
-
-    leaves = inputs()
-    again = with_gradients(lambda *x: checkpoint(chunks, *x, use_reentrant=False), leaves)
-    assert_same(again, with_gradients(chunks, leaves), 0, 0)
-
-
-def test_low_precision_inputs_are_computed_in_fp32():
-    leaves = [x.detach().bfloat16() for x in inputs()]
-    got, state = chunks(*leaves)
-    assert got.dtype == torch.bfloat16 and state.dtype == torch.float32
-    assert torch.equal(got, chunks(*(x.float() for x in leaves))[0].bfloat16())
-
-
-def test_packed_sequences_are_refused():
-    with pytest.raises(NotImplementedError, match="one sequence a row"):
-        kernels.chunk_kda(*inputs()[:5], cu_seqlens=torch.tensor([0, 5]))
-
-
 def test_sigmoid_gate_of_the_norm():
     kimi = pytest.importorskip("transformers.models.kimi_linear.modeling_kimi_linear")
     norm, x, gate = kimi.KimiLinearRMSNormGated(24, 1e-5), torch.randn(2, 5, 3, 24), torch.randn(2, 5, 3, 24)
@@ -157,12 +120,6 @@ def test_sigmoid_gate_of_the_norm():
     assert_same(
         [kernels.gated_rms_norm(x, gate, norm.weight, 1e-5, activation="sigmoid")], [norm(x, gate)], 2e-6, 2e-5
     )
-
-
-def test_cases_of_the_start_up_check_run():
-    arch = SimpleNamespace(geometry=SimpleNamespace(kda=SimpleNamespace(num_heads=2, head_dim=16)), hidden_size=32)
-    for case in CASES["kda"].values():
-        assert max(errors_of(case(arch, RankShape(), "cpu"), TORCH)) < 0.02
 
 
 def test_fla_takes_our_arguments():

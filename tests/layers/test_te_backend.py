@@ -24,76 +24,37 @@ from hylo_megatron.mixers.megatron_layers import RMSNorm  # noqa: E402
 pytestmark = pytest.mark.usefixtures("process_groups")
 
 
-class ExtraState:
-    def get_extra_state(self):
-        return torch.zeros(0, dtype=torch.uint8)
-
-    def set_extra_state(self, state):
-        pass
+def column(input_size, output_size, *, config, init_method, gather_output, bias, skip_bias_add, is_expert,
+           skip_weight_param_allocation=False, tp_comm_buffer_name=None, tp_group=None, stride=1,
+           name=None):  # fmt: skip
+    """The arguments of ``TEColumnParallelLinear``."""
 
 
-class Column(ExtraState, ColumnParallelLinear):
-    def __init__(
-        self,
-        input_size,
-        output_size,
-        *,
-        config,
-        init_method,
-        gather_output,
-        bias,
-        skip_bias_add,
-        is_expert,
-        skip_weight_param_allocation=False,
-        tp_comm_buffer_name=None,
-        tp_group=None,
-        stride=1,
-        name=None,
-    ):
-        super().__init__(
-            input_size,
-            output_size,
-            config=config,
-            init_method=init_method,
-            bias=bias,
-            stride=stride,
-            gather_output=gather_output,
-            skip_bias_add=skip_bias_add,
-            tp_group=tp_group,
-        )
+def row(input_size, output_size, *, config, init_method, bias, input_is_parallel, skip_bias_add, is_expert,
+        tp_comm_buffer_name=None, tp_group=None, name=None):  # fmt: skip
+    """The arguments of ``TERowParallelLinear``."""
 
 
-class Row(ExtraState, RowParallelLinear):
-    def __init__(
-        self,
-        input_size,
-        output_size,
-        *,
-        config,
-        init_method,
-        bias,
-        input_is_parallel,
-        skip_bias_add,
-        is_expert,
-        tp_comm_buffer_name=None,
-        tp_group=None,
-        name=None,
-    ):
-        super().__init__(
-            input_size,
-            output_size,
-            config=config,
-            init_method=init_method,
-            bias=bias,
-            input_is_parallel=input_is_parallel,
-            skip_bias_add=skip_bias_add,
-            tp_group=tp_group,
-        )
+def norm(config, hidden_size, eps=1e-5, has_residual=False):
+    """The arguments of ``TENorm``."""
 
 
-class Norm(ExtraState, RMSNorm):
-    def __init__(self, config, hidden_size, eps=1e-5, has_residual=False):
-        super().__init__(config, hidden_size, eps)
+def stand_in(takes, base):
+    class StandIn(base):
+        def __init__(self, *args, **kwargs):
+            takes(*args, **kwargs)
+            super().__init__(*args, **kwargs)
+
+        def get_extra_state(self):
+            return torch.zeros(0, dtype=torch.uint8)
+
+        def set_extra_state(self, state):
+            pass
+
+    return StandIn
+
+
+Column, Row, Norm = stand_in(column, ColumnParallelLinear), stand_in(row, RowParallelLinear), stand_in(norm, RMSNorm)
 
 
 @pytest.mark.parametrize("linear", ["gdn", "mamba2", "kda", "teacher"])

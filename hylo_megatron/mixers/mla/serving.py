@@ -14,6 +14,7 @@ from hylo_megatron.mixers.serving import ServedPart, Target
 LATENT_RANKS, ROPE = (256, 512), 64  # latent caches of 320 and 576 values
 PREFILL = ((64, 128), (128, 128), (192, 256))  # (nope, v) beside a rope of 64 that flash attention has on Hopper
 HEAD_SIZES = (64, 96, 128, 192, 256)  # of attention whose keys and values are cached
+VALUE = 2  # bytes of a cached value, for the notes
 
 DEFAULT_SPLITS = 32  # vLLM's flash_attn_max_num_splits_for_cuda_graph
 SPLITS, SPLITS_SPACE = 128, 1 << 30  # about a GPU's multiprocessors; bytes
@@ -28,7 +29,7 @@ def served(mla: MLAGeometry, target: Target) -> ServedPart:
     if wide == mla:
         return ServedPart(geometry=mla)
     latent, row = row_values(mla), row_values(wide)
-    cost = f"{row * target.itemsize:,} bytes of cache a token and layer instead of {latent * target.itemsize:,}"
+    cost = f"{row * VALUE:,} bytes of cache a token and layer instead of {latent * VALUE:,}"
     note = (
         f"MLA of latent {mla.kv_lora_rank}+{mla.qk_rope_head_dim}, heads {mla.qk_nope_head_dim}/"
         f"{mla.qk_rope_head_dim}/{mla.v_head_dim} runs padded with zeros as {wide.kv_lora_rank}+"
@@ -55,8 +56,8 @@ def _expanded(mla: MLAGeometry, target: Target) -> ServedPart:
     size = _smallest(HEAD_SIZES, f"MLA's heads of {wide}", lambda size: size >= wide)
     note = (
         "MLA with a norm on its keys keeps them expanded:"
-        f" {2 * target.heads * size * target.itemsize:,} bytes of cache a token and layer where latents would take"
-        f" {row_values(mla) * target.itemsize:,}"
+        f" {2 * target.heads * size * VALUE:,} bytes of cache a token and layer where latents would take"
+        f" {row_values(mla) * VALUE:,}"
     )
     return ServedPart(geometry=mla, expanded=size, notes=(note,))
 
