@@ -16,6 +16,7 @@ from hylo_megatron.run.launch import Processes, start_own
 from hylo_megatron.run.records import StepLine, step_line
 
 POLL_SECONDS = 0.2
+SHOW_SECONDS = 30  # between lines of a log; a terminal's line changes every second
 
 
 def fast_bf16() -> bool:
@@ -35,9 +36,9 @@ def _show(stage: Stage, line: dict | None, started: float, terminal: bool) -> No
     if line is None:
         text = f"      {stage.name}: starting, {time.time() - started:.0f} s"
     else:
-        rate = stage.global_batch * stage.seq_length / (line["seconds"] or math.inf)
-        at = f"step {line['iteration']}/{stage.steps}"
-        text = f"      {stage.name}: {at}, loss {line['loss']:.3f}, {rate:.0f} tokens/s"
+        text = f"      {stage.name}: step {line['iteration']}/{stage.steps}, loss {line['loss']:.3f}"
+        if line["seconds"]:  # not known of a process's first step
+            text += f", {stage.global_batch * stage.seq_length / line['seconds']:.0f} tokens/s"
     print(f"\r{text:<78}" if terminal else text, end="" if terminal else "\n", flush=True)
 
 
@@ -86,9 +87,9 @@ class TrainingProcess:
                 running()
             if time.time() - started > limit:
                 raise HyLoError(f"{self.stage.name} went on after {limit:g} s, the time limit; see {self.log}")
-            if time.time() - shown > (1 if terminal else 30):
+            if time.time() - shown > (1 if terminal else SHOW_SECONDS):
                 shown = time.time()
-                _show(self.stage, line, started, terminal)
+                _show(self.stage, None if line == before else line, started, terminal)
         if terminal:
             print("\r" + " " * 78 + "\r", end="", flush=True)
         if code:
