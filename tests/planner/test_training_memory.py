@@ -154,7 +154,7 @@ def test_steps_peak_where_they_are_planned_to(counted):
     from programs import activation_bytes as known
 
     for step, got in zip(known.STEPS, counted["steps"], strict=True):
-        run = _step_run(known, step, ParallelLayout(cp=step.cp), known.ROWS)
+        run = _step_run(known, step, ParallelLayout(cp=step.cp, linear_cp=step.linear_cp), known.ROWS)
         planned = _beside_weights(peak(run, 0))
         if step.recurrence_block:  # copies of several sequences are planned high
             assert 0.98 * got <= planned <= 1.06 * got, step

@@ -54,6 +54,7 @@ class Step:
     recompute_chunk: int = 0
     recurrence_block: int | None = None
     cp: int = 1
+    linear_cp: str = "states"
 
 
 STEPS = [
@@ -75,6 +76,17 @@ STEPS = [
     Step("cp kda", "kda", "distill", "all", recompute=8, cp=2),
     Step("cp segments", "gdn", "distill", "all", recompute=8, mlp_block=600, recurrence_block=256, cp=2),
     Step("cp segments kda", "kda", "distill", "all", recompute=8, mlp_block=600, recurrence_block=256, cp=2),
+    Step(
+        "a2a segments kda",
+        "kda",
+        "distill",
+        "all",
+        recompute=8,
+        mlp_block=600,
+        recurrence_block=1024,
+        cp=2,
+        linear_cp="a2a",
+    ),
 ]
 PP = 4
 PIPELINES = [  # stage of training, of the pipeline, micro-batches
@@ -200,7 +212,7 @@ def distill_model(step: Step, **overrides):
     student, teacher = step_models(step)
     method, layers = ("uniform", step.recompute_chunk) if step.recompute_chunk else ("block", step.recompute)
     recompute = dict(recompute_granularity="full", recompute_method=method, recompute_num_layers=layers)
-    overrides |= dict(mlp_block=step.mlp_block) | (dict(linear_cp="states") if step.cp > 1 else {})
+    overrides |= dict(mlp_block=step.mlp_block) | (dict(linear_cp=step.linear_cp) if step.cp > 1 else {})
     models = build(student, **overrides, **recompute if layers else {}), build(teacher, **overrides)
     settings = DistillSettings(kind=stage_kind(step.stage), train=step.train, loss=step_loss(step),
                                recurrence_block=step.recurrence_block)  # fmt: skip
