@@ -1,4 +1,6 @@
-"""What a checkpoint keeps of the optimizer's states that all ranks gather. On two ranks: ``helpers/gathered.py``."""
+"""Whose states of the optimizer a rank writes and reads. On several ranks: ``helpers/gathered.py``."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,11 +13,23 @@ if not has("megatron-core"):
 from hylo_megatron.engine import gathered_states  # noqa: E402
 
 
-@pytest.mark.parametrize("kept", [range(130, 777), range(100, 200), range(950, 2000), range(0), range(-50, 30)])
-def test_only_what_is_kept_is_written(kept, process_groups, monkeypatch):
-    """Also where it begins or ends inside a piece, and where the shard ends in padding."""
-    monkeypatch.setattr(gathered_states, "PIECE", 100)
-    whole, shard = torch.full((990,), -1.0), torch.arange(1000.0)
-    gathered_states.gather_into(whole, shard, dist.group.WORLD, torch.device("cpu"), kept)
-    want = torch.tensor([place if place in kept else -1.0 for place in range(990)])
-    assert torch.equal(whole, want)
+def test_only_values_of_the_rank_itself_are_written(process_groups, monkeypatch):
+    """Between parameters, and behind the last, there may be padding."""
+    places = {"a": range(0, 300), "b": range(320, 900)}
+    values = {name: torch.arange(float(place.start), place.stop) for name, place in places.items()}
+    whole = torch.full((990,), -1.0)
+    gathered_states.fill(whole, places, values, 1000, dist.group.WORLD, torch.device("cpu"))
+    want = [float(i) if any(i in place for place in places.values()) else -1.0 for i in range(990)]
+    assert whole.tolist() == want
+
+
+def test_a_rank_reads_what_it_has_values_of_in_each_buffer():
+    """16-bit and fp32 weights have a buffer each, and a buffer has several buckets."""
+
+    def bucket(**starts):
+        return {"param_map": {name: {"param": range(start, 9)} for name, start in starts.items()}}
+
+    buffers = [SimpleNamespace(param_index_map=dict.fromkeys(names)) for names in ("abcd", "ef")]
+    ranges = [{"bfloat16": [bucket(b=3), bucket(d=0)]}, {"float32": [bucket(e=0)]}]
+    optimizer = SimpleNamespace(buffers=buffers, gbuf_ranges=ranges)
+    assert gathered_states._begun(optimizer) == {1: False, 3: True, 4: True}
