@@ -16,7 +16,7 @@ from hylo_megatron.planner import command
 from hylo_megatron.planner.layouts import GIB, USABLE, Training, candidates, disk_bytes, layouts
 from hylo_megatron.planner.speed import CARDS, step_time, tokens_per_second
 from hylo_megatron.planner.training import PlannedRun, peaks
-from hylo_megatron.recipes.shapes import BASE_OF, recipe_named, shape, stage_named, student_shape
+from hylo_megatron.recipes.shapes import recipe_named, shape, stage_named, student_shape
 from hylo_megatron.run.launch import Processes
 
 
@@ -34,7 +34,7 @@ def planned(recipe: str, stage: str, teacher: str, *, tp: int = 1, pp: int = 1, 
     sequences = changes.get("micro_batch", found.micro_batch)
     batch = changes["micro_batches"] * sequences * dp if "micro_batches" in changes else found.global_batch
     return PlannedRun(
-        student=student_shape(declared, shape(BASE_OF[recipe])), teacher=shape(teacher), kind=kind, loss=loss,
+        student=student_shape(declared, shape(recipe)), teacher=shape(teacher), kind=kind, loss=loss,
         layout=ParallelLayout(tp=tp, pp=pp, cp=cp, sequence_parallel=tp > 1), train=found.train,
         recompute=0 if pairs else changes.get("recompute", found.recompute), recompute_chunk=2 if pairs else 0,
         recurrence_block=changes.get("recurrence_block"), offload_optimizer=changes.get("offload_optimizer", False),
@@ -59,6 +59,7 @@ STEPS = [
     ("H100", ("llama1b", "distill-64k", "llama8b"), ONCE | {"cp": 2, "recompute": 16}, 22082, 64.73),
     ("H100", ("llama1b", "distill-64k", "llama8b"), ONCE | {"cp": 4, "recompute": 0}, 44233, 58.92),
     ("H100", ("llama1b", "distill-64k", "llama8b"), {"micro_batches": 2, "pp": 2}, 14789, 39.0),
+    ("H100", ("llama1b", "distill-64k", "llama8b"), ONCE | {"cp": 2, "dp": 2}, 41643, 37.06),
     ("H100", ("llama3b", "distill-64k", "llama8b"), PAIRS | {"cp": 4}, 25075, 55.4),
     ("H100", ("llama3b", "distill-64k", "llama8b"), PAIRS | {"cp": 2, "dp": 2}, 26651, 62.46),
     ("H100", ("llama1b", "distill-8k", "llama8b"), ONCE, 18806, 56.45),
