@@ -116,19 +116,24 @@ def _layers(arch: Architecture) -> int:
     return sum(has_window(arch.window, kind) for kind in arch.plan)
 
 
-def beside(block: SubLayer, arch: Architecture, at: Share) -> SubLayer:
+def beside(block: SubLayer, arch: Architecture, at: Share, frozen: bool = False) -> SubLayer:
     """Return the bytes of a mixer together with its window.
 
     Kept are queries, rotated twice, with keys of the same width and values in blocks, the output as the kernel returns
     it and by token, with fp32 denominators, gates in fp32 and bf16, the product of both, and the gate's weight with
     the zeros that align it. The output by token is a part of that of complete blocks, but chunks of a rank are joined.
+    ``frozen``: only the gate learns, and nothing learns from the layer's input. Then the output and the gate in fp32
+    are kept, and the rest is only there in the forward pass.
     """
     h, g, k = arch.num_attention_heads // at.layout.tp, arch.num_key_value_heads // at.layout.tp, arch.head_dim
     cut = _cut(arch, at.length, at.layout.cp)
     padded, keys = cut.count * cut.length / at.length, cut.count * cut.keys / at.length
     by_token = padded if at.layout.cp == 1 else 1
-    kept = at.inner(padded * (3 * h * k + 2 * h) + by_token * h * k + 3 * keys * g * k + h * k + 3 * h)
-    kept += 2 * aligned(h) * arch.hidden_size if h % 16 else 0
+    weight = 2 * aligned(h) * arch.hidden_size if h % 16 else 0
+    kept = at.inner(padded * (3 * h * k + 2 * h) + by_token * h * k + 3 * keys * g * k + h * k + 3 * h) + weight
+    if frozen:
+        gated = at.inner(by_token * h * k + 2 * h) + weight
+        return SubLayer(block.kept + gated, max(block.work, kept - gated), block.entry)
     work = at.inner(3 * padded * h * k + 6 * keys * g * k)
     return SubLayer(block.kept + kept, max(block.work, work), block.entry)
 

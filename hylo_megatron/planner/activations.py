@@ -12,10 +12,10 @@ from hylo_megatron.mixers import MIXERS, window
 from hylo_megatron.mixers.memory import Share, SubLayer
 
 
-def mixer(kind: str, arch: Architecture, at: Share) -> SubLayer:
-    """Return bytes of the mixer ``kind`` with its norm."""
+def mixer(kind: str, arch: Architecture, at: Share, frozen_window: bool = False) -> SubLayer:
+    """Return bytes of the mixer ``kind`` with its norm. ``frozen_window``: see ``window.beside``."""
     block = MIXERS[kind].part("memory").activations(arch, at)
-    return window.beside(block, arch, at) if has_window(arch.window, kind) else block
+    return window.beside(block, arch, at, frozen_window) if has_window(arch.window, kind) else block
 
 
 def tables(arch: Architecture, kinds: set[str], at: Share) -> int:

@@ -27,6 +27,7 @@ class Constants:
     products: float = 0.95  # share of the rate of products that the products of layers reach
     head: float = 0.79  # the same for the logits' products
     attention: float = 1.22  # the same for attention's, forward and backward together, beside ``score``
+    window: float = 0.10  # the same for windows, whose kernel reads a mask and keys twice as wide as needed
     score: float = 3.7e-13  # seconds that a score takes however narrow its head is: its exponential, above all
     traffic: float = 0.86e-12  # seconds for a byte that a layer keeps for the backward pass, in a forward pass
     optimizer: float = 0.4e-12  # seconds for a byte of gradients and optimizer
@@ -94,10 +95,11 @@ def _attention(run: PlannedRun, card: float, fitted: Constants) -> float:
     windows = window.computed(run.student, length, run.layout.cp)
     own = mixing(run.student, length) - window.mixing(run.student, length) - _recurrence_flops(run.student)
     again = _recomputed(run)
-    flops = taught / length * mixing(run.teacher, taught) + (3 + again) * (own + windows)
+    window_passes = 1 if run.frozen_windows else 3 + again
+    flops = taught / length * mixing(run.teacher, taught) + (3 + again) * own
     scores = taught / length * _scores(run.teacher, taught) + (2 + again) * _scores(run.student, length)
-    scores += (2 + again) * windows / (6 * run.student.head_dim)
-    return flops / fitted.attention / card + scores * fitted.score
+    beside = window_passes * windows / fitted.window
+    return (flops / fitted.attention + beside) / card + scores * fitted.score
 
 
 def _scores(arch: Architecture, length: int) -> float:

@@ -83,6 +83,11 @@ class PlannedRun:
             return [range(first, min(first + self.recompute_chunk, sub_layers)) for first in starts]
         return [range(index, index + 1) for index in range(min(self.recompute, sub_layers))]
 
+    @property
+    def frozen_windows(self) -> bool:
+        """Whether nothing learns through the attention of windows, whose weights are copied."""
+        return self.kind.layerwise and self.train == "mixers"
+
     def trains(self, name: str) -> bool:
         return self.kind.trains(name, self.train)
 
@@ -126,7 +131,8 @@ def stage_sub_layers(run: PlannedRun, layers: range) -> list[SubLayer]:
     part = one_block(run.student, at, run.mlp_block)
     recomputed = sum(map(len, run.recomputed(2 * len(layers))))  # the first ones
     for layer in layers:
-        mixer, rest = mixer_bytes(run.student.plan[layer], run.student, at), mlp(run.student, at, copied)
+        mixer = mixer_bytes(run.student.plan[layer], run.student, at, run.frozen_windows)
+        rest = mlp(run.student, at, copied)
         if part != at and len(sub_layers) + 1 < recomputed:
             rest = mlp_block_by_block(run.student, at, part, copied)
         if run.kind.layerwise:

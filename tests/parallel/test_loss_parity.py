@@ -10,6 +10,7 @@ from hylo_megatron.packages import has
 
 if not has("megatron-core"):
     pytest.skip("megatron-core is not installed", allow_module_level=True)
+from helpers import gradients  # noqa: E402
 from helpers import train as helpers  # noqa: E402
 from helpers.kl import reference_hidden_distance, reference_loss  # noqa: E402
 from programs import parity  # noqa: E402
@@ -69,7 +70,7 @@ def test_layout_equals_one_process(layout, loss, alone, work):
     assert all(expected[part] > 0 for part in parts) and [part for part in parts if part not in line] == []
     assert [line[part] for part in parts] == pytest.approx([expected[part] for part in parts], rel=1e-6)
     got = torch.load(work / f"{layout}-{loss}.pt".replace(" ", "_"))
-    for key, gap in parity.gradient_gaps(got["gradients"], want["gradients"]).items():
+    for key, gap in gradients.gaps(got["gradients"], want["gradients"]).items():
         assert gap <= (1e-6 if key.endswith((".A_log", ".dt_bias")) else 1e-9), (key, gap)
 
 

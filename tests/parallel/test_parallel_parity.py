@@ -17,7 +17,7 @@ from hylo_megatron.packages import has
 
 if not has("megatron-core"):
     pytest.skip("megatron-core is not installed", allow_module_level=True)
-from helpers import tiny  # noqa: E402
+from helpers import gradients, tiny  # noqa: E402
 from helpers import train as helpers  # noqa: E402
 from programs import parity  # noqa: E402
 
@@ -130,9 +130,9 @@ def test_layout_equals_one_process(processes, layout, model, stage, cells, recor
     assert first <= (2e-6 if "window" in model else 1e-6)
     if stage == "ild":
         torch.testing.assert_close(torch.tensor(got["layers"]), torch.tensor(want["layers"]), rtol=1e-6, atol=0)
-    gaps = parity.gradient_gaps(got["gradients"], want["gradients"])
+    gaps = gradients.gaps(got["gradients"], want["gradients"])
     moved, _ = cells.alone(model, stage, noise=3e-8)
-    response = parity.gradient_gaps(moved["gradients"], want["gradients"])
+    response = gradients.gaps(moved["gradients"], want["gradients"])
     for key, gap in gaps.items():
         ill_conditioned = key.endswith((".A_log", ".dt_bias"))
         assert gap <= (min(max(1e-5, 4 * response[key]), 4e-5) if ill_conditioned else 1e-5), (key, gap)
@@ -144,7 +144,7 @@ def test_layout_equals_one_process(processes, layout, model, stage, cells, recor
     worst = max(gap for key, gap in gaps.items() if not key.endswith((".A_log", ".dt_bias")))
     if double:
         (got, log), (want, expected) = cells.pair(double[0], processes, layout, model, stage)
-        exact = parity.gradient_gaps(got["gradients"], want["gradients"])
+        exact = gradients.gaps(got["gradients"], want["gradients"])
         # The engine's Mamba-2 rounds its decay to fp32; the one that passes states does not.
         bound = 1e-6 if "states" in layout and model not in ("gdn", "kda", "window") else 1e-10
         # layer-wise losses are summed in fp32

@@ -16,7 +16,7 @@ from hylo_megatron.planner import command
 from hylo_megatron.planner.layouts import GIB, USABLE, Training, candidates, disk_bytes, layouts
 from hylo_megatron.planner.speed import CARDS, step_time, tokens_per_second
 from hylo_megatron.planner.training import PlannedRun, peaks
-from hylo_megatron.recipes.shapes import recipe_named, shape, stage_named, student_shape
+from hylo_megatron.recipes.shapes import BASE_OF, recipe_named, shape, stage_named, student_shape
 from hylo_megatron.run.launch import Processes
 
 
@@ -34,7 +34,7 @@ def planned(recipe: str, stage: str, teacher: str, *, tp: int = 1, pp: int = 1, 
     sequences = changes.get("micro_batch", found.micro_batch)
     batch = changes["micro_batches"] * sequences * dp if "micro_batches" in changes else found.global_batch
     return PlannedRun(
-        student=student_shape(declared, shape(recipe)), teacher=shape(teacher), kind=kind, loss=loss,
+        student=student_shape(declared, shape(BASE_OF[recipe])), teacher=shape(teacher), kind=kind, loss=loss,
         layout=ParallelLayout(tp=tp, pp=pp, cp=cp, sequence_parallel=tp > 1), train=found.train,
         recompute=0 if pairs else changes.get("recompute", found.recompute), recompute_chunk=2 if pairs else 0,
         recurrence_block=changes.get("recurrence_block"), offload_optimizer=changes.get("offload_optimizer", False),
@@ -81,6 +81,18 @@ STEPS = [
     ("H200", ("smollm2", "distill-2k", "smollm2"), MAMBA2, 126000, 17.0),
     ("H200", ("smollm2", "distill-8k", "smollm2"), MAMBA2, 120000, None),
     ("H200", ("smollm2", "distill-32k", "smollm2"), MAMBA2 | {"recompute": 34}, 124000, 16.4),
+    ("H100", ("smollm2-window", "ild", "smollm2"), ONCE, 124498, 16.7),
+    ("H100", ("smollm2-window", "distill-2k", "smollm2"), ONCE, 88995, 23.9),
+    ("H100", ("smollm2-window", "ild", "smollm2"), ONCE | {"dp": 4, "micro_batch": 2}, 337119, 5.0),
+    ("H100", ("smollm2-window", "distill-2k", "smollm2"), ONCE | {"dp": 4, "micro_batch": 2}, 248242, 7.8),
+    ("H100", ("smollm2-window", "ild", "smollm2"), ONCE | {"dp": 4, "micro_batch": 4}, 427781, 8.7),
+    ("H100", ("smollm2-window", "distill-2k", "smollm2"), ONCE | {"dp": 4, "micro_batch": 4}, 309132, 12.8),
+    ("H100", ("smollm2-window", "distill-8k", "smollm2"), ONCE | {"dp": 4, "micro_batch": 1}, 284939, 12.6),
+    ("H100", ("smollm2-window", "distill-32k", "smollm2"), ONCE | {"dp": 4, "micro_batch": 1}, 271764, 22.3),
+    ("H100", ("smollm2-window", "ild", "smollm2"), ONCE | {"plan": "6MLA24KDA"}, 85700, None),
+    ("H100", ("smollm2-window", "distill-2k", "smollm2"), ONCE | {"plan": "6MLA24KDA"}, 67175, None),
+    ("H100", ("smollm2-window", "ild", "smollm2"), ONCE | {"plan": "6MLA24M2"}, 138500, None),
+    ("H100", ("smollm2-window", "distill-2k", "smollm2"), ONCE | {"plan": "6MLA24M2"}, 100400, None),
     ("H100", ("llama1b", "distill-64k", "llama1b"), ONCE | {"cp": 4, "seq_length": 524288}, 21711, 53.34),
     ("H100", ("llama1b", "distill-64k", "llama1b"), SEGMENTS | {"cp": 4, "seq_length": 1048576}, 10510, 51.51),
 ]

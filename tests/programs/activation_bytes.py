@@ -64,6 +64,9 @@ STEPS = [
     Step("mixers", "gdn", "distill", "mixers"),
     Step("ild", "mamba2", "ild", "mixers"),
     Step("ild all", "gdn", "ild", "all"),
+    Step("ild window", "gdn window", "ild", "mixers"),
+    Step("ild all window", "gdn window", "ild", "all"),
+    Step("window", "gdn window", "distill", "all"),
     Step("distill kda", "kda", "distill", "all"),
     Step("kda again", "kda", "distill", "all", recompute=8),
     Step("blocks", "gdn", "distill", "all", recompute=8, teacher_layers=6, mlp_block=600),
@@ -105,7 +108,9 @@ def half_arch(kind: str, wide: bool):
 
 
 def step_models(step: Step):
-    student = tiny.hybrid(step.linear, geometry=GEOMETRY, **(SIZES | dict(vocab_size=VOCAB)))
+    linear, *window = step.linear.split()
+    changes = dict(vocab_size=VOCAB) | (dict(window=WINDOW | {"mla": True}) if window else {})
+    student = tiny.hybrid(linear, geometry=GEOMETRY, **(SIZES | changes))
     teacher = student.as_teacher()
     if step.teacher_layers:
         teacher = replace(teacher, hidden_size=320, intermediate_size=640, plan=("attention",) * step.teacher_layers)

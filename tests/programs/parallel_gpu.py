@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from helpers import parity_table
+from helpers import gradients, parity_table
 from helpers import train as helpers
 from programs import parity
 
@@ -56,7 +56,7 @@ def launch(work: Path, name: str, found: list[parity.Cell], processes: int) -> b
 def measure(work: Path, alone: parity.Cell, several: parity.Cell) -> list[float]:
     got, want = (torch.load(work / f"{cell.name}.pt")["gradients"] for cell in (several, alone))
     loss = parity.loss_gap(*(helpers.read_log(work / f"{cell.name}.jsonl")[0] for cell in (several, alone)))
-    gaps = parity.gradient_gaps(got, want)
+    gaps = gradients.gaps(got, want)
     decay = {key: gap for key, gap in gaps.items() if key.endswith((".A_log", ".dt_bias"))}
     others = max(gap for key, gap in gaps.items() if key not in decay)
     return [loss, others, max(decay.values())]
