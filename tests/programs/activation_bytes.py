@@ -79,16 +79,19 @@ STEPS = [
     Step("cp kda", "kda", "distill", "all", recompute=8, cp=2),
     Step("cp segments", "gdn", "distill", "all", recompute=8, mlp_block=600, recurrence_block=256, cp=2),
     Step("cp segments kda", "kda", "distill", "all", recompute=8, mlp_block=600, recurrence_block=256, cp=2),
-    Step(
-        "a2a segments kda",
-        "kda",
-        "distill",
-        "all",
-        recompute=8,
-        mlp_block=600,
-        recurrence_block=1024,
-        cp=2,
-        linear_cp="a2a",
+    *(
+        Step(
+            f"a2a segments {kind}",
+            kind,
+            "distill",
+            "all",
+            recompute=8,
+            mlp_block=600,
+            recurrence_block=1024,
+            cp=2,
+            linear_cp="a2a",
+        )
+        for kind in ("gdn", "kda")
     ),
 ]
 PP = 4

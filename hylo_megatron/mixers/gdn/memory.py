@@ -31,4 +31,7 @@ def activations(arch: Architecture, at: Share) -> SubLayer:
     # states and their gradients; dq, dk, dv, w, u, .. Where states pass between ranks, values have K more columns.
     wide = v + k if at.layout.passes_states else v
     work = at.in_segments(2 * h * k * wide / CHUNK + 4 * h * wide + 4 * h * k, 2 * m * k + 2 * h * v + 6 * h, h * v)
+    if at.layout.cp > 1 and not at.layout.passes_states:
+        # In the forward pass the all-to-all copies the output, while megatron-core still has the convolution's.
+        work = max(work, at.inner(2 * m * k + 4 * h * v))
     return SubLayer(kept, work, at.outer(d))
