@@ -15,7 +15,7 @@ gradient's norm. torch's fused AdamW is one launch, and the copy to the 16-bit w
 
 import torch
 
-from hylo_megatron.engine.gathered_states import of_own_parameters
+from hylo_megatron.engine.own_states import of_own_parameters
 from hylo_megatron.engine.patch import around, entries
 
 

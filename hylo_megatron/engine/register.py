@@ -50,7 +50,7 @@ GROUPS = {
     "importing": Group("while megatron-core is imported", ("importing",), ("quiet",)),
     "reading": Group("reads of checkpoints and of sample indices", ("reading",), ("cpu", "quiet"), import_megatron),
     "megatron": Group("models and optimizers of megatron-core",
-                      ("cpu", "linear_kernels", "distributed_optimizer", "gathered_states", "importing"),
+                      ("cpu", "linear_kernels", "distributed_optimizer", "own_states", "importing"),
                       ("reading",)),
     "results": Group("the queue of what was written", ("checkpoint_writer",)),
     "writing": Group("writes of checkpoints", ("checkpoint_writer",), ("cpu",)),

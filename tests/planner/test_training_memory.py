@@ -158,7 +158,7 @@ def test_steps_peak_where_they_are_planned_to(counted):
         planned = _beside_weights(peak(run, 0))
         if step.recurrence_block:  # copies of several sequences are planned high
             assert 0.98 * got <= planned <= 1.06 * got, step
-        else:  # the forward pass of the last frozen window is the fullest moment of its step
+        else:  # planned 2.4 % low: a step with frozen windows is fullest in the forward pass of the last one
             assert planned == pytest.approx(got, rel=0.03 if step.name == "ild window" else 0.02), step
 
 

@@ -79,21 +79,9 @@ STEPS = [
     Step("cp kda", "kda", "distill", "all", recompute=8, cp=2),
     Step("cp segments", "gdn", "distill", "all", recompute=8, mlp_block=600, recurrence_block=256, cp=2),
     Step("cp segments kda", "kda", "distill", "all", recompute=8, mlp_block=600, recurrence_block=256, cp=2),
-    *(
-        Step(
-            f"a2a segments {kind}",
-            kind,
-            "distill",
-            "all",
-            recompute=8,
-            mlp_block=600,
-            recurrence_block=1024,
-            cp=2,
-            linear_cp="a2a",
-        )
-        for kind in ("gdn", "kda")
-    ),
-]
+    *(Step(f"a2a segments {kind}", kind, "distill", "all", recompute=8, mlp_block=600, recurrence_block=1024, cp=2,
+           linear_cp="a2a") for kind in ("gdn", "kda")),
+]  # fmt: skip
 PP = 4
 PIPELINES = [  # stage of training, of the pipeline, micro-batches
     ("distill", 0, 6), ("distill", 1, 6), ("distill", 1, 2), ("distill", 3, 6), ("ild", 0, 6), ("ild", 1, 6),

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-from helpers import gathered, gradients
+from helpers import gradients, own_states
 from helpers import train as helpers
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -230,7 +230,7 @@ def run_cell(cell: Cell, log_path: Path) -> dict:
         if optimizer:
             optimizer.step()
     if optimizer and cell.distributed_optimizer:
-        gathered.check(optimizer, model)
+        own_states.check(optimizer, model)
     return result
 
 

@@ -7,12 +7,12 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import apply_factories, is_main_replica
 from torch.utils._pytree import tree_flatten_with_path
 
-from hylo_megatron.engine import distributed_optimizer, gathered_states
+from hylo_megatron.engine import distributed_optimizer, own_states
 
 
 def check(optimizer, model) -> None:
     """What all ranks write of the optimizer is what megatron-core's gather brings, wherever pieces end."""
-    with mock.patch.object(gathered_states, "PIECE", 1000):
+    with mock.patch.object(own_states, "PIECE", 1000):
         for part in optimizer.chained_optimizers:
             _check_written(part, model.sharded_state_dict())
             _check_read(part, model.sharded_state_dict())
